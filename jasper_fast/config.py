@@ -1,0 +1,368 @@
+"""The run as data: what is trained on what, by whom, in which stages.
+
+A configuration is a YAML file or the name of a recipe that ships in ``jasper_fast/recipes``; ``--key.sub value`` overrides
+single fields. Every problem is reported at once, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jasper_fast.errors import ConfigError
+
+DEFAULT_RECIPE = "minilm-docstrings"
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prompts(Section):
+    """Text put before each query or document. ``{text}`` may stand where the text goes; otherwise the text follows."""
+
+    query: str = ""
+    document: str = ""
+
+
+class TeacherConfig(Section):
+    """One teacher: a model to run, or vectors that are ready."""
+
+    model: str | None = None  # name, path, or "package:import_name/folder"
+    vectors: str | None = None  # .npy or .parquet file(s), one row per training text, in order
+    revision: str | None = None
+    prompts: Prompts = Prompts()
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's own, else mean
+    max_length: PositiveInt = 512
+    truncate_dim: PositiveInt | None = None  # keep the first coordinates (Matryoshka teachers)
+    batch_tokens: PositiveInt = 8192
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.model is None) == (self.vectors is None):
+            raise ValueError("give either `model` (a teacher to run) or `vectors` (a file of ready vectors)")
+        return self
+
+
+class StudentConfig(Section):
+    """The model that is trained: a text encoder, mean pooling, and linear heads."""
+
+    model: str
+    revision: str | None = None
+    layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # first n, or which; None: all
+    heads: list[PositiveInt] = Field(min_length=1)  # widths; the widest is FC1
+    head_type: Literal["independent", "prefix"] = "independent"
+    max_length: PositiveInt = 512
+    bidirectional: bool = True  # decoder models lose their causal mask
+    prompts: Prompts = Prompts()
+    vector_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    trust_remote_code: bool = False
+
+    @field_validator("heads")
+    @classmethod
+    def _distinct(cls, heads: list[int]) -> list[int]:
+        if len(set(heads)) != len(heads):
+            raise ValueError(f"head widths must differ, got {heads}")
+        return sorted(heads, reverse=True)
+
+
+class SourceConfig(Section):
+    """One source of training texts."""
+
+    path: str  # "docstrings", a file or folder (.jsonl[.gz], .parquet, .csv, .txt), or a `datasets` name
+    config: str | None = None  # the `datasets` configuration name
+    split: str = "train"
+    columns: list[str] = Field(default=["text"], min_length=1)
+    join: bool = False  # True: the columns make one text; False: each column is a text of its own
+    role: Literal["query", "document"] = "document"
+    limit: PositiveInt | None = None  # at most so many texts, drawn by the seed
+    revision: str | None = None
+
+
+class DataConfig(Section):
+    """The training texts and their treatment (arXiv 2412.19048, section on data)."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    cut_share: Share = 0.3  # share of documents cut into pieces
+    cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece, from .. to
+    shuffle_share: Share = 0.0008  # share of texts whose words are shuffled
+    min_chars: PositiveInt = 2
+    limit: PositiveInt | None = None  # at most so many texts in total, drawn by the seed
+    cache: str = "cache"  # folder for texts and teacher vectors, shared by runs
+    cache_dtype: Literal["float16", "int8"] = "float16"
+
+    @field_validator("cut_sentences")
+    @classmethod
+    def _ordered(cls, span: tuple[int, int]) -> tuple[int, int]:
+        if span[0] > span[1]:
+            raise ValueError(f"the first number must not exceed the second, got {list(span)}")
+        return span
+
+
+class EvalConfig(Section):
+    """One evaluation set: a BEIR folder, a similarity TSV, a classification folder, or the built-in docstrings."""
+
+    path: str
+    name: str | None = None
+    limit: PositiveInt | None = None
+
+
+class LossWeights(Section):
+    """The paper's weights; a zero leaves a loss out. ``neighbourhood`` is ours, off unless asked for."""
+
+    cosine: Annotated[float, Field(ge=0.0)] = 10.0
+    similarity: Annotated[float, Field(ge=0.0)] = 200.0
+    relative_similarity: Annotated[float, Field(ge=0.0)] = 20.0
+    neighbourhood: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> LossWeights:
+        if not (self.cosine or self.similarity or self.relative_similarity or self.neighbourhood):
+            raise ValueError("every loss has weight 0: nothing would be learnt")
+        return self
+
+
+class StageConfig(Section):
+    """One stage: what trains, which heads and losses, what teaches the narrow heads, and how long."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    train: list[str] = Field(default=[], description="globs over parameter names, e.g. heads.384.*")
+    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0  # the encoder's last n layers train too
+    heads: list[PositiveInt] = Field(min_length=1)
+    weights: LossWeights = LossWeights()
+    narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
+    margin: Annotated[float, Field(ge=0.0)] = 0.015
+    temperature: Annotated[float, Field(gt=0.0)] = 0.05  # of the neighbourhood loss
+    narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
+    batch_size: PositiveInt = 128
+    steps: PositiveInt
+    lr: Annotated[float, Field(gt=0.0)]
+    warmup: Share = 0.05  # share of the steps
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    max_length: PositiveInt | None = None  # tokens; None: the student's
+    micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
+    gradient_checkpointing: bool = False
+    batches: Literal["random", "neighbours"] = "random"
+    neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
+    texts: PositiveInt | None = None  # only the first n training texts
+
+    @model_validator(mode="after")
+    def _possible(self) -> StageConfig:
+        if not self.train and not self.last_layers:
+            raise ValueError(f"stage {self.name!r} trains nothing: give `train` (globs) or `last_layers`")
+        if self.batches == "neighbours" and self.batch_size % self.neighbours:
+            raise ValueError(
+                f"stage {self.name!r}: batch_size {self.batch_size} is not a multiple of neighbours {self.neighbours}"
+            )
+        if self.texts is not None and self.texts < self.batch_size:
+            raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
+        if len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"stage {self.name!r}: a head is named twice in {self.heads}")
+        return self
+
+
+class LogConfig(Section):
+    every: PositiveInt = 10  # steps
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    project: str = "jasper_fast"
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 100  # steps; a stage's end is always saved
+    keep: Annotated[int, Field(ge=2, strict=True)] = 2
+
+
+class Config(Section):
+    """A whole run. See the README for a walk through every field."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the device is fast at it
+    student: StudentConfig
+    teachers: list[TeacherConfig] = Field(min_length=1)
+    data: DataConfig
+    evaluate: list[EvalConfig] = []
+    stages: list[StageConfig] = Field(min_length=1)
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        problems = [f"stage name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
+        widest = self.student.heads[0]
+        for stage in self.stages:
+            missing = [w for w in stage.heads if w not in self.student.heads]
+            if missing:
+                problems.append(f"stage {stage.name!r} uses heads {missing}; the student has {self.student.heads}")
+            if stage.narrow_target == "self" and widest not in stage.heads:
+                problems.append(
+                    f"stage {stage.name!r}: narrow_target 'self' needs the widest head, {widest}, among its heads"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship in the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("jasper_fast.recipes").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[tuple[str, Any]] = ()
+) -> Config:
+    """Read a configuration and check all of it.
+
+    Args:
+        source: a YAML file, a recipe name, a mapping, or None for the embedded default recipe.
+        overrides: (dotted key, value) pairs, e.g. ``("stages.0.lr", 1e-4)``; values that are text are read as YAML.
+
+    Raises:
+        ConfigError: every unknown key, wrong type and impossible value at once, each with its key.
+    """
+    tree, where = _read(source)
+    problems: list[str] = []
+    for key, value in overrides:
+        _override(tree, key, yaml.safe_load(value) if isinstance(value, str) else value, problems)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems + [_explain(e, tree) for e in error.errors()], where) from None
+    if problems:
+        raise ConfigError(problems, where)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for every field in which two dumped configurations differ."""
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    return [f"{k}: {a.get(k, '(absent)')!r} -> {b.get(k, '(absent)')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Turn ``--key.sub value`` and ``--key.sub=value`` arguments into (key, value) pairs."""
+    pairs: list[tuple[str, str]] = []
+    problems: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            problems.append(f"unexpected argument {argument!r}; overrides look like --stages.0.lr 1e-4")
+        elif "=" in argument:
+            key, value = argument[2:].split("=", 1)
+            pairs.append((key, value))
+        elif not rest or rest[0].startswith("--"):
+            problems.append(f"{argument} needs a value, e.g. {argument} 1")
+        else:
+            pairs.append((argument[2:], rest.pop(0)))
+    if problems:
+        raise ConfigError(problems, "the command line")
+    return pairs
+
+
+def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return yaml.safe_load(yaml.safe_dump(dict(source))), "the given configuration"
+    name = str(source) if source is not None else DEFAULT_RECIPE
+    if name in recipe_names():
+        text, where = (files("jasper_fast.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(
+                [f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"], "--config"
+            )
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not YAML: {error}"], where) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([f"expected a mapping of fields, found {type(tree).__name__}"], where)
+    return tree, where
+
+
+def _override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            problems.append(f"--{key}: `{parents[-1]}` is a value, not a section")
+    except (ValueError, IndexError):
+        problems.append(f"--{key}: a list is indexed by position from 0 to {len(node) - 1}, e.g. --stages.0.lr 1e-4")
+    except AttributeError:
+        problems.append(f"--{key}: no such section")
+
+
+def _explain(error: Any, tree: Mapping[str, Any]) -> str:
+    """One pydantic error as one line: key, what is wrong, what was given, and a near name where there is one."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _known_fields(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, (dict, BaseModel)) or error["type"] == "missing" else f", got {given!r}"
+    return f"{key}: {message}{'' if repr(given) in message else shown}"
+
+
+def _known_fields(path: Iterable[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        if part.isdigit() or not hasattr(model, "model_fields"):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        model = _section_in(field.annotation) or model
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and tree:
+        for position, value in enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{position}")
+    else:
+        yield prefix, tree
