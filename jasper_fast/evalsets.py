@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +114,8 @@ def load_eval(config: EvalConfig) -> EvalSet:
     if file := _first_split(path, _TSV):
         return _similarity(config, file, folder=path)
     raise JasperError(
-        f"evaluation set {path}: the folder holds none of corpus.jsonl[.gz] (with queries.jsonl[.gz] and qrels/test.tsv), "
-        "train.jsonl[.gz] (with test.jsonl[.gz]), test.tsv or dev.tsv"
+        f"evaluation set {path}: the folder holds none of corpus.jsonl[.gz] (beside queries.jsonl[.gz] and "
+        "qrels/test.tsv), train.jsonl[.gz] (beside test.jsonl[.gz]), test.tsv or dev.tsv"
     )
 
 
@@ -147,15 +148,8 @@ def _docstrings(config: EvalConfig) -> RetrievalSet:
 def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     corpus, queries = _find(folder, "corpus", _JSONL), _find(folder, "queries", _JSONL)
     if corpus is None or queries is None or qrels is None:
-        absent = [
-            what
-            for what, there in (
-                ("corpus.jsonl[.gz]", corpus),
-                ("queries.jsonl[.gz]", queries),
-                ("qrels/test.tsv", qrels),
-            )
-            if there is None
-        ]
+        needed = {"corpus.jsonl[.gz]": corpus, "queries.jsonl[.gz]": queries, "qrels/test.tsv": qrels}
+        absent = [name for name, file in needed.items() if file is None]
         raise JasperError(f"evaluation set {folder}: {' and '.join(absent)} missing; a BEIR folder has all three")
     documents: list[str] = []
     parts: list[str] = []
@@ -223,7 +217,7 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
                 if len(row) != len(header):
                     raise JasperError(f"{file}, row {number}: {len(row)} cells where the header has {len(header)}")
                 triples.append((_number(row[at], f"{file}, row {number}"), row[left], row[right]))
-        except (UnicodeDecodeError, EOFError, OSError, csv.Error) as error:
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error, csv.Error) as error:
             raise JasperError(f"{file}: cannot be read as UTF-8 tab-separated text ({error})") from None
     kept = [triples[i] for i in _choose([f"{a}\t{b}" for _, a, b in triples], config.limit)]
     if len({score for score, _, _ in kept}) < 2:
@@ -288,7 +282,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     empty = False
                     yield number, line
-    except (UnicodeDecodeError, EOFError, OSError) as error:
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise JasperError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     if empty:
         raise JasperError(f"{file}: the file is empty")
