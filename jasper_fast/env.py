@@ -1,0 +1,163 @@
+"""What is in use on this machine, and why: ``python -m jasper_fast.env`` (``--json`` for programs)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jasper_fast
+from jasper_fast.errors import run_cli
+
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "sentence-transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+TRACKERS = ("tensorboard", "wandb", "trackio")
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+ISA = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+FAST_BF16 = ("amx_bf16", "avx512_bf16")
+
+
+def cpu_bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; elsewhere bf16 is emulated, up to 300 times slower."""
+    return any(feature in cpu_features() for feature in FAST_BF16)
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """The instruction-set names Linux reports for this CPU; empty on systems without /proc/cpuinfo."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU, extension, GPUs and optional tools as plain JSON values."""
+    return {
+        "jasper_fast": {"version": jasper_fast.__version__, "path": str(Path(jasper_fast.__file__).parent)},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "cpu": _cpu(),
+        "extension": _extension(),
+        "gpus": _gpus(),
+        "trackers": {name: _version(name) for name in TRACKERS},
+        "onnx": {name: _version(name) for name in ONNX},
+    }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """The lines a person reads, from what `environment` returned."""
+    cpu, extension = found["cpu"], found["extension"]
+    isa = " ".join(cpu["isa"]) or "no vector extension known"
+    lines = [
+        ("jasper_fast", f"{found['jasper_fast']['version']} in {found['jasper_fast']['path']}"),
+        ("python", f"{found['python']} on {found['platform']}"),
+        *((name, version or _absent(name)) for name, version in found["libraries"].items()),
+        ("cpu", f"{cpu['model']}: {cpu['threads']} threads of {cpu['cores']} cores, {isa}"),
+        ("cpu precision", f"{cpu['precision']}: {cpu['precision_reason']}"),
+        ("extension", f"{extension['path']}" if extension["loaded"] else f"not in use: {extension['reason']}"),
+        *((f"gpu {index}", _gpu_line(gpu)) for index, gpu in enumerate(found["gpus"]["devices"])),
+    ]
+    if not found["gpus"]["devices"]:
+        lines.append(("gpu", f"none in use: {found['gpus']['reason']}"))
+    lines += [(name, version or _absent(name)) for name, version in {**found["trackers"], **found["onnx"]}.items()]
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
+
+
+def main(argv: list[str]) -> None:
+    """Print the report; ``--json`` prints the same facts as one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m jasper_fast.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    found = environment()
+    print(json.dumps(found, indent=2) if parser.parse_args(argv).json else describe(found))
+
+
+def _version(distribution: str) -> str | None:
+    # The metadata, not the module: importing every optional library would take half a minute.
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _absent(name: str) -> str:
+    if name == "triton":
+        return "not installed: no Triton kernels (CUDA builds of torch bring it)"
+    extra = "tracking" if name in TRACKERS else "export" if name in ONNX else None
+    return "not installed: pip install " + (f"'jasper_fast[{extra}]'" if extra else name)
+
+
+def _cpu() -> dict[str, Any]:
+    fast = cpu_bf16_is_fast()
+    has = [feature for feature in FAST_BF16 if feature in cpu_features()]
+    return {
+        "model": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": [feature for feature in ISA if feature in cpu_features()],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "precision": "bf16" if fast else "fp32",
+        "precision_reason": (
+            f"the CPU has {' and '.join(has)}"
+            if fast
+            else f"bf16 is emulated without {' or '.join(FAST_BF16)}, so training on the CPU stays in fp32"
+        ),
+    }
+
+
+def _extension() -> dict[str, Any]:
+    from jasper_fast import ops
+
+    path, reason = ops.extension_path(), ops.extension_error()
+    return {
+        "loaded": path is not None and reason is None,
+        "path": None if path is None else str(path),
+        "reason": None if reason is None else str(reason),
+    }
+
+
+def _gpus() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+        return {"devices": [], "reason": f"torch {torch.__version__} is built for {built} and sees no CUDA device"}
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices = [
+        {"name": p.name, "capability": f"sm_{p.major}{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
+        for p in properties
+    ]
+    return {"devices": devices, "reason": None, "precision": "bf16" if torch.cuda.is_bf16_supported() else "fp32"}
+
+
+def _gpu_line(gpu: Mapping[str, Any]) -> str:
+    return f"{gpu['name']}, {gpu['capability']}, {gpu['memory_gb']} GB"
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of a key in /proc/cpuinfo, or nothing where there is none."""
+    source = Path("/proc/cpuinfo")
+    if not source.is_file():
+        return ""
+    for line in source.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+if __name__ == "__main__":
+    run_cli(main)
