@@ -38,6 +38,10 @@ class RetrievalSet:
     parts: list[str] = field(default_factory=list)  # titles and bodies apart, for exclusion only
     metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
 
+    def groups(self) -> dict[str, tuple[list[str], str]]:
+        """What to encode: per group its texts and their role."""
+        return {"queries": (self.queries, "query"), "documents": (self.documents, "document")}
+
     def texts(self) -> Iterator[str]:
         """Every text of the set: queries, documents, and the titles and bodies that documents are made of."""
         yield from self.queries
@@ -56,6 +60,10 @@ class SimilaritySet:
     kind: str = "sts"
     metrics: ClassVar[tuple[str, ...]] = ("Spearman",)
 
+    def groups(self) -> dict[str, tuple[list[str], str]]:
+        """What to encode: neither sentence asks for the other, so both are documents."""
+        return {"left": (self.left, "document"), "right": (self.right, "document")}
+
     def texts(self) -> Iterator[str]:
         """Every sentence of the set."""
         yield from self.left
@@ -73,6 +81,10 @@ class ClassificationSet:
     test_labels: list[str]
     kind: str = "classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def groups(self) -> dict[str, tuple[list[str], str]]:
+        """What to encode: the two parts."""
+        return {"train": (self.train_texts, "document"), "test": (self.test_texts, "document")}
 
     def texts(self) -> Iterator[str]:
         """Every text of both parts."""

@@ -1,0 +1,92 @@
+"""Scores of vectors on one evaluation set, as shares from 0 to 1 (Spearman from -1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from jasper_fast.errors import JasperError
+from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
+
+DEPTH = 100  # documents kept per query: what recall@100 needs
+CHUNK_SCORES = 1 << 23  # scores held at once, 32 MB in fp32
+
+
+def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The metrics of one set.
+
+    Args:
+        evalset: the set.
+        vectors: per group of ``evalset.groups()``, (n, D) float32, rows of length one.
+
+    Returns:
+        a score for every name in ``evalset.metrics``.
+
+    Raises:
+        JasperError: a vector holds NaN or infinity.
+    """
+    for group, array in vectors.items():
+        if bad := int((~np.isfinite(array).all(axis=1)).sum()):
+            raise JasperError(f"{evalset.name}: {bad} of {len(array)} vectors of its {group} hold NaN or infinity")
+    if isinstance(evalset, RetrievalSet):
+        return _retrieval(evalset, vectors["queries"], vectors["documents"])
+    if isinstance(evalset, ClassificationSet):
+        return {"accuracy": _accuracy(evalset, vectors["train"], vectors["test"])}
+    return {"Spearman": _spearman(vectors["left"], vectors["right"], evalset.scores)}
+
+
+def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarray:
+    """The k documents of highest inner product per query, ties by the lower index.
+
+    Args:
+        queries: (Q, D) float32.
+        documents: (N, D) float32.
+        k: how many; at most N.
+
+    Returns:
+        (Q, k) int64, best first.
+    """
+    k = min(k, len(documents))
+    corpus = torch.from_numpy(np.ascontiguousarray(documents)).T  # (D, N)
+    found = []
+    for part in torch.from_numpy(np.ascontiguousarray(queries)).split(max(1, CHUNK_SCORES // max(1, len(documents)))):
+        scores = part @ corpus  # (q, N)
+        worst = scores.topk(k).values[:, -1:]  # topk promises no order among ties, so only its threshold is used
+        above, equal = scores > worst, scores == worst
+        room = k - above.sum(dim=1, keepdim=True)
+        chosen = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].view(-1, k)  # ascending indices
+        order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices
+        found.append(chosen.gather(1, order))
+    return torch.cat(found).numpy()
+
+
+def _retrieval(evalset: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
+    import pytrec_eval
+
+    best = top_documents(queries, documents, DEPTH)
+    # trec_eval orders by score alone and breaks ties by name: ranks as scores keep our order
+    run = {str(q): {str(d): float(-rank) for rank, d in enumerate(row)} for q, row in enumerate(best.tolist())}
+    judged = {str(q): {str(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
+    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values()
+    return {
+        "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
+        "recall@100": float(np.mean([s["recall_100"] for s in scores])),
+    }
+
+
+def _spearman(left: np.ndarray, right: np.ndarray, gold: list[float]) -> float:
+    from scipy.stats import spearmanr
+
+    cosines = np.einsum("nd,nd->n", left, right, dtype=np.float64)
+    if np.ptp(cosines) == 0:
+        return 0.0  # a collapsed model says nothing about the order; scipy would give NaN
+    return float(spearmanr(cosines, gold).statistic)
+
+
+def _accuracy(evalset: ClassificationSet, train: np.ndarray, test: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = LogisticRegression(max_iter=1000).fit(train, evalset.train_labels)
+    return float(classifier.score(test, evalset.test_labels))
