@@ -1,0 +1,154 @@
+"""Tiny real models and texts that many tests share. Nothing here needs a network or a model hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Forking after tokenizers has started its threads would only print warnings.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HIDDEN, MAX_LENGTH = 32, 64
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+SUBJECTS = (
+    "The old lighthouse keeper",
+    "A retired physics teacher",
+    "My neighbour's youngest daughter",
+    "The city council",
+    "An unusually patient librarian",
+    "The crew of the research vessel",
+    "Every gardener in the valley",
+    "A small company from the north",
+)
+ACTIONS = (
+    "repaired",
+    "wrote a long letter about",
+    "quietly sold",
+    "could never explain",
+    "measured",
+)
+OBJECTS = (
+    "the broken telescope before the winter storms arrived.",
+    "a map of the river, although nobody had asked for one.",
+    "forty boxes of apples.",
+    "the wooden bridge near the station; it took three weeks and most of the money that was left.",
+    "an engine that runs on warm air.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """200 distinct English sentences of 8 to 29 words, in a fixed order that mixes subjects."""
+    texts = [f"{subject} {action} {thing}" for thing, action, subject in product(OBJECTS, ACTIONS, SUBJECTS)]
+    assert len(set(texts)) == len(texts) == 200
+    return texts
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    """A random BERT of 3 layers, hidden 32, 2 heads, 64 positions: a plain Hugging Face folder with its tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = _wordpiece(tiny_texts)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        # The usual 0.02 gives all texts nearly the same vector at this width.
+        initializer_range=0.2,
+    )
+    return _save(BertModel, config, tokenizer, tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    """A random Qwen2 decoder of 2 layers, hidden 32, 2 heads (1 key-value head): a plain Hugging Face folder."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    tokenizer = _byte_level_bpe(tiny_texts)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    return _save(Qwen2Model, config, tokenizer, tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same torch random state, whichever tests ran before it."""
+    torch.manual_seed(0)
+    yield
+
+
+def _wordpiece(texts: list[str]):
+    """A lower-casing WordPiece tokenizer with BERT's special tokens: letters, and five words in six whole.
+
+    Written, not trained: training gives other token ids from one process to the next.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(set(re.findall(r"\w+", " ".join(texts).lower())))
+    whole = [word for i, word in enumerate(words) if len(word) > 1 and i % 6]
+    characters = sorted(set("".join(texts).lower()) - {" "})
+    pieces = [*SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters), *whole]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    cls, sep = pieces.index("[CLS]"), pieces.index("[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_LENGTH,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _byte_level_bpe(texts: list[str]):
+    """Qwen2's own kind of tokenizer: transformers reads a decoder folder with it, whatever class the folder names."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Qwen2Tokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_LENGTH)
+
+
+def _save(model_class, config, tokenizer, folder: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = model_class(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors").is_file()
+    return folder
