@@ -160,7 +160,7 @@ def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
 def evaluate_run(
     config: Config,
     evalsets: Sequence[EvalSet],
-    before: EncodeWidths,
+    before: EncodeWidths | list[Row],
     student: EncodeWidths,
     train_vectors: np.ndarray | None,
 ) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def evaluate_run(
     Args:
         config: the run's; its teachers encode the sets (kept in ``data.cache`` for the next run).
         evalsets: from ``load_evals(config.evaluate)``.
-        before: the undistilled student.
+        before: the undistilled student, or its rows from ``score_rows`` where they were kept.
         student: the trained one, all its widths.
         train_vectors: (n, D) float32 teacher vectors of (some) training texts, for the floors; None: no floors.
 
@@ -179,14 +179,13 @@ def evaluate_run(
     """
     if not evalsets:
         return {}
-    encoders = {BEFORE: before, STUDENT: student}
-    floors: dict[str, dict[int, Reduce]] = {}
-    teacher = teacher_encoder(config.teachers, config.data.cache)
-    if teacher is not None:
-        encoders = {TEACHER: teacher, **encoders}
-        if train_vectors is not None:
-            floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads)
-    return describe_sets(evalsets) | {"rows": score_rows(evalsets, encoders, floors)}
+    rows: list[Row] = []
+    if (teacher := teacher_encoder(config.teachers, config.data.cache)) is not None:
+        floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads) if train_vectors is not None else {}
+        rows += score_rows(evalsets, {TEACHER: teacher}, floors)
+    rows += before if isinstance(before, list) else score_rows(evalsets, {BEFORE: before})
+    rows += score_rows(evalsets, {STUDENT: student})
+    return describe_sets(evalsets) | {"rows": rows}
 
 
 def scores_table(rows: Sequence[Row]) -> str:
