@@ -1,7 +1,7 @@
 """The run as data: what is trained on what, by whom, in which stages.
 
-A configuration is a YAML file or the name of a recipe that ships in ``jasper_fast/recipes``; ``--key.sub value`` overrides
-single fields. Every problem is reported at once, before anything is loaded.
+A configuration is a YAML file or the name of a recipe that ships in ``jasper_fast/recipes``; ``--key.sub value``
+overrides single fields. Every problem is reported at once, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class TeacherConfig(Section):
     prompts: Prompts = Prompts()
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's own, else mean
     max_length: PositiveInt = 512
+    dense: str | None = None  # folder inside the model of the Dense head to use, e.g. 2_Dense_8192 (Stella)
     truncate_dim: PositiveInt | None = None  # keep the first coordinates (Matryoshka teachers)
     batch_tokens: PositiveInt = 8192
     trust_remote_code: bool = False
@@ -51,6 +52,8 @@ class TeacherConfig(Section):
     def _one_origin(self) -> TeacherConfig:
         if (self.model is None) == (self.vectors is None):
             raise ValueError("give either `model` (a teacher to run) or `vectors` (a file of ready vectors)")
+        if self.vectors is not None and self.dense is not None:
+            raise ValueError("`dense` chooses a head of a `model`; ready `vectors` have none")
         return self
 
 
@@ -219,7 +222,7 @@ class Config(Section):
 def recipe_names() -> list[str]:
     """Names of the recipes that ship in the package."""
     return sorted(
-        p.name.removesuffix(".yaml") for p in files("jasper_fast.recipes").iterdir() if p.name.endswith(".yaml")
+        p.name.removesuffix(".yaml") for p in (files("jasper_fast") / "recipes").iterdir() if p.name.endswith(".yaml")
     )
 
 
@@ -285,7 +288,7 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any]
         return yaml.safe_load(yaml.safe_dump(dict(source))), "the given configuration"
     name = str(source) if source is not None else DEFAULT_RECIPE
     if name in recipe_names():
-        text, where = (files("jasper_fast.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+        text, where = (files("jasper_fast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
     else:
         path = Path(name)
         if not path.is_file():

@@ -1,0 +1,181 @@
+"""Batches for one stage: rows by the stateless sampler, texts tokenised ahead of time, frozen encoders pooled once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.config import Config, StageConfig
+from jasper_fast.encode import MicroBatches, pool_texts
+from jasper_fast.errors import JasperError
+from jasper_fast.files import write_atomic
+from jasper_fast.model import Student
+from jasper_fast.sampler import BatchPlan, neighbour_batches, neighbour_graph, random_batches
+
+AHEAD = 2  # batches prepared while one trains
+POOL_CHUNK = 4096  # texts per published piece of the pooled states
+
+
+class Teachers(Protocol):
+    """What batches need of the teachers' vectors."""
+
+    fingerprint: str
+    width: int
+
+    def read(self, rows: np.ndarray) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: how to get its pooled states, and its targets."""
+
+    teacher: Tensor  # (B, D) fp32 unit vectors
+    texts: MicroBatches | None  # None: the states are pooled already
+    pooled: Tensor | None  # (B, hidden) fp32
+    tokens: int
+    padded: int
+    wait: float  # seconds that training waited for it
+
+
+def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
+    """The stage's rows for every step.
+
+    Args:
+        index: the stage's position in the configuration.
+        n: training texts.
+    """
+    stage = config.stages[index]
+    n = min(n, stage.texts or n)
+    if n < stage.batch_size:
+        raise JasperError(
+            f"stage {stage.name!r}: a batch of {stage.batch_size} from {n} training texts; lower its batch_size or "
+            "give more text"
+        )
+    if stage.batches == "random":
+        return random_batches(n, stage.batch_size, config.seed, index)
+    if n < stage.neighbours:
+        raise JasperError(f"stage {stage.name!r}: neighbourhoods of {stage.neighbours} from {n} training texts")
+    return neighbour_batches(_graph(config, stage, n, teachers, say), stage.batch_size, config.seed, index)
+
+
+def _graph(config: Config, stage: StageConfig, n: int, teachers: Teachers, say: Callable[[str], None]) -> np.ndarray:
+    """The neighbour graph of the first ``n`` texts, kept beside the teachers' vectors."""
+    key = hashlib.blake2b(json.dumps([teachers.fingerprint, n, stage.neighbours]).encode(), digest_size=8).hexdigest()
+    path = Path(config.data.cache) / f"neighbours-{key}.npy"
+    if not path.exists():
+        say(f"finding the {stage.neighbours - 1} nearest neighbours of {n} texts by the teachers' vectors")
+        graph = neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, stage.neighbours)
+        write_npy(path, graph)
+    return np.load(path, mmap_mode="r")
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Save an array so that a reader sees all of it or none."""
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(path, buffer.getvalue())
+
+
+class PooledStates:
+    """Pooled states of a frozen encoder for exactly the rows that a stage will ask for, computed once.
+
+    Pieces are published one by one under ``folder``, so an interrupted run goes on where it was.
+    """
+
+    def __init__(self, folder: Path, rows: np.ndarray) -> None:
+        self.folder = folder
+        self.rows = rows  # (R,) int64, ascending
+        self.states: np.ndarray | None = None
+
+    def compute(self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any]) -> None:
+        """Fill in what is missing; ``pool`` maps rows to (rows, hidden) float32."""
+        pieces = []
+        for number, start in enumerate(range(0, len(self.rows), POOL_CHUNK)):
+            rows, path = self.rows[start : start + POOL_CHUNK], self.folder / f"{number:06d}.npy"
+            if not path.exists():
+                write_npy(path, pool(rows))
+            pieces.append(np.load(path, mmap_mode="r"))
+            progress(len(rows))
+        self.pieces = pieces
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """(B, hidden) fp32 states of rows that were computed."""
+        at = np.searchsorted(self.rows, rows)
+        return torch.from_numpy(np.stack([self.pieces[i // POOL_CHUNK][i % POOL_CHUNK] for i in at]))
+
+    def discard(self) -> None:
+        """Delete the pieces: the stage is over."""
+        self.pieces = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def pooled_states(
+    folder: Path,
+    student: Student,
+    stage: StageConfig,
+    plan: BatchPlan,
+    texts: Any,
+    device: torch.device,
+    precision: Any,
+    progress: Callable[[int], Any],
+) -> PooledStates:
+    """Pool what the stage will read, with the encoder as it is now (frozen for the stage)."""
+    rows = np.unique(np.concatenate([plan(step) for step in range(stage.steps)]))
+    states = PooledStates(folder, rows)
+    length = stage.max_length or student.max_length
+
+    def pool(part: np.ndarray) -> np.ndarray:
+        chosen = texts[part.tolist()]
+        parts = pool_texts(student, chosen["text"], chosen["role"], length, device, precision, POOL_CHUNK)
+        return np.concatenate(list(parts))
+
+    states.compute(pool, progress)
+    return states
+
+
+def stage_batches(
+    stage: StageConfig,
+    first_step: int,
+    plan: BatchPlan,
+    texts: Any,
+    teachers: Teachers,
+    student: Student,
+    pooled: PooledStates | None,
+) -> Iterator[tuple[int, Batch]]:
+    """Yield (stage step, batch) from ``first_step`` to the stage's end, the next ones being prepared meanwhile."""
+    length = stage.max_length or student.max_length
+
+    def prepare(step: int) -> Batch:
+        rows = plan(step)
+        teacher = teachers.read(rows)
+        if pooled is not None:
+            return Batch(teacher, None, pooled.read(rows), 0, 0, 0.0)
+        chosen = texts[rows.tolist()]
+        micro = MicroBatches.of(student.tokenize(chosen["text"], chosen["role"], length), stage.micro_batch)
+        return Batch(teacher, micro, None, micro.tokens, micro.padded, 0.0)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
+        ahead: list[Future[Batch]] = []
+        try:
+            for step in range(first_step, stage.steps):
+                while len(ahead) < AHEAD and step + len(ahead) < stage.steps:
+                    ahead.append(worker.submit(prepare, step + len(ahead)))
+                asked = time.perf_counter()
+                batch = ahead.pop(0).result()
+                yield step, Batch(**{**batch.__dict__, "wait": time.perf_counter() - asked})
+        finally:
+            for future in ahead:
+                future.cancel()

@@ -1,0 +1,116 @@
+"""Running the student's encoder over many texts: the device, its precision, micro-batches sorted by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.env import cpu_bf16_is_fast
+from jasper_fast.model import Student
+
+EVAL_MICRO_BATCH = 32
+
+
+def pick_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
+    """bf16 autocast where it is asked for, or where ``auto`` finds a device that is fast at it."""
+    bf16 = precision == "bf16" or (precision == "auto" and (device.type == "cuda" or cpu_bf16_is_fast()))
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Texts of one batch in order of length, cut into micro-batches, with the way back.
+
+    Args:
+        token_ids: per micro-batch, the token ids of its texts.
+        inverse: (B,) int64; ``sorted[inverse]`` is the batch's own order.
+        tokens: tokens without padding.
+        padded: tokens with each micro-batch padded to its longest text.
+    """
+
+    token_ids: list[list[list[int]]]
+    inverse: Tensor
+    tokens: int
+    padded: int
+
+    @classmethod
+    def of(cls, token_ids: Sequence[list[int]], micro_batch: int) -> MicroBatches:
+        """Sort by length (stable) and cut."""
+        lengths = np.array([len(ids) for ids in token_ids])
+        order = np.argsort(lengths, kind="stable")
+        parts = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+        inverse = np.empty(len(order), dtype=np.int64)
+        inverse[order] = np.arange(len(order))
+        return cls(
+            [[token_ids[i] for i in part] for part in parts],
+            torch.from_numpy(inverse),
+            int(lengths.sum()),
+            int(sum(lengths[part].max() * len(part) for part in parts)),
+        )
+
+    def pool(self, student: Student, device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Tensor:
+        """Mean-pooled encoder states of the whole batch in its own order, (B, hidden) fp32."""
+        pooled = []
+        for ids in self.token_ids:
+            with autocast(device, precision):
+                pooled.append(student.pool(ids, device))
+        return torch.cat(pooled).float()[self.inverse.to(device)]
+
+
+@torch.no_grad()
+def pool_texts(
+    student: Student,
+    texts: Sequence[str],
+    roles: Sequence[str],
+    max_length: int,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+    chunk: int = 4096,
+) -> Iterator[np.ndarray]:
+    """Pooled states of many texts without a graph, chunk after chunk in the texts' order, (chunk, hidden) float32."""
+    training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(texts), chunk):
+            token_ids = student.tokenize(texts[start : start + chunk], roles[start : start + chunk], max_length)
+            yield MicroBatches.of(token_ids, EVAL_MICRO_BATCH).pool(student, device, precision).cpu().numpy()
+    finally:
+        student.train(training)
+
+
+def student_encoder(
+    student: Student,
+    widths: Sequence[int] | None,
+    max_length: int,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+) -> Callable[[list[str], str], dict[int, np.ndarray]]:
+    """A function (texts, role) -> {width: (n, width) unit vectors} that reads each text once for all widths.
+
+    ``widths`` None gives the pooled states themselves, normalised: the student before it has heads.
+    """
+
+    @torch.no_grad()
+    def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
+        pooled = np.concatenate(list(pool_texts(student, texts, [role] * len(texts), max_length, device, precision)))
+        if widths is None:
+            vectors = {pooled.shape[1]: torch.from_numpy(pooled)}
+        else:
+            training = student.training
+            student.eval()
+            vectors = student.project(torch.from_numpy(pooled).to(device), widths)
+            student.train(training)
+        return {w: torch.nn.functional.normalize(v.float(), dim=1).cpu().numpy() for w, v in vectors.items()}
+
+    return encode

@@ -1,0 +1,81 @@
+"""The end of a run: the exported model, its scores beside the teacher's, the report and the last line."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from jasper_fast.batches import Teachers
+from jasper_fast.card import run_facts
+from jasper_fast.config import Config
+from jasper_fast.encode import student_encoder
+from jasper_fast.encoders import load_model, model_encoder
+from jasper_fast.evaluate import PCA_ROWS, evaluate_run, load_evals
+from jasper_fast.export import export_student
+from jasper_fast.model import Student
+from jasper_fast.report import final_line, write_report
+from jasper_fast.run_folder import RESULTS, RunFolder
+
+VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
+
+
+def finish(
+    config: Config,
+    folder: RunFolder,
+    student: Student,
+    before: Student,
+    teachers: Teachers,
+    texts: Any,
+    transductive: list[str],
+    device: torch.device,
+) -> None:
+    """Export, evaluate and report; ``results.json`` comes last and marks the run as finished.
+
+    Args:
+        student: trained.
+        before: the student as it was, whose pooled states are the score before.
+        texts: the training texts (``datasets.Dataset``).
+        transductive: names of evaluation sets of which texts were trained on.
+    """
+    facts = run_facts(config, texts=len(texts))
+    export_student(student, folder.model, card=facts, replace=True)
+    untrained = student_encoder(before.to(device), None, student.max_length, device, config.precision)
+    rows = np.arange(min(len(texts), PCA_ROWS))
+    scores = evaluate_run(
+        config,
+        load_evals(config.evaluate),
+        untrained,
+        model_encoder(load_model(str(folder.model))),  # what users will load
+        teachers.read(rows).numpy(),
+    )
+    results = {
+        "recipe": config.name,
+        **scores,
+        "transductive": transductive,
+        "facts": {
+            "texts": len(texts),
+            "student_parameters": sum(p.numel() for p in student.parameters()),
+            "teacher_width": teachers.width,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+            "threads": torch.get_num_threads(),
+            "versions": {name: found for name in VERSIONS_OF if (found := _version(name))},
+        },
+    }
+    card = run_facts(config, results=results, texts=len(texts))
+    export_student(student, folder.model, card=card, replace=True)
+    write_report(folder.path, results)
+    folder.write_json(RESULTS, results)
+    print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
+    if scores:
+        print(final_line(results))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""What a run says while it works: a progress bar, one line per few steps, JSONL always, trackers when asked."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from jasper_fast.config import Config, LogConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.files import write_atomic
+
+PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood")
+
+
+class Tracker(Protocol):
+    def log(self, values: dict[str, float], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Progress bar, terminal lines, ``log.jsonl`` and trackers of one run.
+
+    Args:
+        folder: the run's folder.
+        config: the run's configuration (its ``log`` section chooses the trackers).
+        total: steps over all stages.
+        done: steps done before, when a run goes on; later lines of the old log are dropped.
+    """
+
+    def __init__(self, folder: Path, config: Config, total: int, done: int) -> None:
+        from tqdm import tqdm
+
+        self.path = folder / "log.jsonl"
+        self.every = config.log.every
+        self._forget_after(done)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.trackers = [_tracker(name, folder, config) for name in config.log.trackers]
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
+        """Note one step. ``record`` holds the step's numbers; it is printed every few steps and at a stage's end."""
+        self.event("step", stage=stage, **record)
+        self.bar.set_description(stage, refresh=False)
+        self.bar.update(1)
+        if last or record["stage_step"] % self.every == 0:
+            self.say(_line(stage, record))
+            numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+            for tracker in self.trackers:
+                tracker.log({f"{stage}/{k}": v for k, v in numbers.items()}, record["step"])
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Append one line to ``log.jsonl``."""
+        self.file.write(json.dumps({"event": event, **facts}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _forget_after(self, done: int) -> None:
+        """Drop lines of steps that will be repeated, and a last line that was cut short."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("step", 0) <= done:
+                kept.append(line + "\n")
+        write_atomic(self.path, "".join(kept))
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Raise before any work where a tracker that is asked for is not installed."""
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise JasperError(f"log.trackers asks for {name!r}, which is not installed: pip install {name}")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB: the device's where there is one, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _line(stage: str, record: dict[str, Any]) -> str:
+    parts = "  ".join(f"{part} {record[part]:.5f}" for part in PARTS if part in record)
+    speed = f"{record['texts_per_s']:.0f} texts/s  {record['tokens_per_s']:.0f} tokens/s"
+    return (
+        f"{stage} {record['stage_step']}  loss {record['loss']:.4f}  {parts}  |grad| {record['grad_norm']:.3f}  "
+        f"lr {record['lr']:.2e}  {speed}  padding {100 * record['padding']:.0f} %  "
+        f"data wait {100 * record['data_wait']:.0f} %  {record['memory_gb']:.2f} GB"
+    )
+
+
+def _tracker(name: str, folder: Path, config: Config) -> Tracker:
+    make: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: _TensorBoard(folder),
+        "wandb": lambda: _WandbLike("wandb", config),
+        "trackio": lambda: _WandbLike("trackio", config),
+    }
+    return make[name]()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandbLike:
+    """Weights & Biases, or trackio, which speaks the same interface."""
+
+    def __init__(self, module: str, config: Config) -> None:
+        import importlib
+
+        self.module = importlib.import_module(module)
+        self.module.init(project=config.log.project, name=config.name, config=config.model_dump(mode="json"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.module.log(values, step=step)
+
+    def close(self) -> None:
+        self.module.finish()

@@ -1,0 +1,79 @@
+"""A run's folder: one writer at a time, one configuration for its whole life, and a mark when it is finished."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jasper_fast.config import Config, config_difference, dump_config
+from jasper_fast.errors import JasperError
+from jasper_fast.files import sweep_unfinished, write_atomic
+
+CONFIG, RESULTS = "config.yaml", "results.json"
+MAY_CHANGE = ("log", "checkpoint")  # sections that do not touch the numbers
+
+
+class RunFolder:
+    """Paths of a run and what is known of it. See :func:`open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / RESULTS).exists()
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def existing_difference(path: Path, config: Config) -> list[str]:
+    """How ``config`` differs from the one the folder was started with, where that would change the numbers."""
+    old_file = path / CONFIG
+    if not old_file.exists():
+        return []
+    old = yaml.safe_load(old_file.read_text(encoding="utf-8"))
+    new = config.model_dump(mode="json")
+    for section in MAY_CHANGE:
+        old.pop(section, None)
+        new.pop(section, None)
+    return config_difference(old, new)
+
+
+@contextmanager
+def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
+    """Hold the run's folder for this process.
+
+    Raises:
+        JasperError: another process holds it, or it was started with another configuration (the difference is named).
+    """
+    difference = existing_difference(path, config)
+    if difference:
+        raise JasperError(
+            f"{path} was started with another configuration:\n  - "
+            + "\n  - ".join(difference)
+            + "\nuse the old one to go on, or --out DIR for a new run"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise JasperError(
+            f"the run's folder {path} cannot be written: {error.strerror}; choose another --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JasperError(f"another process is at work in {path}; wait for it or choose another --out") from None
+        sweep_unfinished(path)
+        write_atomic(path / CONFIG, dump_config(config))
+        yield RunFolder(path)

@@ -1,0 +1,94 @@
+"""Which rows make up which batch: a pure function of (seed, step), so a resumed run needs no loader state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+BatchPlan = Callable[[int], np.ndarray]  # stage step -> (B,) int64 rows
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, stage: int, epoch: int) -> np.ndarray:
+    """The order of ``n`` rows in one epoch of one stage, (n,) int64."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stage, epoch]))).permutation(n)
+
+
+def random_batches(n: int, batch_size: int, seed: int, stage: int) -> BatchPlan:
+    """Every epoch shuffles all rows and deals them out in batches; the incomplete rest of an epoch is left out.
+
+    Args:
+        n: rows to draw from.
+        batch_size: rows per batch, at most ``n``.
+        seed, stage: with the epoch, they determine the order.
+    """
+    per_epoch = n // batch_size
+    if per_epoch == 0:
+        raise ValueError(f"a batch of {batch_size} cannot be drawn from {n} rows")
+
+    def rows(step: int) -> np.ndarray:
+        epoch, position = divmod(step, per_epoch)
+        return permutation(n, seed, stage, epoch)[position * batch_size : (position + 1) * batch_size]
+
+    return rows
+
+
+def neighbour_batches(graph: np.ndarray, batch_size: int, seed: int, stage: int) -> BatchPlan:
+    """Batches of whole neighbourhoods: seed rows in shuffled order, each followed by its nearest neighbours.
+
+    A row that a batch already holds is replaced by the next seeds' rows, so that every batch has ``batch_size``
+    distinct rows.
+
+    Args:
+        graph: (n, k) int; column 0 is the row itself, then its k − 1 nearest neighbours, nearest first.
+        batch_size: rows per batch, a multiple of k and at most n.
+        seed, stage: with the epoch, they determine the order of the seed rows.
+    """
+    n, k = graph.shape
+    groups = batch_size // k
+    if n < batch_size or not groups or batch_size % k:
+        raise ValueError(f"a batch of {batch_size} cannot be made of groups of {k} from {n} rows")
+    per_epoch = n // groups
+
+    def rows(step: int) -> np.ndarray:
+        epoch, position = divmod(step, per_epoch)
+        order = permutation(n, seed, stage, epoch)
+        seeds = np.roll(order, -position * groups)
+        distinct = _first_distinct(graph[seeds[:groups]].ravel())
+        if len(distinct) < batch_size:  # overlapping neighbourhoods: fill up with the seeds that come next
+            distinct = _first_distinct(np.concatenate([distinct, seeds[groups : groups + 2 * batch_size], seeds]))
+        return distinct[:batch_size]
+
+    return rows
+
+
+def neighbour_graph(vectors: Callable[[np.ndarray], np.ndarray], n: int, k: int, block: int = 2048) -> np.ndarray:
+    """The k nearest rows of every row by inner product of the teacher's vectors, the row itself first.
+
+    Args:
+        vectors: rows (int64) -> (rows, D) float32 unit vectors.
+        n: number of rows; all n vectors are held in memory.
+        k: rows per neighbourhood, the row itself included.
+
+    Returns:
+        (n, k) int32.
+    """
+    import torch
+
+    if n < k:
+        raise ValueError(f"a neighbourhood of {k} needs at least {k} rows, got {n}")
+    corpus = torch.as_tensor(vectors(np.arange(n)))  # (n, D)
+    graph = np.empty((n, k), dtype=np.int32)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        scores = corpus[start:stop] @ corpus.T  # (block, n)
+        scores[torch.arange(stop - start), torch.arange(start, stop)] = torch.inf  # the row itself comes first
+        graph[start:stop] = scores.topk(k, dim=1).indices.numpy()
+    return graph
+
+
+def _first_distinct(rows: np.ndarray) -> np.ndarray:
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)].astype(np.int64)

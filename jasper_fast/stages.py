@@ -1,0 +1,133 @@
+"""One stage of a run: what trains, what the losses compare, and how the learning rate moves."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.config import LossWeights, StageConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.losses import JasperLoss, JasperLossOutput
+from jasper_fast.model import Student
+
+
+def trained_names(student: Student, stage: StageConfig) -> list[str]:
+    """Names of the parameters that a stage trains, in the model's order.
+
+    Heads that the stage does not use are left out even where a glob names them: no loss would reach them.
+
+    Raises:
+        JasperError: a glob matches no parameter, or more layers are asked for than there are.
+    """
+    every = [name for name, _ in student.named_parameters()]
+    chosen: set[str] = set()
+    for glob in stage.train:
+        matched = fnmatch.filter(every, glob)
+        if not matched:
+            raise JasperError(
+                f"stage {stage.name!r}: `train` glob {glob!r} matches no parameter; names look like "
+                f"{every[0]!r} and {every[-1]!r} (`--dry-run` lists them)"
+            )
+        chosen.update(matched)
+    if stage.last_layers > student.num_layers:
+        raise JasperError(
+            f"stage {stage.name!r}: last_layers {stage.last_layers}, but the student has {student.num_layers} layers"
+        )
+    if stage.last_layers:
+        chosen.update(student.layer_parameters(stage.last_layers))
+    used = {str(width) for width in stage.heads}
+    independent = len(student.heads) > 1  # prefix heads are all the widest one's
+    idle = [f"heads.{width}." for width in student.heads if independent and width not in used]
+    names = [name for name in every if name in chosen and not any(name.startswith(prefix) for prefix in idle)]
+    if not names:
+        raise JasperError(f"stage {stage.name!r}: the parameters it names belong only to heads that it does not use")
+    return names
+
+
+def set_trained(student: Student, names: Iterable[str]) -> None:
+    """Let exactly the named parameters require a gradient."""
+    wanted = set(names)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        parameter.grad = None
+
+
+def frozen_digest(student: Student) -> str:
+    """A digest of every weight that must not change in the current stage."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_optimizer(student: Student, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW over what trains; biases and norms (fewer than two dimensions) are not decayed."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": stage.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, fused=True)
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """The learning rate of one step (counted from 0): linear warm-up, then the stage's schedule down to 0."""
+    warmup = round(stage.warmup * stage.steps)
+    if step < warmup:
+        return stage.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, stage.steps - warmup)
+    if stage.schedule == "linear":
+        return stage.lr * (1.0 - done)
+    if stage.schedule == "cosine":
+        return stage.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return stage.lr
+
+
+class StageLoss(nn.Module):
+    """A stage's losses: FC1 against the teachers, the narrow heads against the teachers or the student's FC1 vector.
+
+    Args:
+        stage: weights, margin, temperature, and what teaches the narrow heads.
+        widest: the width of FC1.
+    """
+
+    def __init__(self, stage: StageConfig, widest: int) -> None:
+        super().__init__()
+        self.widest = widest
+        self.own_target = stage.narrow_target == "self"
+        self.together = not self.own_target and stage.narrow_weights is None
+        self.wide = _jasper_loss(stage.weights, stage)
+        self.narrow = _jasper_loss(stage.narrow_weights or stage.weights, stage)
+
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+        """Losses of a batch.
+
+        Args:
+            students: width -> (B, width) vectors.
+            teacher: (B, D) unit target vectors.
+        """
+        if self.together:
+            return self.wide(students, teacher)
+        narrow = {width: vectors for width, vectors in students.items() if width != self.widest}
+        outputs = []
+        if self.widest in students:
+            outputs.append(self.wide({self.widest: students[self.widest]}, teacher))
+        if narrow:
+            outputs.append(self.narrow(narrow, students[self.widest].detach() if self.own_target else teacher))
+        return outputs[0] if len(outputs) == 1 else JasperLossOutput(*(a + b for a, b in zip(*outputs, strict=True)))
+
+
+def _jasper_loss(weights: LossWeights, stage: StageConfig) -> JasperLoss:
+    return JasperLoss(
+        weights=(weights.cosine, weights.similarity, weights.relative_similarity),
+        margin=stage.margin,
+        neighbourhood=weights.neighbourhood,
+        temperature=stage.temperature,
+    )

@@ -1,0 +1,61 @@
+"""A checkpoint restores everything, and a damaged one is never loaded."""
+
+import json
+
+import pytest
+import torch
+
+from jasper_fast.checkpoint import Position, latest_checkpoint, save_checkpoint
+from jasper_fast.errors import JasperError
+
+
+def trained(steps=3):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.randn(3, 4)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_round_trip_of_weights_optimiser_and_random_numbers(tmp_path):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, Position(3, 0, 3), model, optimizer, {"texts": 5}, keep=2)
+    expected_random = torch.rand(4)
+    other, other_optimizer = trained(0)
+    torch.rand(9)
+    found = latest_checkpoint(tmp_path)
+    assert found.position == Position(3, 0, 3) and found.facts == {"texts": 5}
+    found.load_model(other)
+    found.load_state(other_optimizer)
+    assert torch.equal(torch.rand(4), expected_random)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    a, b = optimizer.state_dict(), other_optimizer.state_dict()
+    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+
+
+def test_retention_and_fall_back(tmp_path, capsys):
+    model, optimizer = trained()
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, Position(step, 0, step), model, optimizer, {}, keep=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{i:08d}" for i in (2, 3, 4)]
+    weights = tmp_path / "step-00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "step-00000003" / "manifest.json").write_text('{"position')
+    assert latest_checkpoint(tmp_path).position.step == 2
+    said = capsys.readouterr().out
+    assert "step-00000004 is damaged (model.safetensors is not what was written)" in said
+    assert "step-00000003 is damaged" in said
+
+
+def test_nothing_whole_is_an_error(tmp_path):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, Position(1, 0, 1), model, optimizer, {}, keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "state.pt").unlink()
+    assert "state.pt" in manifest["files"]
+    with pytest.raises(JasperError, match=r"no checkpoint .* is whole .*state.pt is missing"):
+        latest_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path / "absent") is None

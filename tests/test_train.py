@@ -1,0 +1,353 @@
+"""The whole way at small size: stages, frozen weights, resume bit for bit, faults, and what a user sees."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jasper_fast.config import load_config
+from jasper_fast.errors import ConfigError, JasperError
+
+LOSSES = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0}
+
+
+def write_data(folder: Path, texts: list[str]) -> None:
+    """Training texts, and a similarity set whose sentences are not among them."""
+    with open(folder / "texts.jsonl", "w") as file:
+        for text in texts[:160]:
+            file.write(json.dumps({"text": text}) + "\n")
+    lines = [f"{i % 5}.0\t{texts[160 + i]}\t{texts[199 - i]}" for i in range(18)]
+    (folder / "pairs.tsv").write_text("score\tsentence1\tsentence2\n" + "\n".join(lines) + "\n")
+
+
+def settings(folder: Path, bert: Path) -> dict:
+    """A run of three stages that takes a second or two."""
+    return {
+        "name": "tiny",
+        "student": {"model": str(bert), "layers": [0, 2], "heads": [32, 16, 8], "max_length": 32, "vector_dropout": 0.1},
+        "teachers": [{"model": str(bert), "max_length": 32}],
+        "data": {"sources": [{"path": str(folder / "texts.jsonl")}], "cache": str(folder / "cache")},
+        "evaluate": [{"path": str(folder / "pairs.tsv")}],
+        "stages": [
+            {"name": "one", "train": ["heads.32.*"], "heads": [32], "batch_size": 16, "steps": 6, "lr": 1e-2},
+            {
+                "name": "two",
+                "train": ["heads.32.*"],
+                "last_layers": 1,
+                "heads": [32],
+                "batch_size": 16,
+                "steps": 6,
+                "lr": 1e-3,
+                "gradient_checkpointing": True,
+            },
+            {
+                "name": "three",
+                "train": ["*"],
+                "heads": [32, 16, 8],
+                "batch_size": 16,
+                "steps": 8,
+                "lr": 1e-3,
+                "narrow_target": "self",
+                "batches": "neighbours",
+                "neighbours": 4,
+                "micro_batch": 5,
+                "narrow_weights": {"similarity": 200.0, "neighbourhood": 1.0},
+            },
+        ],
+        "log": {"every": 2},
+        "checkpoint": {"every": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_bert, tiny_texts):
+    """Data, and one run of the tiny recipe left alone from start to end."""
+    from jasper_fast.train import train
+
+    folder = tmp_path_factory.mktemp("world")
+    write_data(folder, tiny_texts)
+    tree = settings(folder, tiny_bert)
+    train(tree, out=folder / "alone")
+    return folder, tree
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000020"
+    return load_file(newest / "model.safetensors")
+
+
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Weights bit for bit, and the log of every step once, with the same numbers."""
+    ours, expected = final_weights(run), final_weights(alone)
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(ours[name], expected[name]), name
+    assert losses_in(run) == losses_in(alone)
+
+
+def losses_in(run: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "grad_norm", "lr")
+    return [tuple(r.get(k) for k in keep) for r in records if r["event"] == "step"]
+
+
+def test_a_run_leaves_everything_a_user_expects(world):
+    folder, tree = world
+    run = folder / "alone"
+    assert [step[0] for step in losses_in(run)] == list(range(1, 21))
+    for name in ("config.yaml", "results.json", "report.md", "model/modules.json", "model/README.md"):
+        assert (run / name).is_file(), name
+    assert not list(run.rglob("*.bin")) and not list((run / "model").rglob("*.pt"))
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    assert not (run / "pooled").exists() or not list((run / "pooled").rglob("*.npy"))
+    results = json.loads((run / "results.json").read_text())
+    rows = {(row["model"], row["width"]) for row in results["rows"]}
+    assert {("teacher", 32), ("student before", 32), ("student", 32), ("student", 16), ("student", 8)} <= rows
+    assert {("teacher PCA", 8), ("teacher truncated", 8)} <= rows
+
+
+def test_stage_one_trains_the_head_alone_and_learns(world):
+    folder, _ = world
+    losses = losses_in(folder / "alone")
+    assert losses[5][1] < 0.8 * losses[0][1]  # stage one
+    assert losses[11][1] < losses[6][1]  # stage two
+
+
+def test_a_finished_run_says_so_and_does_nothing(world, capsys):
+    from jasper_fast.train import train
+
+    folder, tree = world
+    before = {p: p.stat().st_mtime_ns for p in (folder / "alone").rglob("*") if p.is_file() and p.name != ".lock"}
+    train(tree, out=folder / "alone")
+    assert "is finished" in capsys.readouterr().out
+    before.pop(folder / "alone" / "config.yaml")
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(world):
+    from jasper_fast.train import train
+
+    folder, tree = world
+    with pytest.raises(JasperError, match=r"stages.1.lr: 0.001 -> 0.5"):
+        train(tree, out=folder / "alone", overrides=[("stages.1.lr", 0.5)])
+    train(tree, out=folder / "alone", overrides=[("log.every", 7)])  # what does not touch the numbers may change
+
+
+def run_in_child(tree: dict, out: str) -> None:
+    """Entry point of a process that will be killed."""
+    torch.set_num_threads(1)
+    from jasper_fast.train import train
+
+    train(tree, out=out)
+
+
+def fork_server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jasper_fast.train", "jasper_fast.finish", "datasets", "sentence_transformers"])
+    return context
+
+
+def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:
+    """Start the run again and again, SIGKILL it at random moments, then let it end. Returns the kills that struck."""
+    context, chance, struck = fork_server(), random.Random(seed), 0
+    for _ in range(kills):
+        child = context.Process(target=run_in_child, args=(tree, str(out)))
+        child.start()
+        child.join(timeout=chance.uniform(0.05, 3.0))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            struck += 1
+        child.join()
+    child = context.Process(target=run_in_child, args=(tree, str(out)))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return struck
+
+
+@pytest.fixture(scope="module")
+def alone_on_one_thread(world):
+    """The undisturbed run under the same number of threads as the killed ones."""
+    folder, tree = world
+    child = fork_server().Process(target=run_in_child, args=(tree, str(folder / "one-thread")))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return folder / "one-thread"
+
+
+def test_a_run_killed_at_random_moments_ends_bit_identical(world, alone_on_one_thread):
+    folder, tree = world
+    tree = tree | {"data": tree["data"] | {"cache": str(folder / "cache-killed")}}
+    run = folder / "killed"
+    struck = kill_and_restart(tree, run, kills=4, seed=1)
+    assert struck >= 2
+    assert_same_run(run, alone_on_one_thread)
+
+
+@pytest.mark.soak
+def test_ten_kills_end_bit_identical(world, alone_on_one_thread):
+    folder, tree = world
+    for seed in range(2, 5):
+        tree = tree | {"data": tree["data"] | {"cache": str(folder / f"cache-{seed}")}}
+        assert kill_and_restart(tree, folder / f"killed-{seed}", kills=10, seed=seed) >= 4
+        assert_same_run(folder / f"killed-{seed}", alone_on_one_thread)
+
+
+def test_sigterm_saves_and_leaves_with_a_message(world, alone_on_one_thread, capfd):
+    folder, tree = world
+    slow = tree | {"checkpoint": {"every": 1000}}
+    run = folder / "stopped"
+    child = fork_server().Process(target=run_in_child, args=(slow, str(run)))
+    child.start()
+    log = run / "log.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= 8):
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == 1  # the exception Stopped reached the top of the child
+    assert "the same command goes on from here" in capfd.readouterr().err
+    last = sorted((run / "checkpoints").iterdir())[-1].name
+    assert last == f"step-{len(losses_in(run)):08d}"  # saved at the step it stopped at, not at the last interval
+    run_in_child_threads = torch.get_num_threads()
+    try:
+        run_in_child(slow, str(run))
+    finally:
+        torch.set_num_threads(run_in_child_threads)
+    assert_same_run(run, alone_on_one_thread)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(world, tmp_path, capsys):
+    import shutil
+
+    from jasper_fast.train import train
+
+    folder, tree = world
+    run = tmp_path / "cut"
+    shutil.copytree(folder / "alone", run)
+    (run / "results.json").unlink()
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    (newest / "state.pt").write_bytes(b"half")
+    train(tree, out=run)
+    assert "is damaged" in capsys.readouterr().out
+    assert_same_run(run, folder / "alone")
+
+
+def test_two_processes_do_not_share_a_run(world, tmp_path):
+    from jasper_fast.run_folder import open_run
+
+    _, tree = world
+    config = load_config(tree)
+    with (
+        open_run(tmp_path / "run", config),
+        pytest.raises(JasperError, match="another process is at work"),
+        open_run(tmp_path / "run", config),
+    ):
+        pass
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path, monkeypatch):
+    from jasper_fast.train import train
+
+    folder, tree = world
+    monkeypatch.setattr("jasper_fast.stages.StageLoss.forward", spoil_third_call())
+    with pytest.raises(JasperError, match=r"stage 'one', step 3 .* loss part similarity is not finite"):
+        train(tree, out=tmp_path / "nan")
+    saved = sorted((tmp_path / "nan" / "checkpoints").iterdir())
+    assert [p.name for p in saved] == ["step-00000002"]
+    assert all(t.isfinite().all() for t in load_file(saved[0] / "model.safetensors").values())
+
+
+def spoil_third_call():
+    from jasper_fast.stages import StageLoss
+
+    true_forward, calls = StageLoss.forward, []
+
+    def forward(self, students, teacher):
+        calls.append(1)
+        output = true_forward(self, students, teacher)
+        if len(calls) < 3:
+            return output
+        bad = output.similarity * float("nan")
+        return output._replace(similarity=bad, loss=output.loss + bad)
+
+    return forward
+
+
+def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
+    import jasper_fast.train as module
+
+    folder, tree = world
+    honest = module.learning_rate
+
+    def meddle(stage, step):
+        frame_student = meddle.student
+        with torch.no_grad():
+            next(iter(frame_student.encoder.parameters())).add_(1e-3)
+        return honest(stage, step)
+
+    build = module.build_student
+
+    def remember(config):
+        meddle.student = build(config)
+        return meddle.student
+
+    monkeypatch.setattr(module, "build_student", remember)
+    monkeypatch.setattr(module, "learning_rate", meddle)
+    with pytest.raises(JasperError, match="a frozen weight changed"):
+        module.train(tree, out=tmp_path / "frozen")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("stages.0.train", ["heads.99.*"])], "matches no parameter"),
+        ([("stages.1.last_layers", 9)], "the student has 2 layers"),
+        ([("stages.0.train", ["heads.16.*"])], "belong only to heads that it does not use"),
+        ([("student.layers", [0, 7])], "student.layers"),
+        ([("student.model", "no/such-model")], "was not found"),
+        ([("stages.2.batch_size", 4096)], "a batch of 4096 from"),
+        ([("log.trackers", ["wandb"])], "pip install wandb"),
+    ],
+)
+def test_impossible_runs_are_refused_before_training(world, tmp_path, overrides, message):
+    from jasper_fast.train import train
+
+    _, tree = world
+    if "wandb" in message:
+        pytest.importorskip("torch")
+        from importlib.util import find_spec
+
+        if find_spec("wandb"):
+            overrides, message = [("stages.0.train", ["nope"])], "matches no parameter"
+    with pytest.raises(JasperError, match=message):
+        train(tree, out=tmp_path / "bad", overrides=overrides)
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+def test_print_config_and_dry_run(world, tmp_path, capsys):
+    import yaml
+
+    from jasper_fast.train import main
+
+    _, tree = world
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    main(["--config", str(path), "--print-config", "--stages.0.lr", "0.5"])
+    assert load_config(yaml.safe_load(capsys.readouterr().out)).stages[0].lr == 0.5
+    main(["--config", str(path), "--dry-run", "--out", str(tmp_path / "dry")])
+    plan = capsys.readouterr().out
+    assert "heads.32.weight" in plan and "stage three" in plan and not (tmp_path / "dry").exists()
+    with pytest.raises(ConfigError, match="unknown key"):
+        main(["--config", str(path), "--nonsense", "1"])
