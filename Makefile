@@ -47,7 +47,9 @@ bench: $(VENV)/.dev  ## one benchmark: make bench ARGS="losses"; without ARGS, t
 env: $(VENV)/.demo  ## what is in use on this machine, and why
 	$(BIN)/python -m jasper_fast.env
 
+# Without a fresh build folder, setuptools packs what an earlier build left there.
 wheel: $(VENV)/.base  ## dist/*.whl, with the compiled extension or not at all
+	rm -rf build dist
 	JASPER_FAST_REQUIRE_EXTENSION=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
@@ -67,16 +69,19 @@ $(VENV)/.base: constraints.txt
 
 # What training needs, and no more: these minutes belong to the first run.
 $(VENV)/.demo: $(VENV)/.base $(PACKAGE)
+	@touch $(VENV)/.building
 	$(INSTALL) -e ".[demo]"
 	@$(extension_note)
 	@touch $@
 
 # What tests, lint and benchmarks need besides; everything of .demo is in it.
 $(VENV)/.dev: $(VENV)/.base $(PACKAGE)
+	@touch $(VENV)/.building
 	$(INSTALL) -e ".[dev]"
 	@$(extension_note)
 	@touch $(VENV)/.demo $@
 
-# pip hides what setup.py prints, so a build that went on without the extension is told here.
-extension_note = ls jasper_fast/_C*.so >/dev/null 2>&1 || \
-	echo "warning: jasper_fast was installed WITHOUT its compiled extension (slower). For the compiler's message: JASPER_FAST_REQUIRE_EXTENSION=1 $(INSTALL) --no-deps -e ." >&2
+# pip hides what setup.py prints, so a build that went on without the extension, or left an older one, is told here.
+extension_note = find jasper_fast -maxdepth 1 -name '_C*.so' -newer $(VENV)/.building | grep -q . || \
+	echo "warning: the compiled extension was NOT built; jasper_fast works without it, slower." \
+	"For the compiler's message: JASPER_FAST_REQUIRE_EXTENSION=1 $(INSTALL) --no-deps -e ." >&2

@@ -1,0 +1,118 @@
+"""What `python -m jasper_fast.env` says is what is in use, and `import jasper_fast` stays light."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import jasper_fast
+from jasper_fast import env, ops
+
+
+def run(code_or_module, *arguments, cwd):
+    how = ["-m", code_or_module] if " " not in code_or_module else ["-c", code_or_module]
+    return subprocess.run(
+        [sys.executable, *how, *arguments], cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("fpu sse2 avx avx2", False),
+        ("avx2 avx512f avx512_vnni amx_tile amx_int8", False),
+        ("avx2 avx512f avx512_bf16", True),
+        ("avx2 avx512f amx_tile amx_bf16", True),
+        ("", False),
+    ],
+)
+def test_bf16_is_chosen_only_where_the_cpu_multiplies_it(monkeypatch, flags, fast):
+    monkeypatch.setattr(env, "cpu_features", lambda: frozenset(flags.split()))
+    assert env.cpu_bf16_is_fast() is fast
+    cpu = env.environment()["cpu"]
+    assert cpu["precision"] == ("bf16" if fast else "fp32")
+    assert ("emulated" in cpu["precision_reason"]) is not fast
+
+
+def test_cpuinfo_is_read_by_its_own_keys(monkeypatch):
+    lines = (
+        "processor\t: 0\nmodel name\t: A CPU: fast\nvmx flags\t: vnmi\nflags\t\t: fpu avx2 amx_bf16\nbugs\t\t: none\n"
+    )
+    monkeypatch.setattr(env.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(env.Path, "read_text", lambda self, errors: lines)
+    env.cpu_features.cache_clear()
+    try:
+        assert env.cpu_features() == {"fpu", "avx2", "amx_bf16"}
+        assert env._cpu()["model"] == "A CPU: fast"
+    finally:
+        env.cpu_features.cache_clear()
+
+
+def test_the_report_is_json_and_true(tmp_path):
+    found = json.loads(run("jasper_fast.env", "--json", cwd=tmp_path))
+    assert found["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["jasper_fast"]["version"] == jasper_fast.__version__
+    assert found["extension"]["loaded"] is (ops.extension_error() is None)
+    assert len(found["gpus"]["devices"]) == torch.cuda.device_count()
+
+
+def test_a_missing_extension_is_said_with_its_reason(monkeypatch):
+    monkeypatch.setattr(ops, "extension_path", lambda: None)
+    monkeypatch.setattr(ops, "extension_error", lambda: "no _C*.so beside the package")
+    text = env.describe(env.environment())
+    assert "extension" in text and "not in use: no _C*.so beside the package" in text
+
+
+def test_gpus_are_listed(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141_000_000_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    text = env.describe(env.environment())
+    assert text.count("NVIDIA H200, sm_90, 141.0 GB") == 2
+    assert "none in use" not in text
+
+
+def test_absent_tools_say_what_to_type(monkeypatch):
+    monkeypatch.setattr(env, "_version", lambda name: None)
+    text = env.describe(env.environment())
+    assert "pip install 'jasper_fast[tracking]'" in text
+    assert "pip install 'jasper_fast[export]'" in text
+
+
+@pytest.mark.parametrize(
+    "what", ["jasper_fast", "jasper_fast.losses", "jasper_fast.ops", "jasper_fast.env", "bench.__main__"]
+)
+def test_imports_stay_light(what, pytestconfig):
+    heavy = "{'transformers', 'datasets', 'sentence_transformers', 'matplotlib', 'sklearn', 'pandas'}"
+    out = run(f"import sys, {what}; print(sorted({heavy} & set(sys.modules)))", cwd=pytestconfig.rootpath)
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import jasper_fast; t = jasper_fast.train",
+        "import jasper_fast.train; t = jasper_fast.train",
+        "from jasper_fast import train as t",
+        "import jasper_fast.train as t",
+        "from jasper_fast.train import Work; import jasper_fast; t = jasper_fast.train",
+        "import importlib; t = importlib.import_module('jasper_fast.train')",
+    ],
+)
+def test_train_is_the_function_and_the_module_in_every_order_of_imports(order, tmp_path):
+    code = (
+        f"{order}\nfrom jasper_fast.errors import JasperError\n"
+        "assert t.train.__name__ == 'train' and callable(t.main)\n"
+        "try: t({'no such key': 1})\nexcept JasperError as error: print(error)"
+    )
+    assert "no such key" in run(code, cwd=tmp_path)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        jasper_fast.trian  # noqa: B018

@@ -1,0 +1,134 @@
+"""What is declared is what is there: packages, data, dependencies, pins; and the wheel works away from the checkout."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirements(*groups):
+    return [Requirement(line) for group in groups for line in group]
+
+
+def pins():
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {
+        canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in map(Requirement, filter(None, lines))
+    }
+
+
+def imported_by(folder):
+    names = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names - {"jasper_fast", "bench"}
+
+
+def test_every_package_and_every_data_file_is_declared():
+    data = SETUPTOOLS["package-data"]
+    for file in (ROOT / "jasper_fast").rglob("*"):
+        path = file.relative_to(ROOT)
+        if file.is_dir() or "__pycache__" in path.parts or path.suffix == ".so" or "kernels" in path.parts:
+            continue
+        package = ".".join(path.parent.parts)
+        if path.suffix == ".py":
+            assert package in SETUPTOOLS["packages"], f"add {package} to [tool.setuptools] packages"
+        else:
+            inside = path.relative_to("jasper_fast").as_posix()
+            assert any(fnmatch(inside, glob) for glob in data["jasper_fast"]), f"{path} would not be in the wheel"
+
+
+def test_kernels_is_the_symlinked_folder_and_no_regular_package():
+    link = ROOT / "jasper_fast" / "kernels"
+    assert link.is_symlink() and link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide the PyPI package that transformers imports
+
+
+def test_every_direct_dependency_is_pinned_inside_its_range():
+    pinned = pins()
+    for requirement in requirements(PROJECT["dependencies"], *EXTRAS.values()):
+        name = canonicalize_name(requirement.name)
+        if name in ("jasper-fast", "triton"):  # torch brings the triton it was built with
+            continue
+        assert name in pinned, f"pin {name} in constraints.txt"
+        assert requirement.specifier.contains(pinned[name]), (
+            f"{name}=={pinned[name]} is outside {requirement.specifier}"
+        )
+
+
+def test_every_third_party_import_is_declared():
+    declared = {canonicalize_name(r.name) for r in requirements(PROJECT["dependencies"], *EXTRAS.values())}
+    known = packages_distributions()
+    for name in sorted(imported_by(ROOT / "jasper_fast") | imported_by(ROOT / "bench")):
+        owners = {canonicalize_name(owner) for owner in known.get(name, [name])}
+        assert owners & declared, f"{name} ({', '.join(owners)}) is imported but not declared in pyproject.toml"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["no_such_benchmark"]])
+def test_bench_lists_what_there_is(arguments):
+    done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    there = [
+        f.stem for f in (ROOT / "bench").glob("*.py") if not f.stem.startswith(("_", "test_", "bench_", "conftest"))
+    ]
+    assert all(f"python -m bench {name}" in done.stderr for name in there)
+    assert ("no benchmark called 'no_such_benchmark'" in done.stderr) == (arguments == ["no_such_benchmark"])
+
+
+@pytest.mark.soak
+def test_the_wheel_works_away_from_the_checkout(tmp_path):
+    source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
+    skip = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        "dist",
+        ".",
+    ]
+    subprocess.run(pip, cwd=source, env={**os.environ, "JASPER_FAST_REQUIRE_EXTENSION": "1"}, check=True)
+
+    (wheel,) = (source / "dist").glob("*.whl")
+    assert "-cp311-abi3-" in wheel.name
+    zipfile.ZipFile(wheel).extractall(site)
+    shutil.rmtree(source)
+    elsewhere.mkdir()
+    inside = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=elsewhere, env=inside, capture_output=True, text=True, check=True).stdout
+
+    found = json.loads(run("-m", "jasper_fast.env", "--json"))
+    assert found["jasper_fast"]["path"] == str(site / "jasper_fast")
+    assert found["extension"]["loaded"] and Path(found["extension"]["path"]).parent == site / "jasper_fast"
+    assert (site / "jasper_fast" / "py.typed").is_file()
+    recipes = {file.name for file in (ROOT / "jasper_fast" / "recipes").glob("*.yaml")}
+    assert {file.name for file in (site / "jasper_fast" / "recipes").iterdir()} == recipes
+    assert str(site) in run("-c", "import jasper_fast.kernels; print(list(jasper_fast.kernels.__path__))")
