@@ -180,7 +180,8 @@ def evaluate_run(
     if not evalsets:
         return {}
     rows: list[Row] = []
-    if (teacher := teacher_encoder(config.teachers, config.data.cache)) is not None:
+    teacher: EncodeWidths | None = teacher_encoder(config.teachers, config.data.cache)
+    if teacher is not None:
         floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads) if train_vectors is not None else {}
         rows += score_rows(evalsets, {TEACHER: teacher}, floors)
     rows += before if isinstance(before, list) else score_rows(evalsets, {BEFORE: before})
@@ -191,7 +192,7 @@ def evaluate_run(
 def scores_table(rows: Sequence[Row]) -> str:
     """Rows as a table for the terminal: per cent, and beside each model what share of the teacher it kept."""
     columns = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    teacher = next((row["scores"] for row in rows if row["model"] == TEACHER), {})
+    teacher: dict[str, float] = next((row["scores"] for row in rows if row["model"] == TEACHER), {})
     table = [["model", "width", *columns]]
     for row in rows:
         cells = []

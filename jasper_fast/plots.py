@@ -1,0 +1,187 @@
+"""Pictures of a run: loss curves, quality against width, student against teacher. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which readers who are colour-blind can tell apart; markers and dashes differ too
+COLOURS = {TEACHER: "#000000", STUDENT: "#0072B2", BEFORE: "#999999", PCA: "#E69F00", TRUNCATED: "#009E73"}
+LABELS = {
+    TEACHER: "teacher, full width",
+    STUDENT: "student",
+    BEFORE: "student before training",
+    PCA: "teacher, PCA",
+    TRUNCATED: "teacher, first coordinates",
+}
+PARTS = {
+    "cosine": ("cosine", "#D55E00"),
+    "similarity": ("similarity", "#009E73"),
+    "relative_similarity": ("relative similarity", "#CC79A7"),
+    "neighbourhood": ("neighbourhood", "#E69F00"),
+}
+DPI = 150
+PANELS_PER_ROW = 3
+SMOOTH_SHARE = 0.02  # of a stage's steps, the window of the running mean
+
+
+def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
+    """The loss and its unweighted parts against the step, stages marked.
+
+    Args:
+        steps: the step lines of log.jsonl, in order.
+        file: the PNG is written there.
+    """
+    stages = _stages(steps)
+    parts = [part for part in PARTS if any(part in line for line in steps)]
+    figure, axes = _figure(1, 2, (10, 4))
+    upper, lower = axes
+    for name, lines in stages:
+        _curve(upper, lines, "loss", COLOURS[STUDENT], None)
+        for part in parts:
+            present = [line for line in lines if part in line]
+            label = PARTS[part][0] if name == stages[0][0] else None
+            if present:
+                _curve(lower, present, part, PARTS[part][1], label)
+    for axis, title in ((upper, "loss (weighted sum over heads)"), (lower, "its parts, unweighted")):
+        axis.set_title(title, loc="left", fontsize=11, pad=20)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        _mark_stages(axis, stages)
+    if parts:
+        lower.legend(frameon=False, fontsize=9, ncol=2)
+    _save(figure, file)
+
+
+def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Quality against width for every set: the student's heads, the teacher made narrow, the teacher as it is."""
+    sets = results["sets"]
+    figure, axes = _grid(len(sets))
+    for axis, evalset in zip(axes, sets, strict=False):
+        key = f"{evalset['name']}/{evalset['metric']}"
+        for model, style in ((STUDENT, "o-"), (PCA, "s--"), (TRUNCATED, "^:")):
+            points = _points(results, model, key)
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=COLOURS[model], label=LABELS[model], markersize=6)
+        for width, score in _points(results, TEACHER, key):
+            axis.axhline(score, color=COLOURS[TEACHER], linewidth=1, label=f"{LABELS[TEACHER]} ({width})")
+        widths = sorted({width for model in (STUDENT, PCA, TRUNCATED) for width, _ in _points(results, model, key)})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(widths, [str(width) for width in widths])
+        axis.minorticks_off()
+        axis.set_xlabel("width of the vectors")
+        axis.set_ylabel(f"{evalset['metric']}, %")
+        axis.set_title(evalset["name"], loc="left", fontsize=11)
+    _shared_legend(figure, axes[: len(sets)])
+    _save(figure, file)
+
+
+def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Teacher, student before and student after, at full width, as bars for every set."""
+    sets = results["sets"]
+    figure, (axis,) = _figure(1, 1, (max(5.0, 1.9 * len(sets) + 2.5), 4))
+    models = [m for m in (TEACHER, BEFORE, STUDENT) if any(row["model"] == m for row in results["rows"])]
+    thickness = 0.8 / len(models)
+    for position, model in enumerate(models):
+        heights = [_widest(results, model, f"{s['name']}/{s['metric']}") for s in sets]
+        places = np.arange(len(sets)) + (position - (len(models) - 1) / 2) * thickness
+        label = {TEACHER: "teacher", STUDENT: "student after training"}.get(model, LABELS[model])
+        bars = axis.bar(places, heights, 0.94 * thickness, color=COLOURS[model], label=label)
+        texts = ["" if math.isnan(height) else f"{height:.1f}" for height in heights]
+        axis.bar_label(bars, texts, fontsize=8, padding=2)
+    axis.set_xticks(range(len(sets)), [f"{s['name']}\n{s['metric']}" for s in sets], fontsize=9)
+    axis.tick_params(axis="x", length=0)
+    axis.set_ylabel("score, %")
+    axis.set_title("full width", loc="left", fontsize=11)
+    _shared_legend(figure, [axis])
+    _save(figure, file)
+
+
+def _stages(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    names = list(dict.fromkeys(line["stage"] for line in steps))
+    return [(name, [line for line in steps if line["stage"] == name]) for name in names]
+
+
+def _curve(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, colour: str, label: str | None) -> None:
+    """The values faintly and their running mean clearly; a window never reaches into another stage."""
+    x = np.array([line["step"] for line in lines])
+    y = np.array([line[key] for line in lines], dtype=float)
+    window = max(1, round(SMOOTH_SHARE * len(y)) | 1)
+    if window > 1:
+        axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
+    padded = np.pad(y, window // 2, mode="edge")
+    axis.plot(x, np.convolve(padded, np.ones(window) / window, "valid"), color=colour, linewidth=1.6, label=label)
+
+
+def _mark_stages(axis: Axes, stages: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
+    for number, (name, lines) in enumerate(stages):
+        first, last = lines[0]["step"], lines[-1]["step"]
+        if number:
+            axis.axvline(first, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.text(
+            (first + last) / 2, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8
+        )
+
+
+def _points(results: Mapping[str, Any], model: str, key: str) -> list[tuple[int, float]]:
+    return sorted(
+        (r["width"], 100 * r["scores"][key]) for r in results["rows"] if r["model"] == model and key in r["scores"]
+    )
+
+
+def _widest(results: Mapping[str, Any], model: str, key: str) -> float:
+    points = _points(results, model, key)
+    return points[-1][1] if points else math.nan
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure without a window or any global state (pyplot keeps both)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(np.ravel(figure.subplots(rows, columns)))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _grid(panels: int) -> tuple[Figure, list[Axes]]:
+    columns = min(PANELS_PER_ROW, panels)
+    rows = math.ceil(panels / columns)
+    figure, axes = _figure(rows, columns, (max(5.0, 3.6 * columns), 3.3 * rows + 0.6))
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=min(4, len(entries)),
+            frameon=False,
+            fontsize=9,
+        )
+
+
+def _save(figure: Figure, file: IO[bytes]) -> None:
+    figure.savefig(file, format="png", dpi=DPI)

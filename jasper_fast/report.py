@@ -1,0 +1,254 @@
+"""``report.md`` of a run: what it kept of its teacher, what was trained on what, and pictures of both."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jasper_fast.errors import JasperError
+from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share
+from jasper_fast.files import write_atomic
+from jasper_fast.models import resolve_model
+
+NO_PLOTS = (
+    "There are no pictures because matplotlib is not installed: `pip install matplotlib`, then write the report again."
+)
+
+
+def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) -> Path:
+    """Write ``report.md`` and ``plots/*.png`` from a run's config.yaml, log.jsonl and results.json.
+
+    Args:
+        run_dir: the run's folder; its ``model`` folder, where there is one, is measured too.
+        results: what results.json holds or will hold; None reads the file.
+
+    Returns:
+        the path of report.md.
+
+    Raises:
+        JasperError: one of the files is missing or broken.
+    """
+    folder = Path(run_dir)
+    config = _read(folder / "config.yaml", yaml.safe_load)
+    if results is None:
+        results = dict(_read(folder / "results.json", json.loads))
+    steps = _steps(_read(folder / "log.jsonl", str.splitlines))
+    pictures = _plots(folder / "plots", steps, results)
+    sections = [
+        f"# Report of the run {config['name']}",
+        f"**{final_line(results)}**",
+        _transductive(results),
+        _scores(results),
+        pictures.get("sets", ""),
+        _widths(results),
+        pictures.get("widths", ""),
+        _stages(config, steps),
+        pictures.get("losses", ""),
+        pictures.get("missing", ""),
+        _facts(config, results, folder),
+    ]
+    path = folder / "report.md"
+    write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def final_line(results: Mapping[str, Any]) -> str:
+    """One line: the primary score before, after, and the teacher's, as far as each is known.
+
+    Args:
+        results: the content of results.json.
+    """
+    if not results.get("rows"):
+        return "no evaluation set was given, so there is no score"
+    name, metric = results["primary"]["set"], results["primary"]["metric"]
+    before, after, teacher = (_widest(results, model, f"{name}/{metric}") for model in (BEFORE, STUDENT, TEACHER))
+    start = "" if before is None else f"before {100 * before:.1f} → "
+    end = "" if teacher is None else f" · teacher {100 * teacher:.1f}"
+    kept = kept_share(after, teacher)
+    share = "" if kept is None else f" ({kept:.1f} % kept)"
+    return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{share}"
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JasperError(
+            f"{path} is missing: the report is written of a run that ended; is this its folder?"
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise JasperError(f"{path} cannot be read: {error}") from None
+
+
+def _steps(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Step lines in order; where a resumed run did a step again the later line counts."""
+    records = [json.loads(line) for line in lines if line.strip()]
+    last = {record["step"]: record for record in records if record.get("event") == "step"}
+    return [last[step] for step in sorted(last)]
+
+
+def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, str]:
+    """Draw what there is to draw; Markdown by picture."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return {"missing": NO_PLOTS}
+    from jasper_fast import plots
+
+    drawings: dict[str, tuple[str, Any]] = {}
+    if steps:
+        drawings["losses"] = ("Loss curves", lambda file: plots.plot_losses(steps, file))
+    if results.get("rows"):
+        drawings["sets"] = ("Student against teacher", lambda file: plots.plot_sets(results, file))
+        drawings["widths"] = ("Quality against width", lambda file: plots.plot_widths(results, file))
+    markdown = {}
+    for name, (title, draw) in drawings.items():
+        content = io.BytesIO()
+        draw(content)
+        write_atomic(folder / f"{name}.png", content.getvalue())
+        markdown[name] = f"![{title}](plots/{name}.png)"
+    return markdown
+
+
+def _transductive(results: Mapping[str, Any]) -> str:
+    names = results.get("transductive", [])
+    if not names:
+        return ""
+    return (
+        f"*Transductive*: texts of {', '.join(names)} were among the training texts (without labels), so those scores "
+        "say less about new texts."
+    )
+
+
+def _scores(results: Mapping[str, Any]) -> str:
+    """Student before and after beside the teacher, at full width, for every metric."""
+    rows = results.get("rows")
+    if not rows:
+        return ""
+    table = [["set", "metric", "teacher", "student before", "student after", "kept"]]
+    for key in dict.fromkeys(key for row in rows for key in row["scores"]):
+        name, metric = key.rsplit("/", 1)
+        teacher, before, after = (_widest(results, model, key) for model in (TEACHER, BEFORE, STUDENT))
+        table.append([name, metric, _cell(teacher), _cell(before), _cell(after), _share(after, teacher)])
+    return "## Student and teacher at full width\n\nPer cent.\n\n" + _markdown(table, 2)
+
+
+def _widths(results: Mapping[str, Any]) -> str:
+    """Every width beside what the teacher's vectors give at that width without training."""
+    if not results.get("rows"):
+        return ""
+    table = [["set", "width", "student", "kept", "teacher, PCA", "teacher, first coordinates"]]
+    for evalset in results["sets"]:
+        key = f"{evalset['name']}/{evalset['metric']}"
+        by_model = {model: _by_width(results, model, key) for model in (STUDENT, PCA, TRUNCATED)}
+        teacher = _widest(results, TEACHER, key)
+        for width in sorted(set().union(*by_model.values()), reverse=True):
+            student, pca, truncated = (scores.get(width) for scores in by_model.values())
+            label = f"{evalset['name']} {evalset['metric']}"
+            cells = [_cell(student), _share(student, teacher), _cell(pca), _cell(truncated)]
+            table.append([label, str(width), *cells])
+    text = "Per cent; *kept* is the share of the full-width teacher's score. PCA was fitted on the training texts."
+    return f"## Every width\n\n{text}\n\n" + _markdown(table, 1)
+
+
+def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    table = [["stage", "trains", "heads", "losses", "batch", "rate", "steps", "minutes", "texts/s", "loss"]]
+    for stage in config["stages"]:
+        done = [line for line in steps if line["stage"] == stage["name"]]
+        trains = [f"`{glob}`" for glob in stage["train"]]
+        if stage["last_layers"]:
+            trains.append(f"last {stage['last_layers']} layers")
+        losses = ", ".join(
+            f"{weight:g} {name.replace('_', ' ')}" for name, weight in stage["weights"].items() if weight
+        )
+        seconds = sum(stage["batch_size"] / line["texts_per_s"] for line in done if line["texts_per_s"] > 0)
+        speed = f"{len(done) * stage['batch_size'] / seconds:.0f}" if seconds else ""
+        loss = f"{done[0]['loss']:.3f} → {done[-1]['loss']:.3f}" if done else ""
+        heads = ", ".join(map(str, stage["heads"]))
+        numbers = [
+            str(stage["batch_size"]),
+            f"{stage['lr']:g}",
+            str(stage["steps"]),
+            f"{seconds / 60:.1f}",
+            speed,
+            loss,
+        ]
+        table.append([stage["name"], ", ".join(trains), heads, losses, *numbers])
+    return "## Training\n\n" + _markdown(table, 4)
+
+
+def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> str:
+    student, data = config["student"], config["data"]
+    layers = student["layers"]
+    which = {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers")
+    lines = [
+        f"- student: `{student['model']}`, {which}, at most {student['max_length']} tokens{_size(folder / 'model')}"
+    ]
+    for teacher in config["teachers"]:
+        if teacher["model"] is None:
+            lines.append(f"- teacher: vectors from `{teacher['vectors']}`")
+        else:
+            size = _size(Path(resolve_model(teacher["model"])))
+            lines.append(f"- teacher: `{teacher['model']}`, at most {teacher['max_length']} tokens{size}")
+    lines.append("- texts: " + ", ".join(f"`{source['path']}`" for source in data["sources"]))
+    lines.append(f"- seed: {config['seed']}")
+    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in results.get("facts", {}).items()]
+    return "## Facts\n\n" + "\n".join(lines)
+
+
+def _size(folder: Path) -> str:
+    """Parameters and bytes of the weights in a model folder; empty where there are none to read."""
+    from safetensors import safe_open
+
+    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return ""
+    parameters = 0
+    for file in files:
+        with safe_open(file, "np") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for side in weights.get_slice(name).get_shape():
+                    size *= side
+                parameters += size
+    return f"; {parameters / 1e6:.1f} M parameters, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+
+
+def _by_width(results: Mapping[str, Any], model: str, key: str) -> dict[int, float]:
+    return {r["width"]: r["scores"][key] for r in results["rows"] if r["model"] == model and key in r["scores"]}
+
+
+def _widest(results: Mapping[str, Any], model: str, key: str) -> float | None:
+    scores = _by_width(results, model, key)
+    return scores[max(scores)] if scores else None
+
+
+def _cell(score: float | None, digits: int = 2) -> str:
+    return "–" if score is None else f"{100 * score:.{digits}f}"
+
+
+def _share(score: float | None, teacher: float | None) -> str:
+    kept = kept_share(score, teacher)
+    return "–" if kept is None else f"{kept:.1f} %"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _markdown(table: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first ``left`` columns are text and the others numbers."""
+    head, *body = table
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, rule, *body])
