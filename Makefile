@@ -5,7 +5,10 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
+# Compiling every installed module takes a minute and more; Python compiles the tenth that is used when it is first used,
+# and must be let to keep the result.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(filter-out %.md,$(wildcard csrc/*))
 PACKAGE := pyproject.toml setup.py constraints.txt $(CSRC)
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -64,24 +67,24 @@ $(VENV)/.base: constraints.txt
 	@echo "Setting up $(VENV) (torch first, the largest download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
-	$(PIP) install -c constraints.txt torch setuptools wheel
+	$(INSTALL) torch setuptools wheel
 	@touch $@
 
 # What training needs, and no more: these minutes belong to the first run.
 $(VENV)/.demo: $(VENV)/.base $(PACKAGE)
 	@touch $(VENV)/.building
-	$(INSTALL) -e ".[demo]"
+	$(INSTALL) --no-build-isolation -e ".[demo]"
 	@$(extension_note)
 	@touch $@
 
 # What tests, lint and benchmarks need besides; everything of .demo is in it.
 $(VENV)/.dev: $(VENV)/.base $(PACKAGE)
 	@touch $(VENV)/.building
-	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	@$(extension_note)
 	@touch $(VENV)/.demo $@
 
 # pip hides what setup.py prints, so a build that went on without the extension, or left an older one, is told here.
 extension_note = find jasper_fast -maxdepth 1 -name '_C*.so' -newer $(VENV)/.building | grep -q . || \
 	echo "warning: the compiled extension was NOT built; jasper_fast works without it, slower." \
-	"For the compiler's message: JASPER_FAST_REQUIRE_EXTENSION=1 $(INSTALL) --no-deps -e ." >&2
+	"For the compiler's message: JASPER_FAST_REQUIRE_EXTENSION=1 $(INSTALL) --no-build-isolation --no-deps -e ." >&2
