@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which readers who are colour-blind can tell apart; markers and dashes differ too
-COLOURS = {TEACHER: "#000000", STUDENT: "#0072B2", BEFORE: "#999999", PCA: "#E69F00", TRUNCATED: "#009E73"}
+COLOURS = {TEACHER: "#333333", STUDENT: "#0072B2", BEFORE: "#A6CEE8", PCA: "#E69F00", TRUNCATED: "#009E73"}
 LABELS = {
     TEACHER: "teacher, full width",
     STUDENT: "student",
@@ -31,7 +31,8 @@ PARTS = {
 }
 DPI = 150
 PANELS_PER_ROW = 3
-SMOOTH_SHARE = 0.02  # of a stage's steps, the window of the running mean
+LEGEND_ENTRY = 2.1  # inches that the longest entry takes
+SMOOTH_SHARE = 0.03  # of all steps, the window of the running mean
 
 
 def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
@@ -45,20 +46,20 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
     parts = [part for part in PARTS if any(part in line for line in steps)]
     figure, axes = _figure(1, 2, (10, 4))
     upper, lower = axes
-    for name, lines in stages:
-        _curve(upper, lines, "loss", COLOURS[STUDENT], None)
+    window = round(SMOOTH_SHARE * len(steps)) | 1  # odd
+    for _, lines in stages:
+        _curve(upper, lines, "loss", COLOURS[STUDENT], None, window)
         for part in parts:
             present = [line for line in lines if part in line]
-            label = PARTS[part][0] if name == stages[0][0] else None
             if present:
-                _curve(lower, present, part, PARTS[part][1], label)
-    for axis, title in ((upper, "loss (weighted sum over heads)"), (lower, "its parts, unweighted")):
+                _curve(lower, present, part, PARTS[part][1], PARTS[part][0], window)
+    for axis, title in ((upper, "loss, as weighted in each stage"), (lower, "its parts, unweighted")):
         axis.set_title(title, loc="left", fontsize=11, pad=20)
         axis.set_xlabel("step")
         axis.set_yscale("log")
+        _plain_log_ticks(axis)
         _mark_stages(axis, stages)
-    if parts:
-        lower.legend(frameon=False, fontsize=9, ncol=2)
+    _shared_legend(figure, [lower])
     _save(figure, file)
 
 
@@ -88,8 +89,8 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
 def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
     """Teacher, student before and student after, at full width, as bars for every set."""
     sets = results["sets"]
-    figure, (axis,) = _figure(1, 1, (max(5.0, 1.9 * len(sets) + 2.5), 4))
-    models = [m for m in (TEACHER, BEFORE, STUDENT) if any(row["model"] == m for row in results["rows"])]
+    figure, (axis,) = _figure(1, 1, (max(5.5, 1.6 * len(sets) + 1.5), 4))
+    models = [m for m in (BEFORE, STUDENT, TEACHER) if any(row["model"] == m for row in results["rows"])]
     thickness = 0.8 / len(models)
     for position, model in enumerate(models):
         heights = [_widest(results, model, f"{s['name']}/{s['metric']}") for s in sets]
@@ -100,6 +101,8 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.bar_label(bars, texts, fontsize=8, padding=2)
     axis.set_xticks(range(len(sets)), [f"{s['name']}\n{s['metric']}" for s in sets], fontsize=9)
     axis.tick_params(axis="x", length=0)
+    margin = max(0.5, 1.2 - 0.3 * len(sets))  # a single set's bars are not to fill the picture
+    axis.set_xlim(-margin, len(sets) - 1 + margin)
     axis.set_ylabel("score, %")
     axis.set_title("full width", loc="left", fontsize=11)
     _shared_legend(figure, [axis])
@@ -111,15 +114,27 @@ def _stages(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[
     return [(name, [line for line in steps if line["stage"] == name]) for name in names]
 
 
-def _curve(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, colour: str, label: str | None) -> None:
-    """The values faintly and their running mean clearly; a window never reaches into another stage."""
+def _curve(
+    axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, colour: str, label: str | None, window: int
+) -> None:
+    """The values faintly and their running mean clearly; the mean never reaches into another stage."""
     x = np.array([line["step"] for line in lines])
     y = np.array([line[key] for line in lines], dtype=float)
-    window = max(1, round(SMOOTH_SHARE * len(y)) | 1)
     if window > 1:
         axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
-    padded = np.pad(y, window // 2, mode="edge")
-    axis.plot(x, np.convolve(padded, np.ones(window) / window, "valid"), color=colour, linewidth=1.6, label=label)
+    ones = np.ones(window)
+    mean = np.convolve(y, ones, "full") / np.convolve(np.ones_like(y), ones, "full")  # fewer values at the ends
+    start = window // 2
+    axis.plot(x, mean[start : start + len(y)], color=colour, linewidth=1.6, label=label)
+
+
+def _plain_log_ticks(axis: Axes) -> None:
+    """0.1 instead of 10⁻¹; between the powers of ten only where few of them are in sight."""
+    low, high = axis.get_ylim()
+    between = "2346" if high < 40 * low else ""
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
+    axis.tick_params(axis="y", which="both", labelsize=9)
 
 
 def _mark_stages(axis: Axes, stages: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
@@ -173,13 +188,9 @@ def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
+        columns = max(1, min(len(entries), int(figure.get_figwidth() / LEGEND_ENTRY)))
         figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="outside lower center",
-            ncols=min(4, len(entries)),
-            frameon=False,
-            fontsize=9,
+            list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )
 
 
