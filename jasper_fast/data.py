@@ -1,0 +1,257 @@
+"""The training texts: read, kept apart from evaluation, treated, made distinct, shuffled, and published as one dataset.
+
+Memory stays bounded whatever their number: texts go by hash into buckets, and a bucket at a time is sorted in memory.
+The order is that of a hash keyed by the seed, so it depends on the set of texts alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jasper_fast.arrow import read_mapped, stream_bytes, write_index
+from jasper_fast.config import Config, DataConfig, SourceConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.files import TEMPORARY, publish_dir, sha256, write_atomic
+from jasper_fast.sources import draw, read_source, source_stamp
+from jasper_fast.treatment import treat
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+__all__ = ["build_texts", "normal_form", "prepare_texts", "read_source", "text_digest", "texts_fingerprint"]
+
+FORMAT = 1  # raised when the same settings would give other texts
+BUCKETS = 256
+BUFFERED = 2**26  # characters held in memory before the buckets are written out
+FILE_CHARACTERS = 2**28  # characters per published file
+
+Text = tuple[str, str, str]  # text, role, digest
+
+
+def normal_form(text: str) -> str:
+    """What "the same text" means where evaluation texts are kept out of training: white space and case do not count."""
+    return " ".join(text.split()).casefold()
+
+
+def text_digest(text: str, role: str = "document") -> str:
+    """BLAKE2b-128 of role and text, in hexadecimal: the identity of a training text."""
+    return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def texts_fingerprint(texts: Dataset) -> str:
+    """The identity of a dataset of texts: a hash of its ``digest`` column in order."""
+    if "digest" not in texts.column_names:
+        raise ValueError(f"expected a dataset with a column `digest`, got {texts.column_names}")
+    whole = hashlib.blake2b(digest_size=16)
+    for batch in texts.select_columns(["digest"]).with_format("arrow").iter(65_536):
+        whole.update("".join(batch.column("digest").to_pylist()).encode())
+    return whole.hexdigest()
+
+
+def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> Dataset:
+    """The training texts as a memory-mapped dataset; built once and published at ``{data.cache}/texts-<settings>``.
+
+    Args:
+        data: sources and treatment. A source's ``limit`` draws from its documents, ``data.limit`` from the final texts.
+        seed: of the draws, the treatment and the order.
+        exclude: normal forms; a document that has one of them, whole or in one of its columns, is dropped before
+            cutting, and so is a piece that turns out to be one.
+
+    Returns:
+        columns ``text``, ``role`` and ``digest``; distinct texts, shuffled.
+
+    Raises:
+        JasperError: a source cannot be read, is empty or has a bad row, or no text is left.
+    """
+    from datasets import load_from_disk
+    from filelock import FileLock
+
+    barred = frozenset(exclude)
+    settings = {
+        "format": FORMAT,
+        "seed": seed,
+        "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype"}),
+        "sources": [source_stamp(source) for source in data.sources],
+        "excluded": hashlib.sha256("\0".join(sorted(barred)).encode("utf-8", "surrogatepass")).hexdigest(),
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = Path(data.cache).expanduser() / f"texts-{key}"
+    locks = folder.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.name}.lock"):  # other processes of the run wait here for the first
+        if not (folder / "state.json").is_file() or not _files_whole(folder):
+            _remove_unfinished(folder)
+            with publish_dir(folder, replace=True) as temporary:
+                _build(data, seed, barred, settings, temporary)
+    return load_from_disk(str(folder))
+
+
+def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
+    """A run's training texts without the texts of its evaluation sets.
+
+    Returns:
+        (texts, names of evaluation sets of which some text is among them all the same: normally none).
+    """
+    from jasper_fast.evalsets import load_evals
+
+    forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in load_evals(config.evaluate)}
+    barred = frozenset[str]().union(*forms.values())
+    texts = build_texts(config.data, config.seed, barred)
+    found = {form for text in _column(texts, "text") if (form := normal_form(text)) in barred} if barred else set()
+    return texts, [name for name, kept in forms.items() if not kept.isdisjoint(found)]
+
+
+def _column(texts: Dataset, column: str) -> Iterator[str]:
+    for batch in texts.select_columns([column]).with_format("arrow").iter(10_000):
+        yield from batch.column(column).to_pylist()
+
+
+def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[str, Any], folder: Path) -> None:
+    from tqdm import tqdm
+
+    counts: Counter[str] = Counter()
+    with publish_dir(folder / "spool") as spool:
+        buckets = _Buckets(spool, seed)
+        for source in data.sources:
+            with tqdm(desc=f"reading {source.path}", unit=" texts", delay=2, leave=False) as bar:
+                for text in _source_texts(source, data, seed, barred, counts):
+                    buckets.add((text, source.role, text_digest(text, source.role)))
+                    bar.update()
+        texts = _limited(buckets.drain(), data.limit)
+        files = _write_files(folder, texts, counts)
+        for file in spool.iterdir():
+            file.unlink()
+    (folder / "spool").rmdir()
+    if not counts["texts"]:
+        told = ", ".join(f"{counts[k]} {k}" for k in ("documents", "excluded", "too short"))
+        raise JasperError(
+            f"no training text is left ({told}); give more data, or a smaller `min_chars` ({data.min_chars})"
+        )
+    facts = {
+        "counts": dict(sorted(counts.items())),
+        "settings": settings,
+        "sha256": {f: sha256(folder / f) for f in files},
+    }
+    write_atomic(folder / "texts.json", json.dumps(facts, indent=2, sort_keys=True))
+    write_index(folder, files, _features(), hashlib.sha256("".join(facts["sha256"].values()).encode()).hexdigest()[:16])
+
+
+def _source_texts(
+    source: SourceConfig, data: DataConfig, seed: int, barred: frozenset[str], counts: Counter[str]
+) -> Iterator[str]:
+    for cells, kept in draw(source, seed):
+        for document in ["\n".join(cells)] if source.join else [cells[i] for i in kept]:
+            document = document.strip()
+            counts["documents"] += 1
+            same = [document, *cells] if source.join else [document]
+            if barred and any(normal_form(part) in barred for part in same):
+                counts["excluded"] += 1
+                continue
+            pieces = [document]
+            if source.role == "document":
+                pieces = treat(document, seed, data.cut_share, data.cut_sentences, data.shuffle_share)
+            counts["cut"] += len(pieces) > 1
+            for piece in pieces:
+                if len(piece) < data.min_chars:
+                    counts["too short"] += 1
+                elif len(pieces) > 1 and normal_form(piece) in barred:
+                    counts["excluded"] += 1
+                else:
+                    yield piece
+
+
+class _Buckets:
+    """Texts parted by a hash keyed with the seed: equal texts meet in one bucket, and the buckets follow each other."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.key = folder, f"order {seed}".encode()[:64]
+        self.waiting: list[list[tuple[bytes, Text]]] = [[] for _ in range(BUCKETS)]
+        self.characters = self.written = 0
+
+    def add(self, text: Text) -> None:
+        place = hashlib.blake2b(text[2].encode(), key=self.key, digest_size=8).digest()
+        self.waiting[place[0]].append((place, text))
+        self.characters += len(text[0])
+        if self.characters > BUFFERED:
+            self._write_out()
+
+    def drain(self) -> Iterator[Text]:
+        """All distinct texts in order; ends the collection."""
+        for bucket, waiting in enumerate(self.waiting):
+            rows = set(waiting)
+            for file in self.folder.glob(f"{bucket:03d}-*"):
+                table = read_mapped(file)
+                columns = [table.column(name).to_pylist() for name in ("place", "text", "role", "digest")]
+                rows.update((place, (text, role, digest)) for place, text, role, digest in zip(*columns, strict=True))
+            waiting.clear()
+            yield from (text for _, text in sorted(rows))
+
+    def _write_out(self) -> None:
+        import pyarrow as pa
+
+        for bucket, waiting in enumerate(self.waiting):
+            if waiting:
+                names = ("text", "role", "digest")
+                columns: dict[str, Any] = {name: [text[i] for _, text in waiting] for i, name in enumerate(names)}
+                columns["place"] = [place for place, _ in waiting]
+                (self.folder / f"{bucket:03d}-{self.written}").write_bytes(stream_bytes(pa.table(columns)))
+                waiting.clear()
+        self.characters, self.written = 0, self.written + 1
+
+
+def _limited(texts: Iterable[Text], limit: int | None) -> Iterator[Text]:
+    for number, text in enumerate(texts):
+        if number == limit:
+            return
+        yield text
+
+
+def _write_files(folder: Path, texts: Iterator[Text], counts: Counter[str]) -> list[str]:
+    import pyarrow as pa
+
+    schema = _features().arrow_schema
+    names: list[str] = []
+    rows: list[Text] = []
+
+    def write() -> None:
+        names.append(f"texts-{len(names):05d}.arrow")
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        with pa.OSFile(str(folder / names[-1]), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_table(pa.table(columns, schema=schema), max_chunksize=1000)
+        rows.clear()
+
+    characters = 0
+    for text in texts:
+        rows.append(text)
+        counts["texts"] += 1
+        characters += len(text[0])
+        if characters > FILE_CHARACTERS:
+            write()
+            characters = 0
+    if rows:
+        write()
+    return names
+
+
+def _features() -> Features:
+    from datasets import Features, Value
+
+    return Features({name: Value("string") for name in ("text", "role", "digest")})
+
+
+def _files_whole(folder: Path) -> bool:
+    """Whether the published files are as they were written; a damaged folder is built again."""
+    facts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    return all((folder / name).is_file() and sha256(folder / name) == kept for name, kept in facts["sha256"].items())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left of this folder. The caller holds its lock, so nobody writes there."""
+    for left in folder.parent.glob(f"{TEMPORARY}{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)

