@@ -1,0 +1,406 @@
+"""The losses of Jasper and Stella (arXiv 2412.19048), and the neighbourhood loss, on batches of embeddings.
+
+Each takes (B, D) student and (B, E) teacher vectors in float16, bfloat16 or float32 (computed in float32, autocast or
+not) or float64, with any strides. Rows are normalised inside. NaN and inf go through to the loss and its gradient. A
+zero row gets no gradient. Wrong arguments raise from their metadata alone, without waiting for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jasper_fast import ops, reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SIMILARITY_METHODS = ("auto", "tile", "feature", "reference")
+RELATIVE_METHODS = ("auto", "exact", "reference")
+TIES = ("exclude", "label")
+REDUCTIONS = ("sum", "mean")
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cos over the rows. The paper sums; the published code takes this mean.
+
+    Args:
+        student: (B, D) vectors.
+        teacher: (B, D) vectors; gets a gradient if it requires one.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: not two matrices of equal shape on one device.
+    """
+    _check_pair(student, teacher)
+    _check_equal_width(student, teacher)
+    with _full_precision(teacher):
+        dtype = _compute_dtype([student], teacher)
+        return _cosine(_unit(student, dtype), _unit(teacher, dtype))
+
+
+def similarity_loss(student: Tensor, teacher: Tensor, *, method: str = "auto") -> Tensor:
+    """Mean squared difference of the students' and the teacher's (B, B) cosine matrices.
+
+    Args:
+        student: (B, D) vectors.
+        teacher: (B, E) vectors; gets a gradient if it requires one.
+        method: "tile" (row strips of the B x B difference, O(B^2 D) work in bounded memory), "feature" (D x D products,
+            O(B D^2) work), "reference" (plain autograd, O(B^2) memory), or "auto": the feature form on a CPU where
+            `strips.feature_form_is_cheaper` and the loss is not so small that it cancels, else the tile form.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: not two matrices with equally many rows on one device, or an unknown method.
+    """
+    _check_pair(student, teacher)
+    _check_choice("method", method, SIMILARITY_METHODS)
+    with _full_precision(teacher):
+        dtype = _compute_dtype([student], teacher)
+        if method == "reference":
+            return reference.similarity_loss(student.to(dtype), teacher.to(dtype))
+        return _similarity([_unit(student, dtype)], _unit(teacher, dtype), method)[0]
+
+
+def relative_similarity_loss(
+    student: Tensor, teacher: Tensor, *, margin: float = 0.015, ties: str = "exclude", method: str = "auto"
+) -> Tensor:
+    """Of any two pairs of rows, the one the teacher finds more alike must be so for the student, by a margin.
+
+    Args:
+        student: (B, D) vectors.
+        teacher: (B, E) vectors; never gets a gradient.
+        margin: in cosine units, finite.
+        ties: "exclude" leaves out pairs of pairs with equal teacher scores (the paper), "label" lets their index decide
+            (the published code).
+        method: "exact" counts all C(C(B, 2), 2) terms in O(P log P) time and O(P) memory for P = C(B, 2), B <= 65536;
+            "reference" writes them all down, O(P^2); "auto" is "exact".
+
+    Raises:
+        TypeError: not floating-point tensors, or a margin that is not a number.
+        ValueError: not two matrices with equally many rows on one device, B too large, a margin that is not finite, or
+            an unknown choice.
+    """
+    _check_pair(student, teacher)
+    _check_number("margin", margin)
+    _check_choice("ties", ties, TIES)
+    _check_choice("method", method, RELATIVE_METHODS)
+    with _full_precision(teacher):
+        dtype = _compute_dtype([student], teacher)
+        if method == "reference":
+            return reference.relative_similarity_loss(student.to(dtype), teacher.to(dtype), margin=margin, ties=ties)
+        return _relative_similarity([_unit(student, dtype)], _unit(teacher.detach(), dtype), margin, ties)[0]
+
+
+def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.05) -> Tensor:
+    """Mean over rows of KL(softmax(t_i . t_j / temperature) || softmax(s_i . s_j / temperature)), j != i.
+
+    Unlike the other losses it weighs a row's nearest rows most, so it is worth having on batches that hold neighbours.
+    One pass over row strips, in bounded memory. One row has no neighbours: the loss is 0.
+
+    Args:
+        student: (B, D) vectors.
+        teacher: (B, E) vectors; never gets a gradient.
+        temperature: in cosine units, finite and > 0.
+
+    Raises:
+        TypeError: not floating-point tensors, or a temperature that is not a number.
+        ValueError: not two matrices with equally many rows on one device, or a temperature out of range.
+    """
+    _check_pair(student, teacher)
+    _check_temperature(temperature)
+    with _full_precision(teacher):
+        dtype = _compute_dtype([student], teacher)
+        return _neighbourhood([_unit(student, dtype)], _unit(teacher.detach(), dtype), temperature)[0]
+
+
+class JasperLossOutput(NamedTuple):
+    """The weighted sum and its parts before weighting, scalars. A part whose weight is 0 is not computed: it is 0."""
+
+    loss: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    relative_similarity: Tensor
+    neighbourhood: Tensor
+
+
+class JasperLoss(nn.Module):
+    """10 cosine + 200 similarity + 20 relative similarity, over one or several heads.
+
+    Args:
+        weights: of cosine, similarity and relative similarity; finite, >= 0.
+        margin: see `relative_similarity_loss`.
+        ties: see `relative_similarity_loss`.
+        reduction: over heads, "sum" (the paper's stage 3) or "mean" (its stage 4).
+        group: process group whose ranks' batches make one batch, each rank with equally many rows. Every rank gets the
+            global loss, and its own rows' gradient times the number of ranks, which averaging over ranks (DDP, FSDP)
+            turns into the global gradient.
+        neighbourhood: weight of `neighbourhood_loss`; finite, >= 0.
+        temperature: see `neighbourhood_loss`.
+
+    Raises:
+        TypeError: an argument that is not a number where one is expected.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        weights: tuple[float, float, float] = (10.0, 200.0, 20.0),
+        margin: float = 0.015,
+        ties: str = "exclude",
+        reduction: str = "sum",
+        group: ProcessGroup | None = None,
+        *,
+        neighbourhood: float = 0.0,
+        temperature: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if len(weights) != 3:
+            raise ValueError(f"weights: expected three (cosine, similarity, relative similarity), got {len(weights)}")
+        for name, weight in (*((f"weights[{i}]", w) for i, w in enumerate(weights)), ("neighbourhood", neighbourhood)):
+            _check_number(name, weight)
+            if weight < 0:
+                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
+        _check_number("margin", margin)
+        _check_temperature(temperature)
+        _check_choice("ties", ties, TIES)
+        _check_choice("reduction", reduction, REDUCTIONS)
+        self.weights = (float(weights[0]), float(weights[1]), float(weights[2]))
+        self.margin = float(margin)
+        self.ties = ties
+        self.reduction = reduction
+        self.group = group
+        self.neighbourhood = float(neighbourhood)
+        self.temperature = float(temperature)
+
+    def extra_repr(self) -> str:
+        return (
+            f"weights={self.weights}, margin={self.margin}, ties={self.ties!r}, reduction={self.reduction!r}, "
+            f"neighbourhood={self.neighbourhood}, temperature={self.temperature}"
+        )
+
+    def forward(self, student: Tensor | Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+        """The losses of a batch.
+
+        Args:
+            student: (B, D) vectors, or one (B, width) tensor for each head, by width. A head of another width than the
+                teacher's has no cosine term.
+            teacher: (B, E) vectors. Gets gradients from the cosine and similarity terms if it requires them, unless it
+                is itself one of the heads.
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: no heads, a head whose width is not its key, unequal numbers of rows, or several devices.
+        """
+        heads = _heads(student, teacher)
+        if any(head is teacher for head in heads):
+            teacher = teacher.detach()
+        cosine_weight, similarity_weight, relative_weight = self.weights
+        with _full_precision(teacher):
+            dtype = _compute_dtype(heads, teacher)
+            units, target = [_unit(head, dtype) for head in heads], _unit(teacher, dtype)
+            if self.group is not None:
+                units, target = [_gather(unit, self.group) for unit in units], _gather(target, self.group)
+            zero = target.new_zeros(())
+            cosine = similarity = relative = neighbourhood = zero
+            if cosine_weight:
+                cosine = sum((_cosine(u, target) for u in units if u.shape[1] == target.shape[1]), start=zero)
+            if similarity_weight:
+                similarity = _similarity(units, target, "auto").sum()
+            if relative_weight:
+                relative = _relative_similarity(units, target.detach(), self.margin, self.ties).sum()
+            if self.neighbourhood:
+                neighbourhood = _neighbourhood(units, target.detach(), self.temperature).sum()
+            parts = (cosine, similarity, relative, neighbourhood)
+            if self.reduction == "mean":
+                parts = (
+                    cosine / len(units),
+                    similarity / len(units),
+                    relative / len(units),
+                    neighbourhood / len(units),
+                )
+            weighted = [w * part for w, part in zip((*self.weights, self.neighbourhood), parts, strict=True) if w]
+            return JasperLossOutput(sum(weighted, start=zero), *parts)
+
+
+# Unit rows in, losses out.
+
+
+def _cosine(unit: Tensor, target: Tensor) -> Tensor:
+    return (1.0 - (unit * target).sum(dim=1)).mean()
+
+
+def _similarity(units: list[Tensor], target: Tensor, method: str) -> Tensor:
+    wanted, teacher_wanted = _wants_gradient(units), _wants_gradient([target])
+    losses, gradients, teacher_gradients = ops.similarity(
+        [unit.detach() for unit in units], target.detach(), method, wanted, teacher_wanted
+    )
+    heads = list(range(len(units)))
+    return _attach(losses, [*units, *[target] * len(units)], [*gradients, *teacher_gradients], heads + heads)
+
+
+def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str) -> Tensor:
+    rows = target.shape[0]
+    if rows * (rows - 1) // 2 > ops.MAX_PAIRS:
+        raise ValueError(f"relative similarity: expected at most 65536 rows, got {rows}; split the batch")
+    losses, gradients = ops.relative_similarity(
+        [unit.detach() for unit in units], target, margin, ties == "exclude", _wants_gradient(units)
+    )
+    return _attach(losses, units, gradients, list(range(len(units))))
+
+
+def _neighbourhood(units: list[Tensor], target: Tensor, temperature: float) -> Tensor:
+    losses, gradients = ops.neighbourhood(
+        [unit.detach() for unit in units], target, temperature, _wants_gradient(units)
+    )
+    return _attach(losses, units, gradients, list(range(len(units))))
+
+
+def _wants_gradient(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _attach(losses: Tensor, inputs: list[Tensor], gradients: list[Tensor], owners: list[int]) -> Tensor:
+    """Losses (H,) whose derivative with respect to inputs[i] is gradients[i], through losses[owners[i]]."""
+    known = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
+    if not known or not torch.is_grad_enabled():
+        return losses
+    chosen = [owners[i] for i in known]
+    return _Attach.apply(losses, chosen, *[inputs[i] for i in known], *[gradients[i] for i in known])
+
+
+class _Attach(torch.autograd.Function):
+    """Forward computed the gradients already; backward scales them by what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, owners: list[int], *inputs_and_gradients: Tensor) -> Tensor:
+        ctx.owners = owners
+        ctx.save_for_backward(*inputs_and_gradients[len(owners) :])
+        return losses.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        scaled = [incoming[owner] * gradient for owner, gradient in zip(ctx.owners, gradients, strict=True)]
+        return None, None, *scaled, *[None] * len(scaled)
+
+
+class _Unit(torch.autograd.Function):
+    """Rows of unit length. Scaling by the largest entry first keeps squares from overflowing or vanishing."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+        vectors = embeddings.to(dtype)
+        largest = vectors.abs().amax(dim=1, keepdim=True)  # (B, 1); NaN where a row holds one
+        largest = torch.where(largest == 0, 1.0, largest)
+        scaled = vectors / largest
+        length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)  # 0, or between 1 and sqrt(D)
+        zero = length == 0
+        unit = scaled / torch.where(zero, 1.0, length)
+        inverse = (1.0 / length / largest).clamp(max=torch.finfo(dtype).max)
+        ctx.save_for_backward(unit, torch.where(zero, 0.0, inverse))
+        ctx.input_dtype = embeddings.dtype
+        return unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+        unit, inverse = ctx.saved_tensors
+        tangent = incoming - unit * (incoming * unit).sum(dim=1, keepdim=True)
+        return (tangent * inverse).to(ctx.input_dtype), None
+
+
+def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    return _Unit.apply(embeddings, dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows in rank order. The gradient is this rank's part times the number of ranks; nothing is sent."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.ranks, ctx.rank, ctx.rows = group.size(), group.rank(), rows.shape[0]
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ctx.ranks)]
+        torch.distributed.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+        return incoming.narrow(0, ctx.rank * ctx.rows, ctx.rows) * ctx.ranks, None
+
+
+def _gather(rows: Tensor, group: ProcessGroup) -> Tensor:
+    return _GatherRows.apply(rows, group)
+
+
+# Arguments.
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def _compute_dtype(students: list[Tensor], teacher: Tensor) -> torch.dtype:
+    double = any(tensor.dtype == torch.float64 for tensor in (*students, teacher))
+    return torch.float64 if double else torch.float32
+
+
+def _heads(student: Tensor | Mapping[int, Tensor], teacher: Tensor) -> list[Tensor]:
+    if not isinstance(student, Mapping):
+        _check_pair(student, teacher)
+        return [student]
+    if not student:
+        raise ValueError("student: expected at least one head, got an empty mapping")
+    for width, head in student.items():
+        _check_pair(head, teacher, f"student[{width!r}]")
+        if head.shape[1] != width:
+            raise ValueError(f"student[{width!r}]: expected (B, {width}) vectors, got shape {tuple(head.shape)}")
+    return list(student.values())
+
+
+def _check_pair(student: Tensor, teacher: Tensor, name: str = "student") -> None:
+    for label, tensor in ((name, student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label}: expected a tensor of shape (B, D), got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(
+                f"{label}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}; convert with .float()"
+            )
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(f"{label}: expected shape (B, D) with B, D >= 1, got {tuple(tensor.shape)}")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"{name} has {student.shape[0]} rows and teacher {teacher.shape[0]}: expected one to one")
+    if student.device != teacher.device:
+        raise ValueError(f"{name} is on {student.device} and teacher on {teacher.device}: move one with .to(device)")
+
+
+def _check_equal_width(student: Tensor, teacher: Tensor) -> None:
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"cosine loss: expected equal widths, got {student.shape[1]} and {teacher.shape[1]}; "
+            "similarity_loss and relative_similarity_loss compare vectors of different widths"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_temperature(value: float) -> None:
+    _check_number("temperature", value)
+    if value <= 0:
+        raise ValueError(f"temperature: expected a number > 0, got {value}")

@@ -1,0 +1,209 @@
+"""The compiled extension and the operators built on it, each with a fallback in plain torch.
+
+``JASPER_FAST_NO_EXTENSION=1`` in the environment keeps the compiled extension from being loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jasper_fast import strips
+
+MAX_PAIRS = 2**31 - 1  # counts are int32
+
+
+def _load_extension() -> tuple[Path | None, str | None]:
+    if os.environ.get("JASPER_FAST_NO_EXTENSION") == "1":
+        return None, "JASPER_FAST_NO_EXTENSION=1 is set"
+    folder = Path(__file__).resolve().parent
+    found = sorted(folder.glob("_C*.so"))
+    if not found:
+        return None, "it was not built: pip install --no-build-isolation -e . in an environment with torch and g++"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return None, f"{found[0].name} does not load ({error}); rebuild it: pip install --no-build-isolation -e ."
+    return found[0], None
+
+
+_PATH, _ERROR = _load_extension()
+
+
+def extension_path() -> Path | None:
+    """Where the compiled extension in use lies, or None."""
+    return _PATH
+
+
+def extension_error() -> str | None:
+    """Why the compiled extension is not in use, or None when it is."""
+    return _ERROR
+
+
+def _native(tensor: Tensor) -> bool:
+    return _PATH is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def pack_pairs(matrix: Tensor) -> Tensor:
+    """The strict upper triangle, row by row. (B, B) -> (P,)."""
+    if _native(matrix):
+        return torch.ops.jasper_fast_native.pack_pairs(matrix.contiguous())
+    i, j = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
+    return matrix[i, j]
+
+
+def unpack_pairs(counts: Tensor, rows: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * counts on both sides of a zero diagonal. (P,) int32 -> (B, B)."""
+    if _PATH is not None and counts.device.type == "cpu" and dtype == torch.float32:
+        return torch.ops.jasper_fast_native.unpack_pairs(counts.contiguous(), rows, scale)
+    i, j = torch.triu_indices(rows, rows, offset=1, device=counts.device)
+    matrix = torch.zeros(rows, rows, dtype=dtype, device=counts.device)
+    matrix[i, j] = (counts.to(torch.float64) * scale).to(dtype)
+    return matrix + matrix.T
+
+
+@torch.library.custom_op("jasper_fast::pair_counts", mutates_args=())
+def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count the active terms of the relative similarity loss exactly, in O(P log P) time and O(P) memory.
+
+    Args:
+        scores: (H, P) pair scores of H students, float32 or float64.
+        teacher: (P,) pair scores of their one teacher, of the same dtype; P < 2**31.
+        margin: as in the loss; thresholds are fl(score - margin), rounded once.
+        exclude_ties: leave out pairs with equal teacher scores; otherwise pair index decides.
+
+    Returns:
+        up - low (H, P) int32, the gradient of the summed loss with respect to the scores; sum of low (H,) int64;
+        <up - low, scores> (H,) float64. A pair without a number on either side takes no part in the counts and makes
+        the last figure NaN.
+    """
+    if _native(scores):
+        return torch.ops.jasper_fast_native.pair_counts(scores.contiguous(), teacher.contiguous(), margin, exclude_ties)
+    counted = [_pair_counts_torch(row, teacher, margin, exclude_ties) for row in scores]
+    gradient, low, dot = (torch.stack(parts) for parts in zip(*counted, strict=True))
+    return gradient, low, dot
+
+
+@pair_counts.register_fake
+def _(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
+    heads = scores.shape[0]
+    return (
+        torch.empty_like(scores, dtype=torch.int32, memory_format=torch.contiguous_format),
+        scores.new_empty((heads,), dtype=torch.int64),
+        scores.new_empty((heads,), dtype=torch.float64),
+    )
+
+
+def _pair_counts_torch(x: Tensor, t: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One student's counts with a wavelet matrix over teacher positions: log2(P) passes of whole-tensor operations."""
+    pairs = len(x)
+    missing = x.isnan() | t.isnan()
+    # What is not a number goes to the end of both orders, where no query reaches.
+    student_sorted, student_order = torch.where(missing, torch.nan, x).sort()
+    teacher_sorted, teacher_order = torch.where(missing, torch.nan, t).sort(stable=True)
+    position = torch.empty_like(teacher_order)
+    position[teacher_order] = torch.arange(pairs, device=x.device)
+    own = position[student_order]  # (P,) teacher positions in student order
+    first, last = own, own + 1
+    if exclude_ties:
+        first = torch.searchsorted(teacher_sorted, teacher_sorted)[own]
+        last = torch.searchsorted(teacher_sorted, teacher_sorted, right=True)[own]
+    threshold = student_sorted - margin
+    passed = torch.searchsorted(student_sorted, threshold, right=True)  # scores <= this pair's threshold
+    reached = torch.searchsorted(threshold, student_sorted)  # thresholds < this pair's score
+    below_passed, below_reached = _count_below(own, torch.stack((passed, reached)), torch.stack((first, last)))
+    valid = ~missing[student_order]
+    low = torch.where(valid, first - below_passed, 0)
+    up = torch.where(valid, reached - below_reached, 0)
+    gradient = torch.zeros(pairs, dtype=torch.int32, device=x.device)
+    gradient[student_order] = (up - low).to(torch.int32)
+    terms = gradient * x.to(torch.float64)
+    dot = torch.where((gradient == 0) & ~x.isnan(), 0.0, terms).sum()
+    return gradient, low.sum(), torch.where(t.isnan().any(), torch.nan, dot)
+
+
+def _count_below(values: Tensor, prefix: Tensor, bound: Tensor) -> Tensor:
+    """How many of values[:prefix] are < bound; values is a permutation of range(P), prefix and bound share a shape."""
+    begin, end, total = torch.zeros_like(prefix), prefix, torch.zeros_like(prefix)
+    for bit in reversed(range(len(values).bit_length())):
+        zero = (values >> bit) & 1 == 0
+        zeros = torch.cat((values.new_zeros(1), zero.cumsum(0)))  # zeros[n]: among the first n
+        begin_zero, end_zero = zeros[begin], zeros[end]
+        one = (bound >> bit) & 1 == 1
+        total = total + torch.where(one, end_zero - begin_zero, 0)
+        begin = torch.where(one, zeros[-1] + begin - begin_zero, begin_zero)
+        end = torch.where(one, zeros[-1] + end - end_zero, end_zero)
+        values = torch.cat((values[zero], values[~zero]))
+    return total
+
+
+@torch.library.custom_op("jasper_fast::relative_similarity", mutates_args=())
+def relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Relative similarity of unit rows against one teacher: losses (H,) and, if asked for, their gradients.
+
+    The teacher's scores are sorted once for all students.
+    """
+    rows, heads = teacher.shape[0], len(students)
+    pairs = rows * (rows - 1) // 2
+    if pairs < 2:
+        return teacher.new_zeros(heads), [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
+    scores = torch.stack([pack_pairs(s @ s.T) for s in students])
+    counts, low, dot = pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
+    terms = pairs * (pairs - 1) / 2
+    losses = ((dot + margin * low) / terms).to(teacher.dtype)
+    if not gradient:
+        return losses, [s.new_empty(0) for s in students]
+    del scores
+    spoilt = losses * 0.0  # NaN where the loss is not finite, so that its gradient is not either
+    gradients = [
+        torch.addmm(spoilt[h], unpack_pairs(counts[h], rows, 1.0 / terms, s.dtype), s) for h, s in enumerate(students)
+    ]
+    return losses, gradients
+
+
+@relative_similarity.register_fake
+def _(
+    students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return teacher.new_empty(len(students)), _fake_gradients(students, gradient)
+
+
+@torch.library.custom_op("jasper_fast::similarity", mutates_args=())
+def similarity(
+    students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Similarity losses (H,) of unit rows against one teacher, and the gradients asked for, in bounded workspace.
+
+    method: "tile" | "feature" | "auto" (see strips.similarity).
+    """
+    return strips.similarity(students, teacher, method, gradient, teacher_gradient)
+
+
+@similarity.register_fake
+def _(
+    students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    teacher_gradients = [torch.empty_like(teacher) if teacher_gradient else teacher.new_empty(0) for _ in students]
+    return teacher.new_empty(len(students)), _fake_gradients(students, gradient), teacher_gradients
+
+
+@torch.library.custom_op("jasper_fast::neighbourhood", mutates_args=())
+def neighbourhood(
+    students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Neighbourhood losses (H,) of unit rows against one teacher, and their gradients, in bounded workspace."""
+    return strips.neighbourhood(students, teacher, temperature, gradient)
+
+
+@neighbourhood.register_fake
+def _(students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    return teacher.new_empty(len(students)), _fake_gradients(students, gradient)
+
+
+def _fake_gradients(students: list[Tensor], gradient: bool) -> list[Tensor]:
+    return [torch.empty_like(s) if gradient else s.new_empty(0) for s in students]
