@@ -67,7 +67,7 @@ def describe(found: Mapping[str, Any]) -> str:
         ("jasper_fast", f"{found['jasper_fast']['version']} in {found['jasper_fast']['path']}"),
         ("python", f"{found['python']} on {found['platform']}"),
         *((name, version or _absent(name)) for name, version in found["libraries"].items()),
-        ("cpu", f"{cpu['model']}: {cpu['threads']} threads of {cpu['cores']} cores, {isa}"),
+        ("cpu", f"{cpu['model']}: {cpu['threads']} threads on {cpu['logical_cpus']} logical CPUs, {isa}"),
         ("cpu precision", f"{cpu['precision']}: {cpu['precision_reason']}"),
         ("extension", f"{extension['path']}" if extension["loaded"] else f"not in use: {extension['reason']}"),
         *((f"gpu {index}", _gpu_line(gpu)) for index, gpu in enumerate(found["gpus"]["devices"])),
@@ -107,7 +107,7 @@ def _cpu() -> dict[str, Any]:
     has = [feature for feature in FAST_BF16 if feature in cpu_features()]
     return {
         "model": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "logical_cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": [feature for feature in ISA if feature in cpu_features()],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
