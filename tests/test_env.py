@@ -1,8 +1,10 @@
 """What `python -m jasper_fast.env` says is what is in use, and `import jasper_fast` stays light."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +15,11 @@ from jasper_fast import env, ops
 
 
 def run(code_or_module, *arguments, cwd):
+    """Output of a fresh interpreter in another folder, with this same package."""
     how = ["-m", code_or_module] if " " not in code_or_module else ["-c", code_or_module]
-    return subprocess.run(
-        [sys.executable, *how, *arguments], cwd=cwd, capture_output=True, text=True, check=True
-    ).stdout
+    inside = {**os.environ, "PYTHONPATH": str(Path(jasper_fast.__file__).parent.parent)}
+    command = [sys.executable, *how, *arguments]
+    return subprocess.run(command, cwd=cwd, env=inside, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
@@ -84,33 +87,42 @@ def test_absent_tools_say_what_to_type(monkeypatch):
     assert "pip install 'jasper_fast[export]'" in text
 
 
-@pytest.mark.parametrize(
-    "what", ["jasper_fast", "jasper_fast.losses", "jasper_fast.ops", "jasper_fast.env", "bench.__main__"]
-)
-def test_imports_stay_light(what, pytestconfig):
+def test_imports_stay_light(pytestconfig):
+    modules = "jasper_fast, jasper_fast.losses, jasper_fast.ops, jasper_fast.env, bench.__main__"
     heavy = "{'transformers', 'datasets', 'sentence_transformers', 'matplotlib', 'sklearn', 'pandas'}"
-    out = run(f"import sys, {what}; print(sorted({heavy} & set(sys.modules)))", cwd=pytestconfig.rootpath)
+    out = run(f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))", cwd=pytestconfig.rootpath)
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "import jasper_fast; t = jasper_fast.train",
-        "import jasper_fast.train; t = jasper_fast.train",
-        "from jasper_fast import train as t",
-        "import jasper_fast.train as t",
-        "from jasper_fast.train import Work; import jasper_fast; t = jasper_fast.train",
-        "import importlib; t = importlib.import_module('jasper_fast.train')",
-    ],
-)
-def test_train_is_the_function_and_the_module_in_every_order_of_imports(order, tmp_path):
-    code = (
-        f"{order}\nfrom jasper_fast.errors import JasperError\n"
-        "assert t.train.__name__ == 'train' and callable(t.main)\n"
-        "try: t({'no such key': 1})\nexcept JasperError as error: print(error)"
-    )
-    assert "no such key" in run(code, cwd=tmp_path)
+IMPORT_ORDERS = [
+    "import jasper_fast; t = jasper_fast.train",
+    "import jasper_fast.train; t = jasper_fast.train",
+    "from jasper_fast import train as t",
+    "import jasper_fast.train as t",
+    "from jasper_fast.train import Work; import jasper_fast; t = jasper_fast.train",
+    "import importlib; t = importlib.import_module('jasper_fast.train')",
+]
+
+
+def test_train_is_the_function_and_the_module_in_every_order_of_imports(tmp_path):
+    # One process imports torch and forks for each order: the package is new in each, the slow import is shared.
+    code = f"""
+import os, torch
+for order in {IMPORT_ORDERS!r}:
+    if os.fork() == 0:
+        names = {{}}
+        exec(order, names)
+        t = names["t"]
+        from jasper_fast.errors import JasperError
+        assert t.train.__name__ == "train" and callable(t.main)
+        try:
+            t({{"no such key": 1}})
+        except JasperError as error:
+            print(order, "->", "no such key" in str(error), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    assert run(code, cwd=tmp_path).splitlines() == [f"{order} -> True" for order in IMPORT_ORDERS]
 
 
 def test_an_unknown_name_is_an_attribute_error():
