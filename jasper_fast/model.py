@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,20 @@ class Student(nn.Module):
         Raises:
             JasperError: the architecture does not support it.
         """
-        if not on:
-            if self.encoder.supports_gradient_checkpointing:
-                self.encoder.gradient_checkpointing_disable()
-            return
-        if not self.encoder.supports_gradient_checkpointing:
+        if on and not self.encoder.supports_gradient_checkpointing:
             raise JasperError(
                 f"{type(self.encoder).__name__} does not support gradient checkpointing; "
                 "set gradient_checkpointing: false and lower micro_batch instead"
             )
-        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new names for these calls are not in every 5.x
+            if on:
+                self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                # Hugging Face makes the embeddings' output ask for a gradient, for the sake of adapters. Here it
+                # would build a graph through every frozen layer.
+                self.encoder.disable_input_require_grads()
+            elif self.encoder.supports_gradient_checkpointing:
+                self.encoder.gradient_checkpointing_disable()
 
     def _named_layers(self) -> tuple[str, nn.ModuleList]:
         if self._layers is None:
