@@ -1,0 +1,183 @@
+"""The report says what was kept of the teacher, in one line, in tables and in pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jasper_fast.config import dump_config, load_config
+from jasper_fast.errors import JasperError
+from jasper_fast.report import final_line, write_report
+
+CONFIG = {
+    "name": "small",
+    "seed": 7,
+    "student": {"model": "some/encoder", "layers": [0, 2], "heads": [64, 16]},
+    "teachers": [{"model": "some/teacher", "max_length": 99}, {"vectors": "ready.npy"}],
+    "data": {"sources": [{"path": "docstrings"}, {"path": "my texts"}]},
+    "stages": [
+        {"name": "head", "train": ["heads.64.*"], "heads": [64], "batch_size": 50, "steps": 4, "lr": 0.001},
+        {
+            "name": "all",
+            "train": ["*"],
+            "last_layers": 2,
+            "heads": [64, 16],
+            "weights": {"cosine": 5, "similarity": 0, "relative_similarity": 0, "neighbourhood": 1},
+            "batch_size": 20,
+            "steps": 3,
+            "lr": 0.0002,
+        },
+    ],
+}
+
+
+def results() -> dict[str, Any]:
+    def row(model: str, width: int, ndcg: float, spearman: float) -> dict[str, Any]:
+        return {
+            "model": model,
+            "width": width,
+            "scores": {"docs/nDCG@10": ndcg, "docs/recall@100": 0.9, "pairs/Spearman": spearman},
+        }
+
+    return {
+        "recipe": "small",
+        "primary": {"set": "docs", "metric": "nDCG@10"},
+        "sets": [
+            {"name": "docs", "kind": "docstrings", "metric": "nDCG@10"},
+            {"name": "pairs", "kind": "sts", "metric": "Spearman"},
+        ],
+        "rows": [
+            row("teacher", 128, 0.82, 0.7),
+            row("teacher PCA", 64, 0.79, 0.66),
+            row("teacher PCA", 16, 0.5, 0.6),
+            row("teacher truncated", 64, 0.78, 0.65),
+            row("teacher truncated", 16, 0.55, 0.61),
+            row("student before", 32, 0.612, 0.5),
+            row("student", 64, 0.803, 0.69),
+            row("student", 16, 0.62, 0.64),
+        ],
+        "transductive": [],
+        "facts": {"texts": 12345, "seconds": 61.25, "versions": {"torch": "2.13.0"}},
+    }
+
+
+def write_run(folder: Path, content: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(load_config(CONFIG)))
+    (folder / "results.json").write_text(json.dumps(content))
+    lines: list[dict[str, Any]] = [{"event": "start"}]
+    for step in range(1, 8):
+        stage, at, part = ("head", step, "similarity") if step <= 4 else ("all", step - 4, "neighbourhood")
+        numbers = {"loss": 8.0 / step, "cosine": 0.1 / step, part: 0.01 / step, "texts_per_s": 10.0}
+        lines.append({"event": "step", "stage": stage, "step": step, "stage_step": at, **numbers})
+    lines.insert(3, {**lines[2], "loss": 99.0})  # step 2 once more, as after a resumed run: the later line counts
+    lines[2], lines[3] = lines[3], lines[2]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def table_row(report: str, *start: str) -> list[str]:
+    """The cells of the one table row that begins with these cells."""
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in report.splitlines() if line[:1] == "|"]
+    (found,) = [row for row in rows if tuple(row[: len(start)]) == start]
+    return found
+
+
+def test_final_line_names_before_after_teacher_and_share() -> None:
+    assert final_line(results()) == "docs nDCG@10: before 61.2 → after 80.3 · teacher 82.0 (97.9 % kept)"
+    alone = results()
+    alone["rows"] = [row for row in alone["rows"] if not row["model"].startswith("teacher")]
+    assert final_line(alone) == "docs nDCG@10: before 61.2 → after 80.3"
+    assert final_line({}) == "no evaluation set was given, so there is no score"
+
+
+def test_report_holds_every_score_beside_its_floor(tmp_path: Path) -> None:
+    path = write_report(write_run(tmp_path / "run", results()))
+    report = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "run" / "report.md"
+    assert final_line(results()) in report
+    assert table_row(report, "docs", "nDCG@10")[2:] == ["82.00", "61.20", "80.30", "97.9 %"]
+    assert table_row(report, "docs", "recall@100")[2:] == ["90.00", "90.00", "90.00", "100.0 %"]
+    assert table_row(report, "docs nDCG@10", "16")[2:] == ["62.00", "75.6 %", "50.00", "55.00"]
+    assert table_row(report, "pairs Spearman", "64")[2:] == ["69.00", "98.6 %", "66.00", "65.00"]
+    assert "Transductive" not in report
+
+
+def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
+    content = results() | {"transductive": ["pairs"]}
+    report = write_report(write_run(tmp_path / "run", content)).read_text(encoding="utf-8")
+    head = table_row(report, "head")
+    assert head[1:4] == ["`heads.64.*`", "64", "10 cosine, 200 similarity, 20 relative similarity"]
+    assert head[4:] == ["50", "0.001", "4", "0.3", "10", "8.000 → 2.000"], "4 steps of 50 texts at 10 texts/s are 20 s"
+    assert table_row(report, "all")[1:4] == ["`*`, last 2 layers", "64, 16", "5 cosine, 1 neighbourhood"]
+    for fact in (
+        "student: `some/encoder`, its layers [0, 2]",
+        "teacher: `some/teacher`, at most 99 tokens",
+        "teacher: vectors from `ready.npy`",
+        "texts: `docstrings`, `my texts`",
+        "seed: 7",
+        "texts: 12,345",
+        "seconds: 61.2",
+        "versions: torch 2.13.0",
+        "*Transductive*: texts of pairs were among the training texts",
+    ):
+        assert fact in report
+
+
+def test_sizes_come_from_the_weights(tmp_path: Path, tiny_bert: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+    run = write_run(tmp_path / "run", results())
+    config = load_config({**CONFIG, "teachers": [{"model": str(tiny_bert)}]})
+    (run / "config.yaml").write_text(dump_config(config))
+    (run / "model" / "2_Router").mkdir(parents=True)
+    save_file({"a": torch.zeros(500, 1000)}, run / "model" / "model.safetensors")
+    save_file({"w": torch.zeros(300, 1000), "b": torch.zeros(300)}, run / "model" / "2_Router" / "model.safetensors")
+    report = write_report(run).read_text(encoding="utf-8")
+    assert "its layers [0, 2], at most 512 tokens; 0.8 M parameters, 3.2 MB" in report
+    teacher = AutoModel.from_pretrained(tiny_bert).num_parameters() / 1e6
+    assert f"at most 512 tokens; {teacher:.1f} M parameters" in report
+
+
+def test_pictures_are_drawn_and_not_blank(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    run = write_run(tmp_path / "run", results())
+    report = write_report(run).read_text(encoding="utf-8")
+    for name in ("losses", "widths", "sets"):
+        assert f"(plots/{name}.png)" in report
+        pixels = imread(run / "plots" / f"{name}.png")[..., :3]
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 600
+        blue = np.abs(pixels - np.array([0x00, 0x72, 0xB2]) / 255).max(axis=2) < 0.02
+        assert blue.sum() > 200, f"{name}.png lacks the student's colour"
+        border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+        assert border.min() == 1, f"something is cut off at the border of {name}.png"
+
+
+def test_report_without_matplotlib_says_how_to_get_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = write_run(tmp_path / "run", results())
+    report = write_report(run).read_text(encoding="utf-8")
+    assert "`pip install matplotlib`" in report and "plots/" not in report
+    assert not (run / "plots").exists()
+    assert table_row(report, "docs", "nDCG@10")[4] == "80.30"
+
+
+def test_report_without_evaluation_or_before_the_run_ended(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"recipe": "small", "facts": {"texts": 3}})
+    report = write_report(run).read_text(encoding="utf-8")
+    assert "no evaluation set was given" in report and "plots/losses.png" in report and "widths.png" not in report
+    (run / "results.json").unlink()
+    assert final_line(results()) in write_report(run, results()).read_text(encoding="utf-8")
+    with pytest.raises(JasperError, match="results.json is missing: the report is written of a run that ended"):
+        write_report(run)
+    (run / "results.json").write_text('{"rows": [')
+    with pytest.raises(JasperError, match="results.json cannot be read"):
+        write_report(run)
