@@ -28,8 +28,8 @@ def read_mapped(file: Path) -> pa.Table:
     """The table of an Arrow stream file, memory-mapped."""
     import pyarrow as pa
 
-    with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_stream(source).read_all()
+    source = pa.memory_map(str(file))  # stays open as long as the table lives
+    return pa.ipc.open_stream(source).read_all()
 
 
 def write_index(folder: Path, files: list[str], features: Features, fingerprint: str) -> None:

@@ -47,7 +47,7 @@ def model_revision(name: str, revision: str | None = None) -> str:
     Raises:
         JasperError: there is no such folder and the hub does not know the name or cannot be reached.
     """
-    folder = Path(resolve_model(name))
+    folder = Path(resolve_model(name)).expanduser()
     if folder.is_dir():
         return _folder_revision(folder)
     if looks_like_path(name):

@@ -1,0 +1,265 @@
+"""Cache the teachers' vectors of a run's texts.
+
+    python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
+    torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # the processes share the shards
+
+The same command goes on where it was stopped. Training does the same by itself where vectors are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
+from jasper_fast.config import Config, TeacherConfig, load_config, parse_overrides
+from jasper_fast.data import prepare_texts, texts_fingerprint
+from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.teachers import Teacher, describe_teacher, load_teacher
+from jasper_fast.vectors import ReadyVectors, describe_vectors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SILENCE = 1800.0  # seconds without a new shard after which the other processes are taken for dead
+
+
+def open_teachers(config: Config, texts: Dataset, *, shard_rows: int = SHARD_ROWS) -> TeacherVectors:
+    """The teachers' vectors of these texts, which must be complete.
+
+    Raises:
+        JasperError: a cache is missing (and in what the nearest one differs), is not finished, belongs to another
+            teacher or other texts, or is damaged.
+    """
+    caches = teacher_caches(config, texts, shard_rows)
+    for cache in caches:
+        if not cache.complete:
+            near = nearest_cache(cache)
+            told = "unfinished" if cache.folder.exists() else "missing"
+            raise JasperError(
+                f"the vectors of {cache.name} for these texts are {told} ({cache.folder})"
+                + (f"\n{near}" if near and told == "missing" else "")
+                + "\ntype `python -m jasper_fast.teach` with this configuration"
+            )
+        found = _damaged(cache, texts, range(cache.shards))
+        if found:
+            first = next(iter(found.values()))
+            raise JasperError(f"{first}; type `python -m jasper_fast.teach` with this configuration to make it again")
+    return TeacherVectors(caches)
+
+
+def ensure_teachers(
+    config: Config, texts: Dataset, progress: bool = True, *, shard_rows: int = SHARD_ROWS
+) -> TeacherVectors:
+    """The teachers' vectors of these texts; what is missing or damaged is computed, shard by shard.
+
+    Args:
+        config: the run.
+        texts: columns ``text``, ``role`` and ``digest``.
+        progress: whether to show bars and say what is done.
+        shard_rows: texts per shard.
+
+    Raises:
+        JasperError: a teacher or file of vectors cannot be used, a vector is not finite, a cache belongs to something
+            else, or the disk is too small.
+    """
+    caches = teacher_caches(config, texts, shard_rows)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    say = print_error if progress and rank == 0 else _silent
+    for teacher, cache in zip(config.teachers, caches, strict=True):
+        _fill(config, teacher, cache, texts, (rank, world), say)
+        error, dtype = cache.header["cosine_distance_of_storing"], cache.identity["dtype"]
+        say(
+            f"teacher {cache.name}: {cache.rows} vectors of width {cache.header['width']} in {cache.folder}; storing "
+            f"them as {dtype} costs a cosine distance of {error['mean']:.1e} (largest {error['max']:.1e})"
+        )
+    return TeacherVectors(caches)
+
+
+def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS) -> list[TeacherCache]:
+    """Where each teacher's vectors of these texts belong, whether they are there or not.
+
+    Raises:
+        JasperError: a teacher does not exist, or a cache's folder holds something else.
+    """
+    of_texts = {"texts": texts_fingerprint(texts), "dtype": config.data.cache_dtype}
+    identities = [describe_teacher(t) if t.model is not None else describe_vectors(t) for t in config.teachers]
+    return [TeacherCache(config.data.cache, {**i, **of_texts}, len(texts), shard_rows) for i in identities]
+
+
+def _fill(
+    config: Config,
+    teacher: TeacherConfig,
+    cache: TeacherCache,
+    texts: Dataset,
+    place: tuple[int, int],
+    say: Callable[[str], None],
+) -> None:
+    from filelock import FileLock
+
+    rank, world = place
+    mine = range(rank, cache.shards, world)
+    locks = cache.folder.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{cache.folder.name}-{rank}-of-{world}.lock"):  # the same command started twice waits here
+        for shard, reason in _damaged(cache, texts, [s for s in mine if cache.has(s)]).items():
+            print_error(f"{reason}; it is made again")
+            cache.drop(shard)
+        _meet()
+        missing = [shard for shard in mine if not cache.has(shard)]
+        if missing:
+            cache.begin()
+            _compute(config, teacher, cache, texts, missing, say)
+    if rank == 0:
+        _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
+        if not cache.complete:
+            cache.finish()
+    else:
+        _wait(cache, lambda: cache.complete)
+
+
+def _compute(
+    config: Config,
+    config_of: TeacherConfig,
+    cache: TeacherCache,
+    texts: Dataset,
+    missing: list[int],
+    say: Callable[[str], None],
+) -> None:
+    from tqdm import tqdm
+
+    todo = sum(stop - start for start, stop in map(cache.span, missing))
+    if todo < cache.rows and cache.has(0):
+        say(f"teacher {cache.name}: going on, {todo} of {cache.rows} texts are missing in {cache.folder}")
+    teacher: Teacher | ReadyVectors
+    if config_of.model is not None:
+        teacher = load_teacher(config_of, precision=config.precision)
+    else:
+        teacher = ReadyVectors(config_of, cache.rows)
+    _check_width(cache, teacher.width)
+    _check_room(cache, todo * (teacher.width * (2 if config.data.cache_dtype == "float16" else 1) + 48))
+    with tqdm(desc=cache.name, total=todo, unit=" texts", disable=say is _silent, smoothing=0.05) as bar:
+        started, tokens = time.perf_counter(), 0
+
+        def progress(count: int, read: int) -> None:
+            nonlocal tokens
+            tokens += read
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            bar.update(count)
+
+        for shard in missing:
+            start, stop = cache.span(shard)
+            before = tokens
+            rows = texts[start:stop]
+            if isinstance(teacher, ReadyVectors):
+                vectors = teacher.read(start, stop, rows["digest"])
+                progress(stop - start, 0)
+            else:
+                vectors = _encode(teacher, rows, start, progress)
+            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - before)
+
+
+def _encode(teacher: Teacher, rows: dict[str, Any], start: int, progress: Callable[[int, int], None]) -> np.ndarray:
+    """A shard's vectors: role by role, since each has its prompt. (B, width) float32"""
+    vectors = np.empty((len(rows["text"]), teacher.width), np.float32)
+    roles = np.array(rows["role"])
+    for role in sorted(set(rows["role"])):
+        at = np.flatnonzero(roles == role)
+        texts = [rows["text"][i] for i in at]
+        vectors[at] = teacher.encode(texts, role, rows=(at + start).tolist(), progress=progress)
+    return vectors
+
+
+def _damaged(cache: TeacherCache, texts: Dataset, shards: Any) -> dict[int, str]:
+    """Which of the published shards cannot be used, and why. Hashing releases the interpreter, so threads help."""
+    digests = texts.select_columns(["digest"])
+
+    def look(shard: int) -> tuple[int, str | None]:
+        start, stop = cache.span(shard)
+        return shard, cache.damage(shard, digests[start:stop]["digest"])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {shard: reason for shard, reason in pool.map(look, shards) if reason}
+
+
+def _check_width(cache: TeacherCache, width: int) -> None:
+    for shard in range(cache.shards):
+        if cache.has(shard) and (there := cache.facts(shard)["width"]) != width:
+            raise JasperError(
+                f"{cache.folder} holds vectors of width {there}, this teacher gives {width}; delete that folder"
+            )
+
+
+def _check_room(cache: TeacherCache, needed: int) -> None:
+    free = shutil.disk_usage(cache.folder).free
+    if needed > free:
+        raise JasperError(
+            f"{cache.folder}: the vectors of {cache.name} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "free some space, use another data.cache, or set data.cache_dtype to int8"
+        )
+
+
+def _meet() -> None:
+    """Let all ranks drop their damaged shards before any of them looks whether the cache is complete."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
+def _wait(cache: TeacherCache, ready: Callable[[], bool]) -> None:
+    """Until the other processes have done their part, which shows in the folder."""
+    seen, since = -1, time.monotonic()
+    while not ready():
+        there = len(list(cache.folder.glob("data-*.json")))
+        if there != seen:
+            seen, since = there, time.monotonic()
+        elif time.monotonic() - since > SILENCE:
+            raise JasperError(
+                f"{cache.folder}: {there} of {cache.shards} shards, and no new one for {SILENCE / 60:.0f} minutes; the "
+                "process that makes the rest seems to have died: start the command again"
+            )
+        time.sleep(0.2)
+
+
+def print_error(message: str) -> None:
+    """Say something beside the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+def main(argv: list[str]) -> int:
+    """Build the texts of a configuration and cache the vectors of all its teachers."""
+    parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
+    parser.add_argument("--config", help="a YAML file or a recipe's name; default: the embedded recipe")
+    known, rest = parser.parse_known_args(argv)
+    config = load_config(known.config, parse_overrides(rest))
+    for teacher in config.teachers:  # a teacher that is missing is an error before the texts are built
+        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    texts, remaining = prepare_texts(config)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(f"{len(texts)} training texts ({config.data.cache})")
+        for name in remaining:
+            print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
+    vectors = ensure_teachers(config, texts)
+    if first:
+        print(f"{len(vectors)} targets are ready, of width {' + '.join(map(str, vectors.widths))}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,239 @@
+"""Running a teacher: any Sentence Transformers or Hugging Face encoder, with its own prompts, pooling and length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from jasper_fast.config import TeacherConfig
+from jasper_fast.encode import autocast
+from jasper_fast.errors import JasperError
+from jasper_fast.models import model_revision, resolve_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Precision = Literal["auto", "fp32", "bf16"]
+Progress = Callable[[int, int], object]  # texts and tokens that were just encoded
+
+POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # our names, and sentence-transformers' own
+
+
+class Teacher:
+    """A loaded teacher. ``fingerprint`` says what decides its vectors, as plain JSON values."""
+
+    def __init__(self, config: TeacherConfig, model: SentenceTransformer, precision: Precision) -> None:
+        self.config, self.model = config, model
+        self.fingerprint = describe_teacher(config)
+        self.name: str = self.fingerprint["model"]
+        self.revision: str = self.fingerprint["revision"]
+        self.max_length = _set_length(model, config.max_length)
+        full = int(model.get_embedding_dimension() or 0)
+        if config.truncate_dim is not None and config.truncate_dim > full:
+            raise JasperError(
+                f"{self.name}: truncate_dim {config.truncate_dim} is more than the teacher's width {full}"
+            )
+        self.width = config.truncate_dim or full
+        self.fingerprint["width"] = self.width
+        self.autocast = autocast(model.device, precision)
+        self.precision = "fp32" if type(self.autocast).__name__ == "nullcontext" else "bf16"
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        role: str = "document",
+        *,
+        rows: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """L2-normalised vectors in the order of the texts. (B, width) float32
+
+        Args:
+            texts: (B,) texts.
+            role: ``query`` or ``document``: which prompt they get.
+            rows: the texts' row numbers, for messages; default their positions.
+            progress: called after each batch with its texts and tokens.
+
+        Raises:
+            JasperError: a vector that is not finite or is zero, naming the text's row.
+        """
+        prompted = [apply_prompt(self._prompt(role), text) for text in texts]
+        lengths = self._lengths(prompted)
+        vectors = np.empty((len(texts), self.width), np.float32)
+        for batch in token_batches(lengths, self.config.batch_tokens):
+            with self.autocast:
+                found = self.model.encode(
+                    [prompted[i] for i in batch],
+                    prompt="",  # an empty one keeps the model from adding its default prompt
+                    batch_size=len(batch),
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                )
+            vectors[batch] = found[:, : self.width].float().cpu().numpy()
+            if progress is not None:
+                progress(len(batch), int(lengths[batch].sum()))
+        return normalised(vectors, self.name, rows, texts)
+
+    def _prompt(self, role: str) -> str:
+        if role not in ("query", "document"):
+            raise ValueError(f"role: expected 'query' or 'document', got {role!r}")
+        return getattr(self.config.prompts, role)
+
+    def _lengths(self, texts: list[str]) -> np.ndarray:
+        """Tokens of each text after truncation. (B,) int64"""
+        found = []
+        for start in range(0, len(texts), 4096):
+            chunk = texts[start : start + 4096]
+            encoded = self.model.tokenizer(
+                chunk, truncation=True, max_length=self.max_length, return_attention_mask=False
+            )
+            found += [len(ids) for ids in encoded["input_ids"]]
+        return np.array(found, dtype=np.int64)
+
+
+def load_teacher(
+    config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "auto"
+) -> Teacher:
+    """Load a teacher onto the GPU where there is one.
+
+    Args:
+        config: a teacher with ``model``; a folder or name with ``modules.json`` keeps its own pooling, dense layers and
+            normalisation, any other encoder gets mean pooling, and ``pooling`` overrides both.
+        device: default this process's GPU, else the CPU.
+        precision: of the forward pass; ``auto`` is bf16 autocast where the device is fast at it.
+
+    Raises:
+        JasperError: the model is missing, cannot be loaded, or needs code of its own that was not allowed.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if config.model is None:
+        raise ValueError("load_teacher needs a teacher with `model`; ready vectors are opened by the cache")
+    where = resolve_model(config.model)
+    revision = model_revision(config.model, config.revision)
+    try:
+        model = SentenceTransformer(
+            where,
+            device=str(device) if device is not None else own_device(),
+            revision=None if revision.startswith("sha256:") else revision,
+            trust_remote_code=config.trust_remote_code,
+            model_kwargs={"dtype": torch.float32},
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        hint = (
+            "; it comes with code of its own: set trust_remote_code: true for it if you trust its authors"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise JasperError(f"{config.model}: cannot be loaded as a teacher ({told}){hint}") from error
+    if config.pooling != "auto":
+        _set_pooling(model, POOLINGS[config.pooling], config.model)
+    _check_tokenizer(model, config.model)
+    return Teacher(config, model.eval(), precision)
+
+
+def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
+    """What decides a teacher's vectors, without loading it: two teachers that agree in this give the same ones."""
+    if config.model is None:
+        raise ValueError("describe_teacher needs a teacher with `model`")
+    folder = Path(config.model).expanduser()
+    return {
+        "model": folder.resolve().name
+        if folder.is_dir()
+        else config.model,  # a folder's content decides, not its place
+        "revision": model_revision(config.model, config.revision),
+        "prompts": config.prompts.model_dump(),
+        "pooling": config.pooling,
+        "max_length": config.max_length,
+        "truncate_dim": config.truncate_dim,
+    }
+
+
+def own_device() -> str:
+    """This process's GPU (``LOCAL_RANK`` under torchrun), else the CPU."""
+    import os
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def apply_prompt(prompt: str, text: str) -> str:
+    """The prompt with the text in the place of ``{text}``, or before the text."""
+    return prompt.replace("{text}", text) if "{text}" in prompt else prompt + text
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Positions in batches of like lengths, longest first; a batch holds at most ``budget`` tokens, padding included.
+
+    Args:
+        lengths: (B,) tokens of each text. A text longer than the budget makes a batch alone.
+        budget: tokens.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        size = max(1, budget // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts: Sequence[str] | None) -> np.ndarray:
+    """Unit rows; the first that has no direction is an error that names it."""
+    norms = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
+    if len(bad):
+        first = int(bad[0])
+        row = rows[first] if rows is not None else first
+        kind = "zero" if norms[first, 0] == 0 else "not finite"
+        shown = f" ({str(texts[first])[:60]!r})" if texts is not None else ""
+        raise JasperError(
+            f"{name}: the vector of text row {row}{shown} is {kind}; {len(bad)} such in this part. Mend or leave out "
+            "the text, or run the teacher with `--precision fp32` if it overflows in bf16"
+        )
+    return vectors / norms
+
+
+def _set_length(model: SentenceTransformer, wanted: int) -> int:
+    """Truncate at the wanted length, or at what the model's positions and tokenizer allow if that is less."""
+    settings = getattr(model.transformers_model, "config", None)
+    bounds = [
+        wanted,
+        getattr(model.tokenizer, "model_max_length", None),
+        getattr(settings, "max_position_embeddings", None),
+    ]
+    if getattr(settings, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet") and bounds[2]:
+        bounds[2] -= 2  # these count positions from the padding index on
+    model.max_seq_length = min(int(b) for b in bounds if b)
+    return model.max_seq_length
+
+
+def _set_pooling(model: SentenceTransformer, mode: str, name: str) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    for position, module in enumerate(model):
+        if isinstance(module, Pooling):
+            pooling = Pooling(module.embedding_dimension, mode, include_prompt=module.include_prompt)
+            if pooling.pooling_output_dimension != module.pooling_output_dimension:
+                raise JasperError(
+                    f"{name}: its pooling joins several vectors; `pooling: {mode}` would not fit the next layer"
+                )
+            model[position] = pooling
+            return
+    raise JasperError(f"{name}: has no pooling layer to change; set `pooling: auto` for it")
+
+
+def _check_tokenizer(model: SentenceTransformer, name: str) -> None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if not callable(tokenizer):
+        raise JasperError(f"{name}: has no Hugging Face tokenizer, so its texts cannot be batched by length")
+    if (
+        tokenizer.pad_token is None
+    ):  # many decoders come without; a padded position is masked, so which token is no matter
+        tokenizer.pad_token = tokenizer.eos_token
