@@ -48,6 +48,21 @@ class Batch:
     wait: float  # seconds that training waited for it
 
 
+def check_sizes(config: Config, n: int) -> None:
+    """Refuse a run whose batches are larger than what the stage may draw from.
+
+    Args:
+        n: training texts.
+
+    Raises:
+        JasperError: names every such stage.
+    """
+    small = [s for s in config.stages if min(n, s.texts or n) < s.batch_size]
+    if small:
+        named = "; ".join(f"stage {s.name!r}: a batch of {s.batch_size} from {min(n, s.texts or n)}" for s in small)
+        raise JasperError(f"too few training texts ({named}); lower batch_size, or give more text")
+
+
 def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
     """The stage's rows for every step.
 
@@ -57,15 +72,8 @@ def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Call
     """
     stage = config.stages[index]
     n = min(n, stage.texts or n)
-    if n < stage.batch_size:
-        raise JasperError(
-            f"stage {stage.name!r}: a batch of {stage.batch_size} from {n} training texts; lower its batch_size or "
-            "give more text"
-        )
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, config.seed, index)
-    if n < stage.neighbours:
-        raise JasperError(f"stage {stage.name!r}: neighbourhoods of {stage.neighbours} from {n} training texts")
     return neighbour_batches(_graph(config, stage, n, teachers, say), stage.batch_size, config.seed, index)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from jasper_fast.batches import Batch, Teachers, batch_plan, pooled_states, stage_batches
+from jasper_fast.batches import Batch, Teachers, batch_plan, check_sizes, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, latest_checkpoint, save_checkpoint
 from jasper_fast.config import Config, StageConfig, dump_config, load_config, parse_overrides, recipe_names
 from jasper_fast.encode import pick_device
@@ -102,6 +102,7 @@ def _run(config: Config, folder: RunFolder) -> None:
     for stage in config.stages:  # impossible stages are errors now, not hours later
         trained_names(student, stage)
     texts, transductive = prepare_texts(config)
+    check_sizes(config, len(texts))
     teachers = ensure_teachers(config, texts)
     _check_widths(config, teachers)
     student.to(device)
@@ -145,8 +146,9 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     if not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
         log.bar.set_description(f"{stage.name}: pooling once")
         folder = work.folder.path / "pooled" / stage.name
-        with_progress = _counter(log, stage, work.texts)
-        pooled = pooled_states(folder, student, stage, plan, work.texts, work.device, config.precision, with_progress)
+        started = time.perf_counter()
+        pooled = pooled_states(folder, student, stage, plan, work.texts, work.device, config.precision, _counter(log))
+        log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
     torch.manual_seed(config.seed * 1000 + index)  # dropout: the same in every run of this seed
     if start.stage == index and start.stage_step and checkpoint is not None:
         checkpoint.load_state(optimizer)
@@ -195,7 +197,7 @@ def gradient_norm(student: Student, clip: float | None) -> float:
 
 def check_finite(stage: StageConfig, done: Position, output: JasperLossOutput, norm: float) -> None:
     """Stop before an update that would spoil the weights, naming step and loss part."""
-    parts = {name: float(value) for name, value in output._asdict().items()}
+    parts = {name: float(value.detach()) for name, value in output._asdict().items()}
     bad = [name for name, value in parts.items() if not math.isfinite(value) and name != "loss"]
     if bad or not math.isfinite(parts["loss"]) or not math.isfinite(norm):
         what = f"loss part {', '.join(bad)}" if bad else "the gradient" if math.isfinite(parts["loss"]) else "the loss"
@@ -266,7 +268,7 @@ def _check_frozen(student: Student, stage: StageConfig, before: str) -> None:
         raise JasperError(f"stage {stage.name!r}: a frozen weight changed; this is a bug, please report it")
 
 
-def _counter(log: RunLog, stage: StageConfig, texts: Any) -> Callable[[int], None]:
+def _counter(log: RunLog) -> Callable[[int], None]:
     done = 0
 
     def count(rows: int) -> None:
@@ -297,7 +299,7 @@ def _record(
     seconds: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    parts = {name: float(value) for name, value in output._asdict().items()}
+    parts = {name: float(value.detach()) for name, value in output._asdict().items()}
     if not (stage.weights.neighbourhood or (stage.narrow_weights and stage.narrow_weights.neighbourhood)):
         parts.pop("neighbourhood", None)
     return {
