@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -160,19 +161,25 @@ def teacher_encoder(configs: Sequence[TeacherConfig], cache: str | Path | None) 
     """
     if not configs or any(config.model is None for config in configs):
         return None
-    from jasper_fast.teachers import load_teacher
-
-    parts = []
-    for config in configs:
-        teacher = load_teacher(config)
-        key = json.dumps(teacher.fingerprint, sort_keys=True, default=str)
-        parts.append(cached(teacher.encode, key, cache) if cache is not None else teacher.encode)
+    parts = [_teacher_part(config, cache) for config in configs]
 
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         vectors = normalise(np.concatenate([normalise(np.asarray(part(texts, role))) for part in parts], axis=1))
         return {vectors.shape[1]: vectors}
 
     return encode
+
+
+def _teacher_part(config: TeacherConfig, cache: str | Path | None) -> Callable[[list[str], str], np.ndarray]:
+    """One teacher, loaded only when vectors are asked for that the cache does not hold."""
+    from jasper_fast.teachers import describe_teacher, load_teacher
+
+    teacher = functools.cache(lambda: load_teacher(config))
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        return teacher().encode(texts, role)
+
+    return encode if cache is None else cached(encode, json.dumps(describe_teacher(config), sort_keys=True), cache)
 
 
 def cached(

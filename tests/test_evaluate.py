@@ -386,6 +386,7 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
     tmp_path: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
+    loaded: list[int] = []
 
     def load_teacher(config):
         offset = config.max_length
@@ -394,10 +395,12 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
             calls.append(len(texts))
             return hashed_encode([f"{offset} {text}" for text in texts], role)
 
-        return SimpleNamespace(encode=encode, fingerprint={"model": config.model, "length": offset}, width=16)
+        loaded.append(offset)
+        return SimpleNamespace(encode=encode)
 
     module = ModuleType("jasper_fast.teachers")
     module.load_teacher = load_teacher  # type: ignore[attr-defined]
+    module.describe_teacher = lambda c: {"model": c.model, "length": c.max_length}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "jasper_fast.teachers", module)
     config = load_config(
         {
@@ -441,8 +444,11 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
     assert rows["teacher truncated", 8] == rows["student", 8]
     assert rows["teacher PCA", 8] != rows["teacher truncated", 8]
     encoded = len(calls)
+    assert loaded == [10, 20]
     again = evaluate_run(config, evalsets, before, student, train)
-    assert again == results and len(calls) == encoded, "a second run reads the teachers' vectors from the cache"
+    assert again == results and len(calls) == encoded and loaded == [10, 20], (
+        "a second run reads the teachers' vectors from the cache"
+    )
     ready = config.model_copy(update={"teachers": [config.teachers[0].model_copy(update={"model": None})]})
     assert {row["model"] for row in evaluate_run(ready, evalsets, before, student, None)["rows"]} == {
         "student before",
