@@ -101,6 +101,7 @@ class DataConfig(Section):
     shuffle_share: Share = 0.0008  # share of texts whose words are shuffled
     min_chars: PositiveInt = 2
     limit: PositiveInt | None = None  # at most so many texts in total, drawn by the seed
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0  # of draws, cuts and order; runs of other seeds share the texts
     cache: str = "cache"  # folder for texts and teacher vectors, shared by runs
     cache_dtype: Literal["float16", "int8"] = "float16"
 

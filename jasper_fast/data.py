@@ -102,7 +102,7 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
 
     forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in load_evals(config.evaluate)}
     barred = frozenset[str]().union(*forms.values())
-    texts = build_texts(config.data, config.seed, barred)
+    texts = build_texts(config.data, config.data.seed, barred)
     found = {form for text in _column(texts, "text") if (form := normal_form(text)) in barred} if barred else set()
     return texts, [name for name, kept in forms.items() if not kept.isdisjoint(found)]
 
