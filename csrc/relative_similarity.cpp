@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -16,6 +15,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "buffer.h"
 #include "counts.h"
 #include "radix_sort.h"
 #include "teacher_order.h"
@@ -97,7 +97,7 @@ class PrefixHistograms {
 StudentCount count_student(const float* scores, const float* teacher, const TeacherOrder& order, uint64_t pairs,
                            float margin, int threads, int32_t* gradient) {
   const Buckets buckets = order.buckets();
-  std::unique_ptr<uint64_t[]> sorted(new uint64_t[pairs + 1]), spare(new uint64_t[pairs]);
+  Buffer<uint64_t> sorted = make_buffer<uint64_t>(pairs + 1), spare = make_buffer<uint64_t>(pairs);
   parallel_for(0, (int64_t)pairs, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool nan = std::isnan(scores[i]) || std::isnan(teacher[i]);
@@ -109,7 +109,7 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
   sorted[pairs] = (uint64_t)kNaNKey << 32;
   const uint64_t n = std::lower_bound(sorted.get(), sorted.get() + pairs, (uint64_t)kNaNKey << 32) - sorted.get();
 
-  std::unique_ptr<uint32_t[]> thresholds(new uint32_t[n + 1]);
+  Buffer<uint32_t> thresholds = make_buffer<uint32_t>(n + 1);
   parallel_for(0, (int64_t)n, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) thresholds[i] = key_of(value_of((uint32_t)(sorted[i] >> 32)) - margin);
   });
@@ -119,7 +119,7 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
   std::vector<uint64_t> event_start(buckets.count + 1, 0);
   for (uint32_t b = 0; b < buckets.count; ++b) event_start[b + 1] = event_start[b] + 2 * (uint64_t)histograms.total(b);
 
-  std::unique_ptr<Event[]> events(new Event[2 * n]);
+  Buffer<Event> events = make_buffer<Event>(2 * n);
   std::vector<int64_t> low(threads + buckets.count, 0);
   parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> workspace(merge_workspace(buckets.count) + 8);
@@ -139,7 +139,7 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
   sorted.reset();
   thresholds.reset();
 
-  std::unique_ptr<int32_t[]> counts(new int32_t[pairs]);  // by teacher position
+  Buffer<int32_t> counts = make_buffer<int32_t>(pairs);  // by teacher position
   parallel_for(0, buckets.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       int32_t* own = counts.get() + order.start[b];

@@ -66,7 +66,7 @@ bool find_ties(const uint64_t* sorted, uint32_t count, uint16_t* lower, uint16_t
 }  // namespace
 
 TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pairs, bool exclude_ties, int threads) {
-  std::unique_ptr<uint64_t[]> sorted(new uint64_t[pairs]), spare(new uint64_t[pairs]);
+  Buffer<uint64_t> sorted = make_buffer<uint64_t>(pairs), spare = make_buffer<uint64_t>(pairs);
   torch::stable::parallel_for(0, (int64_t)pairs, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool nan = std::isnan(teacher[i]) || (skip && std::isnan(skip[i]));
@@ -80,10 +80,10 @@ TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pai
   cut_buckets(sorted.get(), pairs, exclude_ties, order);
   const int64_t buckets = (int64_t)order.lower.size();
   order.tied.assign(buckets, 0);
-  order.code.reset(new uint32_t[pairs]);
+  order.code = make_buffer<uint32_t>(pairs);
   if (exclude_ties) {
-    order.tied_lower.reset(new uint16_t[pairs]);
-    order.tied_upper.reset(new uint16_t[pairs]);
+    order.tied_lower = make_buffer<uint16_t>(pairs);
+    order.tied_upper = make_buffer<uint16_t>(pairs);
   }
   torch::stable::parallel_for(0, buckets, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {

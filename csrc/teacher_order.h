@@ -1,20 +1,20 @@
 // The teacher's side of the count: every pair's place in teacher order, cut into buckets. Made once for all students.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "counts.h"
 
 namespace jasper_fast {
 
 struct TeacherOrder {
-  std::unique_ptr<uint32_t[]> code;           // (P,) bucket << kBucketBits | local position, by pair
+  Buffer<uint32_t> code;           // (P,) bucket << kBucketBits | local position, by pair
   std::vector<uint32_t> start, lower, upper;  // see Buckets
   std::vector<uint8_t> tied;                  // (buckets,) holds pairs with equal scores
   std::vector<uint8_t> one_group;             // (buckets,) every pair in it has the same score
-  std::unique_ptr<uint16_t[]> tied_lower;     // (P,) by teacher position, set in tied buckets only
-  std::unique_ptr<uint16_t[]> tied_upper;
+  Buffer<uint16_t> tied_lower;     // (P,) by teacher position, set in tied buckets only
+  Buffer<uint16_t> tied_upper;
 
   Buckets buckets() const { return {(uint32_t)lower.size(), start.data(), lower.data(), upper.data()}; }
 };

@@ -89,6 +89,8 @@ def relative_similarity_loss(
     _check_number("margin", margin)
     _check_choice("ties", ties, TIES)
     _check_choice("method", method, RELATIVE_METHODS)
+    if method != "reference":
+        _check_rows(teacher)
     with _full_precision(teacher):
         dtype = _compute_dtype([student], teacher)
         if method == "reference":
@@ -244,9 +246,7 @@ def _similarity(units: list[Tensor], target: Tensor, method: str) -> Tensor:
 
 
 def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str) -> Tensor:
-    rows = target.shape[0]
-    if rows * (rows - 1) // 2 > ops.MAX_PAIRS:
-        raise ValueError(f"relative similarity: expected at most 65536 rows, got {rows}; split the batch")
+    _check_rows(target)  # again: a group's ranks come together only here
     losses, gradients = ops.relative_similarity(
         [unit.detach() for unit in units], target, margin, ties == "exclude", _wants_gradient(units)
     )
@@ -386,6 +386,12 @@ def _check_equal_width(student: Tensor, teacher: Tensor) -> None:
             f"cosine loss: expected equal widths, got {student.shape[1]} and {teacher.shape[1]}; "
             "similarity_loss and relative_similarity_loss compare vectors of different widths"
         )
+
+
+def _check_rows(vectors: Tensor) -> None:
+    rows = vectors.shape[0]
+    if rows * (rows - 1) // 2 > ops.MAX_PAIRS:
+        raise ValueError(f"relative similarity: expected at most 65536 rows, got {rows}; split the batch")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

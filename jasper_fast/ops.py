@@ -104,6 +104,9 @@ def _pair_counts_torch(x: Tensor, t: Tensor, margin: float, exclude_ties: bool) 
     # What is not a number goes to the end of both orders, where no query reaches.
     student_sorted, student_order = torch.where(missing, torch.nan, x).sort()
     teacher_sorted, teacher_order = torch.where(missing, torch.nan, t).sort(stable=True)
+    # searchsorted does not know NaN, and nothing is counted at +inf that should not be.
+    student_sorted = student_sorted.masked_fill(student_sorted.isnan(), torch.inf)
+    teacher_sorted = teacher_sorted.masked_fill(teacher_sorted.isnan(), torch.inf)
     position = torch.empty_like(teacher_order)
     position[teacher_order] = torch.arange(pairs, device=x.device)
     own = position[student_order]  # (P,) teacher positions in student order
@@ -155,7 +158,7 @@ def relative_similarity(
     scores = torch.stack([pack_pairs(s @ s.T) for s in students])
     counts, low, dot = pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
     terms = pairs * (pairs - 1) / 2
-    losses = ((dot + margin * low) / terms).to(teacher.dtype)
+    losses = ((dot + margin * low.double()) / terms).to(teacher.dtype)
     if not gradient:
         return losses, [s.new_empty(0) for s in students]
     del scores
