@@ -76,7 +76,7 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
     settings = {
         "format": FORMAT,
         "seed": seed,
-        "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype"}),
+        "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype", "seed"}),
         "sources": [source_stamp(source) for source in data.sources],
         "excluded": hashlib.sha256("\0".join(sorted(barred)).encode("utf-8", "surrogatepass")).hexdigest(),
     }

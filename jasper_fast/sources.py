@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,18 @@ def source_stamp(source: SourceConfig) -> list[Any]:
 
 def _cell(cells: dict[str, Any], column: str, where: str) -> str:
     if column not in cells:
-        raise JasperError(
-            f"{where}: no column {column!r}; there are: {', '.join(map(str, cells)) or 'none'} (set `columns`)"
-        )
+        raise _no_column(column, cells, where)
     value = cells[column]
     if isinstance(value, str):
         return value
     given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
     raise JasperError(f"{where}: column {column!r} {given}; remove or mend the row, or choose other `columns`")
+
+
+def _no_column(column: str, there: Iterable[str], where: str) -> JasperError:
+    return JasperError(
+        f"{where}: no column {column!r}; there are: {', '.join(map(str, there)) or 'none'} (set `columns`)"
+    )
 
 
 def _read_file(file: Path, source: SourceConfig) -> Iterator[Row]:
@@ -190,11 +194,14 @@ def _parquet(file: Path, source: SourceConfig) -> Iterator[Row]:
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
+            for column in source.columns:
+                if column not in names:
+                    raise _no_column(column, names, str(file))
             number = 0
-            for batch in parquet.iter_batches(1024, columns=[c for c in source.columns if c in names]):
-                for cells in batch.to_pylist() or []:
+            for batch in parquet.iter_batches(1024, columns=source.columns):
+                for cells in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", cells if len(cells) == len(source.columns) else dict.fromkeys(names)
+                    yield f"{file}, row {number}", cells
     except pa.ArrowException as error:
         raise JasperError(f"{file}: not a readable parquet file ({error})") from error
 

@@ -110,6 +110,7 @@ def load_teacher(
     Raises:
         JasperError: the model is missing, cannot be loaded, or needs code of its own that was not allowed.
     """
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     if config.model is None:
@@ -124,7 +125,7 @@ def load_teacher(
             trust_remote_code=config.trust_remote_code,
             model_kwargs={"dtype": torch.float32},
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         hint = (
             "; it comes with code of its own: set trust_remote_code: true for it if you trust its authors"
             if "trust_remote_code" in str(error)
