@@ -1,8 +1,8 @@
 """The losses as a plug-in for sentence-transformers' own trainer: teacher vectors go into the ``label`` column.
 
-    train_dataset = Dataset.from_dict({"text": texts, "label": teacher_vectors})  # vectors as lists or arrays
-    loss = jasper_fast.sentence_transformers.JasperLoss(model)
-    SentenceTransformerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss).train()
+train_dataset = Dataset.from_dict({"text": texts, "label": teacher_vectors})  # vectors as lists or arrays
+loss = jasper_fast.sentence_transformers.JasperLoss(model)
+SentenceTransformerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss).train()
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exact relative similarity loss: integer counts, what follows from them, and the native op against its fallback."""
+"""The exact relative similarity loss: integer counts, what follows from them, the native op against its fallback."""
 
 import os
 import subprocess
@@ -177,7 +177,10 @@ def test_end_to_end_against_the_published_formulation(ties, width):
 @pytest.mark.parametrize("method", ["exact", "reference"])
 @pytest.mark.parametrize("ties", ["exclude", "label"])
 def test_gradcheck(method, ties):
-    student, teacher = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(7, 4, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(7, 4, dtype=torch.float64),
+    )
     assert torch.autograd.gradcheck(
         lambda s: relative_similarity_loss(s, teacher, ties=ties, method=method), student, atol=1e-6
     )
@@ -207,7 +210,7 @@ def test_three_rows_by_hand():
     """Pairs (0, 1), (0, 2), (1, 2) with student cosines 1, 0, 0 and teacher cosines 0, 1, 0."""
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    # Only (0, 2) stands above the others in teacher order: relu(1 - 0 + m) against (0, 1), relu(0 - 0 + m) against (1, 2).
+    # Teacher order puts only (0, 2) above: relu(1 - 0 + m) against (0, 1) and relu(0 - 0 + m) against (1, 2).
     assert relative_similarity_loss(student, teacher, margin=0.5).item() == pytest.approx((1.5 + 0.5) / 3)
     # With label order (0, 1) comes before (1, 2) too: relu(1 - 0 + m).
     assert relative_similarity_loss(student, teacher, margin=0.5, ties="label").item() == pytest.approx(3.5 / 3)

@@ -1,0 +1,187 @@
+"""``python -m bench losses``: the losses on a CPU against the published formulation and plain PyTorch, in one run.
+
+Figures are medians; what is compared is measured alternately, so that a busy machine slows both sides alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from jasper_fast import ops, reference
+from jasper_fast.losses import relative_similarity_loss, similarity_loss
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print ratios first, and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/losses-cpu.json"), help="JSON to write")
+    parser.add_argument("--repeats", type=int, default=7, help="median of this many (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes gigabytes or many seconds")
+    options = parser.parse_args(argv)
+    threads = torch.get_num_threads()
+    results: dict[str, object] = {"environment": environment(threads)}
+    results["published"] = [published(rows, options.repeats) for rows in ((64,) if options.quick else (64, 128))]
+    results["gram_products"] = gram_products(1024, 384, options.repeats)
+    results["pairs_per_second"] = pairs_per_second(512 if options.quick else 2048, 384, threads, options.repeats)
+    shapes = [(512, 64, 64)] if options.quick else [(2048, 1024, 1024), (16384, 256, 384)]
+    results["similarity"] = [similarity(*shape, threads, options.repeats) for shape in shapes]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {options.out}")
+    return 0
+
+
+def environment(threads: int) -> dict[str, object]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": threads,
+        "commit": commit.stdout.strip() or None,
+        "extension": ops.extension_error() or "in use",
+    }
+
+
+def published(rows: int, repeats: int) -> dict[str, float]:
+    """Relative similarity, forward and backward, against one term for each pair of pairs."""
+    student, teacher = _batch(rows, 384, 384)
+    ours, theirs = medians(
+        [
+            _step(relative_similarity_loss, student, teacher),
+            _step(reference.relative_similarity_loss, student, teacher),
+        ],
+        min(repeats, 5),
+    )
+    print(f"relative similarity, B = {rows}: {theirs / ours:,.0f} x the published formulation's speed", end="")
+    print(f" ({ours * 1e3:.2f} ms against {theirs * 1e3:,.0f} ms)")
+    return {"rows": rows, "ratio": theirs / ours, "ours_s": ours, "published_s": theirs}
+
+
+def gram_products(rows: int, width: int, repeats: int) -> dict[str, float]:
+    """Relative similarity, forward and backward, in float32 Gram products S S' of the same batch."""
+    student, teacher = _batch(rows, width, width)
+    ours, gram = medians([_step(relative_similarity_loss, student, teacher), lambda: student @ student.T], repeats)
+    print(
+        f"relative similarity, B = {rows}: {ours / gram:.1f} Gram products ({ours * 1e3:.0f} ms, one {gram * 1e3:.1f})"
+    )
+    return {"rows": rows, "width": width, "products": ours / gram, "ours_s": ours, "gram_s": gram}
+
+
+def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[str, float]:
+    """Relative similarity, forward and backward, on one thread and on all."""
+    student, teacher = _batch(rows, width, width)
+    step = _step(relative_similarity_loss, student, teacher)
+
+    def on(count: int) -> Callable[[], object]:
+        def run() -> None:
+            torch.set_num_threads(count)
+            step()
+
+        return run
+
+    one, every = medians([on(1), on(threads)], repeats)
+    torch.set_num_threads(threads)
+    pairs = rows * (rows - 1) / 2
+    print(
+        f"relative similarity, B = {rows}: {one / every:.2f} x from {threads} threads "
+        f"({pairs / every / 1e6:.1f} M pairs/s; {pairs / one / 1e6:.1f} on one)"
+    )
+    return {"rows": rows, "width": width, "speed_up": one / every, "one_thread_s": one, "all_threads_s": every}
+
+
+def similarity(rows: int, width: int, teacher_width: int, threads: int, repeats: int) -> dict[str, object]:
+    """Both forms and plain PyTorch, forward and backward, each in a process of its own for its peak memory."""
+    repeats = repeats if rows <= 4096 else 2
+    figures = {
+        method: _in_new_process(_measure_similarity, method, rows, width, teacher_width, threads, repeats)
+        for method in ("reference", "tile", "feature", "auto")
+    }
+    plain = figures["reference"]
+    for method, own in figures.items():
+        if method != "reference":
+            print(
+                f"similarity, B = {rows}, D = {width} / {teacher_width}, {method}: "
+                f"{plain['seconds'] / own['seconds']:.1f} x plain PyTorch ({own['seconds'] * 1e3:,.0f} ms against "
+                f"{plain['seconds'] * 1e3:,.0f}; {own['peak_mib']:,.0f} MiB above the inputs against "
+                f"{plain['peak_mib']:,.0f})"
+            )
+    return {"rows": rows, "width": width, "teacher_width": teacher_width, "methods": figures}
+
+
+def _measure_similarity(
+    method: str, rows: int, width: int, teacher_width: int, threads: int, repeats: int
+) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    _step(similarity_loss, *_batch(8, 8, 8))()  # what torch itself needs
+    student, teacher = _batch(rows, width, teacher_width)
+    before = _peak_mib()
+
+    def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return similarity_loss(s, t, method=method)
+
+    (seconds,) = medians([_step(loss, student, teacher)], repeats)
+    return {"seconds": seconds, "peak_mib": _peak_mib() - before}
+
+
+def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each, measured in turn after one unmeasured run of each."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, own in zip(functions, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - begin)
+    return [statistics.median(own) for own in times]
+
+
+def _batch(rows: int, width: int, teacher_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A student that has learnt part of its teacher: both project the same hidden vectors, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 64, generator=generator)
+    teacher = hidden @ torch.randn(64, teacher_width, generator=generator)
+    student = hidden @ torch.randn(64, width, generator=generator)
+    return student + 2.0 * torch.randn(rows, width, generator=generator), teacher
+
+
+def _step(loss: Loss, student: torch.Tensor, teacher: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        leaf = student.detach().requires_grad_()
+        loss(leaf, teacher).backward()
+
+    return run
+
+
+def _in_new_process(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
