@@ -25,18 +25,18 @@ def stream_bytes(table: pa.Table) -> bytes:
 
 
 def read_mapped(file: Path) -> pa.Table:
-    """The table of an Arrow stream file, memory-mapped."""
+    """The table of an Arrow stream file, memory-mapped; the mapping outlives the descriptor, so files may be many."""
     import pyarrow as pa
 
-    source = pa.memory_map(str(file))  # stays open as long as the table lives
-    return pa.ipc.open_stream(source).read_all()
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all()
 
 
 def write_index(folder: Path, files: list[str], features: Features, fingerprint: str) -> None:
     """Write the two JSON files that turn Arrow stream files into a dataset; ``state.json``, last, makes it complete."""
     info = {"citation": "", "description": "", "features": features.to_dict(), "homepage": "", "license": ""}
     write_atomic(folder / "dataset_info.json", json.dumps(info, indent=2, sort_keys=True))
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -290,6 +291,20 @@ def test_many_texts_pass_through_the_disk_unchanged(tmp_path: Path, monkeypatch:
         "dataset_info.json",
         "state.json",
     ]
+
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(data_module, "write_index", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        build_texts(settings(tmp_path, source(path)), seed=0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    cache = tmp_path / "cache"
+    assert [p.name.startswith(".unfinished-texts-") for p in cache.iterdir() if p.name != ".locks"] == [True]
+    assert len(build_texts(settings(tmp_path, source(path)), seed=0)) == len(ROWS)
+    assert not list(cache.glob(".unfinished-*"))
 
 
 def test_order_and_treatment_do_not_depend_on_process_or_source_order(tmp_path: Path) -> None:

