@@ -205,7 +205,9 @@ class TeacherVectors:
         if not caches or len({cache.identity["texts"] for cache in caches}) != 1:
             raise ValueError("expected one or more caches of the same texts")
         self.names = [cache.name for cache in caches]
+        self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]  # None: ready vectors
         self.folders = [cache.folder for cache in caches]
+        self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]
         self.widths: list[int] = [cache.header["width"] for cache in caches]
         self.width = sum(self.widths)
         self.fingerprint = hashlib.blake2b("".join(c.fingerprint for c in caches).encode(), digest_size=16).hexdigest()

@@ -28,7 +28,7 @@ from jasper_fast.data import build_texts, text_digest
 from jasper_fast.errors import JasperError
 from jasper_fast.models import model_revision, resolve_model
 from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
-from jasper_fast.teachers import apply_prompt, load_teacher, token_batches
+from jasper_fast.teachers import apply_prompt, describe_teacher, load_teacher, token_batches
 
 SHARD = 16  # rows; 200 texts make 13 shards
 
@@ -134,6 +134,26 @@ def test_sentence_transformers_folders_keep_their_own_modules(tiny_bert: Path, t
         load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=13))
 
 
+def test_another_dense_head_of_the_model_can_be_chosen(tiny_bert: Path, tmp_path: Path, texts: Dataset) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from sentence_transformers.util import normalize_embeddings
+
+    stem = [modules.Transformer(str(tiny_bert)), modules.Pooling(32, "mean")]
+    wide = modules.Dense(32, 24, activation_function=torch.nn.Identity())
+    folder = tmp_path / "st"
+    SentenceTransformer(modules=[*stem, modules.Dense(32, 12)], device="cpu").save_pretrained(str(folder))
+    (folder / "2_Dense_24").mkdir()
+    wide.save(str(folder / "2_Dense_24"))
+    some = texts["text"][:9]
+    expected = SentenceTransformer(modules=[*stem, wide], device="cpu").encode(some, convert_to_tensor=True)
+    config = TeacherConfig(model=str(folder), dense="2_Dense_24")
+    np.testing.assert_allclose(load_teacher(config).encode(some), normalize_embeddings(expected).numpy(), atol=2e-6)
+    assert describe_teacher(config) != describe_teacher(TeacherConfig(model=str(folder)))
+    with pytest.raises(JasperError, match="no Dense head in a folder '2_Dense_99'"):
+        load_teacher(TeacherConfig(model=str(folder), dense="2_Dense_99"))
+
+
 def test_prompts_by_role(tiny_bert: Path, texts: Dataset) -> None:
     prompts = {"query": "Find {text} now", "document": "about: "}
     teacher, plain = (load_teacher(TeacherConfig(model=str(tiny_bert), prompts=p)) for p in (prompts, {}))
@@ -220,6 +240,7 @@ def test_cache_is_a_dataset_that_reads_back(tiny_bert: Path, texts: Dataset, con
     config = config_of({"model": str(tiny_bert)})
     vectors = quiet(config, texts)
     assert (len(vectors), vectors.width, vectors.widths) == (200, 32, [32])
+    assert vectors.revisions == [model_revision(str(tiny_bert))]
     rows = np.array([199, 3, 3, 0, 17, 16, 15])
     read = vectors.read(rows)
     assert read.dtype == torch.float32
