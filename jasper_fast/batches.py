@@ -32,6 +32,7 @@ class Teachers(Protocol):
 
     fingerprint: str
     width: int
+    revisions: list[str | None]
 
     def read(self, rows: np.ndarray) -> Tensor: ...
 

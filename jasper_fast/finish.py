@@ -41,7 +41,7 @@ def finish(
         texts: the training texts (``datasets.Dataset``).
         transductive: names of evaluation sets of which texts were trained on.
     """
-    facts = run_facts(config, texts=len(texts))
+    facts = run_facts(config, texts=len(texts), revisions=teachers.revisions)
     export_student(student, folder.model, card=facts, replace=True)
     untrained = student_encoder(before.to(device), None, student.max_length, device, config.precision)
     rows = np.arange(min(len(texts), PCA_ROWS))
@@ -65,7 +65,7 @@ def finish(
             "versions": {name: found for name in VERSIONS_OF if (found := _version(name))},
         },
     }
-    card = run_facts(config, results=results, texts=len(texts))
+    card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)
     export_student(student, folder.model, card=card, replace=True)
     write_report(folder.path, results)
     folder.write_json(RESULTS, results)

@@ -135,6 +135,8 @@ def load_teacher(
         raise JasperError(f"{config.model}: cannot be loaded as a teacher ({told}){hint}") from error
     if config.pooling != "auto":
         _set_pooling(model, POOLINGS[config.pooling], config.model)
+    if config.dense is not None:
+        _set_dense(model, where, config.dense, revision)
     _check_tokenizer(model, config.model)
     return Teacher(config, model.eval(), precision)
 
@@ -153,6 +155,7 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
         "pooling": config.pooling,
         "max_length": config.max_length,
         "truncate_dim": config.truncate_dim,
+        **({"dense": config.dense} if config.dense else {}),
     }
 
 
@@ -228,6 +231,26 @@ def _set_pooling(model: SentenceTransformer, mode: str, name: str) -> None:
             model[position] = pooling
             return
     raise JasperError(f"{name}: has no pooling layer to change; set `pooling: auto` for it")
+
+
+def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: str) -> None:
+    """Put another of the model's Dense heads, such as Stella's ``2_Dense_8192``, in the place of its own."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    places = [position for position, module in enumerate(model) if isinstance(module, Dense)]
+    if len(places) != 1:
+        raise JasperError(f"{where}: `dense: {folder}` needs a model with one Dense module; it has {len(places)}")
+    hub_revision = None if revision.startswith("sha256:") else revision
+    try:
+        head = Dense.load(where, subfolder=folder, revision=hub_revision)
+    except (OSError, ValueError, TypeError) as error:
+        raise JasperError(f"{where}: holds no Dense head in a folder {folder!r}; look at the model's files") from error
+    if head.in_features != model[places[0]].in_features:
+        raise JasperError(
+            f"{where}: the head {folder!r} takes {head.in_features} coordinates where its own takes "
+            f"{model[places[0]].in_features}"
+        )
+    model[places[0]] = head.to(model.device)
 
 
 def _check_tokenizer(model: SentenceTransformer, name: str) -> None:

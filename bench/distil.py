@@ -1,0 +1,239 @@
+"""Distillation quality at equal minutes: ours against sentence-transformers' own losses, PCA and truncation.
+
+    python -m bench distil --config bench/recipes/minilm-public.yaml --seeds 0 1 2
+
+Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
+in fp32 on the same machine, and gets as many seconds of training as ours took for that seed (teacher vectors are shared
+and counted for nobody). Arms run one after another, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from bench._facts import facts
+from jasper_fast.config import Config, load_config
+from jasper_fast.errors import JasperError
+from jasper_fast.files import write_atomic
+
+OURS = "jasper_fast"
+PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
+RESULTS = Path(__file__).parent / "results" / "distil.json"
+CALIBRATION_STEPS = 12
+
+
+def main(argv: list[str]) -> int:
+    """Run the arms that have no result yet, then print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench distil", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(Path(__file__).parent / "recipes" / "minilm-public.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
+    parser.add_argument("--work", default="runs/bench-distil", help="runs and the results of single arms")
+    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--peer-lr", type=float, default=1e-4, help="sentence-transformers' learning rate")
+    parser.add_argument("--peer-batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, help="training seconds of a peer; default: what ours took")
+    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # a child process
+    options, rest = parser.parse_known_args(argv)
+    from jasper_fast.config import parse_overrides
+
+    config = load_config(options.config, parse_overrides(rest))
+    work = Path(options.work)
+    if options.one:
+        arm, seed = options.one[0], int(options.one[1])
+        run_arm(arm, config.model_copy(update={"seed": seed}), seed, work, options)
+        return 0
+    for seed in options.seeds:
+        for arm in options.arms:
+            if not result_file(work, arm, seed).exists():
+                print(f"=== {arm}, seed {seed}", flush=True)
+                command = [sys.executable, "-m", "bench", "distil", *argv, "--one", arm, str(seed)]
+                if subprocess.run(command, check=False).returncode:
+                    raise JasperError(f"arm {arm} with seed {seed} failed; the same command goes on from there")
+    found = {arm: [json.loads(result_file(work, arm, s).read_text()) for s in options.seeds] for arm in options.arms}
+    results = {"facts": facts() | {"seeds": options.seeds, "config": config.model_dump(mode="json")}, "arms": found}
+    write_atomic(options.out, json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+def result_file(work: Path, arm: str, seed: int) -> Path:
+    return work / f"{arm}-seed{seed}.json"
+
+
+def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.Namespace) -> None:
+    """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher vectors."""
+    from jasper_fast.data import prepare_texts
+    from jasper_fast.evaluate import load_evals, score_rows
+    from jasper_fast.teach import ensure_teachers
+
+    outcome: dict[str, Any] = {"arm": arm, "seed": seed}
+    if arm == OURS:
+        seconds, rows = train_ours(config, work / f"{arm}-seed{seed}")
+    else:
+        texts, _ = prepare_texts(config)
+        teachers = ensure_teachers(config, texts)
+        budget = options.seconds or json.loads(result_file(work, OURS, seed).read_text())["seconds"]
+        seconds, steps, encoder = train_peer(arm, config, texts, teachers, budget, options)
+        outcome |= {"steps": steps, "lr": options.peer_lr, "batch": options.peer_batch}
+        rows = score_rows(load_evals(config.evaluate), {arm: encoder})
+    write_atomic(
+        result_file(work, arm, seed), json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n"
+    )
+
+
+def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Our recipe; seconds are those of its log (steps and pooling), rows are its results (teacher and floors too)."""
+    from jasper_fast.train import train
+
+    run = train(config, out=out)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling"))
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    return seconds, [row | ({"model": OURS} if row["model"] == "student" else {}) for row in rows]
+
+
+def train_peer(
+    arm: str, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
+) -> tuple[float, int, Any]:
+    """Sentence-transformers' trainer with its own distillation loss for ``seconds`` of wall time.
+
+    The number of steps is estimated from a short run first, so that the learning-rate schedule ends with the time.
+    """
+    from jasper_fast.encoders import model_encoder
+
+    data = peer_dataset(config, texts, teachers)
+    with_seconds = peer_trainer(arm, config, data, options, max_steps=CALIBRATION_STEPS)
+    start = time.perf_counter()
+    with_seconds.train()
+    rate = CALIBRATION_STEPS / (time.perf_counter() - start)
+    steps = max(1, int(seconds * rate))
+    trainer = peer_trainer(arm, config, data, options, max_steps=steps)
+    trainer.add_callback(stop_after(seconds * 1.1))
+    start = time.perf_counter()
+    trainer.train()
+    spent = time.perf_counter() - start
+    model = trainer.model.eval()
+    widths = config.student.heads if arm.endswith("matryoshka") else config.student.heads[:1]
+    return spent, trainer.state.global_step, model_encoder(model, widths)
+
+
+def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
+    """Columns ``text`` and ``label`` (the teacher's vector), as sentence-transformers' distillation wants them."""
+    import numpy as np
+    from datasets import Dataset
+
+    vectors = teachers.read(np.arange(len(texts))).numpy()
+    return Dataset.from_dict({"text": texts["text"][:], "label": list(vectors)}).with_format("torch", ["label"], True)
+
+
+def peer_trainer(arm: str, config: Config, data: Any, options: Any, max_steps: int) -> Any:
+    """The trainer as its documentation sets it up, on the same student: encoder layers, mean pooling, one Dense."""
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer import losses
+
+    model = peer_student(config)
+    loss: Any = losses.EmbedDistillLoss(model, distance_metric="mse" if "mse" in arm else "cosine")
+    if arm.endswith("matryoshka"):
+        loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=config.student.heads)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(Path(options.work) / "peer"),
+        max_steps=max_steps,
+        per_device_train_batch_size=options.peer_batch,
+        learning_rate=options.peer_lr,
+        warmup_ratio=0.1,
+        seed=config.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    assert isinstance(model, SentenceTransformer)
+    return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss)
+
+
+def peer_student(config: Config) -> Any:
+    """Our student's encoder before training, with mean pooling and a Dense that starts as the identity.
+
+    The identity is the kindest start for a student whose last layer is its teacher's.
+    """
+    import tempfile
+
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+    from jasper_fast.model import Student
+
+    torch.manual_seed(config.seed)
+    student = Student.build(config.student)
+    with tempfile.TemporaryDirectory() as folder:
+        student.encoder.save_pretrained(folder)
+        student.tokenizer.save_pretrained(folder)
+        transformer = Transformer(folder, max_seq_length=config.student.max_length)
+    widest, hidden = config.student.heads[0], student.hidden_size
+    dense = Dense(
+        hidden,
+        widest,
+        activation_function=torch.nn.Identity(),
+        init_weight=torch.eye(widest, hidden),
+        init_bias=torch.zeros(widest),
+    )
+    return SentenceTransformer(modules=[transformer, Pooling(hidden, "mean"), dense], device=str(pick()))
+
+
+def pick() -> torch.device:
+    from jasper_fast.encode import pick_device
+
+    return pick_device()
+
+
+def stop_after(seconds: float) -> Any:
+    """A trainer callback that ends training when the time is up, should the estimate have been too slow."""
+    from transformers import TrainerCallback
+
+    class StopAfter(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.deadline = time.perf_counter() + seconds
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if time.perf_counter() > self.deadline:
+                control.should_training_stop = True
+
+    return StopAfter()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Per arm and width: the mean over seeds of every score with its spread, and the mean over sets."""
+    arms: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for runs in results["arms"].values():
+        for run in runs:
+            for row in run["rows"]:
+                arms.setdefault((row["model"], row["width"]), []).append(row["scores"])
+    keys = [k for k in next(iter(arms.values()))[0] if not k.endswith("recall@100")]
+    lines = ["| arm | width | mean | " + " | ".join(keys) + " |", "|---" * (len(keys) + 3) + "|"]
+    for (arm, width), scores in sorted(arms.items(), key=lambda item: (-item[0][1], item[0][0])):
+        means = [mean([s[k] for k in keys]) for s in scores]
+        cells = [spread([s[k] for s in scores]) for k in keys]
+        lines.append(f"| {arm} | {width} | {spread(means)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, in per cent."""
+    deviation = f" ± {100 * stdev(values):.2f}" if len(set(values)) > 1 else ""
+    return f"{100 * mean(values):.2f}{deviation}"
