@@ -207,7 +207,6 @@ class TeacherVectors:
         self.names = [cache.name for cache in caches]
         self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]  # None: ready vectors
         self.folders = [cache.folder for cache in caches]
-        self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]
         self.widths: list[int] = [cache.header["width"] for cache in caches]
         self.width = sum(self.widths)
         self.fingerprint = hashlib.blake2b("".join(c.fingerprint for c in caches).encode(), digest_size=16).hexdigest()
