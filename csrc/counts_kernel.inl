@@ -31,8 +31,23 @@ alignas(32) constexpr StepTables kSteps = make_steps();
 inline uint32_t groups_of(uint32_t buckets) { return buckets / kGroup + 1; }  // one past the last bucket is asked for
 inline uint32_t top_vectors_of(uint32_t buckets) { return (groups_of(buckets) + 7) / 8; }
 
+// A single bucket: nothing to count here, only the merged order to write down.
+static int64_t merge_one_bucket(MergeRun run, Event* events) {
+  uint64_t score = run.score, threshold = run.threshold;
+  Event* to = events + run.cursor[0];
+  for (uint64_t e = run.event_begin; e < run.event_end; ++e) {
+    const uint64_t from_score = run.sorted[score];
+    const uint64_t kind = run.thresholds[threshold] < (uint32_t)(from_score >> 32);
+    const uint64_t code = kind ? run.sorted[threshold] : from_score;
+    *to++ = Event{0, (uint16_t)(code & (kBucketSize - 1)), (uint16_t)kind};
+    score += kind ^ 1;
+    threshold += kind;
+  }
+  return 0;
+}
+
 template <int TOP_VECTORS>  // 0: known at run time only
-static int64_t merge_run_impl(const MergeRun& run, const Buckets& buckets, int32_t* workspace, Event* events) {
+static int64_t merge_run_impl(MergeRun run, Buckets buckets, int32_t* workspace, Event* events) {
   const uint32_t groups = groups_of(buckets.count);
   const uint32_t top_vectors = TOP_VECTORS ? TOP_VECTORS : top_vectors_of(buckets.count);
   const uint64_t stride = (uint64_t)groups * kGroup + (uint64_t)top_vectors * 8;
@@ -85,6 +100,7 @@ static int64_t merge_run_impl(const MergeRun& run, const Buckets& buckets, int32
 }
 
 static int64_t merge_run(const MergeRun& run, const Buckets& buckets, int32_t* workspace, Event* events) {
+  if (buckets.count == 1) return merge_one_bucket(run, events);
   switch (top_vectors_of(buckets.count)) {
     case 1: return merge_run_impl<1>(run, buckets, workspace, events);
     case 2: return merge_run_impl<2>(run, buckets, workspace, events);

@@ -9,8 +9,20 @@
 namespace jasper_fast {
 
 namespace {
+
 constexpr uint32_t kDigitBits = 11;
 constexpr uint32_t kDigits = 1u << kDigitBits;
+
+// Functions of their own, so that no loop bound lives where the loop might write.
+void count_digits(const uint64_t* begin, const uint64_t* end, uint32_t shift, uint32_t* counts) {
+  std::memset(counts, 0, kDigits * sizeof(uint32_t));
+  for (; begin != end; ++begin) ++counts[(*begin >> shift) & (kDigits - 1)];
+}
+
+void scatter(const uint64_t* begin, const uint64_t* end, uint32_t shift, uint32_t* next, uint64_t* to) {
+  for (; begin != end; ++begin) to[next[(*begin >> shift) & (kDigits - 1)]++] = *begin;
+}
+
 }  // namespace
 
 void radix_sort(uint64_t* data, uint64_t* spare, uint64_t n, int threads) {
@@ -21,9 +33,7 @@ void radix_sort(uint64_t* data, uint64_t* spare, uint64_t n, int threads) {
   for (uint32_t shift = 32; shift < 64; shift += kDigitBits) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        uint32_t* own = histogram.data() + t * kDigits;
-        std::memset(own, 0, kDigits * sizeof(uint32_t));
-        for (uint64_t i = begin_of(t); i < begin_of(t + 1); ++i) ++own[(from[i] >> shift) & (kDigits - 1)];
+        count_digits(from + begin_of(t), from + begin_of(t + 1), shift, histogram.data() + t * kDigits);
       }
     });
     uint32_t total = 0;
@@ -41,11 +51,7 @@ void radix_sort(uint64_t* data, uint64_t* spare, uint64_t n, int threads) {
     if (one_digit) continue;  // every key has the same digit here
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        uint32_t* next = histogram.data() + t * kDigits;
-        for (uint64_t i = begin_of(t); i < begin_of(t + 1); ++i) {
-          const uint64_t element = from[i];
-          to[next[(element >> shift) & (kDigits - 1)]++] = element;
-        }
+        scatter(from + begin_of(t), from + begin_of(t + 1), shift, histogram.data() + t * kDigits, to);
       }
     });
     uint64_t* other = from;

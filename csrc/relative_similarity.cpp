@@ -93,58 +93,68 @@ class PrefixHistograms {
   std::vector<uint32_t> counts_;
 };
 
-// Writes up - low of one student by pair. `ordered` tells which pairs the teacher's order leaves out (its NaNs).
+// Memory that steps use one after another: most of the cost of a large buffer is touching it for the first time.
+struct Scratch {
+  explicit Scratch(uint64_t pairs)
+      : sorted(make_buffer<uint64_t>(pairs + 1)), events(make_buffer<Event>(2 * pairs)), words(make_buffer<uint32_t>(pairs + 1)) {}
+
+  static_assert(sizeof(Event) == sizeof(uint64_t));
+  uint64_t* spare() { return reinterpret_cast<uint64_t*>(events.get()); }  // sorting ends before events begin
+
+  Buffer<uint64_t> sorted;  // (P + 1,)
+  Buffer<Event> events;     // (2 P,)
+  Buffer<uint32_t> words;   // (P + 1,) thresholds, then counts by teacher position
+};
+
+// Writes up - low of one student by pair.
 StudentCount count_student(const float* scores, const float* teacher, const TeacherOrder& order, uint64_t pairs,
-                           float margin, int threads, int32_t* gradient) {
+                           float margin, int threads, Scratch& scratch, int32_t* gradient) {
   const Buckets buckets = order.buckets();
-  Buffer<uint64_t> sorted = make_buffer<uint64_t>(pairs + 1), spare = make_buffer<uint64_t>(pairs);
+  uint64_t* sorted = scratch.sorted.get();
+  Event* events = scratch.events.get();
   parallel_for(0, (int64_t)pairs, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool nan = std::isnan(scores[i]) || std::isnan(teacher[i]);
       sorted[i] = (uint64_t)(nan ? kNaNKey : key_of(scores[i])) << 32 | order.code[i];
     }
   });
-  radix_sort(sorted.get(), spare.get(), pairs, threads);
-  spare.reset();
+  radix_sort(sorted, scratch.spare(), pairs, threads);
   sorted[pairs] = (uint64_t)kNaNKey << 32;
-  const uint64_t n = std::lower_bound(sorted.get(), sorted.get() + pairs, (uint64_t)kNaNKey << 32) - sorted.get();
+  const uint64_t n = std::lower_bound(sorted, sorted + pairs, (uint64_t)kNaNKey << 32) - sorted;
 
-  Buffer<uint32_t> thresholds = make_buffer<uint32_t>(n + 1);
+  uint32_t* thresholds = scratch.words.get();
   parallel_for(0, (int64_t)n, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) thresholds[i] = key_of(value_of((uint32_t)(sorted[i] >> 32)) - margin);
   });
   thresholds[n] = kNaNKey;
 
-  const PrefixHistograms histograms(sorted.get(), n, buckets.count);
+  const PrefixHistograms histograms(sorted, n, buckets.count);
   std::vector<uint64_t> event_start(buckets.count + 1, 0);
   for (uint32_t b = 0; b < buckets.count; ++b) event_start[b + 1] = event_start[b] + 2 * (uint64_t)histograms.total(b);
 
-  Buffer<Event> events = make_buffer<Event>(2 * n);
   std::vector<int64_t> low(threads + buckets.count, 0);
   parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> workspace(merge_workspace(buckets.count) + 8);
     auto* aligned = (int32_t*)(((uintptr_t)workspace.data() + 31) & ~(uintptr_t)31);
     for (int64_t t = first; t < last; ++t) {
-      MergeRun run{sorted.get(), thresholds.get(), 2 * n * t / threads, 2 * n * (t + 1) / threads, 0, 0, {}, nullptr};
-      std::tie(run.score, run.threshold) = split_merge(sorted.get(), thresholds.get(), n, run.event_begin);
+      MergeRun run{sorted, thresholds, 2 * n * t / threads, 2 * n * (t + 1) / threads, 0, 0, {}, nullptr};
+      std::tie(run.score, run.threshold) = split_merge(sorted, thresholds, n, run.event_begin);
       std::vector<uint32_t> scores_seen = histograms.at(run.score), thresholds_seen = histograms.at(run.threshold);
       std::vector<uint64_t> cursor(event_start.begin(), event_start.end() - 1);
       for (uint32_t b = 0; b < buckets.count; ++b) cursor[b] += scores_seen[b] + thresholds_seen[b];
       run.seen[0] = scores_seen.data();
       run.seen[1] = thresholds_seen.data();
       run.cursor = cursor.data();
-      low[t] = kernels().merge_run(run, buckets, aligned, events.get());
+      low[t] = kernels().merge_run(run, buckets, aligned, events);
     }
   });
-  sorted.reset();
-  thresholds.reset();
 
-  Buffer<int32_t> counts = make_buffer<int32_t>(pairs);  // by teacher position
+  auto* counts = reinterpret_cast<int32_t*>(scratch.words.get());  // by teacher position
   parallel_for(0, buckets.count, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      int32_t* own = counts.get() + order.start[b];
+      int32_t* own = counts + order.start[b];
       std::fill(own, own + (order.start[b + 1] - order.start[b]), 0);
-      const Event* begin = events.get() + event_start[b];
+      const Event* begin = events + event_start[b];
       const uint64_t size = event_start[b + 1] - event_start[b];
       if (order.one_group[b]) {  // tied pairs do not count against each other
         for (uint64_t e = 0; e < size; ++e) own[begin[e].local] += begin[e].count;
@@ -155,7 +165,6 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
                                                 order.tied[b] ? order.tied_upper.get() + offset : nullptr, own);
     }
   });
-  events.reset();
 
   const int64_t sums = ((int64_t)pairs + kSumBlock - 1) / kSumBlock;
   std::vector<double> dots(sums, 0.0);
@@ -201,17 +210,21 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
   const auto* t = (const float*)teacher.const_data_ptr();
   const int threads = (int)std::clamp<int64_t>(pairs / kPairsPerThread, 1, torch::stable::get_num_threads());
   const bool teacher_nan = std::any_of(t, t + pairs, [](float value) { return std::isnan(value); });
-  const TeacherOrder order = order_teacher(t, nullptr, (uint64_t)pairs, exclude_ties, threads);
+  Scratch scratch((uint64_t)pairs);
+  const auto teacher_order = [&](const float* skip) {
+    return order_teacher(t, skip, (uint64_t)pairs, exclude_ties, threads, scratch.sorted.get(), scratch.spare());
+  };
+  const TeacherOrder order = teacher_order(nullptr);
   for (int64_t h = 0; h < heads; ++h) {
     const float* own = x + h * pairs;
     const bool nan = std::any_of(own, own + pairs, [](float value) { return std::isnan(value); });
     auto* out = (int32_t*)gradient.mutable_data_ptr() + h * pairs;
     StudentCount count{};
     if (nan) {  // the pairs without a score must not hold a place in the teacher's order either
-      const TeacherOrder reduced = order_teacher(t, own, (uint64_t)pairs, exclude_ties, threads);
-      count = count_student(own, t, reduced, (uint64_t)pairs, (float)margin, threads, out);
+      const TeacherOrder reduced = teacher_order(own);
+      count = count_student(own, t, reduced, (uint64_t)pairs, (float)margin, threads, scratch, out);
     } else {
-      count = count_student(own, t, order, (uint64_t)pairs, (float)margin, threads, out);
+      count = count_student(own, t, order, (uint64_t)pairs, (float)margin, threads, scratch, out);
     }
     ((int64_t*)low.mutable_data_ptr())[h] = count.low;
     ((double*)dot.mutable_data_ptr())[h] = teacher_nan ? std::nan("") : count.dot;

@@ -65,19 +65,18 @@ bool find_ties(const uint64_t* sorted, uint32_t count, uint16_t* lower, uint16_t
 
 }  // namespace
 
-TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pairs, bool exclude_ties, int threads) {
-  Buffer<uint64_t> sorted = make_buffer<uint64_t>(pairs), spare = make_buffer<uint64_t>(pairs);
+TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pairs, bool exclude_ties, int threads,
+                           uint64_t* sorted, uint64_t* spare) {
   torch::stable::parallel_for(0, (int64_t)pairs, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool nan = std::isnan(teacher[i]) || (skip && std::isnan(skip[i]));
       sorted[i] = (uint64_t)(nan ? kNaNKey : key_of(teacher[i])) << 32 | (uint64_t)i;
     }
   });
-  radix_sort(sorted.get(), spare.get(), pairs, threads);
-  spare.reset();
+  radix_sort(sorted, spare, pairs, threads);
 
   TeacherOrder order;
-  cut_buckets(sorted.get(), pairs, exclude_ties, order);
+  cut_buckets(sorted, pairs, exclude_ties, order);
   const int64_t buckets = (int64_t)order.lower.size();
   order.tied.assign(buckets, 0);
   order.code = make_buffer<uint32_t>(pairs);
@@ -88,7 +87,7 @@ TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pai
   torch::stable::parallel_for(0, buckets, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const uint32_t begin = order.start[b], count = order.start[b + 1] - begin;
-      const uint64_t* own = sorted.get() + begin;
+      const uint64_t* own = sorted + begin;
       for (uint32_t i = 0; i < count; ++i) order.code[(uint32_t)own[i]] = (uint32_t)b << kBucketBits | i;
       if (exclude_ties && !order.one_group[b]) {
         order.tied[b] = find_ties(own, count, order.tied_lower.get() + begin, order.tied_upper.get() + begin);

@@ -20,6 +20,8 @@ struct TeacherOrder {
 };
 
 // teacher (P,); pairs where `skip` is a NaN are placed last, like pairs whose teacher score is one. skip may be null.
-TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pairs, bool exclude_ties, int threads);
+// `sorted` and `spare` are scratch, (P,) each.
+TeacherOrder order_teacher(const float* teacher, const float* skip, uint64_t pairs, bool exclude_ties, int threads,
+                           uint64_t* sorted, uint64_t* spare);
 
 }  // namespace jasper_fast
