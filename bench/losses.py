@@ -9,10 +9,8 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +105,7 @@ def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[
 
 def similarity(rows: int, width: int, teacher_width: int, threads: int, repeats: int) -> dict[str, object]:
     """Both forms and plain PyTorch, forward and backward, each in a process of its own for its peak memory."""
-    repeats = repeats if rows <= 4096 else 2
+    repeats = repeats if rows <= 4096 else 1
     figures = {
         method: _in_new_process(_measure_similarity, method, rows, width, teacher_width, threads, repeats)
         for method in ("reference", "tile", "feature", "auto")
@@ -139,16 +137,19 @@ def _measure_similarity(
     return {"seconds": seconds, "peak_mib": _peak_mib() - before}
 
 
-def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each, measured in turn after one unmeasured run of each."""
+def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float = 0.05) -> list[float]:
+    """Median seconds of each, measured in turn after one unmeasured run; a turn repeats what is short for 50 ms."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
     for _ in range(repeats):
         for function, own in zip(functions, times, strict=True):
-            begin = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - begin)
+            turn: list[float] = []
+            while not turn or sum(turn) < turn_s:
+                begin = time.perf_counter()
+                function()
+                turn.append(time.perf_counter() - begin)
+            own.append(statistics.median(turn))
     return [statistics.median(own) for own in times]
 
 
@@ -175,8 +176,11 @@ def _in_new_process(function: Callable[..., dict[str, float]], *arguments: objec
 
 
 def _peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    """Peak resident memory of this process. The kernel's own record, because getrusage's counts the parent's too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    raise OSError("this benchmark reads peak memory from /proc/self/status, which this system lacks")
 
 
 def _cpu_name() -> str:

@@ -14,6 +14,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kTile = 64;
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth waking a thread for
 
 // Pair (i, j), i < j, of B rows stands at row_offset(i) + j.
 inline int64_t row_offset(int64_t i, int64_t rows) { return i * (2 * rows - i - 1) / 2 - i - 1; }
@@ -29,7 +30,7 @@ Tensor pack_pairs(const Tensor& matrix) {
   const Tensor packed = torch::stable::new_empty(matrix, {rows * (rows - 1) / 2});
   const auto* from = (const float*)matrix.const_data_ptr();
   auto* to = (float*)packed.mutable_data_ptr();
-  parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+  parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(rows, 1)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       std::copy(from + i * rows + i + 1, from + (i + 1) * rows, to + row_offset(i, rows) + i + 1);
     }
@@ -46,7 +47,7 @@ Tensor unpack_pairs(const Tensor& counts, int64_t rows, double scale) {
   const auto* from = (const int32_t*)counts.const_data_ptr();
   auto* to = (float*)matrix.mutable_data_ptr();
   const int64_t tiles = (rows + kTile - 1) / kTile;
-  parallel_for(0, tiles * tiles, 8, [&](int64_t first, int64_t last) {
+  parallel_for(0, tiles * tiles, kGrain / (kTile * kTile), [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t row = tile / tiles * kTile, column = tile % tiles * kTile;
       if (column < row) continue;

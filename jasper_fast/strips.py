@@ -15,7 +15,7 @@ CANCELLATION = 1e-3
 
 
 def _strips(rows: int) -> list[tuple[int, int]]:
-    height = max(16, min(rows, 1024, WORKSPACE // rows))
+    height = max(16, min(rows, 512, WORKSPACE // rows))
     return [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
 
 
