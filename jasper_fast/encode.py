@@ -15,6 +15,7 @@ from jasper_fast.env import cpu_bf16_is_fast
 from jasper_fast.model import Student
 
 EVAL_MICRO_BATCH = 32
+PASS_TOKENS = 64  # what a pass costs beside its tokens, in tokens: some milliseconds of calls and small operations
 
 
 def pick_device() -> torch.device:
@@ -46,10 +47,11 @@ class MicroBatches:
 
     @classmethod
     def of(cls, token_ids: Sequence[list[int]], micro_batch: int) -> MicroBatches:
-        """Sort by length (stable) and cut."""
+        """Sort by length (stable) and cut into parts of at most ``micro_batch`` texts where that costs least."""
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")
-        parts = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+        cuts = cheapest_cuts(lengths[order], micro_batch)
+        parts = [order[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
         inverse = np.empty(len(order), dtype=np.int64)
         inverse[order] = np.arange(len(order))
         return cls(
@@ -66,6 +68,31 @@ class MicroBatches:
             with autocast(device, precision):
                 pooled.append(student.pool(ids, device))
         return torch.cat(pooled).float()[self.inverse.to(device)]
+
+
+def cheapest_cuts(lengths: np.ndarray, micro_batch: int, per_pass: int = PASS_TOKENS) -> list[int]:
+    """Where to cut texts in order of length so that padded tokens plus the cost of each pass are fewest.
+
+    Args:
+        lengths: (n,) tokens, ascending.
+        micro_batch: texts per part at most.
+        per_pass: what one more forward pass costs, in tokens.
+
+    Returns:
+        positions from 0 to n; part i is ``lengths[cuts[i]:cuts[i + 1]]``.
+    """
+    n = len(lengths)
+    cost = np.zeros(n + 1)  # of the first i texts, cut best
+    start = np.zeros(n + 1, dtype=np.int64)  # where their last part begins
+    for stop in range(1, n + 1):
+        begin = np.arange(max(0, stop - micro_batch), stop)
+        total = cost[begin] + lengths[stop - 1] * (stop - begin)
+        best = int(total.argmin())
+        cost[stop], start[stop] = total[best] + per_pass, begin[best]
+    cuts = [n]
+    while cuts[-1]:
+        cuts.append(int(start[cuts[-1]]))
+    return cuts[::-1]
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Write the README's tables from committed results: ``python -m bench readme`` (``--check`` only compares).
+
+The run shown is the one whose report lies in ``docs/runs/minilm-docstrings``, copied there with ``--from RUN``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
+from jasper_fast.files import write_atomic
+
+ROOT = Path(__file__).parent.parent
+SHOWN = ROOT / "docs" / "runs" / "minilm-docstrings"
+COPIED = ("results.json", "report.md", "config.yaml", "plots")
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+FLOORS = {STUDENT: "**student**", PCA: "PCA of the teacher", TRUNCATED: "first coordinates of the teacher"}
+
+
+def main(argv: list[str]) -> int:
+    """Write, or with --check compare; returns 1 where the README is not what the results give."""
+    parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="run", metavar="RUN", help="first copy this run's report into docs/")
+    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    options = parser.parse_args(argv)
+    if options.run:
+        copy_report(Path(options.run))
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    wanted = with_results(text, json.loads((SHOWN / "results.json").read_text(encoding="utf-8")))
+    if options.check:
+        print("README.md is up to date" if wanted == text else "README.md differs: run python -m bench readme")
+        return int(wanted != text)
+    write_atomic(readme, wanted)
+    return 0
+
+
+def copy_report(run: Path) -> None:
+    """Put a run's report, scores, configuration and pictures under docs/."""
+    SHOWN.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source, target = run / name, SHOWN / name
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
+
+
+def with_results(readme: str, results: dict[str, Any]) -> str:
+    """The README with its results section made anew."""
+    head, rest = readme.split(START)
+    _, tail = rest.split(END)
+    return head + START + "\n" + section(results) + "\n" + END + tail
+
+
+def section(results: dict[str, Any]) -> str:
+    """Two tables and a picture of one run: the student beside its teacher, and every width beside its floors."""
+    key = f"{results['primary']['set']}/{results['primary']['metric']}"
+    rows = {(row["model"], row["width"]): row["scores"][key] for row in results["rows"]}
+    widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
+    teacher_width = results["facts"]["teacher_width"]
+    teacher = rows[TEACHER, teacher_width]
+    parameters = results["facts"]["student_parameters"] / 1e6
+    lines = [
+        f"`make train` on 2 CPU cores ({results['facts']['texts']:,} texts; {parameters:.1f} M parameters; "
+        f"{results['primary']['metric']} of finding a docstring's body by its summary, on docstrings that were never "
+        "trained on; [report](docs/runs/minilm-docstrings/report.md)):",
+        "",
+        "| | " + " | ".join(f"{w} wide" for w in widths) + " |",
+        "|---" * (len(widths) + 1) + "|",
+        "| teacher | " + " | ".join(f"{100 * teacher:.1f}" if w == teacher_width else "" for w in widths) + " |",
+    ]
+    before = [f"{100 * rows[BEFORE, w]:.1f}" if (BEFORE, w) in rows else "" for w in widths]
+    lines.append("| student before | " + " | ".join(before) + " |")
+    for model, name in FLOORS.items():
+        cells = [f"{100 * rows[model, w]:.1f}" if (model, w) in rows else "" for w in widths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    share = [f"{100 * rows[STUDENT, w] / teacher:.1f} %" for w in widths]
+    lines.append("| student's share of the teacher | " + " | ".join(share) + " |")
+    lines += ["", "![quality against width](docs/runs/minilm-docstrings/plots/widths.png)"]
+    return "\n".join(lines)

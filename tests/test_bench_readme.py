@@ -1,0 +1,27 @@
+"""The README's tables are what the committed results give."""
+
+from bench.readme import main, section
+
+RESULTS = {
+    "primary": {"set": "s", "metric": "nDCG@10"},
+    "rows": [
+        {"model": "teacher", "width": 8, "scores": {"s/nDCG@10": 0.8}},
+        {"model": "student before", "width": 8, "scores": {"s/nDCG@10": 0.2}},
+        {"model": "student", "width": 8, "scores": {"s/nDCG@10": 0.76}},
+        {"model": "student", "width": 4, "scores": {"s/nDCG@10": 0.6}},
+        {"model": "teacher PCA", "width": 4, "scores": {"s/nDCG@10": 0.55}},
+    ],
+    "facts": {"teacher_width": 8, "texts": 9000, "student_parameters": 17_000_000},
+}
+
+
+def test_the_section_holds_every_figure_in_its_place():
+    text = section(RESULTS)
+    assert "| teacher | 80.0 |  |" in text
+    assert "| **student** | 76.0 | 60.0 |" in text
+    assert "| PCA of the teacher |  | 55.0 |" in text
+    assert "| student's share of the teacher | 95.0 % | 75.0 % |" in text
+
+
+def test_the_readme_is_up_to_date():
+    assert main(["--check"]) == 0

@@ -1,0 +1,60 @@
+"""Micro-batches change what a pass costs, never what a batch means."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from jasper_fast.config import StudentConfig
+from jasper_fast.encode import MicroBatches, cheapest_cuts, pool_texts, student_encoder
+from jasper_fast.model import Student
+
+
+def cost(lengths, cuts, per_pass):
+    return sum(lengths[b - 1] * (b - a) + per_pass for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cuts_are_the_cheapest_of_all(seed):
+    lengths = np.sort(np.random.default_rng(seed).integers(1, 60, size=9))
+    cuts = cheapest_cuts(lengths, micro_batch=4, per_pass=20)
+    assert cuts[0] == 0 and cuts[-1] == 9 and max(np.diff(cuts)) <= 4
+    every = ([0, *inner, 9] for k in range(9) for inner in itertools.combinations(range(1, 9), k))
+    possible = [c for c in every if max(np.diff(c)) <= 4]
+    assert cost(lengths, cuts, 20) == min(cost(lengths, c, 20) for c in possible)
+
+
+def test_one_long_text_does_not_pad_the_short_ones():
+    parts = MicroBatches.of([[1] * 10] * 31 + [[1] * 256], micro_batch=32)
+    assert parts.padded == parts.tokens == 31 * 10 + 256
+    assert len(parts.token_ids) == 2
+
+
+@pytest.fixture(scope="module")
+def student(tiny_bert):
+    return Student.build(StudentConfig(model=str(tiny_bert), heads=[16, 8], max_length=40))
+
+
+def test_micro_batches_give_what_one_batch_gives(student, tiny_texts):
+    texts = tiny_texts[:23]
+    ids = student.tokenize(texts)
+    whole = student.pool(ids)
+    device = torch.device("cpu")
+    for micro_batch in (1, 4, 23, 64):
+        torch.testing.assert_close(MicroBatches.of(ids, micro_batch).pool(student, device, "fp32"), whole)
+    chunks = list(pool_texts(student, texts, ["document"] * 23, 40, device, "fp32", chunk=10))
+    assert [len(c) for c in chunks] == [10, 10, 3]
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(chunks)), whole.detach())
+
+
+def test_an_encoder_reads_each_text_once_for_all_widths(student, tiny_texts, monkeypatch):
+    read = []
+    tokenize = student.tokenize
+    monkeypatch.setattr(student, "tokenize", lambda texts, *a: read.extend(texts) or tokenize(texts, *a))
+    found = student_encoder(student, [16, 8], 40, torch.device("cpu"), "fp32")(tiny_texts[:5], "query")
+    assert {w: v.shape for w, v in found.items()} == {16: (5, 16), 8: (5, 8)}
+    assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-6) for v in found.values())
+    assert len(read) == 5
+    raw = student_encoder(student, None, 40, torch.device("cpu"), "fp32")(tiny_texts[:5], "query")
+    assert list(raw) == [32]
