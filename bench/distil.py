@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench._facts import facts
+from bench._environment import environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
@@ -61,7 +61,10 @@ def main(argv: list[str]) -> int:
                 if subprocess.run(command, check=False).returncode:
                     raise JasperError(f"arm {arm} with seed {seed} failed; the same command goes on from there")
     found = {arm: [json.loads(result_file(work, arm, s).read_text()) for s in options.seeds] for arm in options.arms}
-    results = {"facts": facts() | {"seeds": options.seeds, "config": config.model_dump(mode="json")}, "arms": found}
+    results = {
+        "environment": environment() | {"seeds": options.seeds, "config": config.model_dump(mode="json")},
+        "arms": found,
+    }
     write_atomic(options.out, json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0

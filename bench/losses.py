@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from jasper_fast import ops, reference
+from bench._environment import environment
+from jasper_fast import reference
 from jasper_fast.losses import relative_similarity_loss, similarity_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="leave out what takes gigabytes or many seconds")
     options = parser.parse_args(argv)
     threads = torch.get_num_threads()
-    results: dict[str, object] = {"environment": environment(threads)}
+    results: dict[str, object] = {"environment": environment()}
     results["published"] = [published(rows, options.repeats) for rows in ((64,) if options.quick else (64, 128))]
     results["gram_products"] = gram_products(1024, 384, options.repeats)
     results["pairs_per_second"] = pairs_per_second(512 if options.quick else 2048, 384, threads, options.repeats)
@@ -41,19 +40,6 @@ def main(argv: list[str]) -> int:
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {options.out}")
     return 0
-
-
-def environment(threads: int) -> dict[str, object]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "threads": threads,
-        "commit": commit.stdout.strip() or None,
-        "extension": ops.extension_error() or "in use",
-    }
 
 
 def published(rows: int, repeats: int) -> dict[str, float]:
@@ -181,11 +167,3 @@ def _peak_mib() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**10
     raise OSError("this benchmark reads peak memory from /proc/self/status, which this system lacks")
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -101,9 +101,7 @@ def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
         say(f"checkpoint {path.name} is damaged ({problem}); going back to the one before")
         shutil.rmtree(path, ignore_errors=True)
     if damaged:
-        raise JasperError(
-            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}); start again with another --out"
-        )
+        raise JasperError(f"no checkpoint in {folder} is whole ({'; '.join(damaged)}); start again with another --out")
     return None
 
 

@@ -44,6 +44,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(_cpuinfo("flags").split())
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """Versions, CPU, extension, GPUs and optional tools as plain JSON values."""
     return {
@@ -106,7 +111,7 @@ def _cpu() -> dict[str, Any]:
     fast = cpu_bf16_is_fast()
     has = [feature for feature in FAST_BF16 if feature in cpu_features()]
     return {
-        "model": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "model": cpu_name(),
         "logical_cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": [feature for feature in ISA if feature in cpu_features()],

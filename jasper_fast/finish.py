@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +13,7 @@ from jasper_fast.card import run_facts
 from jasper_fast.config import Config
 from jasper_fast.encode import student_encoder
 from jasper_fast.encoders import load_model, model_encoder
+from jasper_fast.env import cpu_name
 from jasper_fast.evaluate import PCA_ROWS, evaluate_run, load_evals
 from jasper_fast.export import export_student
 from jasper_fast.model import Student
@@ -60,7 +60,7 @@ def finish(
             "texts": len(texts),
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": teachers.width,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {name: found for name in VERSIONS_OF if (found := _version(name))},
         },
