@@ -77,7 +77,6 @@ def result_file(work: Path, arm: str, seed: int) -> Path:
 def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher vectors."""
     from jasper_fast.data import prepare_texts
-    from jasper_fast.evaluate import load_evals, score_rows
     from jasper_fast.teach import ensure_teachers
 
     outcome: dict[str, Any] = {"arm": arm, "seed": seed}
@@ -89,7 +88,7 @@ def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.N
         budget = options.seconds or json.loads(result_file(work, OURS, seed).read_text())["seconds"]
         seconds, steps, encoder = train_peer(arm, config, texts, teachers, budget, options)
         outcome |= {"steps": steps, "lr": options.peer_lr, "batch": options.peer_batch}
-        rows = score_rows(load_evals(config.evaluate), {arm: encoder})
+        rows = score_peer(arm, config, encoder, teachers)
     write_atomic(
         result_file(work, arm, seed), json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n"
     )
@@ -129,6 +128,22 @@ def train_peer(
     model = trainer.model.eval()
     widths = config.student.heads if arm.endswith("matryoshka") else config.student.heads[:1]
     return spent, trainer.state.global_step, model_encoder(model, widths)
+
+
+def score_peer(arm: str, config: Config, encoder: Any, teachers: Any) -> list[dict[str, Any]]:
+    """A peer's rows; one without narrow heads is made narrow by PCA (of the teacher's vectors) and by truncation."""
+    import numpy as np
+
+    from jasper_fast.evaluate import PCA, PCA_ROWS, TEACHER, TRUNCATED, load_evals, score_rows, teacher_floors
+
+    evalsets = load_evals(config.evaluate)
+    if arm.endswith("matryoshka"):
+        return score_rows(evalsets, {arm: encoder})
+    vectors = teachers.read(np.arange(min(len(teachers), PCA_ROWS))).numpy()
+    floors = teacher_floors(vectors, config.student.heads)
+    names = {TEACHER: arm, PCA: f"{arm} + PCA", TRUNCATED: f"{arm} + truncation"}
+    rows = score_rows(evalsets, {TEACHER: encoder}, floors)  # floors are taken of whatever has the teacher's name
+    return [row | {"model": names[row["model"]]} for row in rows]
 
 
 def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:

@@ -1,0 +1,229 @@
+"""A Hugging Face text encoder made ready to be a student: found, loaded, shortened, without causal mask and dropout."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jasper_fast.config import StudentConfig
+from jasper_fast.errors import JasperError
+
+
+def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
+    """The Hugging Face model (float32, its dropout off, no pooler) and tokenizer that a configuration names.
+
+    Raises:
+        JasperError: neither a folder nor a model that can be fetched, or it needs code of its own.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+    from jasper_fast.models import resolve_model
+
+    source = transformer_folder(resolve_model(config.model))
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        settings = AutoConfig.from_pretrained(source, **options)
+        switch_dropout_off(settings)
+        if hasattr(settings, "use_cache"):
+            settings.use_cache = False  # a cache of keys and values is for generating text
+        factory = AutoModelForTextEncoding if getattr(settings, "is_encoder_decoder", False) else AutoModel
+        encoder = factory.from_pretrained(source, config=settings, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise JasperError(_cannot_load(config, source, error)) from error
+    if not isinstance(getattr(encoder.config, "hidden_size", None), int):
+        raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`; choose a text encoder")
+    drop_pooler(encoder)
+    if was_lowercased(source):
+        lowercase(tokenizer)
+    give_pad_token(tokenizer, encoder, config.model)
+    tokenizer.padding_side = "right"
+    return encoder, tokenizer
+
+
+def transformer_folder(source: str) -> str:
+    """The folder of the transformer inside a sentence-transformers folder; anything else comes back unchanged."""
+    modules = Path(source) / "modules.json"
+    if not modules.is_file():
+        return source
+    for module in json.loads(modules.read_text(encoding="utf-8")):
+        if module["type"].rpartition(".")[2] == "Transformer":
+            return str(Path(source) / module["path"]) if module["path"] else source
+    raise JasperError(
+        f"{source} is a sentence-transformers model without a transformer (static or bag-of-words embeddings); "
+        "choose one that has a transformer"
+    )
+
+
+def switch_dropout_off(settings: Any) -> None:
+    """Set every dropout probability of a Hugging Face configuration to 0."""
+    for name, value in settings.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(settings, name, 0.0)
+
+
+def drop_pooler(encoder: Any) -> None:
+    """Remove BERT's pooler: mean pooling never uses it, so it would be saved and counted but not trained."""
+    if isinstance(getattr(encoder, "pooler", None), nn.Module):
+        encoder.pooler = None
+
+
+def was_lowercased(source: str) -> bool:
+    """Whether a sentence-transformers folder asks for lower-casing beside its tokenizer."""
+    settings = Path(source) / "sentence_bert_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case"))
+
+
+def lowercase(tokenizer: Any) -> None:
+    """Make lower-casing part of the tokenizer itself, so that it is saved with it."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    steps = [normalizers.Lowercase()] + ([backend.normalizer] if backend.normalizer is not None else [])
+    backend.normalizer = normalizers.Sequence(steps)
+
+
+def give_pad_token(tokenizer: Any, encoder: Any, name: str) -> None:
+    """Let a tokenizer without a padding token pad with its end-of-text (or unknown) token; no embedding is added.
+
+    Raises:
+        JasperError: it has none of them.
+    """
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise JasperError(
+                f"the tokenizer of {name} has no padding, end-of-text or unknown token; set one in its "
+                'tokenizer_config.json, e.g. "pad_token": "<|endoftext|>"'
+            )
+        tokenizer.pad_token = substitute
+    encoder.config.pad_token_id = tokenizer.pad_token_id
+
+
+def layer_list(encoder: nn.Module) -> str | None:
+    """The path of the one list of modules that holds the layers, or None where layers are shared or hidden."""
+    count = getattr(encoder.config, "num_hidden_layers", None)
+    paths = [name for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+    return outermost[0] if len(outermost) == 1 else None
+
+
+def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
+    """A model of the same architecture with the first ``layers`` layers, or with the ones listed, in that order.
+
+    It is built anew from the shortened configuration, so what is trained is what a saved copy loads as.
+
+    Raises:
+        JasperError: there is no such layer, or the architecture does not allow the choice.
+    """
+    path = layer_list(encoder)
+    if path is None:
+        raise JasperError(no_layers(encoder))
+    total = len(encoder.get_submodule(path))
+    chosen = list(range(layers)) if isinstance(layers, int) else list(layers)
+    if not chosen or max(chosen) >= total or len(set(chosen)) != len(chosen):
+        raise JasperError(
+            f"student.layers is {layers}, but the model has {total} layers: give a number from 1 to {total}, "
+            f"or distinct indices from 0 to {total - 1}, e.g. {list(range(0, total, 2))}"
+        )
+    settings = copy.deepcopy(encoder.config)
+    settings.num_hidden_layers = len(chosen)
+    for name, value in encoder.config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(settings, name, [value[i] for i in chosen])  # e.g. layer_types: sliding or full attention
+    position = {str(old): str(new) for new, old in enumerate(chosen)}
+    weights = {}
+    for name, value in encoder.state_dict().items():
+        if name.startswith(f"{path}."):
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            if index not in position:
+                continue
+            name = f"{path}.{position[index]}.{rest}"
+        weights[name] = value
+    shorter = type(encoder)(settings)
+    drop_pooler(shorter)
+    try:
+        shorter.load_state_dict(weights)
+    except RuntimeError as error:
+        raise JasperError(
+            f"layers {chosen} of {type(encoder).__name__} cannot stand alone, because its layers are built differently "
+            f"by position (often the first one must be layer 0): {error}"
+        ) from error
+    return shorter
+
+
+def make_bidirectional(encoder: Any) -> None:
+    """Take the causal mask from a decoder through its configuration, which sentence-transformers honours on loading.
+
+    Raises:
+        JasperError: the architecture keeps its causal mask nevertheless.
+    """
+    if sees_later_tokens(encoder):
+        return
+    encoder.config.is_causal = False
+    if not sees_later_tokens(encoder):
+        raise JasperError(
+            f"{type(encoder).__name__} cannot be made bidirectional: it does not honour `is_causal: false` in its "
+            "configuration; set student.bidirectional: false, or choose another model (Qwen2, Qwen3, Llama, Mistral "
+            "and Gemma can)"
+        )
+
+
+@torch.no_grad()
+def sees_later_tokens(encoder: Any) -> bool:
+    """Whether another last token changes the state of the first, as it does without a causal mask."""
+    training = encoder.training
+    encoder.eval()
+    size = encoder.get_input_embeddings().num_embeddings
+    ids = torch.arange(size // 2, size // 2 + 4).remainder(size).repeat(2, 1)  # (2, 4)
+    ids[1, -1] = (size // 2 + 5) % size
+    first = encoder(input_ids=ids.to(encoder.device)).last_hidden_state[:, 0]  # (2, H)
+    encoder.train(training)
+    return not torch.equal(first[0], first[1])
+
+
+def check_max_length(encoder: Any, max_length: int) -> None:
+    """Refuse texts longer than the encoder has positions for.
+
+    Raises:
+        JasperError: says the largest length possible.
+    """
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from after the padding index
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    if isinstance(limit, int) and 0 < limit < max_length:
+        raise JasperError(
+            f"student.max_length is {max_length}, but the model has {limit} positions; give at most {limit}"
+        )
+
+
+def no_layers(encoder: nn.Module) -> str:
+    """Why an encoder's layers cannot be counted, and the mend."""
+    return (
+        f"{type(encoder).__name__} has no single list of {getattr(encoder.config, 'num_hidden_layers', '?')} layers "
+        "(some architectures share one layer's weights); leave student.layers empty and name parameters in `train`"
+    )
+
+
+def _cannot_load(config: StudentConfig, source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            f"{config.model} brings code of its own, which is not run unless asked for: "
+            "read it, then set student.trust_remote_code: true"
+        )
+    if Path(source).is_dir():
+        return f"{source} could not be loaded as a Hugging Face text encoder: {reason}"
+    return (
+        f"the model {config.model!r} was not found: it is not a folder here, and could not be fetched ({reason}). Give "
+        'a folder, a "package:import_name/folder", or a hub name; where the hub cannot be reached, run '
+        f"`hf download {config.model}` where it can and give the folder"
+    )
