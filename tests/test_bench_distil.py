@@ -1,0 +1,76 @@
+"""The peer benchmark runs every kind of arm on the same student, texts and seconds, and prints the whole table."""
+
+import argparse
+import json
+
+import pytest
+import yaml
+from test_train import settings, write_data
+
+from bench.distil import PEERS, peer_student, run_arm, table
+from jasper_fast.config import load_config
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory, tiny_bert, tiny_texts):
+    folder = tmp_path_factory.mktemp("bench")
+    write_data(folder, tiny_texts)
+    config = load_config(settings(folder, tiny_bert))
+    options = argparse.Namespace(seconds=1.0, peer_lr=1e-3, peer_batch=16, work=str(folder))
+    for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka"):
+        run_arm(arm, config, 0, folder, options)
+    return folder, config
+
+
+def read(folder, arm):
+    return json.loads((folder / f"{arm}-seed0.json").read_text())
+
+
+def test_ours_brings_the_teacher_and_its_floors(arms):
+    folder, _ = arms
+    ours = read(folder, "jasper_fast")
+    names = {(row["model"], row["width"]) for row in ours["rows"]}
+    assert {("teacher", 32), ("teacher PCA", 8), ("jasper_fast", 32), ("jasper_fast", 8)} <= names
+    assert 0 < ours["seconds"] < 60
+
+
+def test_peers_train_for_the_seconds_given_and_are_scored_at_every_width(arms):
+    folder, _ = arms
+    plain, nested = read(folder, "st-mse"), read(folder, "st-cosine-matryoshka")
+    assert {(r["model"], r["width"]) for r in plain["rows"]} >= {("st-mse", 32), ("st-mse + PCA", 16)}
+    assert {r["width"] for r in nested["rows"]} == {32, 16, 8}
+    for peer in (plain, nested):
+        assert peer["steps"] > 1 and 0.3 < peer["seconds"] < 3.0
+    start = next(r for r in read(folder, "jasper_fast")["rows"] if r["model"] == "student before")["scores"]
+    assert next(r for r in plain["rows"] if r["model"] == "st-mse")["scores"] != start
+
+
+def test_every_peer_starts_from_our_student(arms, tiny_texts):
+    import torch
+
+    from jasper_fast.model import Student
+
+    _, config = arms
+    assert len(PEERS) == 4
+    student = Student.build(config.student).eval()
+    ours = student.pool(student.tokenize(tiny_texts[:4]))
+    theirs = peer_student(config).encode(tiny_texts[:4], convert_to_tensor=True)
+    torch.testing.assert_close(theirs, ours.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_table_shows_every_arm_with_its_spread(arms):
+    folder, _ = arms
+    ours = read(folder, "jasper_fast")
+    other = json.loads(json.dumps(ours))
+    row = next(r for r in other["rows"] if r["model"] == "jasper_fast" and r["width"] == 8)
+    key = next(iter(row["scores"]))
+    row["scores"][key] += 0.02
+    text = table({"arms": {"jasper_fast": [ours, other], "st-mse": [read(folder, "st-mse")] * 2}})
+    assert "| jasper_fast | 8 | " in text and "± 1.41" in text and "| st-mse + PCA | 16 |" in text
+
+
+def test_the_shipped_benchmark_recipe_is_valid():
+    from pathlib import Path
+
+    tree = yaml.safe_load((Path(__file__).parent.parent / "bench" / "recipes" / "minilm-public.yaml").read_text())
+    assert load_config(tree).student.heads == [384, 128, 64, 32]
