@@ -138,14 +138,17 @@ def score_rows(
         found = {f"{evalset.name}/{metric}": value for metric, value in score_vectors(evalset, vectors).items()}
         scores.setdefault((model, width), {}).update(found)
 
-    for model, encode in encoders.items():
-        for evalset in evalsets:
-            for width, vectors in sorted(embed(evalset, encode).items(), reverse=True):
-                add(model, width, evalset, vectors)
-                if model == TEACHER:
-                    for floor, reduces in (floors or {}).items():
-                        for narrow, reduce in reduces.items():
-                            add(floor, narrow, evalset, {group: reduce(v) for group, v in vectors.items()})
+    from tqdm import tqdm
+
+    turns = tqdm([(model, evalset) for model in encoders for evalset in evalsets], unit="set", leave=False)
+    for model, evalset in turns:
+        turns.set_description(f"evaluating the {model} on {evalset.name}")
+        for width, vectors in sorted(embed(evalset, encoders[model]).items(), reverse=True):
+            add(model, width, evalset, vectors)
+            if model == TEACHER:
+                for floor, reduces in (floors or {}).items():
+                    for narrow, reduce in reduces.items():
+                        add(floor, narrow, evalset, {group: reduce(v) for group, v in vectors.items()})
     return [{"model": model, "width": width, "scores": found} for (model, width), found in scores.items()]
 
 
