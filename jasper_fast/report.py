@@ -163,9 +163,9 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
         trains = [f"`{glob}`" for glob in stage["train"]]
         if stage["last_layers"]:
             trains.append(f"last {stage['last_layers']} layers")
-        losses = ", ".join(
-            f"{weight:g} {name.replace('_', ' ')}" for name, weight in stage["weights"].items() if weight
-        )
+        losses = _weights(stage["weights"])
+        if stage.get("narrow_weights"):
+            losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"
         seconds = sum(stage["batch_size"] / line["texts_per_s"] for line in done if line["texts_per_s"] > 0)
         speed = f"{len(done) * stage['batch_size'] / seconds:.0f}" if seconds else ""
         loss = f"{done[0]['loss']:.3f} → {done[-1]['loss']:.3f}" if done else ""
@@ -180,6 +180,10 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
         ]
         table.append([stage["name"], ", ".join(trains), heads, losses, *numbers])
     return "## Training\n\n" + _markdown(table, 4)
+
+
+def _weights(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{weight:g} {name.replace('_', ' ')}" for name, weight in weights.items() if weight)
 
 
 def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> str:
