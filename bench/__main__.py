@@ -7,6 +7,8 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from jasper_fast.errors import run_cli
+
 
 def names() -> list[str]:
     """The benchmarks there are: the modules of this folder that are neither private nor pytest files."""
@@ -27,4 +29,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main)

@@ -3,8 +3,9 @@
     python -m bench distil --config bench/recipes/minilm-public.yaml --seeds 0 1 2
 
 Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
-in fp32 on the same machine, and gets as many seconds of training as ours took for that seed (teacher vectors are shared
-and counted for nobody). Arms run one after another, each in a process of its own.
+in fp32 on the same machine, and gets as many seconds of training as ours took for that seed, its neighbour graph and
+pooling included (teacher vectors are shared and counted for nobody). Arms run one after another, each in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     from jasper_fast.config import parse_overrides
 
-    config = load_config(options.config, parse_overrides(rest))
+    config = load_config(options.config, [*parse_overrides(rest), ("precision", "fp32")])
     work = Path(options.work)
     if options.one:
         arm, seed = options.one[0], int(options.one[1])
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         return 0
     for seed in options.seeds:
         for arm in options.arms:
-            if not result_file(work, arm, seed).exists():
+            if settings_of(arm, config, options) != known_settings(result_file(work, arm, seed)):
                 print(f"=== {arm}, seed {seed}", flush=True)
                 command = [sys.executable, "-m", "bench", "distil", *argv, "--one", arm, str(seed)]
                 if subprocess.run(command, check=False).returncode:
@@ -70,6 +71,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def settings_of(arm: str, config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What a stored result must agree with to be used again."""
+    peer = {} if arm == OURS else {"lr": options.peer_lr, "batch": options.peer_batch, "seconds": options.seconds}
+    return {"config": config.model_dump(mode="json", exclude={"seed"})} | peer
+
+
+def known_settings(file: Path) -> dict[str, Any] | None:
+    """The settings behind a stored result; None where there is none."""
+    return json.loads(file.read_text())["settings"] if file.exists() else None
+
+
 def result_file(work: Path, arm: str, seed: int) -> Path:
     return work / f"{arm}-seed{seed}.json"
 
@@ -79,28 +91,37 @@ def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.N
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
 
-    outcome: dict[str, Any] = {"arm": arm, "seed": seed}
+    outcome: dict[str, Any] = {"arm": arm, "seed": seed, "settings": settings_of(arm, config, options)}
     if arm == OURS:
         seconds, rows = train_ours(config, work / f"{arm}-seed{seed}")
     else:
         texts, _ = prepare_texts(config)
         teachers = ensure_teachers(config, texts)
-        budget = options.seconds or json.loads(result_file(work, OURS, seed).read_text())["seconds"]
+        budget = options.seconds or seconds_of_ours(work, seed)
         seconds, steps, encoder = train_peer(arm, config, texts, teachers, budget, options)
-        outcome |= {"steps": steps, "lr": options.peer_lr, "batch": options.peer_batch}
+        outcome |= {"steps": steps}
         rows = score_peer(arm, config, encoder, teachers)
     write_atomic(
         result_file(work, arm, seed), json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n"
     )
 
 
+def seconds_of_ours(work: Path, seed: int) -> float:
+    file = result_file(work, OURS, seed)
+    if not file.exists():
+        raise JasperError(f"a peer gets the seconds that {OURS} took: run that arm first, or give --seconds")
+    return json.loads(file.read_text())["seconds"]
+
+
 def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     """Our recipe; seconds are those of its log (steps and pooling), rows are its results (teacher and floors too)."""
     from jasper_fast.train import train
 
+    for graph in Path(config.data.cache).glob("neighbours-*.npy"):
+        graph.unlink()  # every seed builds it, so every seed is charged for it
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling"))
+    seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling", "plan"))
     rows = json.loads((run / "results.json").read_text())["rows"]
     return seconds, [row | ({"model": OURS} if row["model"] == "student" else {}) for row in rows]
 

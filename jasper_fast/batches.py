@@ -22,6 +22,7 @@ from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 from jasper_fast.model import Student
 from jasper_fast.sampler import BatchPlan, neighbour_batches, neighbour_graph, random_batches
+from jasper_fast.stages import frozen_digest
 
 AHEAD = 2  # batches prepared while one trains
 POOL_CHUNK = 4096  # texts per published piece of the pooled states
@@ -101,24 +102,34 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 class PooledStates:
     """Pooled states of a frozen encoder for exactly the rows that a stage will ask for, computed once.
 
-    Pieces are published one by one under ``folder``, so an interrupted run goes on where it was.
+    Pieces are published one by one under ``folder``, so an interrupted run goes on where it was; pieces of another
+    encoder, length or other texts are thrown away.
+
+    Args:
+        folder: where the pieces lie until the stage is over.
+        rows: (R,) int64, ascending.
+        key: what decides the states besides the rows.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray) -> None:
+    def __init__(self, folder: Path, rows: np.ndarray, key: str) -> None:
         self.folder = folder
-        self.rows = rows  # (R,) int64, ascending
-        self.states: np.ndarray | None = None
+        self.rows = rows
+        self.pieces: list[np.ndarray] = []
+        digest = hashlib.blake2b(f"{key} {POOL_CHUNK} ".encode() + rows.tobytes(), digest_size=16).hexdigest()
+        note = folder / "key"
+        if not note.is_file() or note.read_text() != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_atomic(note, digest)
 
     def compute(self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any]) -> None:
         """Fill in what is missing; ``pool`` maps rows to (rows, hidden) float32."""
-        pieces = []
+        self.pieces = []
         for number, start in enumerate(range(0, len(self.rows), POOL_CHUNK)):
             rows, path = self.rows[start : start + POOL_CHUNK], self.folder / f"{number:06d}.npy"
             if not path.exists():
                 write_npy(path, pool(rows))
-            pieces.append(np.load(path, mmap_mode="r"))
+            self.pieces.append(np.load(path, mmap_mode="r"))
             progress(len(rows))
-        self.pieces = pieces
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(B, hidden) fp32 states of rows that were computed."""
@@ -137,14 +148,20 @@ def pooled_states(
     stage: StageConfig,
     plan: BatchPlan,
     texts: Any,
+    of_texts: str,
     device: torch.device,
     precision: Any,
     progress: Callable[[int], Any],
 ) -> PooledStates:
-    """Pool what the stage will read, with the encoder as it is now (frozen for the stage)."""
+    """Pool what the stage will read, with the encoder as it is now (frozen for the stage).
+
+    Args:
+        of_texts: a fingerprint of the texts.
+        progress: told how many more rows are there; may raise to stop.
+    """
     rows = np.unique(np.concatenate([plan(step) for step in range(stage.steps)]))
-    states = PooledStates(folder, rows)
     length = stage.max_length or student.max_length
+    states = PooledStates(folder, rows, f"{of_texts} {length} {precision} {frozen_digest(student)}")
 
     def pool(part: np.ndarray) -> np.ndarray:
         chosen = texts[part.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from jasper_fast.errors import JasperError
@@ -47,11 +48,12 @@ def save_checkpoint(
     if path.exists():
         return path
     with publish_dir(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
-        torch.save(
-            {"optimizer": optimizer.state_dict() if optimizer is not None else None, "rng": _rng_state()},
-            temporary / STATE,
-        )
+        with open(temporary / WEIGHTS, "wb") as file:  # through Python's own files, so that a full disk is an OSError
+            file.write(save(_own_storage(model.state_dict())))
+        state = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict() if optimizer is not None else None, "rng": _rng_state()}, state)
+        with open(temporary / STATE, "wb") as file:
+            file.write(state.getbuffer())
         files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
         manifest = {"position": asdict(position), "facts": facts, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -78,8 +80,8 @@ class Checkpoint:
         if optimizer is not None and state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
-        if torch.cuda.is_available() and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if torch.cuda.is_available() and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
 
 
 def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
@@ -91,17 +93,19 @@ def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
     if not folder.exists():
         return None
     sweep_unfinished(folder)
-    damaged = []
+    damaged: dict[Path, str] = {}
     for path in reversed(_published(folder)):
         problem = _damage(path)
         if problem is None:
+            for bad, reason in damaged.items():  # their steps will be saved anew under the same names
+                say(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
+                shutil.rmtree(bad, ignore_errors=True)
             manifest = json.loads((path / MANIFEST).read_text())
             return Checkpoint(path, Position(**manifest["position"]), manifest["facts"])
-        damaged.append(f"{path.name}: {problem}")
-        say(f"checkpoint {path.name} is damaged ({problem}); going back to the one before")
-        shutil.rmtree(path, ignore_errors=True)
+        damaged[path] = problem
     if damaged:
-        raise JasperError(f"no checkpoint in {folder} is whole ({'; '.join(damaged)}); start again with another --out")
+        told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise JasperError(f"no checkpoint in {folder} is whole ({told}); start again with another --out")
     return None
 
 
@@ -113,8 +117,8 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files, _ = manifest["files"], Position(**manifest["position"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     for name, digest in files.items():
         if not (path / name).is_file():
@@ -124,6 +128,11 @@ def _damage(path: Path) -> str | None:
     return None
 
 
+def _own_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights on the CPU, each with memory of its own: tied ones share it, which safetensors refuses."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
 def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """The generators that this process draws from: the CPU's and its own GPU's."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

@@ -6,6 +6,7 @@ overrides single fields. Every problem is reported at once, before anything is l
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -207,6 +208,10 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         problems = [f"stage name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
         widest = self.student.heads[0]
+        used = {width for stage in self.stages for width in stage.heads}
+        idle = [width for width in self.student.heads if width not in used]
+        if idle and self.student.head_type == "independent":
+            problems.append(f"student.heads {idle} stand in no stage's heads: they would stay random")
         for stage in self.stages:
             missing = [w for w in stage.heads if w not in self.student.heads]
             if missing:
@@ -242,7 +247,7 @@ def load_config(
     tree, where = _read(source)
     problems: list[str] = []
     for key, value in overrides:
-        _override(tree, key, yaml.safe_load(value) if isinstance(value, str) else value, problems)
+        _override(tree, key, _value(value) if isinstance(value, str) else value, problems)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -286,7 +291,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
-        return yaml.safe_load(yaml.safe_dump(dict(source))), "the given configuration"
+        return copy.deepcopy(dict(source)), "the given configuration"
     name = str(source) if source is not None else DEFAULT_RECIPE
     if name in recipe_names():
         text, where = (files("jasper_fast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
@@ -322,6 +327,15 @@ def _override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -
         problems.append(f"--{key}: a list is indexed by position from 0 to {len(node) - 1}, e.g. --stages.0.lr 1e-4")
     except AttributeError:
         problems.append(f"--{key}: no such section")
+
+
+def _value(text: str) -> Any:
+    """An override's value as YAML; text that is not YAML, such as ``*`` or ``Query: ``, stands for itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
 def _explain(error: Any, tree: Mapping[str, Any]) -> str:

@@ -104,6 +104,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
             errno.ENOSPC: "the disk is full: free some space or choose another place",
             errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
             errno.EACCES: "the folder cannot be written: choose another place or change its permissions",
+            errno.EFBIG: "the file is larger than this account may write (ulimit -f)",
             errno.EROFS: "the file system is read-only: choose another place",
         }.get(error.errno or 0)
         if mend is None:

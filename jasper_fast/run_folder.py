@@ -41,11 +41,12 @@ def existing_difference(path: Path, config: Config) -> list[str]:
     if not old_file.exists():
         return []
     old = yaml.safe_load(old_file.read_text(encoding="utf-8"))
-    new = config.model_dump(mode="json")
-    for section in MAY_CHANGE:
-        old.pop(section, None)
-        new.pop(section, None)
-    return config_difference(old, new)
+    return config_difference({k: v for k, v in old.items() if k not in MAY_CHANGE}, what_decides(config))
+
+
+def what_decides(config: Config) -> dict[str, Any]:
+    """The configuration without the sections that do not touch the numbers."""
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
 
 
 @contextmanager

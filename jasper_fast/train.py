@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +27,22 @@ import torch
 
 from jasper_fast.batches import Batch, Teachers, batch_plan, check_sizes, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, latest_checkpoint, save_checkpoint
-from jasper_fast.config import Config, StageConfig, dump_config, load_config, parse_overrides, recipe_names
+from jasper_fast.config import (
+    Config,
+    StageConfig,
+    config_difference,
+    dump_config,
+    load_config,
+    parse_overrides,
+    recipe_names,
+)
 from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.log import RunLog, check_trackers, memory_gb
 from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
-from jasper_fast.run_folder import RunFolder, existing_difference, open_run
+from jasper_fast.pretrained import check_max_length
+from jasper_fast.run_folder import RunFolder, existing_difference, open_run, what_decides
 from jasper_fast.stages import (
     StageLoss,
     frozen_digest,
@@ -92,24 +102,30 @@ def train(
 
 
 def _run(config: Config, folder: RunFolder) -> None:
-    from jasper_fast.data import prepare_texts
+    from jasper_fast.data import prepare_texts, texts_fingerprint
     from jasper_fast.finish import finish
     from jasper_fast.teach import ensure_teachers
+    from jasper_fast.teachers import describe_teacher
+    from jasper_fast.vectors import describe_vectors
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise JasperError("training by several processes is not there yet; start one process without torchrun")
     check_trackers(config.log)
+    for teacher in config.teachers:  # a misspelt teacher is an error now, not after the texts were built
+        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
     device = pick_device()
     student = build_student(config)
-    for stage in config.stages:  # impossible stages are errors now, not hours later
-        trained_names(student, stage)
+    _check_stages(config, student)
     texts, transductive = prepare_texts(config)
     check_sizes(config, len(texts))
     teachers = ensure_teachers(config, texts)
-    _check_widths(config, teachers)
+    _check_losses(config, teachers.width)
     student.to(device)
 
     checkpoint = latest_checkpoint(folder.checkpoints)
-    facts = {"teachers": teachers.fingerprint, "texts": len(texts)}
+    facts = {"teachers": teachers.fingerprint, "texts": texts_fingerprint(texts), "config": what_decides(config)}
     position = _resume(checkpoint, student, facts)
+    _drop_pooled(config, folder, position)
     total = sum(stage.steps for stage in config.stages)
     log = RunLog(folder.path, config, total, position.step)
     if position.step:
@@ -141,13 +157,17 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     loss_of = StageLoss(stage, student.widths[0])
     frozen = frozen_digest(student)
 
+    started = time.perf_counter()
     plan = batch_plan(config, index, len(work.texts), work.teachers, log.say)
+    log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
     pooled = None
     if not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
         log.bar.set_description(f"{stage.name}: pooling once")
         folder = work.folder.path / "pooled" / stage.name
         started = time.perf_counter()
-        pooled = pooled_states(folder, student, stage, plan, work.texts, work.device, config.precision, _counter(log))
+        pooled = pooled_states(
+            folder, student, stage, plan, work.texts, facts["texts"], work.device, config.precision, _counter(work)
+        )
         log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
     torch.manual_seed(config.seed * 1000 + index)  # dropout: the same in every run of this seed
     if start.stage == index and start.stage_step and checkpoint is not None:
@@ -183,10 +203,10 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             save_checkpoint(
                 work.folder.checkpoints, done, student, None if last else optimizer, facts, config.checkpoint.keep
             )
+        if last and pooled is not None:
+            pooled.discard()
         if stopping and not (last and index == len(config.stages) - 1):
             raise Stopped(f"stopped after step {done.step} as asked; the same command goes on from here")
-    if pooled is not None:
-        pooled.discard()
 
 
 def gradient_norm(student: Student, clip: float | None) -> float:
@@ -240,27 +260,51 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, Any]) -> Position:
     if checkpoint is None:
         return Position(0, 0, 0)
-    if checkpoint.facts != facts:
-        changed = ", ".join(
-            f"{k}: {checkpoint.facts.get(k)} -> {v}" for k, v in facts.items() if checkpoint.facts.get(k) != v
-        )
+    changed = "; ".join(config_difference(checkpoint.facts, facts))
+    if changed:
         raise JasperError(
-            f"{checkpoint.path} was trained on other texts or teacher vectors ({changed}); the data changed since. "
-            "Restore it, or use --out DIR for a new run"
+            f"{checkpoint.path} was trained on other texts, teacher vectors or settings ({changed}). Restore them, or "
+            "use --out DIR for a new run"
         )
     checkpoint.load_model(student)
     return checkpoint.position
 
 
-def _check_widths(config: Config, teachers: Teachers) -> None:
+def _check_stages(config: Config, student: Student) -> None:
+    """Impossible stages are errors now, not hours later."""
+    for stage in config.stages:
+        trained_names(student, stage)
+        check_max_length(student.encoder, stage.max_length or student.max_length)
+        student.set_gradient_checkpointing(stage.gradient_checkpointing)
+        student.set_gradient_checkpointing(False)
+
+
+def _check_losses(config: Config, target: int) -> None:
+    """Refuse heads that no loss of their stage reaches: a cosine term needs vectors of equal width.
+
+    Args:
+        target: width of the teachers' vectors.
+    """
     widest = config.student.heads[0]
     for stage in config.stages:
-        only_cosine = not (stage.weights.similarity or stage.weights.relative_similarity or stage.weights.neighbourhood)
-        if only_cosine and widest in stage.heads and widest != teachers.width:
-            raise JasperError(
-                f"stage {stage.name!r} has only a cosine loss, which needs equal widths: the widest head is {widest}, "
-                f"the teachers' vectors are {teachers.width}; set student.heads to [{teachers.width}, …]"
-            )
+        for width in stage.heads:
+            weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
+            against = widest if stage.narrow_target == "self" and width != widest else target
+            others = weights.similarity or weights.relative_similarity or weights.neighbourhood
+            if not others and width != against:
+                raise JasperError(
+                    f"stage {stage.name!r} would leave its head {width} untrained: it has only a cosine loss, which "
+                    f"needs equal widths, and what teaches it is {against} wide; add narrow_weights with a "
+                    "similarity or neighbourhood loss, or leave the head out"
+                )
+
+
+def _drop_pooled(config: Config, folder: RunFolder, position: Position) -> None:
+    """Delete pooled states that a killed run left behind for stages that are over."""
+    kept = {stage.name for stage in config.stages[position.stage :]}
+    for path in (folder.path / "pooled").glob("*"):
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_frozen(student: Student, stage: StageConfig, before: str) -> None:
@@ -268,13 +312,15 @@ def _check_frozen(student: Student, stage: StageConfig, before: str) -> None:
         raise JasperError(f"stage {stage.name!r}: a frozen weight changed; this is a bug, please report it")
 
 
-def _counter(log: RunLog) -> Callable[[int], None]:
+def _counter(work: Work) -> Callable[[int], None]:
     done = 0
 
     def count(rows: int) -> None:
         nonlocal done
         done += rows
-        log.bar.set_postfix_str(f"{done} texts pooled")
+        work.log.bar.set_postfix_str(f"{done} texts pooled")
+        if work.stop():
+            raise Stopped(f"stopped after pooling {done} texts as asked; the same command goes on from here")
 
     return count
 
@@ -332,7 +378,7 @@ def describe_plan(config: Config, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jasper_fast.train",
         description=__doc__,
@@ -351,9 +397,12 @@ def main(argv: list[str]) -> None:
     elif options.dry_run:
         print(describe_plan(config, out))
     else:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise JasperError("training by several processes is not there yet; start one process without torchrun")
-        train(config, out=out)
+        try:
+            train(config, out=out)
+        except Stopped as stopped:
+            print(stopped)
+            return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A checkpoint restores everything, and a damaged one is never loaded."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -56,6 +57,41 @@ def test_nothing_whole_is_an_error(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "state.pt").unlink()
     assert "state.pt" in manifest["files"]
-    with pytest.raises(JasperError, match=r"no checkpoint .* is whole .*state.pt is missing"):
-        latest_checkpoint(tmp_path)
+    for _ in range(2):  # the evidence stays, so the same command says the same again
+        with pytest.raises(JasperError, match=r"no checkpoint .* is whole .*state.pt is missing"):
+            latest_checkpoint(tmp_path)
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path):
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(3, 3)
+    model.b = torch.nn.Linear(3, 3)
+    model.b.weight = model.a.weight
+    save_checkpoint(tmp_path, Position(1, 0, 1), model, None, {}, keep=2)
+    expected = model.a.weight.detach().clone()
+    with torch.no_grad():
+        model.a.weight.zero_()
+    latest_checkpoint(tmp_path).load_model(model)
+    assert torch.equal(model.a.weight, expected) and model.b.weight is model.a.weight
+
+
+def test_a_disk_that_is_full_is_said_and_earlier_checkpoints_stay(tmp_path):
+    import resource
+
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, Position(1, 0, 1), model, optimizer, {}, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # a real limit: writing fails where a full disk would
+    try:
+        with pytest.raises(JasperError, match="ulimit"):
+            save_checkpoint(tmp_path, Position(2, 0, 2), model, optimizer, {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert latest_checkpoint(tmp_path).position.step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_no_folder_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path / "absent") is None

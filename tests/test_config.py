@@ -50,6 +50,7 @@ def test_all_problems_are_reported_at_once():
         (("stages.1.name", "head"), "used twice"),
         (("stages.0.weights", "{cosine: 0, similarity: 0, relative_similarity: 0}"), "every loss has weight 0"),
         (("checkpoint.keep", "1"), "checkpoint.keep"),
+        (("student.heads", "[384, 128, 64, 32, 16]"), r"heads \[16\] stand in no stage"),
         (("data.cut_sentences", "[3, 1]"), "must not exceed"),
         (("data.sources", "[]"), "data.sources"),
         (("student.heads", "[384, 0]"), "student.heads.1"),
@@ -82,6 +83,10 @@ def test_overrides_from_the_command_line():
     assert parse_overrides(["--a.b", "1", "--c=x"]) == [("a.b", "1"), ("c", "x")]
     config = load_config(None, parse_overrides(["--stages.0.lr", "1e-4", "--seed=3"]))
     assert config.stages[0].lr == 1e-4 and config.seed == 3
+    changed = load_config(None, [("stages.0.train", ["*"]), ("student.prompts.query", "Query: ")])
+    assert changed.student.prompts.query == "Query: " and changed.stages[0].train == ["*"]
+    with pytest.raises(ConfigError, match="stages.0.train"):  # a list is wanted: no traceback from the YAML reader
+        load_config(None, [("stages.0.train", "*")])
     with pytest.raises(ConfigError, match="needs a value"):
         parse_overrides(["--seed"])
     with pytest.raises(ConfigError, match="unexpected argument"):

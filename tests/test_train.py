@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -252,6 +253,17 @@ def test_a_checkpoint_cut_short_is_passed_over(world, tmp_path, capsys):
     assert_same_run(run, folder / "alone")
 
 
+def test_pooled_states_of_other_texts_are_not_used(world, tmp_path):
+    from jasper_fast.batches import PooledStates
+
+    rows = np.arange(5)
+    for key, value in (("one", 1.0), ("one", 2.0), ("other", 3.0)):
+        states = PooledStates(tmp_path / "pooled", rows, key)
+        states.compute(lambda part, value=value: np.full((len(part), 2), value, np.float32), lambda n: None)
+        expected = 3.0 if key == "other" else 1.0  # the second time they are found, for another key made anew
+        assert torch.equal(states.read(rows), torch.full((5, 2), expected))
+
+
 def test_two_processes_do_not_share_a_run(world, tmp_path):
     from jasper_fast.run_folder import open_run
 
@@ -326,6 +338,9 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
         ([("student.layers", [0, 7])], "student.layers"),
         ([("student.model", "no/such-model")], "was not found"),
         ([("stages.2.batch_size", 4096)], "a batch of 4096 from"),
+        ([("stages.1.max_length", 4096)], "the model has 64 positions"),
+        ([("teachers.0.model", "./no-such-teacher")], "there is no such folder"),
+        ([("stages.2.narrow_weights", {"cosine": 1, "similarity": 0, "relative_similarity": 0})], "leave its head 16"),
     ],
 )
 def test_impossible_runs_are_refused_before_training(world, tmp_path, overrides, message):
