@@ -408,7 +408,7 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
             "student": {"model": "m", "heads": [32, 8]},
             "teachers": [{"model": "t", "max_length": 10}, {"model": "t", "max_length": 20}],
             "data": {"sources": [{"path": "docstrings"}], "cache": str(tmp_path / "cache")},
-            "stages": [{"name": "s", "train": ["*"], "heads": [32], "steps": 1, "lr": 0.1}],
+            "stages": [{"name": "s", "train": ["*"], "heads": [32, 8], "steps": 1, "lr": 0.1}],
         }
     )
     evalsets = load_evals(

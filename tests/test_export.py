@@ -221,7 +221,7 @@ def example_config(student: Path, teacher: Path) -> Config:
             "data": {
                 "sources": [{"path": "docstrings"}, {"path": "org/corpus"}, {"path": str(teacher / "mine.jsonl")}]
             },
-            "stages": [{"name": "distil", "train": ["heads.*"], "heads": [24], "steps": 7, "lr": 1e-4}],
+            "stages": [{"name": "distil", "train": ["heads.*"], "heads": WIDTHS, "steps": 7, "lr": 1e-4}],
         }
     )
 
@@ -246,7 +246,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     for said in (
         "| teacher-model | sha256:77 | mit |",
         f"| vectors in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
-        "| distil | `heads.*` | 24 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
+        "| distil | `heads.*` | 24, 8, 4 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
         "| student | 4 | 0.4000 | 0.7123 |",
         "| teacher | 32 |  | 0.8200 |",
         "Transductive (texts of these sets were trained on): cisi.",
