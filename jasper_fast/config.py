@@ -83,7 +83,7 @@ class StudentConfig(Section):
 class SourceConfig(Section):
     """One source of training texts."""
 
-    path: str  # "docstrings", a file or folder (.jsonl[.gz], .parquet, .csv, .txt), or a `datasets` name
+    path: str  # "docstrings", a file or folder (.jsonl, .csv, .tsv, .txt, each [.gz], .parquet), or a `datasets` name
     config: str | None = None  # the `datasets` configuration name
     split: str = "train"
     columns: list[str] = Field(default=["text"], min_length=1)

@@ -22,7 +22,7 @@ from jasper_fast.errors import JasperError
 from jasper_fast.models import looks_like_path
 
 DOCSTRINGS = "docstrings"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".txt", ".txt.gz")
+SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "csv", "tsv", "txt") for end in ("", ".gz")) + (".parquet",)
 STREAM_BUFFER = 10_000  # rows among which a hub stream is shuffled before a limit is taken
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its cells
@@ -138,7 +138,9 @@ def _read_file(file: Path, source: SourceConfig) -> Iterator[Row]:
         if name.endswith(".parquet"):
             yield from _parquet(file, source)
         elif name.endswith(".csv"):
-            yield from _csv(file)
+            yield from _table(file, strict=True)
+        elif name.endswith(".tsv"):  # tabs cannot stand in a cell, so quotes are text
+            yield from _table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         elif name.endswith(".jsonl"):
             yield from _jsonl(file)
         else:
@@ -174,17 +176,17 @@ def _jsonl(file: Path) -> Iterator[Row]:
         yield f"{file}, line {number}", row
 
 
-def _csv(file: Path) -> Iterator[Row]:
+def _table(file: Path, **dialect: Any) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with _open(file, newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(lines, **dialect)
         try:
             for row in reader:
                 if None in row:
                     raise JasperError(f"{file}, line {reader.line_num}: more cells than columns ({reader.fieldnames})")
                 yield f"{file}, line {reader.line_num}", row
         except csv.Error as error:
-            raise JasperError(f"{file}, line {reader.line_num}: not CSV ({error})") from None
+            raise JasperError(f"{file}, line {reader.line_num}: not a table ({error})") from None
 
 
 def _parquet(file: Path, source: SourceConfig) -> Iterator[Row]:

@@ -40,7 +40,7 @@ def source(path: Path, **others) -> SourceConfig:
     return SourceConfig(path=str(path), **others)
 
 
-@pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "parquet", "folder"])
+@pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "tsv", "parquet", "folder"])
 def same_rows(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows in every form that has columns."""
     path = tmp_path / f"rows.{request.param}"
@@ -53,6 +53,9 @@ def same_rows(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             writer = csv.DictWriter(file, ["title", "text"])
             writer.writeheader()
             writer.writerows(ROWS)
+    elif request.param == "tsv":  # no quoting: a quote in a cell is text
+        lines = ["title\ttext", *(f"{row['title']}\t{row['text']}" for row in ROWS)]
+        path.write_text("\n".join(lines), encoding="utf-8")
     elif request.param == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
     else:
