@@ -30,7 +30,7 @@ from jasper_fast.files import write_atomic
 OURS = "jasper_fast"
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
 RESULTS = Path(__file__).parent / "results" / "distil.json"
-CALIBRATION_STEPS = 12
+WARMUP = 0.1  # of the time
 
 
 def main(argv: list[str]) -> int:
@@ -129,26 +129,16 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
 def train_peer(
     arm: str, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
 ) -> tuple[float, int, Any]:
-    """Sentence-transformers' trainer with its own distillation loss for ``seconds`` of wall time.
-
-    The number of steps is estimated from a short run first, so that the learning-rate schedule ends with the time.
-    """
+    """Sentence-transformers' trainer with its own distillation loss for ``seconds`` of wall time."""
     from jasper_fast.encoders import model_encoder
 
-    data = peer_dataset(config, texts, teachers)
-    with_seconds = peer_trainer(arm, config, data, options, max_steps=CALIBRATION_STEPS)
-    start = time.perf_counter()
-    with_seconds.train()
-    rate = CALIBRATION_STEPS / (time.perf_counter() - start)
-    steps = max(1, int(seconds * rate))
-    trainer = peer_trainer(arm, config, data, options, max_steps=steps)
-    trainer.add_callback(stop_after(seconds * 1.1))
-    start = time.perf_counter()
+    trainer = peer_trainer(arm, config, peer_dataset(config, texts, teachers), options)
+    clock = by_the_clock(seconds, options.peer_lr)
+    trainer.add_callback(clock)
     trainer.train()
-    spent = time.perf_counter() - start
     model = trainer.model.eval()
     widths = config.student.heads if arm.endswith("matryoshka") else config.student.heads[:1]
-    return spent, trainer.state.global_step, model_encoder(model, widths)
+    return clock.spent, trainer.state.global_step, model_encoder(model, widths)
 
 
 def score_peer(arm: str, config: Config, encoder: Any, teachers: Any) -> list[dict[str, Any]]:
@@ -176,7 +166,7 @@ def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
     return Dataset.from_dict({"text": texts["text"][:], "label": list(vectors)}).with_format("torch", ["label"], True)
 
 
-def peer_trainer(arm: str, config: Config, data: Any, options: Any, max_steps: int) -> Any:
+def peer_trainer(arm: str, config: Config, data: Any, options: Any) -> Any:
     """The trainer as its documentation sets it up, on the same student: encoder layers, mean pooling, one Dense."""
     from sentence_transformers import (
         SentenceTransformer,
@@ -191,10 +181,10 @@ def peer_trainer(arm: str, config: Config, data: Any, options: Any, max_steps: i
         loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=config.student.heads)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(Path(options.work) / "peer"),
-        max_steps=max_steps,
+        max_steps=10**9,  # the clock ends it
         per_device_train_batch_size=options.peer_batch,
         learning_rate=options.peer_lr,
-        warmup_ratio=0.1,
+        lr_scheduler_type="constant",  # set by the clock
         seed=config.seed,
         save_strategy="no",
         logging_strategy="no",
@@ -241,19 +231,29 @@ def pick() -> torch.device:
     return pick_device()
 
 
-def stop_after(seconds: float) -> Any:
-    """A trainer callback that ends training when the time is up, should the estimate have been too slow."""
+def by_the_clock(seconds: float, lr: float) -> Any:
+    """A trainer callback: the usual warm-up and linear decay, over the time that is given instead of over steps.
+
+    So a peer ends its schedule and its minutes together, however long its batches are; start-up is not charged.
+    """
     from transformers import TrainerCallback
 
-    class StopAfter(TrainerCallback):
+    class ByTheClock(TrainerCallback):
+        spent = 0.0
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.deadline = time.perf_counter() + seconds
+            self.start = time.perf_counter()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+            done = (time.perf_counter() - self.start) / seconds
+            for group in optimizer.param_groups:
+                group["lr"] = lr * max(0.0, min(done / WARMUP, (1 - done) / (1 - WARMUP)))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if time.perf_counter() > self.deadline:
-                control.should_training_stop = True
+            self.spent = time.perf_counter() - self.start
+            control.should_training_stop = self.spent >= seconds
 
-    return StopAfter()
+    return ByTheClock()
 
 
 def table(results: dict[str, Any]) -> str:
