@@ -86,7 +86,7 @@ class SourceConfig(Section):
     path: str  # "docstrings", a file or folder (.jsonl, .csv, .tsv, .txt, each [.gz], .parquet), or a `datasets` name
     config: str | None = None  # the `datasets` configuration name
     split: str = "train"
-    columns: list[str] = Field(default=["text"], min_length=1)
+    columns: list[str] = Field(default=["text"], min_length=1)  # a list in the only column: each item is a text
     join: bool = False  # True: the columns make one text; False: each column is a text of its own
     role: Literal["query", "document"] = "document"
     limit: PositiveInt | None = None  # at most so many texts, drawn by the seed

@@ -31,6 +31,7 @@ Row = tuple[str, dict[str, Any]]  # where it stands, and its cells
 def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     """Yield the chosen columns of each row, in file order, all of them text.
 
+    Where the only column holds a list of texts, each of them is a row of its own.
     Docstrings give (summary, body). Text files give one text per line; blank lines are left out.
 
     Raises:
@@ -44,8 +45,9 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     rows = (row for file in source_files(source) for row in _read_file(file, source))
     empty = True
     for where, cells in rows if is_local(source) else _read_hub(source):
-        empty = False
-        yield tuple(_cell(cells, column, where) for column in source.columns)
+        for row in _texts(source, cells, where):
+            empty = False
+            yield row
     if empty:
         raise JasperError(f"{source.path}: no rows in it; give a source with at least one text")
 
@@ -116,14 +118,24 @@ def source_stamp(source: SourceConfig) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _cell(cells: dict[str, Any], column: str, where: str) -> str:
-    if column not in cells:
-        raise _no_column(column, cells, where)
-    value = cells[column]
+def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[tuple[str, ...]]:
+    """The chosen cells of a row; a list in the only chosen column holds texts of their own."""
+    column = source.columns[0]
+    if len(source.columns) == 1 and isinstance(values := cells.get(column), list):
+        for number, value in enumerate(values, 1):
+            yield (_text(value, f"column {column!r}, item {number}", where),)
+    else:
+        for column in source.columns:
+            if column not in cells:
+                raise _no_column(column, cells, where)
+        yield tuple(_text(cells[column], f"column {column!r}", where) for column in source.columns)
+
+
+def _text(value: Any, place: str, where: str) -> str:
     if isinstance(value, str):
         return value
     given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
-    raise JasperError(f"{where}: column {column!r} {given}; remove or mend the row, or choose other `columns`")
+    raise JasperError(f"{where}: {place} {given}; remove or mend the row, or choose other `columns`")
 
 
 def _no_column(column: str, there: Iterable[str], where: str) -> JasperError:
@@ -217,7 +229,7 @@ def _shuffled_stream(source: SourceConfig, seed: int) -> Iterator[tuple[str, ...
     stream = _stream(source).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
     for number, cells in enumerate(stream, 1):
         where = f"{source.path} ({source.split}), row {number} of its shuffled stream"
-        yield tuple(_cell(cells, column, where) for column in source.columns)
+        yield from _texts(source, cells, where)
 
 
 def _stream(source: SourceConfig) -> Any:

@@ -71,6 +71,15 @@ def test_every_form_gives_the_same_rows(same_rows: Path) -> None:
     assert list(read_source(source(same_rows, columns=["text", "title"]))) == expected
 
 
+def test_a_list_in_the_only_column_gives_a_text_each(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", [{"examples": ["one", "two"]}, {"examples": []}, {"examples": ["three"]}])
+    assert list(read_source(source(path, columns=["examples"]))) == [("one",), ("two",), ("three",)]
+    with pytest.raises(JasperError, match=r"line 1: column 'examples' is not text but list"):
+        list(read_source(source(jsonl(path, [{"examples": ["one"], "text": "t"}]), columns=["text", "examples"])))
+    with pytest.raises(JasperError, match=r"line 1: column 'examples', item 2 is null"):
+        list(read_source(source(jsonl(path, [{"examples": ["one", None]}]), columns=["examples"])))
+
+
 def test_text_files_give_a_text_per_line(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("one line\n\n  another  \n")
     assert list(read_source(source(tmp_path / "lines.txt"))) == [("one line",), ("another",)]
