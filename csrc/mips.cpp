@@ -1,0 +1,319 @@
+// Exact inner-product search on a CPU: what stands around the library's matrix product.
+//
+// Approximate scores come from a tile that the library computed (many queries) or from rows read once here (few).
+// Either way a bin of 64 rows is passed over when its highest score plus its error bound cannot reach the k-th best
+// lower bound so far; what remains is rescored in fp64 from the stored rows. Results do not depend on the number of
+// threads: they are the k best of a total order.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "mips_select.h"
+
+namespace jasper_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+namespace {
+
+const MipsKernels& kernels() {
+#if defined(__x86_64__)
+  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) return mips_avx512;
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) return mips_avx2;
+#endif
+  return mips_generic;
+}
+
+Rows rows_of(const Tensor& rows, const Tensor& scales) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "mips: expected contiguous rows (N, D)");
+  const auto type = rows.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Char,
+                  "mips: expected float32, bfloat16 or int8 rows");
+  STD_TORCH_CHECK(rows.size(0) < (int64_t)1 << 32, "mips: expected fewer than 2**32 rows in one piece");
+  const Stored kind = type == ScalarType::Float      ? Stored::kFloat
+                      : type == ScalarType::BFloat16 ? Stored::kBfloat16
+                                                     : Stored::kInt8;
+  STD_TORCH_CHECK(kind != Stored::kInt8 || (scales.is_contiguous() && scales.numel() == rows.size(0) &&
+                                            scales.scalar_type() == ScalarType::Float),
+                  "mips: int8 rows need contiguous float32 scales (N,)");
+  return {kind, rows.const_data_ptr(), kind == Stored::kInt8 ? (const float*)scales.const_data_ptr() : nullptr,
+          rows.size(0), rows.size(1)};
+}
+
+int64_t bins_of(int64_t rows) { return (rows + kBin - 1) / kBin; }
+
+const float* as_floats(const Rows& rows, int64_t row, float* space) {
+  if (rows.kind == Stored::kFloat) return (const float*)rows.data + row * rows.width;
+  if (rows.kind == Stored::kBfloat16) {
+    const auto* from = (const uint16_t*)rows.data + row * rows.width;
+    for (int64_t d = 0; d < rows.width; ++d) {
+      const uint32_t bits = (uint32_t)from[d] << 16;
+      std::memcpy(space + d, &bits, sizeof(bits));
+    }
+    return space;
+  }
+  const auto* from = (const int8_t*)rows.data + row * rows.width;
+  for (int64_t d = 0; d < rows.width; ++d) space[d] = (float)from[d];
+  return space;
+}
+
+// An upper bound of the longest row's norm; NaN where a row holds NaN or infinity.
+double bin_norm(const Rows& rows, int64_t bin, float* space) {
+  const double rounding = 1.0 + (double)(rows.width + 4) * 0x1p-23;
+  double highest = 0.0;
+  for (int64_t row = bin * kBin; row < std::min(rows.count, (bin + 1) * kBin); ++row) {
+    const float* values = as_floats(rows, row, space);
+    float fast;
+    kernels().dots_float(values, 1, rows.width, values, &fast);
+    double square = fast;
+    if (!(fast > 1e-30f && fast < 1e37f)) {  // outside fp32's comfortable range, or not a number
+      square = 0.0;
+      for (int64_t d = 0; d < rows.width; ++d) square += (double)values[d] * values[d];
+      if (!std::isfinite(square)) return std::numeric_limits<double>::quiet_NaN();
+    }
+    const double norm = std::sqrt(square * rounding) * (rows.scales ? (double)rows.scales[row] : 1.0);
+    if (!std::isfinite(norm)) return std::numeric_limits<double>::quiet_NaN();
+    highest = std::max(highest, norm);
+  }
+  return highest;
+}
+
+// The running state of all queries of one call, as tensors that Python holds.
+struct State {
+  Rows rows;
+  const double* queries;
+  const double* norms;
+  const double* residuals;
+  const double* bounds;  // (Q, 3): relative, residual, absolute
+  const uint8_t* valid;
+  int64_t valid_stride;
+  int64_t first_id;
+  bool proven;
+  Best* best;
+  int64_t k;
+  int64_t* best_counts;
+  double* cutoffs;
+  bool* broken;
+  int64_t size;
+
+  State(const Tensor& queries_, const Tensor& rows_, const Tensor& scales, const Tensor& norms_,
+        const double* residuals_, const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
+        const Tensor& best_, const Tensor& best_counts_, const Tensor& cutoffs_, const Tensor& broken_)
+      : rows(rows_of(rows_, scales)), residuals(residuals_), first_id(first_id_), proven(proven_) {
+    size = queries_.size(0);
+    k = best_.size(1);
+    const auto is = [&](const Tensor& t, ScalarType type, int64_t numel) {
+      return t.is_contiguous() && t.scalar_type() == type && t.numel() == numel;
+    };
+    STD_TORCH_CHECK(is(queries_, ScalarType::Double, size * rows.width), "mips: queries must be float64 (Q, D)");
+    STD_TORCH_CHECK(is(norms_, ScalarType::Double, bins_of(rows.count)), "mips: norms must be float64 (bins,)");
+    STD_TORCH_CHECK(is(bounds_, ScalarType::Double, size * 3), "mips: bounds must be float64 (Q, 3)");
+    STD_TORCH_CHECK(k > 0 && is(best_, ScalarType::Long, size * k * 2), "mips: best must be int64 (Q, k, 2)");
+    STD_TORCH_CHECK(is(best_counts_, ScalarType::Long, size) && is(cutoffs_, ScalarType::Double, size) &&
+                        is(broken_, ScalarType::Bool, size),
+                    "mips: wrong state");
+    STD_TORCH_CHECK(valid_.numel() == 0 || is(valid_, ScalarType::Bool, rows.count) ||
+                        is(valid_, ScalarType::Bool, size * rows.count),
+                    "mips: valid must be bool (N,) or (Q, N)");
+    queries = (const double*)queries_.const_data_ptr();
+    norms = (const double*)norms_.const_data_ptr();
+    bounds = (const double*)bounds_.const_data_ptr();
+    valid = valid_.numel() ? (const uint8_t*)valid_.const_data_ptr() : nullptr;
+    valid_stride = valid_.dim() == 2 && valid_.size(0) == size ? rows.count : 0;
+    best = (Best*)best_.mutable_data_ptr();
+    best_counts = (int64_t*)best_counts_.mutable_data_ptr();
+    cutoffs = (double*)cutoffs_.mutable_data_ptr();
+    broken = (bool*)broken_.mutable_data_ptr();
+  }
+
+  Selection selection(int64_t q, Candidate* candidates, int64_t capacity, int64_t* count) const {
+    return {&kernels(),
+            &rows,
+            queries + q * rows.width,
+            valid ? valid + q * valid_stride : nullptr,
+            {norms, residuals, bounds[q * 3], bounds[q * 3 + 1], bounds[q * 3 + 2]},
+            first_id,
+            proven,
+            candidates,
+            capacity,
+            count,
+            best + q * k,
+            k,
+            best_counts + q,
+            cutoffs + q,
+            broken + q};
+  }
+};
+
+}  // namespace
+
+// Upper bounds of the row norms of each bin, (ceil(N / 64),) float64; NaN where a row holds NaN or infinity.
+Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
+  const Rows rows = rows_of(rows_tensor, scales);
+  const Tensor norms = torch::stable::new_empty(rows_tensor, {bins_of(rows.count)}, ScalarType::Double);
+  auto* out = (double*)norms.mutable_data_ptr();
+  parallel_for(0, bins_of(rows.count), 16, [&](int64_t first, int64_t last) {
+    std::vector<float> space(rows.width);
+    for (int64_t bin = first; bin < last; ++bin) out[bin] = bin_norm(rows, bin, space.data());
+  });
+  return norms;
+}
+
+// Takes in the scores tile (R, Q) of rows [first_row, first_row + R) of this piece; first_row is a multiple of 64.
+void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
+               const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
+               const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
+               const Tensor& cutoffs, const Tensor& broken) {
+  const State state(queries, rows, scales, norms, nullptr, bounds, valid, first_id, proven, best, best_counts, cutoffs,
+                    broken);
+  const int64_t count = tile.size(0), capacity = candidates.size(1);
+  STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.size(1) == state.size && tile.stride(1) == 1,
+                  "mips: expected a float32 tile (R, Q)");
+  STD_TORCH_CHECK(first_row % kBin == 0 && first_row + count <= state.rows.count, "mips: the tile leaves the rows");
+  STD_TORCH_CHECK(candidates.scalar_type() == ScalarType::Long && candidates.is_contiguous() &&
+                      candidates.size(0) == state.size && capacity > kBin && counts.numel() == state.size &&
+                      counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
+                  "mips: wrong candidates");
+  const auto* scores = (const float*)tile.const_data_ptr();
+  const int64_t stride = tile.stride(0);
+  auto* space = (Candidate*)candidates.mutable_data_ptr();
+  auto* filled = (int64_t*)counts.mutable_data_ptr();
+  constexpr int64_t kColumns = 64;  // queries looked at together: their part of a bin stays in the first-level cache
+  parallel_for(0, (state.size + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    float highest[kColumns], column[kBin];
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t begin = part * kColumns, columns = std::min(kColumns, state.size - begin);
+      for (int64_t row = 0; row < count; row += kBin) {
+        const int64_t in_bin = std::min(kBin, count - row);
+        const float* own = scores + row * stride + begin;
+        kernels().column_maxima(own, in_bin, columns, stride, highest);
+        for (int64_t c = 0; c < columns; ++c) {
+          const int64_t q = begin + c;
+          Selection selection = state.selection(q, space + q * capacity, capacity, filled + q);
+          if (highest[c] < selection.threshold((first_row + row) / kBin)) continue;
+          for (int64_t r = 0; r < in_bin; ++r) column[r] = own[r * stride + c];
+          selection.offer(column, first_row + row, in_bin);
+        }
+      }
+    }
+  });
+}
+
+// Rescores the candidates that tiles of this piece left, before the next piece or the end.
+void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
+                 const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven, const Tensor& candidates,
+                 const Tensor& counts, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs,
+                 const Tensor& broken) {
+  const State state(queries, rows, scales, norms, nullptr, bounds, valid, first_id, proven, best, best_counts, cutoffs,
+                    broken);
+  const int64_t capacity = candidates.size(1);
+  auto* space = (Candidate*)candidates.mutable_data_ptr();
+  auto* filled = (int64_t*)counts.mutable_data_ptr();
+  parallel_for(0, state.size, 4, [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      state.selection(q, space + q * capacity, capacity, filled + q).settle();
+    }
+  });
+}
+
+// Searches a piece for few queries, reading `plane` once: the rows themselves, or int8 codes of them with scales and
+// the norms of what rounding left (residuals). `fill_norms` computes the bins' norms on the way.
+void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tensor& plane_tensor,
+              const Tensor& plane_scales, const Tensor& residuals, bool fill_norms, const Tensor& queries,
+              const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
+              int64_t first_id, bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts,
+              const Tensor& cutoffs, const Tensor& broken) {
+  const State state(queries, rows, scales, norms, residuals.numel() ? (const double*)residuals.const_data_ptr() : nullptr,
+                    bounds, valid, first_id, proven, best, best_counts, cutoffs, broken);
+  const Rows plane = rows_of(plane_tensor, plane_scales);
+  const int64_t size = state.size, width = plane.width, bins = bins_of(plane.count), k = state.k;
+  const bool integers = plane.kind == Stored::kInt8;
+  STD_TORCH_CHECK(plane.count == state.rows.count && width == state.rows.width && capacity > kBin,
+                  "mips: the plane is not one of these rows");
+  STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
+                      scan_queries.scalar_type() == (integers ? ScalarType::Short : ScalarType::Float),
+                  "mips: int8 is scanned with int16 queries, floats with float32");
+  STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
+                                query_scales.scalar_type() == ScalarType::Float),
+                  "mips: expected float32 query scales (Q,)");
+  STD_TORCH_CHECK(residuals.numel() == 0 || (residuals.is_contiguous() && residuals.numel() == bins &&
+                                             residuals.scalar_type() == ScalarType::Double),
+                  "mips: residuals must be float64 (bins,)");
+  const int64_t shards = std::max<int64_t>(1, std::min<int64_t>(bins / 16, torch::stable::get_num_threads()));
+  auto* norms_out = (double*)norms.mutable_data_ptr();
+  struct Shard {
+    std::vector<Candidate> candidates;
+    std::vector<int64_t> counts, best_counts;
+    std::vector<Best> best;
+    std::vector<double> cutoffs;
+    std::unique_ptr<bool[]> broken;
+  };
+  std::vector<Shard> all(shards);
+  parallel_for(0, shards, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      Shard& shard = all[s];
+      shard.candidates.resize(size * capacity);
+      shard.counts.assign(size, 0);
+      shard.best_counts.assign(size, 0);
+      shard.best.resize(size * k);
+      shard.cutoffs.assign(state.cutoffs, state.cutoffs + size);
+      shard.broken.reset(new bool[size]());
+      std::vector<Selection> selections;
+      for (int64_t q = 0; q < size; ++q) {
+        Selection own = state.selection(q, shard.candidates.data() + q * capacity, capacity, &shard.counts[q]);
+        own.best = shard.best.data() + q * k;
+        own.best_count = &shard.best_counts[q];
+        own.cutoff = &shard.cutoffs[q];
+        own.broken = &shard.broken[q];
+        selections.push_back(own);
+      }
+      std::vector<float> space(width);
+      float scores[kBin];
+      int32_t sums[kBin];
+      for (int64_t bin = bins * s / shards; bin < bins * (s + 1) / shards; ++bin) {
+        const int64_t row = bin * kBin, in_bin = std::min(kBin, plane.count - row);
+        if (fill_norms) norms_out[bin] = bin_norm(plane, bin, space.data());
+        for (int64_t q = 0; q < size; ++q) {
+          if (integers) {
+            kernels().dots_int8((const int8_t*)plane.data + row * width, in_bin, width,
+                                (const int16_t*)scan_queries.const_data_ptr() + q * width, sums);
+            const float query_scale = ((const float*)query_scales.const_data_ptr())[q];
+            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (plane.scales[row + r] * query_scale);
+          } else {
+            const auto* query = (const float*)scan_queries.const_data_ptr() + q * width;
+            if (plane.kind == Stored::kFloat) {
+              kernels().dots_float((const float*)plane.data + row * width, in_bin, width, query, scores);
+            } else {
+              kernels().dots_bfloat16((const uint16_t*)plane.data + row * width, in_bin, width, query, scores);
+            }
+          }
+          selections[q].offer(scores, row, in_bin);
+        }
+      }
+      for (Selection& own : selections) own.settle();
+    }
+  });
+  int64_t none = 0;
+  for (const Shard& shard : all) {
+    for (int64_t q = 0; q < size; ++q) {
+      Selection total = state.selection(q, nullptr, 0, &none);
+      for (int64_t i = 0; i < shard.best_counts[q]; ++i) total.insert(shard.best[q * k + i]);
+      *total.broken |= shard.broken[q];
+    }
+  }
+}
+
+}  // namespace jasper_fast

@@ -1,0 +1,92 @@
+#include "mips_select.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace jasper_fast {
+
+namespace {
+
+// The largest float that is not above the value, so that comparing floats with it loses nothing.
+inline float float_below(double value) {
+  const auto rounded = (float)value;
+  return (double)rounded > value ? std::nextafterf(rounded, -std::numeric_limits<float>::infinity()) : rounded;
+}
+
+}  // namespace
+
+double Rows::exact(const MipsKernels& kernels, int64_t row, const double* query) const {
+  switch (kind) {
+    case Stored::kFloat: return kernels.exact_float((const float*)data + row * width, width, query);
+    case Stored::kBfloat16: return kernels.exact_bfloat16((const uint16_t*)data + row * width, width, query);
+    default: return kernels.exact_int8((const int8_t*)data + row * width, width, query) * (double)scales[row];
+  }
+}
+
+float Selection::threshold(int64_t bin) const {
+  return float_below(*cutoff - (proven ? bound.of(bin) : 0.0));
+}
+
+void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_bin) {
+  uint8_t positions[kBin];
+  const int64_t found = kernels->at_least(scores, count_in_bin, threshold(first_row / kBin), positions);
+  for (int64_t i = 0; i < found; ++i) {
+    const int64_t row = first_row + positions[i];
+    if (valid && !valid[row]) continue;
+    candidates[(*count)++] = {scores[positions[i]], (uint32_t)row};
+  }
+  if (*count + kBin > capacity) tighten();
+}
+
+// Raises the cutoff to the k-th best lower bound and drops what cannot reach it. Where that frees too little (equal or
+// nearly equal scores), the candidates are settled now, which bounds the memory whatever the data.
+void Selection::tighten() {
+  if (*count + *best_count > k) {
+    std::vector<double> lower;
+    lower.reserve(*count + *best_count);
+    for (int64_t i = 0; i < *count; ++i) {
+      lower.push_back((double)candidates[i].score - (proven ? bound.of(candidates[i].row / kBin) : 0.0));
+    }
+    for (int64_t i = 0; i < *best_count; ++i) lower.push_back(best[i].score);
+    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<double>());
+    *cutoff = std::max(*cutoff, lower[k - 1]);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < *count; ++i) {
+      const double upper = (double)candidates[i].score + (proven ? bound.of(candidates[i].row / kBin) : 0.0);
+      if (upper >= *cutoff) candidates[kept++] = candidates[i];
+    }
+    *count = kept;
+  }
+  if (*count > capacity - capacity / 4) settle();
+}
+
+void Selection::settle() {
+  for (int64_t i = 0; i < *count; ++i) {
+    const Candidate candidate = candidates[i];
+    double score = candidate.score;
+    if (proven) {
+      const double error = bound.of(candidate.row / kBin);
+      if (score + error < *cutoff) continue;
+      const double exact = rows->exact(*kernels, candidate.row, query);
+      *broken |= !(std::fabs(exact - score) <= error);
+      score = exact;
+    }
+    insert({score, first_id + (int64_t)candidate.row});
+  }
+  *count = 0;
+}
+
+void Selection::insert(Best found) {
+  if (*best_count < k) {
+    best[(*best_count)++] = found;
+    std::push_heap(best, best + *best_count, better);
+  } else if (better(found, best[0])) {
+    std::pop_heap(best, best + k, better);
+    best[k - 1] = found;
+    std::push_heap(best, best + k, better);
+  }
+  if (*best_count == k) *cutoff = std::max(*cutoff, best[0].score);
+}
+
+}  // namespace jasper_fast

@@ -1,0 +1,132 @@
+"""Contiguous pieces of a corpus: what is stored, what is scanned, and the error bounds that tie the two together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same number
+UNIT = 2.0**-24  # half a unit in the last place of float32
+BLOCK_ROWS = 4096  # rows that preparing a piece looks at together
+
+
+def _none(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+@dataclass
+class Plane:
+    """int8 codes of float rows, a quarter of their bytes, for scans that memory bandwidth limits.
+
+    Args:
+        codes: (N, D) int8.
+        scales: (N,) float32; row ≈ codes · scale.
+        residuals: (ceil(N / 64),) float64, the longest ‖row − codes · scale‖ of each bin, rounded up.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    residuals: Tensor
+
+
+@dataclass
+class Piece:
+    """Rows as stored; scores are true of exactly these.
+
+    Args:
+        rows: (N, D) float32, bfloat16 or int8, contiguous.
+        scales: (N,) float32 for int8 rows, whose value is code · scale; else empty.
+        norms: (ceil(N / 64),) float64, the longest row of each bin, rounded up; None: not known yet.
+        plane: int8 codes of float rows, or None.
+    """
+
+    rows: Tensor
+    scales: Tensor = field(default_factory=lambda: _none(torch.float32))
+    norms: Tensor | None = None
+    plane: Plane | None = None
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows as floats, (stop − start, D); no copy where they are stored so."""
+        rows = self.rows[start:stop].to(dtype)
+        if self.rows.dtype == torch.int8:
+            rows *= self.scales[start:stop, None]
+        return rows
+
+    def exact(self, queries: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """fp64 dot products of pairs (query numbers, row numbers), each (M,); equal rows score equally. (M,)"""
+        products = self.rows[pairs[1]].double() * queries[pairs[0]]  # exact: 24 + 24 bits fit 53
+        width = products.shape[1]
+        while width > 1:  # pairwise, in an order that depends on the width alone
+            half = (width + 1) // 2
+            products[:, : width - half] += products[:, half:width]
+            width = half
+        total = products[:, 0]
+        return total * self.scales[pairs[1]].double() if self.rows.dtype == torch.int8 else total
+
+    def to(self, device: torch.device) -> Piece:
+        """The same rows on another device, without the plane."""
+        norms = None if self.norms is None else self.norms.to(device)
+        return Piece(self.rows.to(device), self.scales.to(device), norms)
+
+    def slice(self, start: int, stop: int) -> Piece:
+        """Rows from ``start``, a multiple of 64, to before ``stop``; views."""
+        assert start % BIN == 0
+        bins = slice(start // BIN, -(-stop // BIN))
+        plane = self.plane and Plane(
+            self.plane.codes[start:stop], self.plane.scales[start:stop], self.plane.residuals[bins]
+        )
+        scales = self.scales[start:stop] if self.rows.dtype == torch.int8 else self.scales
+        return Piece(self.rows[start:stop], scales, None if self.norms is None else self.norms[bins], plane)
+
+
+def bin_norms(piece: Piece) -> Tensor:
+    """Upper bounds of the row norms of each bin, (bins,) float64; not finite where a row holds NaN or infinity."""
+    from jasper_fast import ops
+
+    if ops.extension_path() is not None and piece.rows.device.type == "cpu":
+        return torch.ops.jasper_fast_native.mips_norms(piece.rows, piece.scales)
+    blocks = [piece.values(at, at + BLOCK_ROWS, torch.float64) for at in range(0, len(piece), BLOCK_ROWS)]
+    return torch.cat([bin_maxima(block.square().sum(dim=1).sqrt()) for block in blocks]) * (1 + 1e-9)
+
+
+def bin_maxima(values: Tensor) -> Tensor:
+    """(N,) -> (ceil(N / 64),); NaN stays NaN."""
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BIN))
+    return padded.view(-1, BIN).amax(dim=1)
+
+
+def not_finite(piece: Piece, norms: Tensor) -> int | None:
+    """The first row that holds NaN or infinity, or None."""
+    for bin_number in (~norms.isfinite()).nonzero()[:, 0].tolist():
+        rows = piece.values(bin_number * BIN, (bin_number + 1) * BIN, torch.float64)
+        bad = (~rows.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            return bin_number * BIN + int(bad[0])
+    return None
+
+
+def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes −127…127 (N, D), scales (N,) float32 and the norm of what rounding left (N,) float64 of finite float rows."""
+    values = rows.double()
+    scales = (values.abs().amax(dim=1) / 127).float()
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    codes = (values / scales.double()[:, None]).round_().clamp_(-127, 127)
+    left = torch.addcmul(values, codes, scales.double()[:, None], value=-1.0).square_().sum(dim=1).sqrt_()
+    return codes.to(torch.int8), scales, left * (1 + 1e-9)
+
+
+def int8_plane(rows: Tensor) -> Plane:
+    """The plane of a piece's rows, made block by block."""
+    n, width = rows.shape
+    codes, scales = torch.empty(n, width, dtype=torch.int8), torch.empty(n)
+    residuals = torch.empty(-(-n // BIN), dtype=torch.float64)
+    for start in range(0, n, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, n)
+        codes[start:stop], scales[start:stop], left = int8_codes(rows[start:stop])
+        residuals[start // BIN : -(-stop // BIN)] = bin_maxima(left)
+    return Plane(codes, scales, residuals)

@@ -1,0 +1,262 @@
+"""The one search loop, over pieces of a corpus and groups of queries, and ``topk`` on plain arrays."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.mips.pieces import Piece, bin_norms, not_finite
+from jasper_fast.mips.scan import (
+    FEW,
+    LARGEST,
+    TILE_QUERIES,
+    TILE_ROWS,
+    Queries,
+    multiply_in_bf16,
+    native,
+    search_few,
+    search_plain,
+    search_tiles,
+)
+from jasper_fast.mips.state import State
+
+Precision = Literal["certified", "exact", "fast"]
+PRECISIONS = ("certified", "exact", "fast")
+SCRATCH = 256 << 20  # bytes
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+QUERIES = (*FLOATS, torch.float64)
+
+
+@overload
+def topk(
+    queries: Tensor, corpus: Any, k: int, *, precision: Precision = ..., valid: Any = ..., scratch: int = ...
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def topk(
+    queries: np.ndarray, corpus: Any, k: int, *, precision: Precision = ..., valid: Any = ..., scratch: int = ...
+) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def topk(
+    queries: Any,
+    corpus: Any,
+    k: int,
+    *,
+    precision: Precision = "certified",
+    valid: Any = None,
+    scratch: int = SCRATCH,
+) -> tuple[Any, Any]:
+    """The k rows of highest inner product for every query, best first, ties by the lower index.
+
+    Args:
+        queries: (Q, D) float tensor or array; its device does the work, and its kind is the results' kind.
+        corpus: (N, D) float32, bfloat16 or float16 tensor or array, memory-mapped arrays included. A corpus on another
+            device is streamed to the queries' in pieces of at most a third of ``scratch``.
+        k: how many, 1 to N.
+        precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
+            low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
+            by computing everything in fp64; "fast" ranks by the low-precision scores.
+        valid: bool, (N,) or (Q, N): rows that may be returned.
+        scratch: bytes that the search may use beside its inputs and results.
+
+    Returns:
+        scores (Q, k) float32 and indices (Q, k) int64; with fewer than k valid rows the rest is −inf and −1.
+
+    Raises:
+        ValueError: wrong shapes, k outside 1…N, an empty corpus, an unknown precision, or a row with NaN or infinity.
+        TypeError: a dtype that is not named above.
+    """
+    asked, rows = as_tensor(queries, "queries"), as_tensor(corpus, "corpus")
+    check_rows(asked, "queries", QUERIES)
+    check_rows(rows, "corpus", FLOATS)
+    if rows.shape[1] != asked.shape[1]:
+        raise ValueError(f"queries have width {asked.shape[1]} and the corpus {rows.shape[1]}; they must be equal")
+    device = asked.device
+    direct = rows.device == device and rows.dtype != torch.float16
+    step = len(rows) if direct else max(64, scratch // (3 * 4 * rows.shape[1]) // 64 * 64)
+
+    def pieces() -> Iterable[tuple[int, Piece]]:
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step].to(device)
+            yield start, Piece((part.float() if part.dtype == torch.float16 else part).contiguous())
+
+    # A direct piece is kept, so that its norms are computed once for all groups of queries.
+    fixed = list(pieces()) if direct and len(rows) else None
+    scores, ids = search(
+        (lambda: fixed) if fixed is not None else pieces, len(rows), asked, k, precision, valid, scratch
+    )
+    return (scores, ids) if isinstance(queries, Tensor) else (scores.numpy(), ids.numpy())
+
+
+def search(
+    pieces: Callable[[], Iterable[tuple[int, Piece]]],
+    total: int,
+    queries: Tensor,
+    k: int,
+    precision: Precision,
+    valid: Any,
+    scratch: int,
+) -> tuple[Tensor, Tensor]:
+    """``topk`` over pieces that can be gone through more than once; see there.
+
+    Args:
+        pieces: gives (id of the first row, piece) in order, on the queries' device, their finiteness unchecked where
+            their norms are None.
+        total: rows in all pieces.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be a whole number, got {k!r}")
+    if total == 0:
+        raise ValueError("the corpus is empty: there is nothing to search")
+    if not 1 <= k <= total:
+        raise ValueError(f"k must be from 1 to the number of corpus rows, {total}; got {k}")
+    k = int(k)
+    mask = _mask(valid, len(queries), total, queries.device)
+    bad = (~queries.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        raise ValueError(f"queries: row {int(bad[0])} holds NaN or infinity")
+    asked = Queries.of(queries)
+    state = State(len(queries), k, queries.device)
+    if len(queries):
+        _scan(pieces, asked, mask, state, precision, scratch)
+    if state.broken.any():
+        redo = state.broken.nonzero()[:, 0]
+        warnings.warn(
+            f"{len(redo)} of {len(queries)} queries were redone in fp64: a score lay outside its proven error bound. "
+            "Matrix products here are less exact than they claim to be.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        again = State(len(redo), k, queries.device)
+        _scan(pieces, asked.take(redo), mask[redo] if mask.dim() == 2 else mask, again, "exact", scratch)
+        for name in ("best", "counts", "cutoffs"):
+            getattr(state, name)[redo] = getattr(again, name)
+    scores, ids = state.sorted()
+    return torch.ldexp(scores, asked.exponents[:, None].double()).float(), ids
+
+
+def _scan(
+    pieces: Callable[[], Iterable[tuple[int, Piece]]],
+    queries: Queries,
+    mask: Tensor,
+    state: State,
+    precision: Precision,
+    scratch: int,
+) -> None:
+    for first_id, piece in pieces():
+        own = mask[..., first_id : first_id + len(piece)].contiguous() if mask.numel() else mask
+        scanned = piece.rows if piece.plane is None else piece.plane.codes
+        few = native(piece) and precision != "exact" and len(queries) <= FEW[scanned.dtype]
+        if piece.norms is None and not few:
+            _check(piece, bin_norms(piece), first_id)
+        if few:
+            _few(piece, first_id, queries, own, state, precision)
+            continue
+        use, rows, size = _plan(piece, queries, state.k, precision, scratch)
+        for start in range(0, len(queries), size):
+            part = slice(start, start + size)
+            shown = own[part].contiguous() if own.dim() == 2 else own
+            if use == "tiles":
+                search_tiles(
+                    piece, first_id, queries.take(part), shown, state.part(part), precision == "certified", rows,
+                    multiply_in_bf16(),
+                )  # fmt: skip
+            else:
+                search_plain(piece, first_id, queries.take(part), shown, state.part(part), use, rows)
+
+
+def _few(piece: Piece, first_id: int, queries: Queries, mask: Tensor, state: State, precision: Precision) -> None:
+    unchecked = piece.norms is None
+    before = (state.best.clone(), state.counts.clone(), state.cutoffs.clone()) if unchecked else None
+    if unchecked or _in_range(piece, queries):
+        search_few(piece, first_id, queries, mask, state, precision == "certified")
+        if before is None:
+            return
+        norms, piece.norms = piece.norms, None
+        assert norms is not None
+        _check(piece, norms, first_id)
+        if _in_range(piece, queries):
+            return
+        for name, value in zip(("best", "counts", "cutoffs"), before, strict=True):
+            getattr(state, name).copy_(value)  # scores may have overflowed: this piece again, in fp64
+        state.broken.fill_(False)
+    search_plain(piece, first_id, queries, mask, state, "exact", _rows_for(SCRATCH, piece, len(queries), 8))
+
+
+def _check(piece: Piece, norms: Tensor, first_id: int) -> None:
+    """Sets the piece's norms; a row that is not finite is named."""
+    bad = not_finite(piece, norms)
+    if bad is not None:
+        raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
+    piece.norms = norms
+
+
+def _in_range(piece: Piece, queries: Queries) -> bool:
+    """Whether no fp32 score or partial sum of this piece can overflow."""
+    assert piece.norms is not None
+    return float(piece.norms.max()) * float(queries.exact.norm(dim=1).max()) < LARGEST
+
+
+def _plan(piece: Piece, queries: Queries, k: int, precision: Precision, scratch: int) -> tuple[str, int, int]:
+    """("tiles", "certified", "exact" or "fast"; corpus rows and queries of one product) within ``scratch`` bytes."""
+    if precision == "exact" or not _in_range(piece, queries):
+        size = min(len(queries), 64)
+        return "exact", _rows_for(scratch, piece, size, 8), size
+    if native(piece):
+        size = min(len(queries), TILE_QUERIES)
+        while size > 1 and size * (2 * k + 1024) * 8 > scratch // 2:  # candidates
+            size //= 2
+        return "tiles", min(TILE_ROWS, _rows_for(scratch // 2, piece, size, 4)), size
+    size = min(len(queries), 256)
+    return precision, _rows_for(scratch, piece, size, 8), size
+
+
+def _rows_for(scratch: int, piece: Piece, size: int, bytes_each: int) -> int:
+    """Corpus rows per product, a multiple of 64: their float copy, the scores, and what is made of the scores."""
+    each = bytes_each * piece.rows.shape[1] + 5 * 8 * size
+    return max(64, min(1 << 16, scratch // each // 64 * 64))
+
+
+def as_tensor(array: Any, name: str) -> Tensor:
+    """A tensor that shares memory with a numpy array, or the tensor itself."""
+    if isinstance(array, Tensor):
+        return array.detach()
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}")
+    if array.dtype.kind not in "fb":
+        raise TypeError(f"{name} must hold floats, got {array.dtype}")
+    if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we only read it
+        return torch.from_numpy(array)
+
+
+def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises unless ``rows`` is a matrix of one of the dtypes with at least one column."""
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have the shape (rows, width), got {tuple(rows.shape)}")
+    if rows.dtype not in dtypes:
+        named = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {named}; got {str(rows.dtype).removeprefix('torch.')}")
+
+
+def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
+    """(N,) or (Q, N) bool on the device; empty where there is none."""
+    if valid is None:
+        return torch.empty(0, dtype=torch.bool, device=device)
+    mask = valid if isinstance(valid, Tensor) else torch.as_tensor(np.asarray(valid))
+    if mask.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {str(mask.dtype).removeprefix('torch.')}")
+    if tuple(mask.shape) not in ((total,), (size, total)):
+        raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(mask.shape)}")
+    return mask.to(device)

@@ -1,0 +1,68 @@
+"""What a search remembers between pieces of the corpus: the k best so far of every query, exactly scored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class State:
+    """The k best rows so far of Q queries.
+
+    Args:
+        size: Q.
+        k: how many to keep.
+        device: where.
+
+    ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with the worst on top in its first
+    ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is such a heap.
+    """
+
+    def __init__(self, size: int, k: int, device: torch.device) -> None:
+        self.k = k
+        self.best = torch.zeros(size, k, 2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
+        self.cutoffs = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
+        self.broken = torch.zeros(size, dtype=torch.bool, device=device)
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Scores (Q, k) float64 and ids (Q, k), best first; −inf and −1 where there are fewer than k."""
+        scores, ids = self.best[..., 0].view(torch.float64), self.best[..., 1]
+        empty = torch.arange(self.k, device=ids.device) >= self.counts[:, None]
+        scores, ids = scores.masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
+        ids, order = ids.sort(dim=1)
+        scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+        return scores, ids.gather(1, by_score)
+
+    def merge(self, queries: Tensor, scores: Tensor, ids: Tensor) -> None:
+        """Takes in M exactly scored rows, each of a query: query numbers, float64 scores and ids, (M,) each."""
+        if not len(queries):
+            return
+        size = len(self.counts)
+        kept = torch.arange(self.k, device=ids.device) < self.counts[:, None]
+        query = torch.cat((kept.nonzero()[:, 0], queries))
+        score = torch.cat((self.best[..., 0].view(torch.float64)[kept], scores))
+        number = torch.cat((self.best[..., 1][kept], ids))
+        order = number.argsort()
+        order = order[score[order].argsort(descending=True, stable=True)]
+        order = order[query[order].argsort(stable=True)]
+        query, score, number = query[order], score[order], number[order]
+        starts = torch.searchsorted(query, torch.arange(size + 1, device=query.device))
+        self.counts.copy_(starts.diff().clamp(max=self.k))
+        rank = torch.arange(len(query), device=query.device) - starts[query]
+        keep = rank < self.k
+        query, rank = query[keep], rank[keep]
+        place = self.counts[query] - 1 - rank  # worst first
+        self.best[query, place, 0] = score[keep].view(torch.int64)
+        self.best[query, place, 1] = number[keep]
+        full = self.counts == self.k
+        worst = self.best[:, 0, 0].view(torch.float64)
+        self.cutoffs.copy_(torch.where(full, torch.maximum(self.cutoffs, worst), self.cutoffs))
+
+    def part(self, rows: slice) -> State:
+        """Some of the queries; views, so that changes in place show here."""
+        part = object.__new__(State)
+        part.k = self.k
+        part.best, part.counts = self.best[rows], self.counts[rows]
+        part.cutoffs, part.broken = self.cutoffs[rows], self.broken[rows]
+        return part
