@@ -63,7 +63,7 @@ def topk(
         precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
             low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
             by computing everything in fp64; "fast" ranks by the low-precision scores.
-        valid: bool, (N,) or (Q, N): rows that may be returned.
+        valid: rows that may be returned: bool, (N,) or (Q, N), or row numbers, (n,) integers.
         scratch: bytes that the search may use beside its inputs and results.
 
     Returns:
@@ -254,9 +254,27 @@ def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
     """(N,) or (Q, N) bool on the device; empty where there is none."""
     if valid is None:
         return torch.empty(0, dtype=torch.bool, device=device)
-    mask = valid if isinstance(valid, Tensor) else torch.as_tensor(np.asarray(valid))
-    if mask.dtype != torch.bool:
-        raise TypeError(f"valid must be bool, got {str(mask.dtype).removeprefix('torch.')}")
-    if tuple(mask.shape) not in ((total,), (size, total)):
-        raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(mask.shape)}")
-    return mask.to(device)
+    if not isinstance(valid, Tensor):
+        valid = np.asarray(valid)
+        if valid.dtype.kind == "u":  # torch would take the largest for negative ones
+            _check_numbers(valid, total)
+            valid = valid.astype(np.int64)
+        if valid.dtype.kind not in "bi":
+            raise TypeError(f"valid must be bool, or row numbers, got {valid.dtype}")
+        valid = torch.as_tensor(valid)
+    if valid.dtype.is_floating_point or valid.dtype.is_complex:
+        raise TypeError(f"valid must be bool, or row numbers, got {str(valid.dtype).removeprefix('torch.')}")
+    if valid.dtype != torch.bool and valid.dim() == 1:
+        numbers = valid.cpu().numpy()
+        _check_numbers(numbers, total)
+        valid = torch.zeros(total, dtype=torch.bool)
+        valid[torch.as_tensor(numbers.astype(np.int64))] = True
+    if tuple(valid.shape) not in ((total,), (size, total)):
+        raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(valid.shape)}")
+    return valid.to(device)
+
+
+def _check_numbers(numbers: np.ndarray, total: int) -> None:
+    wrong = numbers[(numbers < 0) | (numbers >= total)]
+    if wrong.size:
+        raise ValueError(f"valid: row {wrong.flat[0]} is not in a corpus of {total} rows")

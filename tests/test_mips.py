@@ -1,0 +1,321 @@
+"""Inner-product search against correctly rounded sums of exact products, on every path of a CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jasper_fast import ops
+from jasper_fast.mips import FlatIPIndex, topk
+from jasper_fast.mips import search as search_module
+from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes, int8_plane
+from jasper_fast.mips.search import SCRATCH, search
+
+KINDS = ("normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid")
+NEVER, ALWAYS = {}.fromkeys(search_module.FEW, 0), {}.fromkeys(search_module.FEW, 10**6)
+needs_extension = pytest.mark.skipif(ops.extension_path() is None, reason="the compiled extension is not built")
+
+
+def make(kind: str, rows: int, width: int, seed: int) -> Tensor:
+    """(rows, width) float32 of one kind of difficulty."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    if kind == "duplicated":
+        x = x[torch.randint(0, max(1, rows // 4), (rows,), generator=generator)]
+    elif kind == "near-tied":
+        x = x[:1] * (1 + 1e-7 * torch.randint(0, 4, (rows, 1), generator=generator))
+    elif kind == "huge":
+        x = x * 1e30
+    elif kind == "tiny":
+        x = x * 1e-30
+    elif kind == "mixed scales":
+        x = x * 10.0 ** torch.randint(-18, 18, (rows, 1), generator=generator)
+    elif kind == "negative":
+        x = -x.abs()
+    elif kind == "constant":
+        x = torch.full_like(x, 0.3)
+    elif kind == "zeros":
+        x = torch.zeros_like(x)
+    elif kind == "grid":
+        x = x.round()
+    return x
+
+
+def truth(queries: Tensor, rows: Tensor) -> np.ndarray:
+    """Correctly rounded inner products: products of float32 are exact in float64, and fsum rounds once. (Q, N)"""
+    products = queries.double()[:, None, :] * rows.double()[None]
+    return np.array([[math.fsum(pair) for pair in query] for query in products.tolist()])
+
+
+def check(scores: Tensor, ids: Tensor, true: np.ndarray, rows: Tensor, scale: np.ndarray, valid: np.ndarray) -> None:
+    """The order of the fp64 truth wherever gaps exceed 1e-12 of the scale; equal rows by the lower index."""
+    size, k = ids.shape
+    _, group = np.unique(rows.double().numpy() + 0.0, axis=0, return_inverse=True)
+    for q in range(size):
+        allowed = np.flatnonzero(valid[q])
+        order = allowed[np.argsort(-true[q][allowed], kind="stable")]
+        found = min(k, len(order))
+        got = ids[q].numpy()
+        assert (got[found:] == -1).all() and (scores[q][found:] == -torch.inf).all()
+        got, expected = got[:found], order[:found]
+        assert len(set(got.tolist())) == found and set(got.tolist()) <= set(allowed.tolist())
+        gap = 1e-12 * scale[q]
+        assert (np.abs(true[q][got] - true[q][expected]) <= gap).all()
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(scores[q][:found].numpy(), true[q][got].astype(np.float32), rtol=2e-7, atol=gap)
+        values = true[q][order]
+        near = np.abs(np.diff(values, append=-np.inf)) <= gap
+        free = ~(near | np.concatenate(([False], near[:-1])))[:found]
+        assert (got[free] == expected[free]).all()
+        for number in np.unique(group[got]):
+            members = got[group[got] == number]
+            assert (members == allowed[group[allowed] == number][: len(members)]).all()
+
+
+@contextmanager
+def path(few: dict, compiled: bool = True, bf16: bool = False, tile_rows: int = 128) -> Iterator[None]:
+    """One way through the search."""
+    with mock.patch.multiple(
+        search_module,
+        FEW=few,
+        TILE_ROWS=tile_rows,
+        multiply_in_bf16=lambda: bf16,
+        **({} if compiled else {"native": lambda piece: False}),
+    ):
+        yield
+
+
+PATHS = {
+    "few": lambda: path(ALWAYS),
+    "tiles": lambda: path(NEVER),
+    "bf16 tiles": lambda: path(NEVER, bf16=True),
+    "plain": lambda: path(NEVER, compiled=False),
+}
+
+
+def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
+    """The piece and the float64 values its scores are true of."""
+    if stored == "int8":
+        codes, scales, _ = int8_codes(rows)
+        piece = Piece(codes, scales)
+        piece.norms = bin_norms(piece)
+        return piece, piece.values(0, len(rows), torch.float64)
+    piece = Piece(rows.bfloat16() if stored == "bfloat16" else rows)
+    piece.norms = bin_norms(piece)
+    if stored == "planed":
+        piece.plane = int8_plane(rows)
+    return piece, piece.rows.double()
+
+
+@needs_extension
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    stored=st.sampled_from(["float32", "planed", "bfloat16", "int8"]),
+    way=st.sampled_from(sorted(PATHS)),
+    precision=st.sampled_from(["certified", "exact"]),
+    rows=st.integers(1, 300),
+    size=st.integers(1, 5),
+    width=st.sampled_from([1, 2, 3, 8, 17, 33, 70]),
+    share=st.sampled_from([None, 0.0, 0.02, 0.5, 1.0]),
+    masks=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+    data=st.data(),
+)
+def test_every_path_gives_the_order_of_fp64(
+    kind, stored, way, precision, rows, size, width, share, masks, seed, data
+):
+    k = data.draw(st.integers(1, rows), label="k")
+    split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
+    corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
+    piece, values = piece_of(corpus, stored)
+    pieces = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, rows) if masks else (rows,)
+    valid = None if share is None else torch.rand(shape, generator=generator) < share
+    with PATHS[way]():
+        scores, ids = search(lambda: pieces, rows, queries, k, precision, valid, SCRATCH)
+    # int8 values are code · scale, whose products are exact where the float64 of the row is
+    true = truth(queries, values)
+    scale = (queries.double().norm(dim=1) * values.norm(dim=1).max()).numpy()
+    allowed = np.ones((size, rows), bool) if valid is None else np.broadcast_to(valid.numpy(), (size, rows))
+    check(scores, ids, true, values, scale, allowed)
+
+
+@pytest.mark.parametrize("way", sorted(PATHS))
+@needs_extension
+def test_many_rows_few_of_which_matter(way):
+    corpus = torch.nn.functional.normalize(torch.randn(20_000, 24), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(70, 24), dim=1)
+    true = queries.double() @ corpus.double().T
+    with PATHS[way]():
+        for k in (1, 10, 600):
+            scores, ids = topk(queries, corpus, k)
+            assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :k])
+            assert torch.equal(scores, true.gather(1, ids).float())
+
+
+def test_low_precision_alone_is_wrong_and_the_certificate_repairs_it():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, generator=generator)
+    corpus = base + 1e-3 * torch.randn(2000, 64, generator=generator)  # bf16 and int8 cannot tell these apart
+    index = FlatIPIndex(64, dtype="float32")
+    index.add(corpus)
+    true = (base.double()[None] @ corpus.double().T).argsort(dim=1, descending=True)[:, :20]
+    _, fast = index.search(base[None], 20, precision="fast")
+    _, certified = index.search(base[None], 20)
+    if ops.extension_path() is not None:
+        assert not torch.equal(fast, true)
+    assert torch.equal(certified, true)
+
+
+@needs_extension
+@pytest.mark.parametrize("way", sorted(PATHS))
+def test_a_corrupted_bound_is_caught_and_the_query_redone(way):
+    corpus = torch.randn(500, 32)
+    piece = Piece(corpus, plane=int8_plane(corpus))
+    piece.norms = bin_norms(piece) * 1e-9
+    assert piece.plane is not None
+    piece.plane.residuals *= 1e-9
+    queries = torch.randn(3, 32)
+    with PATHS[way](), pytest.warns(RuntimeWarning, match="of 3 queries were redone in fp64"):
+        _, ids = search(lambda: [(0, piece)], 500, queries, 5, "certified", None, SCRATCH)
+    assert torch.equal(ids, (queries.double() @ corpus.double().T).argsort(dim=1, descending=True)[:, :5])
+
+
+def test_a_product_that_is_less_exact_than_it_claims_is_caught(monkeypatch):
+    real = torch.mm
+
+    def sloppy(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        return out.copy_(real(a.bfloat16().float(), b))
+
+    corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
+    expected = (queries.double() @ corpus.double().T).argsort(dim=1, descending=True)[:, :10]
+    monkeypatch.setattr(torch, "mm", sloppy)
+    if ops.extension_path() is None:
+        pytest.skip("only the compiled path calls torch.mm")
+    with pytest.warns(RuntimeWarning, match="redone in fp64"):
+        _, ids = topk(queries, corpus, 10)
+    assert torch.equal(ids, expected)
+
+
+def test_a_lower_matmul_precision_widens_the_bound_instead_of_breaking_it():
+    corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
+    expected = topk(queries, corpus, 10, precision="exact")[1]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(topk(queries, corpus, 10)[1], expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["certified", "exact", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_precisions(dtype, precision):
+    corpus, queries = torch.randn(700, 19).to(dtype), torch.randn(9, 19).to(dtype)
+    scores, ids = topk(queries, corpus, 7, precision=precision)
+    true = queries.double() @ corpus.double().T
+    assert scores.dtype == torch.float32 and ids.dtype == torch.int64
+    assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :7])
+
+
+def test_numpy_in_numpy_out_and_every_layout(tmp_path):
+    corpus, queries = np.random.default_rng(0).standard_normal((2, 300, 12), dtype=np.float32)
+    expected = np.argsort(-(queries.astype(np.float64) @ corpus.T.astype(np.float64)), axis=1)[:, :5]
+    np.save(tmp_path / "corpus.npy", corpus)
+    mapped = np.load(tmp_path / "corpus.npy", mmap_mode="r")
+    layouts = (corpus, np.asfortranarray(corpus), corpus[::-1][::-1], mapped, np.repeat(corpus, 2, axis=0)[::2])
+    for layout in layouts:
+        scores, ids = topk(queries, layout, 5)
+        assert isinstance(scores, np.ndarray) and scores.dtype == np.float32 and ids.dtype == np.int64
+        assert np.array_equal(ids, expected)
+    scores, ids = topk(torch.from_numpy(queries), corpus, 5)
+    assert isinstance(ids, Tensor) and np.array_equal(ids.numpy(), expected)
+    scores, ids = topk(queries.astype(np.float64), corpus, 5)
+    assert np.array_equal(ids, expected)
+
+
+def test_a_small_scratch_changes_nothing():
+    corpus, queries = torch.randn(1000, 16).half(), torch.randn(40, 16)
+    expected = topk(queries, corpus, 30, precision="exact")
+    for precision in ("certified", "exact"):
+        scores, ids = topk(queries, corpus, 30, precision=precision, scratch=20_000)
+        assert torch.equal(ids, expected[1]) and torch.equal(scores, expected[0])
+
+
+def test_an_id_filter_is_a_mask_by_number():
+    corpus, queries = torch.randn(200, 8), torch.randn(4, 8)
+    wanted = np.array([3, 77, 150])
+    mask = torch.zeros(200, dtype=torch.bool)
+    mask[wanted] = True
+    expected = topk(queries, corpus, 5, valid=mask)
+    got = topk(queries, corpus, 5, valid=wanted)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert (got[1][:, 3:] == -1).all()
+
+
+def test_no_queries_is_no_error():
+    scores, ids = topk(torch.empty(0, 4), torch.randn(10, 4), 3)
+    assert scores.shape == ids.shape == (0, 3)
+
+
+def test_wrong_arguments_are_named():
+    corpus, queries = torch.randn(70, 4), torch.randn(3, 4)
+    for k in (0, -1, 71):
+        with pytest.raises(ValueError, match=f"from 1 to the number of corpus rows, 70; got {k}"):
+            topk(queries, corpus, k)
+    with pytest.raises(TypeError, match="k must be a whole number"):
+        topk(queries, corpus, 1.5)
+    with pytest.raises(ValueError, match="queries have width 3 and the corpus 4"):
+        topk(queries[:, :3], corpus, 1)
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        topk(queries, corpus[:0], 1)
+    with pytest.raises(ValueError, match=r"queries must have the shape \(rows, width\), got \(4,\)"):
+        topk(queries[0], corpus, 1)
+    with pytest.raises(TypeError, match="corpus must be one of float32, bfloat16, float16; got float64"):
+        topk(queries, corpus.double(), 1)
+    with pytest.raises(TypeError, match="must be a torch tensor or a numpy array, got list"):
+        topk([[1.0]], corpus, 1)
+    with pytest.raises(TypeError, match="must hold floats, got int64"):
+        topk(np.ones((2, 4), dtype=np.int64), corpus, 1)
+    with pytest.raises(ValueError, match="precision must be one of 'certified', 'exact', 'fast', got 'best'"):
+        topk(queries, corpus, 1, precision="best")
+    with pytest.raises(ValueError, match=r"valid must have the shape \(70,\) or \(3, 70\), got \(69,\)"):
+        topk(queries, corpus, 1, valid=torch.ones(69, dtype=torch.bool))
+    with pytest.raises(TypeError, match="valid must be bool, or row numbers, got float32"):
+        topk(queries, corpus, 1, valid=torch.ones(70))
+    for wrong in (70, -1):
+        with pytest.raises(ValueError, match=f"valid: row {wrong} is not in a corpus of 70 rows"):
+            topk(queries, corpus, 1, valid=torch.tensor([3, wrong]))
+    with pytest.raises(ValueError, match="valid: row 18446744073709551615 is not in a corpus of 70 rows"):
+        topk(queries, corpus, 1, valid=np.array([2**64 - 1], dtype=np.uint64))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("size", [1, 30])
+def test_rows_that_are_not_finite_are_named(bad, size):
+    corpus, queries = torch.randn(200, 4), torch.randn(size, 4)
+    corpus[133, 2] = bad
+    for precision in ("certified", "exact", "fast"):
+        with pytest.raises(ValueError, match="corpus: row 133 holds NaN or infinity"):
+            topk(queries, corpus, 2, precision=precision)
+    queries[-1, 0] = bad
+    with pytest.raises(ValueError, match=f"queries: row {size - 1} holds NaN or infinity"):
+        topk(queries, torch.randn(5, 4), 2)
+
+
+def test_without_the_extension_the_results_are_the_same(monkeypatch):
+    corpus, queries = torch.randn(900, 11), torch.randn(6, 11)
+    expected = topk(queries, corpus, 12)
+    monkeypatch.setattr(ops, "_PATH", None)
+    scores, ids = topk(queries, corpus, 12)
+    assert torch.equal(scores, expected[0]) and torch.equal(ids, expected[1])
