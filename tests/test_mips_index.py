@@ -1,0 +1,177 @@
+"""FlatIPIndex: growing, saving, loading, and what damaged files say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jasper_fast.errors import JasperError
+from jasper_fast.mips import FlatIPIndex
+from jasper_fast.mips import index as index_module
+
+DTYPES = ("bfloat16", "float32", "int8")
+
+
+def filled(dtype: str, rows: int = 333, dim: int = 24) -> FlatIPIndex:
+    index = FlatIPIndex(dim, dtype=dtype)
+    index.add(torch.randn(rows, dim))
+    return index
+
+
+def stored(index: FlatIPIndex) -> torch.Tensor:
+    return torch.stack([index.reconstruct(i) for i in range(len(index))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_those_of_the_stored_vectors(dtype):
+    index, queries = filled(dtype), torch.randn(12, 24)
+    true = queries.double() @ stored(index).double().T
+    for precision in ("certified", "exact"):
+        scores, ids = index.search(queries, 10, precision=precision)
+        assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :10])
+        assert torch.allclose(scores.double(), true.gather(1, ids), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
+    monkeypatch.setattr(index_module, "PIECE_BYTES", 0)  # pieces of 4096 rows
+    rows, queries = torch.randn(9000, 8), torch.randn(5, 8)
+    whole, parts = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype)
+    whole.add(rows)
+    at = 0
+    for count in (1, 62, 2, 4000, 0, 4097, 838):
+        parts.add(rows[at : at + count].numpy())
+        at += count
+        if at:
+            expected = FlatIPIndex(8, dtype=dtype)
+            expected.add(rows[:at])
+            assert torch.equal(parts.search(queries, 1)[1], expected.search(queries, 1)[1])
+    assert len(parts) == len(whole) == 9000
+    for (_, a), (_, b) in zip(parts.pieces(), whole.pieces(), strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.norms, b.norms)
+        if a.plane is not None:
+            assert torch.equal(a.plane.codes, b.plane.codes) and torch.equal(a.plane.residuals, b.plane.residuals)
+    assert all(map(torch.equal, parts.search(queries, 50), whole.search(queries, 50)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "PIECE_BYTES", 0)
+    index, queries = filled(dtype, 5000), torch.randn(7, 24)
+    index.save(tmp_path / "index")
+    loaded = FlatIPIndex.load(tmp_path / "index")
+    assert len(loaded) == 5000 and loaded.dtype == dtype and loaded.dim == 24
+    more = torch.randn(10, 24)
+    for one in (index, loaded):
+        assert len(one.search(queries, 5000)[0][0]) == 5000
+        one.add(more)
+    assert all(map(torch.equal, index.search(queries, 30), loaded.search(queries, 30)))
+    loaded.save(tmp_path / "index")  # in place of the files it is mapped from
+    assert all(map(torch.equal, index.search(queries, 30), FlatIPIndex.load(tmp_path / "index").search(queries, 30)))
+    assert torch.equal(index.reconstruct(5009), loaded.reconstruct(5009))
+
+
+def test_numpy_in_numpy_out():
+    scores, ids = filled("float32").search(np.zeros((2, 24), dtype=np.float32), 3)
+    assert isinstance(scores, np.ndarray) and ids.tolist() == [[0, 1, 2]] * 2
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = tmp_path / "index"
+    index = filled("int8")
+    index.save(folder)
+    file = folder / "piece-00000.safetensors"
+    content, manifest = file.read_bytes(), (folder / "manifest.json").read_text()
+
+    def expect(message: str, **options) -> None:
+        with pytest.raises(JasperError, match=message):
+            FlatIPIndex.load(folder, **options)
+        file.write_bytes(content)
+        (folder / "manifest.json").write_text(manifest)
+
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    expect("its checksum differs")
+    file.write_bytes(content[: len(content) // 2])
+    expect("its checksum differs")
+    file.write_bytes(content[: len(content) // 2])
+    expect("damaged or truncated", verify=False)
+    file.unlink()
+    expect("is missing")
+    tensors = load_file(file)
+    save_file(tensors | {"scales": tensors["scales"][:-1].contiguous()}, file)
+    expect("scales should be torch.float32", verify=False)
+    (folder / "manifest.json").write_text(manifest[:40])
+    expect("not readable")
+    (folder / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
+    expect("this jasper_fast reads 1")
+    (folder / "manifest.json").write_text(manifest.replace("FlatIPIndex", "Other"))
+    expect("not that of an index")
+    (folder / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"rows": 5}))
+    expect("the manifest says otherwise")
+    (folder / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"dtype": "int4"}))
+    expect("damaged")
+    assert len(FlatIPIndex.load(folder)) == 333
+    with pytest.raises(JasperError, match="no index here"):
+        FlatIPIndex.load(tmp_path / "nothing")
+
+
+def test_save_overwrites_only_an_index(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(JasperError, match="is not an index"):
+        filled("int8").save(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_the_old_index(tmp_path):
+    """A limit on file size fails a write as a full disk does."""
+    filled("float32").save(tmp_path / "index")
+    program = (
+        "import resource, signal, torch\n"
+        "from jasper_fast.mips import FlatIPIndex\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "index = FlatIPIndex(24); index.add(torch.randn(5000, 24))\n"
+        f"index.save({str(tmp_path / 'index')!r})\n"
+    )
+    root = Path(__file__).parents[1]
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert ended.returncode != 0 and "could not write" in ended.stderr and "JasperError" in ended.stderr
+    assert len(FlatIPIndex.load(tmp_path / "index")) == 333
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def test_wrong_arguments_are_named():
+    index = filled("bfloat16")
+    with pytest.raises(ValueError, match="x has width 3, the index 24"):
+        index.add(torch.randn(2, 3))
+    bad = torch.randn(5000, 24)
+    bad[4711, 3] = torch.nan
+    with pytest.raises(ValueError, match="x: row 4711 holds NaN, infinity"):
+        index.add(bad)
+    bad[4711, 3] = 3.4e38  # rounds to infinity in bfloat16
+    with pytest.raises(ValueError, match="x: row 4711 .* too large for bfloat16"):
+        index.add(bad)
+    assert len(index) == 333  # all rows are added, or none
+    with pytest.raises(ValueError, match="q has width 3, the index 24"):
+        index.search(torch.randn(1, 3), 1)
+    with pytest.raises(ValueError, match="from 1 to the number of corpus rows, 333; got 334"):
+        index.search(torch.randn(1, 24), 334)
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        FlatIPIndex(4).search(torch.randn(1, 4), 1)
+    with pytest.raises(ValueError, match="dtype must be one of 'bfloat16', 'float32', 'int8', got 'fp8'"):
+        FlatIPIndex(4, dtype="fp8")
+    with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got 0"):
+        FlatIPIndex(0)
+    for wrong in (-1, 333):
+        with pytest.raises(IndexError, match=f"id {wrong} is not in an index of 333 rows"):
+            index.reconstruct(wrong)
