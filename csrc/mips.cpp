@@ -191,21 +191,28 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
   const int64_t stride = tile.stride(0);
   auto* space = (Candidate*)candidates.mutable_data_ptr();
   auto* filled = (int64_t*)counts.mutable_data_ptr();
-  constexpr int64_t kColumns = 64;  // queries looked at together: their part of a bin stays in the first-level cache
-  parallel_for(0, (state.size + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-    float highest[kColumns], column[kBin];
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t share = ((state.size + threads - 1) / threads + 15) / 16 * 16;  // columns of one thread
+  parallel_for(0, (state.size + share - 1) / share, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> highest(share), thresholds(share);
+    float column[kBin];
     for (int64_t part = first; part < last; ++part) {
-      const int64_t begin = part * kColumns, columns = std::min(kColumns, state.size - begin);
+      const int64_t begin = part * share, columns = std::min(share, state.size - begin);
+      const double* bounds_of = state.bounds + begin * 3;
       for (int64_t row = 0; row < count; row += kBin) {
-        const int64_t in_bin = std::min(kBin, count - row);
+        const int64_t in_bin = std::min(kBin, count - row), bin = (first_row + row) / kBin;
         const float* own = scores + row * stride + begin;
-        kernels().column_maxima(own, in_bin, columns, stride, highest);
+        kernels().column_maxima(own, in_bin, columns, stride, highest.data());
+        const double norm = state.proven ? state.norms[bin] : 0.0, absolute = state.proven ? 1.0 : 0.0;
         for (int64_t c = 0; c < columns; ++c) {
+          const double error = bounds_of[c * 3] * norm + bounds_of[c * 3 + 2] * absolute;
+          thresholds[c] = float_below(state.cutoffs[begin + c] - error);
+        }
+        for (int64_t c = 0; c < columns; ++c) {
+          if (highest[c] < thresholds[c]) continue;
           const int64_t q = begin + c;
-          Selection selection = state.selection(q, space + q * capacity, capacity, filled + q);
-          if (highest[c] < selection.threshold((first_row + row) / kBin)) continue;
           for (int64_t r = 0; r < in_bin; ++r) column[r] = own[r * stride + c];
-          selection.offer(column, first_row + row, in_bin);
+          state.selection(q, space + q * capacity, capacity, filled + q).offer(column, first_row + row, in_bin);
         }
       }
     }

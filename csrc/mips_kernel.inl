@@ -33,6 +33,9 @@ static inline fvec floats(const uint16_t* from) {
   return (fvec)(__builtin_convertvector(load<half_uvec>(from), uvec) << 16);
 }
 
+// Hardware prefetching loses its way among short rows read four at a time: ask for what comes this many rows later.
+constexpr int64_t kAhead = 16;
+
 template <int ROWS, class Element>
 static inline void dot_rows(const Element* rows, int64_t width, const float* query, float* out) {
   fvec sums[ROWS][2] = {};  // two per row hide the latency of the multiply-adds
@@ -40,6 +43,7 @@ static inline void dot_rows(const Element* rows, int64_t width, const float* que
   for (; d + 2 * kFloats <= width; d += 2 * kFloats) {
     const fvec first = load<fvec>(query + d), second = load<fvec>(query + d + kFloats);
     for (int r = 0; r < ROWS; ++r) {
+      __builtin_prefetch(rows + (r + kAhead) * width + d);
       sums[r][0] += floats(rows + r * width + d) * first;
       sums[r][1] += floats(rows + r * width + d + kFloats) * second;
     }
@@ -67,6 +71,7 @@ static inline void dot_rows_int8(const int8_t* rows, int64_t width, const int16_
   for (; d + kShorts <= width; d += kShorts) {
     const svec own = load<svec>(query + d);
     for (int r = 0; r < ROWS; ++r) {
+      if (d % (4 * kShorts) == 0) __builtin_prefetch(rows + (r + kAhead) * width + d);
       sums[r] += madd(__builtin_convertvector(load<half_bvec>(rows + r * width + d), svec), own);
     }
   }
@@ -109,22 +114,24 @@ static double exact(const Element* row, int64_t width, const double* query) {
   return total;
 }
 
+static inline fvec higher(fvec a, fvec b) { return a > b ? a : b; }
+
+// Row by row, because tiles are read from an outer cache, which streams; four rows at a time.
 static void column_maxima(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest) {
-  int64_t c = 0;
-  for (; c + 4 * kFloats <= columns; c += 4 * kFloats) {
-    fvec own[4];
-    for (int part = 0; part < 4; ++part) own[part] = load<fvec>(tile + c + part * kFloats);
-    for (int64_t r = 1; r < rows; ++r) {
-      for (int part = 0; part < 4; ++part) {
-        const fvec next = load<fvec>(tile + r * stride + c + part * kFloats);
-        own[part] = next > own[part] ? next : own[part];
-      }
+  for (int64_t c = 0; c < columns; ++c) highest[c] = tile[c];
+  for (int64_t r = 1; r < rows; r += 4) {
+    const float* own[4];  // the last rows again where fewer than four are left
+    for (int64_t part = 0; part < 4; ++part) own[part] = tile + (r + part < rows ? r + part : rows - 1) * stride;
+    int64_t c = 0;
+    for (; c + kFloats <= columns; c += kFloats) {
+      const fvec first = higher(load<fvec>(own[0] + c), load<fvec>(own[1] + c));
+      const fvec second = higher(load<fvec>(own[2] + c), load<fvec>(own[3] + c));
+      const fvec all = higher(higher(first, second), load<fvec>(highest + c));
+      __builtin_memcpy(highest + c, &all, sizeof(all));
     }
-    for (int part = 0; part < 4; ++part) __builtin_memcpy(highest + c + part * kFloats, &own[part], sizeof(fvec));
-  }
-  for (; c < columns; ++c) {
-    highest[c] = tile[c];
-    for (int64_t r = 1; r < rows; ++r) highest[c] = tile[r * stride + c] > highest[c] ? tile[r * stride + c] : highest[c];
+    for (; c < columns; ++c) {
+      for (int part = 0; part < 4; ++part) highest[c] = own[part][c] > highest[c] ? own[part][c] : highest[c];
+    }
   }
 }
 

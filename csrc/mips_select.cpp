@@ -2,19 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <functional>
 
 namespace jasper_fast {
-
-namespace {
-
-// The largest float that is not above the value, so that comparing floats with it loses nothing.
-inline float float_below(double value) {
-  const auto rounded = (float)value;
-  return (double)rounded > value ? std::nextafterf(rounded, -std::numeric_limits<float>::infinity()) : rounded;
-}
-
-}  // namespace
 
 double Rows::exact(const MipsKernels& kernels, int64_t row, const double* query) const {
   switch (kind) {
@@ -24,13 +14,10 @@ double Rows::exact(const MipsKernels& kernels, int64_t row, const double* query)
   }
 }
 
-float Selection::threshold(int64_t bin) const {
-  return float_below(*cutoff - (proven ? bound.of(bin) : 0.0));
-}
-
 void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_bin) {
   uint8_t positions[kBin];
-  const int64_t found = kernels->at_least(scores, count_in_bin, threshold(first_row / kBin), positions);
+  const double error = proven ? bound.of(first_row / kBin) : 0.0;
+  const int64_t found = kernels->at_least(scores, count_in_bin, float_below(*cutoff - error), positions);
   for (int64_t i = 0; i < found; ++i) {
     const int64_t row = first_row + positions[i];
     if (valid && !valid[row]) continue;

@@ -1,5 +1,6 @@
 // Which rows can be among the k best, found from approximate scores with proven error bounds, and then their fp64 order.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -60,8 +61,6 @@ struct Selection {
   double* cutoff;        // no row that scores below can be among the k best
   bool* broken;          // an exact score lay outside its bound: nothing is proven
 
-  // Scores of this bin below it are of no interest.
-  float threshold(int64_t bin) const;
   // Takes in approximate scores of the rows from first_row on; count <= kBin, all in one bin.
   void offer(const float* scores, int64_t first_row, int64_t count_in_bin);
   // Turns candidates into exact scores and keeps the best.
@@ -71,6 +70,11 @@ struct Selection {
  private:
   void tighten();
 };
+
+// A float not above the value: comparing floats with it loses nothing that comparing with the value would keep.
+inline float float_below(double value) {
+  return (float)(value - std::fabs(value) * 0x1p-23 - 0x1p-140);  // no branch, so that loops over it vectorise
+}
 
 inline bool better(const Best& a, const Best& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
 

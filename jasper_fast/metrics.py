@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from jasper_fast.errors import JasperError
 from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
+from jasper_fast.mips import topk
 
 DEPTH = 100  # documents kept per query: what recall@100 needs
-CHUNK_SCORES = 1 << 23  # scores held at once, 32 MB in fp32
 
 
 def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -48,18 +47,7 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
     Returns:
         (Q, k) int64, best first.
     """
-    k = min(k, len(documents))
-    corpus = torch.from_numpy(np.ascontiguousarray(documents)).T  # (D, N)
-    found = []
-    for part in torch.from_numpy(np.ascontiguousarray(queries)).split(max(1, CHUNK_SCORES // max(1, len(documents)))):
-        scores = part @ corpus  # (q, N)
-        worst = scores.topk(k).values[:, -1:]  # topk promises no order among ties, so only its threshold is used
-        above, equal = scores > worst, scores == worst
-        room = k - above.sum(dim=1, keepdim=True)
-        chosen = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].view(-1, k)  # ascending indices
-        order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices
-        found.append(chosen.gather(1, order))
-    return torch.cat(found).numpy()
+    return topk(queries, documents, min(k, len(documents)))[1]
 
 
 def _retrieval(evalset: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:

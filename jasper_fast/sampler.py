@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -64,28 +64,40 @@ def neighbour_batches(graph: np.ndarray, batch_size: int, seed: int, stage: int)
     return rows
 
 
-def neighbour_graph(vectors: Callable[[np.ndarray], np.ndarray], n: int, k: int, block: int = 2048) -> np.ndarray:
+def neighbour_graph(vectors: Callable[[np.ndarray], np.ndarray], n: int, k: int, block: int = 16_384) -> np.ndarray:
     """The k nearest rows of every row by inner product of the teacher's vectors, the row itself first.
 
     Args:
-        vectors: rows (int64) -> (rows, D) float32 unit vectors.
-        n: number of rows; all n vectors are held in memory.
+        vectors: rows (int64) -> (rows, D) float32 unit vectors; asked for a block of rows at a time, n/block times over.
+        n: number of rows.
         k: rows per neighbourhood, the row itself included.
+        block: rows held in memory at once, twice (as queries and as corpus).
 
     Returns:
         (n, k) int32.
     """
     import torch
 
+    from jasper_fast.mips.pieces import Piece
+    from jasper_fast.mips.search import SCRATCH, search
+
     if n < k:
         raise ValueError(f"a neighbourhood of {k} needs at least {k} rows, got {n}")
-    corpus = torch.as_tensor(vectors(np.arange(n)))  # (n, D)
+
+    def block_at(start: int) -> torch.Tensor:
+        return torch.as_tensor(vectors(np.arange(start, min(start + block, n)))).contiguous()
+
+    def pieces() -> Iterator[tuple[int, Piece]]:
+        return ((at, Piece(block_at(at))) for at in range(0, n, block))
+
     graph = np.empty((n, k), dtype=np.int32)
     for start in range(0, n, block):
-        stop = min(start + block, n)
-        scores = corpus[start:stop] @ corpus.T  # (block, n)
-        scores[torch.arange(stop - start), torch.arange(start, stop)] = torch.inf  # the row itself comes first
-        graph[start:stop] = scores.topk(k, dim=1).indices.numpy()
+        queries = block_at(start)
+        found = search(pieces, n, queries, k, "certified", None, SCRATCH)[1].numpy()
+        own = np.arange(start, start + len(queries))[:, None]
+        # The row itself comes first, even where k of its duplicates have lower numbers.
+        later = np.argsort(found == own, axis=1, kind="stable")[:, : k - 1]
+        graph[start : start + len(queries)] = np.concatenate([own, np.take_along_axis(found, later, axis=1)], axis=1)
     return graph
 
 

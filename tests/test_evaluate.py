@@ -241,8 +241,7 @@ def test_two_sets_of_one_name_are_refused(tmp_path: Path, tiny_texts: list[str])
 
 
 @pytest.mark.parametrize("k", [1, 7, 60, 100])
-def test_top_documents_breaks_ties_by_lower_index(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    monkeypatch.setattr(metrics, "CHUNK_SCORES", 150)  # several chunks of two queries
+def test_top_documents_breaks_ties_by_lower_index(k: int) -> None:
     random = np.random.default_rng(k)
     queries = random.integers(-2, 3, (9, 4)).astype(np.float32)  # few distinct scores: ties everywhere
     documents = random.integers(-2, 3, (60, 4)).astype(np.float32)

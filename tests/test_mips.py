@@ -131,9 +131,7 @@ def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
     seed=st.integers(0, 1 << 16),
     data=st.data(),
 )
-def test_every_path_gives_the_order_of_fp64(
-    kind, stored, way, precision, rows, size, width, share, masks, seed, data
-):
+def test_every_path_gives_the_order_of_fp64(kind, stored, way, precision, rows, size, width, share, masks, seed, data):
     k = data.draw(st.integers(1, rows), label="k")
     split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
     corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)

@@ -37,6 +37,14 @@ def test_neighbour_graph_is_the_brute_force_one():
     assert np.array_equal(graph, scores.argsort(dim=1, descending=True)[:, :5].numpy())
 
 
+def test_a_row_comes_first_among_its_duplicates():
+    vectors = np.zeros((50, 3), dtype=np.float32)
+    vectors[:, 0] = 1.0
+    graph = neighbour_graph(lambda rows: vectors[rows], 50, 4, block=16)
+    assert graph[:, 0].tolist() == list(range(50))
+    assert graph[:3].tolist() == [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3]] and graph[40].tolist() == [40, 0, 1, 2]
+
+
 def test_neighbour_batches_hold_distinct_rows_and_whole_neighbourhoods():
     graph = np.stack([(np.arange(4) * 10 + i) % 200 for i in range(200)])  # (200, 4)
     plan = neighbour_batches(graph, 32, seed=0, stage=0)

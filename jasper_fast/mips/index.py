@@ -89,9 +89,7 @@ class FlatIPIndex:
                     self._full.append(self._open.piece())
                     self._open = None
 
-    def search(
-        self, q: Any, k: int, *, valid: Any = None, precision: Precision = "certified"
-    ) -> tuple[Any, Any]:
+    def search(self, q: Any, k: int, *, valid: Any = None, precision: Precision = "certified") -> tuple[Any, Any]:
         """The k stored rows of highest inner product for every query, best first, ties by the lower id.
 
         Args, returns and errors are those of ``topk``.

@@ -84,6 +84,11 @@ def native(piece: Piece) -> bool:
     return ops.extension_path() is not None and piece.rows.device.type == "cpu"
 
 
+def candidates_for(k: int) -> int:
+    """Room for a query's candidates: full, it is thinned out to about k."""
+    return 2 * k + 4 * BIN
+
+
 def search_few(piece: Piece, first_id: int, queries: Queries, valid: Tensor, state: State, proven: bool) -> None:
     """Few queries on a CPU: the rows, or their int8 plane, are read once. Fills ``piece.norms`` where it is None."""
     width = piece.rows.shape[1]
@@ -106,7 +111,7 @@ def search_few(piece: Piece, first_id: int, queries: Queries, valid: Tensor, sta
         norms = piece.norms = torch.empty(-(-len(piece) // BIN), dtype=torch.float64)
     torch.ops.jasper_fast_native.mips_few(
         scanned, query_scales, plane, scales, residuals, fill, queries.exact, piece.rows, piece.scales, norms, limits,
-        valid, first_id, proven, 2 * state.k + 16 * BIN, state.best, state.counts, state.cutoffs, state.broken,
+        valid, first_id, proven, candidates_for(state.k), state.best, state.counts, state.cutoffs, state.broken,
     )  # fmt: skip
 
 
@@ -119,7 +124,7 @@ def search_tiles(
     scanned = queries.scan.to(factor)
     product = accumulation(width) + _product_rounding(piece.rows, factor)
     limits = bounds(scanned.double(), queries, product)
-    capacity = 2 * state.k + 16 * BIN
+    capacity = candidates_for(state.k)
     candidates = torch.empty(size, capacity, dtype=torch.int64)
     counts = torch.zeros(size, dtype=torch.int64)
     scores = torch.empty(min(rows, len(piece)), size, dtype=factor)

@@ -17,6 +17,7 @@ from jasper_fast.mips.scan import (
     TILE_QUERIES,
     TILE_ROWS,
     Queries,
+    candidates_for,
     multiply_in_bf16,
     native,
     search_few,
@@ -213,7 +214,7 @@ def _plan(piece: Piece, queries: Queries, k: int, precision: Precision, scratch:
         return "exact", _rows_for(scratch, piece, size, 8), size
     if native(piece):
         size = min(len(queries), TILE_QUERIES)
-        while size > 1 and size * (2 * k + 1024) * 8 > scratch // 2:  # candidates
+        while size > 1 and size * candidates_for(k) * 8 > scratch // 2:  # candidates
             size //= 2
         return "tiles", min(TILE_ROWS, _rows_for(scratch // 2, piece, size, 4)), size
     size = min(len(queries), 256)

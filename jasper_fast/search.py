@@ -1,0 +1,284 @@
+"""Search texts by meaning: build an index from a model and texts, then ask it questions.
+
+python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
+python -m jasper_fast.search ask my-index "how do I reverse a list?"     # or --file questions.txt, or neither: interactive
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jasper_fast.arrow import read_mapped, stream_bytes
+from jasper_fast.config import SourceConfig
+from jasper_fast.encoders import EncodeWidths, load_model, model_encoder
+from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.files import publish_dir
+from jasper_fast.mips import FlatIPIndex
+from jasper_fast.models import model_revision, resolve_model
+from jasper_fast.sources import read_source
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+ENCODED_AT_ONCE = 4096  # texts; sorted by length among themselves
+SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A text that was found: its inner product with the question, its number in the index, and itself."""
+
+    score: float
+    id: int
+    text: str
+
+
+class TextIndex:
+    """An index of texts on disk, opened with the model that made it.
+
+    Args:
+        path: the folder that ``build`` wrote.
+        model: where the model lies now; None: where it lay when the index was built.
+        verify: compare the files' checksums, and the model with the one the index was built with.
+
+    Raises:
+        JasperError: no index there, it is damaged, or the model is another one.
+    """
+
+    def __init__(self, path: str | Path, model: str | None = None, verify: bool = True) -> None:
+        import pyarrow as pa
+
+        path = Path(path)
+        try:
+            settings = json.loads((path / SETTINGS).read_text())
+            name, self.width = model or settings["model"], int(settings["width"])
+            self.texts = read_mapped(path / TEXTS).column("text")
+        except FileNotFoundError as error:
+            raise JasperError(
+                f"{path}: no text index here ({Path(error.filename or SETTINGS).name} is missing); make one with "
+                "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
+            ) from None
+        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+            raise JasperError(f"{path}: damaged ({error}); build the index again") from error
+        self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
+        if len(self.vectors) != len(self.texts):
+            raise JasperError(f"{path}: {len(self.texts)} texts but {len(self.vectors)} vectors; build the index again")
+        if verify and model_revision(_weights(name)) != settings["revision"]:
+            raise JasperError(f"{name}: not the model that {path} was built with; build the index again")
+        self._encode = model_encoder(load_model(name, settings["max_length"]), [self.width])
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def ask(self, questions: Sequence[str], k: int = 10) -> list[list[Hit]]:
+        """The k texts nearest to every question, nearest first."""
+        if not questions:
+            return []
+        queries = self._encode(list(questions), "query")[self.width]
+        scores, ids = self.vectors.search(queries, min(k, len(self)))
+        return [
+            [Hit(score, number, self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
+            for pair in zip(scores.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+def build(
+    model: str,
+    texts: Iterable[str],
+    out: str | Path,
+    *,
+    width: int | None = None,
+    dtype: Literal["bfloat16", "float32", "int8"] = "float32",
+    max_length: int | None = None,
+    total: int | None = None,
+) -> int:
+    """Encode texts and publish their index as a folder, whole or not at all.
+
+    Args:
+        model: a run folder, path, name, or ``package:import_name/folder``.
+        texts: the documents; a text that stands there twice is kept once.
+        out: the folder to write; an index that is there already gives way.
+        width: of the vectors; None takes the model's widest.
+        dtype: how vectors are stored, see ``FlatIPIndex``.
+        max_length: tokens per text; None keeps the model's own.
+        total: how many texts there are, for the progress bar.
+
+    Returns:
+        how many texts the index holds.
+
+    Raises:
+        JasperError: no such model or width, no text, or a place that cannot be written.
+    """
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    out = Path(out)
+    if out.exists() and not (out / SETTINGS).is_file():
+        raise JasperError(f"{out} exists and is not a text index; remove it or choose another place")
+    loaded = load_model(model, max_length)
+    encode, width = _encoder(loaded, width)
+    index, kept = FlatIPIndex(width, dtype=dtype), list[str]()
+    with tqdm(total=total, unit="text", desc="encoding") as bar:
+        for chunk in _chunks(texts):
+            try:
+                index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
+            except ValueError as error:
+                raise JasperError(f"{model}: its vectors cannot be indexed: {error}") from error
+            kept += chunk
+            bar.update(len(chunk))
+    if not kept:
+        raise JasperError("no texts to index; give a source with at least one text")
+    settings = {
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "revision": model_revision(_weights(model)),
+        "width": width,
+        "max_length": max_length,
+        "texts": len(kept),
+    }
+    with publish_dir(out, replace=True) as folder:
+        index.save(folder / VECTORS)
+        (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(kept, pa.large_string())})))
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+    return len(kept)
+
+
+def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidths, int]:
+    if width is not None:
+        return model_encoder(model, [width]), width
+    every = model_encoder(model)
+    widest = max(every(["a"], "document"))
+    return model_encoder(model, [widest]), widest
+
+
+def _weights(model: str) -> str:
+    """A run folder's model, so that its checkpoints are not part of its identity."""
+    path = Path(resolve_model(model))
+    return str(path / "model") if (path / "model" / "modules.json").is_file() else model
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    seen: set[str] = set()
+    chunk: list[str] = []
+    for text in texts:
+        if text in seen or not text.strip():
+            continue
+        seen.add(text)
+        chunk.append(text)
+        if len(chunk) == ENCODED_AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _columns(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _build(given: argparse.Namespace) -> None:
+    source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
+    texts = (" ".join(part for part in row if part) for row in read_source(source))
+    if given.limit is not None:
+        rows = texts
+        texts = (text for _, text in zip(range(given.limit), rows, strict=False))
+    begin = time.perf_counter()
+    count = build(
+        given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
+        total=given.limit,
+    )  # fmt: skip
+    print(f"{count:,} texts in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
+    print(f"  python -m jasper_fast.search ask {given.out}")
+
+
+def _ask(given: argparse.Namespace) -> None:
+    index = TextIndex(given.index, given.model, verify=not given.no_verify)
+    if given.question or given.file:
+        questions = [given.question] if given.question else _lines(given.file)
+        for start in range(0, len(questions), 256):
+            part = questions[start : start + 256]
+            for question, hits in zip(part, index.ask(part, given.k), strict=True):
+                _show(question, hits, given.json)
+        return
+    index.ask(["a first question, so that the first of yours is not slow"], 1)
+    print(f"{len(index):,} texts; type a question, or nothing to leave", file=sys.stderr)
+    while question := _typed():
+        begin = time.perf_counter()
+        (hits,) = index.ask([question], given.k)
+        seconds = time.perf_counter() - begin
+        _show(question, hits, given.json)
+        print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
+
+
+def _typed() -> str:
+    try:
+        return input("? ").strip()
+    except EOFError:
+        return ""
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise JasperError(f"{file}: cannot be read ({error}); give a text file with one question per line") from error
+    if not any(lines):
+        raise JasperError(f"{file}: no questions in it; give a text file with one question per line")
+    return [line for line in lines if line]
+
+
+def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"question": question, "hits": [vars(hit) for hit in hits]}, ensure_ascii=False))
+        return
+    print(f"\n{question}")
+    for place, hit in enumerate(hits, 1):
+        line = " ".join(hit.text.split())
+        print(f"{place:3d}. {hit.score:.3f}  {line if len(line) <= 100 else line[:99] + '…'}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def main(argv: list[str]) -> int:
+    """Build an index or ask one."""
+    parser = argparse.ArgumentParser(prog="python -m jasper_fast.search", description=(__doc__ or "").splitlines()[0])
+    commands: Any = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("build", help="encode texts and write their index")
+    make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
+    make.add_argument("texts", help=".jsonl[.gz], .parquet, .csv, .txt, a folder of them, a datasets name, docstrings")
+    make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
+    make.add_argument("--columns", type=_columns, default=["text"], help="joined to one text (default: text)")
+    make.add_argument("--split", default="train", help="of a datasets name (default: train)")
+    make.add_argument("--width", type=_positive, metavar="N", help="of the vectors; default: the model's widest")
+    make.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the vectors")
+    make.add_argument("--max-length", type=_positive, metavar="N", help="tokens per text; default: the model's own")
+    make.add_argument("--limit", type=_positive, metavar="N", help="the first N texts only")
+    ask = commands.add_parser("ask", help="questions on the command line, from a file, or interactively")
+    ask.add_argument("index", help="the folder that build wrote")
+    ask.add_argument("question", nargs="?")
+    ask.add_argument("--file", metavar="FILE", help="one question per line")
+    ask.add_argument("-k", type=_positive, default=10, help="hits per question (default: 10)")
+    ask.add_argument("--json", action="store_true", help="one JSON object per question")
+    ask.add_argument("--model", help="where the model lies now, if it moved")
+    ask.add_argument("--no-verify", action="store_true", help="open at once, without comparing checksums")
+    given = parser.parse_args(argv)
+    if given.command == "ask" and given.question and given.file:
+        raise JasperError("give a question or --file, not both")
+    (_build if given.command == "build" else _ask)(given)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
