@@ -68,7 +68,7 @@ def neighbour_graph(vectors: Callable[[np.ndarray], np.ndarray], n: int, k: int,
     """The k nearest rows of every row by inner product of the teacher's vectors, the row itself first.
 
     Args:
-        vectors: rows (int64) -> (rows, D) float32 unit vectors; asked for a block of rows at a time, n/block times over.
+        vectors: rows (int64) -> (rows, D) float32 unit vectors; asked for in blocks, n/block times over.
         n: number of rows.
         k: rows per neighbourhood, the row itself included.
         block: rows held in memory at once, twice (as queries and as corpus).

@@ -1,7 +1,7 @@
 """Search texts by meaning: build an index from a model and texts, then ask it questions.
 
 python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
-python -m jasper_fast.search ask my-index "how do I reverse a list?"     # or --file questions.txt, or neither: interactive
+python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or neither
 """
 
 from __future__ import annotations

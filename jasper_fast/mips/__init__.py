@@ -5,7 +5,8 @@ low-precision scores with error bounds (docs/mips.md); ``exact`` computes every 
 low-precision scores.
 """
 
+from jasper_fast.mips.funnel import funnel, funnel_recall
 from jasper_fast.mips.index import FlatIPIndex
 from jasper_fast.mips.search import topk
 
-__all__ = ["FlatIPIndex", "topk"]
+__all__ = ["FlatIPIndex", "funnel", "funnel_recall", "topk"]

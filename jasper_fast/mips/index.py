@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from jasper_fast.mips import storage
 from jasper_fast.mips.pieces import BIN, Piece, Plane, bin_maxima, bin_norms, int8_codes
-from jasper_fast.mips.search import FLOATS, QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
+from jasper_fast.mips.search import QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 PIECE_BYTES = 64 << 20

@@ -111,7 +111,7 @@ def not_finite(piece: Piece, norms: Tensor) -> int | None:
 
 
 def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes −127…127 (N, D), scales (N,) float32 and the norm of what rounding left (N,) float64 of finite float rows."""
+    """Of finite float rows: codes −127…127 (N, D), scales (N,) float32, the norm of what rounding left (N,) float64."""
     values = rows.double()
     scales = (values.abs().amax(dim=1) / 127).float()
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))

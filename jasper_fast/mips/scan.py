@@ -4,9 +4,10 @@ For a query q and a row x of a bin with longest row n, |approximate − q·x| �
 
     ε = relative · n + residual · ρ + absolute
 
-where ``relative`` holds the rounding of the query and the matrix product's own (γ_D of Higham, Accuracy and Stability of
-Numerical Algorithms, §3.1, for any order of summation), ρ the rounding of the bin's rows, and ``absolute`` what
-underflow can take. A row is passed over only when approximate + ε lies below a proven lower bound of the k-th best score.
+where ``relative`` holds the rounding of the query and the matrix product's own (γ_D of Higham, Accuracy and Stability
+of Numerical Algorithms, §3.1, for any order of summation), ρ the rounding of the bin's rows, and ``absolute`` what
+underflow can take. A row is passed over only when approximate + ε lies below a proven lower bound of the k-th best
+score.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Queries:
 
 
 def accumulation(width: int) -> float:
-    """γ: the relative error of an fp32 dot product of this width in any order, two roundings of its factors included."""
+    """γ: the relative error of an fp32 dot product of this width in any order, with roundings of its factors."""
     return (width + 4) * UNIT / (1 - (width + 4) * UNIT)
 
 

@@ -1,0 +1,216 @@
+"""``python -m bench mips``: exact search on a CPU against FAISS, PyTorch, NumPy and USearch, in one run.
+
+Figures are medians of measurements taken in turn, so that a busy machine slows all sides alike. Every result is first
+compared with the fp64 order. ``--vectors FILE.npy`` measures on vectors of your own; the built-in ones are unit vectors
+in clusters with the spread of real sentence vectors, and one corpus made of near-ties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench._environment import environment
+from bench.losses import _in_new_process, _peak_mib, medians
+from jasper_fast.mips import FlatIPIndex
+from jasper_fast.mips.scan import TILE_ROWS
+
+# rows, width, queries, ks, dtypes of our index
+SHAPES: list[tuple[int, int, int, tuple[int, ...], tuple[str, ...]]] = [
+    (200_000, 384, 1, (1, 10, 100, 1000), ("float32", "bfloat16", "int8")),
+    (200_000, 384, 16, (10, 100), ("float32", "bfloat16")),
+    (200_000, 384, 256, (10, 100), ("float32", "bfloat16")),
+    (200_000, 384, 1024, (10, 100), ("float32",)),
+    (200_000, 64, 1, (10,), ("float32",)),
+    (200_000, 64, 256, (10,), ("float32",)),
+    (50_000, 1024, 1, (10,), ("float32",)),
+    (50_000, 1024, 256, (10,), ("float32",)),
+    (20_000, 384, 4096, (10,), ("float32",)),
+]
+QUICK = [(20_000, 64, 1, (1, 10), ("float32", "bfloat16", "int8")), (20_000, 64, 64, (10,), ("float32",))]
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print ratios first, and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench mips", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/mips-cpu.json"), help="JSON to write")
+    parser.add_argument("--repeats", type=int, default=3, help="median of this many (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument("--memory", action="store_true", help="only: extra memory of a search of 1,000,000 x 1024 bf16")
+    parser.add_argument(
+        "--vectors", type=Path, metavar="FILE.npy", help="(N, D) float32; the last 1024 are the queries"
+    )
+    options = parser.parse_args(argv)
+    if options.memory:
+        results: dict[str, Any] = {"memory": memory(20_000 if options.quick else 1_000_000, 1024, 64)}
+        if options.out.is_file():
+            results = json.loads(options.out.read_text()) | results
+    else:
+        results = {"environment": environment(), "read_gb_s": read_bandwidth(), "threads": torch.get_num_threads()}
+        print(f"read bandwidth {results['read_gb_s']:.1f} GB/s on {results['threads']} threads")
+        results["search"] = list(_cases(options))
+        results["near_ties"] = near_ties(20_000 if options.quick else 100_000, 384, 64)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {options.out}")
+    return 0
+
+
+def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    bandwidth, corpus = read_bandwidth(), torch.empty(0, 0)
+    given = torch.from_numpy(np.load(options.vectors)) if options.vectors else None
+    for rows, width, size, ks, dtypes in QUICK if options.quick else SHAPES:
+        if given is not None:
+            if width != 384:
+                continue
+            corpus, queries = given[:-1024].contiguous(), given[-1024:][:size].contiguous()
+        else:
+            if tuple(corpus.shape) != (rows, width):
+                corpus = clustered(rows, width, 0)
+            queries = clustered(size, width, 1)
+        for k in ks:
+            yield case(corpus, queries, k, dtypes, options.repeats, bandwidth)
+
+
+def case(
+    corpus: Tensor, queries: Tensor, k: int, dtypes: tuple[str, ...], repeats: int, bandwidth: float
+) -> dict[str, Any]:
+    """Seconds of ours and of every peer that can be had, one prebuilt index each."""
+    (rows, width), size = corpus.shape, len(queries)
+    functions: dict[str, Callable[[], Any]] = {}
+    for dtype in dtypes:
+        index = FlatIPIndex(width, dtype=dtype)  # type: ignore[arg-type]
+        index.add(corpus)
+        functions[f"ours, {dtype}"] = lambda index=index: index.search(queries, k)  # type: ignore[misc]
+        _verify(index, queries, k)
+    functions |= _peers(corpus, queries, k)
+    buffer = torch.empty(TILE_ROWS, size)
+    functions["bare fp32 product"] = lambda: [
+        torch.mm(block, queries.T, out=buffer[: len(block)]) for block in corpus.split(TILE_ROWS)
+    ]
+    seconds = dict(zip(functions, medians(list(functions.values()), repeats), strict=True))
+    bare = seconds.pop("bare fp32 product")
+    fastest = min((name for name in seconds if not name.startswith("ours")), key=seconds.__getitem__)
+    print(f"N {rows:,}, D {width}, Q {size}, k {k}: fastest peer {fastest} {seconds[fastest] * 1e3:,.1f} ms")
+    ratios, shares = {}, {}
+    for dtype in dtypes:
+        own = seconds[f"ours, {dtype}"]
+        ratios[dtype] = seconds[fastest] / own
+        each = {"float32": 1, "bfloat16": 2, "int8": 1}[dtype]  # a float32 index scans its int8 plane
+        shares[dtype] = rows * width * each / own / (bandwidth * 1e9) if size == 1 else bare / own
+        of = "the read bandwidth" if size == 1 else "the bare fp32 product's speed"
+        print(f"  {ratios[dtype]:.2f} x with {dtype}: {own * 1e3:,.1f} ms, {100 * shares[dtype]:.0f} % of {of}")
+    return {
+        "rows": rows, "width": width, "queries": size, "k": k, "fastest_peer": fastest, "ratios": ratios,
+        "roofline": shares, "seconds": seconds, "bare_product_s": bare,
+    }  # fmt: skip
+
+
+def _peers(corpus: Tensor, queries: Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    peers: dict[str, Callable[[], Any]] = {"torch": lambda: (queries @ corpus.T).topk(k, dim=1)}
+    vectors, asked = corpus.numpy(), queries.numpy()
+    if find_spec("faiss"):
+        import faiss
+
+        flat = faiss.IndexFlatIP(corpus.shape[1])
+        flat.add(vectors)
+        peers["FAISS"] = lambda: flat.search(asked, k)
+    if len(queries) <= 16:  # these two take seconds beyond
+
+        def with_numpy() -> np.ndarray:
+            scores = asked @ vectors.T
+            best = np.argpartition(scores, -k, axis=1)[:, -k:]
+            return np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), 1), 1)
+
+        peers["NumPy"] = with_numpy
+        if find_spec("usearch"):
+            from usearch.index import search as usearch
+
+            peers["USearch"] = lambda: usearch(vectors, asked, k, metric="ip", exact=True)
+    return peers
+
+
+def near_ties(rows: int, width: int, size: int) -> dict[str, float]:
+    """Ours on rows a relative 1e-7 apart, which no fp32 score tells apart, against torch on the same."""
+    generator = torch.Generator().manual_seed(3)
+    base = clustered(1, width, 2)
+    corpus = base * (1 + 1e-7 * torch.randint(0, 8, (rows, 1), generator=generator))
+    queries = base + 0.01 * clustered(size, width, 4)
+    index = FlatIPIndex(width, dtype="float32")
+    index.add(corpus)
+    _verify(index, queries, 10)
+    ours, theirs = medians(
+        [lambda: index.search(queries, 10), lambda: (queries @ corpus.T).topk(10, dim=1)],
+        1,
+    )
+    print(
+        f"near-ties, N {rows:,}, Q {size}: {theirs / ours:.2f} x torch (whose order is not exact), {ours * 1e3:,.0f} ms"
+    )
+    return {"rows": rows, "width": width, "queries": size, "ratio": theirs / ours, "ours_s": ours, "torch_s": theirs}
+
+
+def memory(rows: int, width: int, size: int) -> dict[str, float]:
+    """Peak memory of a search above the index, in a process of its own, MiB."""
+    found = _in_new_process(_measure_memory, rows, width, size, torch.get_num_threads())
+    print(
+        f"N {rows:,}, D {width}, bfloat16: {found['extra_mib']:,.0f} MiB above the index's {found['index_mib']:,.0f} "
+        f"while searching {size} queries in {found['seconds']:.2f} s"
+    )
+    return {"rows": rows, "width": width, "queries": size, **found}
+
+
+def _measure_memory(rows: int, width: int, size: int, threads: int) -> dict[str, float]:
+    import time
+
+    torch.set_num_threads(threads)
+    index = FlatIPIndex(width)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, rows, 1 << 14):
+        # Random bits under one exponent: uniform numbers, made ten times faster than normal ones.
+        bits = torch.randint(
+            0x3F80, 0x4000, (min(1 << 14, rows - start), width), generator=generator, dtype=torch.int16
+        )
+        index.add(bits.view(torch.bfloat16) - 1.5)
+    queries = torch.randn(size, width, generator=generator)
+    before = _peak_mib()
+    begin = time.perf_counter()
+    index.search(queries, 100)
+    index.search(queries[:1], 100)
+    return {
+        "extra_mib": _peak_mib() - before,
+        "index_mib": rows * width * 2 / 2**20,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _verify(index: FlatIPIndex, queries: Tensor, k: int) -> None:
+    """Raises where a few queries' results are not in the fp64 order of the stored vectors."""
+    asked = queries[:2]
+    best, ids = index.search(asked, k)
+    true = torch.cat([asked.double() @ piece.values(0, len(piece), torch.float64).T for _, piece in index.pieces()], 1)
+    expected = true.topk(k, dim=1).values
+    if not torch.allclose(true.gather(1, ids), expected, rtol=0, atol=1e-12):
+        raise AssertionError("the search is not exact")
+
+
+def clustered(rows: int, width: int, seed: int) -> Tensor:
+    """Unit vectors (rows, width) around 500 shared centres, cosines within a cluster about 0.5."""
+    centres = torch.randn(500, width, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(100 + seed)
+    own = centres[torch.randint(0, 500, (rows,), generator=generator)]
+    return torch.nn.functional.normalize(own + torch.randn(rows, width, generator=generator), dim=1)
+
+
+def read_bandwidth() -> float:
+    """GB/s of summing 512 MB."""
+    values = torch.ones(1 << 27)
+    (seconds,) = medians([values.sum], 5)
+    return values.numel() * 4 / seconds / 1e9
