@@ -13,14 +13,17 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
 Tensor pack_pairs(const Tensor& matrix);
 Tensor unpack_pairs(const Tensor& counts, int64_t rows, double scale);
 Tensor mips_norms(const Tensor& rows, const Tensor& scales);
+Tensor mips_pack(const Tensor& queries);
+void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packed, const Tensor& query_scales,
+                  const Tensor& out);
 void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
-               const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
-               const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
-               const Tensor& cutoffs, const Tensor& broken);
+               const Tensor& norms, const Tensor& residuals, const Tensor& bounds, const Tensor& valid,
+               int64_t first_id, bool proven, const Tensor& candidates, const Tensor& counts, const Tensor& best,
+               const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken);
 void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
-                 const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven, const Tensor& candidates,
-                 const Tensor& counts, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs,
-                 const Tensor& broken);
+                 const Tensor& residuals, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& cutoffs, const Tensor& broken);
 void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tensor& plane, const Tensor& plane_scales,
               const Tensor& residuals, bool fill_norms, const Tensor& queries, const Tensor& rows,
               const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id,
@@ -32,12 +35,16 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
   m.def("pack_pairs(Tensor matrix) -> Tensor");
   m.def("unpack_pairs(Tensor counts, int rows, float scale) -> Tensor");
   m.def("mips_norms(Tensor rows, Tensor scales) -> Tensor");
-  m.def("mips_tile(Tensor tile, int first_row, Tensor queries, Tensor rows, Tensor scales, Tensor norms, Tensor bounds, "
-        "Tensor valid, int first_id, bool proven, Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, "
-        "Tensor(d!) best_counts, Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
-  m.def("mips_settle(Tensor queries, Tensor rows, Tensor scales, Tensor norms, Tensor bounds, Tensor valid, "
-        "int first_id, bool proven, Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, "
-        "Tensor(d!) best_counts, Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
+  m.def("mips_pack(Tensor queries) -> Tensor");
+  m.def("mips_product(Tensor codes, Tensor scales, Tensor packed, Tensor query_scales, Tensor(a!) out) -> ()");
+  m.def("mips_tile(Tensor tile, int first_row, Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
+        "Tensor residuals, Tensor bounds, Tensor valid, int first_id, bool proven, "
+        "Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, Tensor(d!) best_counts, "
+        "Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
+  m.def("mips_settle(Tensor queries, Tensor rows, Tensor scales, Tensor norms, Tensor residuals, "
+        "Tensor bounds, Tensor valid, int first_id, bool proven, "
+        "Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, Tensor(d!) best_counts, "
+        "Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
   m.def("mips_few(Tensor scan_queries, Tensor query_scales, Tensor plane, Tensor plane_scales, Tensor residuals, "
         "bool fill_norms, Tensor queries, Tensor rows, Tensor scales, Tensor(a!) norms, Tensor bounds, Tensor valid, "
         "int first_id, bool proven, int capacity, Tensor(b!) best, Tensor(c!) best_counts, Tensor(d!) cutoffs, "
@@ -49,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("pack_pairs", TORCH_BOX(&pack_pairs));
   m.impl("unpack_pairs", TORCH_BOX(&unpack_pairs));
   m.impl("mips_norms", TORCH_BOX(&mips_norms));
+  m.impl("mips_pack", TORCH_BOX(&mips_pack));
+  m.impl("mips_product", TORCH_BOX(&mips_product));
   m.impl("mips_tile", TORCH_BOX(&mips_tile));
   m.impl("mips_settle", TORCH_BOX(&mips_settle));
   m.impl("mips_few", TORCH_BOX(&mips_few));

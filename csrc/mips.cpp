@@ -110,9 +110,9 @@ struct State {
   int64_t size;
 
   State(const Tensor& queries_, const Tensor& rows_, const Tensor& scales, const Tensor& norms_,
-        const double* residuals_, const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
+        const Tensor& residuals_, const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
         const Tensor& best_, const Tensor& best_counts_, const Tensor& cutoffs_, const Tensor& broken_)
-      : rows(rows_of(rows_, scales)), residuals(residuals_), first_id(first_id_), proven(proven_) {
+      : rows(rows_of(rows_, scales)), first_id(first_id_), proven(proven_) {
     size = queries_.size(0);
     k = best_.size(1);
     const auto is = [&](const Tensor& t, ScalarType type, int64_t numel) {
@@ -120,6 +120,8 @@ struct State {
     };
     STD_TORCH_CHECK(is(queries_, ScalarType::Double, size * rows.width), "mips: queries must be float64 (Q, D)");
     STD_TORCH_CHECK(is(norms_, ScalarType::Double, bins_of(rows.count)), "mips: norms must be float64 (bins,)");
+    STD_TORCH_CHECK(residuals_.numel() == 0 || is(residuals_, ScalarType::Double, bins_of(rows.count)),
+                    "mips: residuals must be float64 (bins,)");
     STD_TORCH_CHECK(is(bounds_, ScalarType::Double, size * 3), "mips: bounds must be float64 (Q, 3)");
     STD_TORCH_CHECK(k > 0 && is(best_, ScalarType::Long, size * k * 2), "mips: best must be int64 (Q, k, 2)");
     STD_TORCH_CHECK(is(best_counts_, ScalarType::Long, size) && is(cutoffs_, ScalarType::Double, size) &&
@@ -129,6 +131,7 @@ struct State {
                         is(valid_, ScalarType::Bool, size * rows.count),
                     "mips: valid must be bool (N,) or (Q, N)");
     queries = (const double*)queries_.const_data_ptr();
+    residuals = residuals_.numel() ? (const double*)residuals_.const_data_ptr() : nullptr;
     norms = (const double*)norms_.const_data_ptr();
     bounds = (const double*)bounds_.const_data_ptr();
     valid = valid_.numel() ? (const uint8_t*)valid_.const_data_ptr() : nullptr;
@@ -172,13 +175,54 @@ Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
   return norms;
 }
 
+// Queries (Q, D) int16 in the order mips_product reads them: (panels, pairs, panel, 2), padded with zeros.
+Tensor mips_pack(const Tensor& queries) {
+  STD_TORCH_CHECK(queries.dim() == 2 && queries.is_contiguous() && queries.scalar_type() == ScalarType::Short,
+                  "mips_pack: expected contiguous int16 queries (Q, D)");
+  const int64_t size = queries.size(0), width = queries.size(1), pairs = (width + 1) / 2, panel = kernels().panel;
+  const int64_t panels = (size + panel - 1) / panel;
+  const Tensor packed = torch::stable::new_zeros(queries, {panels, pairs, panel, 2});
+  const auto* from = (const int16_t*)queries.const_data_ptr();
+  auto* to = (int16_t*)packed.mutable_data_ptr();
+  for (int64_t q = 0; q < size; ++q) {
+    int16_t* own = to + (q / panel * pairs * panel + q % panel) * 2;
+    for (int64_t d = 0; d < width; ++d) own[d / 2 * panel * 2 + d % 2] = from[q * width + d];
+  }
+  return packed;
+}
+
+// out (R, panels * panel) fp32 = codes (R, D) int8 times packed queries, scaled on both sides.
+void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packed, const Tensor& query_scales,
+                  const Tensor& out) {
+  const Rows rows = rows_of(codes, scales);
+  const int64_t panels = packed.size(0), pairs = packed.size(1), panel = kernels().panel;
+  STD_TORCH_CHECK(rows.kind == Stored::kInt8, "mips_product: expected int8 rows");
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Short &&
+                      packed.size(2) == panel && packed.size(3) == 2 && pairs == (rows.width + 1) / 2,
+                  "mips_product: expected queries packed by mips_pack");
+  STD_TORCH_CHECK(query_scales.is_contiguous() && query_scales.numel() == panels * panel &&
+                      query_scales.scalar_type() == ScalarType::Float,
+                  "mips_product: expected a float32 scale for every packed query");
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Float &&
+                      out.size(0) == rows.count && out.size(1) == panels * panel,
+                  "mips_product: wrong output");
+  auto* to = (float*)out.mutable_data_ptr();
+  parallel_for(0, (rows.count + kPanelRows - 1) / kPanelRows, 1, [&](int64_t first, int64_t last) {
+    std::vector<int16_t> space(kPanelRows * 2 * pairs);
+    const int64_t begin = first * kPanelRows, end = std::min(rows.count, last * kPanelRows);
+    kernels().product_int8((const int8_t*)rows.data + begin * rows.width, end - begin, rows.width, rows.scales + begin,
+                           (const int16_t*)packed.const_data_ptr(), (const float*)query_scales.const_data_ptr(), panels,
+                           pairs, to + begin * out.size(1), out.size(1), space.data());
+  });
+}
+
 // Takes in the scores tile (R, Q) of rows [first_row, first_row + R) of this piece; first_row is a multiple of 64.
 void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
-               const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
-               const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
-               const Tensor& cutoffs, const Tensor& broken) {
-  const State state(queries, rows, scales, norms, nullptr, bounds, valid, first_id, proven, best, best_counts, cutoffs,
-                    broken);
+               const Tensor& norms, const Tensor& residuals, const Tensor& bounds, const Tensor& valid,
+               int64_t first_id, bool proven, const Tensor& candidates, const Tensor& counts, const Tensor& best,
+               const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken) {
+  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+                    cutoffs, broken);
   const int64_t count = tile.size(0), capacity = candidates.size(1);
   STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.size(1) == state.size && tile.stride(1) == 1,
                   "mips: expected a float32 tile (R, Q)");
@@ -191,28 +235,42 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
   const int64_t stride = tile.stride(0);
   auto* space = (Candidate*)candidates.mutable_data_ptr();
   auto* filled = (int64_t*)counts.mutable_data_ptr();
+  // A column is far apart in memory: only the eighth of a bin that matters is gathered from it.
+  constexpr int64_t kPart = 8, kParts = kBin / kPart;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t share = ((state.size + threads - 1) / threads + 15) / 16 * 16;  // columns of one thread
   parallel_for(0, (state.size + share - 1) / share, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> highest(share), thresholds(share);
-    float column[kBin];
+    std::vector<float> highest(share), thresholds(share), parts(kParts * share);
+    float column[kPart];
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = part * share, columns = std::min(share, state.size - begin);
       const double* bounds_of = state.bounds + begin * 3;
       for (int64_t row = 0; row < count; row += kBin) {
         const int64_t in_bin = std::min(kBin, count - row), bin = (first_row + row) / kBin;
         const float* own = scores + row * stride + begin;
-        kernels().column_maxima(own, in_bin, columns, stride, highest.data());
+        const int64_t present = (in_bin + kPart - 1) / kPart;
+        for (int64_t p = 0; p < present; ++p) {
+          kernels().column_maxima(own + p * kPart * stride, std::min(kPart, in_bin - p * kPart), columns, stride,
+                                  parts.data() + p * share);
+        }
+        kernels().column_maxima(parts.data(), present, columns, share, highest.data());
         const double norm = state.proven ? state.norms[bin] : 0.0, absolute = state.proven ? 1.0 : 0.0;
+        const double residual = state.proven && state.residuals ? state.residuals[bin] : 0.0;
         for (int64_t c = 0; c < columns; ++c) {
-          const double error = bounds_of[c * 3] * norm + bounds_of[c * 3 + 2] * absolute;
+          const double* of = bounds_of + c * 3;
+          const double error = of[0] * norm + of[1] * residual + of[2] * absolute;
           thresholds[c] = float_below(state.cutoffs[begin + c] - error);
         }
         for (int64_t c = 0; c < columns; ++c) {
           if (highest[c] < thresholds[c]) continue;
           const int64_t q = begin + c;
-          for (int64_t r = 0; r < in_bin; ++r) column[r] = own[r * stride + c];
-          state.selection(q, space + q * capacity, capacity, filled + q).offer(column, first_row + row, in_bin);
+          Selection selection = state.selection(q, space + q * capacity, capacity, filled + q);
+          for (int64_t p = 0; p < present; ++p) {
+            if (parts[p * share + c] < thresholds[c]) continue;
+            const int64_t begin_row = p * kPart, rows_here = std::min(kPart, in_bin - begin_row);
+            for (int64_t r = 0; r < rows_here; ++r) column[r] = own[(begin_row + r) * stride + c];
+            selection.offer(column, first_row + row + begin_row, rows_here);
+          }
         }
       }
     }
@@ -221,11 +279,11 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
 
 // Rescores the candidates that tiles of this piece left, before the next piece or the end.
 void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
-                 const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven, const Tensor& candidates,
-                 const Tensor& counts, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs,
-                 const Tensor& broken) {
-  const State state(queries, rows, scales, norms, nullptr, bounds, valid, first_id, proven, best, best_counts, cutoffs,
-                    broken);
+                 const Tensor& residuals, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& cutoffs, const Tensor& broken) {
+  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+                    cutoffs, broken);
   const int64_t capacity = candidates.size(1);
   auto* space = (Candidate*)candidates.mutable_data_ptr();
   auto* filled = (int64_t*)counts.mutable_data_ptr();
@@ -243,8 +301,8 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
               const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
               int64_t first_id, bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts,
               const Tensor& cutoffs, const Tensor& broken) {
-  const State state(queries, rows, scales, norms, residuals.numel() ? (const double*)residuals.const_data_ptr() : nullptr,
-                    bounds, valid, first_id, proven, best, best_counts, cutoffs, broken);
+  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+                    cutoffs, broken);
   const Rows plane = rows_of(plane_tensor, plane_scales);
   const int64_t size = state.size, width = plane.width, bins = bins_of(plane.count), k = state.k;
   const bool integers = plane.kind == Stored::kInt8;
@@ -256,9 +314,6 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
   STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
                                 query_scales.scalar_type() == ScalarType::Float),
                   "mips: expected float32 query scales (Q,)");
-  STD_TORCH_CHECK(residuals.numel() == 0 || (residuals.is_contiguous() && residuals.numel() == bins &&
-                                             residuals.scalar_type() == ScalarType::Double),
-                  "mips: residuals must be float64 (bins,)");
   const int64_t shards = std::max<int64_t>(1, std::min<int64_t>(bins / 16, torch::stable::get_num_threads()));
   auto* norms_out = (double*)norms.mutable_data_ptr();
   struct Shard {

@@ -5,6 +5,7 @@
 
 namespace jasper_fast {
 
+constexpr int64_t kPanelRows = 48;  // rows that product_int8 widens at once
 constexpr int64_t kBin = 64;  // corpus rows that share one error bound and one look at their maximum
 
 struct MipsKernels {
@@ -13,6 +14,14 @@ struct MipsKernels {
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
   // Exact integers; |query| is small enough that no sum leaves 32 bits.
   void (*dots_int8)(const int8_t* rows, int64_t count, int64_t width, const int16_t* query, int32_t* out);
+  // Matrix product of int8 rows with int16 queries, exact. `queries` is packed: panels of `panel` queries, of each the
+  // pairs (2p, 2p + 1) of elements one after another; the width is padded to `pairs` pairs with zeros. `space` holds
+  // kPanelRows * 2 * pairs int16. out[r * stride + q] = (float)sum * (row_scales[r] * query_scales[q]) for
+  // q < panels * panel.
+  int64_t panel;
+  void (*product_int8)(const int8_t* rows, int64_t count, int64_t width, const float* row_scales,
+                       const int16_t* queries, const float* query_scales, int64_t panels, int64_t pairs, float* out,
+                       int64_t stride, int16_t* space);
   // fp64 dot product of one row, its order of summation a function of the width alone: equal rows score equally.
   double (*exact_float)(const float* row, int64_t width, const double* query);
   double (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* query);

@@ -1,4 +1,4 @@
-// Which rows can be among the k best, found from approximate scores with proven error bounds, and then their fp64 order.
+// Which rows can be among the k best, from approximate scores with proven error bounds, and then their fp64 order.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -12,6 +12,7 @@ score.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from jasper_fast import env, ops
 from jasper_fast.mips.pieces import BIN, UNIT, Piece
 from jasper_fast.mips.state import State
 
-FEW = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 8}  # queries up to which rows are read once by our own loops
+FEW = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}  # queries up to which rows are read once by our own loops
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product: its scores, 2 MB, stay in the cache
 UNDERFLOW = 2.0**-125
 LARGEST = 1e37  # scores beyond this might overflow float32 on the way
@@ -92,20 +93,12 @@ def candidates_for(k: int) -> int:
 
 def search_few(piece: Piece, first_id: int, queries: Queries, valid: Tensor, state: State, proven: bool) -> None:
     """Few queries on a CPU: the rows, or their int8 plane, are read once. Fills ``piece.norms`` where it is None."""
-    width = piece.rows.shape[1]
-    plane, scales, residuals = piece.rows, piece.scales, torch.empty(0, dtype=torch.float64)
-    if piece.plane is not None:
-        plane, scales, residuals = piece.plane.codes, piece.plane.scales, piece.plane.residuals
+    plane, scales, residuals = _low_plane(piece)
     if plane.dtype == torch.int8:
-        top = min(32767, (2**31 - 1) // (127 * width))  # no sum of products leaves 32 bits
-        query_scales = queries.exact.abs().amax(dim=1).div(top).float()
-        query_scales = torch.where(query_scales > 0, query_scales, torch.ones_like(query_scales))
-        codes = (queries.exact / query_scales.double()[:, None]).round_().clamp_(-top, top)
-        limits = bounds(codes * query_scales.double()[:, None], queries, 8 * UNIT)
-        scanned = codes.to(torch.int16)
+        scanned, query_scales, limits = _integers(queries)
     else:
-        query_scales, scanned = torch.empty(0), queries.scan
-        limits = bounds(scanned.double(), queries, accumulation(width))
+        scanned, query_scales = queries.scan, torch.empty(0)
+        limits = bounds(scanned.double(), queries, accumulation(piece.rows.shape[1]))
     fill = piece.norms is None
     norms = piece.norms
     if norms is None:
@@ -119,25 +112,62 @@ def search_few(piece: Piece, first_id: int, queries: Queries, valid: Tensor, sta
 def search_tiles(
     piece: Piece, first_id: int, queries: Queries, valid: Tensor, state: State, proven: bool, rows: int, bf16: bool
 ) -> None:
-    """Many queries on a CPU: library products of ``rows`` corpus rows, then our selection. ``piece.norms`` is known."""
+    """Many queries on a CPU: products of ``rows`` corpus rows, then our selection. ``piece.norms`` is known.
+
+    Library products, except where an int8 plane is there and the library has no faster unit for bf16: integer products
+    of our own run at up to twice the speed of fp32 ones, and their bound is nearly that of the plane.
+    """
     width, size = piece.rows.shape[1], len(queries)
-    factor = torch.bfloat16 if bf16 else torch.float32
-    scanned = queries.scan.to(factor)
-    product = accumulation(width) + _product_rounding(piece.rows, factor)
-    limits = bounds(scanned.double(), queries, product)
-    capacity = candidates_for(state.k)
-    candidates = torch.empty(size, capacity, dtype=torch.int64)
+    plane, scales, residuals = _low_plane(piece)
+    product: Callable[[int, int], Tensor]
+    if plane.dtype == torch.int8 and not bf16:
+        codes, query_scales, limits = _integers(queries)
+        packed = torch.ops.jasper_fast_native.mips_pack(codes)
+        columns = packed.shape[0] * packed.shape[2]
+        query_scales = torch.nn.functional.pad(query_scales, (0, columns - size))
+        scores = torch.empty(min(rows, len(piece)), columns)
+
+        def product(start: int, stop: int) -> Tensor:
+            out = scores[: stop - start]
+            torch.ops.jasper_fast_native.mips_product(plane[start:stop], scales[start:stop], packed, query_scales, out)
+            return out[:, :size]
+
+    else:
+        factor = torch.bfloat16 if bf16 else torch.float32
+        scanned, residuals = queries.scan.to(factor), torch.empty(0, dtype=torch.float64)
+        limits = bounds(scanned.double(), queries, accumulation(width) + _product_rounding(piece.rows, factor))
+        scores = torch.empty(min(rows, len(piece)), size, dtype=factor)
+
+        def product(start: int, stop: int) -> Tensor:
+            # The corpus is the left factor, the orientation libraries are fastest in.
+            return torch.mm(piece.values(start, stop, factor), scanned.T, out=scores[: stop - start]).float()
+
+    candidates = torch.empty(size, candidates_for(state.k), dtype=torch.int64)
     counts = torch.zeros(size, dtype=torch.int64)
-    scores = torch.empty(min(rows, len(piece)), size, dtype=factor)
     assert piece.norms is not None
-    common = (queries.exact, piece.rows, piece.scales, piece.norms, limits, valid, first_id, proven)
+    common = (queries.exact, piece.rows, piece.scales, piece.norms, residuals, limits, valid, first_id, proven)
     kept = (candidates, counts, state.best, state.counts, state.cutoffs, state.broken)
-    transposed = scanned.T  # (D, Q): the corpus is the left factor, the orientation libraries are fastest in
     for start in range(0, len(piece), rows):
-        block = piece.values(start, start + rows, factor)
-        tile = torch.mm(block, transposed, out=scores[: len(block)])
-        torch.ops.jasper_fast_native.mips_tile(tile.float(), start, *common, *kept)
+        tile = product(start, min(start + rows, len(piece)))
+        torch.ops.jasper_fast_native.mips_tile(tile, start, *common, *kept)
     torch.ops.jasper_fast_native.mips_settle(*common, *kept)
+
+
+def _low_plane(piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """What a scan reads: (rows or codes, their scales or none, norms of what rounding left or none)."""
+    if piece.plane is None:
+        return piece.rows, piece.scales, torch.empty(0, dtype=torch.float64)
+    return piece.plane.codes, piece.plane.scales, piece.plane.residuals
+
+
+def _integers(queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as int16 codes (Q, D) and scales (Q,) float32, and the bounds of integer scores."""
+    width = queries.exact.shape[1]
+    top = min(32767, (2**31 - 1) // (127 * width))  # no sum of products leaves 32 bits
+    scales = queries.exact.abs().amax(dim=1).div(top).float()
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    codes = (queries.exact / scales.double()[:, None]).round_().clamp_(-top, top)
+    return codes.to(torch.int16), scales, bounds(codes * scales.double()[:, None], queries, 8 * UNIT)
 
 
 def search_plain(
