@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -26,15 +27,23 @@ using torch::stable::Tensor;
 
 namespace {
 
-const MipsKernels& kernels() {
+// The widest kernels this processor runs. JASPER_FAST_ISA=avx2 or generic takes narrower ones, for tests and comparison.
+const MipsKernels& choose_kernels() {
 #if defined(__x86_64__)
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return mips_avx512;
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) return mips_avx2;
+  const char* given = std::getenv("JASPER_FAST_ISA");
+  const auto allowed = [&](const char* name) { return !given || std::strcmp(given, name) == 0; };
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return mips_avx512;
+  }
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mips_avx2;
 #endif
   return mips_generic;
+}
+
+const MipsKernels& kernels() {
+  static const MipsKernels& chosen = choose_kernels();
+  return chosen;
 }
 
 Rows rows_of(const Tensor& rows, const Tensor& scales) {

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -160,6 +164,31 @@ def test_many_rows_few_of_which_matter(way):
             scores, ids = topk(queries, corpus, k)
             assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :k])
             assert torch.equal(scores, true.gather(1, ids).float())
+
+
+@pytest.mark.parametrize("way", sorted(PATHS))
+@needs_extension
+def test_the_largest_codes_overflow_nothing(way):
+    corpus = torch.ones(100, 5000)
+    corpus[77] += 2.0**-20
+    piece, _ = piece_of(corpus, "planed")
+    with PATHS[way]():
+        scores, ids = search(lambda: [(0, piece)], 100, torch.ones(4, 5000), 3, "certified", None, SCRATCH)
+    assert ids.tolist() == [[77, 0, 1]] * 4 and scores[0, 1] == 5000.0
+
+
+@needs_extension
+def test_the_kernels_for_any_processor_give_the_same():
+    program = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import test_mips as t\n"
+        "t.test_every_path_gives_the_order_of_fp64()\n"
+        "[t.test_many_rows_few_of_which_matter(way) for way in t.PATHS]\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"JASPER_FAST_ISA": "generic", "PYTHONPATH": str(root)}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_low_precision_alone_is_wrong_and_the_certificate_repairs_it():
