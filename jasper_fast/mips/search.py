@@ -59,7 +59,7 @@ def topk(
     Args:
         queries: (Q, D) float tensor or array; its device does the work, and its kind is the results' kind.
         corpus: (N, D) float32, bfloat16 or float16 tensor or array, memory-mapped arrays included. A corpus on another
-            device is streamed to the queries' in pieces of at most a third of ``scratch``.
+            device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``.
         k: how many, 1 to N.
         precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
             low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
@@ -80,7 +80,7 @@ def topk(
     if rows.shape[1] != asked.shape[1]:
         raise ValueError(f"queries have width {asked.shape[1]} and the corpus {rows.shape[1]}; they must be equal")
     device = asked.device
-    direct = rows.device == device and rows.dtype != torch.float16
+    direct = rows.device == device and rows.dtype != torch.float16 and rows.is_contiguous()
     step = len(rows) if direct else max(64, scratch // (3 * 4 * rows.shape[1]) // 64 * 64)
 
     def pieces() -> Iterable[tuple[int, Piece]]:
