@@ -33,8 +33,9 @@ SHAPES: list[tuple[int, int, int, tuple[int, ...], tuple[str, ...]]] = [
     (200_000, 64, 256, (10,), ("float32",)),
     (50_000, 1024, 1, (10,), ("float32",)),
     (50_000, 1024, 256, (10,), ("float32",)),
-    (20_000, 384, 4096, (10,), ("float32",)),
+    (20_000, 384, 4096, (10, 1000), ("float32",)),
 ]
+IDENTITY = ("vectors", "rows", "width", "queries", "k")
 QUICK = [(20_000, 64, 1, (1, 10), ("float32", "bfloat16", "int8")), (20_000, 64, 64, (10,), ("float32",))]
 
 
@@ -44,30 +45,42 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/mips-cpu.json"), help="JSON to write")
     parser.add_argument("--repeats", type=int, default=3, help="median of this many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="only cases of so many queries")
     parser.add_argument("--memory", action="store_true", help="only: extra memory of a search of 1,000,000 x 1024 bf16")
     parser.add_argument(
         "--vectors", type=Path, metavar="FILE.npy", help="(N, D) float32; the last 1024 are the queries"
     )
     options = parser.parse_args(argv)
-    if options.memory:
-        results: dict[str, Any] = {"memory": memory(20_000 if options.quick else 1_000_000, 1024, 64)}
-        if options.out.is_file():
-            results = json.loads(options.out.read_text()) | results
-    else:
-        results = {"environment": environment(), "read_gb_s": read_bandwidth(), "threads": torch.get_num_threads()}
-        print(f"read bandwidth {results['read_gb_s']:.1f} GB/s on {results['threads']} threads")
-        results["search"] = list(_cases(options))
-        results["near_ties"] = near_ties(20_000 if options.quick else 100_000, 384, 64)
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    results |= {"environment": environment(), "threads": torch.get_num_threads()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    def keep() -> None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    if options.memory:
+        results["memory"] = memory(20_000 if options.quick else 1_000_000, 1024, 64)
+        keep()
+        return 0
+    bandwidth = results["read_gb_s"] = read_bandwidth()
+    print(f"read bandwidth {bandwidth:.1f} GB/s on {results['threads']} threads")
+    for found in _cases(options, bandwidth):
+        older = [old for old in results.get("search", []) if any(old[key] != found[key] for key in IDENTITY)]
+        results["search"] = sorted([*older, found], key=lambda case: [case[key] for key in IDENTITY])
+        keep()  # after each, because all together take minutes
+    if not options.vectors:
+        results["near_ties"] = near_ties(2_000 if options.quick else 20_000, 384, 64)
+        keep()
     print(f"written to {options.out}")
     return 0
 
 
-def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    bandwidth, corpus = read_bandwidth(), torch.empty(0, 0)
+def _cases(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+    corpus = torch.empty(0, 0)
     given = torch.from_numpy(np.load(options.vectors)) if options.vectors else None
     for rows, width, size, ks, dtypes in QUICK if options.quick else SHAPES:
+        if options.queries and size not in options.queries:
+            continue
         if given is not None:
             if width != 384:
                 continue
@@ -77,7 +90,8 @@ def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 corpus = clustered(rows, width, 0)
             queries = clustered(size, width, 1)
         for k in ks:
-            yield case(corpus, queries, k, dtypes, options.repeats, bandwidth)
+            found = case(corpus, queries, k, dtypes, options.repeats, bandwidth)
+            yield {"vectors": options.vectors.stem if options.vectors else "clustered", **found}
 
 
 def case(

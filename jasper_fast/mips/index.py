@@ -14,7 +14,7 @@ from jasper_fast.mips.pieces import BIN, Piece, Plane, bin_maxima, bin_norms, in
 from jasper_fast.mips.search import QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 256 << 20  # reserved, and touched as rows come
 ADDED_AT_ONCE = 4096  # rows
 
 
