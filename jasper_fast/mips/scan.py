@@ -88,7 +88,7 @@ def native(piece: Piece) -> bool:
 
 def candidates_for(k: int) -> int:
     """Room for a query's candidates: full, it is thinned out to about k."""
-    return 2 * k + 4 * BIN
+    return 4 * k + 4 * BIN
 
 
 def search_few(piece: Piece, first_id: int, queries: Queries, valid: Tensor, state: State, proven: bool) -> None:
