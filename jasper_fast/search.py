@@ -13,12 +13,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from jasper_fast.arrow import read_mapped, stream_bytes
 from jasper_fast.config import SourceConfig
@@ -77,10 +74,7 @@ class TextIndex:
             raise JasperError(f"{path}: {len(self.texts)} texts but {len(self.vectors)} vectors; build the index again")
         if verify and model_revision(_weights(name)) != settings["revision"]:
             raise JasperError(f"{name}: not the model that {path} was built with; build the index again")
-        loaded = load_model(name, settings["max_length"])
-        if loaded.device.type == "cpu":
-            _weights_on_the_left(loaded)
-        self._encode = model_encoder(loaded, [self.width])
+        self._encode = model_encoder(load_model(name, settings["max_length"]), [self.width])
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -163,25 +157,6 @@ def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidth
     every = model_encoder(model)
     widest = max(every(["a"], "document"))
     return model_encoder(model, [widest]), widest
-
-
-FEW_TOKENS = 64
-
-
-def _weights_on_the_left(model: SentenceTransformer) -> None:
-    """Multiply W xᵀ instead of x Wᵀ for one question's tokens: CPU libraries do that up to three times faster."""
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
-
-
-def _linear(self: torch.nn.Linear, x: Tensor) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1])
-    if len(tokens) > FEW_TOKENS or x.dtype != self.weight.dtype:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-    product = torch.mm(self.weight, tokens.T).T  # (tokens, out)
-    shifted = product if self.bias is None else product + self.bias
-    return shifted.contiguous().view(*x.shape[:-1], -1)
 
 
 def _weights(model: str) -> str:

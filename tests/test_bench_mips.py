@@ -30,6 +30,13 @@ def test_a_quick_run_writes_its_figures(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "own.json").read_text())["search"][0]["rows"] == 3000 - 1024
 
 
+def test_the_memory_of_a_search_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(mips, "memory", lambda rows, width, size: mips._measure_memory(5000, 64, 8, 1))
+    assert mips.main(["--memory", "--quick", "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["memory"]
+    assert 0 <= found["extra_mib"] < 500 and found["index_mib"] == 5000 * 64 * 2 / 2**20
+
+
 def test_a_wrong_result_is_not_measured(monkeypatch):
     index = FlatIPIndex(4)
     index.add(torch.randn(50, 4))
