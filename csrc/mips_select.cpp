@@ -26,29 +26,37 @@ void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_b
   if (*count + kBin > capacity) tighten();
 }
 
-// Raises the cutoff to the k-th best lower bound and drops what cannot reach it. Where that frees too little (equal or
-// nearly equal scores), the candidates are settled now, which bounds the memory whatever the data.
-void Selection::tighten() {
-  if (*count + *best_count > k) {
-    std::vector<double> lower;
-    lower.reserve(*count + *best_count);
-    for (int64_t i = 0; i < *count; ++i) {
-      lower.push_back((double)candidates[i].score - (proven ? bound.of(candidates[i].row / kBin) : 0.0));
-    }
-    for (int64_t i = 0; i < *best_count; ++i) lower.push_back(best[i].score);
-    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<double>());
-    *cutoff = std::max(*cutoff, lower[k - 1]);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < *count; ++i) {
-      const double upper = (double)candidates[i].score + (proven ? bound.of(candidates[i].row / kBin) : 0.0);
-      if (upper >= *cutoff) candidates[kept++] = candidates[i];
-    }
-    *count = kept;
+// Raises the cutoff to the k-th best lower bound and drops what cannot reach it.
+void Selection::thin_out() {
+  if (*count + *best_count <= k) return;
+  std::vector<double> lower;
+  lower.reserve(*count + *best_count);
+  for (int64_t i = 0; i < *count; ++i) {
+    lower.push_back((double)candidates[i].score - (proven ? bound.of(candidates[i].row / kBin) : 0.0));
   }
+  for (int64_t i = 0; i < *best_count; ++i) lower.push_back(best[i].score);
+  std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<double>());
+  *cutoff = std::max(*cutoff, lower[k - 1]);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < *count; ++i) {
+    const double upper = (double)candidates[i].score + (proven ? bound.of(candidates[i].row / kBin) : 0.0);
+    if (upper >= *cutoff) candidates[kept++] = candidates[i];
+  }
+  *count = kept;
+}
+
+// Where thinning out frees too little (equal or nearly equal scores), the candidates are settled now, which bounds the
+// memory whatever the data.
+void Selection::tighten() {
+  thin_out();
   if (*count > capacity - capacity / 4) settle();
 }
 
 void Selection::settle() {
+  thin_out();
+  std::vector<Best> all;
+  const bool many = *count > k / 8 + 16;  // then one selection over all of them costs less than a heap
+  if (many) all.assign(best, best + *best_count);
   for (int64_t i = 0; i < *count; ++i) {
     const Candidate candidate = candidates[i];
     double score = candidate.score;
@@ -59,9 +67,23 @@ void Selection::settle() {
       *broken |= !(std::fabs(exact - score) <= error);
       score = exact;
     }
-    insert({score, first_id + (int64_t)candidate.row});
+    const Best found = {score, first_id + (int64_t)candidate.row};
+    if (many) {
+      all.push_back(found);
+    } else {
+      insert(found);
+    }
   }
   *count = 0;
+  if (!many) return;
+  if ((int64_t)all.size() > k) {
+    std::nth_element(all.begin(), all.begin() + (k - 1), all.end(), better);
+    all.resize(k);
+  }
+  std::make_heap(all.begin(), all.end(), better);
+  std::copy(all.begin(), all.end(), best);
+  *best_count = (int64_t)all.size();
+  if (*best_count == k) *cutoff = std::max(*cutoff, best[0].score);
 }
 
 void Selection::insert(Best found) {

@@ -68,6 +68,7 @@ struct Selection {
   void insert(Best found);
 
  private:
+  void thin_out();
   void tighten();
 };
 
