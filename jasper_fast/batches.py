@@ -190,7 +190,7 @@ def stage_batches(
         if pooled is not None:
             return Batch(teacher, None, pooled.read(rows), 0, 0, 0.0)
         chosen = texts[rows.tolist()]
-        micro = MicroBatches.of(student.tokenize(chosen["text"], chosen["role"], length), stage.micro_batch)
+        micro = MicroBatches.of(student.tokenize(chosen["text"], chosen["role"], length), stage.micro_batch, stage.micro_tokens)
         return Batch(teacher, micro, None, micro.tokens, micro.padded, 0.0)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:

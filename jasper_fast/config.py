@@ -158,7 +158,10 @@ class StageConfig(Section):
     clip: Annotated[float, Field(gt=0.0)] | None = 1.0
     max_length: PositiveInt | None = None  # tokens; None: the student's
     micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
-    gradient_checkpointing: bool = False
+    micro_tokens: PositiveInt | None = None  # tokens per forward pass at most, padding included
+    gradient_caching: bool = False  # batches beyond memory: encode twice, hold the graph of one micro-batch
+    gradient_checkpointing: Annotated[bool, Field(strict=True)] | PositiveInt = False  # true: every layer; or how many
+    activation_offload: bool = False  # keep what the backward pass needs in the host's memory
     batches: Literal["random", "neighbours"] = "random"
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
     texts: PositiveInt | None = None  # only the first n training texts

@@ -25,8 +25,14 @@ def pick_device() -> torch.device:
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
     """bf16 autocast where it is asked for, or where ``auto`` finds a device that is fast at it."""
-    bf16 = precision == "bf16" or (precision == "auto" and (device.type == "cuda" or cpu_bf16_is_fast()))
+    bf16 = precision == "bf16" or (precision == "auto" and _bf16_is_fast(device))
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_bf16_is_fast()
 
 
 @dataclass(frozen=True)
@@ -35,47 +41,63 @@ class MicroBatches:
 
     Args:
         token_ids: per micro-batch, the token ids of its texts.
+        order: (B,) int64; the batch's texts in order of length.
         inverse: (B,) int64; ``sorted[inverse]`` is the batch's own order.
         tokens: tokens without padding.
         padded: tokens with each micro-batch padded to its longest text.
     """
 
     token_ids: list[list[list[int]]]
+    order: Tensor
     inverse: Tensor
     tokens: int
     padded: int
 
     @classmethod
-    def of(cls, token_ids: Sequence[list[int]], micro_batch: int) -> MicroBatches:
-        """Sort by length (stable) and cut into parts of at most ``micro_batch`` texts where that costs least."""
+    def of(cls, token_ids: Sequence[list[int]], micro_batch: int, micro_tokens: int | None = None) -> MicroBatches:
+        """Sort by length (stable) and cut where that costs least, into parts of at most ``micro_batch`` texts.
+
+        With ``micro_tokens`` a part holds at most so many tokens, padding included, but always one text.
+        """
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")
-        cuts = cheapest_cuts(lengths[order], micro_batch)
+        cuts = cheapest_cuts(lengths[order], micro_batch, micro_tokens)
         parts = [order[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
         inverse = np.empty(len(order), dtype=np.int64)
         inverse[order] = np.arange(len(order))
         return cls(
             [[token_ids[i] for i in part] for part in parts],
+            torch.from_numpy(order),
             torch.from_numpy(inverse),
             int(lengths.sum()),
             int(sum(lengths[part].max() * len(part) for part in parts)),
         )
 
-    def pool(self, student: Student, device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Tensor:
-        """Mean-pooled encoder states of the whole batch in its own order, (B, hidden) fp32."""
+    def pool(
+        self,
+        student: Student,
+        device: torch.device,
+        precision: Literal["auto", "fp32", "bf16"],
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Mean-pooled encoder states of the whole batch in its own order, (B, hidden), at least fp32."""
         pooled = []
-        for ids in self.token_ids:
-            with autocast(device, precision):
+        with autocast(device, precision):  # one context: weights are cast once for all micro-batches
+            for ids in self.token_ids:
+                before_pass()
                 pooled.append(student.pool(ids, device))
-        return torch.cat(pooled).float()[self.inverse.to(device)]
+        return torch.cat(pooled)[self.inverse.to(device)]
 
 
-def cheapest_cuts(lengths: np.ndarray, micro_batch: int, per_pass: int = PASS_TOKENS) -> list[int]:
+def cheapest_cuts(
+    lengths: np.ndarray, micro_batch: int, micro_tokens: int | None = None, per_pass: int = PASS_TOKENS
+) -> list[int]:
     """Where to cut texts in order of length so that padded tokens plus the cost of each pass are fewest.
 
     Args:
         lengths: (n,) tokens, ascending.
         micro_batch: texts per part at most.
+        micro_tokens: tokens per part at most, padding included; a longer text makes a part of its own.
         per_pass: what one more forward pass costs, in tokens.
 
     Returns:
@@ -86,6 +108,8 @@ def cheapest_cuts(lengths: np.ndarray, micro_batch: int, per_pass: int = PASS_TO
     start = np.zeros(n + 1, dtype=np.int64)  # where their last part begins
     for stop in range(1, n + 1):
         begin = np.arange(max(0, stop - micro_batch), stop)
+        if micro_tokens is not None:
+            begin = begin[-max(1, micro_tokens // int(lengths[stop - 1])) :]
         total = cost[begin] + lengths[stop - 1] * (stop - begin)
         best = int(total.argmin())
         cost[stop], start[stop] = total[best] + per_pass, begin[best]

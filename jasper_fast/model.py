@@ -123,19 +123,23 @@ class Student(nn.Module):
         ids = ids.to(device, non_blocking=True)
         if mask is None:  # nothing is padded: no mask to build, and attention takes its fastest path
             states = self.encoder(input_ids=ids).last_hidden_state  # (B, L, H)
-            return states.float().mean(dim=1)  # (B, H)
+            return _at_least_fp32(states).mean(dim=1)  # (B, H)
         mask = mask.to(device, non_blocking=True)
         states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, H)
-        share = mask / mask.sum(dim=1, keepdim=True)  # (B, L): each token's share of its text's mean
+        states = _at_least_fp32(states)
+        share = (mask / mask.sum(dim=1, keepdim=True, dtype=states.dtype)).unsqueeze(1)  # (B, 1, L): of the mean
         with torch.autocast(device.type, enabled=False):
-            return torch.bmm(share.unsqueeze(1), states.float()).squeeze(1)  # (B, H)
+            return torch.bmm(share, states).squeeze(1)  # (B, H)
 
-    def project(self, pooled: Tensor, widths: Iterable[int] | None = None) -> dict[int, Tensor]:
+    def project(
+        self, pooled: Tensor, widths: Iterable[int] | None = None, dropout: Tensor | None = None
+    ) -> dict[int, Tensor]:
         """The heads' vectors, not normalised. In training one dropout mask on the pooled vector serves all heads.
 
         Args:
             pooled: (B, H) float32.
             widths: which heads; None: all.
+            dropout: (B, H) the mask's factors; None: drawn here.
 
         Returns:
             {width: (B, width) float32}, in the order asked for.
@@ -149,11 +153,14 @@ class Student(nn.Module):
         unknown = [width for width in wanted if width not in self.widths]
         if unknown:
             raise ValueError(f"no heads of width {unknown}; the student has {self.widths}")
-        pooled = F.dropout(pooled, self.config.vector_dropout, self.training)
+        if dropout is not None:
+            pooled = pooled * dropout
+        else:
+            pooled = F.dropout(pooled, self.config.vector_dropout, self.training)
         if self.config.head_type == "prefix":
-            widest = self.heads[str(self.widths[0])](pooled).float()
+            widest = _at_least_fp32(self.heads[str(self.widths[0])](pooled))
             return {width: widest[:, :width] for width in wanted}
-        return {width: self.heads[str(width)](pooled).float() for width in wanted}
+        return {width: _at_least_fp32(self.heads[str(width)](pooled)) for width in wanted}
 
     def head(self, width: int) -> tuple[Tensor, Tensor]:
         """Weight (width, H) and bias (width,) of the linear map to one width, detached."""
@@ -180,16 +187,22 @@ class Student(nn.Module):
         ]
         return [f"encoder.{name}" for name, _ in self.encoder.named_parameters() if name.startswith(tuple(kept))]
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute the encoder's layers in the backward pass instead of keeping their activations, or stop doing so.
+    def set_gradient_checkpointing(self, on: bool | int) -> int:
+        """Recompute encoder layers in the backward pass instead of keeping their activations, or stop doing so.
+
+        Args:
+            on: True: every layer; a number: so many of the layers that take part in the backward pass, the first ones.
+
+        Returns:
+            how many layers will be computed twice.
 
         Raises:
-            JasperError: the architecture does not support it.
+            JasperError: the architecture does not support it, or has fewer layers.
         """
         if on and not self.encoder.supports_gradient_checkpointing:
             raise JasperError(
-                f"{type(self.encoder).__name__} does not support gradient checkpointing; "
-                "set gradient_checkpointing: false and lower micro_batch instead"
+                f"{type(self.encoder).__name__} does not support gradient checkpointing; set gradient_checkpointing: "
+                "false and save memory with gradient_caching: true and a smaller micro_batch"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the new names for these calls are not in every 5.x
@@ -200,11 +213,31 @@ class Student(nn.Module):
                 self.encoder.disable_input_require_grads()
             elif self.encoder.supports_gradient_checkpointing:
                 self.encoder.gradient_checkpointing_disable()
+        if not on:
+            return 0
+        layers = list(self._named_layers()[1])
+        lowest = min((i for i, a in enumerate(layers) if any(p.requires_grad for p in a.parameters())), default=0)
+        backward = layers[lowest:]
+        if on is True:
+            return len(backward)
+        if on > len(backward) or not all(hasattr(layer, "gradient_checkpointing") for layer in backward):
+            raise JasperError(
+                f"gradient_checkpointing asks for {on} layers; {len(backward)} take part in the backward pass"
+                + ("" if on > len(backward) else f", and {type(self.encoder).__name__} can only checkpoint them all")
+                + "; give true or a smaller number"
+            )
+        for layer in backward[on:]:
+            layer.gradient_checkpointing = False
+        return int(on)
 
     def _named_layers(self) -> tuple[str, nn.ModuleList]:
         if self._layers is None:
             raise JasperError(no_layers(self.encoder))
         return self._layers, self.encoder.get_submodule(self._layers)
+
+
+def _at_least_fp32(vectors: Tensor) -> Tensor:
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def prompt_prefix(prompt: str) -> str:

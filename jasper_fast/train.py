@@ -51,6 +51,7 @@ from jasper_fast.stages import (
     set_trained,
     trained_names,
 )
+from jasper_fast.step import dropout_factors, take_gradients
 
 
 class Stopped(JasperError):
@@ -180,12 +181,15 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         lr = learning_rate(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        states = batch.pooled.to(work.device) if batch.pooled is not None else None
-        if states is None:
-            assert batch.texts is not None
-            states = batch.texts.pool(student, work.device, config.precision)  # (B, hidden)
-        output = loss_of(student.project(states, stage.heads), batch.teacher.to(work.device))
-        output.loss.backward()
+        keep = dropout_factors(
+            config.student.vector_dropout,
+            (config.seed, index, step),
+            slice(None),
+            stage.batch_size,
+            student.hidden_size,
+            work.device,
+        )
+        output = take_gradients(student, batch, stage, loss_of, work.device, config.precision, keep)
         norm = gradient_norm(student, stage.clip)
         done = Position(start.step - start.stage_step + step + 1, index, step + 1)
         check_finite(stage, done, output, norm)
@@ -273,7 +277,7 @@ def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, An
 def _check_stages(config: Config, student: Student) -> None:
     """Impossible stages are errors now, not hours later."""
     for stage in config.stages:
-        trained_names(student, stage)
+        set_trained(student, trained_names(student, stage))
         check_max_length(student.encoder, stage.max_length or student.max_length)
         student.set_gradient_checkpointing(stage.gradient_checkpointing)
         student.set_gradient_checkpointing(False)

@@ -1,0 +1,158 @@
+"""The gradient of one training step, of a batch of any size in the memory of one micro-batch.
+
+The graph is cut at the pooled states (ALGORITHMS of gradient caching): the encoder gives them, the heads and the loss
+give their gradient, and the encoder takes that gradient back, micro-batch by micro-batch. With ``gradient_caching``
+the first pass keeps no graph and each micro-batch is encoded once more, with one, just before its turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jasper_fast.batches import Batch
+from jasper_fast.config import StageConfig
+from jasper_fast.encode import autocast
+from jasper_fast.losses import JasperLossOutput
+from jasper_fast.model import Student
+from jasper_fast.stages import StageLoss
+
+
+class Shares:
+    """Seconds of a step by what they went to.
+
+    Args:
+        device: with ``wait``, its queue is emptied at every boundary, so that a GPU's seconds are its own.
+    """
+
+    def __init__(self, device: torch.device, wait: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self._wait = wait and device.type == "cuda"
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to ``name``."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self._wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def take_gradients(
+    student: Student,
+    batch: Batch,
+    stage: StageConfig,
+    loss_of: StageLoss,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+    keep: Tensor | None = None,
+    shares: Shares | None = None,
+) -> JasperLossOutput:
+    """Add the batch's gradient to whatever trains.
+
+    Args:
+        keep: the pooled vectors' dropout factors, (B, H); None: no dropout.
+        shares: where to note the seconds of encoder and loss.
+
+    Returns:
+        the losses of the whole batch.
+    """
+    shares = shares or Shares(device)
+    passes = batch.texts.token_ids if batch.texts is not None else []
+    trains = bool(passes) and any(p.requires_grad for p in student.encoder.parameters())
+    again = trains and stage.gradient_caching and len(passes) > 1
+    randoms: list[list[Tensor]] = []
+
+    with shares.part("encoder"):
+        states = _first_pass(student, batch, device, precision, again or not trains, stage.activation_offload, randoms)
+    leaf = states.detach().requires_grad_(trains)  # (B, H)
+    with shares.part("loss"):
+        output = loss_of(student.project(leaf, stage.heads, keep), batch.teacher.to(device))
+        output.loss.backward()
+    if not trains:
+        return output
+    assert batch.texts is not None and leaf.grad is not None
+    with shares.part("encoder"):
+        if not again:
+            states.backward(leaf.grad)
+            return output
+        parts = leaf.grad[batch.texts.order.to(device)].split([len(ids) for ids in passes])
+        for ids, random, part in zip(passes, randoms, parts, strict=True):
+            with _replay(random, device), autocast(device, precision), _offload(stage.activation_offload, device):
+                pooled = student.pool(ids, device)
+            pooled.backward(part)
+    return output
+
+
+def dropout_factors(
+    share: float, seed: tuple[int, int, int], rows: slice, total: int, width: int, device: torch.device
+) -> Tensor | None:
+    """What to multiply pooled vectors by: 0 for a ``share`` of them, 1 / (1 - share) for the rest, None for no dropout.
+
+    A function of the step and a text's place in the batch alone: it is the same after a resume and whichever rank, or
+    micro-batch, the text falls to.
+
+    Args:
+        seed: the run's seed, the stage, its step.
+        rows: which of the batch's ``total`` texts are wanted.
+        width: of the pooled vectors.
+    """
+    if not share:
+        return None
+    generator = torch.Generator(device).manual_seed((seed[0] * 1000 + seed[1]) * 10_000_000 + seed[2])
+    kept = torch.empty(total, width, dtype=torch.bool, device=device).bernoulli_(1.0 - share, generator=generator)
+    return kept[rows] / (1.0 - share)
+
+
+def _first_pass(
+    student: Student,
+    batch: Batch,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+    without_graph: bool,
+    offload: bool,
+    randoms: list[list[Tensor]],
+) -> Tensor:
+    """Pooled states of the batch, (B, H); ``randoms`` receives the random state before each micro-batch."""
+    if batch.texts is None:
+        assert batch.pooled is not None
+        return batch.pooled.to(device)
+    with torch.no_grad() if without_graph else _offload(offload, device):
+        return batch.texts.pool(student, device, precision, lambda: randoms.append(_random_state(device)))
+
+
+def _offload(on: bool, device: torch.device):  # type: ignore[no-untyped-def]
+    """Keep the graph's activations in the host's memory where asked to."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if on else nullcontext()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+@contextmanager
+def _replay(state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers as after ``state``; afterwards go on as if nothing had been drawn."""
+    now = _random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,170 @@
+"""Gradient caching gives the gradient of the plain batch, in the memory of a micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jasper_fast.batches import Batch
+from jasper_fast.config import StageConfig, StudentConfig
+from jasper_fast.encode import MicroBatches, cheapest_cuts
+from jasper_fast.errors import JasperError
+from jasper_fast.model import Student
+from jasper_fast.stages import StageLoss, set_trained, trained_names
+from jasper_fast.step import Shares, dropout_factors, take_gradients
+
+CPU = torch.device("cpu")
+WEIGHTS = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0, "neighbourhood": 1.0}
+
+
+def stage(**given) -> StageConfig:
+    base = {"name": "s", "train": ["*"], "heads": [24, 8], "weights": WEIGHTS, "batch_size": 23, "steps": 1, "lr": 1e-3}
+    return StageConfig.model_validate(base | given)
+
+
+def gradients(
+    model: Path, texts: list[str], dtype: torch.dtype, settings: StageConfig, dropout: float = 0.2, noise: float = 0.0
+):
+    """Losses and every trained parameter's gradient of one step."""
+    torch.manual_seed(3)
+    student = Student.build(StudentConfig(model=str(model), heads=[24, 8], max_length=32)).to(dtype).train()
+    for module in student.modules():  # an encoder with dropout of its own
+        if noise and isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, noise))
+    set_trained(student, trained_names(student, settings))
+    student.set_gradient_checkpointing(settings.gradient_checkpointing)
+    torch.manual_seed(5)
+    teacher = torch.nn.functional.normalize(torch.randn(len(texts), 24, dtype=dtype), dim=1)
+    micro = MicroBatches.of(student.tokenize(texts), settings.micro_batch, settings.micro_tokens)
+    batch = Batch(teacher, micro, None, micro.tokens, micro.padded, 0.0)
+    keep = dropout_factors(dropout, (0, 0, 0), slice(None), len(texts), student.hidden_size, CPU)
+    output = take_gradients(student, batch, settings, StageLoss(settings, 24), CPU, "fp32", keep)
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return output, found, torch.rand(3)
+
+
+def assert_same(a, b, tolerance: float) -> None:
+    assert a[1].keys() == b[1].keys() and a[1]
+    for name in a[0]._fields:
+        torch.testing.assert_close(getattr(a[0], name), getattr(b[0], name), rtol=tolerance, atol=0)
+    largest = max(float(g.abs().max()) for g in a[1].values())
+    for name, gradient in a[1].items():
+        torch.testing.assert_close(b[1][name], gradient, rtol=0, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_qwen2"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"train": ["*"]},
+        {"train": ["heads.*"], "last_layers": 1, "gradient_checkpointing": True},
+        {"train": ["*"], "narrow_target": "self", "gradient_checkpointing": 1, "activation_offload": True},
+    ],
+    ids=["all", "last layer, checkpointed", "one layer checkpointed, offloaded"],
+)
+def test_caching_gives_the_plain_gradient(model, dtype, tolerance, given, request, tiny_texts):
+    path, texts = request.getfixturevalue(model), tiny_texts[:23]
+    saving = ("gradient_checkpointing", "activation_offload")
+    whole = {key: value for key, value in given.items() if key not in saving}
+    plain = gradients(path, texts, dtype, stage(micro_batch=23, **whole))
+    for cut in ({"micro_batch": 5}, {"micro_tokens": 64}, {"micro_batch": 1}):
+        cached = gradients(path, texts, dtype, stage(gradient_caching=True, **cut, **given))
+        assert_same(plain, cached, tolerance)
+
+
+def test_caching_replays_the_encoders_own_random_numbers(tiny_bert, tiny_texts):
+    """The same micro-batches, with a graph at once or encoded twice: dropout agrees, and so does what is drawn next."""
+    plain, cached, other = (
+        gradients(tiny_bert, tiny_texts[:23], torch.float64, stage(micro_batch=5, gradient_caching=on), noise=noise)
+        for on, noise in ((False, 0.3), (True, 0.3), (False, 0.0))
+    )
+    assert_same(plain, cached, 1e-10)
+    assert torch.equal(plain[2], cached[2])
+    assert not torch.allclose(plain[0].loss, other[0].loss)  # there was dropout
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_caching_of_the_smallest_batches(rows, tiny_bert, tiny_texts):
+    settings = {"batch_size": rows, "micro_batch": 1}
+    plain = gradients(tiny_bert, tiny_texts[:rows], torch.float64, stage(**settings))
+    cached = gradients(tiny_bert, tiny_texts[:rows], torch.float64, stage(gradient_caching=True, **settings))
+    assert_same(plain, cached, 1e-10)
+
+
+def test_caching_holds_the_graph_of_one_micro_batch(tiny_bert, tiny_texts):
+    """Bytes that graphs hold at once, counted where autograd saves and frees them."""
+
+    def most(settings: StageConfig) -> int:
+        held, peak = 0, 0
+
+        class Kept:
+            def __init__(self, tensor):
+                nonlocal held, peak
+                self.tensor, self.size = tensor, tensor.nbytes
+                held += self.size
+                peak = max(peak, held)
+
+            def __del__(self):
+                nonlocal held
+                held -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            gradients(tiny_bert, tiny_texts[: settings.batch_size], torch.float32, settings)
+        return peak
+
+    weights = {"cosine": 10.0, "similarity": 0.0, "relative_similarity": 0.0}
+    small = most(stage(micro_batch=8, batch_size=16, gradient_caching=True, weights=weights))
+    large = most(stage(micro_batch=8, batch_size=128, gradient_caching=True, weights=weights))
+    plain = most(stage(micro_batch=8, batch_size=128, weights=weights))
+    assert large < 1.3 * small and plain > 4 * large
+
+
+def test_gradients_of_two_steps_add_up_only_in_grad(tiny_bert, tiny_texts):
+    """A heads-only batch of ready states needs no texts, and caching does not disturb it."""
+    settings = stage(train=["heads.*"], gradient_caching=True)
+    student = Student.build(StudentConfig(model=str(tiny_bert), heads=[24, 8], max_length=32))
+    set_trained(student, trained_names(student, settings))
+    batch = Batch(torch.nn.functional.normalize(torch.randn(23, 24)), None, torch.randn(23, 32), 0, 0, 0.0)
+    shares = Shares(CPU)
+    take_gradients(student, batch, settings, StageLoss(settings, 24), CPU, "fp32", None, shares)
+    assert {n for n, p in student.named_parameters() if p.grad is not None} == {
+        f"heads.{w}.{kind}" for w in (24, 8) for kind in ("weight", "bias")
+    }
+    assert shares.seconds["loss"] > 0
+
+
+def test_token_budgets_are_kept():
+    lengths = np.sort(np.random.default_rng(0).integers(1, 90, 300))
+    for budget in (64, 200, 1000):
+        cuts = cheapest_cuts(lengths, 32, budget)
+        parts = [lengths[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        assert sum(map(len, parts)) == 300 and max(map(len, parts)) <= 32
+        assert all(part.max() * len(part) <= budget or len(part) == 1 for part in parts)
+    assert cheapest_cuts(lengths, 32, 10**9) == cheapest_cuts(lengths, 32)
+
+
+def test_dropout_is_a_function_of_step_and_place_alone():
+    whole = dropout_factors(0.25, (1, 2, 3), slice(None), 40, 500, CPU)
+    part = dropout_factors(0.25, (1, 2, 3), slice(7, 19), 40, 500, CPU)
+    assert torch.equal(whole[7:19], part)
+    assert set(whole.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert abs(float((whole == 0).float().mean()) - 0.25) < 0.01
+    for other in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
+        assert not torch.equal(whole, dropout_factors(0.25, other, slice(None), 40, 500, CPU))
+    assert dropout_factors(0.0, (1, 2, 3), slice(None), 40, 500, CPU) is None
+
+
+def test_checkpointing_counts_layers(tiny_bert):
+    student = Student.build(StudentConfig(model=str(tiny_bert), heads=[8]))
+    assert student.set_gradient_checkpointing(2) == 2
+    assert [layer.gradient_checkpointing for layer in student.encoder.encoder.layer] == [True, True, False]
+    set_trained(student, student.layer_parameters(1))
+    assert student.set_gradient_checkpointing(1) == 1 and student.set_gradient_checkpointing(True) == 1
+    assert [layer.gradient_checkpointing for layer in student.encoder.encoder.layer] == [True, True, True]
+    with pytest.raises(JasperError, match="asks for 2 layers; 1 take part"):
+        student.set_gradient_checkpointing(2)
+    assert student.set_gradient_checkpointing(False) == 0
