@@ -21,11 +21,14 @@ from jasper_fast.encode import MicroBatches, pool_texts
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 from jasper_fast.model import Student
+from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan, neighbour_batches, neighbour_graph, random_batches
+from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
 
 AHEAD = 2  # batches prepared while one trains
 POOL_CHUNK = 4096  # texts per published piece of the pooled states
+ALONE = Ranks()
 
 
 class Teachers(Protocol):
@@ -40,8 +43,9 @@ class Teachers(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: how to get its pooled states, and its targets."""
+    """This rank's part of one batch: how to get its pooled states, and its targets."""
 
+    rows: np.ndarray  # (B,) int64, among the training texts
     teacher: Tensor  # (B, D) fp32 unit vectors
     texts: MicroBatches | None  # None: the states are pooled already
     pooled: Tensor | None  # (B, hidden) fp32
@@ -109,27 +113,45 @@ class PooledStates:
         folder: where the pieces lie until the stage is over.
         rows: (R,) int64, ascending.
         key: what decides the states besides the rows.
+        ranks: who share the work, through one file system.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray, key: str) -> None:
+    def __init__(self, folder: Path, rows: np.ndarray, key: str, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.folder = folder
         self.rows = rows
         self.pieces: list[np.ndarray] = []
         digest = hashlib.blake2b(f"{key} {POOL_CHUNK} ".encode() + rows.tobytes(), digest_size=16).hexdigest()
-        note = folder / "key"
-        if not note.is_file() or note.read_text() != digest:
-            shutil.rmtree(folder, ignore_errors=True)
-            write_atomic(note, digest)
 
-    def compute(self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any]) -> None:
-        """Fill in what is missing; ``pool`` maps rows to (rows, hidden) float32."""
-        self.pieces = []
-        for number, start in enumerate(range(0, len(self.rows), POOL_CHUNK)):
-            rows, path = self.rows[start : start + POOL_CHUNK], self.folder / f"{number:06d}.npy"
-            if not path.exists():
-                write_npy(path, pool(rows))
-            self.pieces.append(np.load(path, mmap_mode="r"))
-            progress(len(rows))
+        def start() -> None:
+            note = folder / "key"
+            if not note.is_file() or note.read_text() != digest:
+                shutil.rmtree(folder, ignore_errors=True)
+                write_atomic(note, digest)
+
+        ranks.lead(start)
+
+    def compute(
+        self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any], together: bool = False
+    ) -> None:
+        """Fill in what is missing; ``pool`` maps rows to (rows, hidden) float32.
+
+        Args:
+            progress: told how many more rows are there; may raise to stop.
+            together: whether ``pool`` needs every rank for every row, as a sharded encoder does.
+        """
+        pieces = [
+            (start, self.folder / f"{start // POOL_CHUNK:06d}.npy") for start in range(0, len(self.rows), POOL_CHUNK)
+        ]
+        missing = self.ranks.lead(lambda: [piece for piece in pieces if not piece[1].exists()])
+        progress(len(self.rows) - sum(len(self.rows[start : start + POOL_CHUNK]) for start, _ in missing))
+        for start, path in missing if together else missing[self.ranks.rank :: self.ranks.world]:
+            states = pool(self.rows[start : start + POOL_CHUNK])
+            if not together or self.ranks.first:
+                write_npy(path, states)
+            progress(len(states))
+        self.ranks.gather(None)  # until all have written theirs
+        self.pieces = [np.load(path, mmap_mode="r") for _, path in pieces]
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(B, hidden) fp32 states of rows that were computed."""
@@ -139,7 +161,8 @@ class PooledStates:
     def discard(self) -> None:
         """Delete the pieces: the stage is over."""
         self.pieces = []
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.ranks.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def pooled_states(
@@ -152,6 +175,7 @@ def pooled_states(
     device: torch.device,
     precision: Any,
     progress: Callable[[int], Any],
+    ranks: Ranks,
 ) -> PooledStates:
     """Pool what the stage will read, with the encoder as it is now (frozen for the stage).
 
@@ -161,14 +185,14 @@ def pooled_states(
     """
     rows = np.unique(np.concatenate([plan(step) for step in range(stage.steps)]))
     length = stage.max_length or student.max_length
-    states = PooledStates(folder, rows, f"{of_texts} {length} {precision} {frozen_digest(student)}")
+    states = PooledStates(folder, rows, f"{of_texts} {length} {precision} {frozen_digest(student)}", ranks)
 
     def pool(part: np.ndarray) -> np.ndarray:
         chosen = texts[part.tolist()]
         parts = pool_texts(student, chosen["text"], chosen["role"], length, device, precision, POOL_CHUNK)
         return np.concatenate(list(parts))
 
-    states.compute(pool, progress)
+    states.compute(pool, progress, together=is_sharded(student))
     return states
 
 
@@ -180,18 +204,24 @@ def stage_batches(
     teachers: Teachers,
     student: Student,
     pooled: PooledStates | None,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (stage step, batch) from ``first_step`` to the stage's end, the next ones being prepared meanwhile."""
+    """Yield (stage step, this rank's batch) from ``first_step`` to the stage's end, and prepare the next ones meanwhile."""
     length = stage.max_length or student.max_length
+    mine = ranks.rows(stage.batch_size)
+    counts = ranks.counts(stage.batch_size)
+    # Sharded layers come together in every pass, so all ranks make equally many.
+    passes = min(-(-counts[0] // stage.micro_batch), counts[-1]) if is_sharded(student) else None
 
     def prepare(step: int) -> Batch:
-        rows = plan(step)
+        rows = plan(step)[mine]
         teacher = teachers.read(rows)
         if pooled is not None:
-            return Batch(teacher, None, pooled.read(rows), 0, 0, 0.0)
+            return Batch(rows, teacher, None, pooled.read(rows), 0, 0, 0.0)
         chosen = texts[rows.tolist()]
-        micro = MicroBatches.of(student.tokenize(chosen["text"], chosen["role"], length), stage.micro_batch, stage.micro_tokens)
-        return Batch(teacher, micro, None, micro.tokens, micro.padded, 0.0)
+        ids = student.tokenize(chosen["text"], chosen["role"], length)
+        micro = MicroBatches.of(ids, stage.micro_batch, stage.micro_tokens, passes)
+        return Batch(rows, teacher, micro, None, micro.tokens, micro.padded, 0.0)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
         ahead: list[Future[Batch]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import publish_dir, sha256, sweep_unfinished
+from jasper_fast.sharding import load_optimizer, load_weights, whole
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
@@ -26,6 +28,51 @@ class Position:
     step: int
     stage: int
     stage_step: int
+
+
+class Saver:
+    """Saves checkpoints while training goes on: what is saved is copied at once, and written meanwhile.
+
+    Args:
+        folder: where they go.
+        keep: how many remain.
+        first: whether this is the rank that writes; the others only give their parts of what is sharded.
+    """
+
+    def __init__(self, folder: Path, keep: int, first: bool = True) -> None:
+        self.folder, self.keep, self.first = folder, keep, first
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(
+        self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: dict[str, Any]
+    ) -> None:
+        """Copy everything and begin to write it; all ranks must call it alike.
+
+        Raises:
+            JasperError: writing the one before failed.
+        """
+        self.wait()
+        content = snapshot(model, optimizer, self.first)
+        if self.first:
+            self._writing = self._worker.submit(publish, self.folder, position, content, facts, self.keep)
+
+    def wait(self) -> None:
+        """Until what was saved is published.
+
+        Raises:
+            JasperError: it could not be written; earlier checkpoints are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and be done."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
 
 
 def save_checkpoint(
@@ -44,17 +91,29 @@ def save_checkpoint(
     Raises:
         JasperError: the disk is full; earlier checkpoints are untouched.
     """
+    return publish(folder, position, snapshot(model, optimizer), facts, keep)
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, first: bool = True) -> dict[str, bytes]:
+    """The files of a checkpoint, as they are now. All ranks of a sharded model call it; ``first`` gets the files."""
+    weights, state = whole(model.state_dict()), whole(optimizer.state_dict()) if optimizer is not None else None
+    if not first:
+        return {}
+    buffer = io.BytesIO()
+    torch.save({"optimizer": state, "rng": _rng_state()}, buffer)
+    return {WEIGHTS: save(_own_storage(weights)), STATE: buffer.getvalue()}
+
+
+def publish(folder: Path, position: Position, content: dict[str, bytes], facts: dict[str, Any], keep: int) -> Path:
+    """Write a snapshot as ``folder/step-XXXXXXXX``, whole or not at all. See :func:`save_checkpoint`."""
     path = folder / f"step-{position.step:08d}"
     if path.exists():
         return path
     with publish_dir(path) as temporary:
-        with open(temporary / WEIGHTS, "wb") as file:  # through Python's own files, so that a full disk is an OSError
-            file.write(save(_own_storage(model.state_dict())))
-        state = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict() if optimizer is not None else None, "rng": _rng_state()}, state)
-        with open(temporary / STATE, "wb") as file:
-            file.write(state.getbuffer())
-        files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
+        for name, blob in content.items():
+            with open(temporary / name, "wb") as file:  # Python's own files: a full disk is an OSError
+                file.write(blob)
+        files = {name: sha256(temporary / name) for name in content}
         manifest = {"position": asdict(position), "facts": facts, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for old in _published(folder)[:-keep]:
@@ -72,13 +131,13 @@ class Checkpoint:
 
     def load_model(self, model: nn.Module) -> None:
         """Put the weights into ``model``."""
-        model.load_state_dict(load_file(self.path / WEIGHTS), strict=True)
+        load_weights(model, load_file(self.path / WEIGHTS))
 
     def load_state(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Restore the optimiser, where there is one, and the random number generators."""
         state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         if optimizer is not None and state["optimizer"] is not None:
-            optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
         if torch.cuda.is_available() and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])

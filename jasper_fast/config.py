@@ -181,6 +181,19 @@ class StageConfig(Section):
         return self
 
 
+class LossesConfig(Section):
+    """Over what the losses compare texts when several processes train."""
+
+    scope: Literal["global", "local"] = "global"  # global: the batch of all ranks; local: each rank's own, the paper's
+
+
+class ParallelConfig(Section):
+    """How several processes, started by torchrun, share the work. None of it touches the numbers beyond rounding."""
+
+    mode: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser are sharded over the ranks
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds after which a rank that does not arrive ends the run
+
+
 class LogConfig(Section):
     every: PositiveInt = 10  # steps
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -203,6 +216,8 @@ class Config(Section):
     data: DataConfig
     evaluate: list[EvalConfig] = []
     stages: list[StageConfig] = Field(min_length=1)
+    losses: LossesConfig = LossesConfig()
+    parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

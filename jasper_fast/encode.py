@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ PASS_TOKENS = 64  # what a pass costs beside its tokens, in tokens: some millise
 
 
 def pick_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU (``LOCAL_RANK`` under torchrun, else the first) where there is one, else the CPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
@@ -54,14 +55,24 @@ class MicroBatches:
     padded: int
 
     @classmethod
-    def of(cls, token_ids: Sequence[list[int]], micro_batch: int, micro_tokens: int | None = None) -> MicroBatches:
+    def of(
+        cls,
+        token_ids: Sequence[list[int]],
+        micro_batch: int,
+        micro_tokens: int | None = None,
+        passes: int | None = None,
+    ) -> MicroBatches:
         """Sort by length (stable) and cut where that costs least, into parts of at most ``micro_batch`` texts.
 
-        With ``micro_tokens`` a part holds at most so many tokens, padding included, but always one text.
+        With ``micro_tokens`` a part holds at most so many tokens, padding included, but always one text. With
+        ``passes`` there are exactly so many parts, of as equal numbers of texts as can be.
         """
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")
-        cuts = cheapest_cuts(lengths[order], micro_batch, micro_tokens)
+        if passes is None:
+            cuts = cheapest_cuts(lengths[order], micro_batch, micro_tokens)
+        else:
+            cuts = [len(order) * part // passes for part in range(passes + 1)]
         parts = [order[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
         inverse = np.empty(len(order), dtype=np.int64)
         inverse[order] = np.arange(len(order))

@@ -30,7 +30,7 @@ def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not replace:
         raise JasperError(f"{path} exists already; remove it or choose another place")
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
         try:
@@ -59,7 +59,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         JasperError: the disk is full or the place cannot be written.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent)
         try:
@@ -96,7 +96,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or closed disk raises into an error that tells the mend."""
     try:
         yield
     except OSError as error:

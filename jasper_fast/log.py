@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +17,9 @@ import torch
 
 from jasper_fast.config import Config, LogConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.files import write_atomic
+from jasper_fast.files import disk_errors, write_atomic
 
+SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss this many times the median of so many steps before is marked
 PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood")
 
 
@@ -39,6 +43,8 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         self.every = config.log.every
+        self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.stage = ""
         self._forget_after(done)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.trackers = [_tracker(name, folder, config) for name in config.log.trackers]
@@ -51,6 +57,10 @@ class RunLog:
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
         """Note one step. ``record`` holds the step's numbers; it is printed every few steps and at a stage's end."""
+        spike = self._spike(stage, record["loss"])
+        if spike is not None:
+            record = {**record, "spike": spike}
+            self.say(f"{stage} {record['stage_step']}: the loss jumped to {spike:.1f} times its recent median")
         self.event("step", stage=stage, **record)
         self.bar.set_description(stage, refresh=False)
         self.bar.update(1)
@@ -61,15 +71,30 @@ class RunLog:
                 tracker.log({f"{stage}/{k}": v for k, v in numbers.items()}, record["step"])
 
     def event(self, event: str, **facts: Any) -> None:
-        """Append one line to ``log.jsonl``."""
-        self.file.write(json.dumps({"event": event, **facts}) + "\n")
-        self.file.flush()
+        """Append one line to ``log.jsonl``.
+
+        Raises:
+            JasperError: the disk is full.
+        """
+        with disk_errors(self.path):
+            self.file.write(json.dumps({"event": event, **facts}) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # what the full disk refused was told already
+            self.file.close()
         for tracker in self.trackers:
             tracker.close()
+
+    def _spike(self, stage: str, loss: float) -> float | None:
+        """How many times its recent median the loss is, where that is far too much."""
+        if stage != self.stage:
+            self.stage = stage
+            self.recent.clear()
+        usual = statistics.median(self.recent) if len(self.recent) == SPIKE_WINDOW else 0.0
+        self.recent.append(loss)
+        return loss / usual if usual > 0 and loss > SPIKE * usual else None
 
     def _forget_after(self, done: int) -> None:
         """Drop lines of steps that will be repeated, and a last line that was cut short."""
@@ -84,6 +109,27 @@ class RunLog:
             if record.get("step", 0) <= done:
                 kept.append(line + "\n")
         write_atomic(self.path, "".join(kept))
+
+
+class SilentLog(RunLog):
+    """What the other ranks say: nothing."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(disable=True)
+
+    def say(self, line: str) -> None:
+        pass
+
+    def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
+        pass
+
+    def event(self, event: str, **facts: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def check_trackers(config: LogConfig) -> None:

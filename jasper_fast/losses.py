@@ -8,13 +8,14 @@ zero row gets no gradient. Wrong arguments raise from their metadata alone, with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from jasper_fast import ops, reference
+from jasper_fast.gather import gather_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,9 +139,9 @@ class JasperLoss(nn.Module):
         margin: see `relative_similarity_loss`.
         ties: see `relative_similarity_loss`.
         reduction: over heads, "sum" (the paper's stage 3) or "mean" (its stage 4).
-        group: process group whose ranks' batches make one batch, each rank with equally many rows. Every rank gets the
-            global loss, and its own rows' gradient times the number of ranks, which averaging over ranks (DDP, FSDP)
-            turns into the global gradient.
+        group: process group whose ranks' batches make one batch. Every rank gets the global loss, and its own rows'
+            gradient times the number of ranks, which averaging over ranks (DDP, FSDP) turns into the global gradient.
+        rows: of a group, how many rows each rank has; None: all as many as this one.
         neighbourhood: weight of `neighbourhood_loss`; finite, >= 0.
         temperature: see `neighbourhood_loss`.
 
@@ -159,6 +160,7 @@ class JasperLoss(nn.Module):
         *,
         neighbourhood: float = 0.0,
         temperature: float = 0.05,
+        rows: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if len(weights) != 3:
@@ -176,6 +178,7 @@ class JasperLoss(nn.Module):
         self.ties = ties
         self.reduction = reduction
         self.group = group
+        self.rows = rows
         self.neighbourhood = float(neighbourhood)
         self.temperature = float(temperature)
 
@@ -206,7 +209,7 @@ class JasperLoss(nn.Module):
             dtype = _compute_dtype(heads, teacher)
             units, target = [_unit(head, dtype) for head in heads], _unit(teacher, dtype)
             if self.group is not None:
-                units, target = [_gather(unit, self.group) for unit in units], _gather(target, self.group)
+                *units, target = gather_rows([*units, target], self.group, self.rows)
             zero = target.new_zeros(())
             cosine = similarity = relative = neighbourhood = zero
             if cosine_weight:
@@ -317,26 +320,6 @@ class _Unit(torch.autograd.Function):
 
 def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     return _Unit.apply(embeddings, dtype)
-
-
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order. The gradient is this rank's part times the number of ranks; nothing is sent."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.ranks, ctx.rank, ctx.rows = group.size(), group.rank(), rows.shape[0]
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ctx.ranks)]
-        torch.distributed.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        return incoming.narrow(0, ctx.rank * ctx.rows, ctx.rows) * ctx.ranks, None
-
-
-def _gather(rows: Tensor, group: ProcessGroup) -> Tensor:
-    return _GatherRows.apply(rows, group)
 
 
 # Arguments.

@@ -230,6 +230,10 @@ class Student(nn.Module):
             layer.gradient_checkpointing = False
         return int(on)
 
+    def layers(self) -> list[nn.Module]:
+        """The encoder's layers, the first one first."""
+        return list(self._named_layers()[1])
+
     def _named_layers(self) -> tuple[str, nn.ModuleList]:
         if self._layers is None:
             raise JasperError(no_layers(self.encoder))

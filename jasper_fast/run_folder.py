@@ -16,7 +16,7 @@ from jasper_fast.errors import JasperError
 from jasper_fast.files import sweep_unfinished, write_atomic
 
 CONFIG, RESULTS = "config.yaml", "results.json"
-MAY_CHANGE = ("log", "checkpoint")  # sections that do not touch the numbers
+MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not touch the numbers
 
 
 class RunFolder:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from jasper_fast.config import LossWeights, StageConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.losses import JasperLoss, JasperLossOutput
 from jasper_fast.model import Student
+from jasper_fast.sharding import own_part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def trained_names(student: Student, stage: StageConfig) -> list[str]:
@@ -58,12 +63,13 @@ def set_trained(student: Student, names: Iterable[str]) -> None:
 
 
 def frozen_digest(student: Student) -> str:
-    """A digest of every weight that must not change in the current stage."""
+    """A digest of every weight that must not change in the current stage; of sharded ones, what lies here."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            part = own_part(parameter.detach())
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -96,15 +102,19 @@ class StageLoss(nn.Module):
     Args:
         stage: weights, margin, temperature, and what teaches the narrow heads.
         widest: the width of FC1.
+        group: whose ranks' batches make one batch; None: this process's alone.
+        rows: how many of the stage's ``batch_size`` texts each rank of the group has.
     """
 
-    def __init__(self, stage: StageConfig, widest: int) -> None:
+    def __init__(
+        self, stage: StageConfig, widest: int, group: ProcessGroup | None = None, rows: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.widest = widest
         self.own_target = stage.narrow_target == "self"
         self.together = not self.own_target and stage.narrow_weights is None
-        self.wide = _jasper_loss(stage.weights, stage)
-        self.narrow = _jasper_loss(stage.narrow_weights or stage.weights, stage)
+        self.wide = _jasper_loss(stage.weights, stage, group, rows)
+        self.narrow = _jasper_loss(stage.narrow_weights or stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
         """Losses of a batch.
@@ -124,10 +134,14 @@ class StageLoss(nn.Module):
         return outputs[0] if len(outputs) == 1 else JasperLossOutput(*(a + b for a, b in zip(*outputs, strict=True)))
 
 
-def _jasper_loss(weights: LossWeights, stage: StageConfig) -> JasperLoss:
+def _jasper_loss(
+    weights: LossWeights, stage: StageConfig, group: ProcessGroup | None, rows: Sequence[int] | None
+) -> JasperLoss:
     return JasperLoss(
         weights=(weights.cosine, weights.similarity, weights.relative_similarity),
         margin=stage.margin,
         neighbourhood=weights.neighbourhood,
         temperature=stage.temperature,
+        group=group,
+        rows=rows,
     )

@@ -18,8 +18,10 @@ from torch import Tensor
 from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig
 from jasper_fast.encode import autocast
+from jasper_fast.errors import JasperError
 from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
+from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import StageLoss
 
 
@@ -58,7 +60,7 @@ def take_gradients(
     precision: Literal["auto", "fp32", "bf16"],
     keep: Tensor | None = None,
     shares: Shares | None = None,
-) -> JasperLossOutput:
+) -> tuple[JasperLossOutput, dict[int, Tensor]]:
     """Add the batch's gradient to whatever trains.
 
     Args:
@@ -66,33 +68,98 @@ def take_gradients(
         shares: where to note the seconds of encoder and loss.
 
     Returns:
-        the losses of the whole batch.
+        the losses of the whole batch, and the vectors by width, (B, width).
     """
     shares = shares or Shares(device)
     passes = batch.texts.token_ids if batch.texts is not None else []
     trains = bool(passes) and any(p.requires_grad for p in student.encoder.parameters())
-    again = trains and stage.gradient_caching and len(passes) > 1
+    # A sharded layer takes one backward pass for each forward pass, one after the other.
+    again = trains and (stage.gradient_caching or is_sharded(student)) and len(passes) > 1
     randoms: list[list[Tensor]] = []
 
     with shares.part("encoder"):
         states = _first_pass(student, batch, device, precision, again or not trains, stage.activation_offload, randoms)
     leaf = states.detach().requires_grad_(trains)  # (B, H)
     with shares.part("loss"):
-        output = loss_of(student.project(leaf, stage.heads, keep), batch.teacher.to(device))
+        vectors = student.project(leaf, stage.heads, keep)
+        output = loss_of(vectors, batch.teacher.to(device))
         output.loss.backward()
     if not trains:
-        return output
+        return output, vectors
     assert batch.texts is not None and leaf.grad is not None
     with shares.part("encoder"):
         if not again:
             states.backward(leaf.grad)
-            return output
+            return output, vectors
         parts = leaf.grad[batch.texts.order.to(device)].split([len(ids) for ids in passes])
         for ids, random, part in zip(passes, randoms, parts, strict=True):
             with _replay(random, device), autocast(device, precision), _offload(stage.activation_offload, device):
                 pooled = student.pool(ids, device)
             pooled.backward(part)
-    return output
+    return output, vectors
+
+
+def saved_bytes(
+    student: Student, token_ids: list[list[int]], device: torch.device, precision: Literal["auto", "fp32", "bf16"]
+) -> int:
+    """Bytes that the graph of one encoder pass holds, weights not counted, each piece of memory once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    held: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    random = _random_state(device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(device, precision):
+        student.pool(token_ids, device)
+    _set_random_state(random, device)
+    return sum(held.values())
+
+
+def out_of_memory(
+    error: Exception,
+    student: Student,
+    batch: Batch,
+    stage: StageConfig,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+) -> JasperError:
+    """What would fit, from the bytes that one text's graph is measured to hold."""
+    said = str(error).split(". ")[0]
+    if batch.texts is None:
+        return JasperError(f"stage {stage.name!r}: out of memory ({said}); lower batch_size")
+    student.zero_grad(set_to_none=True)
+    held = sum(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)  # tokens, padding included
+    most = max(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)
+    text = batch.texts.token_ids[-1][-1]
+    advice = []
+    if not stage.gradient_caching and len(batch.texts.token_ids) > 1:
+        advice.append(f"gradient_caching: true (the graph of {most} tokens at a time instead of {held})")
+    if not stage.gradient_checkpointing and student.encoder.supports_gradient_checkpointing:
+        advice.append("gradient_checkpointing: true")
+    try:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        per_token = saved_bytes(student, [text], device, precision) / len(text)
+        measured = f"; a graph of {per_token / 1e3:.0f} kB per token was measured"
+        if device.type == "cuda":
+            room = int(0.8 * torch.cuda.mem_get_info(device)[0] / per_token)
+            advice.append(f"micro_tokens: {max(len(text), room)}")
+        else:
+            advice.append(f"micro_tokens: {max(len(text), most // 2)}")
+    except torch.OutOfMemoryError:
+        measured = "; not even one text fits"
+        advice.append("parallel.mode: fsdp on several GPUs")
+    return JasperError(
+        f"stage {stage.name!r}: out of memory ({said}){measured}. Set for the stage, in this order as needed: "
+        + "; ".join(advice)
+        + f" (now micro_batch {stage.micro_batch}, micro_tokens {stage.micro_tokens})"
+    )
 
 
 def dropout_factors(

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 
 from jasper_fast.batches import Batch, Teachers, batch_plan, check_sizes, pooled_states, stage_batches
-from jasper_fast.checkpoint import Checkpoint, Position, latest_checkpoint, save_checkpoint
+from jasper_fast.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
+from jasper_fast.checks import bad_texts, check_frozen, check_losses, check_stages, is_finite, not_finite
 from jasper_fast.config import (
     Config,
     StageConfig,
@@ -38,20 +38,15 @@ from jasper_fast.config import (
 )
 from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.log import RunLog, check_trackers, memory_gb
+from jasper_fast.log import RunLog, SilentLog, check_trackers, memory_gb
 from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
-from jasper_fast.pretrained import check_max_length
+from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.run_folder import RunFolder, existing_difference, open_run, what_decides
-from jasper_fast.stages import (
-    StageLoss,
-    frozen_digest,
-    learning_rate,
-    make_optimizer,
-    set_trained,
-    trained_names,
-)
-from jasper_fast.step import dropout_factors, take_gradients
+from jasper_fast.sharding import is_sharded, load_weights, shard, whole
+from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
+from jasper_fast.step import Shares, dropout_factors, out_of_memory, saved_bytes, take_gradients
+from jasper_fast.telemetry import Telemetry
 
 
 class Stopped(JasperError):
@@ -65,10 +60,12 @@ class Work:
     config: Config
     folder: RunFolder
     device: torch.device
+    ranks: Ranks
     student: Student
     texts: Any  # datasets.Dataset with columns text, role
     teachers: Teachers
     log: RunLog
+    saver: Saver
     stop: Callable[[], bool]
 
 
@@ -94,52 +91,69 @@ def train(
     """
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
-    with open_run(Path(out) if out is not None else Path("runs") / config.name, config) as folder:
-        if folder.finished:
-            print(f"{folder.path} is finished: see {folder.path / 'report.md'}; use --out DIR for a new run")
-        else:
-            _run(config, folder)
-    return folder.path
+    path = Path(out) if out is not None else Path("runs") / config.name
+    with ExitStack() as held:  # the first rank holds the run's folder until the end
+        with join_ranks(config.parallel.timeout) as ranks:
+            ranks.agree({**what_decides(config), "code": code_digest(), "torch": torch.__version__, "out": str(path)})
+            folder = ranks.lead(lambda: held.enter_context(open_run(path, config)))
+            if ranks.lead(lambda: folder.finished):
+                if ranks.first:
+                    print(f"{path} is finished: see {path / 'report.md'}; use --out DIR for a new run")
+                return path
+            finish = _run(config, folder, ranks)
+        if ranks.first:
+            finish()  # alone: the other ranks have left
+    return path
 
 
-def _run(config: Config, folder: RunFolder) -> None:
+def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
+    """Train; returns what is left to do for one process, from the export to the report."""
     from jasper_fast.data import prepare_texts, texts_fingerprint
     from jasper_fast.finish import finish
     from jasper_fast.teach import ensure_teachers
     from jasper_fast.teachers import describe_teacher
     from jasper_fast.vectors import describe_vectors
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise JasperError("training by several processes is not there yet; start one process without torchrun")
     check_trackers(config.log)
     for teacher in config.teachers:  # a misspelt teacher is an error now, not after the texts were built
         describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
     device = pick_device()
     student = build_student(config)
-    _check_stages(config, student)
+    check_stages(config, student, ranks.world)
     texts, transductive = prepare_texts(config)
     check_sizes(config, len(texts))
-    teachers = ensure_teachers(config, texts)
-    _check_losses(config, teachers.width)
+    teachers = ensure_teachers(config, texts, progress=ranks.first)
+    check_losses(config, teachers.width)
     student.to(device)
+    if config.parallel.mode == "fsdp" and ranks.world > 1:
+        shard(student, device, ranks.world)
 
-    checkpoint = latest_checkpoint(folder.checkpoints)
+    checkpoint = ranks.lead(lambda: latest_checkpoint(folder.checkpoints))
     facts = {"teachers": teachers.fingerprint, "texts": texts_fingerprint(texts), "config": what_decides(config)}
+    if config.losses.scope == "local":
+        facts["ranks"] = ranks.world  # it decides what a loss compares
+    ranks.agree(facts)
     position = _resume(checkpoint, student, facts)
-    _drop_pooled(config, folder, position)
+    if ranks.first:
+        _drop_pooled(config, folder, position)
     total = sum(stage.steps for stage in config.stages)
-    log = RunLog(folder.path, config, total, position.step)
+    log = RunLog(folder.path, config, total, position.step) if ranks.first else SilentLog()
     if position.step:
         log.say(f"going on from step {position.step} of {total}")
+    saver = Saver(folder.checkpoints, config.checkpoint.keep, ranks.first)
     try:
         with stop_on_signal() as stop:
-            work = Work(config, folder, device, student, texts, teachers, log, stop)
+            work = Work(config, folder, device, ranks, student, texts, teachers, log, saver, stop)
             for index in range(position.stage, len(config.stages)):
                 train_stage(work, index, position, checkpoint, facts)
                 position = Position(position.step + config.stages[index].steps - position.stage_step, index + 1, 0)
     finally:
-        log.close()
-    finish(config, folder, student, build_student(config), teachers, texts, transductive, device)
+        try:
+            saver.close()
+        finally:
+            log.close()
+    trained = _together(config, student, ranks)
+    return lambda: finish(config, folder, trained, build_student(config), teachers, texts, transductive, device)
 
 
 def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
@@ -147,18 +161,22 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
 
     Raises:
         Stopped: a signal asked for it; a checkpoint was saved first.
-        JasperError: the loss or the gradient is not finite (before the update), or a frozen weight changed.
+        JasperError: the loss or the gradient is not finite (before the update), a frozen weight changed, memory did
+            not suffice, or a rank was lost.
     """
-    config, stage, student, log = work.config, work.config.stages[index], work.student, work.log
+    config, stage, student, log, ranks = work.config, work.config.stages[index], work.student, work.log, work.ranks
     names = trained_names(student, stage)
     set_trained(student, names)
     student.train()
     student.set_gradient_checkpointing(stage.gradient_checkpointing)
     optimizer = make_optimizer(student, stage)
-    loss_of = StageLoss(stage, student.widths[0])
+    together = config.losses.scope == "global"
+    mine, counts = ranks.rows(stage.batch_size), ranks.counts(stage.batch_size)
+    loss_of = StageLoss(stage, student.widths[0], ranks.group if together else None, counts if together else None)
     frozen = frozen_digest(student)
 
     started = time.perf_counter()
+    ranks.lead(lambda: batch_plan(config, index, len(work.texts), work.teachers, log.say) and None)
     plan = batch_plan(config, index, len(work.texts), work.teachers, log.say)
     log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
     pooled = None
@@ -167,69 +185,131 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         folder = work.folder.path / "pooled" / stage.name
         started = time.perf_counter()
         pooled = pooled_states(
-            folder, student, stage, plan, work.texts, facts["texts"], work.device, config.precision, _counter(work)
+            folder,
+            student,
+            stage,
+            plan,
+            work.texts,
+            facts["texts"],
+            work.device,
+            config.precision,
+            _counter(work),
+            ranks,
         )
         log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
-    torch.manual_seed(config.seed * 1000 + index)  # dropout: the same in every run of this seed
+    torch.manual_seed(config.seed * 1000 + index)  # what an encoder of its own kind may draw
     if start.stage == index and start.stage_step and checkpoint is not None:
         checkpoint.load_state(optimizer)
     log.say(_describe(student, stage, names, start))
 
-    batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled)
-    clock = time.perf_counter()
+    batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
+    telemetry, clock = Telemetry(work.device), time.perf_counter()
     for step, batch in batches:
-        lr = learning_rate(stage, step)
+        done = Position(start.step - start.stage_step + step + 1, index, step + 1)
+        ranks.meet(f"stage {stage.name!r}, step {done.stage_step}")
+        if step == start.stage_step:
+            _measure(work, stage, batch)
+        lr, shares = learning_rate(stage, step), Shares(work.device)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        place = (config.seed, index, step)
         keep = dropout_factors(
-            config.student.vector_dropout,
-            (config.seed, index, step),
-            slice(None),
-            stage.batch_size,
-            student.hidden_size,
-            work.device,
+            config.student.vector_dropout, place, mine, stage.batch_size, student.hidden_size, work.device
         )
-        output = take_gradients(student, batch, stage, loss_of, work.device, config.precision, keep)
-        norm = gradient_norm(student, stage.clip)
-        done = Position(start.step - start.stage_step + step + 1, index, step + 1)
-        check_finite(stage, done, output, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            output, vectors = take_gradients(
+                student, batch, stage, loss_of, work.device, config.precision, keep, shares
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, student, batch, stage, work.device, config.precision) from error
+        with shares.part("communication"):
+            ranks.average_gradients(student.parameters())
+        with shares.part("optimiser"):
+            norm = gradient_norm(student, stage.clip)
+            numbers = _read(stage, output, norm)
+            numbers, tokens, padded, stopping, bad = _exchange(ranks, numbers, batch, work.stop())
+            if bad:
+                spoilt = bad_texts(vectors, batch.teacher.to(work.device))
+                raise not_finite(stage, done.stage_step, done.step, numbers, batch, spoilt, ranks)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        del output, vectors
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         last = done.stage_step == stage.steps
-        log.step(stage.name, _record(done, output, norm, lr, stage, batch, seconds, work.device), last)
-        stopping = work.stop()
+        printed = last or done.stage_step % config.log.every == 0
+        speed = {
+            "seconds": seconds,
+            "texts_per_s": stage.batch_size / seconds,
+            "tokens_per_s": tokens / seconds,
+            "padding": 1.0 - tokens / padded if padded else 0.0,
+            "data_wait": min(1.0, batch.wait / seconds),
+            "memory_gb": memory_gb(work.device),
+            **{f"share_{part}": min(1.0, took / seconds) for part, took in shares.seconds.items()},
+            **(telemetry.read(config.log.every * counts[ranks.rank]) if printed else {}),
+        }
+        log.step(stage.name, {"step": done.step, "stage_step": done.stage_step, **numbers, "lr": lr, **speed}, last)
         if last:
-            _check_frozen(student, stage, frozen)
+            check_frozen(student, stage, frozen)
             done = Position(done.step, index + 1, 0)
         if last or stopping or done.stage_step % config.checkpoint.every == 0:
-            save_checkpoint(
-                work.folder.checkpoints, done, student, None if last else optimizer, facts, config.checkpoint.keep
-            )
+            work.saver.save(done, student, None if last else optimizer, facts)
         if last and pooled is not None:
+            work.saver.wait()  # what the pooled states were for is safe
             pooled.discard()
         if stopping and not (last and index == len(config.stages) - 1):
+            work.saver.wait()
             raise Stopped(f"stopped after step {done.step} as asked; the same command goes on from here")
 
 
-def gradient_norm(student: Student, clip: float | None) -> float:
-    """The norm of the gradient over everything that trains, clipped to ``clip`` where given."""
+def gradient_norm(student: Student, clip: float | None) -> torch.Tensor:
+    """The norm of the gradient over everything that trains, clipped to ``clip`` where given; a scalar tensor."""
     trained = [p for p in student.parameters() if p.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(trained, clip if clip is not None else math.inf))
+    return whole(torch.nn.utils.clip_grad_norm_(trained, clip if clip is not None else math.inf))
 
 
-def check_finite(stage: StageConfig, done: Position, output: JasperLossOutput, norm: float) -> None:
-    """Stop before an update that would spoil the weights, naming step and loss part."""
-    parts = {name: float(value.detach()) for name, value in output._asdict().items()}
-    bad = [name for name, value in parts.items() if not math.isfinite(value) and name != "loss"]
-    if bad or not math.isfinite(parts["loss"]) or not math.isfinite(norm):
-        what = f"loss part {', '.join(bad)}" if bad else "the gradient" if math.isfinite(parts["loss"]) else "the loss"
-        raise JasperError(
-            f"stage {stage.name!r}, step {done.stage_step} (step {done.step} of the run): {what} is not finite; "
-            "nothing was updated and the last checkpoint is sound. Lower the stage's lr or set clip, and start the "
-            "command again with another --out"
-        )
+def _read(stage: StageConfig, output: JasperLossOutput, norm: torch.Tensor) -> dict[str, float]:
+    """The step's numbers on the host, in a single read."""
+    scalars = {**output._asdict(), "grad_norm": norm}
+    if not (stage.weights.neighbourhood or (stage.narrow_weights and stage.narrow_weights.neighbourhood)):
+        scalars.pop("neighbourhood")
+    return dict(zip(scalars, torch.stack([v.detach().double() for v in scalars.values()]).tolist(), strict=True))
+
+
+def _exchange(
+    ranks: Ranks, numbers: dict[str, float], batch: Batch, stop: bool
+) -> tuple[dict[str, float], float, float, bool, bool]:
+    """What all ranks must know before the update: mean losses, tokens, whether to stop, whether a number is none."""
+    finite = is_finite(numbers)
+    sent = [not finite, stop, batch.tokens, batch.padded, *(numbers.values() if finite else [0.0] * len(numbers))]
+    bad, stopping, tokens, padded, *sums = ranks.add([float(value) for value in sent])
+    if not bad:
+        numbers = dict(zip(numbers, (total / ranks.world for total in sums), strict=True))
+    return numbers, tokens, padded, bool(stopping), bool(bad)
+
+
+def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
+    """Log what a micro-batch's graph holds, and what checkpointing saves of it and costs, where that is asked for."""
+    if batch.texts is None or is_sharded(work.student):
+        return
+    student, ids = work.student, batch.texts.token_ids[-1]
+    facts = {"passes": len(batch.texts.token_ids), "tokens": len(ids) * max(map(len, ids))}
+    facts["graph_bytes"] = saved_bytes(student, ids, work.device, work.config.precision)
+    if stage.gradient_checkpointing:
+        student.set_gradient_checkpointing(False)
+        facts["graph_bytes_without_checkpointing"] = saved_bytes(student, ids, work.device, work.config.precision)
+        facts["layers_computed_twice"] = student.set_gradient_checkpointing(stage.gradient_checkpointing)
+    work.log.event("activations", stage=stage.name, encoded_twice=stage.gradient_caching, **facts)
+
+
+def _together(config: Config, student: Student, ranks: Ranks) -> Student:
+    """The trained student in one piece."""
+    if not is_sharded(student):
+        return student
+    weights = whole(student.state_dict())
+    student = build_student(config)
+    load_weights(student, {name: value.cpu() for name, value in weights.items()})
+    return student
 
 
 def build_student(config: Config) -> Student:
@@ -274,46 +354,12 @@ def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, An
     return checkpoint.position
 
 
-def _check_stages(config: Config, student: Student) -> None:
-    """Impossible stages are errors now, not hours later."""
-    for stage in config.stages:
-        set_trained(student, trained_names(student, stage))
-        check_max_length(student.encoder, stage.max_length or student.max_length)
-        student.set_gradient_checkpointing(stage.gradient_checkpointing)
-        student.set_gradient_checkpointing(False)
-
-
-def _check_losses(config: Config, target: int) -> None:
-    """Refuse heads that no loss of their stage reaches: a cosine term needs vectors of equal width.
-
-    Args:
-        target: width of the teachers' vectors.
-    """
-    widest = config.student.heads[0]
-    for stage in config.stages:
-        for width in stage.heads:
-            weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
-            against = widest if stage.narrow_target == "self" and width != widest else target
-            others = weights.similarity or weights.relative_similarity or weights.neighbourhood
-            if not others and width != against:
-                raise JasperError(
-                    f"stage {stage.name!r} would leave its head {width} untrained: it has only a cosine loss, which "
-                    f"needs equal widths, and what teaches it is {against} wide; add narrow_weights with a "
-                    "similarity or neighbourhood loss, or leave the head out"
-                )
-
-
 def _drop_pooled(config: Config, folder: RunFolder, position: Position) -> None:
     """Delete pooled states that a killed run left behind for stages that are over."""
     kept = {stage.name for stage in config.stages[position.stage :]}
     for path in (folder.path / "pooled").glob("*"):
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _check_frozen(student: Student, stage: StageConfig, before: str) -> None:
-    if frozen_digest(student) != before:
-        raise JasperError(f"stage {stage.name!r}: a frozen weight changed; this is a bug, please report it")
 
 
 def _counter(work: Work) -> Callable[[int], None]:
@@ -337,34 +383,6 @@ def _describe(student: Student, stage: StageConfig, names: list[str], start: Pos
         f"stage {stage.name}: trains {trained:,} of {total:,} parameters ({len(names)} tensors), heads {stage.heads}, "
         f"{stage.steps} steps of {stage.batch_size}{where}"
     )
-
-
-def _record(
-    done: Position,
-    output: JasperLossOutput,
-    norm: float,
-    lr: float,
-    stage: StageConfig,
-    batch: Batch,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    parts = {name: float(value.detach()) for name, value in output._asdict().items()}
-    if not (stage.weights.neighbourhood or (stage.narrow_weights and stage.narrow_weights.neighbourhood)):
-        parts.pop("neighbourhood", None)
-    return {
-        "step": done.step,
-        "stage_step": done.stage_step,
-        **parts,
-        "grad_norm": norm,
-        "lr": lr,
-        "seconds": seconds,
-        "texts_per_s": stage.batch_size / seconds,
-        "tokens_per_s": batch.tokens / seconds,
-        "padding": 1.0 - batch.tokens / batch.padded if batch.padded else 0.0,
-        "data_wait": min(1.0, batch.wait / seconds),
-        "memory_gb": memory_gb(device),
-    }
 
 
 def describe_plan(config: Config, folder: Path) -> str:

@@ -1,0 +1,115 @@
+"""What would spoil a run, found as early as it can be: impossible stages, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.batches import Batch
+from jasper_fast.config import Config, StageConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.model import Student
+from jasper_fast.pretrained import check_max_length
+from jasper_fast.ranks import Ranks
+from jasper_fast.stages import frozen_digest, set_trained, trained_names
+
+
+def check_stages(config: Config, student: Student, ranks: int) -> None:
+    """Refuse impossible stages now, not hours later.
+
+    Raises:
+        JasperError: the first problem found.
+    """
+    for stage in config.stages:
+        set_trained(student, trained_names(student, stage))
+        check_max_length(student.encoder, stage.max_length or student.max_length)
+        student.set_gradient_checkpointing(stage.gradient_checkpointing)
+        student.set_gradient_checkpointing(False)
+        if stage.batch_size < ranks:
+            raise JasperError(
+                f"stage {stage.name!r}: a batch of {stage.batch_size} texts cannot be shared by {ranks} processes; "
+                "raise batch_size or start fewer"
+            )
+        if config.parallel.mode == "fsdp" and stage.micro_tokens is not None and ranks > 1:
+            raise JasperError(
+                f"stage {stage.name!r}: micro_tokens cuts each rank's texts into another number of forward passes, and "
+                "sharded ranks must make equally many; use micro_batch, or parallel.mode: ddp"
+            )
+
+
+def check_losses(config: Config, target: int) -> None:
+    """Refuse heads that no loss of their stage reaches: a cosine term needs vectors of equal width.
+
+    Args:
+        target: width of the teachers' vectors.
+    """
+    widest = config.student.heads[0]
+    for stage in config.stages:
+        for width in stage.heads:
+            weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
+            against = widest if stage.narrow_target == "self" and width != widest else target
+            others = weights.similarity or weights.relative_similarity or weights.neighbourhood
+            if not others and width != against:
+                raise JasperError(
+                    f"stage {stage.name!r} would leave its head {width} untrained: it has only a cosine loss, which "
+                    f"needs equal widths, and what teaches it is {against} wide; add narrow_weights with a "
+                    "similarity or neighbourhood loss, or leave the head out"
+                )
+
+
+def check_frozen(student: Student, stage: StageConfig, before: str) -> None:
+    """Raise where a weight that does not train in the stage has changed."""
+    if frozen_digest(student) != before:
+        raise JasperError(f"stage {stage.name!r}: a frozen weight changed; this is a bug, please report it")
+
+
+def is_finite(numbers: Mapping[str, float]) -> bool:
+    """Whether every loss, part and norm is a number."""
+    return all(math.isfinite(value) for value in numbers.values())
+
+
+def not_finite(
+    stage: StageConfig,
+    stage_step: int,
+    step: int,
+    numbers: Mapping[str, float],
+    batch: Batch,
+    bad: Tensor,
+    ranks: Ranks,
+) -> JasperError:
+    """The error that stops a run before an update that would spoil the weights. All ranks must call it alike.
+
+    Args:
+        stage_step, step: steps done, this one included, of the stage and of the run.
+        numbers: the losses of this rank, and ``grad_norm``.
+        bad: (b,) bool, this rank's texts of which a vector is not finite.
+    """
+    parts = [k for k, v in numbers.items() if not math.isfinite(v) and k not in ("loss", "grad_norm")]
+    if parts:
+        what = f"loss part {', '.join(parts)}"
+    else:
+        what = "the gradient" if math.isfinite(numbers["loss"]) else "the loss"
+    own = (what if not is_finite(numbers) else "", batch.rows[np.flatnonzero(bad.cpu().numpy())].tolist())
+    told = []
+    for rank, (problem, rows) in enumerate(ranks.gather(own)):
+        if problem:
+            what = problem
+        if rows:
+            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+            told.append(f"rank {rank}: the vectors of training texts {named} are not finite")
+    where = "; ".join(told) or "all vectors of the batch are finite"
+    return JasperError(
+        f"stage {stage.name!r}, step {stage_step} (step {step} of the run): {what} is not finite ({where}); "
+        "nothing was updated and the last checkpoint is sound. Lower the stage's lr or set clip, and start the "
+        "command again with another --out"
+    )
+
+
+def bad_texts(vectors: Mapping[int, Tensor], teacher: Tensor) -> Tensor:
+    """(b,) bool: rows of which the student's or the teacher's vector is not finite."""
+    every = [*vectors.values(), teacher]
+    return torch.stack([~row.detach().isfinite().all(dim=1) for row in every]).any(dim=0)
