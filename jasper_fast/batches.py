@@ -206,7 +206,7 @@ def stage_batches(
     pooled: PooledStates | None,
     ranks: Ranks,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (stage step, this rank's batch) from ``first_step`` to the stage's end, and prepare the next ones meanwhile."""
+    """Yield (stage step, this rank's batch) from ``first_step`` to the end; the next ones are prepared meanwhile."""
     length = stage.max_length or student.max_length
     mine = ranks.rows(stage.batch_size)
     counts = ranks.counts(stage.batch_size)

@@ -51,9 +51,9 @@ class _GatherRows(torch.autograd.Function):
         sent = tensors[0].new_zeros(longest, sum(widths))  # (b, sum of D_i), padded to the longest rank
         torch.cat(tensors, dim=1, out=sent[: ctx.own])
         received = sent.new_empty(len(counts) * longest, sum(widths))
-        torch.distributed.all_gather_into_tensor(received, sent, group=group)
+        parts = list(received.split(longest))
+        torch.distributed.all_gather(parts, sent, group=group)
         if min(counts) != longest:
-            parts = received.split(longest)
             received = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
         return tuple(part.contiguous() for part in received.split(widths, dim=1))
 

@@ -227,7 +227,7 @@ class Student(nn.Module):
                 + "; give true or a smaller number"
             )
         for layer in backward[on:]:
-            layer.gradient_checkpointing = False
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
         return int(on)
 
     def layers(self) -> list[nn.Module]:

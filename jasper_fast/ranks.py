@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from jasper_fast.config import config_difference
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
 
+AGAIN = "the same command goes on from the last checkpoint"
+ROLL_CALL = 5.0  # seconds
 BUCKET = 32 * 2**20  # elements of gradients sent at once
 LONG = timedelta(days=2)  # other ranks wait so long for what one does alone, such as finding texts
 T = TypeVar("T")
@@ -117,19 +119,49 @@ class Ranks:
         if self.world == 1:
             return
         try:
-            distributed.monitored_barrier(
-                group=self.control, timeout=timedelta(seconds=self.timeout), wait_all_ranks=True
-            )
+            distributed.monitored_barrier(group=self.control, timeout=timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            raise JasperError(f"{where}: {_missing(error, self.timeout)}") from error
+            missing = self._missing(where) or "all ranks are there, but they did not meet in time"
+            raise JasperError(f"{where}: {missing}; {AGAIN}") from error
+
+    @contextmanager
+    def watch(self, where: str) -> Iterator[None]:
+        """Name the ranks that are gone where a collective in the block fails.
+
+        Raises:
+            JasperError: in the place of the collective's own error.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            missing = self._missing(where) if self.world > 1 else None
+            if missing is None:  # nobody is gone: it is an error of another kind
+                raise
+            raise JasperError(f"{where}: {missing}; {AGAIN} ({error})") from error
+
+    def _missing(self, where: str) -> str | None:
+        """After something failed: who does not answer is gone or hangs. The store outlives broken connections."""
+        missing = list(range(self.world))
+        deadline = time.monotonic() + min(self.timeout, ROLL_CALL)
+        try:
+            store = distributed.distributed_c10d._get_default_store()
+            store.set(f"{where}/{self.rank}", "here")
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not store.check([f"{where}/{rank}"])]
+                time.sleep(0.05)
+        except RuntimeError:
+            return "rank 0, which holds the roll, ended"
+        named = ", ".join(map(str, missing))
+        return f"rank {named} ended or did not arrive within {self.timeout:g} s" if missing else None
 
     def add(self, numbers: Sequence[float]) -> list[float]:
         """Sums over ranks, in float64."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        with _lost("an exchange"):
-            distributed.all_reduce(total, group=self.control)
+        distributed.all_reduce(total, group=self.control)
         return total.tolist()
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -153,8 +185,7 @@ class Ranks:
 
     def _average(self, gradients: list[Tensor]) -> None:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        with _lost("averaging gradients"):
-            distributed.all_reduce(flat, group=self.group)
+        distributed.all_reduce(flat, group=self.group)
         flat.div_(self.world)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
@@ -204,17 +235,7 @@ def _lost(where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise JasperError(f"{where}: another rank ended or did not answer ({error}); {_AGAIN}") from error
-
-
-_AGAIN = "the same command goes on from the last checkpoint"
-
-
-def _missing(error: RuntimeError, timeout: float) -> str:
-    found = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
-    if found is None:
-        return f"rank 0 ended, or misses other ranks and names them; {_AGAIN}"
-    return f"rank {found[1].strip()} ended or did not arrive within {timeout:g} s; {_AGAIN}"
+        raise JasperError(f"{where}: another rank ended or did not answer ({error}); {AGAIN}") from error
 
 
 def _dtensor() -> type:

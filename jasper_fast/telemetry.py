@@ -21,7 +21,7 @@ class Telemetry:
         if device.type != "cuda":
             return
         try:
-            import pynvml
+            import pynvml  # type: ignore[import-untyped]
         except ModuleNotFoundError:
             return
         try:

@@ -129,7 +129,11 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
         shard(student, device, ranks.world)
 
     checkpoint = ranks.lead(lambda: latest_checkpoint(folder.checkpoints))
-    facts = {"teachers": teachers.fingerprint, "texts": texts_fingerprint(texts), "config": what_decides(config)}
+    facts: dict[str, Any] = {
+        "teachers": teachers.fingerprint,
+        "texts": texts_fingerprint(texts),
+        "config": what_decides(config),
+    }
     if config.losses.scope == "local":
         facts["ranks"] = ranks.world  # it decides what a loss compares
     ranks.agree(facts)
@@ -176,8 +180,10 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     frozen = frozen_digest(student)
 
     started = time.perf_counter()
-    ranks.lead(lambda: batch_plan(config, index, len(work.texts), work.teachers, log.say) and None)
-    plan = batch_plan(config, index, len(work.texts), work.teachers, log.say)
+    for turn in ("first", "others"):  # the first rank finds neighbours, the others find what it found
+        if ranks.first == (turn == "first"):
+            plan = batch_plan(config, index, len(work.texts), work.teachers, log.say)
+        ranks.gather(None)
     log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
     pooled = None
     if not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
@@ -216,21 +222,19 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         keep = dropout_factors(
             config.student.vector_dropout, place, mine, stage.batch_size, student.hidden_size, work.device
         )
-        try:
-            output, vectors = take_gradients(
-                student, batch, stage, loss_of, work.device, config.precision, keep, shares
-            )
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, student, batch, stage, work.device, config.precision) from error
-        with shares.part("communication"):
-            ranks.average_gradients(student.parameters())
+        with ranks.watch(f"stage {stage.name!r}, step {done.stage_step}"):
+            output, vectors = _gradients(work, stage, batch, loss_of, keep, shares)
+            with shares.part("communication"):
+                ranks.average_gradients(student.parameters())
+            with shares.part("optimiser"):
+                norm = gradient_norm(student, stage.clip)
+                numbers = _read(stage, output, norm)
+            with shares.part("communication"):
+                numbers, tokens, padded, stopping, bad = _exchange(ranks, numbers, batch, work.stop())
+        if bad:
+            spoilt = bad_texts(vectors, batch.teacher.to(work.device))
+            raise not_finite(stage, done.stage_step, done.step, numbers, batch, spoilt, ranks)
         with shares.part("optimiser"):
-            norm = gradient_norm(student, stage.clip)
-            numbers = _read(stage, output, norm)
-            numbers, tokens, padded, stopping, bad = _exchange(ranks, numbers, batch, work.stop())
-            if bad:
-                spoilt = bad_texts(vectors, batch.teacher.to(work.device))
-                raise not_finite(stage, done.stage_step, done.step, numbers, batch, spoilt, ranks)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         del output, vectors
@@ -260,6 +264,16 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         if stopping and not (last and index == len(config.stages) - 1):
             work.saver.wait()
             raise Stopped(f"stopped after step {done.step} as asked; the same command goes on from here")
+
+
+def _gradients(
+    work: Work, stage: StageConfig, batch: Batch, loss_of: StageLoss, keep: torch.Tensor | None, shares: Shares
+) -> tuple[JasperLossOutput, dict[int, torch.Tensor]]:
+    precision = work.config.precision
+    try:
+        return take_gradients(work.student, batch, stage, loss_of, work.device, precision, keep, shares)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, work.student, batch, stage, work.device, precision) from error
 
 
 def gradient_norm(student: Student, clip: float | None) -> torch.Tensor:
