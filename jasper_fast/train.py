@@ -111,12 +111,9 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     from jasper_fast.data import prepare_texts, texts_fingerprint
     from jasper_fast.finish import finish
     from jasper_fast.teach import ensure_teachers
-    from jasper_fast.teachers import describe_teacher
-    from jasper_fast.vectors import describe_vectors
 
     check_trackers(config.log)
-    for teacher in config.teachers:  # a misspelt teacher is an error now, not after the texts were built
-        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    _check_teachers(config)
     device = pick_device()
     student = build_student(config)
     check_stages(config, student, ranks.world)
@@ -368,6 +365,15 @@ def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, An
     return checkpoint.position
 
 
+def _check_teachers(config: Config) -> None:
+    """A misspelt teacher is an error now, not after the texts were built."""
+    from jasper_fast.teachers import describe_teacher
+    from jasper_fast.vectors import describe_vectors
+
+    for teacher in config.teachers:
+        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+
+
 def _drop_pooled(config: Config, folder: RunFolder, position: Position) -> None:
     """Delete pooled states that a killed run left behind for stages that are over."""
     kept = {stage.name for stage in config.stages[position.stage :]}
@@ -401,7 +407,9 @@ def _describe(student: Student, stage: StageConfig, names: list[str], start: Pos
 
 def describe_plan(config: Config, folder: Path) -> str:
     """What a run would do, stage by stage, with every parameter that trains; builds the student, trains nothing."""
+    _check_teachers(config)
     student = build_student(config)
+    check_stages(config, student, 1)
     lines = [f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}"]
     for stage in config.stages:
         names = trained_names(student, stage)

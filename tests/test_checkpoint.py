@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from jasper_fast.checkpoint import Position, latest_checkpoint, save_checkpoint
+from jasper_fast.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 from jasper_fast.errors import JasperError
 
 
@@ -95,3 +95,61 @@ def test_a_disk_that_is_full_is_said_and_earlier_checkpoints_stay(tmp_path):
 
 def test_no_folder_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_saver_copies_at_once_and_writes_meanwhile(tmp_path, monkeypatch):
+    """Training goes on while a checkpoint is written; what is written is what was there when it was saved."""
+    import threading
+
+    import jasper_fast.checkpoint as module
+
+    may_write, honest = threading.Event(), module.publish
+
+    def slow(*arguments):
+        assert may_write.wait(10)
+        return honest(*arguments)
+
+    monkeypatch.setattr(module, "publish", slow)
+    model, optimizer = trained()
+    saved = model.weight.detach().clone()
+    saver = Saver(tmp_path / "checkpoints", keep=2)
+    saver.save(Position(3, 0, 3), model, optimizer, {})
+    with torch.no_grad():
+        model.weight.zero_()
+    assert latest_checkpoint(tmp_path / "checkpoints") is None  # nothing is there before all of it is
+    may_write.set()
+    saver.close()
+    other, _ = trained(0)
+    latest_checkpoint(tmp_path / "checkpoints").load_model(other)
+    assert torch.equal(other.weight, saved)
+
+
+def test_a_saver_tells_at_the_next_save_that_writing_failed(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver(tmp_path / "checkpoints", keep=2)
+    saver.save(Position(1, 0, 1), model, optimizer, {})
+    with pytest.raises((JasperError, OSError)):
+        saver.save(Position(2, 0, 2), model, optimizer, {})
+    saver.close()
+
+
+def test_a_folder_removed_under_the_run_is_made_again(tmp_path):
+    import shutil
+
+    model, optimizer = trained()
+    saver = Saver(tmp_path / "checkpoints", keep=2)
+    saver.save(Position(1, 0, 1), model, optimizer, {})
+    saver.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    saver.save(Position(2, 0, 2), model, optimizer, {})
+    saver.close()
+    assert latest_checkpoint(tmp_path / "checkpoints").position.step == 2
+
+
+def test_another_rank_than_the_first_writes_nothing(tmp_path):
+    model, optimizer = trained()
+    saver = Saver(tmp_path / "checkpoints", keep=2, first=False)
+    saver.save(Position(1, 0, 1), model, optimizer, {})
+    saver.close()
+    assert not (tmp_path / "checkpoints").exists()

@@ -163,7 +163,9 @@ def run_in_child(tree: dict, out: str) -> None:
 
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jasper_fast.train", "jasper_fast.finish", "datasets", "sentence_transformers"])
+    context.set_forkserver_preload(
+        ["jasper_fast.train", "jasper_fast.finish", "datasets", "sentence_transformers", "torch.distributed.fsdp"]
+    )
     return context
 
 

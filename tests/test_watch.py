@@ -1,0 +1,155 @@
+"""What a run notices of itself: spikes, full disks, memory that does not suffice, and the GPU's own readings."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import settings, write_data
+
+from jasper_fast.batches import Batch
+from jasper_fast.config import StageConfig, StudentConfig, load_config
+from jasper_fast.encode import MicroBatches
+from jasper_fast.errors import JasperError
+from jasper_fast.log import SPIKE_WINDOW, RunLog
+from jasper_fast.model import Student
+from jasper_fast.step import out_of_memory, saved_bytes
+from jasper_fast.telemetry import Telemetry
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = RunLog(tmp_path, load_config(None), 100, 0)
+    yield log
+    log.close()
+
+
+def record(step: int, loss: float) -> dict:
+    numbers = {"grad_norm": 1.0, "lr": 0.1, "texts_per_s": 1.0, "tokens_per_s": 1.0, "padding": 0.0}
+    return {"step": step, "stage_step": step, "loss": loss, "data_wait": 0.0, "memory_gb": 0.1, **numbers}
+
+
+def test_a_jump_of_the_loss_is_marked(log, capsys):
+    for step in range(1, SPIKE_WINDOW + 1):
+        log.step("one", record(step, 2.0 + step % 3), False)
+    log.step("one", record(SPIKE_WINDOW + 1, 5.0), False)  # not far from usual
+    log.step("one", record(SPIKE_WINDOW + 2, 30.0), False)
+    log.step("two", record(SPIKE_WINDOW + 3, 900.0), False)  # another stage, another loss
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [line["step"] for line in lines if "spike" in line] == [SPIKE_WINDOW + 2]
+    assert lines[SPIKE_WINDOW + 1]["spike"] == pytest.approx(10.0)
+    assert "10.0 times its recent median" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_ends_the_log_with_an_error_that_tells(log):
+    log.file.close()
+    log.file = open("/dev/full", "w")  # noqa: SIM115 - closed by the log
+    with pytest.raises(JasperError, match="the disk is full"):
+        log.event("step", loss=1.0)
+
+
+def stage(**given) -> StageConfig:
+    base = {"name": "s", "train": ["*"], "heads": [8], "batch_size": 8, "steps": 1, "lr": 1e-3, "micro_batch": 4}
+    return StageConfig.model_validate(base | given)
+
+
+def student(model: Path) -> Student:
+    return Student.build(StudentConfig(model=str(model), heads=[8], max_length=32)).train()
+
+
+def test_what_a_graph_holds_is_measured(tiny_bert):
+    model = student(tiny_bert)
+    ids = [[2, 9, 8, 7, 3]] * 4
+    before = torch.get_rng_state()
+    one, two = saved_bytes(model, ids, CPU, "fp32"), saved_bytes(model, ids * 2, CPU, "fp32")
+    assert torch.equal(before, torch.get_rng_state())
+    assert one > 4 * 5 * 32 * 4 * 3 and 1.7 * one < two < 2.1 * one  # at least the layers' outputs; it grows with texts
+    model.set_gradient_checkpointing(True)
+    assert saved_bytes(model, ids, CPU, "fp32") < 0.5 * one
+
+
+def test_out_of_memory_says_what_would_fit(tiny_bert):
+    model = student(tiny_bert)
+    micro = MicroBatches.of([[2, 9, 8, 3]] * 8, 4)
+    batch = Batch(np.arange(8), torch.randn(8, 8), micro, None, 32, 32, 0.0)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+    told = str(out_of_memory(error, model, batch, stage(), CPU, "fp32"))
+    assert "CUDA out of memory" in told and "kB per token was measured" in told
+    assert "gradient_caching: true" in told and "gradient_checkpointing: true" in told and "micro_tokens: 8" in told
+    told = str(out_of_memory(error, model, batch, stage(gradient_caching=True), CPU, "fp32"))
+    assert "gradient_caching: true (" not in told
+
+
+def test_out_of_memory_in_a_run_is_an_error_that_tells(monkeypatch, tiny_bert, tiny_texts, tmp_path):
+    import jasper_fast.train as module
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(module, "take_gradients", fail)
+    with pytest.raises(JasperError, match="stage 'two': out of memory"):
+        module.train(one_stage(tmp_path, tiny_bert, tiny_texts), out=tmp_path / "out")
+
+
+def one_stage(folder: Path, bert: Path, texts: list[str]) -> dict:
+    write_data(folder, texts)
+    tree = settings(folder, bert)
+    tree["evaluate"], tree["stages"] = [], tree["stages"][1:2]
+    tree["student"]["heads"] = [32]
+    return tree
+
+
+def test_the_log_tells_what_checkpointing_saves_and_costs(tiny_bert, tiny_texts, tmp_path):
+    from jasper_fast.train import train
+
+    train(one_stage(tmp_path, tiny_bert, tiny_texts), out=tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    (told,) = [line for line in lines if line["event"] == "activations"]
+    assert told["layers_computed_twice"] == 1 and told["graph_bytes"] < told["graph_bytes_without_checkpointing"]
+    step = next(line for line in lines if line["event"] == "step")
+    assert 0 < step["share_encoder"] < 1 and 0 < step["share_optimiser"] < 1 and "share_communication" in step
+
+
+def test_telemetry_reads_the_gpu_that_trains(monkeypatch):
+    """With NVML and torch's view of a GPU replaced, since there is none here."""
+    energy = iter([1_000_000, 3_000_000, 3_500_000])  # millijoules
+
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(handle):
+        raise NVMLError
+
+    nvml = types.SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUtilizationRates=lambda handle: types.SimpleNamespace(gpu=73),
+        nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(used=5_000_000_000),
+        nvmlDeviceGetPowerUsage=unsupported,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(energy),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    telemetry = Telemetry(torch.device("cuda:0"))
+    found = telemetry.read(500)
+    assert found == {"gpu_utilisation": 0.73, "gpu_memory_gb": 5.0, "joules_per_1000_texts": pytest.approx(4000.0)}
+    assert telemetry.read(1000)["joules_per_1000_texts"] == pytest.approx(500.0)
+    assert Telemetry(CPU).read(10) == {}
+
+
+def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_path):
+    from jasper_fast.train import describe_plan
+
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    tree["teachers"] = [{"model": str(tmp_path / "absent")}]
+    with pytest.raises(JasperError, match="there is no such folder"):
+        describe_plan(load_config(tree), tmp_path / "out")
