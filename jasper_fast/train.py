@@ -4,6 +4,7 @@
     python -m jasper_fast.train --config my.yaml                 a file of your own, or the name of a shipped recipe
     python -m jasper_fast.train --stages.0.lr 1e-4 --seed 1      any field by its dotted name
     python -m jasper_fast.train --print-config | --dry-run       what would be done
+    torchrun --standalone --nproc-per-node gpu -m jasper_fast.train …    the same on every GPU (docs/scale.md)
 
 The same command again goes on where the last one stopped. The same from Python: ``jasper_fast.train(config)``.
 """
