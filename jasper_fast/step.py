@@ -34,6 +34,7 @@ class Shares:
 
     def __init__(self, device: torch.device, wait: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
         self._wait = wait and device.type == "cuda"
 
     @contextmanager
@@ -44,6 +45,12 @@ class Shares:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def of(self, seconds: float) -> dict[str, float]:
+        """Shares of so many seconds; none where a GPU's queue makes the host's clock meaningless."""
+        if self._device.type == "cuda" and not self._wait:
+            return {}
+        return {f"share_{part}": min(1.0, took / seconds) for part, took in self.seconds.items()}
 
     def _now(self) -> float:
         if self._wait:

@@ -247,7 +247,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             "padding": 1.0 - tokens / padded if padded else 0.0,
             "data_wait": min(1.0, batch.wait / seconds),
             "memory_gb": memory_gb(work.device),
-            **{f"share_{part}": min(1.0, took / seconds) for part, took in shares.seconds.items()},
+            **shares.of(seconds),
             **(telemetry.read(config.log.every * counts[ranks.rank]) if printed else {}),
         }
         log.step(stage.name, {"step": done.step, "stage_step": done.stage_step, **numbers, "lr": lr, **speed}, last)
@@ -301,15 +301,22 @@ def _exchange(
 
 
 def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
-    """Log what a micro-batch's graph holds, and what checkpointing saves of it and costs, where that is asked for."""
+    """Log what the graph of one text holds, and what checkpointing saves of it and costs, where that is asked for."""
     if batch.texts is None or is_sharded(work.student):
         return
-    student, ids = work.student, batch.texts.token_ids[-1]
-    facts = {"passes": len(batch.texts.token_ids), "tokens": len(ids) * max(map(len, ids))}
-    facts["graph_bytes"] = saved_bytes(student, ids, work.device, work.config.precision)
+    student, ids = work.student, batch.texts.token_ids[-1][-1]  # the longest one
+
+    def per_token() -> float:
+        return saved_bytes(student, [ids], work.device, work.config.precision) / len(ids)
+
+    facts: dict[str, float] = {
+        "passes": len(batch.texts.token_ids),
+        "tokens_of_a_pass": max(len(part) * max(map(len, part)) for part in batch.texts.token_ids),
+        "graph_bytes_per_token": per_token(),
+    }
     if stage.gradient_checkpointing:
         student.set_gradient_checkpointing(False)
-        facts["graph_bytes_without_checkpointing"] = saved_bytes(student, ids, work.device, work.config.precision)
+        facts["graph_bytes_per_token_without_checkpointing"] = per_token()
         facts["layers_computed_twice"] = student.set_gradient_checkpointing(stage.gradient_checkpointing)
     work.log.event("activations", stage=stage.name, encoded_twice=stage.gradient_caching, **facts)
 
