@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Forking after tokenizers has started its threads would only print warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without a GPU, kernels are interpreted; Triton looks when it decorates one, so before anything imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 HIDDEN, MAX_LENGTH = 32, 64
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,0 +1,145 @@
+"""``python -m bench compile_matrix``: every Triton kernel in every form, compiled for sm_80, sm_90 and sm_100.
+
+No GPU is needed. The table says what a thread and a block use, and which tensor-core instructions were chosen; a form
+that spills beyond its allowance, outgrows shared memory or lost its tensor cores is an error. All forms are compiled
+before any is judged, so that one run names every fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may have
+TENSOR_CORES = {80: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
+OUT = Path("bench/results/compile-matrix.json")
+TABLE = Path("docs/kernels-compiled.md")
+
+
+def main(argv: list[str]) -> int:
+    """Compile, write the JSON and the table drawn from it, and name what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench compile_matrix", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the representative forms only; nothing is written")
+    parser.add_argument("--kernel", help="only kernels whose name contains this; nothing is written")
+    parser.add_argument("--table", action="store_true", help="only write the table from the committed JSON")
+    options = parser.parse_args(argv)
+    if options.table:
+        TABLE.write_text(table(json.loads(OUT.read_text())))
+        return 0
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 is set, so kernels would not be compiled: unset it")
+    found = compile_all(options.quick, options.kernel or "")
+    faults = [fault for entry in found["forms"] for fault in entry["faults"]]
+    if not options.quick and not options.kernel:
+        OUT.write_text(json.dumps(found, indent=1) + "\n")
+        TABLE.write_text(table(found))
+        print(f"written to {OUT} and {TABLE}")
+    print(f"{len(found['forms'])} compilations with triton {found['triton']}, {len(faults)} faults")
+    print("\n".join(faults))
+    return 1 if faults else 0
+
+
+def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
+    """First compile each form for each architecture, then judge the results."""
+    import triton
+
+    from jasper_fast.kernels import registry
+
+    chosen = [form for form in registry.forms() if (form.quick or not quick) and name in form.kernel.__name__]
+    built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in ARCHITECTURES]
+    entries = []
+    for form, sm, result in built:
+        entry: dict[str, Any] = {"kernel": form.kernel.__name__, "form": form.label, "sm": sm, **result}
+        entry |= {"warps": form.warps, "stages": form.stages}
+        entry["faults"] = [f"{entry['kernel']} [{form.label}] sm_{sm}: {fault}" for fault in judge(form, sm, result)]
+        entries.append(entry)
+    return {"triton": triton.__version__, "forms": entries}
+
+
+def compile_form(form: Any, sm: int) -> dict[str, Any]:
+    """Registers, stack, shared memory and tensor-core instructions of one form, or what the compiler said."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = form.kernel.arg_names
+    missing = set(names) ^ (set(form.types) | set(form.constants))
+    if missing:
+        return {"error": f"the form and the kernel differ in arguments {sorted(missing)}"}
+    signature = {n: form.types[n].partition(":")[0] if n in form.types else "constexpr" for n in names}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in form.types.items() if t.endswith(":16")}
+    source = ASTSource(form.kernel, signature, dict(form.constants), aligned)
+    options = {"num_warps": form.warps, "num_stages": form.stages}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    except (triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError) as error:
+        return {"error": f"{type(error).__name__}: {error}"[:600]}
+    ptx = compiled.asm["ptx"]
+    return {
+        **resources(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "tensor_cores": [t for t in ("mma.sync", "wgmma", "tcgen05.mma") if t in ptx],
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack of a thread, as cuobjdump reports them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {done.stdout!r}")
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def judge(form: Any, sm: int, result: dict[str, Any]) -> list[str]:
+    """What is wrong with one compilation."""
+    if "error" in result:
+        return [result["error"]]
+    faults = []
+    if result["stack"] > form.stack.get(sm, 0):
+        faults.append(f"{result['stack']} bytes of stack, allowed {form.stack.get(sm, 0)}")
+    if result["shared"] > SHARED_LIMIT[sm]:
+        faults.append(f"{result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
+    if form.tensor_cores and not set(result["tensor_cores"]) & set(TENSOR_CORES[sm]):
+        faults.append(f"no {' or '.join(TENSOR_CORES[sm])}: found {result['tensor_cores'] or 'none'}")
+    return faults
+
+
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table, one line for each form and architecture."""
+    lines = [
+        "# The Triton kernels, compiled",
+        "",
+        f"Written by `python -m bench compile_matrix` with triton {found['triton']} from "
+        "`bench/results/compile-matrix.json`. Compiled for each architecture, not run on one: no GPU was at hand.",
+        "Stack is what a thread spills, in bytes; shared memory is a block's, in KiB.",
+        "",
+        "| kernel | form | warps | stages | sm | registers | stack | shared | tensor cores |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for e in found["forms"]:
+        if "error" in e:
+            used = f"| | | | {e['error']} |"
+        else:
+            cores = ", ".join(e["tensor_cores"]) or "–"
+            used = f"| {e['registers']} | {e['stack']} | {e['shared'] / 1024:.1f} | {cores} |"
+        lines.append(f"| {e['kernel']} | {e['form']} | {e['warps']} | {e['stages']} | {e['sm']} {used}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

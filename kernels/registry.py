@@ -1,0 +1,49 @@
+"""Every Triton kernel in every form it is launched in: the list that is compiled and checked without a GPU.
+
+A kernel's module ends with ``forms()``, which gives its kernels' `Form`s; `MODULES` names the modules. A form's types
+carry what a launch would find out: ``"*fp32:16"`` is an aligned pointer, ``"i32:16"`` an integer divisible by 16. An
+argument that is 1 at launch, such as a unit stride, belongs to the constants.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MODULES = ("rows",)
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names, and Triton's
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of compiling a kernel.
+
+    Args:
+        label: distinct among the kernel's forms: dtypes, tile, and whatever constants matter.
+        kernel: the ``@triton.jit`` function.
+        types: of the arguments that are not constant, by name.
+        constants: the ``tl.constexpr`` arguments, and arguments that a launch would find to be 1.
+        warps: warps in a block.
+        stages: loads in flight.
+        tensor_cores: whether the form is wrong to compile without tensor-core instructions.
+        stack: bytes a thread may keep on its stack, by architecture (80, 90, 100); elsewhere none.
+        quick: whether ``make test`` compiles it; ``make soak`` compiles all.
+    """
+
+    label: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 2
+    tensor_cores: bool = False
+    stack: Mapping[int, int] = field(default_factory=dict)
+    quick: bool = False
+
+
+def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:
+    """The forms of all kernels; needs Triton."""
+    for name in modules:
+        yield from importlib.import_module(f"jasper_fast.kernels.{name}").forms()

@@ -1,0 +1,145 @@
+"""Row by row: the reciprocal lengths that normalise vectors, and the way back through the normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels.registry import TYPES, Form
+
+LARGEST = tl.constexpr(3.4028234e38)
+
+
+@triton.jit
+def reciprocal_lengths_kernel(
+    X,  # (B, D)
+    R,  # (B,) fp32
+    D,
+    stride_xb,
+    stride_xd,
+    BLOCK: tl.constexpr,
+):
+    """R = 1 / |x| for each row; 0 for a zero row, NaN for a row that is not finite."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        columns = (start + offsets).to(tl.int64)
+        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float32)
+        # A maximum may drop NaN: what is not a number counts as infinite.
+        largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
+    top = tl.max(largest, axis=0)
+    # Divided by the largest entry, squares neither overflow nor vanish.
+    divisor = tl.where(top == 0.0, 1.0, top)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        columns = (start + offsets).to(tl.int64)
+        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float32)
+        x = x / divisor  # inf / inf is NaN
+        squares += x * x
+    length = tl.sqrt(tl.sum(squares, axis=0))
+    reciprocal = tl.minimum(1.0 / length / divisor, LARGEST)
+    reciprocal = tl.where(length == 0.0, 0.0, reciprocal)
+    tl.store(R + row, tl.where(top < float("inf"), reciprocal, float("nan")))
+
+
+@triton.jit
+def tangent_kernel(
+    G,  # (B, D) gradient with respect to the unit rows
+    X,  # (B, D)
+    R,  # (B,) fp32
+    OUT,  # (B, D), may be G
+    FLAG,  # () int32: nothing is done where it is 0
+    scale,
+    D,
+    stride_gb,
+    stride_xb,
+    stride_xd,
+    stride_ob,
+    BLOCK: tl.constexpr,
+):
+    """OUT = scale * R (g - u (u . g)) with u = R x: the gradient with respect to the rows before normalisation."""
+    if tl.load(FLAG) == 0:
+        return
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    r = tl.load(R + row)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        columns = (start + offsets).to(tl.int64)
+        inside = columns < D
+        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(G + row * stride_gb + columns, mask=inside, other=0.0).to(tl.float32)
+        products += (x * r) * g
+    along = tl.sum(products, axis=0)
+    for start in range(0, D, BLOCK):
+        columns = (start + offsets).to(tl.int64)
+        inside = columns < D
+        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(G + row * stride_gb + columns, mask=inside, other=0.0).to(tl.float32)
+        out = (g - (x * r) * along) * scale * r
+        tl.store(OUT + row * stride_ob + columns, out.to(OUT.dtype.element_ty), mask=inside)
+
+
+def _block(width: int) -> int:
+    return min(max(triton.next_power_of_2(width), 16), 2048)
+
+
+def reciprocal_lengths(vectors: Tensor) -> Tensor:
+    """1 / |x| of each row in float32; 0 for a zero row, NaN for one that is not finite. (B, D) -> (B,)."""
+    rows, width = vectors.shape
+    out = torch.empty(rows, dtype=torch.float32, device=vectors.device)
+    reciprocal_lengths_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=_block(width))
+    return out
+
+
+def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float, out: Tensor, flag: Tensor) -> None:
+    """Into out: scale times the gradient with respect to vectors, from that with respect to their unit rows.
+
+    Args:
+        gradient: (B, D), rows contiguous.
+        vectors: (B, D), any strides.
+        reciprocals: (B,) float32, of `reciprocal_lengths`.
+        scale: of the whole gradient.
+        out: (B, D), rows contiguous; may be gradient itself.
+        flag: () int32; where it is 0, out is left as it is.
+    """
+    rows, width = vectors.shape
+    tangent_kernel[(rows,)](
+        gradient,
+        vectors,
+        reciprocals,
+        out,
+        flag,
+        scale,
+        width,
+        gradient.stride(0),
+        *vectors.stride(),
+        out.stride(0),
+        BLOCK=_block(width),
+    )
+
+
+def forms() -> Iterator[Form]:
+    """See `registry`."""
+    for dtype in TYPES.values():
+        for block in (16, 512, 2048):
+            for unit in (True, False):
+                strides = {"stride_xb": "i32:16"} if unit else {"stride_xb": "i32", "stride_xd": "i32"}
+                constants = {"BLOCK": block} | ({"stride_xd": 1} if unit else {})
+                label = f"{dtype}, {block}, {'dense' if unit else 'strided'}"
+                quick = dtype == "bf16" and block == 2048 and unit
+                yield Form(
+                    label,
+                    reciprocal_lengths_kernel,
+                    {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
+                    constants,
+                    quick=quick,
+                )
+                types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
+                types |= {"FLAG": "*i32", "scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
+                yield Form(label, tangent_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
