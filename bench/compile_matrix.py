@@ -81,7 +81,7 @@ def compile_form(form: Any, sm: int) -> dict[str, Any]:
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     except (triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError) as error:
-        return {"error": f"{type(error).__name__}: {error}"[:600]}
+        return {"error": f"{type(error).__name__}: {error}"[-600:]}
     ptx = compiled.asm["ptx"]
     return {
         **resources(compiled.asm["cubin"]),

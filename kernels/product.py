@@ -1,0 +1,210 @@
+"""A matrix product with the row normalisation of its operands folded in: gradients, and the feature form's products.
+
+Used where cuBLAS cannot serve: float32 at its own precision whatever `allow_tf32` says, operands scaled by row without a
+normalised copy, results added to what is there, the long dimension split with its parts kept apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels.configs import TILES_32_BIT, Tile, choose, tuned
+from jasper_fast.kernels.registry import TYPES, Form
+
+
+@triton.jit
+def product_kernel(
+    A,  # (M, K)
+    X,  # (K, N)
+    ROW,  # (M,) fp32 or None: scales the rows of A
+    INNER_A,  # (K,) fp32 or None: scales the columns of A
+    INNER_X,  # (K,) fp32 or None: scales the rows of X
+    OUT,  # (splits, M, N) fp32
+    FLAG,  # () int32: nothing is done where it is 0
+    M,
+    N,
+    K,
+    depth,
+    stride_am,
+    stride_ak,
+    stride_xk,
+    stride_xn,
+    stride_oz,
+    stride_om,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """OUT[z] (+)= (ROW A INNER_A) (INNER_X X) over the z-th ``depth`` of K; in bf16 if PRECISION is "bf16"."""
+    if tl.load(FLAG) == 0:
+        return
+    # Blocks that run together share rows and columns in the L2 cache.
+    pid, split = tl.program_id(0), tl.program_id(1)
+    across = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP * across)
+    height = min(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
+    m0 = (group * GROUP + pid % (GROUP * across) % height).to(tl.int64) * BLOCK_M
+    n0 = ((pid % (GROUP * across)) // height).to(tl.int64) * BLOCK_N
+    # Scalars carry the 64-bit part of every address, which leaves 32-bit offsets inside a tile: half the registers.
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    rows, columns = (M - m0).to(tl.int32), (N - n0).to(tl.int32)
+    begin = split.to(tl.int64) * depth
+    left = tl.minimum(depth, K - begin).to(tl.int32)
+    a_tile = A + m0 * stride_am + begin * stride_ak
+    x_tile = X + n0 * stride_xn + begin * stride_xk
+    a_offsets = m[:, None] * stride_am + k[None, :] * stride_ak
+    x_offsets = k[:, None] * stride_xk + n[None, :] * stride_xn
+    if ROW is not None:
+        row = tl.load(ROW + m0 + m, mask=m < rows, other=0.0)
+    out = OUT + split.to(tl.int64) * stride_oz + m0 * stride_om + n0
+    offsets = m[:, None] * stride_om + n[None, :]
+    wanted = (m[:, None] < rows) & (n[None, :] < columns)
+    if ACCUMULATE:
+        acc = tl.load(out + offsets, mask=wanted, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, left, BLOCK_K):
+        inside = start + k < left
+        a = tl.load(a_tile + a_offsets, mask=(m[:, None] < rows) & inside[None, :], other=0.0)
+        x = tl.load(x_tile + x_offsets, mask=inside[:, None] & (n[None, :] < columns), other=0.0)
+        if ROW is not None:
+            a = a.to(tl.float32) * row[:, None]
+        if INNER_A is not None:
+            a = a.to(tl.float32) * tl.load(INNER_A + begin + start + k, mask=inside, other=0.0)[None, :]
+        if INNER_X is not None:
+            x = x.to(tl.float32) * tl.load(INNER_X + begin + start + k, mask=inside, other=0.0)[:, None]
+        if PRECISION == "bf16":
+            acc = tl.dot(a.to(tl.bfloat16), x.to(tl.bfloat16), acc)
+        else:
+            acc = tl.dot(a.to(tl.float32), x.to(tl.float32), acc, input_precision=PRECISION)
+        a_tile += BLOCK_K * stride_ak
+        x_tile += BLOCK_K * stride_xk
+    tl.store(out + offsets, acc, mask=wanted)
+
+
+GROUP = 8
+# Scaling A goes through registers: half the depth of a step that needs none.
+TILES_BF16 = (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4))
+
+
+def exact(*dtypes: torch.dtype) -> str:
+    """The precision at which products of these dtypes lose nothing that float32 has.
+
+    TF32 keeps 11 bits and bfloat16 8; three products of the parts give 22 and 16. A value that was bfloat16 before a
+    float32 factor was multiplied in has 8 bits of its own, so 16 are enough for it; float16's 11 are not.
+    """
+    if INTERPRETED:
+        return "ieee"
+    return "bf16x3" if all(dtype == torch.bfloat16 for dtype in dtypes) else "tf32x3"
+
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def product(
+    a: Tensor,
+    x: Tensor,
+    out: Tensor,
+    flag: Tensor,
+    *,
+    row: Tensor | None = None,
+    inner_a: Tensor | None = None,
+    inner_x: Tensor | None = None,
+    accumulate: bool = False,
+    precision: str,
+    depth: int | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """out (+)= (row a inner_a) (inner_x x).
+
+    Args:
+        a: (M, K), any strides.
+        x: (K, N), any strides.
+        out: (M, N) float32 with contiguous rows; or (splits, M, N), one result for each ``depth`` of K.
+        flag: () int32; where it is 0, out is left as it is.
+        row: (M,) float32, scales the rows of a.
+        inner_a: (K,) float32, scales the columns of a.
+        inner_x: (K,) float32, scales the rows of x.
+        accumulate: add to out.
+        precision: "bf16" (operands rounded to bfloat16), or of float32 operands: "ieee", "tf32", "tf32x3", "bf16x3".
+        depth: rows of x in each split.
+        tile: by default chosen by shape.
+    """
+    (m, k), n = a.shape, x.shape[1]
+    depth = depth or k
+    parts = out if out.dim() == 3 else out[None]
+    assert len(parts) == triton.cdiv(k, depth)
+    candidates = TILES_BF16 if precision == "bf16" else TILES_32_BIT
+
+    def run(tile: Tile, add: bool = accumulate) -> None:
+        product_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), len(parts))](
+            a,
+            x,
+            row,
+            inner_a,
+            inner_x,
+            parts,
+            flag,
+            m,
+            n,
+            k,
+            depth,
+            *a.stride(),
+            *x.stride(),
+            *parts.stride()[:2],
+            ACCUMULATE=add,
+            PRECISION=precision,
+            GROUP=GROUP,
+            **tile.launch,
+        )
+
+    if tile is None:
+        size = tuple(triton.next_power_of_2(i) for i in (m, n, depth, len(parts)))
+        key = ("product", size, a.dtype, x.dtype, precision, out.device)
+        # Without adding, a launch may be repeated; a result that is added to must be kept from the measuring.
+        usual = choose(candidates, m, n * len(parts))
+        tile = usual if accumulate else tuned(key, candidates, usual, run, out)
+    run(tile)
+
+
+def forms() -> Iterator[Form]:
+    """See `registry`."""
+    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision.
+    uses = []
+    for x in TYPES.values():
+        precision = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[x]
+        uses.append((f"strip {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))
+        precision = "bf16x3" if x == "bf16" else "tf32x3"
+        uses.append((f"features {x}", x, x, ("INNER_A", "INNER_X"), precision))
+        uses.append((f"feature gradient {x}", x, "fp32", ("ROW",), precision))
+    layouts = {
+        "": ({"stride_am": "i32:16", "stride_xk": "i32:16"}, {"stride_ak": 1, "stride_xn": 1}),
+        " turned": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
+        " strided": (dict.fromkeys(("stride_am", "stride_ak", "stride_xk", "stride_xn"), "i32"), {}),
+    }
+    for (name, a, x, scales, precision), (layout, (strides, ones)) in itertools.product(uses, layouts.items()):
+        for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:
+            types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16", "FLAG": "*i32"}
+            types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "depth": "i32:16", **strides}
+            types |= {"stride_oz": "i64", "stride_om": "i32:16", **dict.fromkeys(scales, "*fp32:16")}
+            constants = {"ACCUMULATE": name.startswith("strip"), "PRECISION": precision, "GROUP": GROUP}
+            constants |= {scale: None for scale in ("ROW", "INNER_A", "INNER_X") if scale not in scales}
+            yield Form(
+                f"{name}{layout}, {tile}",
+                product_kernel,
+                types,
+                {**constants, **ones, **tile.constants},
+                tile.warps,
+                tile.stages,
+                tensor_cores=True,
+                quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
+            )
