@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT
+from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT, TILES_SOFTMAX
 from jasper_fast.kernels.registry import TYPES, Form
 
 LOG_2 = tl.constexpr(0.6931471805599453)
@@ -227,7 +227,7 @@ def forms() -> Iterator[Form]:
     ):
         whole, store = "fp32" in (student, teacher), "bf16" if student == "bf16" else "fp32"
         layout = "dense" if ones else "strided"
-        for tile in TILES_32_BIT if whole else TILES_16_BIT:
+        for tile in TILES_32_BIT if whole else TILES_16_BIT if loss == "similarity" else TILES_SOFTMAX:
             for use in ("alone", "first", "next", "loss only"):
                 types = {"S": f"*{student}:16", "T": f"*{teacher}:16", "RS": "*fp32:16", "RT": "*fp32:16"}
                 types |= {"SHARED": "*fp32:16", "W": f"*{store}:16", "LS": "*fp32:16", "LT": "*fp32:16"}
@@ -257,7 +257,7 @@ def forms() -> Iterator[Form]:
                     ),
                 )
     for dtype, (strides, ones) in itertools.product(TYPES.values(), (aligned, strided)):
-        for tile in TILES_32_BIT if dtype == "fp32" else TILES_16_BIT:
+        for tile in TILES_32_BIT if dtype == "fp32" else TILES_SOFTMAX:
             yield Form(
                 f"{dtype} {'dense' if ones else 'strided'}, {tile}",
                 log_sums_kernel,

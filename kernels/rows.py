@@ -53,7 +53,6 @@ def tangent_kernel(
     X,  # (B, D)
     R,  # (B,) fp32
     OUT,  # (B, D), may be G
-    FLAG,  # () int32: nothing is done where it is 0
     scale,
     D,
     stride_gb,
@@ -63,8 +62,6 @@ def tangent_kernel(
     BLOCK: tl.constexpr,
 ):
     """OUT = scale * R (g - u (u . g)) with u = R x: the gradient with respect to the rows before normalisation."""
-    if tl.load(FLAG) == 0:
-        return
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     r = tl.load(R + row)
@@ -97,7 +94,7 @@ def reciprocal_lengths(vectors: Tensor) -> Tensor:
     return out
 
 
-def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float, out: Tensor, flag: Tensor) -> None:
+def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float, out: Tensor) -> None:
     """Into out: scale times the gradient with respect to vectors, from that with respect to their unit rows.
 
     Args:
@@ -106,7 +103,6 @@ def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float
         reciprocals: (B,) float32, of `reciprocal_lengths`.
         scale: of the whole gradient.
         out: (B, D), rows contiguous; may be gradient itself.
-        flag: () int32; where it is 0, out is left as it is.
     """
     rows, width = vectors.shape
     tangent_kernel[(rows,)](
@@ -114,7 +110,6 @@ def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float
         vectors,
         reciprocals,
         out,
-        flag,
         scale,
         width,
         gradient.stride(0),
@@ -141,5 +136,5 @@ def forms() -> Iterator[Form]:
                     quick=quick,
                 )
                 types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
-                types |= {"FLAG": "*i32", "scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
+                types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
                 yield Form(label, tangent_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
