@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jasper_fast import ops, reference
+from jasper_fast import ops, reference, rows
 from jasper_fast.gather import gather_rows
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def similarity_loss(student: Tensor, teacher: Tensor, *, method: str = "auto") -
     _check_pair(student, teacher)
     _check_choice("method", method, SIMILARITY_METHODS)
     with _full_precision(teacher):
-        dtype = _compute_dtype([student], teacher)
         if method == "reference":
+            dtype = _compute_dtype([student], teacher)
             return reference.similarity_loss(student.to(dtype), teacher.to(dtype))
-        return _similarity([_unit(student, dtype)], _unit(teacher, dtype), method)[0]
+        return _similarity([student], teacher, method)[0]
 
 
 def relative_similarity_loss(
@@ -117,8 +117,7 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
     _check_pair(student, teacher)
     _check_temperature(temperature)
     with _full_precision(teacher):
-        dtype = _compute_dtype([student], teacher)
-        return _neighbourhood([_unit(student, dtype)], _unit(teacher.detach(), dtype), temperature)[0]
+        return _neighbourhood([student], teacher.detach(), temperature)[0]
 
 
 class JasperLossOutput(NamedTuple):
@@ -207,19 +206,23 @@ class JasperLoss(nn.Module):
         cosine_weight, similarity_weight, relative_weight = self.weights
         with _full_precision(teacher):
             dtype = _compute_dtype(heads, teacher)
-            units, target = [_unit(head, dtype) for head in heads], _unit(teacher, dtype)
+            units, target = heads, teacher
+            # The fused losses take vectors of any length; the others, and other ranks, are given unit rows.
+            if self.group is not None or cosine_weight or relative_weight:
+                units, target = [_unit(head, dtype) for head in heads], _unit(teacher, dtype)
             if self.group is not None:
                 *units, target = gather_rows([*units, target], self.group, self.rows)
-            zero = target.new_zeros(())
+                heads, teacher = units, target
+            zero = teacher.new_zeros((), dtype=dtype)
             cosine = similarity = relative = neighbourhood = zero
             if cosine_weight:
                 cosine = sum((_cosine(u, target) for u in units if u.shape[1] == target.shape[1]), start=zero)
             if similarity_weight:
-                similarity = _similarity(units, target, "auto").sum()
+                similarity = _similarity(heads, teacher, "auto").sum()
             if relative_weight:
                 relative = _relative_similarity(units, target.detach(), self.margin, self.ties).sum()
             if self.neighbourhood:
-                neighbourhood = _neighbourhood(units, target.detach(), self.temperature).sum()
+                neighbourhood = _neighbourhood(heads, teacher.detach(), self.temperature).sum()
             parts = (cosine, similarity, relative, neighbourhood)
             if self.reduction == "mean":
                 parts = (
@@ -231,21 +234,48 @@ class JasperLoss(nn.Module):
             weighted = [w * part for w, part in zip((*self.weights, self.neighbourhood), parts, strict=True) if w]
             return JasperLossOutput(sum(weighted, start=zero), *parts)
 
+    def value_and_grad(
+        self, student: Tensor | Mapping[int, Tensor], teacher: Tensor
+    ) -> tuple[JasperLossOutput, dict[int, Tensor]]:
+        """The losses and the gradient of their weighted sum with respect to the student's vectors themselves.
 
-# Unit rows in, losses out.
+        For gradient caching: encode a batch far beyond memory in pieces without a graph, take this of all vectors, then
+        encode each piece again with a graph and hand its part of the gradient to ``backward``.
+
+        Args:
+            student: as in `forward`; whether it requires a gradient makes no difference.
+            teacher: as in `forward`; gets no gradient.
+
+        Returns:
+            The output, without a graph; by width, gradients in the shapes and dtypes of the heads.
+        """
+        given = student if isinstance(student, Mapping) else {student.shape[-1]: student}
+        _heads(student, teacher)
+        leaves = {width: head.detach().requires_grad_() for width, head in given.items()}
+        with torch.enable_grad():
+            output = self(leaves, teacher.detach())
+        heads = list(leaves.values())
+        if not output.loss.requires_grad:  # every weight is 0, or no head has the one loss that is weighted
+            return output, {width: torch.zeros_like(head) for width, head in given.items()}
+        gradients = torch.autograd.grad(output.loss, heads, allow_unused=True, materialize_grads=True)
+        detached = JasperLossOutput(*(part.detach() for part in output))
+        return detached, dict(zip(leaves, gradients, strict=True))
+
+
+# Vectors in, of any length or, where a name says so, of unit length; losses out.
 
 
 def _cosine(unit: Tensor, target: Tensor) -> Tensor:
     return (1.0 - (unit * target).sum(dim=1)).mean()
 
 
-def _similarity(units: list[Tensor], target: Tensor, method: str) -> Tensor:
-    wanted, teacher_wanted = _wants_gradient(units), _wants_gradient([target])
+def _similarity(students: list[Tensor], teacher: Tensor, method: str) -> Tensor:
+    wanted, teacher_wanted = _wants_gradient(students), _wants_gradient([teacher])
     losses, gradients, teacher_gradients = ops.similarity(
-        [unit.detach() for unit in units], target.detach(), method, wanted, teacher_wanted
+        [student.detach() for student in students], teacher.detach(), method, wanted, teacher_wanted
     )
-    heads = list(range(len(units)))
-    return _attach(losses, [*units, *[target] * len(units)], [*gradients, *teacher_gradients], heads + heads)
+    heads = list(range(len(students)))
+    return _attach(losses, [*students, *[teacher] * len(students)], [*gradients, *teacher_gradients], heads + heads)
 
 
 def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str) -> Tensor:
@@ -256,11 +286,11 @@ def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, tie
     return _attach(losses, units, gradients, list(range(len(units))))
 
 
-def _neighbourhood(units: list[Tensor], target: Tensor, temperature: float) -> Tensor:
+def _neighbourhood(students: list[Tensor], teacher: Tensor, temperature: float) -> Tensor:
     losses, gradients = ops.neighbourhood(
-        [unit.detach() for unit in units], target, temperature, _wants_gradient(units)
+        [student.detach() for student in students], teacher, temperature, _wants_gradient(students)
     )
-    return _attach(losses, units, gradients, list(range(len(units))))
+    return _attach(losses, students, gradients, list(range(len(students))))
 
 
 def _wants_gradient(tensors: list[Tensor]) -> bool:
@@ -282,6 +312,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: Tensor, owners: list[int], *inputs_and_gradients: Tensor) -> Tensor:
         ctx.owners = owners
+        ctx.dtypes = [tensor.dtype for tensor in inputs_and_gradients[: len(owners)]]
         ctx.save_for_backward(*inputs_and_gradients[len(owners) :])
         return losses.clone()
 
@@ -289,24 +320,18 @@ class _Attach(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        scaled = [incoming[owner] * gradient for owner, gradient in zip(ctx.owners, gradients, strict=True)]
+        scaled = [
+            (incoming[owner] * gradient).to(dtype)
+            for owner, gradient, dtype in zip(ctx.owners, gradients, ctx.dtypes, strict=True)
+        ]
         return None, None, *scaled, *[None] * len(scaled)
 
 
 class _Unit(torch.autograd.Function):
-    """Rows of unit length. Scaling by the largest entry first keeps squares from overflowing or vanishing."""
-
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-        vectors = embeddings.to(dtype)
-        largest = vectors.abs().amax(dim=1, keepdim=True)  # (B, 1); NaN where a row holds one
-        largest = torch.where(largest == 0, 1.0, largest)
-        scaled = vectors / largest
-        length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)  # 0, or between 1 and sqrt(D)
-        zero = length == 0
-        unit = scaled / torch.where(zero, 1.0, length)
-        inverse = (1.0 / length / largest).clamp(max=torch.finfo(dtype).max)
-        ctx.save_for_backward(unit, torch.where(zero, 0.0, inverse))
+        unit, inverse = rows.unit_rows(embeddings, dtype)
+        ctx.save_for_backward(unit, inverse)
         ctx.input_dtype = embeddings.dtype
         return unit
 
@@ -372,9 +397,9 @@ def _check_equal_width(student: Tensor, teacher: Tensor) -> None:
 
 
 def _check_rows(vectors: Tensor) -> None:
-    rows = vectors.shape[0]
-    if rows * (rows - 1) // 2 > ops.MAX_PAIRS:
-        raise ValueError(f"relative similarity: expected at most 65536 rows, got {rows}; split the batch")
+    count = vectors.shape[0]
+    if count * (count - 1) // 2 > ops.MAX_PAIRS:
+        raise ValueError(f"relative similarity: expected at most 65536 rows, got {count}; split the batch")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

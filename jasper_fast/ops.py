@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -180,10 +181,24 @@ def _(
 def similarity(
     students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Similarity losses (H,) of unit rows against one teacher, and the gradients asked for, in bounded workspace.
+    """mean((S S' - T T')^2) over unit rows of each student, and the gradients asked for, in bounded workspace.
 
-    method: "tile" | "feature" | "auto" (see strips.similarity).
+    Args:
+        students: H tensors (B, D_h) of any length, strides and floating dtype.
+        teacher: (B, E).
+        method: "tile", "feature", or "auto": the feature form where it is cheaper, unless the loss turns out so small
+            that the feature form's sums cancel; then the tile form. On CUDA the kernels find that out themselves.
+        gradient: whether the students' gradients are wanted.
+        teacher_gradient: whether the teacher's gradient of each loss is wanted.
+
+    Returns:
+        losses (H,) in float32, or float64 where any vectors are; the students' gradients, and the teacher's of each
+        loss, in the dtype of `gradient_dtype`. An unwanted gradient is empty.
     """
+    if uses_triton([*students, teacher]):
+        from jasper_fast.kernels import pair_losses
+
+        return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
     return strips.similarity(students, teacher, method, gradient, teacher_gradient)
 
 
@@ -191,21 +206,58 @@ def similarity(
 def _(
     students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    teacher_gradients = [torch.empty_like(teacher) if teacher_gradient else teacher.new_empty(0) for _ in students]
-    return teacher.new_empty(len(students)), _fake_gradients(students, gradient), teacher_gradients
+    losses, gradients = _fake_losses(students, teacher, gradient)
+    return losses, gradients, [_fake_gradient(teacher, teacher_gradient) for _ in students]
 
 
 @torch.library.custom_op("jasper_fast::neighbourhood", mutates_args=())
 def neighbourhood(
     students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Neighbourhood losses (H,) of unit rows against one teacher, and their gradients, in bounded workspace."""
+    """Mean over rows of KL(softmax(T T' / t) || softmax(S S' / t)) of each student's unit rows, each without itself.
+
+    Args:
+        students: H tensors (B, D_h) of any length, strides and floating dtype.
+        teacher: (B, E), a constant.
+        temperature: t > 0.
+        gradient: whether the students' gradients are wanted.
+
+    Returns:
+        losses and the students' gradients, as those of `similarity`.
+    """
+    if uses_triton([*students, teacher]):
+        from jasper_fast.kernels import pair_losses
+
+        return pair_losses.neighbourhood(students, teacher, temperature, gradient)
     return strips.neighbourhood(students, teacher, temperature, gradient)
 
 
 @neighbourhood.register_fake
 def _(students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, list[Tensor]]:
-    return teacher.new_empty(len(students)), _fake_gradients(students, gradient)
+    return _fake_losses(students, teacher, gradient)
+
+
+def uses_triton(vectors: list[Tensor]) -> bool:
+    """Whether Triton kernels serve these: on CUDA, where Triton is installed, and none is float64."""
+    return vectors[-1].is_cuda and _TRITON and all(v.dtype != torch.float64 for v in vectors)
+
+
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def gradient_dtype(vectors: Tensor) -> torch.dtype:
+    """In which a mean's gradient is kept until it is scaled: float32 for float16, which could not hold it."""
+    return torch.float32 if vectors.dtype == torch.float16 else vectors.dtype
+
+
+def _fake_losses(students: list[Tensor], teacher: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    double = any(v.dtype == torch.float64 for v in (*students, teacher))
+    losses = teacher.new_empty(len(students), dtype=torch.float64 if double else torch.float32)
+    return losses, [_fake_gradient(s, gradient) for s in students]
+
+
+def _fake_gradient(vectors: Tensor, wanted: bool) -> Tensor:
+    return vectors.new_empty(vectors.shape if wanted else (0,), dtype=gradient_dtype(vectors))
 
 
 def _fake_gradients(students: list[Tensor], gradient: bool) -> list[Tensor]:

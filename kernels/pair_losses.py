@@ -147,7 +147,9 @@ def _tiles(
     height = min(height, rows)
     device = target.rows.device
     shared = torch.empty(height, pitch, dtype=torch.float32, device=device) if many else None
-    buffers = {store: torch.empty(height, pitch, dtype=store, device=device) for store in set(stores.values()) if wanted}
+    buffers = {
+        store: torch.empty(height, pitch, dtype=store, device=device) for store in set(stores.values()) if wanted
+    }
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     # cuBLAS takes no flag.
     may_fold = height == rows and gradient and not teacher_gradient and flag is None
@@ -295,7 +297,7 @@ def _by_feature(h: int, students: list[Tensor], teacher: Tensor, method: str, te
 def _feature(
     head: Vectors, target: Vectors, teacher_gram: Tensor | None, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, _Feature]:
-    """|S'S|^2 - 2 |T'S|^2 + |T'T|^2 in float64, and the gradients with respect to unit rows, as `_tiles` leaves them."""
+    """|S'S|^2 - 2 |T'S|^2 + |T'T|^2 in float64, and gradients with respect to unit rows, as `_tiles` leaves them."""
     assert teacher_gram is not None
     gram, cross = _features(head, head), _features(target, head)  # (D, D), (E, D)
     own, mixed, other = (matrix.square().sum() for matrix in (gram, cross, teacher_gram))
@@ -315,9 +317,7 @@ def _difference(head: Vectors, first: Tensor, target: Vectors, second: Tensor) -
     on = _on(head)
     product(head.rows, first.float(), out, on, row=head.reciprocals, precision=exact(head.rows.dtype))
     negative = (-second).float()
-    product(
-        target.rows, negative, out, on, row=target.reciprocals, accumulate=True, precision=exact(target.rows.dtype)
-    )
+    product(target.rows, negative, out, on, row=target.reciprocals, accumulate=True, precision=exact(target.rows.dtype))
     return out
 
 

@@ -132,9 +132,7 @@ def pair_tile_kernel(
     else:
         t = cosines(T, RT, i0, j0, B, E, stride_tb, stride_td, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         if SHARED is not None:
-            tl.store(
-                SHARED + m0.to(tl.int64) * stride_gb + n0 + m[:, None] * stride_gb + n[None, :], t, mask=inside
-            )
+            tl.store(SHARED + m0.to(tl.int64) * stride_gb + n0 + m[:, None] * stride_gb + n[None, :], t, mask=inside)
     s = cosines(S, RS, i0, j0, B, D, stride_sb, stride_sd, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     above = (i[:, None] < j[None, :]) & inside
     if LS is None:

@@ -1,7 +1,7 @@
 """A matrix product with the row normalisation of its operands folded in: gradients, and the feature form's products.
 
-Used where cuBLAS cannot serve: float32 at its own precision whatever `allow_tf32` says, operands scaled by row without a
-normalised copy, results added to what is there, the long dimension split with its parts kept apart.
+Used where cuBLAS cannot serve: float32 at its own precision whatever `allow_tf32` says, operands scaled by row without
+a normalised copy, results added to what is there, the long dimension split with its parts kept apart.
 """
 
 from __future__ import annotations
@@ -68,10 +68,7 @@ def product_kernel(
     out = OUT + split.to(tl.int64) * stride_oz + m0 * stride_om + n0
     offsets = m[:, None] * stride_om + n[None, :]
     wanted = (m[:, None] < rows) & (n[None, :] < columns)
-    if ACCUMULATE:
-        acc = tl.load(out + offsets, mask=wanted, other=0.0)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.load(out + offsets, mask=wanted, other=0.0) if ACCUMULATE else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, left, BLOCK_K):
         inside = start + k < left
         a = tl.load(a_tile + a_offsets, mask=(m[:, None] < rows) & inside[None, :], other=0.0)

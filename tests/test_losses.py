@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jasper_fast import losses, ops, reference, strips
+from jasper_fast import cost, losses, ops, reference, strips
 from jasper_fast.losses import JasperLoss, cosine_loss, neighbourhood_loss, relative_similarity_loss, similarity_loss
 
 LOSSES = {
@@ -107,8 +107,8 @@ def test_strips_do_not_change_the_result(monkeypatch):
 
 
 def test_auto_leaves_the_feature_form_when_it_cancels(monkeypatch):
-    assert strips.feature_form_is_cheaper(400, 16, 16, False)
-    assert not strips.feature_form_is_cheaper(400, 384, 384, False)
+    assert cost.feature_form_is_cheaper(400, 16, 16, False)
+    assert not cost.feature_form_is_cheaper(400, 384, 384, False)
     teacher = torch.nn.functional.normalize(torch.randn(400, 16))
     near = torch.nn.functional.normalize(teacher + 1e-4 * torch.randn(400, 16))
     far = torch.nn.functional.normalize(torch.randn(400, 16))
