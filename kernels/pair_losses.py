@@ -20,6 +20,7 @@ from jasper_fast.kernels.product import exact, product
 from jasper_fast.kernels.rows import reciprocal_lengths, tangent
 
 WORKSPACE = 160 * 2**20  # bytes for the strips of one student against one teacher
+STEP = 128  # strips are multiples of this many rows
 PRECISION = "tf32x3"  # of float32 operands; others are exact
 BLOCKS = 264  # that keep a large GPU busy: two for each of 132 multiprocessors
 
@@ -56,7 +57,8 @@ def similarity(
         totals[h] = total
     rest = [h for h in range(len(heads)) if h not in by_feature]
     if rest:
-        parts, teacher_parts = [None] * len(rest), [None] * len(rest)
+        parts: list[Tensor | None] = [None] * len(rest)
+        teacher_parts: list[Tensor | None] = [None] * len(rest)
         found = _tiles([heads[h] for h in rest], target, parts, teacher_parts, gradient, teacher_gradient)
         for n, h in enumerate(rest):
             totals[h], sums[h], teacher_sums[h] = found[n], parts[n], teacher_parts[n]
@@ -143,7 +145,7 @@ def _tiles(
     element = 4 * many + max(store.itemsize for store in stores.values()) * wanted
     # Several students share one budget three times as large: with one strip there is nothing to add up.
     fit = WORKSPACE * (3 if many else 1) // (max(element, 1) * pitch)
-    height = rows if fit >= rows else max(fit // 128, 1) * 128
+    height = rows if fit >= rows else max(fit // STEP, 1) * STEP
     height = min(height, rows)
     device = target.rows.device
     shared = torch.empty(height, pitch, dtype=torch.float32, device=device) if many else None
@@ -161,14 +163,17 @@ def _tiles(
             folded = may_fold and (head.rows.dtype == torch.bfloat16 if fold is None else fold)
             partial = _pair_tile(head, target, shared, weights, flag, logit_scale, begin, end, h == 0, folded)
             totals[h] += partial.sum(dtype=torch.float64)
+            if weights is None:
+                continue
             if folded:
                 sums[h] = weights[:, :rows] @ head.rows
                 continue
             for side, places, use in ((head, sums, gradient), (target, teacher_sums, teacher_gradient)):
                 if use:
-                    if places[h] is None:
-                        places[h] = torch.empty(side.rows.shape, dtype=torch.float32, device=device)
-                    _add_strip(places[h], weights, side, begin, end, flag)
+                    place = places[h]
+                    if place is None:
+                        place = places[h] = torch.empty(side.rows.shape, dtype=torch.float32, device=device)
+                    _add_strip(place, weights, side, begin, end, flag)
     return totals
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -216,11 +217,13 @@ GROUP = 8
 
 def forms() -> Iterator[Form]:
     """See `registry`."""
-    aligned = {"stride_sb": "i32:16", "stride_tb": "i32:16"}, {"stride_sd": 1, "stride_td": 1}
-    strided = dict.fromkeys(("stride_sb", "stride_sd", "stride_tb", "stride_td"), "i32"), {}
+    layouts: list[tuple[dict[str, str], dict[str, int]]] = [
+        ({"stride_sb": "i32:16", "stride_tb": "i32:16"}, {"stride_sd": 1, "stride_td": 1}),
+        (dict.fromkeys(("stride_sb", "stride_sd", "stride_tb", "stride_td"), "i32"), {}),
+    ]
     for (student, teacher), (strides, ones), loss in itertools.product(
         [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")],
-        (aligned, strided),
+        layouts,
         ("similarity", "neighbourhood"),
     ):
         whole, store = "fp32" in (student, teacher), "bf16" if student == "bf16" else "fp32"
@@ -234,7 +237,7 @@ def forms() -> Iterator[Form]:
                 absent = ["SHARED"] if use in ("alone", "loss only") else []
                 absent += ["W"] if use == "loss only" else []
                 absent += ["LS", "LT"] if loss == "similarity" else []
-                constants = {name: None for name in absent}
+                constants: dict[str, Any] = dict.fromkeys(absent)
                 constants |= {"FIRST": use == "first", "FOLD": use != "next" and student == "bf16"}
                 yield Form(
                     f"{loss} {use}, {student}/{teacher} {layout}, {tile}",
@@ -254,7 +257,7 @@ def forms() -> Iterator[Form]:
                         ("bf16", "bf16", "neighbourhood", "first"),
                     ),
                 )
-    for dtype, (strides, ones) in itertools.product(TYPES.values(), (aligned, strided)):
+    for dtype, (strides, ones) in itertools.product(TYPES.values(), layouts):
         for tile in TILES_32_BIT if dtype == "fp32" else TILES_SOFTMAX:
             yield Form(
                 f"{dtype} {'dense' if ones else 'strided'}, {tile}",

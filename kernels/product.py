@@ -176,7 +176,7 @@ def product(
 def forms() -> Iterator[Form]:
     """See `registry`."""
     # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision.
-    uses = []
+    uses: list[tuple[str, str, str, tuple[str, ...], str]] = []
     for x in TYPES.values():
         precision = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[x]
         uses.append((f"strip {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))

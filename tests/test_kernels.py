@@ -1,0 +1,309 @@
+"""The Triton kernels against float64 references: interpreted on a CPU, small; compiled on a GPU with ``-m gpu``, large.
+
+Triton's interpreter computes bfloat16 wrongly and hides races, so the GPU run repeats everything with bfloat16, asks
+for identical bits, and runs each tile by itself. Every allocation is filled with NaN first, so that what a kernel does
+not write shows.
+"""
+
+import pytest
+import torch
+
+from jasper_fast import cost, ops, reference
+from jasper_fast.losses import JasperLoss, neighbourhood_loss, similarity_loss
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+
+from jasper_fast.kernels import configs, pair_losses, product, rows  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+on_gpu = pytest.mark.gpu
+FLOATS = ["float32", "float16", pytest.param("bfloat16", marks=on_gpu)]
+# B, D, E: single rows, less than a tile, odd, several tiles, more student than teacher.
+SHAPES = [(1, 5, 3), (2, 3, 7), (3, 17, 9), (17, 20, 33)]
+LARGE = [pytest.param(shape, marks=on_gpu) for shape in ((1000, 384, 1000), (2049, 1024, 768), (4096, 12288, 4096))]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What torch.empty gives is NaN, or a large integer."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*arguments, plain=plain, **options):
+            out = plain(*arguments, **options)
+            return out.fill_(float("nan") if out.is_floating_point() else 2**30)
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def vectors(count: int, width: int, dtype: str, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(count, width)).to(getattr(torch, dtype)).to(DEVICE)
+
+
+def wanted(loss, student: torch.Tensor, teacher: torch.Tensor):
+    """The reference's loss and gradients in float64."""
+    student, teacher = (v.detach().double().requires_grad_() for v in (student, teacher))
+    value = loss(student, teacher)
+    value.backward()
+    return value.detach(), student.grad, teacher.grad
+
+
+def error_scale(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """4/B^2 (|S S'S| + |T T'S|), carried through rows of the students' lengths."""
+    s, t = (reference.normalise(v.double()) for v in (student, teacher))
+    size = (s @ (s.T @ s)).norm() + (t @ (t.T @ s)).norm()
+    return float(4 / len(s) ** 2 * size / student.double().norm(dim=1).max())
+
+
+def check_similarity(student, teacher, method, found, bound):
+    value, student_gradient, teacher_gradient = wanted(reference.similarity_loss, student, teacher)
+    losses, (gradient,), (own,) = found
+    # What a bfloat16 gradient, or weights rounded to it or to TF32, add.
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+    assert losses.shape == (1,) and losses.dtype == torch.float32
+    assert abs(losses[0] - value) <= bound * max(10 * value, 0.1)  # squared cosines are 1 where there is one row
+    for got, expected, rows_, other in (
+        (gradient, student_gradient, student, teacher),
+        (own, teacher_gradient, teacher, student),
+    ):
+        assert got.shape == rows_.shape and got.dtype == ops.gradient_dtype(rows_)
+        # Where the student's weights are bfloat16, so are the teacher's gradient's.
+        coarse = max(rounding.get(v.dtype, 0.0) for v in (rows_, other)) if GPU else 0.0
+        assert (got.double() - expected).norm() <= bound * error_scale(rows_, other) + coarse * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("method, bound", [("tile", 1e-6), ("feature", 1e-5)])
+def test_similarity(shape, dtype, method, bound):
+    student, teacher = vectors(shape[0], shape[1], dtype, 3.0), vectors(shape[0], shape[2], dtype)
+    check_similarity(student, teacher, method, pair_losses.similarity([student], teacher, method, True, True), bound)
+    (value,), (none,), (neither,) = pair_losses.similarity([student], teacher, method, False, False)
+    assert value.isfinite() and none.numel() == neither.numel() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE[:2])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("temperature", [0.05, 0.002])
+def test_neighbourhood(shape, dtype, temperature):
+    student, teacher = vectors(shape[0], shape[1], dtype), vectors(shape[0], shape[2], dtype, 1e-3)
+    value, expected, _ = wanted(
+        lambda s, t: reference.neighbourhood_loss(s, t, temperature=temperature), student, teacher
+    )
+    (loss,), (gradient,) = pair_losses.neighbourhood([student], teacher, temperature, True)
+    # Logits are cosines over the temperature: their errors grow with it, and so does what exp makes of them.
+    bound = 1e-6 / temperature
+    assert abs(loss - value) <= bound * max(value, 1.0)
+    rounding = {"bfloat16": 2**-7, "float16": 2**-10}.get(dtype, 0.0) if GPU else 0.0
+    assert (gradient.double() - expected).norm() <= (bound + rounding) * expected.norm() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=on_gpu) for d in ("float16", "bfloat16"))])
+def test_strips_heads_and_layouts(dtype, monkeypatch):
+    """Several strips, two students of one teacher, rows and columns far apart: as whole, one by one, dense."""
+    count = 2500 if GPU else 37
+    students = [vectors(count, width, dtype) for width in (24, 5)]
+    teacher = vectors(count, 2 * 19, dtype)[:, ::2]
+    loose = [s.T.contiguous().T for s in students]
+    if not GPU:
+        monkeypatch.setattr(pair_losses, "STEP", 16)
+    monkeypatch.setattr(pair_losses, "WORKSPACE", 0)  # the lowest strips
+    value = pair_losses.similarity(loose, teacher, "tile", True, True)
+    softmax = pair_losses.neighbourhood(loose, teacher, 0.05, True)
+    monkeypatch.setattr(pair_losses, "WORKSPACE", 2**30)
+    for h, student in enumerate(students):
+        whole = pair_losses.similarity([student], teacher.contiguous(), "tile", True, True)
+        close = {"rtol": 2e-2, "atol": 1e-6} if dtype == "bfloat16" else {"rtol": 2e-3, "atol": 1e-6}
+        torch.testing.assert_close(value[0][h], whole[0][0], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(value[1][h], whole[1][0], **close)
+        torch.testing.assert_close(value[2][h], whole[2][0], **close)
+        alone = pair_losses.neighbourhood([student], teacher.contiguous(), 0.05, True)
+        torch.testing.assert_close(softmax[0][h], alone[0][0], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(softmax[1][h], alone[1][0], **close)
+
+
+def test_folded_product():
+    """The one strip whose product cuBLAS takes, here with float32 weights, against the kernel's own product."""
+    student, teacher = vectors(21, 18, "float32", 5.0), vectors(21, 10, "float32")
+    head, target = pair_losses._vectors(student), pair_losses._vectors(teacher)
+    found = []
+    for fold in (True, False):
+        sums = [None]
+        total = pair_losses._tiles([head], target, sums, [None], True, False, fold=fold)
+        found.append((total, sums[0]))
+    torch.testing.assert_close(*found)
+
+
+def test_auto_leaves_the_feature_form_without_asking_the_host():
+    count = 6000 if GPU else 70
+    assert cost.feature_form_is_cheaper(count, 8, 8, True)
+    teacher = vectors(count, 8, "float32")
+    far, near = vectors(count, 8, "float32"), teacher + 1e-4 * vectors(count, 8, "float32")
+    for student, method in ((far, "feature"), (near, "tile")):
+        found = pair_losses.similarity([student], teacher, "auto", True, True)
+        same = pair_losses.similarity([student], teacher, method, True, True)
+        torch.testing.assert_close(found, same, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=on_gpu)])
+def test_huge_tiny_zero_and_broken_rows(dtype):
+    student, teacher = vectors(20, 6, dtype), vectors(20, 9, dtype)
+    scales = torch.logspace(-25, 25, 20).to(DEVICE)[:, None]
+    value, (gradient,), _ = pair_losses.similarity([student * scales.to(student.dtype)], teacher, "tile", True, False)
+    plain, (expected,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+    coarse = 2e-2 if dtype == "bfloat16" else 1e-5
+    torch.testing.assert_close(value, plain, rtol=coarse, atol=0)
+    torch.testing.assert_close(
+        gradient.double() * scales, expected.double(), rtol=coarse, atol=coarse * float(expected.abs().max())
+    )
+    student[3] = 0.0
+    for call in (
+        lambda s: pair_losses.similarity([s], teacher, "tile", True, False)[:2],
+        lambda s: pair_losses.similarity([s], teacher, "feature", True, False)[:2],
+        lambda s: pair_losses.neighbourhood([s], teacher, 0.05, True),
+    ):
+        value, (gradient,) = call(student)
+        assert value.isfinite().all() and gradient.isfinite().all() and not gradient[3].any()
+        for broken in (float("nan"), float("inf")):
+            spoilt = student.clone()
+            spoilt[5, 2] = broken
+            value, (gradient,) = call(spoilt)
+            assert value.isnan().all() and gradient[5].isnan().all()
+
+
+def test_reciprocal_lengths():
+    table = torch.tensor([[3e38, 3e38, 0], [1e-38, 0, 0], [0, 0, 0], [3, 4, 0], [torch.inf, 1, 0], [torch.nan, 1, 0]])
+    found = rows.reciprocal_lengths(table.to(DEVICE)).cpu()
+    assert found[2] == 0 and found[4:].isnan().all()
+    length = table[:4].double().norm(dim=1)
+    torch.testing.assert_close((found[:4] * length)[[0, 1, 3]], torch.ones(3).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tile", product.TILES_BF16 + configs.TILES_32_BIT, ids=str)
+def test_product_by_each_tile(tile):
+    """Scaled on every side, split, added to what is there, with a turned left operand and a ragged edge."""
+    m, n, k = 70, 75, 90
+    a, x = vectors(k, m, "float32").T, vectors(k, n, "float32")
+    row, inner_a, inner_x = (vectors(1, size, "float32")[0] for size in (m, k, k))
+    out = torch.empty(2, m, n, device=DEVICE)
+    on = torch.ones((), dtype=torch.int32, device=DEVICE)
+    scales = {"row": row, "inner_a": inner_a, "inner_x": inner_x, "precision": pair_losses.PRECISION, "tile": tile}
+    product.product(a, x, out, on, depth=64, **scales)
+    left, right = (a * row[:, None] * inner_a).double(), (x * inner_x[:, None]).double()
+    expected = torch.stack([left[:, :64] @ right[:64], left[:, 64:] @ right[64:]])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    before = out[0].clone()
+    product.product(a, x, out[0], on, accumulate=True, **scales)
+    torch.testing.assert_close(out[0].double(), before.double() + expected.sum(0), rtol=1e-4, atol=1e-4)
+    product.product(a, x, before, torch.zeros_like(on), **scales)
+    assert before.isfinite().all() and not torch.equal(before, out[0])  # the flag is down: nothing was done
+
+
+# From here on a GPU is needed: what an interpreter cannot show.
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("loss", ["similarity", "neighbourhood"])
+def test_each_tile_alone(dtype, loss, monkeypatch):
+    student, teacher = vectors(777, 200, dtype), vectors(777, 136, dtype)
+    names = [name for name in ("TILES_16_BIT", "TILES_32_BIT", "TILES_SOFTMAX") if hasattr(pair_losses, name)]
+    before = {name: getattr(pair_losses, name) for name in names}
+    call = {
+        "similarity": lambda: pair_losses.similarity([student], teacher, "tile", True, False)[:2],
+        "neighbourhood": lambda: pair_losses.neighbourhood([student], teacher, 0.05, True),
+    }[loss]
+    usual = call()
+    for n in range(2):
+        for name in names:
+            monkeypatch.setattr(pair_losses, name, before[name][n : n + 1])
+        torch.testing.assert_close(call(), usual, rtol=2e-2 if dtype == "bfloat16" else 1e-3, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_repeated_runs_are_identical(dtype):
+    heads = {256: vectors(3000, 256, dtype), 64: vectors(3000, 64, dtype)}
+    teacher = vectors(3000, 256, dtype)
+    module = JasperLoss((10.0, 200.0, 0.0), neighbourhood=1.0)
+    first = module.value_and_grad(heads, teacher)
+    for _ in range(5):
+        again = module.value_and_grad(heads, teacher)
+        assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
+        assert all(torch.equal(first[1][width], again[1][width]) for width in heads)
+
+
+@on_gpu
+@pytest.mark.parametrize("method", ["tile", "feature"])
+def test_bfloat16_is_no_worse_than_pytorch(method):
+    student, teacher = vectors(4096, 1024, "bfloat16"), vectors(4096, 1024, "bfloat16")
+    value, expected, _ = wanted(reference.similarity_loss, student, teacher)
+    plain = student.clone().requires_grad_()
+    reference.similarity_loss(plain, teacher).backward()
+    own = student.clone().requires_grad_()
+    loss = similarity_loss(own, teacher, method=method)
+    loss.backward()
+    scale = error_scale(student, teacher)
+    theirs, ours = ((leaf.grad.double() - expected).norm() / scale for leaf in (plain, own))
+    assert ours <= 1.1 * theirs + 1e-6
+    assert abs(loss - value) <= 1e-5 * value
+
+
+@on_gpu
+def test_no_host_waits_and_cuda_graphs():
+    teacher = vectors(2000, 128, "bfloat16")
+    heads = {128: vectors(2000, 128, "bfloat16").requires_grad_(), 32: vectors(2000, 32, "bfloat16").requires_grad_()}
+    module = JasperLoss((10.0, 200.0, 0.0), neighbourhood=1.0)
+
+    def step() -> torch.Tensor:
+        loss = module(heads, teacher).loss
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for head in heads.values():
+        head.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    graph.replay()
+    expected, gradients = module.value_and_grad(heads, teacher)
+    assert torch.equal(loss, expected.loss)
+    for width, head in heads.items():
+        assert torch.equal(head.grad, gradients[width])
+
+
+@on_gpu
+@pytest.mark.parametrize("loss", [similarity_loss, neighbourhood_loss])
+def test_compiled_and_autocast_on_a_gpu(loss):
+    student, teacher = vectors(300, 96, "bfloat16"), vectors(300, 64, "bfloat16")
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = []
+    for call in (loss, compiled, torch.autocast("cuda", torch.bfloat16)(loss)):
+        leaf = student.clone().requires_grad_()
+        value = call(leaf, teacher)
+        value.sum().backward()
+        found.append((value.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@on_gpu
+def test_memory_stays_bounded():
+    student, teacher = vectors(30000, 256, "bfloat16").requires_grad_(), vectors(30000, 256, "bfloat16")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    similarity_loss(student, teacher, method="tile").backward()
+    torch.cuda.synchronize()
+    # One B x B matrix in bfloat16 would be 1.8 GB.
+    assert torch.cuda.max_memory_allocated() - before < 2**28
