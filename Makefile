@@ -77,10 +77,13 @@ $(VENV)/.demo: $(VENV)/.base $(PACKAGE)
 	@$(extension_note)
 	@touch $@
 
-# What tests, lint and benchmarks need besides; everything of .demo is in it.
-$(VENV)/.dev: $(VENV)/.base $(PACKAGE)
+# What tests, lint and benchmarks need besides; everything of .demo is in it. Beside a CPU build of torch, the Triton
+# that interprets and compiles the kernels; CUDA builds bring their own.
+$(VENV)/.dev: $(VENV)/.base $(PACKAGE) requirements-ci.txt
 	@touch $(VENV)/.building
 	$(INSTALL) --no-build-isolation -e ".[dev]"
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+		$(INSTALL) -r requirements-ci.txt; fi
 	@$(extension_note)
 	@touch $(VENV)/.demo $@
 

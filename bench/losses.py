@@ -25,10 +25,14 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def main(argv: list[str]) -> int:
     """Measure, print ratios first, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/losses-cpu.json"), help="JSON to write")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/losses-DEVICE.json)")
     parser.add_argument("--repeats", type=int, default=7, help="median of this many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="leave out what takes gigabytes or many seconds")
     options = parser.parse_args(argv)
+    options.out = options.out or Path(f"bench/results/losses-{options.device}.json")
+    if options.device == "cuda":
+        return on_cuda(options.out, options.repeats, options.quick)
     threads = torch.get_num_threads()
     results: dict[str, object] = {"environment": environment()}
     results["published"] = [published(rows, options.repeats) for rows in ((64,) if options.quick else (64, 128))]
@@ -39,6 +43,19 @@ def main(argv: list[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {options.out}")
+    return 0
+
+
+def on_cuda(out: Path, repeats: int, quick: bool) -> int:
+    """The GPU suite; needs nothing but torch, Triton and a device."""
+    from bench import _losses_cuda
+
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is in use here; python -m jasper_fast.env says why. For a CPU: --device cpu")
+    results = {"environment": environment(), **_losses_cuda.measure("cuda", repeats, quick)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {out}")
     return 0
 
 

@@ -102,7 +102,7 @@ def _version(distribution: str) -> str | None:
 
 def _absent(name: str) -> str:
     if name == "triton":
-        return "not installed: no Triton kernels (CUDA builds of torch bring it)"
+        return "not installed: no Triton kernels (CUDA builds of torch bring it; without a GPU: requirements-ci.txt)"
     extra = "tracking" if name in TRACKERS else "export" if name in ONNX else None
     return "not installed: pip install " + (f"'jasper_fast[{extra}]'" if extra else name)
 

@@ -42,7 +42,7 @@ class Tile:
 # The first is for ordinary batches, the last for those too small to fill a GPU with large tiles.
 TILES_16_BIT = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 # Three TF32 products for one keep their operands' halves in registers: smaller steps.
-TILES_32_BIT = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
+TILES_32_BIT = (Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3))
 # An online softmax keeps four numbers of each row and column beside the tile.
 TILES_SOFTMAX = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 

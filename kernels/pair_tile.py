@@ -229,7 +229,8 @@ def forms() -> Iterator[Form]:
         whole, store = "fp32" in (student, teacher), "bf16" if student == "bf16" else "fp32"
         layout = "dense" if ones else "strided"
         for tile in TILES_32_BIT if whole else TILES_16_BIT if loss == "similarity" else TILES_SOFTMAX:
-            for use in ("alone", "first", "next", "loss only"):
+            # Other layouts and mixed dtypes change the loads alone: one use shows them.
+            for use in ("alone", "first", "next", "loss only") if ones and student == teacher != "fp16" else ("alone",):
                 types = {"S": f"*{student}:16", "T": f"*{teacher}:16", "RS": "*fp32:16", "RT": "*fp32:16"}
                 types |= {"SHARED": "*fp32:16", "W": f"*{store}:16", "LS": "*fp32:16", "LT": "*fp32:16"}
                 types |= {"PARTIAL": "*fp32", "FLAG": "*i32", "logit_scale": "fp32", **strides}

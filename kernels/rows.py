@@ -122,7 +122,7 @@ def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float
 def forms() -> Iterator[Form]:
     """See `registry`."""
     for dtype in TYPES.values():
-        for block in (16, 512, 2048):
+        for block in (16, 2048):
             for unit in (True, False):
                 strides = {"stride_xb": "i32:16"} if unit else {"stride_xb": "i32", "stride_xd": "i32"}
                 constants = {"BLOCK": block} | ({"stride_xd": 1} if unit else {})

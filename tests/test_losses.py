@@ -198,6 +198,51 @@ def test_several_heads_share_a_teacher():
         torch.testing.assert_close(leaves[8].grad, share * gradient)
 
 
+@pytest.mark.parametrize("weights", [(10.0, 200.0, 20.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_value_and_grad_is_what_backward_gives(weights):
+    """Also without a graph, for heads that no weighted loss reaches, and for a single tensor."""
+    teacher = torch.randn(20, 16)
+    heads = {width: torch.randn(20, width) for width in (16, 8)}
+    module = JasperLoss(weights, neighbourhood=weights[1] / 100)
+    leaves = {width: head.clone().requires_grad_() for width, head in heads.items()}
+    expected = module(leaves, teacher)
+    if expected.loss.requires_grad:
+        expected.loss.backward()
+    with torch.no_grad():
+        output, found = module.value_and_grad(heads, teacher.clone().requires_grad_())
+    assert not any(part.requires_grad for part in output)
+    torch.testing.assert_close(tuple(output), tuple(part.detach() for part in expected))
+    for width, leaf in leaves.items():
+        torch.testing.assert_close(found[width], torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    _, single = module.value_and_grad(heads[8].bfloat16(), teacher)
+    assert list(single) == [8] and single[8].dtype == torch.bfloat16
+
+
+def test_a_gradient_cached_in_pieces_is_the_whole_one():
+    encoder = torch.nn.Linear(12, 6)
+    texts, teacher = torch.randn(32, 12), torch.randn(32, 6)
+    module = JasperLoss()
+    module(encoder(texts), teacher).loss.backward()
+    whole = encoder.weight.grad.clone()
+    encoder.zero_grad()
+    with torch.no_grad():
+        vectors = torch.cat([encoder(piece) for piece in texts.split(8)])
+    _, gradients = module.value_and_grad(vectors, teacher)
+    for piece, gradient in zip(texts.split(8), gradients[6].split(8), strict=True):
+        encoder(piece).backward(gradient)
+    torch.testing.assert_close(encoder.weight.grad, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_fused_ops_keep_to_their_fakes(dtype):
+    students = [torch.randn(12, 6, dtype=dtype), torch.randn(12, 9, dtype=dtype).T.contiguous().T]
+    teacher = torch.randn(12, 5)
+    for gradient in (True, False):
+        torch.library.opcheck(ops.neighbourhood, (students, teacher, 0.05, gradient))
+        for method in ("tile", "feature", "auto"):
+            torch.library.opcheck(ops.similarity, (students, teacher, method, gradient, gradient))
+
+
 def test_teacher_that_is_a_head_is_a_constant():
     head, narrow = torch.randn(12, 8, requires_grad=True), torch.randn(12, 4, requires_grad=True)
     JasperLoss(weights=(0, 1, 0))({4: narrow}, head).loss.backward()
