@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     """Compile, write the JSON and the table drawn from it, and name what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench compile_matrix", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the representative forms only; nothing is written")
+    parser.add_argument("--write", action="store_true", help="write also what is not the whole matrix")
     parser.add_argument("--kernel", help="only kernels whose name contains this; nothing is written")
     parser.add_argument("--table", action="store_true", help="only write the table from the committed JSON")
     options = parser.parse_args(argv)
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise SystemExit("TRITON_INTERPRET=1 is set, so kernels would not be compiled: unset it")
     found = compile_all(options.quick, options.kernel or "")
     faults = [fault for entry in found["forms"] for fault in entry["faults"]]
-    if not options.quick and not options.kernel:
+    if options.write or not (options.quick or options.kernel):
         OUT.write_text(json.dumps(found, indent=1) + "\n")
         TABLE.write_text(table(found))
         print(f"written to {OUT} and {TABLE}")
@@ -61,7 +62,7 @@ def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
         entry |= {"warps": form.warps, "stages": form.stages}
         entry["faults"] = [f"{entry['kernel']} [{form.label}] sm_{sm}: {fault}" for fault in judge(form, sm, result)]
         entries.append(entry)
-    return {"triton": triton.__version__, "forms": entries}
+    return {"triton": triton.__version__, "whole": not quick and not name, "forms": entries}
 
 
 def compile_form(form: Any, sm: int) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"Written by `python -m bench compile_matrix` with triton {found['triton']} from "
         "`bench/results/compile-matrix.json`. Compiled for each architecture, not run on one: no GPU was at hand.",
+        "Every form of every kernel." if found["whole"] else "Some forms stand for all; `make soak` compiles all.",
         "Stack is what a thread spills, in bytes; shared memory is a block's, in KiB.",
         "",
         "| kernel | form | warps | stages | sm | registers | stack | shared | tensor cores |",

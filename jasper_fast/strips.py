@@ -29,7 +29,7 @@ class _Unit(NamedTuple):
         """From a gradient with respect to the unit rows to that of the vectors; none, an empty tensor."""
         if gradient is None:
             return self.rows.new_empty(0, dtype=self.dtype)
-        return tangent_(gradient, self.rows, self.inverse).to(self.dtype)
+        return tangent_(gradient, self.rows, self.inverse).to(self.dtype).contiguous()
 
 
 def _units(students: list[Tensor], teacher: Tensor) -> tuple[list[_Unit], _Unit]:

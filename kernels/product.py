@@ -203,5 +203,7 @@ def forms() -> Iterator[Form]:
                 tile.warps,
                 tile.stages,
                 tensor_cores=True,
+                # Strided loads keep an address for every element.
+                stack=dict.fromkeys((80, 90, 100), 256 if "strided" in layout else 32),
                 quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
             )
