@@ -65,3 +65,10 @@ def test_faults_are_found(result, words):
     form = SimpleNamespace(stack={90: 8}, tensor_cores=True)
     (fault,) = compile_matrix.judge(form, 90, result)
     assert words in fault
+
+
+def test_the_similarity_forms_table_is_drawn_from_the_committed_result():
+    from bench import similarity_forms
+
+    found = json.loads((ROOT / similarity_forms.OUT).read_text())
+    assert (ROOT / similarity_forms.TABLE).read_text() == similarity_forms.table(found)
