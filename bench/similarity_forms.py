@@ -69,7 +69,7 @@ def measure(rows: int, width: int, teacher_width: int, noise: float | None = Non
         }
     cheaper = cost.feature_form_is_cheaper(rows, width, teacher_width, False)
     found["model"] = "feature" if cheaper else "tile"
-    found["auto_took"] = "tile" if found["auto"]["loss_error"] == found["tile"]["loss_error"] else "feature"
+    found["auto_took"] = "tile" if found["auto"]["gradient_error"] == found["tile"]["gradient_error"] else "feature"
     return found
 
 
