@@ -250,7 +250,7 @@ def forms() -> Iterator[Form]:
                     tile.stages,
                     tensor_cores=True,
                     # Strided loads keep an address for every element; on sm_100 the epilogue is the larger part.
-                    stack={80: 256, 90: 256, 100: 256} if not ones else {100: 64},
+                    stack={80: 256, 90: 256, 100: 256} if not ones else {100: 96},
                     quick=use in ("alone", "first")
                     and layout == "dense"
                     and tile.m == 128

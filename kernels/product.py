@@ -204,6 +204,6 @@ def forms() -> Iterator[Form]:
                 tile.stages,
                 tensor_cores=True,
                 # Strided loads keep an address for every element.
-                stack=dict.fromkeys((80, 90, 100), 256 if "strided" in layout else 32),
+                stack=dict.fromkeys((80, 90, 100), 256 if "strided" in layout else 96),
                 quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
             )
