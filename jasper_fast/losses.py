@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jasper_fast import ops, reference, rows
+from jasper_fast import binned, ops, reference, rows
 from jasper_fast.gather import gather_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 SIMILARITY_METHODS = ("auto", "tile", "feature", "reference")
-RELATIVE_METHODS = ("auto", "exact", "reference")
+RELATIVE_METHODS = ("auto", "exact", "binned", "reference")
 TIES = ("exclude", "label")
 REDUCTIONS = ("sum", "mean")
 
@@ -77,9 +77,10 @@ def relative_similarity_loss(
         teacher: (B, E) vectors; never gets a gradient.
         margin: in cosine units, finite.
         ties: "exclude" leaves out pairs of pairs with equal teacher scores (the paper), "label" lets their index decide
-            (the published code).
+            (the published code). "binned" does not tell them apart: its ties count half either way.
         method: "exact" counts all C(C(B, 2), 2) terms in O(P log P) time and O(P) memory for P = C(B, 2), B <= 65536;
-            "reference" writes them all down, O(P^2); "auto" is "exact".
+            "binned" counts scores in bins, in O(B D) memory and with an error that docs/binned.md shows; "reference"
+            writes all terms down, O(P^2); "auto" is "exact" until `binned.preferred` finds its memory too much.
 
     Raises:
         TypeError: not floating-point tensors, or a margin that is not a number.
@@ -96,7 +97,7 @@ def relative_similarity_loss(
         dtype = _compute_dtype([student], teacher)
         if method == "reference":
             return reference.relative_similarity_loss(student.to(dtype), teacher.to(dtype), margin=margin, ties=ties)
-        return _relative_similarity([_unit(student, dtype)], _unit(teacher.detach(), dtype), margin, ties)[0]
+        return _relative_similarity([_unit(student, dtype)], _unit(teacher.detach(), dtype), margin, ties, method)[0]
 
 
 def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.05) -> Tensor:
@@ -220,7 +221,7 @@ class JasperLoss(nn.Module):
             if similarity_weight:
                 similarity = _similarity(heads, teacher, "auto").sum()
             if relative_weight:
-                relative = _relative_similarity(units, target.detach(), self.margin, self.ties).sum()
+                relative = _relative_similarity(units, target.detach(), self.margin, self.ties, "auto").sum()
             if self.neighbourhood:
                 neighbourhood = _neighbourhood(heads, teacher.detach(), self.temperature).sum()
             parts = (cosine, similarity, relative, neighbourhood)
@@ -278,11 +279,13 @@ def _similarity(students: list[Tensor], teacher: Tensor, method: str) -> Tensor:
     return _attach(losses, [*students, *[teacher] * len(students)], [*gradients, *teacher_gradients], heads + heads)
 
 
-def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str) -> Tensor:
+def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str, method: str) -> Tensor:
     _check_rows(target)  # again: a group's ranks come together only here
-    losses, gradients = ops.relative_similarity(
-        [unit.detach() for unit in units], target, margin, ties == "exclude", _wants_gradient(units)
-    )
+    vectors, wanted = [unit.detach() for unit in units], _wants_gradient(units)
+    if method == "binned" or (method == "auto" and binned.preferred(target.shape[0], len(units))):
+        losses, gradients = binned.relative_similarity(vectors, target, margin, wanted)
+    else:
+        losses, gradients = ops.relative_similarity(vectors, target, margin, ties == "exclude", wanted)
     return _attach(losses, units, gradients, list(range(len(units))))
 
 

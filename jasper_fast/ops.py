@@ -44,13 +44,14 @@ def extension_error() -> str | None:
     return _ERROR
 
 
-def _native(tensor: Tensor) -> bool:
+def native(tensor: Tensor) -> bool:
+    """Whether the compiled extension takes this tensor."""
     return _PATH is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def pack_pairs(matrix: Tensor) -> Tensor:
     """The strict upper triangle, row by row. (B, B) -> (P,)."""
-    if _native(matrix):
+    if native(matrix):
         return torch.ops.jasper_fast_native.pack_pairs(matrix.contiguous())
     i, j = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
     return matrix[i, j]
@@ -81,7 +82,7 @@ def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bo
         <up - low, scores> (H,) float64. A pair without a number on either side takes no part in the counts and makes
         the last figure NaN.
     """
-    if _native(scores):
+    if native(scores):
         return torch.ops.jasper_fast_native.pair_counts(scores.contiguous(), teacher.contiguous(), margin, exclude_ties)
     counted = [_pair_counts_torch(row, teacher, margin, exclude_ties) for row in scores]
     gradient, low, dot = (torch.stack(parts) for parts in zip(*counted, strict=True))

@@ -1,0 +1,223 @@
+"""The relative similarity loss in O(B D + K^2) memory: scores are counted in bins, never stored.
+
+A pair with teacher score t and student score x enters the gradient with g = up - low (ops.pair_counts). Let X and R be
+how many student and teacher scores lie below a value, A(t, y) how many pairs have a teacher score below t and a student
+score above y, and C(t, y) how many have them above and below. Then
+
+    g(t, x) = X(x + m) + X(x - m) - 2 R(t) + A(t, x + m) - C(t, x - m).
+
+X and R belong to one axis, so they are tabulated finely. A and C need both axes (K x K bins) but count only pairs that
+the student misplaces by more than the margin: they vanish as it gets good, and the error of a coarse table with them.
+The margin is a whole number of student bins where it can be, so what stands at the nodes of the K x K table is exact,
+and only a smooth function is interpolated between them, along both axes.
+
+One pass over strips of scores counts, a second recomputes the scores, looks g up and multiplies it into the gradient.
+Equal teacher scores count as if spread over their fine bin, which is ties="label" on average.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jasper_fast import ops
+
+BINS = 512  # K; docs/binned.md has the errors of other numbers
+FINE = 2**15  # bins of one axis alone
+SAMPLE = 128  # rows whose scores give the axes their range
+STRIP = {"cpu": 2**20}  # scores in a strip
+DEVICE_STRIP = 2**25
+MAX_TABLES = 16  # threads that count at once, each into a table of its own
+EXACT_MEMORY = 2 * 2**30  # bytes
+
+
+def preferred(rows: int, heads: int) -> bool:
+    """Whether method="auto" takes the binned form: where the exact one would need more than EXACT_MEMORY.
+
+    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores: 2 GiB
+    at B = 7,700 with one head and 6,900 with three. Below that the exact form is chosen although the binned one is faster from
+    B = 1,000 or so on: its gradient has no error, and the batch no surprise.
+
+    Args:
+        rows: B.
+        heads: H.
+    """
+    return rows * (rows - 1) // 2 * (56 + 8 * heads) > EXACT_MEMORY
+
+
+@torch.library.custom_op("jasper_fast::relative_similarity_binned", mutates_args=())
+def relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, gradient: bool, bins: int = BINS
+) -> tuple[Tensor, list[Tensor]]:
+    """Relative similarity of unit rows against one teacher, binned: losses (H,) and, if asked for, their gradients.
+
+    Args:
+        students: H tensors (B, D_h) of unit rows.
+        teacher: (B, E) unit rows, a constant.
+        margin: in cosine units.
+        gradient: whether the students' gradients are wanted; an unwanted one is an empty tensor.
+        bins: K, a power of two, at most FINE.
+    """
+    rows, heads = teacher.shape[0], len(students)
+    pairs = rows * (rows - 1) // 2
+    gradients = [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
+    if pairs < 2:
+        return teacher.new_zeros(heads), gradients
+    teacher_axis = _axis(teacher, 0.0, bins)
+    axes = [_axis(student, margin, bins) for student in students]
+    grids = [torch.stack((a.origin, a.scale, teacher_axis.origin, teacher_axis.scale, a.centre)) for a in axes]
+    threads = min(torch.get_num_threads(), MAX_TABLES) if ops.native(teacher) else 1
+    counts = teacher.new_zeros((heads, threads, bins, bins), dtype=torch.int32)
+    fine = teacher.new_zeros((heads, threads, FINE), dtype=torch.int32)
+    fine_teacher = teacher.new_zeros((threads, FINE), dtype=torch.int32)
+    nothing = teacher.new_empty(0, dtype=torch.int32)
+    for begin, end in _strips(teacher):
+        target = teacher[begin:end] @ teacher[begin:].T  # (h, B - begin)
+        for h, student in enumerate(students):
+            scores = student[begin:end] @ student[begin:].T
+            _histogram(scores, target, grids[h], counts[h], fine[h], nothing if h else fine_teacher)
+    rank = _below(fine_teacher.sum(0))
+    tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
+    del counts, fine
+    totals = teacher.new_zeros(heads, dtype=torch.float64)
+    for begin, end in _strips(teacher):
+        target = teacher[begin:end] @ teacher[begin:].T
+        for h, student in enumerate(students):
+            scores = student[begin:end] @ student[begin:].T
+            totals[h] += _coefficients(scores, target, grids[h], tables[h])
+            if gradient:
+                gradients[h][begin:end].addmm_(scores, student[begin:])
+                gradients[h][end:].addmm_(scores[:, end - begin :].T, student[begin:end])
+    terms = pairs * (pairs - 1) / 2
+    low = torch.stack([own.low for own in tables])
+    # A score that is not a number has some bin all the same: the loss must not come out finite.
+    spoilt = torch.stack([(student.sum() + teacher.sum()) * 0.0 for student in students])
+    losses = ((totals + margin * low) / terms).to(teacher.dtype) + spoilt
+    if gradient:
+        for h, own in enumerate(gradients):
+            own.mul_(1.0 / terms).add_(spoilt[h])
+    return losses, gradients
+
+
+@relative_similarity.register_fake
+def _(
+    students: list[Tensor], teacher: Tensor, margin: float, gradient: bool, bins: int = BINS
+) -> tuple[Tensor, list[Tensor]]:
+    return teacher.new_empty(len(students)), [torch.empty_like(s) if gradient else s.new_empty(0) for s in students]
+
+
+def _strips(unit: Tensor) -> list[tuple[int, int]]:
+    rows = unit.shape[0]
+    height = max(16, min(rows, STRIP.get(unit.device.type, DEVICE_STRIP) // rows))
+    return [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+
+
+class _Axis(NamedTuple):
+    """Scalars, on the device."""
+
+    origin: Tensor  # where bin 0 begins
+    width: Tensor  # of one of K bins
+    scale: Tensor  # fine bins per unit
+    centre: Tensor  # mean score
+
+
+def _axis(unit: Tensor, margin: float, bins: int) -> _Axis:
+    """Equal bins over the range of a sample of scores; any beyond it count at its ends, where hardly a pair is."""
+    rows = unit.shape[0]
+    chosen = torch.arange(0, rows, max(1, rows // SAMPLE), device=unit.device)[:, None]  # (n, 1)
+    scores = unit[chosen[:, 0]] @ unit.T
+    scores.scatter_(1, chosen, scores.gather(1, (chosen + 1) % rows))  # a row with itself is no pair
+    low, high = scores.aminmax()
+    slack = 0.02 * (high - low) + 1e-6
+    width = (high - low + 2.0 * slack) / bins
+    if margin:
+        steps = torch.floor(abs(margin) / width)
+        width = torch.where(steps >= 1.0, abs(margin) / steps, width)
+    return _Axis(low - slack, width, FINE / (bins * width), scores.mean())
+
+
+class _Tables(NamedTuple):
+    nodes: Tensor  # (K + 1, K + 1) A(t, x + m) - C(t, x - m)
+    own: Tensor  # (FINE + 1,) X(x + m) + X(x - m)
+    rank: Tensor  # (FINE + 1,) 2 R(t)
+    low: Tensor  # () sum of low over all pairs, float64
+
+
+def _below(histogram: Tensor) -> Tensor:
+    """(n,) counts -> (n + 1,) how many lie below each edge, float64."""
+    return torch.nn.functional.pad(histogram.cumsum(0, dtype=torch.int64).to(torch.float64), (1, 0))
+
+
+def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Tables:
+    """counts (K, K) by teacher and student bin, fine (FINE,), rank (FINE + 1,); steps = the margin in student bins."""
+    bins = counts.shape[0]
+    both = torch.nn.functional.pad(counts.cumsum(0).cumsum(1).to(torch.float64), (1, 0, 1, 0))
+    above, over = both[:, -1:] - both, both[-1:] - both  # A and C at the nodes
+    up, down = _shifted(above, steps), _shifted(over, -steps)
+    below, fine_steps = _below(fine), steps * (FINE / bins)
+    ahead, behind = _shifted(below, fine_steps), _shifted(below, -fine_steps)
+    # up + low = X(x + m) - X(x - m) + A + C, and the sum of up is the sum of low.
+    across = up + down
+    cells = (across[1:, 1:] + across[1:, :-1] + across[:-1, 1:] + across[:-1, :-1]) / 4.0
+    band = ahead - behind
+    low = ((counts * cells).sum() + (fine * (band[1:] + band[:-1]) / 2.0).sum()) / 2.0
+    return _Tables((up - down).float(), (ahead + behind).float(), 2.0 * rank.float(), low)
+
+
+def _shifted(table: Tensor, steps: Tensor) -> Tensor:
+    """table[..., i + steps], linear between entries and constant beyond them."""
+    last = table.shape[-1] - 1
+    place = (torch.arange(last + 1, device=table.device) + steps.to(torch.float64)).clamp(0, last)
+    place = place.nan_to_num(0.0)
+    i = place.long().clamp(max=last - 1)
+    return torch.lerp(table[..., i], table[..., i + 1], place - i)
+
+
+# The two passes over a strip: rows [b, b + h) and columns [b, B), so that pair (row, column) is new if column > row.
+
+
+def _histogram(
+    scores: Tensor, target: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor
+) -> None:
+    """Add the strip's new pairs to counts (T, K, K) and fine (T, FINE); to fine_teacher (T, FINE) unless it is empty."""
+    if ops.native(scores):
+        torch.ops.jasper_fast_native.binned_histogram(scores, target, grid, counts, fine, fine_teacher)
+        return
+    new = torch.ones_like(scores, dtype=torch.bool).triu_(1)
+    x, t = _place(scores[new], grid[0], grid[1]).long(), _place(target[new], grid[2], grid[3]).long()
+    bins = counts.shape[-1]
+    shift = (FINE // bins).bit_length() - 1
+    one = torch.ones((), dtype=torch.int32, device=scores.device).expand(len(x))
+    counts.view(-1).index_add_(0, (t >> shift) * bins + (x >> shift), one)
+    fine.view(-1).index_add_(0, x, one)
+    if fine_teacher.numel():
+        fine_teacher.view(-1).index_add_(0, t, one)
+
+
+def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables) -> Tensor:
+    """Replace scores by g, 0 on the diagonal; the sum of g (x - centre) over the new pairs, float64."""
+    if ops.native(scores):
+        return torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
+    x, t = _place(scores, grid[0], grid[1]), _place(target, grid[2], grid[3])
+    ratio = (tables.nodes.shape[0] - 1) / FINE
+    u, v = x * ratio, t * ratio
+    i, j = v.long(), u.long()
+    near = torch.lerp(tables.nodes[i, j], tables.nodes[i, j + 1], (u - j).float())
+    far = torch.lerp(tables.nodes[i + 1, j], tables.nodes[i + 1, j + 1], (u - j).float())
+    g = torch.lerp(near, far, (v - i).float()) + _between(tables.own, x) - _between(tables.rank, t)
+    g = g.to(scores.dtype).fill_diagonal_(0.0)
+    total = (g * (scores - grid[4])).triu(1).sum(dtype=torch.float64)
+    scores.copy_(g)
+    return total
+
+
+def _place(scores: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+    """Fractions of fine bins; what is not a number goes to 0. The last place stays below its bin's upper end."""
+    return ((scores - origin) * scale).nan_to_num(0.0).clamp(0.0, FINE - 1.0 / 128.0)
+
+
+def _between(table: Tensor, place: Tensor) -> Tensor:
+    i = place.long()
+    return torch.lerp(table[i], table[i + 1], (place - i).float())
