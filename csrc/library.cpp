@@ -29,6 +29,8 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
               const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id,
               bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs,
               const Tensor& broken);
+std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings);
+Tensor tangent(const Tensor& incoming, const Tensor& unit, const Tensor& inverse);
 void binned_histogram(const Tensor& student, const Tensor& teacher, const Tensor& grid, Tensor counts,
                       Tensor fine_student, Tensor fine_teacher);
 Tensor binned_coefficients(Tensor student, const Tensor& teacher, const Tensor& grid, const Tensor& nodes,
@@ -53,6 +55,8 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "bool fill_norms, Tensor queries, Tensor rows, Tensor scales, Tensor(a!) norms, Tensor bounds, Tensor valid, "
         "int first_id, bool proven, int capacity, Tensor(b!) best, Tensor(c!) best_counts, Tensor(d!) cutoffs, "
         "Tensor(e!) broken) -> ()");
+  m.def("unit_rows(Tensor embeddings) -> (Tensor, Tensor)");
+  m.def("tangent(Tensor incoming, Tensor unit, Tensor inverse) -> Tensor");
   m.def(
       "binned_histogram(Tensor student, Tensor teacher, Tensor grid, Tensor(a!) counts, Tensor(b!) fine_student, "
       "Tensor(c!) fine_teacher) -> ()");
@@ -71,6 +75,8 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("mips_tile", TORCH_BOX(&mips_tile));
   m.impl("mips_settle", TORCH_BOX(&mips_settle));
   m.impl("mips_few", TORCH_BOX(&mips_few));
+  m.impl("unit_rows", TORCH_BOX(&unit_rows));
+  m.impl("tangent", TORCH_BOX(&tangent));
   m.impl("binned_histogram", TORCH_BOX(&binned_histogram));
   m.impl("binned_coefficients", TORCH_BOX(&binned_coefficients));
 }

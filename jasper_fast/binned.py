@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jasper_fast import ops
+from jasper_fast.extension import native
 
 BINS = 512  # K; docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of one axis alone
@@ -68,7 +68,7 @@ def relative_similarity(
     teacher_axis = _axis(teacher, 0.0, bins)
     axes = [_axis(student, margin, bins) for student in students]
     grids = [torch.stack((a.origin, a.scale, teacher_axis.origin, teacher_axis.scale, a.centre)) for a in axes]
-    threads = min(torch.get_num_threads(), MAX_TABLES) if ops.native(teacher) else 1
+    threads = min(torch.get_num_threads(), MAX_TABLES) if native(teacher) else 1
     counts = teacher.new_zeros((heads, threads, bins, bins), dtype=torch.int32)
     fine = teacher.new_zeros((heads, threads, FINE), dtype=torch.int32)
     fine_teacher = teacher.new_zeros((threads, FINE), dtype=torch.int32)
@@ -182,7 +182,7 @@ def _histogram(
     scores: Tensor, target: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor
 ) -> None:
     """Add the strip's new pairs to counts (T, K, K) and fine (T, FINE); to fine_teacher (T, FINE) unless it is empty."""
-    if ops.native(scores):
+    if native(scores):
         torch.ops.jasper_fast_native.binned_histogram(scores, target, grid, counts, fine, fine_teacher)
         return
     new = torch.ones_like(scores, dtype=torch.bool).triu_(1)
@@ -198,7 +198,7 @@ def _histogram(
 
 def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables) -> Tensor:
     """Replace scores by g, 0 on the diagonal; the sum of g (x - centre) over the new pairs, float64."""
-    if ops.native(scores):
+    if native(scores):
         return torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
     x, t = _place(scores, grid[0], grid[1]), _place(target, grid[2], grid[3])
     ratio = (tables.nodes.shape[0] - 1) / FINE

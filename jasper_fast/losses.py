@@ -341,9 +341,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        unit, inverse = ctx.saved_tensors
-        tangent = incoming - unit * (incoming * unit).sum(dim=1, keepdim=True)
-        return (tangent * inverse).to(ctx.input_dtype), None
+        return rows.tangent(incoming, *ctx.saved_tensors).to(ctx.input_dtype), None
 
 
 def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:

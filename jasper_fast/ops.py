@@ -1,52 +1,18 @@
-"""The compiled extension and the operators built on it, each with a fallback in plain torch.
-
-``JASPER_FAST_NO_EXTENSION=1`` in the environment keeps the compiled extension from being loaded.
-"""
+"""The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jasper_fast import strips
+from jasper_fast.extension import extension_error as extension_error  # for whoever asks what is in use
+from jasper_fast.extension import extension_path as extension_path
+from jasper_fast.extension import native
 
 MAX_PAIRS = 2**31 - 1  # counts are int32
-
-
-def _load_extension() -> tuple[Path | None, str | None]:
-    if os.environ.get("JASPER_FAST_NO_EXTENSION") == "1":
-        return None, "JASPER_FAST_NO_EXTENSION=1 is set"
-    folder = Path(__file__).resolve().parent
-    found = sorted(folder.glob("_C*.so"))
-    if not found:
-        return None, "it was not built: pip install --no-build-isolation -e . in an environment with torch and g++"
-    try:
-        torch.ops.load_library(str(found[0]))
-    except (OSError, RuntimeError) as error:
-        return None, f"{found[0].name} does not load ({error}); rebuild it: pip install --no-build-isolation -e ."
-    return found[0], None
-
-
-_PATH, _ERROR = _load_extension()
-
-
-def extension_path() -> Path | None:
-    """Where the compiled extension in use lies, or None."""
-    return _PATH
-
-
-def extension_error() -> str | None:
-    """Why the compiled extension is not in use, or None when it is."""
-    return _ERROR
-
-
-def native(tensor: Tensor) -> bool:
-    """Whether the compiled extension takes this tensor."""
-    return _PATH is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def pack_pairs(matrix: Tensor) -> Tensor:
@@ -59,7 +25,7 @@ def pack_pairs(matrix: Tensor) -> Tensor:
 
 def unpack_pairs(counts: Tensor, rows: int, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * counts on both sides of a zero diagonal. (P,) int32 -> (B, B)."""
-    if _PATH is not None and counts.device.type == "cpu" and dtype == torch.float32:
+    if extension_path() is not None and counts.device.type == "cpu" and dtype == torch.float32:
         return torch.ops.jasper_fast_native.unpack_pairs(counts.contiguous(), rows, scale)
     i, j = torch.triu_indices(rows, rows, offset=1, device=counts.device)
     matrix = torch.zeros(rows, rows, dtype=dtype, device=counts.device)
@@ -82,6 +48,10 @@ def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bo
         <up - low, scores> (H,) float64. A pair without a number on either side takes no part in the counts and makes
         the last figure NaN.
     """
+    return _pair_counts(scores, teacher, margin, exclude_ties)
+
+
+def _pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
     if native(scores):
         return torch.ops.jasper_fast_native.pair_counts(scores.contiguous(), teacher.contiguous(), margin, exclude_ties)
     counted = [_pair_counts_torch(row, teacher, margin, exclude_ties) for row in scores]
@@ -158,7 +128,7 @@ def relative_similarity(
     if pairs < 2:
         return teacher.new_zeros(heads), [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
     scores = torch.stack([pack_pairs(s @ s.T) for s in students])
-    counts, low, dot = pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
+    counts, low, dot = _pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
     terms = pairs * (pairs - 1) / 2
     losses = ((dot + margin * low.double()) / terms).to(teacher.dtype)
     if not gradient:
