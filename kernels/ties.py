@@ -1,0 +1,92 @@
+"""Ends of the runs of equal values in a sorted sequence, and what `deal` counted inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jasper_fast.kernels.registry import Form
+
+BLOCK = 1024
+
+
+@triton.jit
+def ends_kernel(
+    STARTS,  # (N,) int8: 1 where a run begins
+    RUN,  # (N,) int32 run of each place
+    FIRST,  # (N,) int32 by run
+    LAST,
+    N,
+    BLOCK: tl.constexpr,
+):
+    """First and last place of each run. torch has no parallel cummax for one long row; this needs none."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N
+    run = tl.load(RUN + place, mask=inside, other=0)
+    starts = tl.load(STARTS + place, mask=inside, other=0)
+    next_starts = tl.load(STARTS + place + 1, mask=place + 1 < N, other=1)
+    tl.store(FIRST + run, place, mask=inside & (starts != 0))
+    tl.store(LAST + run, place, mask=inside & (next_starts != 0))
+
+
+@triton.jit
+def take_off_kernel(
+    UP,  # (N,) int32 by place
+    LOW,
+    MOVES,  # (N,) int8: fl(x - m) < x
+    GROUP,  # (N,) int32: run of equal teacher scores
+    GROUP_FIRST,  # by group
+    GROUP_LAST,
+    RUN,  # (N,) int32: run of equal teacher and student scores
+    RUN_FIRST,  # by run
+    RUN_LAST,
+    N,
+    BLOCK: tl.constexpr,
+):
+    """A pair is active with all equals of greater score, and with those of its own score if its threshold moves."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N
+    moves = tl.load(MOVES + place, mask=inside, other=0) != 0
+    group = tl.load(GROUP + place, mask=inside, other=0)
+    run = tl.load(RUN + place, mask=inside, other=0)
+    before = tl.where(moves, place, tl.load(RUN_FIRST + run)) - tl.load(GROUP_FIRST + group)
+    after = tl.load(GROUP_LAST + group) - tl.where(moves, place, tl.load(RUN_LAST + run))
+    tl.store(LOW + place, tl.load(LOW + place, mask=inside) - before, mask=inside)
+    tl.store(UP + place, tl.load(UP + place, mask=inside) - after, mask=inside)
+
+
+def take_off_ties(up: Tensor, low: Tensor, teacher: Tensor, student: Tensor, margin: float) -> None:
+    """Take off, in place, what up and low count between pairs of equal teacher score; margin > 0.
+
+    All tensors are (N,) by place. In a group of equal teacher scores, student scores descend.
+    """
+    groups, runs = _differs_from_last(teacher), _differs_from_last(student)
+    runs |= groups
+    moves = student - margin < student
+    places = len(up)
+    grid = (triton.cdiv(places, BLOCK),)
+    ends = []
+    for starts in (groups, runs):
+        run = starts.cumsum(0, dtype=torch.int32).sub_(1)
+        first, last = torch.empty(2, places, dtype=torch.int32, device=up.device)
+        ends_kernel[grid](starts.view(torch.int8), run, first, last, places, BLOCK=BLOCK)
+        ends += [run, first, last]
+    take_off_kernel[grid](up, low, moves.view(torch.int8), *ends, places, BLOCK=BLOCK)
+
+
+def _differs_from_last(values: Tensor) -> Tensor:
+    return torch.cat((values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]))
+
+
+def forms() -> Iterator[Form]:
+    """See `registry`."""
+    names = ("RUN", "FIRST", "LAST")
+    types = {"STARTS": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
+    yield Form(f"{BLOCK}", ends_kernel, types, {"BLOCK": BLOCK}, quick=True)
+    names = ("UP", "LOW", "GROUP", "GROUP_FIRST", "GROUP_LAST", "RUN", "RUN_FIRST", "RUN_LAST")
+    types = {"MOVES": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
+    yield Form(f"{BLOCK}", take_off_kernel, types, {"BLOCK": BLOCK}, quick=True)
