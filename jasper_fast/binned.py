@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.extension import native
+from jasper_fast.ops import uses_triton
 
 BINS = 512  # K; docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of one axis alone
@@ -62,6 +63,7 @@ def relative_similarity(
     """
     rows, heads = teacher.shape[0], len(students)
     pairs = rows * (rows - 1) // 2
+    students, teacher = [s.contiguous() for s in students], teacher.contiguous()
     gradients = [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
     if pairs < 2:
         return teacher.new_zeros(heads), gradients
@@ -73,19 +75,25 @@ def relative_similarity(
     fine = teacher.new_zeros((heads, threads, FINE), dtype=torch.int32)
     fine_teacher = teacher.new_zeros((threads, FINE), dtype=torch.int32)
     nothing = teacher.new_empty(0, dtype=torch.int32)
-    for begin, end in _strips(teacher):
-        target = teacher[begin:end] @ teacher[begin:].T  # (h, B - begin)
+    if uses_triton([*students, teacher]):
+        from jasper_fast.kernels import relative_similarity_binned as kernels
+
         for h, student in enumerate(students):
-            scores = student[begin:end] @ student[begin:].T
-            _histogram(scores, target, grids[h], counts[h], fine[h], nothing if h else fine_teacher)
+            kernels.histogram(student, teacher, grids[h], counts[h, 0], fine[h, 0], None if h else fine_teacher[0])
+    else:
+        for begin, end in _strips(teacher):
+            target = _scores(teacher, begin, end)
+            for h, student in enumerate(students):
+                of_teacher = nothing if h else fine_teacher
+                _histogram(_scores(student, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
     rank = _below(fine_teacher.sum(0))
     tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
     del counts, fine
     totals = teacher.new_zeros(heads, dtype=torch.float64)
     for begin, end in _strips(teacher):
-        target = teacher[begin:end] @ teacher[begin:].T
+        target = _scores(teacher, begin, end)
         for h, student in enumerate(students):
-            scores = student[begin:end] @ student[begin:].T
+            scores = _scores(student, begin, end)
             totals[h] += _coefficients(scores, target, grids[h], tables[h])
             if gradient:
                 gradients[h][begin:end].addmm_(scores, student[begin:])
@@ -178,6 +186,14 @@ def _shifted(table: Tensor, steps: Tensor) -> Tensor:
 # The two passes over a strip: rows [b, b + h) and columns [b, B), so that pair (row, column) is new if column > row.
 
 
+def _scores(unit: Tensor, begin: int, end: int) -> Tensor:
+    if uses_triton([unit]):
+        from jasper_fast.kernels import relative_similarity_binned as kernels
+
+        return kernels.scores(unit, begin, end)
+    return unit[begin:end] @ unit[begin:].T
+
+
 def _histogram(
     scores: Tensor, target: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor
 ) -> None:
@@ -198,6 +214,10 @@ def _histogram(
 
 def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables) -> Tensor:
     """Replace scores by g, 0 on the diagonal; the sum of g (x - centre) over the new pairs, float64."""
+    if uses_triton([scores]):
+        from jasper_fast.kernels import relative_similarity_binned as kernels
+
+        return kernels.coefficients(scores, target, grid, *tables[:3])
     if native(scores):
         return torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
     x, t = _place(scores, grid[0], grid[1]), _place(target, grid[2], grid[3])

@@ -19,6 +19,10 @@ def pack_pairs(matrix: Tensor) -> Tensor:
     """The strict upper triangle, row by row. (B, B) -> (P,)."""
     if native(matrix):
         return torch.ops.jasper_fast_native.pack_pairs(matrix.contiguous())
+    if uses_triton([matrix]):
+        from jasper_fast.kernels import pairs
+
+        return pairs.pack_pairs(matrix.contiguous())
     i, j = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
     return matrix[i, j]
 
@@ -27,6 +31,10 @@ def unpack_pairs(counts: Tensor, rows: int, scale: float, dtype: torch.dtype) ->
     """scale * counts on both sides of a zero diagonal. (P,) int32 -> (B, B)."""
     if extension_path() is not None and counts.device.type == "cpu" and dtype == torch.float32:
         return torch.ops.jasper_fast_native.unpack_pairs(counts.contiguous(), rows, scale)
+    if dtype == torch.float32 and uses_triton([counts]):
+        from jasper_fast.kernels import pairs
+
+        return pairs.unpack_pairs(counts, rows, scale)
     i, j = torch.triu_indices(rows, rows, offset=1, device=counts.device)
     matrix = torch.zeros(rows, rows, dtype=dtype, device=counts.device)
     matrix[i, j] = (counts.to(torch.float64) * scale).to(dtype)
@@ -54,6 +62,11 @@ def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bo
 def _pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
     if native(scores):
         return torch.ops.jasper_fast_native.pair_counts(scores.contiguous(), teacher.contiguous(), margin, exclude_ties)
+    if uses_triton([scores]) and scores.shape[1]:
+        from jasper_fast.kernels import relative_similarity_exact
+
+        if relative_similarity_exact.takes(scores.shape[1]):
+            return relative_similarity_exact.pair_counts(scores, teacher, margin, exclude_ties)
     counted = [_pair_counts_torch(row, teacher, margin, exclude_ties) for row in scores]
     gradient, low, dot = (torch.stack(parts) for parts in zip(*counted, strict=True))
     return gradient, low, dot

@@ -163,7 +163,9 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
         shift -= digit_bits
         radix, mask = 2**DIGIT_BITS, 2**digit_bits - 1
         counts = torch.empty(2 * radix * tiles, dtype=torch.int32, device=events.device)
-        digit_counts_kernel[(tiles,)](events, counts, total, tiles, shift, mask, RADIX=radix, BLOCK=BLOCK, num_warps=WARPS["counts"])
+        digit_counts_kernel[(tiles,)](
+            events, counts, total, tiles, shift, mask, RADIX=radix, BLOCK=BLOCK, num_warps=WARPS["counts"]
+        )
         before = counts.cumsum(0, dtype=torch.int32).sub_(counts)
         in_node = 2 ** (shift + digit_bits + 1) // BLOCK
         out = spare
@@ -187,9 +189,7 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
     up, low = torch.empty(2, total // 2, dtype=torch.int32, device=events.device)
     leaf = 2**LEAF_BITS
     leaves = triton.cdiv(total, 2 * leaf)
-    leaf_kernel[(leaves,)](
-        events, sums, up, low, total, FIRST=first, LEAF=leaf, CHUNK=CHUNK, num_warps=WARPS["leaf"]
-    )
+    leaf_kernel[(leaves,)](events, sums, up, low, total, FIRST=first, LEAF=leaf, CHUNK=CHUNK, num_warps=WARPS["leaf"])
     return up, low
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties")
+MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names, and Triton's
 
 

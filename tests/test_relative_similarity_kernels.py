@@ -1,0 +1,137 @@
+"""The Triton kernels of the relative similarity losses: interpreted here, compiled in test_compile_matrix.py."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jasper_fast import binned, ops
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPECIAL = st.sampled_from([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38])
+NUMBERS = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([-0.5, 0.0, 0.25, 0.265, 0.28]), SPECIAL)
+PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=60)
+MARGINS = st.sampled_from([0.015, 0.0, -0.1, 0.25, 1e-9, 1e30])
+
+
+def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """up and low by place, from scores in any order."""
+    scores = torch.empty_like(x)
+    scores[place.long()] = x
+    active = (scores[:, None] > (scores - margin)[None, :]).triu(1)
+    return active.sum(dim=1), active.sum(dim=0)
+
+
+@pytest.mark.parametrize("places", [1, 2, 127, 128, 129, 1500])
+def test_dealing_counts_as_brute_force_does(places):
+    x = torch.randn(places).sort().values
+    x[places // 3 : places // 2] = x[places // 3]
+    place = torch.randperm(places).int()
+    events = relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.3)
+    up, low = deal.dominance(events)
+    wanted_up, wanted_low = brute_force(place, x, 0.3)
+    assert torch.equal(up.cpu().long(), wanted_up)
+    assert torch.equal(low.cpu().long(), wanted_low)
+
+
+def test_two_passes_with_small_leaves(monkeypatch):
+    """As many passes as millions of pairs need, on few: leaves and blocks are the smallest that keep nodes aligned."""
+    monkeypatch.setattr(deal, "LEAF_BITS", 3)
+    monkeypatch.setattr(deal, "BLOCK", 32)
+    monkeypatch.setattr(deal, "DIGIT_BITS", 2)
+    x, place = torch.randn(700).sort().values, torch.randperm(700).int()
+    up, low = deal.dominance(relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.1))
+    wanted_up, wanted_low = brute_force(place, x, 0.1)
+    assert torch.equal(up.cpu().long(), wanted_up)
+    assert torch.equal(low.cpu().long(), wanted_low)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PAIRS, MARGINS, st.booleans())
+def test_counts_are_those_of_the_cpu(values, margin, exclude_ties):
+    """Ties, signed zeros, infinities and NaN: the CPU's counts are tested against brute force."""
+    x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
+    students = torch.stack((x, x.flip(0)))
+    wanted = ops.pair_counts(students, t, margin, exclude_ties)
+    found = relative_similarity_exact.pair_counts(students.to(DEVICE), t.to(DEVICE), margin, exclude_ties)
+    assert torch.equal(found[0].cpu(), wanted[0])
+    assert torch.equal(found[1].cpu(), wanted[1])
+    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_ends_of_runs_longer_than_a_block():
+    """Nothing is left of what groups of equal teacher scores count among themselves."""
+    teacher = torch.cat((torch.zeros(1500), torch.ones(700)))
+    student = torch.cat((torch.arange(1500.0).flip(0), torch.full((700,), 5.0)))
+    place = torch.arange(2200)
+    up, low = brute_force(place, student, 0.5)
+    up[:1500] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=1)
+    low[1500:] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=0)
+    up, low = up.int().to(DEVICE), low.int().to(DEVICE)
+    ties.take_off_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
+    assert not up.any()
+    assert not low.any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 65, 130])
+def test_pairs_of_a_matrix(rows):
+    matrix = torch.randn(rows, rows, device=DEVICE)
+    i, j = torch.triu_indices(rows, rows, offset=1, device=DEVICE)
+    assert torch.equal(pairs.pack_pairs(matrix), matrix[i, j])
+    counts = torch.randint(-99, 99, (len(i),), dtype=torch.int32, device=DEVICE)
+    wanted = torch.zeros(rows, rows, device=DEVICE)
+    wanted[i, j] = wanted[j, i] = counts * 0.5
+    assert torch.equal(pairs.unpack_pairs(counts, rows, 0.5), wanted)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The ops take the kernels for float32, wherever the tensors are."""
+
+    def uses(vectors: list[torch.Tensor]) -> bool:
+        return vectors[-1].dtype in (torch.float32, torch.int32)
+
+    monkeypatch.setattr(ops, "uses_triton", uses)
+    monkeypatch.setattr(binned, "uses_triton", uses)
+    monkeypatch.setattr(ops, "native", lambda tensor: False)
+    monkeypatch.setattr(ops, "extension_path", lambda: None)
+
+
+def unit(rows: int, width: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(rows, width))
+
+
+@pytest.mark.parametrize("exclude_ties", [True, False])
+def test_exact_op(request, exclude_ties):
+    teacher = unit(24, 9)
+    teacher[3] = teacher[8]
+    students = [torch.nn.functional.normalize(teacher + 0.3 * torch.randn(24, 9)), unit(24, 5)]
+    wanted_losses, wanted = ops.relative_similarity(students, teacher, 0.015, exclude_ties, True)
+    request.getfixturevalue("kernels")
+    on_device = [s.to(DEVICE) for s in students]
+    losses, gradients = ops.relative_similarity(on_device, teacher.to(DEVICE), 0.015, exclude_ties, True)
+    torch.testing.assert_close(losses.cpu(), wanted_losses, rtol=1e-5, atol=0)
+    for own, other in zip(gradients, wanted, strict=True):
+        assert (own.cpu() - other).norm() <= 3e-4 * other.norm()
+
+
+@pytest.mark.parametrize("rows", [3, 70, 150])
+def test_binned_op(request, monkeypatch, rows):
+    """Two heads of odd widths; strips that end inside tiles. TF32 is float32 in the interpreter."""
+    monkeypatch.setattr(binned, "STRIP", {"cpu": 45 * rows})
+    monkeypatch.setattr(binned, "DEVICE_STRIP", 45 * rows)
+    teacher = unit(rows, 33)
+    students = [torch.nn.functional.normalize(teacher + 0.1 * torch.randn(rows, 33)), unit(rows, 7)]
+    wanted_losses, wanted = binned.relative_similarity(students, teacher, 0.015, True, 64)
+    request.getfixturevalue("kernels")
+    losses, gradients = binned.relative_similarity(
+        [s.to(DEVICE) for s in students], teacher.to(DEVICE), 0.015, True, 64
+    )
+    # Of few pairs, one that rounding puts into the next bin is felt.
+    tolerance = 1e-2 if DEVICE == "cuda" or rows == 3 else 1e-4
+    torch.testing.assert_close(losses.cpu(), wanted_losses, rtol=tolerance, atol=0)
+    for own, other in zip(gradients, wanted, strict=True):
+        assert (own.cpu() - other).norm() <= tolerance * other.norm()
