@@ -37,9 +37,9 @@ EXACT_MEMORY = 2 * 2**30  # bytes
 def preferred(rows: int, heads: int) -> bool:
     """Whether method="auto" takes the binned form: where the exact one would need more than EXACT_MEMORY.
 
-    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores: 2 GiB
-    at B = 7,700 with one head and 6,900 with three. Below that the exact form is chosen although the binned one is faster from
-    B = 1,000 or so on: its gradient has no error, and the batch no surprise.
+    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores:
+    2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen although the binned form is faster
+    from B = 1,000 or so on: its gradient has no error.
 
     Args:
         rows: B.
@@ -197,7 +197,7 @@ def _scores(unit: Tensor, begin: int, end: int) -> Tensor:
 def _histogram(
     scores: Tensor, target: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor
 ) -> None:
-    """Add the strip's new pairs to counts (T, K, K) and fine (T, FINE); to fine_teacher (T, FINE) unless it is empty."""
+    """Add the new pairs to counts (T, K, K) and fine (T, FINE), and to fine_teacher (T, FINE) unless it is empty."""
     if native(scores):
         torch.ops.jasper_fast_native.binned_histogram(scores, target, grid, counts, fine, fine_teacher)
         return

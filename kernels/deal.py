@@ -1,4 +1,4 @@
-"""Dominance counts by dealing: the counting half of the exact relative similarity loss (ALGORITHMS: 2 dimensions, offline).
+"""Two-dimensional dominance counts by dealing: the counting half of the exact relative similarity loss.
 
 N pairs have a place 0..N-1 in teacher order, a score x and a threshold y = fl(x - m). The 2N events, scores and
 thresholds in ascending order (a score first where equal), are dealt out by their pair's place, most significant digit
@@ -9,12 +9,14 @@ digits, a threshold scores at smaller ones. What stays in one node of LEAF place
     up[p]  = #{q: place_q > place_p, y_q < x_p}                = the sum of a score's counts,
     low[q] = #{p: place_p < place_q, x_p > y_q} = place_q      - the sum of a threshold's counts.
 
-Every place has exactly two events, so a node of 2^k places begins at an event that is a multiple of 2^(k+1): no tile ever
-straddles two nodes, no node needs an offset. All counts are integers; nothing is atomic; repeated runs give the same bits.
+Every place has exactly two events, so a node of 2^k places begins at an event that is a multiple of 2^(k+1): no tile
+ever straddles two nodes, no node needs an offset. All counts are integers; nothing is atomic; repeated runs give the
+same bits.
 
 Bytes for N = 33.5 M (B = 8192): a pass reads 0.27 GB to count digits and moves 1.07 GB, four passes and the leaves make
-6 GB: 1.5 ms at 4.3 TB/s. A pass does about 10 operations for each event and digit, 2e10, 3 ms at a fifth of an H200's integer
-rate; the leaves 256 comparisons an event, 2 ms: an estimate of 15 ms in all, to be measured.
+6 GB: 1.5 ms at 4.3 TB/s. A pass does about 10 operations for each event and digit, 2e10, 3 ms at a fifth of an H200's
+integer rate; the leaves 256 comparisons an event, 2 ms: an estimate of 15 ms in all. Compiled and interpreted, not yet
+run on a GPU.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ in registers and adds integers to tables in the second-level cache, so its resul
 second writes strips of scores, replaces them by coefficients from eight table entries each, and leaves their product
 with the student to cuBLAS, in float32. (Looked up while still in registers, coefficients spilled.)
 
-Estimated for B = 32768, D = 1024 on one H200 (5.4e8 pairs): 2.2 TFLOP a pass at 300 TFLOP/s, 7 ms each; 1.6e9 additions
-in the cache, 20 ms; 4.3e9 table reads and 11 GB through memory, 15 ms; the gradient's 2.2 TFLOP in float32, 45 ms: 95 ms.
-Extra memory: two strips of 128 MiB, tables of 4 MiB. Compiled and interpreted, not yet run on a GPU.
+Estimated for B = 32768, D = 1024 on one H200 (5.4e8 pairs): 2.2 TFLOP a pass at 300 TFLOP/s, 7 ms each; 1.6e9
+additions in the cache, 20 ms; 4.3e9 table reads and 11 GB through memory, 15 ms; the gradient's 2.2 TFLOP in float32,
+45 ms: 95 ms. Extra memory: two strips of 128 MiB, tables of 4 MiB. Compiled and interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ the margin is not positive). Then what `deal` counts inside the group is known f
 pair's equals above it all are active, but those of its own score where fl(x - m) = x.
 
 Estimated for B = 8192 on one H200 (33.5 M pairs, D = 1024): Gram products and gradient 8 ms in float32, two sorts 4 ms,
-searches and gathers 8 ms, `deal` 15 ms: 35 ms. Not yet run on a GPU.
+searches and gathers 8 ms, `deal` 15 ms: 35 ms. Interpreted,
+not yet run on a GPU.
 """
 
 from __future__ import annotations

