@@ -23,9 +23,39 @@ void scatter(const uint64_t* begin, const uint64_t* end, uint32_t shift, uint32_
   for (; begin != end; ++begin) to[next[(*begin >> shift) & (kDigits - 1)]++] = *begin;
 }
 
+// On one thread all digits are counted in one pass: their counts do not depend on the order.
+void sort_alone(uint64_t* data, uint64_t* spare, uint64_t n) {
+  constexpr uint32_t kPasses = (32 + kDigitBits - 1) / kDigitBits;
+  uint32_t next[kPasses][kDigits] = {};
+  for (uint64_t i = 0; i < n; ++i) {
+    for (uint32_t pass = 0; pass < kPasses; ++pass) {
+      ++next[pass][(data[i] >> (32 + pass * kDigitBits)) & (kDigits - 1)];
+    }
+  }
+  uint64_t* from = data;
+  uint64_t* to = spare;
+  for (uint32_t pass = 0; pass < kPasses; ++pass) {
+    uint32_t total = 0;
+    bool one_digit = false;
+    for (uint32_t& cell : next[pass]) {
+      const uint32_t count = cell;
+      cell = total;
+      total += count;
+      one_digit |= count == n;
+    }
+    if (one_digit) continue;
+    scatter(from, from + n, 32 + pass * kDigitBits, next[pass], to);
+    uint64_t* other = from;
+    from = to;
+    to = other;
+  }
+  if (from != data) std::memcpy(data, from, n * sizeof(uint64_t));
+}
+
 }  // namespace
 
 void radix_sort(uint64_t* data, uint64_t* spare, uint64_t n, int threads) {
+  if (threads == 1) return sort_alone(data, spare, n);
   std::vector<uint32_t> histogram((size_t)threads * kDigits);
   const auto begin_of = [&](int64_t t) { return n * (uint64_t)t / (uint64_t)threads; };
   uint64_t* from = data;

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -30,6 +31,7 @@ namespace {
 
 constexpr int64_t kPairsPerThread = 1 << 14;
 constexpr int64_t kBlock = 1 << 14;     // pairs between stored bucket histograms
+constexpr int64_t kKeptPairs = 1 << 14;  // B = 181; half a megabyte
 constexpr int64_t kSumBlock = 1 << 16;  // fixed, so that the fp64 sum does not depend on the number of threads
 
 const Kernels& kernels() {
@@ -210,7 +212,11 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
   const auto* t = (const float*)teacher.const_data_ptr();
   const int threads = (int)std::clamp<int64_t>(pairs / kPairsPerThread, 1, torch::stable::get_num_threads());
   const bool teacher_nan = std::any_of(t, t + pairs, [](float value) { return std::isnan(value); });
-  Scratch scratch((uint64_t)pairs);
+  // A small batch would spend much of its time on asking for this memory: it keeps one.
+  thread_local Scratch kept(kKeptPairs);
+  std::optional<Scratch> own_scratch;
+  if (pairs > kKeptPairs) own_scratch.emplace((uint64_t)pairs);
+  Scratch& scratch = own_scratch ? *own_scratch : kept;
   const auto teacher_order = [&](const float* skip) {
     return order_teacher(t, skip, (uint64_t)pairs, exclude_ties, threads, scratch.sorted.get(), scratch.spare());
   };

@@ -28,7 +28,7 @@ from jasper_fast.ops import uses_triton
 BINS = 512  # K; docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of one axis alone
 SAMPLE = 128  # rows whose scores give the axes their range
-STRIP = {"cpu": 2**20}  # scores in a strip
+STRIP = {"cpu": 2**19}  # scores in a strip
 DEVICE_STRIP = 2**25
 MAX_TABLES = 16  # threads that count at once, each into a table of its own
 EXACT_MEMORY = 2 * 2**30  # bytes
@@ -161,17 +161,19 @@ def _below(histogram: Tensor) -> Tensor:
 def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Tables:
     """counts (K, K) by teacher and student bin, fine (FINE,), rank (FINE + 1,); steps = the margin in student bins."""
     bins = counts.shape[0]
-    both = torch.nn.functional.pad(counts.cumsum(0).cumsum(1).to(torch.float64), (1, 0, 1, 0))
-    above, over = both[:, -1:] - both, both[-1:] - both  # A and C at the nodes
-    up, down = _shifted(above, steps), _shifted(over, -steps)
+    both = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
+    up, down = _shifted(both[:, -1:] - both, steps), _shifted(both[-1:] - both, -steps)  # A and C at the nodes, moved
+    del both
+    nodes = (up - down).float()
     below, fine_steps = _below(fine), steps * (FINE / bins)
     ahead, behind = _shifted(below, fine_steps), _shifted(below, -fine_steps)
     # up + low = X(x + m) - X(x - m) + A + C, and the sum of up is the sum of low.
-    across = up + down
-    cells = (across[1:, 1:] + across[1:, :-1] + across[:-1, 1:] + across[:-1, :-1]) / 4.0
+    across = up.add_(down)
+    corners = (across[1:, 1:], across[1:, :-1], across[:-1, 1:], across[:-1, :-1])
     band = ahead - behind
-    low = ((counts * cells).sum() + (fine * (band[1:] + band[:-1]) / 2.0).sum()) / 2.0
-    return _Tables((up - down).float(), (ahead + behind).float(), 2.0 * rank.float(), low)
+    within = sum((counts * corner).sum() for corner in corners) / 4.0
+    low = (within + (fine * (band[1:] + band[:-1]) / 2.0).sum()) / 2.0
+    return _Tables(nodes, (ahead + behind).float(), 2.0 * rank.float(), low)
 
 
 def _shifted(table: Tensor, steps: Tensor) -> Tensor:
@@ -180,7 +182,9 @@ def _shifted(table: Tensor, steps: Tensor) -> Tensor:
     place = (torch.arange(last + 1, device=table.device) + steps.to(torch.float64)).clamp(0, last)
     place = place.nan_to_num(0.0)
     i = place.long().clamp(max=last - 1)
-    return torch.lerp(table[..., i], table[..., i + 1], place - i)
+    part = place - i
+    moved = table[..., i] * (1.0 - part)
+    return moved.addcmul_(table[..., i + 1].to(moved.dtype), part)
 
 
 # The two passes over a strip: rows [b, b + h) and columns [b, B), so that pair (row, column) is new if column > row.
