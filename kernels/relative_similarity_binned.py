@@ -273,4 +273,5 @@ def forms() -> Iterator[Form]:
         )
     pointers = {name: "*fp32:16" for name in ("STUDENT", "TEACHER", "GRID", "NODES", "OWN", "RANK", "SUMS")}
     sizes = {"w": "i32", "bins": "i32", "bins_per_fine": "fp32", "last": "fp32"}
-    yield Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, {"BLOCK": COLUMNS}, quick=True)
+    constants = {"BLOCK": COLUMNS}
+    yield Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, constants, stack={80: 8}, quick=True)

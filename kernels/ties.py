@@ -87,6 +87,6 @@ def forms() -> Iterator[Form]:
     names = ("RUN", "FIRST", "LAST")
     types = {"STARTS": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
     yield Form(f"{BLOCK}", ends_kernel, types, {"BLOCK": BLOCK}, quick=True)
-    names = ("UP", "LOW", "GROUP", "GROUP_FIRST", "GROUP_LAST", "RUN", "RUN_FIRST", "RUN_LAST")
-    types = {"MOVES": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
+    tables = ("UP", "LOW", "GROUP", "GROUP_FIRST", "GROUP_LAST", "RUN", "RUN_FIRST", "RUN_LAST")
+    types = {"MOVES": "*i8:16", **{name: "*i32:16" for name in tables}, "N": "i32"}
     yield Form(f"{BLOCK}", take_off_kernel, types, {"BLOCK": BLOCK}, quick=True)
