@@ -1,4 +1,4 @@
-"""The similarity and neighbourhood losses on a CUDA device, for ``python -m bench losses --device cuda``.
+"""The fused losses on a CUDA device, for ``python -m bench losses --device cuda``.
 
 Random vectors, no network, a few minutes. What cannot be run, out of memory for one, is written down as such.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from jasper_fast import reference
-from jasper_fast.losses import JasperLoss
+from jasper_fast.losses import JasperLoss, relative_similarity_loss
 
 Heads = list[Tensor]
 Method = Callable[[Heads, Tensor], Tensor]
@@ -33,13 +33,21 @@ NEIGHBOURHOOD = [
     ("usual", 4096, [1024], 1024, torch.bfloat16),
     ("two heads", 16384, [1024, 256], 1024, torch.bfloat16),
 ]
+RELATIVE = [
+    ("published size", 256, [1024], 1024, torch.float32),
+    ("exact", 4096, [1024], 1024, torch.float32),
+    ("exact, large", 8192, [1024], 1024, torch.float32),
+    ("binned", 32768, [1024], 1024, torch.float32),
+]
+PUBLISHED_ROWS = 256  # what the published formulation of relative similarity can hold
 
 
 def measure(device: str, repeats: int, quick: bool = False) -> dict[str, Any]:
     """Every shape by every method: seconds of forward, backward and both, peak memory, energy."""
     shrink = 16 if quick else 1
     found: dict[str, Any] = {}
-    for loss, shapes in (("similarity", SIMILARITY), ("neighbourhood", NEIGHBOURHOOD)):
+    losses = (("similarity", SIMILARITY), ("relative_similarity", RELATIVE), ("neighbourhood", NEIGHBOURHOOD))
+    for loss, shapes in losses:
         found[loss] = []
         for name, rows, widths, teacher_width, dtype in shapes:
             rows, widths, teacher_width = rows // shrink, [w // shrink for w in widths], teacher_width // shrink
@@ -47,7 +55,8 @@ def measure(device: str, repeats: int, quick: bool = False) -> dict[str, Any]:
             heads = [torch.randn(rows, w, device=device, dtype=dtype, generator=generator) for w in widths]
             teacher = torch.randn(rows, teacher_width, device=device, dtype=dtype, generator=generator)
             figures = {
-                method: _one(function, heads, teacher, repeats) for method, function in _methods(loss, device).items()
+                method: _one(function, heads, teacher, repeats)
+                for method, function in _methods(loss, device, rows).items()
             }
             found[loss].append(
                 {"name": name, "rows": rows, "widths": widths, "teacher_width": teacher_width, "dtype": str(dtype)[6:]}
@@ -57,7 +66,17 @@ def measure(device: str, repeats: int, quick: bool = False) -> dict[str, Any]:
     return found
 
 
-def _methods(loss: str, device: str) -> dict[str, Method]:
+def _relative_methods(rows: int) -> dict[str, Method]:
+    def by(method: str) -> Method:
+        return lambda heads, teacher: relative_similarity_loss(heads[0], teacher, method=method)
+
+    chosen = ["exact", "binned", *(["reference"] if rows <= PUBLISHED_ROWS else [])]
+    return {"jasper_fast" if method == "exact" else method: by(method) for method in chosen}
+
+
+def _methods(loss: str, device: str, rows: int) -> dict[str, Method]:
+    if loss == "relative_similarity":
+        return _relative_methods(rows)
     if loss == "similarity":
         plain, chunk, ours = _similarity, _similarity_chunk, JasperLoss((0.0, 1.0, 0.0))
         published = reference.similarity_loss

@@ -135,3 +135,55 @@ def test_binned_op(request, monkeypatch, rows):
     torch.testing.assert_close(losses.cpu(), wanted_losses, rtol=tolerance, atol=0)
     for own, other in zip(gradients, wanted, strict=True):
         assert (own.cpu() - other).norm() <= tolerance * other.norm()
+
+
+def clustered(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    teacher = torch.randn(50, width)[torch.randint(0, 50, (rows,))] + 1.5 * torch.randn(rows, width)
+    student = teacher + 0.5 * torch.randn(rows, width)
+    return tuple(torch.nn.functional.normalize(x).to(DEVICE) for x in (student, teacher))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("levels", [None, 300])
+@pytest.mark.parametrize("exclude_ties", [True, False])
+def test_millions_of_pairs_on_a_gpu(levels, exclude_ties):
+    x, t = torch.randn(2, 3_000_000) * 0.2
+    if levels:
+        x, t = ((v * levels).round() / levels for v in (x, t))
+    wanted = ops.pair_counts(x[None], t, 0.015, exclude_ties)
+    for _ in range(2):
+        found = relative_similarity_exact.pair_counts(x[None].cuda(), t.cuda(), 0.015, exclude_ties)
+        assert torch.equal(found[0].cpu(), wanted[0])
+        assert torch.equal(found[1].cpu(), wanted[1])
+
+
+@pytest.mark.gpu
+def test_binned_against_exact_on_a_gpu():
+    student, teacher = clustered(4096, 256)
+    (loss,), (exact,) = ops.relative_similarity([student], teacher, 0.015, True, True)
+    (own,), (gradient,) = binned.relative_similarity([student], teacher, 0.015, True)
+    assert abs(own - loss) <= 3e-3 * loss
+    assert (gradient - exact).norm() <= 5e-3 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_captured_in_a_graph(method):
+    student, teacher = clustered(512, 64)
+
+    def run() -> list[torch.Tensor]:
+        if method == "binned":
+            return binned.relative_similarity([student], teacher, 0.015, True)[1]
+        return ops.relative_similarity([student], teacher, 0.015, True, True)[1]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wanted = run()[0].clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (found,) = run()
+    found.fill_(torch.nan)
+    graph.replay()
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
