@@ -28,7 +28,7 @@ from jasper_fast.ops import uses_triton
 BINS = 512  # K; docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of one axis alone
 SAMPLE = 128  # rows whose scores give the axes their range
-STRIP = {"cpu": 2**19}  # scores in a strip
+STRIP = {"cpu": 2**18}  # scores in a strip
 DEVICE_STRIP = 2**25
 MAX_TABLES = 16  # threads that count at once, each into a table of its own
 EXACT_MEMORY = 2 * 2**30  # bytes
