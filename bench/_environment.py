@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
-from jasper_fast import env, ops
+from jasper_fast import env, extension
 
 
 def environment() -> dict[str, Any]:
@@ -15,5 +15,5 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit.stdout.strip() or None,
         **{key: found[key] for key in ("python", "libraries", "cpu", "gpus")},
-        "extension": ops.extension_error() or "in use",
+        "extension": extension.extension_error() or "in use",
     }

@@ -126,9 +126,9 @@ def _cpu() -> dict[str, Any]:
 
 
 def _extension() -> dict[str, Any]:
-    from jasper_fast import ops
+    from jasper_fast import extension
 
-    path, reason = ops.extension_path(), ops.extension_error()
+    path, reason = extension.extension_path(), extension.extension_error()
     return {
         "loaded": path is not None and reason is None,
         "path": None if path is None else str(path),

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast import strips
-from jasper_fast.extension import extension_error as extension_error  # for whoever asks what is in use
-from jasper_fast.extension import extension_path as extension_path
-from jasper_fast.extension import native
+from jasper_fast.extension import extension_path, native
 
 MAX_PAIRS = 2**31 - 1  # counts are int32
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import jasper_fast
-from jasper_fast import env, ops
+from jasper_fast import env, extension
 
 
 def run(code_or_module, *arguments, cwd):
@@ -58,13 +58,13 @@ def test_the_report_is_json_and_true(tmp_path):
     found = json.loads(run("jasper_fast.env", "--json", cwd=tmp_path))
     assert found["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["jasper_fast"]["version"] == jasper_fast.__version__
-    assert found["extension"]["loaded"] is (ops.extension_error() is None)
+    assert found["extension"]["loaded"] is (extension.extension_error() is None)
     assert len(found["gpus"]["devices"]) == torch.cuda.device_count()
 
 
 def test_a_missing_extension_is_said_with_its_reason(monkeypatch):
-    monkeypatch.setattr(ops, "extension_path", lambda: None)
-    monkeypatch.setattr(ops, "extension_error", lambda: "no _C*.so beside the package")
+    monkeypatch.setattr(extension, "extension_path", lambda: None)
+    monkeypatch.setattr(extension, "extension_error", lambda: "no _C*.so beside the package")
     text = env.describe(env.environment())
     assert "extension" in text and "not in use: no _C*.so beside the package" in text
 

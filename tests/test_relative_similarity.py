@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jasper_fast import ops, reference
+from jasper_fast import extension, ops, reference
 from jasper_fast.losses import relative_similarity_loss
 
 needs_extension = pytest.mark.skipif(
-    ops.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",
+    extension.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",
     reason="the extension is turned off",
 )
 
@@ -111,15 +111,15 @@ def test_counts_do_not_depend_on_the_number_of_threads_or_heads():
 
 @needs_extension
 def test_extension_is_in_use():
-    assert ops.extension_path() is not None, ops.extension_error()
-    assert ops.extension_error() is None
+    assert extension.extension_path() is not None, extension.extension_error()
+    assert extension.extension_error() is None
 
 
 def test_without_the_extension_the_loss_is_the_same():
     code = """
 import torch
-from jasper_fast import losses, ops
-assert ops.extension_path() is None and "JASPER_FAST_NO_EXTENSION" in ops.extension_error()
+from jasper_fast import extension, losses
+assert extension.extension_path() is None and "JASPER_FAST_NO_EXTENSION" in extension.extension_error()
 torch.manual_seed(0)
 student, teacher = torch.randn(40, 24, requires_grad=True), torch.randn(40, 16)
 loss = losses.relative_similarity_loss(student, teacher)

@@ -86,9 +86,9 @@ class Piece:
 
 def bin_norms(piece: Piece) -> Tensor:
     """Upper bounds of the row norms of each bin, (bins,) float64; not finite where a row holds NaN or infinity."""
-    from jasper_fast import ops
+    from jasper_fast import extension
 
-    if ops.extension_path() is not None and piece.rows.device.type == "cpu":
+    if extension.extension_path() is not None and piece.rows.device.type == "cpu":
         return torch.ops.jasper_fast_native.mips_norms(piece.rows, piece.scales)
     blocks = [piece.values(at, at + BLOCK_ROWS, torch.float64) for at in range(0, len(piece), BLOCK_ROWS)]
     return torch.cat([bin_maxima(block.square().sum(dim=1).sqrt()) for block in blocks]) * (1 + 1e-9)

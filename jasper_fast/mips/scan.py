@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jasper_fast import env, ops
+from jasper_fast import env, extension
 from jasper_fast.mips.pieces import BIN, UNIT, Piece
 from jasper_fast.mips.state import State
 
@@ -83,7 +83,7 @@ def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
 
 def native(piece: Piece) -> bool:
     """Whether the compiled loops can search this piece."""
-    return ops.extension_path() is not None and piece.rows.device.type == "cpu"
+    return extension.extension_path() is not None and piece.rows.device.type == "cpu"
 
 
 def candidates_for(k: int) -> int:
