@@ -62,13 +62,15 @@ def section(results: dict[str, Any]) -> str:
     key = f"{results['primary']['set']}/{results['primary']['metric']}"
     rows = {(row["model"], row["width"]): row["scores"][key] for row in results["rows"]}
     widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
-    teacher_width = results["facts"]["teacher_width"]
+    facts = results["facts"]
+    teacher_width = facts["teacher_width"]
     teacher = rows[TEACHER, teacher_width]
-    parameters = results["facts"]["student_parameters"] / 1e6
+    parameters = facts["student_parameters"] / 1e6
+    unseen = "were among the training texts" if results["transductive"] else "were never trained on"
     lines = [
-        f"`make train` on 2 CPU cores ({results['facts']['texts']:,} texts; {parameters:.1f} M parameters; "
-        f"{results['primary']['metric']} of finding a docstring's body by its summary, on docstrings that were never "
-        "trained on; [report](docs/runs/minilm-docstrings/report.md)):",
+        f"`make train` on {facts['threads']} CPU cores ({facts['texts']:,} texts; {parameters:.1f} M parameters; "
+        f"{results['primary']['metric']} of finding a docstring's body by its summary, on docstrings that {unseen}; "
+        "[report](docs/runs/minilm-docstrings/report.md)):",
         "",
         "| | " + " | ".join(f"{w} wide" for w in widths) + " |",
         "|---" * (len(widths) + 1) + "|",
