@@ -66,6 +66,7 @@ class StudentConfig(Section):
     layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # first n, or which; None: all
     heads: list[PositiveInt] = Field(min_length=1)  # widths; the widest is FC1
     head_type: Literal["independent", "prefix"] = "independent"
+    head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
     max_length: PositiveInt = 512
     bidirectional: bool = True  # decoder models lose their causal mask
     prompts: Prompts = Prompts()

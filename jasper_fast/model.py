@@ -53,6 +53,10 @@ class Student(nn.Module):
         self._layers = layer_list(encoder)
         owned = self.widths if config.head_type == "independent" else self.widths[:1]
         self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in owned})
+        if config.head_init == "identity":  # a student cut out of its teacher is near it from the start
+            for head in self.heads.values():
+                nn.init.eye_(head.weight)
+                nn.init.zeros_(head.bias)
 
     @classmethod
     def build(cls, config: StudentConfig) -> Student:

@@ -329,3 +329,11 @@ def test_layers_that_are_built_by_position_are_refused(architecture) -> None:
 def test_shared_layers_cannot_be_chosen(architecture) -> None:
     with pytest.raises(JasperError, match="leave student.layers empty"):
         student(architecture("albert"), layers=2)
+
+
+def test_heads_that_start_as_the_identity_give_the_first_pooled_coordinates(tiny_bert):
+    model = student(tiny_bert, head_init="identity").eval()
+    pooled = model.pool(model.tokenize(["a text", "another one"]))
+    for width, vectors in model.project(pooled).items():
+        torch.testing.assert_close(vectors, pooled[:, :width])
+    assert not torch.equal(student(tiny_bert).heads["8"].weight, model.heads["8"].weight)
