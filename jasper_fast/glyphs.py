@@ -1,0 +1,65 @@
+"""Real pictures with captions on every machine: the named glyphs of DejaVu Sans, which matplotlib ships.
+
+A glyph is drawn as it stands on a line: same size, same base line, so that a comma differs from an apostrophe. Letters
+of several alphabets share a drawing (Latin A, Greek Alpha); they are one picture with several captions, so a drawing
+that is kept for evaluation is never seen in training under another name.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from jasper_fast.errors import JasperError
+
+GLYPHS = "glyphs"
+FONT = "fonts/ttf/DejaVuSans.ttf"
+BASE_LINE = 0.72  # of the picture's height, from above
+SIZE_OF_EM = 0.69  # of the picture's side: the tallest glyphs with their accents still fit
+
+
+def font_file() -> Path:
+    """DejaVu Sans as matplotlib carries it.
+
+    Raises:
+        JasperError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise JasperError("the glyphs are those of matplotlib's font; type `pip install matplotlib`") from None
+    return Path(matplotlib.get_data_path()) / FONT
+
+
+def draw_glyphs(side: int = 64) -> list[tuple[np.ndarray, list[str]]]:
+    """Every glyph that has a Unicode name and leaves ink, black on white, in the order of code points.
+
+    Args:
+        side: of the square pictures, in pixels.
+
+    Returns:
+        ((side, side) uint8, its names) of each distinct drawing.
+    """
+    from fontTools.ttLib import TTFont
+    from PIL import Image, ImageDraw, ImageFont
+
+    path = font_file()
+    # The other layout engine shapes text: it draws some lone marks not at all.
+    font = ImageFont.truetype(str(path), round(side * SIZE_OF_EM), layout_engine=ImageFont.Layout.BASIC)
+    found: dict[bytes, list[str]] = {}
+    with TTFont(path, lazy=True) as table:
+        points = sorted(table.getBestCmap())
+    for point in points:
+        name = unicodedata.name(chr(point), "")
+        left, top, right, bottom = font.getbbox(chr(point), anchor="ls")
+        if not name or right <= left or bottom <= top:
+            continue
+        picture = Image.new("L", (side, side), 255)
+        place = (side / 2 - (left + right) / 2, side * BASE_LINE)  # a glyph too wide is cut alike on both sides
+        ImageDraw.Draw(picture).text(place, chr(point), font=font, fill=0, anchor="ls")
+        pixels = np.asarray(picture)
+        if pixels.min() < 255:
+            found.setdefault(pixels.tobytes(), []).append(name)
+    return [(np.frombuffer(pixels, np.uint8).reshape(side, side), names) for pixels, names in found.items()]
