@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan, neighbour_batches, neighbour_graph, random_batches
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
+
+if TYPE_CHECKING:
+    from jasper_fast.vision_batches import ImageBatches
 
 AHEAD = 2  # batches prepared while one trains
 POOL_CHUNK = 4096  # texts per published piece of the pooled states
@@ -47,26 +50,31 @@ class Batch:
 
     rows: np.ndarray  # (B,) int64, among the training texts
     teacher: Tensor  # (B, D) fp32 unit vectors
-    texts: MicroBatches | None  # None: the states are pooled already
+    texts: MicroBatches | ImageBatches | None  # None: the states are pooled already
     pooled: Tensor | None  # (B, hidden) fp32
     tokens: int
     padded: int
     wait: float  # seconds that training waited for it
 
 
-def check_sizes(config: Config, n: int) -> None:
+def check_sizes(config: Config, n: int, pictures: int = 0) -> None:
     """Refuse a run whose batches are larger than what the stage may draw from.
 
     Args:
         n: training texts.
+        pictures: training pictures.
 
     Raises:
         JasperError: names every such stage.
     """
-    small = [s for s in config.stages if min(n, s.texts or n) < s.batch_size]
+    sizes = [(s, "texts" if s.vision is None else "pictures", n if s.vision is None else pictures) for s in config.stages]
+    small = [
+        f"stage {s.name!r}: a batch of {s.batch_size} from {min(there, s.texts or there)} {kind}"
+        for s, kind, there in sizes
+        if min(there, s.texts or there) < s.batch_size
+    ]
     if small:
-        named = "; ".join(f"stage {s.name!r}: a batch of {s.batch_size} from {min(n, s.texts or n)}" for s in small)
-        raise JasperError(f"too few training texts ({named}); lower batch_size, or give more text")
+        raise JasperError(f"too little to train on ({'; '.join(small)}); lower batch_size, or give more")
 
 
 def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
@@ -74,7 +82,7 @@ def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Call
 
     Args:
         index: the stage's position in the configuration.
-        n: training texts.
+        n: training texts, or pictures.
     """
     stage = config.stages[index]
     n = min(n, stage.texts or n)
@@ -223,11 +231,16 @@ def stage_batches(
         micro = MicroBatches.of(ids, stage.micro_batch, stage.micro_tokens, passes)
         return Batch(rows, teacher, micro, None, micro.tokens, micro.padded, 0.0)
 
+    return ahead_of_time(prepare, first_step, stage.steps)
+
+
+def ahead_of_time(prepare: Callable[[int], Batch], first_step: int, steps: int) -> Iterator[tuple[int, Batch]]:
+    """Yield (step, ``prepare(step)``) from ``first_step`` to before ``steps``, the next ones prepared by a thread."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
         ahead: list[Future[Batch]] = []
         try:
-            for step in range(first_step, stage.steps):
-                while len(ahead) < AHEAD and step + len(ahead) < stage.steps:
+            for step in range(first_step, steps):
+                while len(ahead) < AHEAD and step + len(ahead) < steps:
                     ahead.append(worker.submit(prepare, step + len(ahead)))
                 asked = time.perf_counter()
                 batch = ahead.pop(0).result()

@@ -59,12 +59,17 @@ def run_facts(
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
+        "pictures": results.get("pictures"),
+        "picture_sources": [_public(source.path) for source in config.images.sources] if config.images else [],
     }
 
 
 def student_facts(config: StudentConfig) -> dict[str, Any]:
     """The student's configuration as plain JSON, without the folders of the machine it was trained on."""
-    return {**config.model_dump(mode="json"), "model": _public(config.model)}
+    facts = {**config.model_dump(mode="json"), "model": _public(config.model)}
+    if config.vision is not None and config.vision.model is not None:
+        facts["vision"]["model"] = _public(config.vision.model)
+    return facts
 
 
 def model_licence(name: str, revision: str | None = None) -> str:
@@ -123,6 +128,7 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         "jasper_fast, after the recipe of Jasper and Stella ([arXiv 2412.19048](https://arxiv.org/abs/2412.19048)). "
         f"Widths of its vectors: {listed}; all are L2-normalised.",
         _usage(facts, widths, flat),
+        _pictures(facts, flat),
         _teachers(teachers),
         _training(facts),
         _scores(facts),
@@ -167,6 +173,31 @@ def _usage(facts: Mapping[str, Any], widths: Sequence[int], flat: bool) -> str:
         narrow = "" if flat else f'; with another width, `encode(texts, prompt_name="query", task="{widths[-1]}")`'
         table = "\n".join(f"- {role}: `{json.dumps(prompt, ensure_ascii=False)}`" for role, prompt in prompts.items())
         text += f"\n\nPrompts, put before the text by `encode_query` and `encode_document`{narrow}:\n\n{table}"
+    return text
+
+
+def _pictures(facts: Mapping[str, Any], flat: bool) -> str:
+    """How pictures are embedded, and how well they are found; empty for a model of text alone."""
+    vision = facts.get("student", {}).get("vision")
+    if not vision or flat:
+        return ""
+    text = (
+        "## Pictures\n\nThe same vectors for pictures, with jasper_fast beside sentence-transformers:\n\n```python\n"
+        "import jasper_fast.pictures\n\nmodel = jasper_fast.pictures.load(\"PATH\")\n"
+        'vectors = model.encode(["a.jpg", "b.png"])  # files, PIL images, or their bytes; `task` as for text\n'
+        "words = model.encode_text([\"what is to be found\"])\n```\n\n"
+        f"A picture is {vision['image_tokens']} input embeddings of the text encoder, from the tower in `vision/` through "
+        "an average pooling without parameters."
+    )
+    sources = [f"`{source}`" for source in facts.get("picture_sources", [])]
+    if sources:
+        text += f" Trained on pictures of {', '.join(sources)}."
+    if facts.get("pictures"):
+        from jasper_fast.vision_eval import scores_markdown
+
+        results = facts["pictures"]
+        text += f"\n\n{results['pictures']} held-out pictures and their {results['captions']} captions:\n\n"
+        text += scores_markdown(results)
     return text
 
 

@@ -49,6 +49,8 @@ def check_losses(config: Config, target: int) -> None:
     """
     widest = config.student.heads[0]
     for stage in config.stages:
+        if stage.vision is not None:  # each head is taught by its own width
+            continue
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target

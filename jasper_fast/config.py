@@ -58,6 +58,26 @@ class TeacherConfig(Section):
         return self
 
 
+class VisionConfig(Section):
+    """The student's eyes: a vision tower whose tokens, resampled, enter the text encoder as input embeddings."""
+
+    model: str | None = None  # a Hugging Face vision tower, by name or path; SigLIP and SigLIP 2 first
+    tower: dict[str, float] | None = None  # or fields of a SiglipVisionConfig, for a tower from scratch
+    revision: str | None = None
+    image_tokens: PositiveInt = 300  # what a picture becomes for the text encoder
+    start_token: str = "<|image_start|>"  # around the picture's tokens; added where the tokenizer lacks them
+    end_token: str = "<|image_end|>"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> VisionConfig:
+        if (self.model is None) == (self.tower is None):
+            raise ValueError("give either `model` (a tower to load) or `tower` (its size, to start from scratch)")
+        if self.start_token == self.end_token:
+            raise ValueError("start_token and end_token must differ")
+        return self
+
+
 class StudentConfig(Section):
     """The model that is trained: a text encoder, mean pooling, and linear heads."""
 
@@ -72,6 +92,7 @@ class StudentConfig(Section):
     prompts: Prompts = Prompts()
     vector_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     trust_remote_code: bool = False
+    vision: VisionConfig | None = None  # None: it reads text alone
 
     @field_validator("heads")
     @classmethod
@@ -115,6 +136,48 @@ class DataConfig(Section):
         return span
 
 
+class ImageSourceConfig(Section):
+    """One source of pictures with captions."""
+
+    path: str  # "glyphs", a folder or .zip of pictures, .tar file(s) of WebDataset, .parquet, or a `datasets` name
+    captions: str | None = None  # for a folder or zip: the JSONL[.gz] with a row per picture or caption
+    image_column: str = "image"  # there, or in the dataset: the file's name or the picture
+    caption_columns: list[str] = Field(default=["caption"], min_length=1)  # each a caption of its own; lists give several
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: PositiveInt | None = None  # the first so many pictures
+
+
+class ImagesConfig(Section):
+    """The pictures of vision stages, and the part that is kept from training to judge by."""
+
+    sources: list[ImageSourceConfig] = Field(min_length=1)
+    held_out: Annotated[int, Field(ge=0, strict=True)] = 0  # pictures; with all that share their captions or pixels
+    max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # pictures that may be left out because they are broken
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0  # of what is held out
+
+
+class AugmentConfig(Section):
+    """Other views of a training picture, drawn anew each time it is seen. All zero: none."""
+
+    shift: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0  # of the side, at most
+    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # by a factor from 1 - scale to 1 + scale, each axis alone
+    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0  # degrees, at most, either way
+    flip: bool = False  # left to right, every other time
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.shift or self.scale or self.rotate or self.flip)
+
+
+class VisionStageConfig(Section):
+    """What a vision stage (the paper's stage 4) has beside the others. The contrastive term and views are ours."""
+
+    contrastive: Annotated[float, Field(ge=0.0)] = 0.0  # weight of: each picture finds its caption in the batch, and back
+    augment: AugmentConfig = AugmentConfig()
+
+
 class EvalConfig(Section):
     """One evaluation set: a BEIR folder, a similarity TSV, a classification folder, or the built-in docstrings."""
 
@@ -143,7 +206,8 @@ class StageConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     train: list[str] = Field(default=[], description="globs over parameter names, e.g. heads.384.*")
-    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0  # the encoder's last n layers train too
+    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0  # the encoder's (in vision stages the tower's) last n train
+    vision: VisionStageConfig | None = None  # given: the stage learns from pictures; only `vision.*` may train
     heads: list[PositiveInt] = Field(min_length=1)
     weights: LossWeights = LossWeights()
     narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
@@ -179,6 +243,11 @@ class StageConfig(Section):
             raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
         if len(set(self.heads)) != len(self.heads):
             raise ValueError(f"stage {self.name!r}: a head is named twice in {self.heads}")
+        if self.vision is not None and (self.batches != "random" or self.narrow_target != "teacher"):
+            raise ValueError(
+                f"stage {self.name!r}: a vision stage draws its batches at random, and each head is taught by the "
+                "caption's vector of the same head; leave `batches` and `narrow_target` out"
+            )
         return self
 
 
@@ -215,6 +284,7 @@ class Config(Section):
     student: StudentConfig
     teachers: list[TeacherConfig] = Field(min_length=1)
     data: DataConfig
+    images: ImagesConfig | None = None
     evaluate: list[EvalConfig] = []
     stages: list[StageConfig] = Field(min_length=1)
     losses: LossesConfig = LossesConfig()
@@ -227,10 +297,13 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         problems = [f"stage name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
         widest = self.student.heads[0]
-        used = {width for stage in self.stages for width in stage.heads}
+        used = {width for stage in self.stages for width in stage.heads if stage.vision is None}
         idle = [width for width in self.student.heads if width not in used]
         if idle and self.student.head_type == "independent":
             problems.append(f"student.heads {idle} stand in no stage's heads: they would stay random")
+        seeing = [stage.name for stage in self.stages if stage.vision is not None]
+        if seeing and (self.student.vision is None or self.images is None):
+            problems.append(f"stage {seeing[0]!r} learns from pictures: it needs `student.vision` and `images`")
         for stage in self.stages:
             missing = [w for w in stage.heads if w not in self.student.heads]
             if missing:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jasper_fast.model import Student
 
 POOLING, ROUTER, NORMALIZE = "1_Pooling", "2_Router", "3_Normalize"
+VISION = "vision"  # the tower; sentence-transformers does not read it, jasper_fast.pictures does
 ONNX_FILE = "onnx/model.onnx"
 ONNX_TOLERANCE = 1e-4  # largest difference of a coordinate that an export may show against PyTorch
 CHECK_TEXTS = ["one", "a sentence that is a little longer than the first", "words and more words, " * 6]
@@ -50,6 +51,9 @@ def export_student(
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
 
     with publish_dir(path, replace=replace) as folder:
+        if student.vision is not None:
+            student.vision.store_marks(student.encoder)
+            student.vision.save(folder / VISION)
         student.encoder.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)
         _write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
@@ -229,7 +233,7 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.name not in own:
             shutil.copy2(file, folder)
-    shutil.copytree(source / ROUTER / _routes(source)[width], folder / "2_Dense")
+    shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
     hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]
     (folder / POOLING).mkdir()
     (folder / NORMALIZE).mkdir()
@@ -256,14 +260,14 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
     write_card(folder, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, [width], flat=True)
 
 
-def _routes(source: Path) -> dict[int, str]:
+def routes_of(source: Path) -> dict[int, str]:
     """{width: folder of its head inside the Router's}, widest first."""
     structure = json.loads((source / ROUTER / "router_config.json").read_text(encoding="utf-8"))["structure"]
     return {int(name): places[0] for name, places in sorted(structure.items(), key=lambda item: -int(item[0]))}
 
 
 def _known_width(source: Path, width: int | None) -> int:
-    widths = list(_routes(source))
+    widths = list(routes_of(source))
     if width is not None and width not in widths:
         raise JasperError(f"{source} has no head of width {width}; give --width {' or '.join(map(str, widths))}")
     return width or widths[0]

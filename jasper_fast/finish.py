@@ -16,9 +16,12 @@ from jasper_fast.encoders import load_model, model_encoder
 from jasper_fast.env import cpu_name
 from jasper_fast.evaluate import PCA_ROWS, evaluate_run, load_evals
 from jasper_fast.export import export_student
+from jasper_fast.image_data import Images
 from jasper_fast.model import Student
+from jasper_fast.pictures import load_student
 from jasper_fast.report import final_line, write_report
 from jasper_fast.run_folder import RESULTS, RunFolder
+from jasper_fast.vision_eval import SHEET, evaluate_pictures, pictures_line, write_sheet
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
 
@@ -32,6 +35,7 @@ def finish(
     texts: Any,
     transductive: list[str],
     device: torch.device,
+    pictures: tuple[Images, Images] | None = None,
 ) -> None:
     """Export, evaluate and report; ``results.json`` comes last and marks the run as finished.
 
@@ -40,6 +44,7 @@ def finish(
         before: the student as it was, whose pooled states are the score before.
         texts: the training texts (``datasets.Dataset``).
         transductive: names of evaluation sets of which texts were trained on.
+        pictures: those trained on and those held out.
     """
     facts = run_facts(config, texts=len(texts), revisions=teachers.revisions)
     export_student(student, folder.model, card=facts, replace=True)
@@ -52,7 +57,7 @@ def finish(
         model_encoder(load_model(str(folder.model))),  # what users will load
         teachers.read(rows).numpy(),
     )
-    results = {
+    results: dict[str, Any] = {
         "recipe": config.name,
         **scores,
         "transductive": transductive,
@@ -65,6 +70,10 @@ def finish(
             "versions": {name: found for name in VERSIONS_OF if (found := _version(name))},
         },
     }
+    if student.vision is not None and pictures is not None and len(pictures[1]):
+        seeing = load_student(folder.model).to(device)
+        results["pictures"], sheet = evaluate_pictures(seeing, *pictures, device, config.precision)
+        write_sheet(folder.path / "plots" / SHEET, sheet, pictures[1])
     card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)
     export_student(student, folder.model, card=card, replace=True)
     write_report(folder.path, results)
@@ -72,6 +81,8 @@ def finish(
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
     if scores:
         print(final_line(results))
+    if "pictures" in results:
+        print(pictures_line(results["pictures"]))
 
 
 def _version(name: str) -> str | None:

@@ -63,3 +63,8 @@ def draw_glyphs(side: int = 64) -> list[tuple[np.ndarray, list[str]]]:
         if pixels.min() < 255:
             found.setdefault(pixels.tobytes(), []).append(name)
     return [(np.frombuffer(pixels, np.uint8).reshape(side, side), names) for pixels, names in found.items()]
+
+
+def glyph_names() -> list[str]:
+    """The names of all drawn glyphs, the training texts of a student that is to find them by name."""
+    return [name for _, names in draw_glyphs(32) for name in names]

@@ -26,12 +26,15 @@ from jasper_fast.pretrained import (
     make_bidirectional,
     no_layers,
 )
+from jasper_fast.vision import VisionTower
 
 FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # what architectures call the norm after their last layer
 
 
 class Student(nn.Module):
     """A text encoder with heads; parameters are named ``encoder.…`` and ``heads.<width>.weight|bias``.
+
+    With ``vision`` it reads pictures as well; parameters ``vision.tower.…`` and ``vision.marks``.
 
     Args:
         encoder: a Hugging Face model that returns ``last_hidden_state`` (B, L, H).
@@ -57,6 +60,7 @@ class Student(nn.Module):
             for head in self.heads.values():
                 nn.init.eye_(head.weight)
                 nn.init.zeros_(head.bias)
+        self.vision: VisionTower | None = None
 
     @classmethod
     def build(cls, config: StudentConfig) -> Student:
@@ -78,7 +82,10 @@ class Student(nn.Module):
         check_max_length(encoder, config.max_length)
         tokenizer.model_max_length = config.max_length
         encoder.train()  # from_pretrained gives evaluation mode, which would switch gradient checkpointing off
-        return cls(encoder, tokenizer, config)
+        student = cls(encoder, tokenizer, config)
+        if config.vision is not None:
+            student.vision = VisionTower.build(config.vision, encoder, tokenizer)
+        return student
 
     @property
     def hidden_size(self) -> int:
@@ -112,17 +119,22 @@ class Student(nn.Module):
         # A tokenizer without special tokens makes nothing of an empty text; one token keeps its mean defined.
         return [ids or [self.tokenizer.pad_token_id] for ids in encoded["input_ids"]]
 
-    def pool(self, token_ids: Sequence[Sequence[int]], device: torch.device | str | None = None) -> Tensor:
+    def pool(self, token_ids: Sequence[Sequence[int]] | Tensor, device: torch.device | str | None = None) -> Tensor:
         """Encode one micro-batch and average the token states of each text, prompt and special tokens included.
 
         Args:
-            token_ids: B lists of ids, none empty; padded here on the right to the longest of them.
+            token_ids: B lists of ids, none empty; padded here on the right to the longest of them. Or pictures,
+                (B, 3, side, side) with values 0..255; the marks around a picture's tokens are left out of its mean.
             device: where the encoder is; None: asked of the parameters.
 
         Returns:
             (B, H) float32, whatever autocast the caller set.
         """
         device = torch.device(device) if device is not None else self.device
+        if isinstance(token_ids, Tensor):
+            inputs = self.seeing(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
+            states = self.encoder(inputs_embeds=inputs).last_hidden_state
+            return _at_least_fp32(states[:, 1:-1]).mean(dim=1)  # (B, H)
         ids, mask = pad(token_ids, self.tokenizer.pad_token_id)
         ids = ids.to(device, non_blocking=True)
         if mask is None:  # nothing is padded: no mask to build, and attention takes its fastest path
@@ -191,6 +203,17 @@ class Student(nn.Module):
         ]
         return [f"encoder.{name}" for name, _ in self.encoder.named_parameters() if name.startswith(tuple(kept))]
 
+    @property
+    def seeing(self) -> VisionTower:
+        """The vision tower.
+
+        Raises:
+            JasperError: the student has none.
+        """
+        if self.vision is None:
+            raise JasperError("this student reads text alone; give it `student.vision` and a vision stage")
+        return self.vision
+
     def set_gradient_checkpointing(self, on: bool | int) -> int:
         """Recompute encoder layers in the backward pass instead of keeping their activations, or stop doing so.
 
@@ -217,6 +240,12 @@ class Student(nn.Module):
                 self.encoder.disable_input_require_grads()
             elif self.encoder.supports_gradient_checkpointing:
                 self.encoder.gradient_checkpointing_disable()
+            if self.vision is not None and self.vision.tower.supports_gradient_checkpointing:
+                if on:
+                    self.vision.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    self.vision.tower.disable_input_require_grads()
+                else:
+                    self.vision.tower.gradient_checkpointing_disable()
         if not on:
             return 0
         layers = list(self._named_layers()[1])

@@ -194,15 +194,21 @@ def check_max_length(encoder: Any, max_length: int) -> None:
     Raises:
         JasperError: says the largest length possible.
     """
+    limit = position_limit(encoder)
+    if limit is not None and limit < max_length:
+        raise JasperError(
+            f"student.max_length is {max_length}, but the model has {limit} positions; give at most {limit}"
+        )
+
+
+def position_limit(encoder: Any) -> int | None:
+    """How many tokens an encoder has positions for; None where it names no limit."""
     limit = getattr(encoder.config, "max_position_embeddings", None)
     for name, module in encoder.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin count positions from after the padding index
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    if isinstance(limit, int) and 0 < limit < max_length:
-        raise JasperError(
-            f"student.max_length is {max_length}, but the model has {limit} positions; give at most {limit}"
-        )
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def no_layers(encoder: nn.Module) -> str:

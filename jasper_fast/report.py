@@ -14,6 +14,7 @@ from jasper_fast.errors import JasperError
 from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share
 from jasper_fast.files import write_atomic
 from jasper_fast.models import resolve_model
+from jasper_fast.vision_eval import SHEET, pictures_line, scores_markdown
 
 NO_PLOTS = (
     "There are no pictures because matplotlib is not installed: `pip install matplotlib`, then write the report again."
@@ -47,6 +48,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         pictures.get("sets", ""),
         _widths(results),
         pictures.get("widths", ""),
+        _seen(results, folder),
         _stages(config, steps),
         pictures.get("losses", ""),
         pictures.get("missing", ""),
@@ -63,6 +65,8 @@ def final_line(results: Mapping[str, Any]) -> str:
     Args:
         results: the content of results.json.
     """
+    if not results.get("rows") and results.get("pictures"):
+        return pictures_line(results["pictures"])
     if not results.get("rows"):
         return "no evaluation set was given, so there is no score"
     name, metric = results["primary"]["set"], results["primary"]["metric"]
@@ -72,6 +76,23 @@ def final_line(results: Mapping[str, Any]) -> str:
     kept = kept_share(after, teacher)
     share = "" if kept is None else f" ({kept:.1f} % kept)"
     return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{share}"
+
+
+def _seen(results: Mapping[str, Any], folder: Path) -> str:
+    """Pictures and captions finding each other, and the contact sheet."""
+    found = results.get("pictures")
+    if not found:
+        return ""
+    parts = [
+        "## Pictures and words",
+        f"{found['pictures']} held-out pictures and their {found['captions']} captions, none of them seen in training; "
+        "recall in per cent. Floor: ridge regression from pixels and their spectrum (32 × 32) onto captions' vectors. "
+        "Ceiling: pictures whose vectors are those of their captions.",
+        scores_markdown(found),
+    ]
+    if (folder / "plots" / SHEET).is_file():
+        parts.append(f"![Captions and the pictures they find](plots/{SHEET})")
+    return "\n\n".join(parts)
 
 
 def _read(path: Path, parse: Any) -> Any:

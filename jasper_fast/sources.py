@@ -19,9 +19,11 @@ import numpy as np
 
 from jasper_fast.config import SourceConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.glyphs import GLYPHS, glyph_names
 from jasper_fast.models import looks_like_path
 
 DOCSTRINGS = "docstrings"
+BUILT_IN = (DOCSTRINGS, GLYPHS)
 SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "csv", "tsv", "txt") for end in ("", ".gz")) + (".parquet",)
 STREAM_BUFFER = 10_000  # rows among which a hub stream is shuffled before a limit is taken
 
@@ -42,7 +44,10 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
 
         yield from split_docstrings()[0]
         return
-    rows = (row for file in source_files(source) for row in _read_file(file, source))
+    if source.path == GLYPHS:
+        yield from ((name,) for name in glyph_names())
+        return
+    rows = (row for file in source_files(source) for row in file_rows(file, source))
     empty = True
     for where, cells in rows if is_local(source) else _read_hub(source):
         for row in _texts(source, cells, where):
@@ -84,7 +89,7 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
 def is_local(source: SourceConfig) -> bool:
     """Whether a source is read from this machine; otherwise its path is a `datasets` name."""
     path = Path(source.path).expanduser()
-    return source.path == DOCSTRINGS or path.exists() or looks_like_path(source.path) or path.name.endswith(SUFFIXES)
+    return source.path in BUILT_IN or path.exists() or looks_like_path(source.path) or path.name.endswith(SUFFIXES)
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -93,7 +98,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     Raises:
         JasperError: there is no such path, or no file of a known kind.
     """
-    if source.path == DOCSTRINGS or not is_local(source):
+    if source.path in BUILT_IN or not is_local(source):
         return []
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -109,7 +114,7 @@ def source_files(source: SourceConfig) -> list[Path]:
 
 def source_stamp(source: SourceConfig) -> list[Any]:
     """What changes when a source's content does: file sizes and times, or the digest of the docstrings."""
-    if source.path == DOCSTRINGS:
+    if source.path in BUILT_IN:
         whole = hashlib.sha256()
         for pair in read_source(source):
             whole.update("\0".join((*pair, "")).encode())
@@ -144,7 +149,12 @@ def _no_column(column: str, there: Iterable[str], where: str) -> JasperError:
     )
 
 
-def _read_file(file: Path, source: SourceConfig) -> Iterator[Row]:
+def file_rows(file: Path, source: SourceConfig) -> Iterator[Row]:
+    """Each row of one file with where it stands.
+
+    Raises:
+        JasperError: the file is broken; its row is named.
+    """
     name = file.name.removesuffix(".gz")
     try:
         if name.endswith(".parquet"):

@@ -39,6 +39,8 @@ def trained_names(student: Student, stage: StageConfig) -> list[str]:
                 f"{every[0]!r} and {every[-1]!r} (`--dry-run` lists them)"
             )
         chosen.update(matched)
+    if stage.vision is not None:
+        return _names_of_the_tower(student, stage, [name for name in every if name in chosen])
     if stage.last_layers > student.num_layers:
         raise JasperError(
             f"stage {stage.name!r}: last_layers {stage.last_layers}, but the student has {student.num_layers} layers"
@@ -48,10 +50,23 @@ def trained_names(student: Student, stage: StageConfig) -> list[str]:
     used = {str(width) for width in stage.heads}
     independent = len(student.heads) > 1  # prefix heads are all the widest one's
     idle = [f"heads.{width}." for width in student.heads if independent and width not in used]
+    idle.append("vision.")  # a stage of texts does not reach it
     names = [name for name in every if name in chosen and not any(name.startswith(prefix) for prefix in idle)]
     if not names:
         raise JasperError(f"stage {stage.name!r}: the parameters it names belong only to heads that it does not use")
     return names
+
+
+def _names_of_the_tower(student: Student, stage: StageConfig, chosen: list[str]) -> list[str]:
+    """What a vision stage trains: the captions' vectors are computed once, so nothing of the text side may move."""
+    text = [name for name in chosen if not name.startswith("vision.")]
+    if text:
+        raise JasperError(
+            f"stage {stage.name!r} learns from pictures while the text side is frozen, but would train {text[0]!r}; "
+            'use train: ["vision.tower.*"] (and "vision.marks" for the embeddings around a picture)'
+        )
+    last = set(student.seeing.layer_parameters(stage.last_layers)) if stage.last_layers else set()
+    return [name for name, _ in student.named_parameters() if name in last or name in chosen]
 
 
 def set_trained(student: Student, names: Iterable[str]) -> None:
@@ -113,8 +128,8 @@ class StageLoss(nn.Module):
         self.widest = widest
         self.own_target = stage.narrow_target == "self"
         self.together = not self.own_target and stage.narrow_weights is None
-        self.wide = _jasper_loss(stage.weights, stage, group, rows)
-        self.narrow = _jasper_loss(stage.narrow_weights or stage.weights, stage, group, rows)
+        self.wide = jasper_loss(stage.weights, stage, group, rows)
+        self.narrow = jasper_loss(stage.narrow_weights or stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
         """Losses of a batch.
@@ -134,9 +149,10 @@ class StageLoss(nn.Module):
         return outputs[0] if len(outputs) == 1 else JasperLossOutput(*(a + b for a, b in zip(*outputs, strict=True)))
 
 
-def _jasper_loss(
+def jasper_loss(
     weights: LossWeights, stage: StageConfig, group: ProcessGroup | None, rows: Sequence[int] | None
 ) -> JasperLoss:
+    """The losses with a stage's margin and temperature; see :class:`StageLoss` for ``group`` and ``rows``."""
     return JasperLoss(
         weights=(weights.cosine, weights.similarity, weights.relative_similarity),
         margin=stage.margin,

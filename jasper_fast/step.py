@@ -23,6 +23,7 @@ from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import StageLoss
+from jasper_fast.vision_loss import VisionLoss
 
 
 class Shares:
@@ -62,7 +63,7 @@ def take_gradients(
     student: Student,
     batch: Batch,
     stage: StageConfig,
-    loss_of: StageLoss,
+    loss_of: StageLoss | VisionLoss,
     device: torch.device,
     precision: Literal["auto", "fp32", "bf16"],
     keep: Tensor | None = None,
@@ -79,7 +80,7 @@ def take_gradients(
     """
     shares = shares or Shares(device)
     passes = batch.texts.token_ids if batch.texts is not None else []
-    trains = bool(passes) and any(p.requires_grad for p in student.encoder.parameters())
+    trains = bool(passes) and any(p.requires_grad for n, p in student.named_parameters() if not n.startswith("heads."))
     # A sharded layer takes one backward pass for each forward pass, one after the other.
     again = trains and (stage.gradient_caching or is_sharded(student)) and len(passes) > 1
     randoms: list[list[Tensor]] = []
@@ -107,7 +108,10 @@ def take_gradients(
 
 
 def saved_bytes(
-    student: Student, token_ids: list[list[int]], device: torch.device, precision: Literal["auto", "fp32", "bf16"]
+    student: Student,
+    token_ids: list[list[int]] | Tensor,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
 ) -> int:
     """Bytes that the graph of one encoder pass holds, weights not counted, each piece of memory once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
@@ -140,6 +144,11 @@ def out_of_memory(
     said = str(error).split(". ")[0]
     if batch.texts is None:
         return JasperError(f"stage {stage.name!r}: out of memory ({said}); lower batch_size")
+    if stage.vision is not None:
+        return JasperError(
+            f"stage {stage.name!r}: out of memory ({said}). Set for the stage, in this order as needed: gradient_caching: "
+            f"true; a smaller micro_batch (now {stage.micro_batch} pictures); gradient_checkpointing: true"
+        )
     student.zero_grad(set_to_none=True)
     held = sum(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)  # tokens, padding included
     most = max(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)

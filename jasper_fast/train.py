@@ -39,6 +39,7 @@ from jasper_fast.config import (
 )
 from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.image_data import Images
 from jasper_fast.log import RunLog, SilentLog, check_trackers, memory_gb
 from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
@@ -48,6 +49,8 @@ from jasper_fast.sharding import is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
 from jasper_fast.step import Shares, dropout_factors, out_of_memory, saved_bytes, take_gradients
 from jasper_fast.telemetry import Telemetry
+from jasper_fast.vision_batches import caption_plan, caption_targets, vision_batches
+from jasper_fast.vision_loss import VisionLoss
 
 
 class Stopped(JasperError):
@@ -64,6 +67,7 @@ class Work:
     ranks: Ranks
     student: Student
     texts: Any  # datasets.Dataset with columns text, role
+    images: Images | None  # for vision stages
     teachers: Teachers
     log: RunLog
     saver: Saver
@@ -111,6 +115,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     """Train; returns what is left to do for one process, from the export to the report."""
     from jasper_fast.data import prepare_texts, texts_fingerprint
     from jasper_fast.finish import finish
+    from jasper_fast.image_data import prepare_images
     from jasper_fast.teach import ensure_teachers
 
     check_trackers(config.log)
@@ -118,8 +123,9 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     device = pick_device()
     student = build_student(config)
     check_stages(config, student, ranks.world)
+    images, kept = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
-    check_sizes(config, len(texts))
+    check_sizes(config, len(texts), len(images) if images is not None else 0)
     teachers = ensure_teachers(config, texts, progress=ranks.first)
     check_losses(config, teachers.width)
     student.to(device)
@@ -132,6 +138,8 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
         "texts": texts_fingerprint(texts),
         "config": what_decides(config),
     }
+    if images is not None:
+        facts["images"] = images.fingerprint
     if config.losses.scope == "local":
         facts["ranks"] = ranks.world  # it decides what a loss compares
     ranks.agree(facts)
@@ -145,7 +153,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     saver = Saver(folder.checkpoints, config.checkpoint.keep, ranks.first)
     try:
         with stop_on_signal() as stop:
-            work = Work(config, folder, device, ranks, student, texts, teachers, log, saver, stop)
+            work = Work(config, folder, device, ranks, student, texts, images, teachers, log, saver, stop)
             for index in range(position.stage, len(config.stages)):
                 train_stage(work, index, position, checkpoint, facts)
                 position = Position(position.step + config.stages[index].steps - position.stage_step, index + 1, 0)
@@ -155,7 +163,10 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
         finally:
             log.close()
     trained = _together(config, student, ranks)
-    return lambda: finish(config, folder, trained, build_student(config), teachers, texts, transductive, device)
+    pictures = None if images is None or kept is None else (images, kept)
+    return lambda: finish(
+        config, folder, trained, build_student(config), teachers, texts, transductive, device, pictures
+    )
 
 
 def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
@@ -167,6 +178,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             not suffice, or a rank was lost.
     """
     config, stage, student, log, ranks = work.config, work.config.stages[index], work.student, work.log, work.ranks
+    images: Any = work.images
     names = trained_names(student, stage)
     set_trained(student, names)
     student.train()
@@ -174,20 +186,29 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     optimizer = make_optimizer(student, stage)
     together = config.losses.scope == "global"
     mine, counts = ranks.rows(stage.batch_size), ranks.counts(stage.batch_size)
-    loss_of = StageLoss(stage, student.widths[0], ranks.group if together else None, counts if together else None)
+    shared = (ranks.group, counts) if together else (None, None)
+    loss_of = StageLoss(stage, student.widths[0], *shared) if stage.vision is None else VisionLoss(stage, *shared)
     frozen = frozen_digest(student)
 
     started = time.perf_counter()
     for turn in ("first", "others"):  # the first rank finds neighbours, the others find what it found
         if ranks.first == (turn == "first"):
-            plan = batch_plan(config, index, len(work.texts), work.teachers, log.say)
+            there = len(work.texts if stage.vision is None else images)
+            plan = batch_plan(config, index, there, work.teachers, log.say)
         ranks.gather(None)
     log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
     pooled = None
-    if not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
+    folder = work.folder.path / "pooled" / stage.name
+    started = time.perf_counter()
+    if stage.vision is not None:
+        log.bar.set_description(f"{stage.name}: pooling captions once")
+        captions = caption_plan(images, plan, config.seed, index)
+        targets = caption_targets(
+            folder, student, stage, images, captions, work.device, config.precision, _counter(work), ranks
+        )
+        pooled = targets.states
+    elif not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
         log.bar.set_description(f"{stage.name}: pooling once")
-        folder = work.folder.path / "pooled" / stage.name
-        started = time.perf_counter()
         pooled = pooled_states(
             folder,
             student,
@@ -200,13 +221,18 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             _counter(work),
             ranks,
         )
+    if pooled is not None:
         log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
     torch.manual_seed(config.seed * 1000 + index)  # what an encoder of its own kind may draw
     if start.stage == index and start.stage_step and checkpoint is not None:
         checkpoint.load_state(optimizer)
     log.say(_describe(student, stage, names, start))
 
-    batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
+    if stage.vision is not None:
+        place = (config.seed, index)
+        batches = vision_batches(stage, place, start.stage_step, plan, images, targets, student, ranks)
+    else:
+        batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
     telemetry, clock = Telemetry(work.device), time.perf_counter()
     for step, batch in batches:
         done = Position(start.step - start.stage_step + step + 1, index, step + 1)
@@ -216,9 +242,8 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         lr, shares = learning_rate(stage, step), Shares(work.device)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        place = (config.seed, index, step)
         keep = dropout_factors(
-            config.student.vector_dropout, place, mine, stage.batch_size, student.hidden_size, work.device
+            config.student.vector_dropout, (config.seed, index, step), mine, stage.batch_size, student.hidden_size, work.device
         )
         with ranks.watch(f"stage {stage.name!r}, step {done.stage_step}"):
             output, vectors = _gradients(work, stage, batch, loss_of, keep, shares)
@@ -265,7 +290,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
 
 
 def _gradients(
-    work: Work, stage: StageConfig, batch: Batch, loss_of: StageLoss, keep: torch.Tensor | None, shares: Shares
+    work: Work, stage: StageConfig, batch: Batch, loss_of: StageLoss | VisionLoss, keep: torch.Tensor | None, shares: Shares
 ) -> tuple[JasperLossOutput, dict[int, torch.Tensor]]:
     precision = work.config.precision
     try:
@@ -302,7 +327,7 @@ def _exchange(
 
 def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
     """Log what the graph of one text holds, and what checkpointing saves of it and costs, where that is asked for."""
-    if batch.texts is None or is_sharded(work.student):
+    if batch.texts is None or stage.vision is not None or is_sharded(work.student):
         return
     student, ids = work.student, batch.texts.token_ids[-1][-1]  # the longest one
 

@@ -1,0 +1,225 @@
+"""The pictures of a run: checked, put together with their captions, parted into training and held-out, published once.
+
+Their bytes are copied as they are into the cache, so a run depends on no archive that may move, and what is broken is
+known before training. A picture is held out with all that share its bytes or one of its captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.arrow import write_index
+from jasper_fast.config import Config, ImagesConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.files import publish_dir
+from jasper_fast.image_sources import Item, read_images, source_stamp
+from jasper_fast.images import BadImage, decode, need_pillow, resize
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT = 1  # raised when the same settings would give other pictures
+KEPT_PIXELS = 1 << 29  # bytes of decoded pictures held in memory
+TOLD = 5  # broken pictures named one by one
+
+
+@dataclass
+class Images:
+    """One part of a run's pictures.
+
+    Args:
+        table: columns ``image`` (bytes), ``captions`` (list of text), ``name``.
+        fingerprint: of pictures and captions in order.
+    """
+
+    table: Dataset
+    fingerprint: str
+    starts: np.ndarray = field(init=False)  # (n + 1,) int64: captions of picture i are starts[i] .. starts[i + 1]
+    _decoded: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        counts = [len(captions) for captions in self.table["captions"]] if len(self.table) else []
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def captions(self, rows: Sequence[int] | np.ndarray | None = None) -> list[list[str]]:
+        """All captions of each picture."""
+        table = self.table.select_columns(["captions"])
+        return list(table["captions"] if rows is None else table[np.asarray(rows).tolist()]["captions"])
+
+    def caption_texts(self, numbers: np.ndarray) -> list[str]:
+        """Captions by their number over all pictures (``starts``)."""
+        rows = np.searchsorted(self.starts, numbers, side="right") - 1
+        found = self.captions(rows)
+        return [found[i][n - self.starts[row]] for i, (n, row) in enumerate(zip(numbers, rows, strict=True))]
+
+    def pixels(self, rows: Sequence[int] | np.ndarray, side: int, workers: int | None = None) -> Tensor:
+        """Decoded squares, (B, 3, side, side) uint8; small sets are kept decoded."""
+        wanted = np.asarray(rows).tolist()
+        kept = self._decoded.setdefault(side, {})
+        missing = [row for row in dict.fromkeys(wanted) if row not in kept]
+        found: dict[int, np.ndarray] = {}
+        if missing:
+            files = self.table.select_columns(["image"])[missing]["image"]
+            with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+                found = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
+            if len(self) * 3 * side * side <= KEPT_PIXELS:
+                kept.update(found)
+        squares = np.stack([kept.get(row, found.get(row)) for row in wanted])  # (B, side, side, 3)
+        return torch.from_numpy(squares).permute(0, 3, 1, 2)
+
+
+def prepare_images(config: Config) -> tuple[Images, Images]:
+    """The training pictures and the held-out ones of a run; none of both where it has no pictures.
+
+    Raises:
+        JasperError: as :func:`build_images`.
+    """
+    assert config.images is not None
+    return build_images(config.images, config.data.cache)
+
+
+def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Images]:
+    """(training pictures, held-out pictures), built once and published at ``{cache}/images-<settings>``.
+
+    Raises:
+        JasperError: a source cannot be read, too many pictures are broken, or fewer are left than are to be held out.
+    """
+    from datasets import load_from_disk
+    from filelock import FileLock
+
+    need_pillow()
+    settings = {
+        "format": FORMAT,
+        "images": config.model_dump(mode="json"),
+        "sources": [source_stamp(source) for source in config.sources],
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = Path(cache).expanduser() / f"images-{key}"
+    locks = folder.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.name}.lock"):
+        if not (folder / "facts.json").is_file():
+            with publish_dir(folder, replace=True) as temporary:
+                _build(config, temporary)
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    table = load_from_disk(str(folder / "table"))
+    held = np.array(facts["held_out"], dtype=np.int64)
+    train = np.setdiff1d(np.arange(len(table)), held)
+    return tuple(Images(table.select(rows), facts["fingerprint"] + part) for part, rows in (("t", train), ("h", held)))  # type: ignore[return-value]
+
+
+def _build(config: ImagesConfig, folder: Path) -> None:
+    import pyarrow as pa
+    from datasets import Features, Sequence, Value
+
+    features = Features({"image": Value("large_binary"), "captions": Sequence(Value("string")), "name": Value("string")})
+    schema = features.arrow_schema
+    broken: list[str] = []
+    digest = hashlib.blake2b(digest_size=16)
+    groups: list[list[str]] = []  # per picture: what ties it to others
+    table = folder / "table"
+    table.mkdir()
+    with pa.OSFile(str(table / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for source in config.sources:
+            for where, data, captions in _sound(read_images(source), broken, config.max_bad):
+                content = hashlib.blake2b(data, digest_size=16).hexdigest()
+                digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
+                groups.append([content, *(" ".join(c.split()).casefold() for c in captions)])
+                writer.write_batch(pa.record_batch([[data], [captions], [where]], schema=schema))
+    write_index(table, ["pictures.arrow"], features, digest.hexdigest()[:16])
+    if broken:
+        print(f"left out {len(broken)} pictures:\n  - " + "\n  - ".join(broken[:TOLD]), flush=True)
+        if len(broken) > TOLD:
+            print(f"  - and {len(broken) - TOLD} more")
+    if len(groups) <= config.held_out:
+        raise JasperError(
+            f"{len(groups)} pictures can be used and {config.held_out} are to be held out; give more pictures, or a "
+            "smaller images.held_out"
+        )
+    held = hold_out(groups, config.held_out, config.seed)
+    facts = {"fingerprint": digest.hexdigest(), "held_out": held, "left_out": broken, "settings": config.model_dump()}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def hold_out(groups: Sequence[Sequence[str]], count: int, seed: int) -> list[int]:
+    """Rows to hold out, ascending: whole groups of what is tied together, in an order that a hash with the seed gives.
+
+    Args:
+        groups: per row its ties; rows that share one (the same bytes, the same caption) stay together.
+        count: at most so many rows; groups that would exceed it are passed over.
+    """
+    parent = list(range(len(groups)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    first: dict[str, int] = {}
+    for row, ties in enumerate(groups):
+        for tie in ties:
+            parent[root(row)] = root(first.setdefault(tie, row))
+    members: dict[int, list[int]] = {}
+    for row in range(len(groups)):
+        members.setdefault(root(row), []).append(row)
+    place = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
+    held: list[int] = []
+    for group in sorted(members, key=lambda r: place[r]):
+        if len(held) + len(members[group]) <= count:
+            held += members[group]
+    return sorted(held)
+
+
+def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[Item]:
+    """The pictures that can be decoded and have a caption; the others are noted, up to a limit."""
+
+    def check(item: Item) -> str | None:
+        where, data, captions = item
+        if not captions:
+            return f"{where}: has no caption"
+        try:
+            decode(data)
+        except BadImage as bad:
+            return f"{where}: {bad}"
+        return None
+
+    waiting: list[Item] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def checked() -> Iterator[Item]:
+            for item, problem in zip(waiting, pool.map(check, waiting), strict=True):
+                if problem is None:
+                    yield item
+                    continue
+                broken.append(problem)
+                if len(broken) > most:
+                    raise JasperError(
+                        f"{len(broken)} pictures cannot be used, more than images.max_bad allows; mend them or raise "
+                        "it:\n  - " + "\n  - ".join(broken[:TOLD])
+                    )
+            waiting.clear()
+
+        for item in items:
+            waiting.append(item)
+            if len(waiting) == 64:
+                yield from checked()
+        yield from checked()
+
+
+def _square(side: int, data: bytes) -> np.ndarray:
+    return resize(decode(data), side)

@@ -1,0 +1,141 @@
+"""An exported model that sees: vectors of pictures and of words from one folder, in two lines.
+
+model = jasper_fast.pictures.load("runs/glyphs/model")
+vectors = model.encode(["a.jpg", "b.png"])
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from jasper_fast.card import FACTS_FILE
+from jasper_fast.config import StudentConfig
+from jasper_fast.encode import pick_device, student_encoder
+from jasper_fast.errors import JasperError
+from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
+from jasper_fast.images import BadImage, decode, resize
+from jasper_fast.model import Student
+
+
+
+class PictureModel:
+    """Vectors of pictures and words of one exported student; all are L2-normalised float32.
+
+    Args:
+        student: with a vision tower, in evaluation mode.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self.student = student.eval()
+        self.widths = student.widths
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Any], task: str | int | None = None, batch_size: int = 32) -> np.ndarray:
+        """Vectors of pictures.
+
+        Args:
+            pictures: files by path, their bytes, or PIL images.
+            task: the width, as in sentence-transformers' ``encode``; None: the widest.
+            batch_size: pictures per forward pass.
+
+        Returns:
+            (n, width) float32, rows of length one.
+
+        Raises:
+            BadImage: a picture cannot be used; it is named.
+            JasperError: the model has no such width.
+        """
+        width, side, student = self._width(task), self.student.seeing.side, self.student
+        found = [np.zeros((0, width), dtype=np.float32)]
+        for start in range(0, len(pictures), batch_size):
+            squares = np.stack([_square(p, side) for p in pictures[start : start + batch_size]])  # (b, side, side, 3)
+            pooled = student.pool(torch.from_numpy(squares).permute(0, 3, 1, 2))
+            found.append(F.normalize(student.project(pooled, [width])[width], dim=1).cpu().numpy())
+        return np.concatenate(found)
+
+    def encode_text(self, texts: Sequence[str], task: str | int | None = None, role: str = "document") -> np.ndarray:
+        """Vectors of words, (n, width) float32, as stock sentence-transformers gives them of the same folder.
+
+        Args:
+            role: "document", as captions were in training, or "query".
+        """
+        width, student = self._width(task), self.student
+        if not texts:
+            return np.zeros((0, width), dtype=np.float32)
+        return student_encoder(student, [width], student.max_length, student.device, "fp32")(list(texts), role)[width]
+
+    def encode_mixed(self, inputs: Sequence[Any], task: str | int | None = None) -> np.ndarray:
+        """Vectors of words (``str`` that names no picture file) and pictures in one list, in its order, (n, width)."""
+        words = [i for i, given in enumerate(inputs) if isinstance(given, str) and not _names_a_file(given)]
+        others = sorted(set(range(len(inputs))) - set(words))
+        found = np.zeros((len(inputs), self._width(task)), dtype=np.float32)
+        found[words] = self.encode_text([inputs[i] for i in words], task)
+        found[others] = self.encode([inputs[i] for i in others], task)
+        return found
+
+    def _width(self, task: str | int | None) -> int:
+        if task is None:
+            return self.widths[0]
+        if str(task) not in map(str, self.widths):
+            raise JasperError(f"the model has no width {task}; it has {', '.join(map(str, self.widths))}")
+        return int(task)
+
+
+def load(path: str | Path) -> PictureModel:
+    """An exported model, or the run folder around it, that embeds pictures and words.
+
+    Raises:
+        JasperError: no such folder, or its model reads text alone.
+    """
+    folder = model_folder(path)
+    if not (folder / VISION).is_dir():
+        raise JasperError(f"{folder} reads text alone: it has no folder {VISION}; train it with a vision stage")
+    return PictureModel(load_student(folder).to(pick_device()))
+
+
+def load_student(path: str | Path) -> Student:
+    """The student of an exported folder: encoder, heads and, where there is one, the vision tower.
+
+    Raises:
+        JasperError: no such folder, or it lacks the facts that jasper_fast writes.
+    """
+    folder = model_folder(path)
+    facts = folder / FACTS_FILE
+    if not facts.is_file():
+        raise JasperError(f"{facts} is missing: it says how the student was built; export the run again")
+    fields = json.loads(facts.read_text(encoding="utf-8"))["student"] | {"model": str(folder), "layers": None}
+    if fields.get("vision"):
+        fields["vision"] |= {"model": str(folder / VISION), "tower": None, "revision": None}
+    student = Student.build(StudentConfig(**fields))
+    heads = routes_of(folder)
+    for name, head in student.heads.items():
+        weights = load_file(folder / ROUTER / heads[int(name)] / "model.safetensors")
+        head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+    return student.eval()
+
+
+def _square(picture: Any, side: int) -> np.ndarray:
+    """A picture as (side, side, 3) uint8."""
+    if isinstance(picture, bytes):
+        return resize(decode(picture), side)
+    if isinstance(picture, str | Path):
+        try:
+            return resize(decode(Path(picture).expanduser().read_bytes()), side)
+        except (OSError, BadImage) as error:
+            raise BadImage(f"{picture}: {error.strerror if isinstance(error, OSError) else error}") from None
+    file = io.BytesIO()
+    picture.save(file, "png")  # by the one way that knows all modes
+    return resize(decode(file.getvalue()), side)
+
+
+def _names_a_file(text: str) -> bool:
+    return len(text) < 1024 and "\n" not in text and "\0" not in text and Path(text).expanduser().is_file()

@@ -1,0 +1,81 @@
+"""The losses of the vision stage: each head's vector of a caption teaches the picture's vector of the same head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jasper_fast.config import StageConfig
+from jasper_fast.gather import gather_rows
+from jasper_fast.losses import JasperLossOutput
+from jasper_fast.stages import jasper_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SAME = 1e-4  # captions whose cosine is nearer to 1 count as one caption
+
+
+class VisionLoss(nn.Module):
+    """Three losses per head, averaged over the heads (arXiv 2412.19048, stage 4), and a contrastive term if weighted.
+
+    Args:
+        stage: weights, margin, temperature, heads.
+        group: whose ranks' batches make one batch; None: this process's alone.
+        rows: how many of the stage's ``batch_size`` pictures each rank of the group has.
+    """
+
+    def __init__(
+        self, stage: StageConfig, group: ProcessGroup | None = None, rows: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        assert stage.vision is not None
+        self.heads = stage.heads
+        self.contrastive, self.temperature = stage.vision.contrastive, stage.temperature
+        self.group, self.rows = group, rows
+        self.one = jasper_loss(stage.weights, stage, group, rows)
+
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+        """Losses of a batch.
+
+        Args:
+            students: width -> (B, width) pictures' vectors.
+            teacher: (B, sum of the heads' widths) captions' unit vectors of each head, side by side in ``heads``' order.
+        """
+        targets = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
+        outputs = [self._head(width, vectors, targets[width]) for width, vectors in students.items()]
+        return JasperLossOutput(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
+
+    def _head(self, width: int, pictures: Tensor, captions: Tensor) -> JasperLossOutput:
+        output = self.one({width: pictures}, captions)
+        if not self.contrastive:
+            return output
+        pictures = F.normalize(pictures.float(), dim=1)
+        captions = captions.to(pictures.dtype)
+        if self.group is not None:
+            pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
+        return output._replace(loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, self.temperature))
+
+
+def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
+    """How badly each picture finds its caption among the batch's, and each caption its picture; the mean of both.
+
+    A caption that equals another picture's is no wrong answer for it and is left out there.
+
+    Args:
+        pictures, captions: (B, D) unit vectors, row by row of one another.
+        temperature: by which cosines are divided.
+
+    Returns:
+        a scalar; 0 for a batch of one.
+    """
+    scores = pictures @ captions.T / temperature  # (B, B)
+    same = captions @ captions.T > 1.0 - SAME
+    same.fill_diagonal_(False)
+    scores = scores.masked_fill(same, -torch.inf)
+    own = torch.arange(len(scores), device=scores.device)
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
