@@ -67,7 +67,9 @@ def check_sizes(config: Config, n: int, pictures: int = 0) -> None:
     Raises:
         JasperError: names every such stage.
     """
-    sizes = [(s, "texts" if s.vision is None else "pictures", n if s.vision is None else pictures) for s in config.stages]
+    sizes = [
+        (s, "texts" if s.vision is None else "pictures", n if s.vision is None else pictures) for s in config.stages
+    ]
     small = [
         f"stage {s.name!r}: a batch of {s.batch_size} from {min(there, s.texts or there)} {kind}"
         for s, kind, there in sizes

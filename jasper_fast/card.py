@@ -183,11 +183,11 @@ def _pictures(facts: Mapping[str, Any], flat: bool) -> str:
         return ""
     text = (
         "## Pictures\n\nThe same vectors for pictures, with jasper_fast beside sentence-transformers:\n\n```python\n"
-        "import jasper_fast.pictures\n\nmodel = jasper_fast.pictures.load(\"PATH\")\n"
+        'import jasper_fast.pictures\n\nmodel = jasper_fast.pictures.load("PATH")\n'
         'vectors = model.encode(["a.jpg", "b.png"])  # files, PIL images, or their bytes; `task` as for text\n'
-        "words = model.encode_text([\"what is to be found\"])\n```\n\n"
-        f"A picture is {vision['image_tokens']} input embeddings of the text encoder, from the tower in `vision/` through "
-        "an average pooling without parameters."
+        'words = model.encode_text(["what is to be found"])\n```\n\n'
+        f"A picture is {vision['image_tokens']} input embeddings of the text encoder, from the tower in `vision/` "
+        "through an average pooling without parameters."
     )
     sources = [f"`{source}`" for source in facts.get("picture_sources", [])]
     if sources:

@@ -142,7 +142,9 @@ class ImageSourceConfig(Section):
     path: str  # "glyphs", a folder or .zip of pictures, .tar file(s) of WebDataset, .parquet, or a `datasets` name
     captions: str | None = None  # for a folder or zip: the JSONL[.gz] with a row per picture or caption
     image_column: str = "image"  # there, or in the dataset: the file's name or the picture
-    caption_columns: list[str] = Field(default=["caption"], min_length=1)  # each a caption of its own; lists give several
+    caption_columns: list[str] = Field(
+        default=["caption"], min_length=1
+    )  # each a caption of its own; lists give several
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -174,7 +176,9 @@ class AugmentConfig(Section):
 class VisionStageConfig(Section):
     """What a vision stage (the paper's stage 4) has beside the others. The contrastive term and views are ours."""
 
-    contrastive: Annotated[float, Field(ge=0.0)] = 0.0  # weight of: each picture finds its caption in the batch, and back
+    contrastive: Annotated[float, Field(ge=0.0)] = (
+        0.0  # weight of: each picture finds its caption in the batch, and back
+    )
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -206,7 +210,9 @@ class StageConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     train: list[str] = Field(default=[], description="globs over parameter names, e.g. heads.384.*")
-    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0  # the encoder's (in vision stages the tower's) last n train
+    last_layers: Annotated[int, Field(ge=0, strict=True)] = (
+        0  # the encoder's (in vision stages the tower's) last n train
+    )
     vision: VisionStageConfig | None = None  # given: the stage learns from pictures; only `vision.*` may train
     heads: list[PositiveInt] = Field(min_length=1)
     weights: LossWeights = LossWeights()

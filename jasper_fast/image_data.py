@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -127,7 +127,9 @@ def _build(config: ImagesConfig, folder: Path) -> None:
     import pyarrow as pa
     from datasets import Features, Sequence, Value
 
-    features = Features({"image": Value("large_binary"), "captions": Sequence(Value("string")), "name": Value("string")})
+    features = Features(
+        {"image": Value("large_binary"), "captions": Sequence(Value("string")), "name": Value("string")}
+    )
     schema = features.arrow_schema
     broken: list[str] = []
     digest = hashlib.blake2b(digest_size=16)

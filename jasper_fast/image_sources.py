@@ -103,7 +103,7 @@ def _caption_file(source: ImageSourceConfig, near: Path) -> Path:
     found = sorted(p for p in near.iterdir() if p.name.endswith(CAPTION_FILES))
     if len(found) != 1:
         raise JasperError(
-            f"{source.path}: expected one JSONL file with captions in {near}, found {len(found)}; name it with `captions`"
+            f"{source.path}: expected one JSONL file of captions in {near}, found {len(found)}; name it with `captions`"
         )
     return found[0]
 
@@ -129,6 +129,8 @@ def _captioned(source: ImageSourceConfig, files: dict[str, Any], captions: Path)
 
 def _tar(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
     """A WebDataset tar read once from front to back: files that share a name up to the first dot are one sample."""
+    if path.suffix == ".tar" and path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile passes over a cut header in silence
+        raise JasperError(f"{path}: cut short; a tar is a whole number of blocks of {tarfile.BLOCKSIZE} bytes")
     key, picture, captions, where = None, None, list[str](), ""
     with tarfile.open(path, "r|*") as tar:
         for member in tar:

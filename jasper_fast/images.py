@@ -1,4 +1,4 @@
-"""Pictures from bytes: decoded to plain RGB whatever they were, refused where they are broken, too large or no picture."""
+"""Pictures from bytes: decoded to plain RGB whatever they were; refused where broken, too large or no picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ OTHER_KINDS = (  # what lies among pictures by mistake: first bytes, their place
 )
 STILL_PICTURES = (b"avif", b"avis", b"heic", b"mif1", b"msf1")  # brands that share their first bytes with videos
 # What Pillow's decoders are known to raise on damaged files.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 class BadImage(JasperError):
@@ -45,7 +56,7 @@ def need_pillow() -> None:
 
 
 def decode(data: bytes) -> Image:
-    """One picture as RGB, upright as its EXIF orientation says, transparency over white, of an animation the first frame.
+    """One picture as RGB: upright by its EXIF orientation, transparency over white, of an animation the first frame.
 
     Args:
         data: a whole file of any format that Pillow reads.
@@ -62,7 +73,9 @@ def decode(data: bytes) -> Image:
             warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines refuse, and of odd metadata
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; shrink the picture")
+                raise BadImage(
+                    f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; shrink the picture"
+                )
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, MemoryError):
@@ -70,7 +83,9 @@ def decode(data: bytes) -> Image:
     except UnidentifiedImageError:
         raise BadImage(_what_else(data)) from None
     except DAMAGE as error:
-        raise BadImage(f"broken or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+        raise BadImage(
+            f"broken or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
 
 
 def resize(image: Image, size: int) -> np.ndarray:

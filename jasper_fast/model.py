@@ -240,12 +240,8 @@ class Student(nn.Module):
                 self.encoder.disable_input_require_grads()
             elif self.encoder.supports_gradient_checkpointing:
                 self.encoder.gradient_checkpointing_disable()
-            if self.vision is not None and self.vision.tower.supports_gradient_checkpointing:
-                if on:
-                    self.vision.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                    self.vision.tower.disable_input_require_grads()
-                else:
-                    self.vision.tower.gradient_checkpointing_disable()
+            if self.vision is not None:
+                self.vision.set_gradient_checkpointing(bool(on))
         if not on:
             return 0
         layers = list(self._named_layers()[1])

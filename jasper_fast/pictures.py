@@ -26,7 +26,6 @@ from jasper_fast.images import BadImage, decode, resize
 from jasper_fast.model import Student
 
 
-
 class PictureModel:
     """Vectors of pictures and words of one exported student; all are L2-normalised float32.
 

@@ -146,8 +146,9 @@ def out_of_memory(
         return JasperError(f"stage {stage.name!r}: out of memory ({said}); lower batch_size")
     if stage.vision is not None:
         return JasperError(
-            f"stage {stage.name!r}: out of memory ({said}). Set for the stage, in this order as needed: gradient_caching: "
-            f"true; a smaller micro_batch (now {stage.micro_batch} pictures); gradient_checkpointing: true"
+            f"stage {stage.name!r}: out of memory ({said}). Set for the stage, in this order as needed: "
+            f"gradient_caching: true; a smaller micro_batch (now {stage.micro_batch} pictures); "
+            "gradient_checkpointing: true"
         )
     student.zero_grad(set_to_none=True)
     held = sum(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)  # tokens, padding included

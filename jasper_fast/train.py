@@ -229,8 +229,8 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     log.say(_describe(student, stage, names, start))
 
     if stage.vision is not None:
-        place = (config.seed, index)
-        batches = vision_batches(stage, place, start.stage_step, plan, images, targets, student, ranks)
+        seeds = (config.seed, index)
+        batches = vision_batches(stage, seeds, start.stage_step, plan, images, targets, student, ranks)
     else:
         batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
     telemetry, clock = Telemetry(work.device), time.perf_counter()
@@ -243,7 +243,12 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         for group in optimizer.param_groups:
             group["lr"] = lr
         keep = dropout_factors(
-            config.student.vector_dropout, (config.seed, index, step), mine, stage.batch_size, student.hidden_size, work.device
+            config.student.vector_dropout,
+            (config.seed, index, step),
+            mine,
+            stage.batch_size,
+            student.hidden_size,
+            work.device,
         )
         with ranks.watch(f"stage {stage.name!r}, step {done.stage_step}"):
             output, vectors = _gradients(work, stage, batch, loss_of, keep, shares)
@@ -290,7 +295,12 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
 
 
 def _gradients(
-    work: Work, stage: StageConfig, batch: Batch, loss_of: StageLoss | VisionLoss, keep: torch.Tensor | None, shares: Shares
+    work: Work,
+    stage: StageConfig,
+    batch: Batch,
+    loss_of: StageLoss | VisionLoss,
+    keep: torch.Tensor | None,
+    shares: Shares,
 ) -> tuple[JasperLossOutput, dict[int, torch.Tensor]]:
     precision = work.config.precision
     try:

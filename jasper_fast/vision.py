@@ -93,6 +93,14 @@ class VisionTower(nn.Module):
         marks = self.marks.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, 2, H)
         return torch.cat([marks[:, :1], tokens, marks[:, 1:]], dim=1)
 
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute the tower's layers in the backward pass, where it can, or stop doing so."""
+        if on and self.tower.supports_gradient_checkpointing:
+            self.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.tower.disable_input_require_grads()
+        elif self.tower.supports_gradient_checkpointing:
+            self.tower.gradient_checkpointing_disable()
+
     def layer_parameters(self, last_n: int) -> list[str]:
         """Names of the parameters of the tower's last ``last_n`` layers, and of the norm after the last one.
 

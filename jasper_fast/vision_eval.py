@@ -125,8 +125,8 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
         sheet: from :func:`evaluate_pictures`.
         file: the PNG is written there.
     """
-    from PIL import Image, ImageDraw, ImageFont
     from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
     gap, left, top = 8, 300, 26
@@ -146,7 +146,11 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
             x = left + side + 4 * gap + place * (side + gap)
             page.paste(Image.fromarray(pixels[picture]), (x, y))
             right = picture == own
-            draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline="#009E73" if right else "#DDDDDD", width=3 if right else 1)
+            draw.rectangle(
+                (x - 2, y - 2, x + side + 1, y + side + 1),
+                outline="#009E73" if right else "#DDDDDD",
+                width=3 if right else 1,
+            )
     page.save(file, "png")
 
 
@@ -208,5 +212,3 @@ def _wrapped(text: str, width: int, lines: int) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
-
-

@@ -44,7 +44,7 @@ class VisionLoss(nn.Module):
 
         Args:
             students: width -> (B, width) pictures' vectors.
-            teacher: (B, sum of the heads' widths) captions' unit vectors of each head, side by side in ``heads``' order.
+            teacher: (B, sum of the heads' widths) captions' unit vectors of each head, in ``heads``' order.
         """
         targets = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
         outputs = [self._head(width, vectors, targets[width]) for width, vectors in students.items()]
@@ -58,7 +58,9 @@ class VisionLoss(nn.Module):
         captions = captions.to(pictures.dtype)
         if self.group is not None:
             pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
-        return output._replace(loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, self.temperature))
+        return output._replace(
+            loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, self.temperature)
+        )
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:

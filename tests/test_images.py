@@ -1,0 +1,283 @@
+"""Pictures of every kind and none: decoding, sources, what is left out, what is held out, and the glyphs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jasper_fast.config import ImagesConfig, ImageSourceConfig
+from jasper_fast.errors import JasperError
+from jasper_fast.image_data import build_images, hold_out
+from jasper_fast.image_sources import read_images
+from jasper_fast.images import BadImage, decode, resize
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def encoded(image, kind: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def plain(colour=(200, 60, 20), size=(6, 4)):
+    return Image.new("RGB", size, colour)
+
+
+def corner(data: bytes) -> tuple[int, ...]:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def near(found, expected, within=2) -> bool:
+    return all(abs(a - b) <= within for a, b in zip(found, expected, strict=True))
+
+
+def test_modes_become_plain_rgb():
+    assert corner(encoded(plain())) == (200, 60, 20)
+    assert corner(encoded(Image.new("L", (2, 2), 90))) == (90, 90, 90)
+    assert corner(encoded(Image.new("1", (2, 2), 1))) == (255, 255, 255)
+    assert near(corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg")), (255, 0, 0), 4)
+    palette = plain().quantize(4)
+    assert near(corner(encoded(palette)), (200, 60, 20))
+    assert near(corner(encoded(Image.new("I;16", (2, 2), 30000))), (30000 * 255 / 65535,) * 3)
+    assert corner(encoded(Image.new("F", (2, 2), 0.5), "tiff")) in {(127,) * 3, (128,) * 3}
+
+
+def test_transparency_lies_over_white():
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert near(corner(encoded(half)), (127, 127, 127))
+    assert corner(encoded(Image.new("RGBA", (2, 2), (9, 9, 9, 0)))) == (255, 255, 255)
+    assert corner(encoded(Image.new("LA", (2, 2), (9, 0)))) == (255, 255, 255)
+    see_through = plain().quantize(4)
+    assert corner(encoded(see_through, transparency=see_through.getpixel((0, 0)))) == (255, 255, 255)
+
+
+def test_exif_orientation_is_obeyed():
+    picture = Image.new("RGB", (4, 2))
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left upper corner comes to the right
+    turned = decode(encoded(picture, exif=exif))
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [plain((255, 0, 0)), plain((0, 0, 255))]
+    assert near(corner(encoded(frames[0], "gif", save_all=True, append_images=frames[1:])), (255, 0, 0))
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A few bytes that claim to be a huge picture."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"%PDF-1.7 ...", "a PDF"),
+        (b"\0\0\0\x18ftypmp42" + b"\0" * 64, "a video"),
+        (b"\x1aE\xdf\xa3" + b"\0" * 64, "a video"),
+        (b"<svg xmlns=''/>", "an SVG"),
+        (b"just some words", "not a picture of a format"),
+        (png_claiming(11_000, 10_000), "11000 × 10000 pixels are more than 100,000,000"),
+        (png_claiming(20_000, 20_000), "more than 100,000,000 pixels"),
+        (png_claiming(2**30, 2**30), "pixels"),
+        (encoded(Image.effect_noise((64, 64), 80).convert("RGB"), "jpeg")[:700], "cut short|truncated"),
+        (encoded(Image.effect_noise((64, 64), 80))[:900], "cut short|broken"),
+        (encoded(plain())[:20], "not a picture|broken"),
+    ],
+)
+def test_what_is_no_picture_is_told(data, message):
+    with pytest.raises(BadImage, match=message):
+        decode(data)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (3, 3), (500, 20)])
+def test_any_shape_becomes_a_square(size):
+    square = resize(decode(encoded(plain(size=size))), 16)
+    assert square.shape == (16, 16, 3) and square.dtype == np.uint8
+    assert near(square[8, 8], (200, 60, 20))
+
+
+def test_every_damaged_byte_is_a_picture_or_an_error_of_ours():
+    whole = bytearray(encoded(Image.effect_noise((16, 16), 60), "jpeg"))
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        spoilt = bytearray(whole)
+        for place in generator.integers(len(whole), size=3):
+            spoilt[place] = generator.integers(256)
+        with suppress(BadImage):
+            assert decode(bytes(spoilt)).mode == "RGB"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four pictures in a folder, and their rows: two rows for one of them, lists and empty captions for others."""
+    pictures = {f"{name}.png": encoded(plain((50 * i, 0, 0))) for i, name in enumerate("abcd")}
+    (tmp_path / "in").mkdir()
+    for name, data in pictures.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    rows = [
+        {"image": "a.png", "caption": "first"},
+        {"image": "b.png", "caption": ["second", "  ", "also\n second"]},
+        {"image": "a.png", "caption": "first again"},
+        {"image": "c.png", "caption": ""},
+    ]
+    (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path, pictures, rows
+
+
+def found(**fields) -> dict[str, tuple[bytes, list[str]]]:
+    items = read_images(ImageSourceConfig(**fields))
+    return {where.rpartition(": ")[2].rpartition("/")[2]: (data, captions) for where, data, captions in items}
+
+
+def test_a_folder_with_its_captions(folder):
+    place, pictures, _ = folder
+    items = found(path=str(place / "in"))
+    assert items["a.png"] == (pictures["a.png"], ["first", "first again"])
+    assert items["b.png"][1] == ["second", "also second"]
+    assert items["c.png"][1] == [] and items["d.png"][1] == []  # left out later, and told
+    assert len(found(path=str(place / "in"), limit=2)) == 2
+
+
+def test_a_zip_beside_its_captions(folder):
+    place, pictures, rows = folder
+    with zipfile.ZipFile(place / "pictures.zip", "w") as archive:
+        for name, data in pictures.items():
+            archive.writestr(name, data)
+    with gzip.open(place / "rows.jsonl.gz", "wt") as file:
+        for row in rows:
+            file.write(json.dumps({"file": row["image"], "alt": row["caption"]}) + "\n")
+    fields = {"path": str(place / "pictures.zip"), "image_column": "file", "caption_columns": ["alt"]}
+    assert found(**fields) == found(path=str(place / "in"))
+    with pytest.raises(JasperError, match="no file name in column 'image'"):
+        found(path=str(place / "pictures.zip"))
+    with pytest.raises(JasperError, match="no column 'caption'"):
+        found(**fields | {"caption_columns": ["caption"]})
+    (place / "more.jsonl").write_text("{}")
+    with pytest.raises(JasperError, match="found 2; name it"):
+        found(**fields)
+    assert found(**fields, captions=str(place / "rows.jsonl.gz"))
+    (place / "cut.zip").write_bytes((place / "pictures.zip").read_bytes()[:-30])
+    with pytest.raises(JasperError, match="cannot be read to its end"):
+        found(**fields | {"path": str(place / "cut.zip"), "captions": str(place / "rows.jsonl.gz")})
+
+
+def test_webdataset_tars_are_streamed(folder):
+    place, pictures, _ = folder
+    for ending, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
+        with tarfile.open(place / f"shard{ending}", mode) as tar:
+            members = [
+                ("x/1.png", pictures["a.png"]),
+                ("x/1.txt", b"one\n"),
+                ("x/1.json", json.dumps({"caption": "uno", "width": 6}).encode()),
+                ("x/2.txt", b"no picture"),
+                ("x/3.png", pictures["b.png"]),
+                ("x/3.json", b'{"other": 1}'),
+            ]
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        items = found(path=str(place / f"shard{ending}"))
+        assert items == {"1.png": (pictures["a.png"], ["one", "uno"]), "3.png": (pictures["b.png"], [])}
+    (place / "cut.tar").write_bytes((place / "shard.tar").read_bytes()[:1500])
+    with pytest.raises(JasperError, match="cut short"):
+        found(path=str(place / "cut.tar"))
+    (place / "cut.tar.gz").write_bytes((place / "shard.tar.gz").read_bytes()[:-40])
+    with pytest.raises(JasperError, match="cannot be read to its end"):
+        found(path=str(place / "cut.tar.gz"))
+
+
+def test_a_datasets_image_column_is_not_decoded_by_it(tmp_path):
+    from datasets import Dataset, Features, Sequence, Value
+    from datasets import Image as ImageColumn
+
+    rows = {"picture": [{"bytes": b"broken", "path": None}, {"bytes": encoded(plain()), "path": None}]}
+    features = Features({"picture": ImageColumn(), "words": Sequence(Value("string"))})
+    Dataset.from_dict(rows | {"words": [["x"], ["y", "z"]]}, features=features).to_parquet(tmp_path / "some.parquet")
+    fields = {"path": str(tmp_path / "some.parquet"), "image_column": "picture", "caption_columns": ["words"]}
+    assert [item[1:] for item in read_images(ImageSourceConfig(**fields))] == [
+        (b"broken", ["x"]),
+        (rows["picture"][1]["bytes"], ["y", "z"]),
+    ]
+    with pytest.raises(JasperError, match="no column 'image'"):
+        list(read_images(ImageSourceConfig(path=fields["path"])))
+    with pytest.raises(JasperError, match="no such file or folder"):
+        list(read_images(ImageSourceConfig(path="./not-here.parquet")))
+
+
+def images(place: Path, **fields) -> ImagesConfig:
+    return ImagesConfig(sources=[{"path": str(place / "in")}], **fields)
+
+
+def test_what_cannot_be_used_is_left_out_and_told_up_to_a_limit(folder, capsys):
+    place, _, _ = folder
+    (place / "in" / "b.png").write_bytes(b"%PDF-1.4")
+    train, kept = build_images(images(place), place / "cache")
+    told = capsys.readouterr().out
+    assert "left out 3 pictures" in told and "b.png: not a picture but a PDF" in told and "has no caption" in told
+    assert len(train) == 1 and len(kept) == 0 and train.captions() == [["first", "first again"]]
+    build_images(images(place), place / "cache")
+    assert capsys.readouterr().out == ""  # found again in the cache
+    with pytest.raises(JasperError, match="3 pictures cannot be used, more than images.max_bad"):
+        build_images(images(place, max_bad=2), place / "cache")
+    with pytest.raises(JasperError, match="1 pictures can be used and 1 are to be held out"):
+        build_images(images(place, held_out=1), place / "cache")
+
+
+def test_captions_and_pixels_by_number(folder):
+    place, _, _ = folder
+    train, _ = build_images(images(place), place / "cache")
+    assert train.starts.tolist() == [0, 2, 4]
+    assert train.caption_texts(np.array([3, 0, 1, 2])) == ["also second", "first", "first again", "second"]
+    pixels = train.pixels([1, 0, 1], 8)
+    assert pixels.shape == (3, 3, 8, 8) and (pixels[0] == pixels[2]).all()
+    assert pixels[:, :, 0, 0].tolist() == [[50, 0, 0], [0, 0, 0], [50, 0, 0]]
+    assert (train.pixels([0], 8) == pixels[1:2]).all()  # now from memory
+
+
+def test_held_out_pictures_share_nothing_with_the_others():
+    generator = np.random.default_rng(1)
+    groups = [[f"p{generator.integers(80)}", f"c{generator.integers(120)}"] for _ in range(100)]
+    held = hold_out(groups, 20, seed=0)
+    ties = {tie for row in held for tie in groups[row]}
+    assert 0 < len(held) <= 20 and held == sorted(held)
+    assert all(ties.isdisjoint(groups[row]) for row in set(range(100)) - set(held))
+    assert held == hold_out(groups, 20, seed=0) != hold_out(groups, 20, seed=1)
+    assert hold_out([[str(i)] for i in range(50)], 7, 0) != list(range(7)) and len(hold_out([["a"], ["b"]], 1, 0)) == 1
+
+
+def test_glyphs_are_distinct_drawings_with_their_names():
+    pytest.importorskip("matplotlib")
+    from jasper_fast.glyphs import draw_glyphs, glyph_names
+
+    drawn = draw_glyphs()
+    names = glyph_names()
+    assert len(names) == sum(len(captions) for _, captions in drawn) == 5749
+    assert len({pixels.tobytes() for pixels, _ in drawn}) == len(drawn) > 5000
+    of_name = {name: pixels for pixels, captions in drawn for name in captions}
+    assert (of_name["LATIN CAPITAL LETTER A"] == of_name["GREEK CAPITAL LETTER ALPHA"]).all()
+    comma, apostrophe = (np.argwhere(of_name[n] < 128)[:, 0].mean() for n in ("COMMA", "APOSTROPHE"))
+    assert comma > apostrophe + 10  # they stand where they stand on a line
+    edges = [min(p[0].min(), p[-1].min()) for p, _ in drawn]
+    assert np.mean(np.array(edges) < 255) < 0.01  # hardly any is cut above or below

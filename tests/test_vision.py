@@ -1,0 +1,392 @@
+"""Stage 4: the pooler, pictures beside texts, what a vision stage may touch, and all four stages from end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from jasper_fast.config import AugmentConfig, StageConfig, StudentConfig, VisionConfig, load_config
+from jasper_fast.errors import ConfigError, JasperError
+from jasper_fast.model import Student
+from jasper_fast.vision import pool_tokens
+
+SIDE = 16
+TOWER = {"image_size": SIDE, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+TOWER |= {"num_attention_heads": 2}
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 210), "yellow": (240, 220, 20)}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+
+def draw(colour: str, place: str, shade: int) -> bytes:
+    """A square of a colour in a corner of a grey picture, as PNG."""
+    from PIL import Image
+
+    pixels = np.full((SIDE, SIDE, 3), 90 + 20 * shade, np.uint8)
+    y, x = 8 * place.startswith("bottom"), 8 * place.endswith("right")
+    pixels[y : y + 8, x : x + 8] = COLOURS[colour]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory) -> Path:
+    """48 pictures of 16 kinds in a folder; each has two captions."""
+    folder = tmp_path_factory.mktemp("squares")
+    with open(folder / "captions.jsonl", "w") as rows:
+        for number, (colour, place, shade) in enumerate((c, p, s) for s in range(3) for c in COLOURS for p in PLACES):
+            (folder / f"{number}.png").write_bytes(draw(colour, place, shade))
+            words = [f"a {colour} square {place}, {shade}", f"{place} {shade} is {colour}"]
+            rows.write(json.dumps({"image": f"{number}.png", "caption": words}) + "\n")
+    return folder
+
+
+def config_of(bert: Path, **vision) -> StudentConfig:
+    vision = {"tower": TOWER, "image_tokens": 5} | vision
+    return StudentConfig(model=str(bert), heads=[32, 8], max_length=32, vision=VisionConfig(**vision))
+
+
+@pytest.fixture(scope="module")
+def student(tiny_bert) -> Student:
+    torch.manual_seed(3)
+    return Student.build(config_of(tiny_bert)).eval()
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def test_the_pooler_is_the_published_one_on_its_shapes():
+    states = torch.randn(2, 729, 1152, dtype=torch.float64, requires_grad=True)
+    published = torch.nn.AdaptiveAvgPool2d((300, 1536))(states)
+    ours = pool_tokens(states, 300, 1536)
+    assert ours.shape == (2, 300, 1536) and torch.equal(ours, published)
+    first_row, first_column = states[0, :3, 0].mean(), states[0, :3, 0]  # 729 / 300: the first bin holds 3 rows
+    assert torch.allclose(ours[0, 0, 0], first_row) and first_column.shape == (3,)
+    ours.sum().backward()
+    assert states.grad is not None and (states.grad > 0).all()  # every state takes part
+
+
+@pytest.mark.parametrize("width", [8, 24, 40])  # narrower than, unlike, and wider than the text encoder's 32
+def test_any_tower_width_fits_and_gradients_flow(tiny_bert, width):
+    student = Student.build(config_of(tiny_bert, tower=TOWER | {"hidden_size": width}))
+    pooled = student.pool(pictures(3))
+    assert pooled.shape == (3, 32) and pooled.dtype == torch.float32
+    student.project(pooled)[8].square().sum().backward()
+    missing = [n for n, p in student.vision.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a key's bias moves all scores of a query alike, which softmax does not see
+    assert [name for name in missing if not name.endswith("k_proj.bias")] == []
+
+
+def test_a_picture_is_its_tokens_between_the_marks(student, tiny_bert):
+    """The slow way: states of [start, tokens, end], averaged over the tokens alone."""
+    pixels = pictures(2)
+    states = student.vision.tower(pixel_values=(pixels.float() / 255 - 0.5) / 0.5).last_hidden_state
+    tokens = torch.nn.AdaptiveAvgPool2d((5, 32))(states)
+    table = student.encoder.get_input_embeddings().weight
+    ids = student.tokenizer.convert_tokens_to_ids(["<|image_start|>", "<|image_end|>"])
+    for i in range(2):
+        whole = torch.cat([table[ids[0]][None], tokens[i], table[ids[1]][None]])[None]
+        expected = student.encoder(inputs_embeds=whole).last_hidden_state[0, 1:-1].mean(dim=0)
+        assert torch.allclose(student.pool(pixels)[i], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vector_does_not_depend_on_what_shares_its_batch(student):
+    pixels = pictures(7)
+    together = student.pool(pixels)
+    for i in range(7):
+        assert torch.allclose(student.pool(pixels[i : i + 1])[0], together[i], atol=1e-5)
+    bright = pixels.clone()
+    bright[1:] = 255
+    assert torch.allclose(student.pool(bright)[0], together[0], atol=1e-5)
+
+
+def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2):
+    with pytest.raises(JasperError, match="give at most 62"):
+        Student.build(config_of(tiny_bert, image_tokens=63))
+    with pytest.raises(JasperError, match="unknown hiden_size"):
+        Student.build(config_of(tiny_bert, tower={"hiden_size": 8}))
+    with pytest.raises(JasperError, match="makes no tower|multiple"):
+        Student.build(config_of(tiny_bert, tower=TOWER | {"num_attention_heads": 5}))
+    with pytest.raises(JasperError, match="multiple of patch_size"):
+        Student.build(config_of(tiny_bert, tower=TOWER | {"patch_size": 5}))
+    with pytest.raises(JasperError, match="could not be loaded"):
+        Student.build(config_of(tiny_bert, tower=None, model="./no-such-tower"))
+    text = Student.build(StudentConfig(model=str(tiny_bert), heads=[8], max_length=32))
+    with pytest.raises(JasperError, match="reads text alone"):
+        text.pool(pictures(1))
+    decoder = Student.build(config_of(tiny_qwen2))  # its table has rows to spare or grows
+    assert decoder.pool(pictures(2)).shape == (2, 32)
+
+
+def stage(**fields) -> StageConfig:
+    fields = {
+        "name": "see",
+        "train": ["vision.tower.*"],
+        "heads": [32, 8],
+        "steps": 2,
+        "lr": 1e-3,
+        "vision": {},
+    } | fields
+    return StageConfig(**fields)
+
+
+def test_only_the_tower_may_train(student):
+    from jasper_fast.stages import trained_names
+
+    names = trained_names(student, stage())
+    assert names and all(name.startswith("vision.tower.") for name in names)
+    last = trained_names(student, stage(train=[], last_layers=1))
+    assert (
+        0 < len(last) < len(names) and any("layers.1." in n for n in last) and not any("layers.0." in n for n in last)
+    )
+    assert "vision.marks" in trained_names(student, stage(train=["vision.*"]))
+    with pytest.raises(JasperError, match="text side is frozen"):
+        trained_names(student, stage(train=["*"]))
+    texts = trained_names(student, stage(train=["*"], vision=None))
+    assert not any(name.startswith("vision.") for name in texts)
+
+
+def test_losses_are_averaged_over_heads_each_against_its_own_width():
+    from jasper_fast.losses import JasperLoss
+    from jasper_fast.vision_loss import VisionLoss, contrastive_loss
+
+    vectors = {32: torch.randn(6, 32, dtype=torch.float64), 8: torch.randn(6, 8, dtype=torch.float64)}
+    targets = {width: F.normalize(torch.randn_like(v), dim=1) for width, v in vectors.items()}
+    side_by_side = torch.cat([targets[32], targets[8]], dim=1)
+    plain = VisionLoss(stage())(vectors, side_by_side)
+    each = [JasperLoss()({width: vectors[width]}, targets[width]) for width in (32, 8)]
+    assert torch.allclose(plain.loss, (each[0].loss + each[1].loss) / 2)
+    assert torch.allclose(plain.cosine, (each[0].cosine + each[1].cosine) / 2) and plain.cosine > 0
+    more = VisionLoss(stage(vision={"contrastive": 2.0}, temperature=0.1))(vectors, side_by_side)
+    terms = [contrastive_loss(F.normalize(vectors[w], dim=1), targets[w], 0.1) for w in (32, 8)]
+    assert torch.allclose(more.loss, plain.loss + 2.0 * (terms[0] + terms[1]) / 2, rtol=1e-5)
+
+
+def test_the_contrastive_term_by_hand():
+    from jasper_fast.vision_loss import contrastive_loss
+
+    pictures, captions = (F.normalize(torch.randn(5, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    captions[3] = captions[1]  # the same caption twice: neither is wrong for the other
+    expected = 0.0
+    for a, b in ((pictures, captions), (captions, pictures)):
+        for i in range(5):
+            others = [j for j in range(5) if j == i or {i, j} != {1, 3}]
+            scores = torch.stack([a[i] @ b[j] / 0.2 for j in others])
+            expected += float(torch.logsumexp(scores, 0) - a[i] @ b[i] / 0.2) / 10
+    assert abs(float(contrastive_loss(pictures, captions, 0.2)) - expected) < 1e-10
+    assert float(contrastive_loss(pictures[:1], captions[:1], 0.2)) == 0.0
+
+
+def test_views_are_a_function_of_the_step_and_leave_what_they_should():
+    from jasper_fast.vision_batches import draw_views, other_views
+
+    views = AugmentConfig(shift=0.1, scale=0.2, rotate=10.0, flip=True)
+    maps = draw_views(views, (0, 3, 5), 6)
+    assert torch.equal(maps, draw_views(views, (0, 3, 5), 6)) and not torch.equal(maps, draw_views(views, (0, 3, 6), 6))
+    pixels = pictures(6)
+    same = other_views(pixels, draw_views(AugmentConfig(), (0, 0, 0), 6))
+    assert torch.allclose(same, pixels.float(), atol=1e-3)
+    flipped = other_views(pixels, torch.tensor([[[-1.0, 0, 0], [0, 1.0, 0]]]).repeat(6, 1, 1))
+    assert torch.allclose(flipped, pixels.float().flip(3), atol=1e-3)
+    assert set(draw_views(AugmentConfig(flip=True), (0, 0, 0), 64)[:, 0, 0].tolist()) == {-1.0, 1.0}
+    moved = other_views(pixels, torch.tensor([[[1.0, 0, 2 / SIDE], [0, 1.0, 0]]]).repeat(6, 1, 1))
+    assert torch.allclose(moved[..., :-1], pixels.float()[..., 1:], atol=1e-2)  # one pixel to the left
+
+
+def recipe(folder: Path, squares: Path, bert: Path) -> dict:
+    """All four stages, in a few seconds."""
+    text = {"batch_size": 16, "steps": 6, "lr": 1e-2}
+    return {
+        "name": "tiny-see",
+        "student": {
+            "model": str(bert),
+            "layers": 2,
+            "heads": [32, 8],
+            "max_length": 32,
+            "vision": {"tower": TOWER, "image_tokens": 4},
+        },
+        "teachers": [{"model": str(bert), "max_length": 32}],
+        "data": {
+            "sources": [{"path": str(squares / "captions.jsonl"), "columns": ["caption"]}],
+            "cut_share": 0.0,
+            "cache": str(folder / "cache"),
+        },
+        "images": {"sources": [{"path": str(squares)}], "held_out": 12},
+        "stages": [
+            {"name": "head", "train": ["heads.32.*"], "heads": [32], **text},
+            {"name": "distil", "train": ["heads.32.*"], "last_layers": 1, "heads": [32], **text},
+            {"name": "reduce", "train": ["*"], "heads": [32, 8], **text},
+            {
+                "name": "see",
+                "train": ["vision.tower.*"],
+                "heads": [32, 8],
+                "vision": {"contrastive": 5.0, "augment": {"shift": 0.05, "scale": 0.05}},
+                "batch_size": 18,
+                "micro_batch": 7,
+                "steps": 40,
+                "lr": 5e-3,
+                "temperature": 0.01,
+            },
+        ],
+        "log": {"every": 10},
+        "checkpoint": {"every": 8, "keep": 8},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, squares, tiny_bert):
+    """One run of all four stages, left alone; and the text side as it was before the last of them."""
+    from jasper_fast.train import train
+
+    folder = tmp_path_factory.mktemp("see")
+    tree = recipe(folder, squares, tiny_bert)
+    train(tree, out=folder / "run")
+    return folder, tree
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def see_losses(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "grad_norm", "lr")
+    return [tuple(x[k] for k in keep) for x in lines if x["event"] == "step" and x["stage"] == "see"]
+
+
+def test_stage_four_moves_the_tower_alone_and_learns(run):
+    folder, _ = run
+    before, after = weights(folder / "run", 18), weights(folder / "run", 58)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("vision.tower.") for name in moved)
+    losses = [line[1] for line in see_losses(folder / "run")]
+    assert len(losses) == 40 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_the_report_shows_pictures_and_words(run):
+    folder, _ = run
+    results = json.loads((folder / "run" / "results.json").read_text())["pictures"]
+    assert results["pictures"] == 12 and results["captions"] == 24
+    rows = {(row["model"].split(":")[0], row["width"]): row["scores"] for row in results["rows"]}
+    assert set(rows) == {(model, width) for model in ("student", "floor", "ceiling") for width in (32, 8)}
+    assert rows["ceiling", 32]["text → image R@1"] > rows["student", 32]["text → image R@1"] - 1e-9
+    assert rows["student", 32]["text → image R@5"] > 5 / 12  # better than drawing lots
+    report = (folder / "run" / "report.md").read_text()
+    assert "## Pictures and words" in report and "plots/pictures.png" in report and "median rank" in report
+    from PIL import Image
+
+    assert min(Image.open(folder / "run" / "plots" / "pictures.png").size) > 300
+
+
+def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, squares):
+    from sentence_transformers import SentenceTransformer
+
+    import jasper_fast.pictures
+
+    folder, _ = run
+    model = jasper_fast.pictures.load(folder / "run")
+    files = [str(squares / f"{i}.png") for i in range(5)]
+    vectors = model.encode(files)
+    assert vectors.shape == (5, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    trained = weights(folder / "run", 58)
+    loaded = model.student.state_dict()
+    table = "encoder.embeddings.word_embeddings.weight"
+    assert torch.equal(loaded.pop(table)[:-2], trained[table][:-2])  # the last two rows are the marks
+    assert all(torch.equal(trained[name], value) for name, value in loaded.items())
+    words = ["a red square top left, 0", "bottom right 2 is blue"]
+    stock = SentenceTransformer(str(folder / "run" / "model"), device="cpu")
+    for width in (32, 8):
+        assert np.allclose(model.encode_text(words, width), stock.encode(words, task=str(width)), atol=1e-5)
+    mixed = model.encode_mixed([files[0], words[0], Path(files[1]), (squares / "2.png").read_bytes(), words[1]], 8)
+    apart = model.encode(files[:3], 8)
+    assert np.allclose(mixed[[0, 2, 3]], apart, atol=1e-5)
+    assert np.allclose(mixed[[1, 4]], model.encode_text(words, 8), atol=1e-6)
+    assert model.encode([]).shape == (0, 32)
+    with pytest.raises(JasperError, match="no width 7"):
+        model.encode(files, 7)
+    with pytest.raises(JasperError, match="captions.jsonl: not a picture"):
+        model.encode([squares / "captions.jsonl"])
+    card = (folder / "run" / "model" / "README.md").read_text()
+    assert "## Pictures" in card and "jasper_fast.pictures.load" in card
+
+
+def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
+    import jasper_fast.train as module
+
+    folder, tree = run
+    honest, calls = module.learning_rate, []
+
+    def fall(stage, step):
+        calls.append(step)
+        if len(calls) == 18 + 21:
+            raise KeyboardInterrupt  # as a kill would: nothing is saved any more
+        return honest(stage, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "learning_rate", fall)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(tree, out=folder / "fallen")
+    assert (folder / "fallen" / "checkpoints" / "step-00000034").is_dir()
+    module.train(tree, out=folder / "fallen")
+    ours, alone = weights(folder / "fallen", 58), weights(folder / "run", 58)
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)
+    assert see_losses(folder / "fallen") == see_losses(folder / "run")
+
+
+def test_gradient_caching_and_checkpointing_give_the_same_gradient(student):
+    from jasper_fast.batches import Batch
+    from jasper_fast.stages import set_trained, trained_names
+    from jasper_fast.step import take_gradients
+    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.vision_loss import VisionLoss
+
+    pixels = pictures(10)
+    teacher = torch.cat([F.normalize(torch.randn(10, w), dim=1) for w in (32, 8)], dim=1)
+    found = []
+    for caching, checkpointing, size in ((False, False, 10), (True, False, 3), (False, True, 4)):
+        plan = stage(gradient_caching=caching, gradient_checkpointing=checkpointing)
+        set_trained(student, trained_names(student, plan))
+        student.train()
+        student.set_gradient_checkpointing(checkpointing)
+        batch = Batch(np.arange(10), teacher, ImageBatches(list(pixels.split(size)), 7), None, 70, 70, 0.0)
+        take_gradients(student, batch, plan, VisionLoss(plan), torch.device("cpu"), "fp32")
+        found.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
+        student.set_gradient_checkpointing(False)
+    student.eval()
+    largest = max(float(gradient.abs().max()) for gradient in found[0].values())
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, gradient in other.items():
+            assert torch.allclose(gradient, found[0][name], rtol=1e-3, atol=1e-4 * largest), name
+
+
+def test_a_configuration_that_cannot_see_says_why(run):
+    _, tree = run
+    without = {key: value for key, value in tree.items() if key != "images"}
+    with pytest.raises(ConfigError, match="it needs `student.vision` and `images`"):
+        load_config(without)
+    with pytest.raises(ConfigError, match="either `model`"):
+        load_config(tree, [("student.vision.model", "x")])
+    with pytest.raises(ConfigError, match="draws its batches at random"):
+        load_config(tree, [("stages.3.batches", "neighbours"), ("stages.3.batch_size", 16)])
+    with pytest.raises(ConfigError, match="would stay random"):
+        load_config(tree, [("stages.2.heads", [32])])
+
+
+def test_too_few_pictures_are_told_before_training(run, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = run
+    with pytest.raises(JasperError, match=r"a batch of 40 from 36 pictures"):
+        train(tree, out=tmp_path / "bad", overrides=[("stages.3.batch_size", 40)])
+    with pytest.raises(JasperError, match="48 pictures can be used and 60 are to be held out"):
+        train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
