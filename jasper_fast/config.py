@@ -62,7 +62,7 @@ class VisionConfig(Section):
     """The student's eyes: a vision tower whose tokens, resampled, enter the text encoder as input embeddings."""
 
     model: str | None = None  # a Hugging Face vision tower, by name or path; SigLIP and SigLIP 2 first
-    tower: dict[str, float] | None = None  # or fields of a SiglipVisionConfig, for a tower from scratch
+    tower: dict[str, float] | None = None  # or a SiglipVisionConfig's fields: a tower from scratch
     revision: str | None = None
     image_tokens: PositiveInt = 300  # what a picture becomes for the text encoder
     start_token: str = "<|image_start|>"  # around the picture's tokens; added where the tokenizer lacks them

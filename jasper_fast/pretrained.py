@@ -33,7 +33,8 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
         if hasattr(settings, "use_cache"):
             settings.use_cache = False  # a cache of keys and values is for generating text
         factory = AutoModelForTextEncoding if getattr(settings, "is_encoder_decoder", False) else AutoModel
-        encoder = factory.from_pretrained(source, config=settings, dtype=torch.float32, **options)
+        arguments = options | exported_arguments(source)
+        encoder = factory.from_pretrained(source, config=settings, dtype=torch.float32, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise JasperError(_cannot_load(config, source, error)) from error
@@ -72,6 +73,13 @@ def drop_pooler(encoder: Any) -> None:
     """Remove BERT's pooler: mean pooling never uses it, so it would be saved and counted but not trained."""
     if isinstance(getattr(encoder, "pooler", None), nn.Module):
         encoder.pooler = None
+
+
+def exported_arguments(source: str) -> dict[str, Any]:
+    """What an exported student's folder says it must be loaded with: no pooler that would be made up."""
+    settings = Path(source) / "sentence_bert_config.json"
+    saved = json.loads(settings.read_text(encoding="utf-8")).get("model_args") if settings.is_file() else None
+    return {key: value for key, value in (saved or {}).items() if key == "add_pooling_layer"}
 
 
 def was_lowercased(source: str) -> bool:

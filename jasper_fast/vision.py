@@ -88,6 +88,8 @@ class VisionTower(nn.Module):
             (B, N + 2, H): image-start, the picture's tokens, image-end.
         """
         pixels = (pixels.float() / 255.0 - self.mean) / self.std
+        if self.tower.config.num_channels == 1:  # a tower that sees in grey
+            pixels = pixels.mean(dim=1, keepdim=True)
         states = self.tower(pixel_values=pixels).last_hidden_state  # (B, P, W)
         tokens = pool_tokens(states, self.image_tokens, self.marks.shape[1])  # (B, N, H)
         marks = self.marks.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, 2, H)

@@ -203,7 +203,7 @@ def test_webdataset_tars_are_streamed(folder):
     (place / "cut.tar").write_bytes((place / "shard.tar").read_bytes()[:1500])
     with pytest.raises(JasperError, match="cut short"):
         found(path=str(place / "cut.tar"))
-    (place / "cut.tar.gz").write_bytes((place / "shard.tar.gz").read_bytes()[:-40])
+    (place / "cut.tar.gz").write_bytes((place / "shard.tar.gz").read_bytes()[:150])
     with pytest.raises(JasperError, match="cannot be read to its end"):
         found(path=str(place / "cut.tar.gz"))
 

@@ -132,7 +132,7 @@ def stage(**fields) -> StageConfig:
         "name": "see",
         "train": ["vision.tower.*"],
         "heads": [32, 8],
-        "steps": 2,
+        "steps": 40,
         "lr": 1e-3,
         "vision": {},
     } | fields
@@ -279,7 +279,6 @@ def test_the_report_shows_pictures_and_words(run):
     rows = {(row["model"].split(":")[0], row["width"]): row["scores"] for row in results["rows"]}
     assert set(rows) == {(model, width) for model in ("student", "floor", "ceiling") for width in (32, 8)}
     assert rows["ceiling", 32]["text → image R@1"] > rows["student", 32]["text → image R@1"] - 1e-9
-    assert rows["student", 32]["text → image R@5"] > 5 / 12  # better than drawing lots
     report = (folder / "run" / "report.md").read_text()
     assert "## Pictures and words" in report and "plots/pictures.png" in report and "median rank" in report
     from PIL import Image
@@ -390,3 +389,57 @@ def test_too_few_pictures_are_told_before_training(run, tmp_path):
         train(tree, out=tmp_path / "bad", overrides=[("stages.3.batch_size", 40)])
     with pytest.raises(JasperError, match="48 pictures can be used and 60 are to be held out"):
         train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
+
+
+def test_a_tower_learns_to_tell_pictures_apart(tiny_bert):
+    from jasper_fast.batches import Batch
+    from jasper_fast.stages import make_optimizer, set_trained, trained_names
+    from jasper_fast.step import take_gradients
+    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.vision_eval import retrieval_scores
+    from jasper_fast.vision_loss import VisionLoss
+
+    student = Student.build(config_of(tiny_bert, image_tokens=2)).train()
+    plan = stage(heads=[32], lr=1e-2, vision={"contrastive": 5.0}, temperature=0.1)
+    set_trained(student, trained_names(student, plan))
+    optimizer, loss_of = make_optimizer(student, plan), VisionLoss(plan)
+    pixels, teacher = pictures(8), F.normalize(torch.randn(8, 32), dim=1)
+    batch = Batch(np.arange(8), teacher, ImageBatches([pixels], 4), None, 32, 32, 0.0)
+    for _ in range(80):
+        _, vectors = take_gradients(student, batch, plan, loss_of, torch.device("cpu"), "fp32")
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = retrieval_scores(F.normalize(vectors[32].detach(), dim=1).numpy(), teacher.numpy(), np.arange(8))
+    assert scores["text → image R@1"] == scores["image → text R@1"] == 1.0
+
+
+def test_recall_by_hand():
+    from jasper_fast.vision_eval import retrieval_scores
+
+    pictures = np.eye(3, dtype=np.float32)
+    captions = np.array([[0.9, 0.1, 0], [0, 1, 0.5], [0, 0.8, 0.7], [0, 0, 1]], np.float32)
+    own = np.array([0, 1, 2, 2])  # the third finds its picture second; every picture finds one of its captions first
+    scores = retrieval_scores(pictures, captions, own)
+    assert scores["text → image R@1"] == 0.75 and scores["text → image median rank"] == 1
+    assert scores["image → text R@1"] == 1.0
+    tied = retrieval_scores(np.ones((4, 2), np.float32), np.ones((4, 2), np.float32), np.arange(4))
+    assert tied["text → image R@1"] == tied["image → text R@1"] == 0.0  # a collapsed model finds nothing
+    assert tied["text → image median rank"] == 4
+
+
+def test_the_floor_is_what_ridge_regression_gives():
+    from sklearn.linear_model import Ridge
+
+    from jasper_fast.vision_eval import RIDGES, fit_ridge
+
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(60, 9)) * 3 + 1, generator.normal(size=(60, 4))
+    x[:, 0] += y[:, 0]
+    guess = fit_ridge(x, y)(x[:5])
+    scaled = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    candidates = []
+    for ridge in RIDGES:
+        fitted = Ridge(alpha=ridge, fit_intercept=False).fit(scaled, y - y.mean(0))
+        whole = fitted.predict(scaled[:5]) + y.mean(0)
+        candidates.append(whole / np.linalg.norm(whole, axis=1, keepdims=True))
+    assert min(np.abs(guess - other).max() for other in candidates) < 1e-5
