@@ -34,6 +34,11 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
                 f"stage {stage.name!r}: a batch of {stage.batch_size} texts cannot be shared by {ranks} processes; "
                 "raise batch_size or start fewer"
             )
+        if config.parallel.mode == "fsdp" and stage.vision is not None and ranks > 1:
+            raise JasperError(
+                f"stage {stage.name!r}: a vision stage cannot shard its student (parallel.mode: fsdp); set "
+                "parallel.mode: ddp"
+            )
         if config.parallel.mode == "fsdp" and stage.micro_tokens is not None and ranks > 1:
             raise JasperError(
                 f"stage {stage.name!r}: micro_tokens cuts each rank's texts into another number of forward passes, and "

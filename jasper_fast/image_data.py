@@ -79,7 +79,7 @@ class Images:
                 found = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
             if len(self) * 3 * side * side <= KEPT_PIXELS:
                 kept.update(found)
-        squares = np.stack([kept.get(row, found.get(row)) for row in wanted])  # (B, side, side, 3)
+        squares = np.stack([found[row] if row in found else kept[row] for row in wanted])  # (B, side, side, 3)
         return torch.from_numpy(squares).permute(0, 3, 1, 2)
 
 

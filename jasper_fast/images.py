@@ -98,7 +98,7 @@ def resize(image: Image, size: int) -> np.ndarray:
 
     # A picture of 20,000 × 1 is first brought near the size: bicubic weights over thousands of pixels help nobody.
     if max(image.size) > 32 * size:
-        image = image.resize(tuple(min(side, 32 * size) for side in image.size), Image.Resampling.BOX)
+        image = image.resize((min(image.width, 32 * size), min(image.height, 32 * size)), Image.Resampling.BOX)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def take_gradients(
         the losses of the whole batch, and the vectors by width, (B, width).
     """
     shares = shares or Shares(device)
-    passes = batch.texts.token_ids if batch.texts is not None else []
+    passes: list[Any] = list(batch.texts.token_ids) if batch.texts is not None else []
     trains = bool(passes) and any(p.requires_grad for n, p in student.named_parameters() if not n.startswith("heads."))
     # A sharded layer takes one backward pass for each forward pass, one after the other.
     again = trains and (stage.gradient_caching or is_sharded(student)) and len(passes) > 1
@@ -153,7 +153,7 @@ def out_of_memory(
     student.zero_grad(set_to_none=True)
     held = sum(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)  # tokens, padding included
     most = max(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)
-    text = batch.texts.token_ids[-1][-1]
+    text: Any = batch.texts.token_ids[-1][-1]
     advice = []
     if not stage.gradient_caching and len(batch.texts.token_ids) > 1:
         advice.append(f"gradient_caching: true (the graph of {most} tokens at a time instead of {held})")

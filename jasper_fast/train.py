@@ -339,7 +339,8 @@ def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
     """Log what the graph of one text holds, and what checkpointing saves of it and costs, where that is asked for."""
     if batch.texts is None or stage.vision is not None or is_sharded(work.student):
         return
-    student, ids = work.student, batch.texts.token_ids[-1][-1]  # the longest one
+    student = work.student
+    ids: Any = batch.texts.token_ids[-1][-1]  # the longest one
 
     def per_token() -> float:
         return saved_bytes(student, [ids], work.device, work.config.precision) / len(ids)

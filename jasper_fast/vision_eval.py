@@ -79,7 +79,7 @@ def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, own: np.ndarray
     np.maximum.at(best, own, right)
     theirs = own[:, None] == np.arange(len(pictures))  # (m, n)
     to_text = 1 + ((scores >= best) & ~theirs).sum(axis=0)
-    found = {}
+    found: dict[str, float] = {}
     for way, ranks in (("text → image", to_image), ("image → text", to_text)):
         found |= {f"{way} R@{k}": float((ranks <= k).mean()) for k in DEPTHS}
         found[f"{way} median rank"] = float(np.median(ranks))

@@ -443,3 +443,62 @@ def test_the_floor_is_what_ridge_regression_gives():
         whole = fitted.predict(scaled[:5]) + y.mean(0)
         candidates.append(whole / np.linalg.norm(whole, axis=1, keepdims=True))
     assert min(np.abs(guess - other).max() for other in candidates) < 1e-5
+
+
+def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient and losses of one step of 11 pictures over all ranks, in float64."""
+    from jasper_fast.batches import Batch
+    from jasper_fast.stages import set_trained, trained_names
+    from jasper_fast.step import take_gradients
+    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.vision_loss import VisionLoss
+
+    torch.manual_seed(3)
+    student = Student.build(config_of(Path(bert))).double().train()
+    plan = stage(vision={"contrastive": 3.0}, batch_size=11, gradient_caching=True)
+    set_trained(student, trained_names(student, plan))
+    mine, counts = ranks.rows(11), ranks.counts(11)
+    batch = Batch(np.arange(11)[mine], teacher[mine], ImageBatches(list(pixels[mine].split(4)), 7), None, 0, 0, 0.0)
+    loss_of = VisionLoss(plan, ranks.group, counts if ranks.world > 1 else None)
+    output, _ = take_gradients(student, batch, plan, loss_of, torch.device("cpu"), "fp32")
+    ranks.average_gradients(student.parameters())
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return found | {"loss": output.loss.detach()}
+
+
+def gradient_rank(bert: str, given: dict[str, torch.Tensor], out: str) -> None:
+    from jasper_fast.ranks import join_ranks
+
+    with join_ranks(60.0) as ranks:
+        found = vision_gradient(bert, ranks, given["pixels"], given["teacher"])
+        torch.save(found, f"{out}/gradient-{ranks.rank}.pt")
+
+
+def test_the_gradient_of_two_processes_is_that_of_one(tiny_bert, tmp_path):
+    from test_ranks import end, start
+
+    from jasper_fast.ranks import Ranks
+
+    generator = torch.Generator().manual_seed(1)
+    sides = [torch.randn(11, width, generator=generator, dtype=torch.float64) for width in (32, 8)]
+    given = {"pixels": pictures(11), "teacher": torch.cat([F.normalize(side, dim=1) for side in sides], dim=1)}
+    processes = start(2, gradient_rank, str(tiny_bert), given, str(tmp_path))
+    alone = vision_gradient(str(tiny_bert), Ranks(), given["pixels"], given["teacher"])
+    assert end(processes) == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradient-{rank}.pt")
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-9), name
+
+
+def test_two_processes_see_as_one(run, tmp_path):
+    from test_ranks import end, start
+    from test_train import run_in_child
+
+    folder, tree = run
+    assert end(start(2, run_in_child, tree, str(tmp_path / "run"))) == [0, 0]
+    together, by_itself = see_losses(tmp_path / "run"), see_losses(folder / "run")
+    assert np.allclose(np.array(together)[:10], np.array(by_itself)[:10], rtol=1e-2, atol=1e-4)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["pictures"]["pictures"] == 12
