@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jasper_fast.config import StudentConfig
 from jasper_fast.encode import pick_device, student_encoder
 from jasper_fast.errors import JasperError
 from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
+from jasper_fast.image_sources import PICTURES
 from jasper_fast.images import BadImage, decode, resize
 from jasper_fast.model import Student
 
@@ -99,6 +100,26 @@ def load(path: str | Path) -> PictureModel:
     if not (folder / VISION).is_dir():
         raise JasperError(f"{folder} reads text alone: it has no folder {VISION}; train it with a vision stage")
     return PictureModel(load_student(folder).to(pick_device()))
+
+
+def picture_files(folder: str | Path) -> Iterator[Path]:
+    """The pictures in a folder and below that can be used, sorted; others are named and passed over.
+
+    Raises:
+        JasperError: there is no such folder, or no picture in it.
+    """
+    found = False
+    for file in sorted(Path(folder).expanduser().rglob("*")):
+        if file.name.lower().endswith(PICTURES) and file.is_file():
+            try:
+                decode(file.read_bytes())
+            except (OSError, BadImage) as error:
+                print(f"left out {file}: {error}")
+                continue
+            found = True
+            yield file
+    if not found:
+        raise JasperError(f"{folder}: no picture here that can be used; known: {', '.join(PICTURES)}")
 
 
 def load_student(path: str | Path) -> Student:

@@ -2,6 +2,7 @@
 
 python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
 python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or neither
+python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # a folder of pictures, by words
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+import jasper_fast.pictures
 from jasper_fast.arrow import read_mapped, stream_bytes
 from jasper_fast.config import SourceConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder
@@ -61,6 +63,7 @@ class TextIndex:
         try:
             settings = json.loads((path / SETTINGS).read_text())
             name, self.width = model or settings["model"], int(settings["width"])
+            self.role = settings.get("role", "query")
             self.texts = read_mapped(path / TEXTS).column("text")
         except FileNotFoundError as error:
             raise JasperError(
@@ -83,7 +86,7 @@ class TextIndex:
         """The k texts nearest to every question, nearest first."""
         if not questions:
             return []
-        queries = self._encode(list(questions), "query")[self.width]
+        queries = self._encode(list(questions), self.role)[self.width]
         scores, ids = self.vectors.search(queries, min(k, len(self)))
         return [
             [Hit(score, number, self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
@@ -100,6 +103,7 @@ def build(
     dtype: Literal["bfloat16", "float32", "int8"] = "float32",
     max_length: int | None = None,
     total: int | None = None,
+    pictures: bool = False,
 ) -> int:
     """Encode texts and publish their index as a folder, whole or not at all.
 
@@ -111,6 +115,7 @@ def build(
         dtype: how vectors are stored, see ``FlatIPIndex``.
         max_length: tokens per text; None keeps the model's own.
         total: how many texts there are, for the progress bar.
+        pictures: whether the texts are paths of pictures, which a model that sees encodes; words find them.
 
     Returns:
         how many texts the index holds.
@@ -126,6 +131,12 @@ def build(
         raise JasperError(f"{out} exists and is not a text index; remove it or choose another place")
     loaded = load_model(model, max_length)
     encode, width = _encoder(loaded, width)
+    if pictures:
+        seeing, wide = jasper_fast.pictures.load(_weights(model)), width
+
+        def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
+            return {wide: seeing.encode(texts, wide)}
+
     index, kept = FlatIPIndex(width, dtype=dtype), list[str]()
     with tqdm(total=total, unit="text", desc="encoding") as bar:
         for chunk in _chunks(texts):
@@ -143,6 +154,7 @@ def build(
         "width": width,
         "max_length": max_length,
         "texts": len(kept),
+        "role": "document" if pictures else "query",  # as what captions were when pictures were learnt from them
     }
     with publish_dir(out, replace=True) as folder:
         index.save(folder / VECTORS)
@@ -185,15 +197,18 @@ def _columns(text: str) -> list[str]:
 
 
 def _build(given: argparse.Namespace) -> None:
-    source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
-    texts = (" ".join(part for part in row if part) for row in read_source(source))
+    if given.pictures:
+        texts = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
+    else:
+        source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
+        texts = (" ".join(part for part in row if part) for row in read_source(source))
     if given.limit is not None:
         rows = texts
         texts = (text for _, text in zip(range(given.limit), rows, strict=False))
     begin = time.perf_counter()
     count = build(
         given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
-        total=given.limit,
+        total=given.limit, pictures=given.pictures,
     )  # fmt: skip
     print(f"{count:,} texts in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
     print(f"  python -m jasper_fast.search ask {given.out}")
@@ -260,6 +275,7 @@ def main(argv: list[str]) -> int:
     make.add_argument("texts", help=".jsonl[.gz], .parquet, .csv, .txt, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
     make.add_argument("--columns", type=_columns, default=["text"], help="joined to one text (default: text)")
+    make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of pictures, to be found by words")
     make.add_argument("--split", default="train", help="of a datasets name (default: train)")
     make.add_argument("--width", type=_positive, metavar="N", help="of the vectors; default: the model's widest")
     make.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the vectors")

@@ -129,7 +129,7 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
-    gap, left, top = 8, 300, 26
+    gap, left, top = 8, 300, 34
     places = sorted({*sheet["own"], *(i for found in sheet["found"] for i in found)})
     pixels = dict(zip(places, kept.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
     wide = max(len(found) for found in sheet["found"])

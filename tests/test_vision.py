@@ -502,3 +502,26 @@ def test_two_processes_see_as_one(run, tmp_path):
     assert np.allclose(np.array(together)[:10], np.array(by_itself)[:10], rtol=1e-2, atol=1e-4)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["pictures"]["pictures"] == 12
+
+
+def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys):
+    import shutil
+
+    from jasper_fast.pictures import load
+    from jasper_fast.search import main
+
+    folder, _ = run
+    (tmp_path / "some" / "below").mkdir(parents=True)
+    for i in range(6):
+        shutil.copy(squares / f"{i}.png", tmp_path / "some" / ("below" if i % 2 else ".") / f"{i}.png")
+    (tmp_path / "some" / "broken.png").write_bytes(b"%PDF-1.4")
+    out = str(tmp_path / "index")
+    main(["build", str(folder / "run"), str(tmp_path / "some"), "--pictures", "--out", out, "--width", "8"])
+    assert "broken.png: not a picture but a PDF" in capsys.readouterr().out
+    main(["ask", out, "a red square top left, 0", "-k", "6", "--json"])
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    model = load(folder / "run")
+    scores = model.encode([hit["text"] for hit in hits], 8) @ model.encode_text(["a red square top left, 0"], 8)[0]
+    assert len(hits) == 6 and np.allclose(scores, [hit["score"] for hit in hits], atol=1e-5)
+    with pytest.raises(JasperError, match="no picture here"):
+        main(["build", str(folder / "run"), str(tmp_path / "index"), "--pictures", "--out", str(tmp_path / "other")])
