@@ -42,16 +42,14 @@ def draw_glyphs(side: int = 64) -> list[tuple[np.ndarray, list[str]]]:
     Returns:
         ((side, side) uint8, its names) of each distinct drawing.
     """
-    from fontTools.ttLib import TTFont
+    path = font_file()
+    from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
 
-    path = font_file()
     # The other layout engine shapes text: it draws some lone marks not at all.
     font = ImageFont.truetype(str(path), round(side * SIZE_OF_EM), layout_engine=ImageFont.Layout.BASIC)
     found: dict[bytes, list[str]] = {}
-    with TTFont(path, lazy=True) as table:
-        points = sorted(table.getBestCmap())
-    for point in points:
+    for point in sorted(FT2Font(str(path)).get_charmap()):
         name = unicodedata.name(chr(point), "")
         left, top, right, bottom = font.getbbox(chr(point), anchor="ls")
         if not name or right <= left or bottom <= top:

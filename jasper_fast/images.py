@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000  # more is refused before any of it is decoded
-NO_PILLOW = (
+NO_PILLOW = "pictures are read with Pillow, which is not installed; type `pip install pillow`"
     "pictures are read with Pillow, which is not installed; type `pip install pillow` (the extra `vision` has it)"
 )
 OTHER_KINDS = (  # what lies among pictures by mistake: first bytes, their place, and what to call it
