@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000  # more is refused before any of it is decoded
 NO_PILLOW = "pictures are read with Pillow, which is not installed; type `pip install pillow`"
-    "pictures are read with Pillow, which is not installed; type `pip install pillow` (the extra `vision` has it)"
-)
 OTHER_KINDS = (  # what lies among pictures by mistake: first bytes, their place, and what to call it
     (b"%PDF", 0, "a PDF; save its pages as pictures"),
     (b"ftyp", 4, "a video; save a frame as a picture"),
