@@ -57,6 +57,7 @@ class Student(nn.Module):
         owned = self.widths if config.head_type == "independent" else self.widths[:1]
         self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in owned})
         if config.head_init == "identity":  # a student cut out of its teacher is near it from the start
+            head: Any
             for head in self.heads.values():
                 nn.init.eye_(head.weight)
                 nn.init.zeros_(head.bias)
