@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     found = compile_all(options.quick, options.kernel or "")
     faults = [fault for entry in found["forms"] for fault in entry["faults"]]
     if options.write or not (options.quick or options.kernel):
+        if options.kernel:
+            found = _beside(json.loads(OUT.read_text()), found)
         OUT.write_text(json.dumps(found, indent=1) + "\n")
         TABLE.write_text(table(found))
         print(f"written to {OUT} and {TABLE}")
@@ -55,7 +57,7 @@ def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
     from jasper_fast.kernels import registry
 
     chosen = [form for form in registry.forms() if (form.quick or not quick) and name in form.kernel.__name__]
-    built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in ARCHITECTURES]
+    built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in form.architectures]
     entries = []
     for form, sm, result in built:
         entry: dict[str, Any] = {"kernel": form.kernel.__name__, "form": form.label, "sm": sm, **result}
@@ -63,6 +65,13 @@ def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
         entry["faults"] = [f"{entry['kernel']} [{form.label}] sm_{sm}: {fault}" for fault in judge(form, sm, result)]
         entries.append(entry)
     return {"triton": triton.__version__, "whole": not quick and not name, "forms": entries}
+
+
+def _beside(older: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The older result with some kernels compiled anew."""
+    kernels = {entry["kernel"] for entry in found["forms"]}
+    kept = [entry for entry in older["forms"] if entry["kernel"] not in kernels]
+    return {**found, "whole": False, "forms": [*kept, *found["forms"]]}
 
 
 def compile_form(form: Any, sm: int) -> dict[str, Any]:

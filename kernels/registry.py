@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned")
+MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned", "mips")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names, and Triton's
 
 
@@ -29,6 +29,7 @@ class Form:
         stages: loads in flight.
         tensor_cores: whether the form is wrong to compile without tensor-core instructions.
         stack: bytes a thread may keep on its stack, by architecture (80, 90, 100); elsewhere none.
+        architectures: those it is launched on.
         quick: whether ``make test`` compiles it; ``make soak`` compiles all.
     """
 
@@ -40,6 +41,7 @@ class Form:
     stages: int = 2
     tensor_cores: bool = False
     stack: Mapping[int, int] = field(default_factory=dict)
+    architectures: tuple[int, ...] = (80, 90, 100)
     quick: bool = False
 
 
