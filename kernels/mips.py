@@ -136,6 +136,25 @@ def lower_bounds_kernel(
 
 
 @triton.jit
+def keep(score, m0, n0, common, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Writes the rows of a tile that reach their thresholds, at places that they draw one by one."""
+    VALID, NORMS, RELATIVE, ABSOLUTE, THRESHOLDS, COUNTS, SCORES, ROWS, N, Q, capacity, stride_v = common
+    n = n0 + tl.arange(0, BLOCK_N)
+    threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
+    found = score + errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, BIN, BLOCK_M, BLOCK_N) >= threshold[None, :]
+    found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
+    # Over both axes at once, which Triton 3.6 can compile for sm_100. Most tiles hold nothing or next to nothing.
+    if tl.max(found.to(tl.int32)) > 0:
+        m = m0 + tl.arange(0, BLOCK_M)
+        counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
+        place = tl.atomic_add(counters, 1, mask=found, sem="relaxed")
+        kept = found & (place < capacity)
+        place += n[None, :] * capacity
+        tl.store(SCORES + place, score, mask=kept)
+        tl.store(ROWS + place, tl.broadcast_to(m[:, None], (BLOCK_M, BLOCK_N)), mask=kept)
+
+
+@triton.jit
 def collect_kernel(
     CORPUS,  # (N, D), a descriptor if DESCRIPTORS
     QUERIES,  # (Q, D), likewise
@@ -171,18 +190,15 @@ def collect_kernel(
             CORPUS, QUERIES, ROW_SCALES, QUERY_SCALES, m0, n0, N, Q, D, stride_c, stride_q, DESCRIPTORS, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        n = n0 + tl.arange(0, BLOCK_N)
-        threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
-        found = score + errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, BIN, BLOCK_M, BLOCK_N) >= threshold[None, :]
-        found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
-        if tl.max(found.to(tl.int32)) > 0:
-            m = m0 + tl.arange(0, BLOCK_M)
-            counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
-            place = tl.atomic_add(counters, 1, mask=found, sem="relaxed")
-            kept = found & (place < capacity)
-            place += n[None, :] * capacity
-            tl.store(SCORES + place, score, mask=kept)
-            tl.store(ROWS + place, tl.broadcast_to(m[:, None], (BLOCK_M, BLOCK_N)), mask=kept)
+        common = (VALID, NORMS, RELATIVE, ABSOLUTE, THRESHOLDS, COUNTS, SCORES, ROWS, N, Q, capacity, stride_v)
+        if BLOCK_N > 64:
+            # One half after the other: places and addresses of a whole tile would not fit the registers.
+            halves = tl.permute(tl.reshape(score, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            keep(left, m0, n0, common, BLOCK_M, BLOCK_N // 2)
+            keep(right, m0, n0 + BLOCK_N // 2, common, BLOCK_M, BLOCK_N // 2)
+        else:
+            keep(score, m0, n0, common, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
