@@ -25,8 +25,8 @@ class FlatIPIndex:
         dim: width of the vectors.
         device: where they are stored and searched.
         dtype: how they are stored, and with that what their scores are: "bfloat16" and "int8" (codes and a scale per
-            row) round what is added; "float32" keeps it, and on a CPU an int8 plane beside it (5 bytes an element in
-            all) that makes few queries fast.
+            row) round what is added; "float32" keeps it, and beside it what scans read: on a CPU an int8 plane (5
+            bytes an element in all) that makes few queries fast, on a GPU a bfloat16 one (6 bytes).
         scratch: bytes that a search may use beside the vectors, queries and results.
     """
 
@@ -166,6 +166,9 @@ class _Growing:
             if dtype == torch.float32 and device.type == "cpu"
             else None
         )
+        if dtype == torch.float32 and device.type == "cuda":
+            codes = torch.empty(capacity, dim, dtype=torch.bfloat16, device=device)
+            self.plane = Plane(codes, torch.empty(0), torch.empty(0, dtype=torch.float64))
 
     def take(self, rows: Tensor) -> int:
         """Stores as many of the rows as fit; returns how many."""
@@ -176,7 +179,9 @@ class _Growing:
             self.rows[new], self.scales[new], _ = int8_codes(rows[:count])
         else:
             self.rows[new] = rows[:count]
-        if self.plane is not None:
+        if self.plane is not None and self.plane.codes.dtype == torch.bfloat16:
+            self.plane.codes[new] = self.rows[new]
+        elif self.plane is not None:
             self.plane.codes[new], self.plane.scales[new], left = int8_codes(self.rows[new])
             # A bin that was begun earlier keeps what its first rows left.
             bins = slice(start // BIN, -(-stop // BIN))
@@ -194,7 +199,7 @@ class _Growing:
         piece.norms = self.norms[:bins]
         if self.plane is not None:
             codes, scales = self.plane.codes[: self.filled], self.plane.scales[: self.filled]
-            piece.plane = Plane(codes, scales, self.plane.residuals[:bins])
+            piece.plane = Plane(codes, scales, self.plane.residuals[:bins])  # scales and residuals may be empty
         return piece
 
     def _view(self, start: int, stop: int) -> Piece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 
 BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same number
 UNIT = 2.0**-24  # half a unit in the last place of float32
+TRITON = importlib.util.find_spec("triton") is not None
 BLOCK_ROWS = 4096  # rows that preparing a piece looks at together
+
+
+def on_gpu(rows: Tensor) -> bool:
+    """Whether our GPU kernels can work on these."""
+    return TRITON and rows.is_cuda
 
 
 def _none(dtype: torch.dtype) -> Tensor:
@@ -18,12 +25,13 @@ def _none(dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Plane:
-    """int8 codes of float rows, a quarter of their bytes, for scans that memory bandwidth limits.
+    """A shorter form of float rows for scans: on a CPU int8 codes, on a GPU the rows rounded to bfloat16.
 
     Args:
-        codes: (N, D) int8.
-        scales: (N,) float32; row ≈ codes · scale.
-        residuals: (ceil(N / 64),) float64, the longest ‖row − codes · scale‖ of each bin, rounded up.
+        codes: (N, D) int8 or bfloat16.
+        scales: (N,) float32; row ≈ codes · scale; empty for bfloat16.
+        residuals: (ceil(N / 64),) float64, the longest ‖row − codes · scale‖ of each bin, rounded up; empty for
+            bfloat16, whose rounding is bounded by the rows' norms.
     """
 
     codes: Tensor
@@ -46,6 +54,7 @@ class Piece:
     scales: Tensor = field(default_factory=lambda: _none(torch.float32))
     norms: Tensor | None = None
     plane: Plane | None = None
+    longest: float | None = None  # of norms, once it was asked for
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -59,6 +68,10 @@ class Piece:
 
     def exact(self, queries: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
         """fp64 dot products of pairs (query numbers, row numbers), each (M,); equal rows score equally. (M,)"""
+        if on_gpu(self.rows):  # one order of summation for all that searches a device
+            from jasper_fast.kernels import mips as kernels
+
+            return kernels.rescore(queries, self.rows, self.scales if len(self.scales) else None, *pairs)
         products = self.rows[pairs[1]].double() * queries[pairs[0]]  # exact: 24 + 24 bits fit 53
         width = products.shape[1]
         while width > 1:  # pairwise, in an order that depends on the width alone
@@ -69,16 +82,28 @@ class Piece:
         return total * self.scales[pairs[1]].double() if self.rows.dtype == torch.int8 else total
 
     def to(self, device: torch.device) -> Piece:
-        """The same rows on another device, without the plane."""
+        """The same rows on another device, with the plane that is used there."""
         norms = None if self.norms is None else self.norms.to(device)
-        return Piece(self.rows.to(device), self.scales.to(device), norms)
+        piece = Piece(self.rows.to(device), self.scales.to(device), norms)
+        if piece.rows.is_cuda and piece.rows.dtype == torch.float32:
+            piece.plane = Plane(piece.rows.bfloat16(), _none(torch.float32), _none(torch.float64))
+        return piece
+
+    def largest_norm(self) -> float:
+        """Of all rows, rounded up; waits for the device once."""
+        if self.longest is None:
+            assert self.norms is not None
+            self.longest = float(self.norms.max())
+        return self.longest
 
     def slice(self, start: int, stop: int) -> Piece:
         """Rows from ``start``, a multiple of 64, to before ``stop``; views."""
         assert start % BIN == 0
         bins = slice(start // BIN, -(-stop // BIN))
         plane = self.plane and Plane(
-            self.plane.codes[start:stop], self.plane.scales[start:stop], self.plane.residuals[bins]
+            self.plane.codes[start:stop],
+            self.plane.scales[start:stop] if len(self.plane.scales) else self.plane.scales,
+            self.plane.residuals[bins] if len(self.plane.residuals) else self.plane.residuals,
         )
         scales = self.scales[start:stop] if self.rows.dtype == torch.int8 else self.scales
         return Piece(self.rows[start:stop], scales, None if self.norms is None else self.norms[bins], plane)

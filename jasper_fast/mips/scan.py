@@ -42,6 +42,13 @@ class Queries:
     exact: Tensor
     scan: Tensor
     exponents: Tensor
+    longest: float | None = None
+
+    def largest_norm(self) -> float:
+        """Of the scaled queries; waits for the device once."""
+        if self.longest is None:
+            self.longest = float(self.exact.norm(dim=1).max())
+        return self.longest
 
     @classmethod
     def of(cls, queries: Tensor) -> Queries:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jasper_fast.mips.device import low_plane, queries_at_once, rows_at_once, search_device, serves
 from jasper_fast.mips.pieces import Piece, bin_norms, not_finite
 from jasper_fast.mips.scan import (
     FEW,
@@ -80,13 +81,14 @@ def topk(
     if rows.shape[1] != asked.shape[1]:
         raise ValueError(f"queries have width {asked.shape[1]} and the corpus {rows.shape[1]}; they must be equal")
     device = asked.device
-    direct = rows.device == device and rows.dtype != torch.float16 and rows.is_contiguous()
+    whole = device.type == "cuda" or rows.dtype != torch.float16  # on a CPU float16 is widened
+    direct = rows.device == device and whole and rows.is_contiguous()
     step = len(rows) if direct else max(64, scratch // (3 * 4 * rows.shape[1]) // 64 * 64)
 
     def pieces() -> Iterable[tuple[int, Piece]]:
         for start in range(0, len(rows), step):
             part = rows[start : start + step].to(device)
-            yield start, Piece((part.float() if part.dtype == torch.float16 else part).contiguous())
+            yield start, Piece((part if whole else part.float()).contiguous())
 
     # A direct piece is kept, so that its norms are computed once for all groups of queries.
     fixed = list(pieces()) if direct and len(rows) else None
@@ -129,20 +131,37 @@ def search(
     state = State(len(queries), k, queries.device)
     if len(queries):
         _scan(pieces, asked, mask, state, precision, scratch)
-    if state.broken.any():
-        redo = state.broken.nonzero()[:, 0]
+    missed = state.missed.nonzero()[:, 0]
+    if len(missed):  # too many near-ties for the room there was: the same proof, without that limit
+        _again(pieces, asked, mask, state, missed, precision, scratch)
+    broken = state.broken.nonzero()[:, 0]
+    if len(broken):
         warnings.warn(
-            f"{len(redo)} of {len(queries)} queries were redone in fp64: a score lay outside its proven error bound. "
+            f"{len(broken)} of {len(queries)} queries were redone in fp64: a score lay outside its proven error bound. "
             "Matrix products here are less exact than they claim to be.",
             RuntimeWarning,
             stacklevel=3,
         )
-        again = State(len(redo), k, queries.device)
-        _scan(pieces, asked.take(redo), mask[redo] if mask.dim() == 2 else mask, again, "exact", scratch)
-        for name in ("best", "counts", "cutoffs"):
-            getattr(state, name)[redo] = getattr(again, name)
+        _again(pieces, asked, mask, state, broken, "exact", scratch)
     scores, ids = state.sorted()
     return torch.ldexp(scores, asked.exponents[:, None].double()).float(), ids
+
+
+def _again(
+    pieces: Callable[[], Iterable[tuple[int, Piece]]],
+    queries: Queries,
+    mask: Tensor,
+    state: State,
+    redo: Tensor,
+    precision: Precision,
+    scratch: int,
+) -> None:
+    """Some queries from the start, without the GPU kernels."""
+    again = State(len(redo), state.k, redo.device)
+    _scan(pieces, queries.take(redo), mask[redo] if mask.dim() == 2 else mask, again, precision, scratch, False)
+    for name in ("best", "counts", "cutoffs"):
+        getattr(state, name)[redo] = getattr(again, name)
+    state.broken[redo] = again.broken
 
 
 def _scan(
@@ -152,6 +171,7 @@ def _scan(
     state: State,
     precision: Precision,
     scratch: int,
+    kernels: bool = True,
 ) -> None:
     for first_id, piece in pieces():
         own = mask[..., first_id : first_id + len(piece)].contiguous() if mask.numel() else mask
@@ -162,17 +182,48 @@ def _scan(
         if few:
             _few(piece, first_id, queries, own, state, precision)
             continue
-        use, rows, size = _plan(piece, queries, state.k, precision, scratch)
+        if precision != "exact" and kernels and serves(piece, state.k) and _in_range(piece, queries):
+            _device(piece, first_id, queries, own, state, precision, scratch)
+            continue
+        _library(piece, first_id, queries, own, state, precision, scratch)
+
+
+def _library(
+    piece: Piece, first_id: int, queries: Queries, mask: Tensor, state: State, precision: Precision, scratch: int
+) -> None:
+    """By products of the library, on any device."""
+    use, rows, size = _plan(piece, queries, state.k, precision, scratch)
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        shown = mask[part].contiguous() if mask.dim() == 2 else mask
+        if use == "tiles":
+            search_tiles(
+                piece, first_id, queries.take(part), shown, state.part(part), precision == "certified", rows,
+                multiply_in_bf16(),
+            )  # fmt: skip
+        else:
+            search_plain(piece, first_id, queries.take(part), shown, state.part(part), use, rows)
+
+
+def _device(
+    piece: Piece, first_id: int, queries: Queries, mask: Tensor, state: State, precision: Precision, scratch: int
+) -> None:
+    """By the GPU kernels, in slices and groups that fit the scratch memory."""
+    rows = rows_at_once(piece, len(queries), state.k, scratch)
+    for begin in range(0, len(piece), rows):
+        part = piece.slice(begin, begin + rows)
+        shown = mask[..., begin : begin + rows].contiguous() if mask.numel() else mask
+        if not serves(part, state.k):  # the end is too short for them
+            _library(part, first_id + begin, queries, shown, state, precision, scratch)
+            continue
+        plane = low_plane(part, len(queries))
+        size = queries_at_once(part, len(queries), state.k, scratch)
         for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            shown = own[part].contiguous() if own.dim() == 2 else own
-            if use == "tiles":
-                search_tiles(
-                    piece, first_id, queries.take(part), shown, state.part(part), precision == "certified", rows,
-                    multiply_in_bf16(),
-                )  # fmt: skip
-            else:
-                search_plain(piece, first_id, queries.take(part), shown, state.part(part), use, rows)
+            group = slice(start, start + size)
+            search_device(
+                part, plane, first_id + begin, queries.take(group), shown[group] if shown.dim() == 2 else shown,
+                state.part(group), precision == "certified",
+            )  # fmt: skip
 
 
 def _few(piece: Piece, first_id: int, queries: Queries, mask: Tensor, state: State, precision: Precision) -> None:
@@ -198,13 +249,12 @@ def _check(piece: Piece, norms: Tensor, first_id: int) -> None:
     bad = not_finite(piece, norms)
     if bad is not None:
         raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
-    piece.norms = norms
+    piece.norms, piece.longest = norms, None
 
 
 def _in_range(piece: Piece, queries: Queries) -> bool:
     """Whether no fp32 score or partial sum of this piece can overflow."""
-    assert piece.norms is not None
-    return float(piece.norms.max()) * float(queries.exact.norm(dim=1).max()) < LARGEST
+    return piece.largest_norm() * queries.largest_norm() < LARGEST
 
 
 def _plan(piece: Piece, queries: Queries, k: int, precision: Precision, scratch: int) -> tuple[str, int, int]:

@@ -14,7 +14,8 @@ class State:
         k: how many to keep.
         device: where.
 
-    ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with the worst on top in its first
+    ``broken`` marks queries for which a score lay outside its bound, ``missed`` those of which not everything that
+    matters could be collected; ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with the worst on top in its first
     ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is such a heap.
     """
 
@@ -24,6 +25,7 @@ class State:
         self.counts = torch.zeros(size, dtype=torch.int64, device=device)
         self.cutoffs = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         self.broken = torch.zeros(size, dtype=torch.bool, device=device)
+        self.missed = torch.zeros(size, dtype=torch.bool, device=device)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Scores (Q, k) float64 and ids (Q, k), best first; −inf and −1 where there are fewer than k."""
@@ -59,10 +61,26 @@ class State:
         worst = self.best[:, 0, 0].view(torch.float64)
         self.cutoffs.copy_(torch.where(full, torch.maximum(self.cutoffs, worst), self.cutoffs))
 
+    def merge_table(self, scores: Tensor, ids: Tensor) -> None:
+        """Takes in M exactly scored rows of every query, without waiting for the device: float64 scores, −inf where
+        there is none, and ids, (Q, M) each."""
+        own, numbers = self.sorted()
+        scores, numbers = torch.cat((own, scores), 1), torch.cat((numbers, ids), 1)
+        numbers, order = numbers.sort(dim=1)
+        scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+        scores, numbers = scores[:, : self.k], numbers.gather(1, by_score)[:, : self.k]
+        counts = (scores > -torch.inf).sum(dim=1)
+        place = (counts[:, None] - 1 - torch.arange(scores.shape[1], device=ids.device)) % self.k  # worst first
+        self.best[..., 0].scatter_(1, place, scores.contiguous().view(torch.int64))
+        self.best[..., 1].scatter_(1, place, numbers)
+        self.counts.copy_(counts)
+        worst = scores[:, -1] if scores.shape[1] == self.k else torch.full_like(self.cutoffs, -torch.inf)
+        self.cutoffs.copy_(torch.maximum(self.cutoffs, worst))
+
     def part(self, rows: slice) -> State:
         """Some of the queries; views, so that changes in place show here."""
         part = object.__new__(State)
         part.k = self.k
         part.best, part.counts = self.best[rows], self.counts[rows]
-        part.cutoffs, part.broken = self.cutoffs[rows], self.broken[rows]
+        part.cutoffs, part.broken, part.missed = self.cutoffs[rows], self.broken[rows], self.missed[rows]
         return part

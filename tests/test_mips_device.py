@@ -1,0 +1,276 @@
+"""The search's GPU kernels, interpreted where there is no GPU, against correctly rounded sums of exact products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_mips import KINDS, NEVER, check, make, truth
+from torch import Tensor
+
+from jasper_fast.mips import FlatIPIndex, device, pieces, topk
+from jasper_fast.mips import search as search_module
+from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes
+from jasper_fast.mips.scan import Queries
+from jasper_fast.mips.search import SCRATCH, search
+from jasper_fast.mips.state import State
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+
+from jasper_fast.kernels import mips as kernels  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+on_gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What torch.empty gives is NaN, or a large integer."""
+    plain = torch.empty
+
+    def poisoned(*arguments, **options):
+        out = plain(*arguments, **options)
+        if out.dtype == torch.bool or out.numel() == 0:
+            return out
+        return out.fill_(float("nan") if out.is_floating_point() else 99)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@contextmanager
+def through_kernels(descriptors: bool = False) -> Iterator[None]:
+    """The GPU's way, on this machine's device. Triton's interpreter is wrong in bfloat16: float16 stands for it."""
+    with mock.patch.multiple(search_module, FEW=NEVER, native=lambda piece: False):
+        if GPU:
+            yield
+            return
+        with (
+            mock.patch.object(pieces, "on_gpu", lambda rows: True),
+            mock.patch.object(kernels, "described", lambda rows, queries: descriptors and rows.shape[1] % 16 == 0),
+            mock.patch.object(device, "LOW", torch.float16),
+        ):
+            yield
+
+
+def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
+    """The piece and the float64 values its scores are true of."""
+    if stored == "int8":
+        codes, scales, _ = int8_codes(rows)
+        piece = Piece(codes.to(DEVICE), scales.to(DEVICE))
+    else:
+        piece = Piece(rows.to(getattr(torch, stored)).to(DEVICE))
+    with mock.patch.object(pieces, "on_gpu", lambda rows: GPU):
+        piece.norms = bin_norms(piece) if stored != "float16" else pieces.bin_maxima(piece.rows.double().norm(dim=1))
+    return piece, piece.values(0, len(rows), torch.float64).cpu()
+
+
+def found(piece: list[tuple[int, Piece]], total: int, queries: Tensor, k: int, valid=None, precision="certified"):
+    scores, ids = search(lambda: piece, total, queries.to(DEVICE), k, precision, valid, SCRATCH)
+    return scores.cpu(), ids.cpu()
+
+
+STORED = ["float32", "float16", "int8", *([pytest.param("bfloat16", marks=on_gpu)])]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS),
+    stored=st.sampled_from(["float32", "float16", "int8"] + (["bfloat16"] if GPU else [])),
+    rows=st.integers(64, 400),
+    size=st.sampled_from([1, 2, 3, 5]),
+    width=st.sampled_from([1, 2, 3, 8, 17, 32, 70]),
+    share=st.sampled_from([None, 0.0, 0.02, 0.5, 1.0]),
+    masks=st.booleans(),
+    descriptors=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+    data=st.data(),
+)
+def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descriptors, seed, data):
+    if stored == "float16" and kind in ("huge", "tiny", "mixed scales"):
+        kind = "normal"  # float16 cannot hold them
+    k = data.draw(st.one_of(st.integers(1, -(-rows // 64)), st.integers(1, rows)), label="k")
+    split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
+    corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
+    piece, values = piece_of(corpus, stored)
+    parts = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, rows) if masks else (rows,)
+    valid = None if share is None else torch.rand(shape, generator=generator) < share
+    with through_kernels(descriptors):
+        scores, ids = found(parts, rows, queries, k, valid)
+    scale = (queries.double().norm(dim=1) * values.norm(dim=1).max()).numpy()
+    allowed = np.ones((size, rows), bool) if valid is None else np.broadcast_to(valid.numpy(), (size, rows))
+    check(scores, ids, truth(queries, values), values, scale, allowed)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("order", ["random", "ascending", "clustered"])
+def test_a_sample_sets_the_threshold(stored, order):
+    """Whatever the order of the corpus: the sample is drawn by rows, at random."""
+    corpus, queries = torch.randn(6000, 16), torch.randn(3, 16)
+    if order == "ascending":
+        corpus = corpus[(corpus @ queries[0]).argsort()]
+    elif order == "clustered":
+        corpus = (torch.randn(60, 16).repeat_interleave(100, 0) + 0.1 * corpus)[:6000]
+    piece, values = piece_of(corpus, stored)
+    assert device.plan(6000, 3, 3).step > 1
+    with through_kernels(), mock.patch.object(search_module, "_again", side_effect=AssertionError("redone")):
+        scores, ids = found([(0, piece)], 6000, queries, 3)
+        fast = found([(0, piece)], 6000, queries, 3, precision="fast")
+    true = queries.double() @ values.T
+    assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :3])
+    torch.testing.assert_close(scores, true.gather(1, ids).float(), rtol=1e-6, atol=1e-6)
+    recall = np.mean([len(set(a) & set(b)) / 3 for a, b in zip(ids.tolist(), fast[1].tolist(), strict=True)])
+    assert recall > 0.5
+
+
+def test_many_queries_scan_rounded_rows_and_the_certificate_repairs_it():
+    base = torch.randn(64)
+    corpus = base + 1e-3 * torch.randn(1000, 64)  # sixteen bits cannot tell these apart
+    queries = (base + 0.01 * torch.randn(70, 64)).contiguous()
+    piece, values = piece_of(corpus, "float32")
+    true = (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :4]
+    with through_kernels():
+        assert device.low_plane(piece, 70).dtype != torch.float32
+        _, fast = found([(0, piece)], 1000, queries, 4, precision="fast")
+        _, certified = found([(0, piece)], 1000, queries, 4)
+    assert not torch.equal(fast, true)
+    assert torch.equal(certified, true)
+
+
+def test_a_corrupted_bound_is_caught_and_the_query_redone():
+    corpus, queries = torch.randn(500, 32), torch.randn(3, 32)
+    piece, values = piece_of(corpus, "float16")
+    assert piece.norms is not None
+    piece.norms = piece.norms * 1e-9
+    with through_kernels(), pytest.warns(RuntimeWarning, match="of 3 queries were redone in fp64"):
+        _, ids = found([(0, piece)], 500, queries, 5)
+    assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :5])
+
+
+@pytest.mark.parametrize("rank, capacity", [(1, 1024), (60, 64)])
+def test_a_wrong_guess_is_noticed_and_redone(rank, capacity, monkeypatch):
+    """A threshold so high that k rows do not reach it, and one so low that there is no room."""
+    corpus, queries = torch.randn(4096, 16), torch.randn(2, 16)
+    piece, values = piece_of(corpus, "float32")
+    monkeypatch.setattr(device, "plan", lambda rows, k, size: device.Plan(1, rank, capacity))
+    again = mock.Mock(side_effect=search_module._again)
+    monkeypatch.setattr(search_module, "_again", again)
+    with through_kernels():
+        _, ids = found([(0, piece)], 4096, queries, 20)
+    assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :20])
+    assert again.call_count == 1 and len(again.call_args.args[4]) == 2
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("size", [3, 60, 150])
+def test_the_kernels_one_by_one(stored, size, descriptors):
+    """Every place is written, each tile, ragged edges; rows are counted beyond the room for them."""
+    rows, width = (5000 if GPU else 300), 48
+    piece, values = piece_of(torch.randn(rows, width), stored)
+    queries = Queries.of(torch.randn(size, width).to(DEVICE))
+    valid = torch.rand(rows, device=DEVICE) < 0.9
+    valid[64:128] = False
+    asked, scale, limits = device._operands(piece, piece.rows, queries, True)
+    scales = (piece.scales if scale is not None else None, scale)
+    norms = piece.norms.float()
+    lower = kernels.lower_bounds(piece.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
+    true = (queries.exact.cpu() @ values.T).masked_fill(~valid.cpu(), -torch.inf)
+    best = torch.stack([pieces.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true])
+    error = (norms[:, None].cpu() * limits[0].cpu() + limits[1].cpu()).T.double()
+    assert (lower[:, 1] == -torch.inf).all() and (lower <= best).all()
+    assert (best - lower)[:, [0, 2, 3]].le(2 * error[:, [0, 2, 3]]).all()
+    threshold = true.topk(20, dim=1).values[:, -1].float().to(DEVICE)
+    counts, scores, numbers = kernels.collect(
+        piece.rows, asked, scales, valid, norms, limits, threshold, 64, descriptors
+    )
+    for q in range(size):
+        count = min(int(counts[q]), 64)
+        got = numbers[q, :count].tolist()
+        sure = (true[q] > threshold[q].item() + 1e-9).nonzero()[:, 0].tolist()
+        assert len(set(got)) == count and (counts[q] > 64 or set(sure) <= set(got))
+        spread = error[q][torch.tensor(got) // BIN]
+        assert ((scores[q, :count].cpu() - true[q][got]).abs() <= spread).all()
+        assert (scores[q, count:].isnan()).all()
+    everything = torch.full_like(threshold, -torch.inf)
+    counts, _, _ = kernels.collect(piece.rows, asked, scales, valid, norms, limits, everything, 16, descriptors)
+    assert (counts == valid.sum()).all()
+    query, row = torch.arange(size, device=DEVICE), torch.arange(size, device=DEVICE) % 7 - 1
+    exact = kernels.rescore(queries.exact, piece.rows, scales[0], query, row).cpu()
+    assert torch.equal(exact == -torch.inf, row.cpu() == -1)
+    wanted = (queries.exact.cpu() @ values.T)[query.cpu(), row.cpu()]
+    torch.testing.assert_close(exact[row.cpu() >= 0], wanted[row.cpu() >= 0], rtol=1e-13, atol=1e-13)
+
+
+def test_a_small_scratch_changes_nothing():
+    corpus, queries = torch.randn(9000, 16), torch.randn(70, 16)
+    expected = topk(queries, corpus, 3, precision="exact")
+    with through_kernels():
+        scores, ids = topk(queries.to(DEVICE), corpus.to(DEVICE), 3, scratch=600_000)
+    assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 6), st.integers(1, 5), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
+def test_tables_merge_as_lists_do(k, size, widths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    one, other = State(size, k, torch.device("cpu")), State(size, k, torch.device("cpu"))
+    first = 0
+    for width in widths:
+        scores = torch.randint(-3, 3, (size, width), generator=generator).double()
+        scores[torch.rand(size, width, generator=generator) < 0.3] = -torch.inf
+        ids = (first + torch.arange(width)).expand(size, width)
+        one.merge_table(scores, ids)
+        query, column = (scores > -torch.inf).nonzero(as_tuple=True)
+        other.merge(query, scores[query, column], ids[query, column])
+        first += width
+        for a, b in zip(one.sorted(), other.sorted(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(one.counts, other.counts) and torch.equal(one.cutoffs, other.cutoffs)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("size", [1, 16, 50, 3000])
+def test_on_a_gpu(dtype, size):
+    corpus, queries = torch.randn(200_000, 384), torch.randn(size, 384)
+    index = FlatIPIndex(384, dtype=dtype, device="cuda")
+    index.add(corpus)
+    for k in (1, 10, 100, 1000):
+        scores, ids = index.search(queries.cuda(), k)
+        values = torch.cat([piece.values(0, len(piece), torch.float64) for _, piece in index.pieces()])
+        for part in range(0, size, 500):
+            true = queries[part : part + 500].cuda().double() @ values.T
+            best = true.topk(k, dim=1).values
+            torch.testing.assert_close(true.gather(1, ids[part : part + 500]), best, rtol=0, atol=1e-10)
+
+
+@on_gpu
+def test_the_device_is_waited_for_once():
+    corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
+    piece = Piece(corpus.bfloat16())
+    piece.norms = bin_norms(piece)
+    asked, state = Queries.of(queries), State(500, 10, corpus.device)
+    device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_a_corpus_on_the_host_is_streamed():
+    corpus, queries = torch.randn(300_000, 64), torch.randn(40, 64)
+    expected = topk(queries, corpus, 10)
+    scores, ids = topk(queries.cuda(), corpus.numpy(), 10, scratch=8 << 20)
+    assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
