@@ -124,7 +124,8 @@ def judge(form: Any, sm: int, result: dict[str, Any]) -> list[str]:
         faults.append(f"{result['stack']} bytes of stack, allowed {form.stack.get(sm, 0)}")
     if result["shared"] > SHARED_LIMIT[sm]:
         faults.append(f"{result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
-    if form.tensor_cores and not set(result["tensor_cores"]) & set(TENSOR_CORES[sm]):
+    wanted = form.tensor_cores is True or (form.tensor_cores and sm in form.tensor_cores)
+    if wanted and not set(result["tensor_cores"]) & set(TENSOR_CORES[sm]):
         faults.append(f"no {' or '.join(TENSOR_CORES[sm])}: found {result['tensor_cores'] or 'none'}")
     return faults
 

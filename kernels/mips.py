@@ -361,7 +361,7 @@ def rescore(queries: Tensor, rows: Tensor, scales: Tensor | None, query: Tensor,
     out = torch.empty(len(row), dtype=torch.float64, device=rows.device)
     if len(row):
         rescore_kernel[(triton.cdiv(len(row), PAIRS),)](
-            queries, rows, scales, query, row, out, len(row), rows.shape[1], PAIRS=PAIRS, BLOCK_K=DEPTH, num_warps=4
+            queries, rows, scales, query.contiguous(), row.contiguous(), out, len(row), rows.shape[1], PAIRS=PAIRS, BLOCK_K=DEPTH, num_warps=4
         )
     return out
 
@@ -395,10 +395,14 @@ def forms() -> Iterator[Form]:
                 constants["VALID"] = None
                 types["stride_v"] = "i32:16"  # 0
             label = f"{kind}{masked} {'descriptors' if descriptors else 'pointers'}, {tile}"
-            rest: dict[str, Any] = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": True}
+            rest: dict[str, Any] = {"warps": tile.warps, "stages": tile.stages}
             # What make test compiles: the tiles for most queries and for one.
-            rest["quick"] = not masked and kind in ("bf16", "i8") and (descriptors or tile.n == 128)
+            rest["quick"] = not masked and (kind, descriptors, tile.n) in (
+                ("bf16", True, 128), ("bf16", False, 128), ("bf16", True, 16), ("i8", True, 128)
+            )  # fmt: skip
             rest["architectures"] = (90, 100) if descriptors else (80, 90, 100)
+            # On sm_100 Triton multiplies integers by the older instruction.
+            rest["tensor_cores"] = (80, 90) if kind == "i8" else True
             yield Form(
                 label,
                 collect_kernel,
@@ -414,7 +418,7 @@ def forms() -> Iterator[Form]:
                     lower_bounds_kernel,
                     types | {"OUT": "*fp32:16", "bins": "i32"},
                     {**constants, "SHARE": share},
-                    **{**rest, "quick": rest["quick"] and share == 1 and tile.n == 128},
+                    **{**rest, "quick": rest["quick"] and descriptors and share == 1 and (kind, tile.n) == ("bf16", 128)},
                 )
     for kind in kinds.values():
         scaled = {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
@@ -424,5 +428,5 @@ def forms() -> Iterator[Form]:
             {"QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "QUERY": "*i64:16", "ROW": "*i64:16", "OUT": "*fp64:16"}
             | {"P": "i32", "D": "i32:16", **scaled},
             {"PAIRS": PAIRS, "BLOCK_K": DEPTH} | ({} if scaled else {"ROW_SCALES": None}),
-            quick=kind in ("bf16", "i8"),
+            quick=kind == "bf16",
         )

@@ -27,7 +27,8 @@ class Form:
         constants: the ``tl.constexpr`` arguments, and arguments that a launch would find to be 1.
         warps: warps in a block.
         stages: loads in flight.
-        tensor_cores: whether the form is wrong to compile without tensor-core instructions.
+        tensor_cores: whether the form is wrong to compile without an architecture's own tensor-core instructions, or
+            on which architectures.
         stack: bytes a thread may keep on its stack, by architecture (80, 90, 100); elsewhere none.
         architectures: those it is launched on.
         quick: whether ``make test`` compiles it; ``make soak`` compiles all.
@@ -39,7 +40,7 @@ class Form:
     constants: Mapping[str, Any]
     warps: int = 4
     stages: int = 2
-    tensor_cores: bool = False
+    tensor_cores: bool | tuple[int, ...] = False
     stack: Mapping[int, int] = field(default_factory=dict)
     architectures: tuple[int, ...] = (80, 90, 100)
     quick: bool = False

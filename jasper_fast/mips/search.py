@@ -26,6 +26,7 @@ from jasper_fast.mips.scan import (
     search_tiles,
 )
 from jasper_fast.mips.state import State
+from jasper_fast.mips.stream import chunks
 
 Precision = Literal["certified", "exact", "fast"]
 PRECISIONS = ("certified", "exact", "fast")
@@ -86,8 +87,7 @@ def topk(
     step = len(rows) if direct else max(64, scratch // (3 * 4 * rows.shape[1]) // 64 * 64)
 
     def pieces() -> Iterable[tuple[int, Piece]]:
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].to(device)
+        for start, part in chunks(rows, step, device):
             yield start, Piece((part if whole else part.float()).contiguous())
 
     # A direct piece is kept, so that its norms are computed once for all groups of queries.

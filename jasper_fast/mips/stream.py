@@ -1,0 +1,53 @@
+"""Rows on the host, brought to a device in chunks: while one is searched, the next is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def chunks(rows: Tensor, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, up to ``step`` rows on the device), in order.
+
+    On CUDA two buffers take turns, so what was yielded is overwritten when the chunk after the next is asked for.
+
+    Args:
+        rows: (N, D) on any device, memory-mapped or not.
+        step: rows in a chunk.
+        device: where they go.
+    """
+    if device.type != "cuda" or rows.device.type != "cpu":
+        for start in range(0, len(rows), step):
+            yield start, rows[start : start + step].to(device)
+        return
+    step = min(step, len(rows))
+    staged = [torch.empty(step, rows.shape[1], dtype=rows.dtype, pin_memory=True) for _ in range(2)]
+    buffers = [torch.empty(step, rows.shape[1], dtype=rows.dtype, device=device) for _ in range(2)]
+    copying = torch.cuda.Stream(device)
+    arrived = [torch.cuda.Event() for _ in range(2)]
+    searched = [torch.cuda.Event() for _ in range(2)]
+
+    def send(start: int) -> None:
+        turn = start // step % 2
+        part = rows[start : start + step]
+        arrived[turn].synchronize()  # the pinned buffer's last copy has left it
+        staged[turn][: len(part)].copy_(part)
+        copying.wait_event(searched[turn])
+        with torch.cuda.stream(copying):
+            buffers[turn][: len(part)].copy_(staged[turn][: len(part)], non_blocking=True)
+            arrived[turn].record(copying)
+
+    copying.wait_stream(torch.cuda.current_stream(device))  # the buffers' memory may still be in use there
+    send(0)
+    for start in range(0, len(rows), step):
+        turn = start // step % 2
+        if start + step < len(rows):
+            send(start + step)
+        here = torch.cuda.current_stream(device)
+        here.wait_event(arrived[turn])
+        yield start, buffers[turn][: min(step, len(rows) - start)]
+        searched[turn].record(torch.cuda.current_stream(device))
+    for buffer in buffers:
+        buffer.record_stream(copying)
