@@ -361,7 +361,17 @@ def rescore(queries: Tensor, rows: Tensor, scales: Tensor | None, query: Tensor,
     out = torch.empty(len(row), dtype=torch.float64, device=rows.device)
     if len(row):
         rescore_kernel[(triton.cdiv(len(row), PAIRS),)](
-            queries, rows, scales, query.contiguous(), row.contiguous(), out, len(row), rows.shape[1], PAIRS=PAIRS, BLOCK_K=DEPTH, num_warps=4
+            queries,
+            rows,
+            scales,
+            query.contiguous(),
+            row.contiguous(),
+            out,
+            len(row),
+            rows.shape[1],
+            PAIRS=PAIRS,
+            BLOCK_K=DEPTH,
+            num_warps=4,
         )
     return out
 
@@ -418,7 +428,10 @@ def forms() -> Iterator[Form]:
                     lower_bounds_kernel,
                     types | {"OUT": "*fp32:16", "bins": "i32"},
                     {**constants, "SHARE": share},
-                    **{**rest, "quick": rest["quick"] and descriptors and share == 1 and (kind, tile.n) == ("bf16", 128)},
+                    **{
+                        **rest,
+                        "quick": rest["quick"] and descriptors and share == 1 and (kind, tile.n) == ("bf16", 128),
+                    },
                 )
     for kind in kinds.values():
         scaled = {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}

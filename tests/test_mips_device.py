@@ -187,7 +187,9 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     norms = piece.norms.float()
     lower = kernels.lower_bounds(piece.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
     true = (queries.exact.cpu() @ values.T).masked_fill(~valid.cpu(), -torch.inf)
-    best = torch.stack([pieces.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true])
+    best = torch.stack(
+        [pieces.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true]
+    )
     error = (norms[:, None].cpu() * limits[0].cpu() + limits[1].cpu()).T.double()
     assert (lower[:, 1] == -torch.inf).all() and (lower <= best).all()
     assert (best - lower)[:, [0, 2, 3]].le(2 * error[:, [0, 2, 3]]).all()

@@ -79,3 +79,51 @@ def test_the_faiss_index_finds_the_same():
     index, queries = filled(torch.randn(500, 16), "float32"), torch.randn(4, 16)
     scores, ids = to_faiss(index).search(queries.numpy(), 7)
     assert np.array_equal(ids, index.search(queries, 7)[1].numpy())
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 100])
+def test_sign_patterns_are_found_in_order(width):
+    corpus, queries = torch.randn(5000, width).round(), torch.randn(6, width)
+    index = SignIndex(width)
+    index.add(corpus[:4100])
+    index.add(corpus[4100:].double().numpy())
+    signs = torch.where(corpus > 0, 1, -1) @ torch.where(queries > 0, 1, -1).T  # (N, Q)
+    for k in (1, 30, 5000):
+        scores, ids = index.search(queries, k)
+        assert torch.equal(ids, signs.T.argsort(dim=1, descending=True, stable=True)[:, :k])
+        assert torch.equal(scores, signs.T.gather(1, ids).float())
+    few = SignIndex(width, scratch=1)
+    few.add(corpus)
+    again = few.search(queries.numpy(), 30)
+    assert isinstance(again[1], np.ndarray) and np.array_equal(again[1], index.search(queries, 30)[1].numpy())
+
+
+def test_a_binary_shortlist_is_ranked_by_the_wide_vectors():
+    centres = torch.randn(40, 64)
+    wide = torch.nn.functional.normalize(centres[torch.randint(0, 40, (2000,))] + 0.5 * torch.randn(2000, 64), dim=1)
+    queries = torch.nn.functional.normalize(centres[:9] + 0.5 * torch.randn(9, 64), dim=1)
+    index, narrow = filled(wide, "float32"), SignIndex(32)
+    narrow.add(wide[:, :32])
+    recalls = []
+    for length in (5, 200, 2000):
+        scores, ids = funnel(queries[:, :32], queries, narrow, index, 5, shortlist=length)
+        true = queries.double() @ wide.double().T
+        assert torch.allclose(scores.double(), true.gather(1, ids), rtol=1e-7)
+        recalls.append(funnel_recall(ids, queries, index))
+    assert recalls[0] < recalls[1] <= recalls[2] == 1.0 and recalls[1] > 0.7
+
+
+def test_wrong_patterns_are_refused():
+    index = SignIndex(8)
+    with pytest.raises(ValueError, match="the index is empty"):
+        index.search(torch.randn(1, 8), 1)
+    with pytest.raises(ValueError, match="x: row 1 holds NaN"):
+        index.add(torch.tensor([[1.0] * 8, [torch.nan] * 8]))
+    assert len(index) == 0
+    index.add(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="k must be from 1 to the number of rows, 3; got 4"):
+        index.search(torch.randn(1, 8), 4)
+    with pytest.raises(ValueError, match="q has width 7, the index 8"):
+        index.search(torch.randn(1, 7), 1)
+    with pytest.raises(ValueError, match="dim must be a whole number"):
+        SignIndex(0)

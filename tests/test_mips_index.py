@@ -175,3 +175,25 @@ def test_wrong_arguments_are_named():
     for wrong in (-1, 333):
         with pytest.raises(IndexError, match=f"id {wrong} is not in an index of 333 rows"):
             index.reconstruct(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_devices_share_the_pieces(dtype, monkeypatch, tmp_path):
+    """Two shards, here of one CPU, hold every other piece; what they find is merged."""
+    monkeypatch.setattr("jasper_fast.mips.index.PIECE_BYTES", 1)  # pieces of 4096 rows
+    corpus, queries = torch.randn(10_000, 8), torch.randn(6, 8)
+    corpus[5000:5010] = corpus[0]  # equal rows in different shards
+    alone, shared = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype, device=["cpu", "cpu"])
+    for index in (alone, shared):
+        index.add(corpus)
+    assert len(shared._full) == 2
+    mask = torch.rand(10_000) < 0.5
+    shared.save(tmp_path / "index")
+    loaded = FlatIPIndex.load(tmp_path / "index", device=["cpu", "cpu", "cpu"])
+    for index in (shared, loaded):
+        for arguments in ({}, {"valid": mask}, {"valid": torch.tensor([0, 5003, 9999])}, {"precision": "exact"}):
+            for asked in (torch.cat((queries, corpus[:1])), queries[:1]):
+                expected, got = alone.search(asked, 20, **arguments), index.search(asked, 20, **arguments)
+                assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    with pytest.raises(ValueError, match="at least one device"):
+        FlatIPIndex(8, device=[])

@@ -8,5 +8,6 @@ low-precision scores.
 from jasper_fast.mips.funnel import funnel, funnel_recall
 from jasper_fast.mips.index import FlatIPIndex
 from jasper_fast.mips.search import topk
+from jasper_fast.mips.signs import SignIndex
 
-__all__ = ["FlatIPIndex", "funnel", "funnel_recall", "topk"]
+__all__ = ["FlatIPIndex", "SignIndex", "funnel", "funnel_recall", "topk"]

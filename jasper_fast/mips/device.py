@@ -65,19 +65,19 @@ def plan(rows: int, k: int, size: int) -> Plan:
 
 
 def rows_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
-    """Rows, a multiple of 64, whose low-precision copy and sample fit a quarter of the scratch memory each."""
+    """Rows, a multiple of 64, whose low-precision copy and sample fit an eighth of the scratch memory each."""
     width = piece.rows.shape[1]
     step = plan(len(piece), k, size).step
     sample = piece.rows.element_size() * width / step if step > 1 else 0
     copied = 2 * width if _converts(piece, size) else 0
-    return max(64 * BIN, int(scratch / 4 / max(sample, copied, 1.0)) // BIN * BIN)
+    return max(64 * BIN, int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN)
 
 
 def queries_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
-    """Queries whose bins and candidates fit half the scratch memory."""
+    """Queries whose bins and candidates fit three eighths of the scratch memory."""
     chosen = plan(len(piece), k, size)
     each = 12 * (len(piece) // chosen.step // BIN + 1) + 48 * chosen.capacity
-    most = min(scratch // 2 // each, 2**30 // chosen.capacity)
+    most = min(3 * scratch // 8 // each, 2**30 // chosen.capacity)
     return max(1, most // 128 * 128 or most)
 
 

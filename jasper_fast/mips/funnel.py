@@ -11,18 +11,25 @@ from torch import Tensor
 from jasper_fast.mips.index import FlatIPIndex
 from jasper_fast.mips.scan import Queries
 from jasper_fast.mips.search import QUERIES, as_tensor, check_rows
+from jasper_fast.mips.signs import SignIndex
 from jasper_fast.mips.state import State
 
 
 def funnel(
-    narrow_queries: Any, wide_queries: Any, narrow: FlatIPIndex, wide: FlatIPIndex, k: int, *, shortlist: int
+    narrow_queries: Any,
+    wide_queries: Any,
+    narrow: FlatIPIndex | SignIndex,
+    wide: FlatIPIndex,
+    k: int,
+    *,
+    shortlist: int,
 ) -> tuple[Any, Any]:
     """The k best of a shortlist: found with narrow vectors, ranked by exact products of the wide ones.
 
     Args:
         narrow_queries: (Q, narrow.dim) tensor or array.
         wide_queries: (Q, wide.dim) of the same questions; its kind is the results' kind.
-        narrow: the narrow vectors of a corpus; dtype "int8" makes the smallest shortlist index.
+        narrow: the narrow vectors of a corpus; dtype "int8" makes a small shortlist index, a `SignIndex` the smallest.
         wide: the wide vectors of the same corpus, in the same order.
         k: how many, at most ``shortlist``.
         shortlist: rows per query that the narrow vectors choose; more cost time and give recall.
@@ -41,7 +48,11 @@ def funnel(
     check_rows(asked, "wide_queries", QUERIES)
     if asked.shape[1] != wide.dim:
         raise ValueError(f"wide_queries have width {asked.shape[1]}, the wide index {wide.dim}")
-    _, chosen = narrow.search(narrow_queries, min(shortlist, len(narrow)), precision="fast")
+    length = min(shortlist, len(narrow))
+    if isinstance(narrow, SignIndex):
+        chosen = narrow.search(narrow_queries, length)[1]
+    else:
+        chosen = narrow.search(narrow_queries, length, precision="fast")[1]
     ids = torch.as_tensor(chosen)
     if len(ids) != len(asked):
         raise ValueError(f"{len(ids)} narrow queries and {len(asked)} wide ones; both need the same")
@@ -76,6 +87,8 @@ def _rank(queries: Queries, ids: Tensor, wide: FlatIPIndex, k: int) -> tuple[Ten
         inside = ((numbers >= first) & (numbers < first + len(piece))).nonzero()[:, 0]
         for part in inside.split(chunk):
             pairs = query[part], numbers[part] - first
-            state.merge(pairs[0], piece.exact(queries.exact, pairs), numbers[part])
+            there = piece.rows.device
+            scored = piece.exact(queries.exact.to(there), (pairs[0].to(there), pairs[1].to(there)))
+            state.merge(pairs[0], scored.to(ids.device), numbers[part])
     scores, best = state.sorted()
     return torch.ldexp(scores, queries.exponents[:, None].double()).float(), best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from jasper_fast.mips.pieces import BIN, Piece, Plane, bin_maxima, bin_norms, in
 from jasper_fast.mips.search import QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+Devices = str | torch.device | Sequence[str | torch.device]
 PIECE_BYTES = 256 << 20  # reserved, and touched as rows come
 ADDED_AT_ONCE = 4096  # rows
 
@@ -23,7 +24,8 @@ class FlatIPIndex:
 
     Args:
         dim: width of the vectors.
-        device: where they are stored and searched.
+        device: where they are stored and searched; several, ``["cuda:0", "cuda:1"]``, share the vectors in pieces of
+            256 MB, and a search merges what each finds.
         dtype: how they are stored, and with that what their scores are: "bfloat16" and "int8" (codes and a scale per
             row) round what is added; "float32" keeps it, and beside it what scans read: on a CPU an int8 plane (5
             bytes an element in all) that makes few queries fast, on a GPU a bfloat16 one (6 bytes).
@@ -34,7 +36,7 @@ class FlatIPIndex:
         self,
         dim: int,
         *,
-        device: str | torch.device = "cpu",
+        device: Devices = "cpu",
         dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
         scratch: int = SCRATCH,
     ) -> None:
@@ -43,7 +45,11 @@ class FlatIPIndex:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         self.dim = dim
-        self.device = torch.device(device)
+        named = [device] if isinstance(device, str | torch.device) else list(device)
+        if not named:
+            raise ValueError("device must name at least one device, got none")
+        self.devices = [torch.device(name) for name in named]
+        self.device = self.devices[0]
         self.dtype = dtype
         self.scratch = scratch
         self._full: list[Piece] = []
@@ -80,7 +86,7 @@ class FlatIPIndex:
             left = rows[start : start + ADDED_AT_ONCE].to(self.device)
             while len(left):
                 if self._open is None:
-                    self._open = _Growing(self.dim, DTYPES[self.dtype], self.device)
+                    self._open = _Growing(self.dim, DTYPES[self.dtype], self._next_device())
                 taken = self._open.take(left)
                 left = left[taken:]
                 self._rows += taken
@@ -98,7 +104,9 @@ class FlatIPIndex:
         if queries.shape[1] != self.dim:
             raise ValueError(f"q has width {queries.shape[1]}, the index {self.dim}")
         pieces = list(self.pieces())
-        scores, ids = search(lambda: pieces, len(self), queries.to(self.device), k, precision, valid, self.scratch)
+        scores, ids = search(
+            lambda: pieces, len(self), queries.to(self.device), k, precision, valid, self.scratch, self.devices
+        )
         scores, ids = scores.to(queries.device), ids.to(queries.device)
         return (scores, ids) if isinstance(q, Tensor) else (scores.numpy(), ids.numpy())
 
@@ -118,6 +126,9 @@ class FlatIPIndex:
             yield first, piece
             first += len(piece)
 
+    def _next_device(self) -> torch.device:
+        return self.devices[len(self._full) % len(self.devices)]
+
     def save(self, path: str | Path) -> None:
         """Write the index as a folder: whole or not at all; an index that is there already gives way.
 
@@ -128,7 +139,7 @@ class FlatIPIndex:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str | torch.device = "cpu", verify: bool = True, scratch: int = SCRATCH
+        cls, path: str | Path, *, device: Devices = "cpu", verify: bool = True, scratch: int = SCRATCH
     ) -> FlatIPIndex:
         """Open a saved index. On a CPU the vectors stay memory-mapped: they are read as searches need them.
 
@@ -143,7 +154,9 @@ class FlatIPIndex:
         """
         dim, dtype, pieces = storage.load(path, verify, DTYPES)
         index = cls(dim, device=device, dtype=dtype, scratch=scratch)  # type: ignore[arg-type]
-        index._full = [piece if index.device.type == "cpu" else piece.to(index.device) for piece in pieces]
+        for piece in pieces:
+            place = index._next_device()
+            index._full.append(piece if place.type == "cpu" else piece.to(place))
         index._rows = sum(map(len, pieces))
         return index
 

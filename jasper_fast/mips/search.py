@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -61,7 +62,7 @@ def topk(
     Args:
         queries: (Q, D) float tensor or array; its device does the work, and its kind is the results' kind.
         corpus: (N, D) float32, bfloat16 or float16 tensor or array, memory-mapped arrays included. A corpus on another
-            device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``.
+            device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``, to a GPU while the piece before is searched.
         k: how many, 1 to N.
         precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
             low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
@@ -84,7 +85,8 @@ def topk(
     device = asked.device
     whole = device.type == "cuda" or rows.dtype != torch.float16  # on a CPU float16 is widened
     direct = rows.device == device and whole and rows.is_contiguous()
-    step = len(rows) if direct else max(64, scratch // (3 * 4 * rows.shape[1]) // 64 * 64)
+    share = 8 if device.type == "cuda" else 3  # a GPU has two of them, beside what it computes with
+    step = len(rows) if direct else max(64, scratch // (share * 4 * rows.shape[1]) // 64 * 64)
 
     def pieces() -> Iterable[tuple[int, Piece]]:
         for start, part in chunks(rows, step, device):
@@ -106,6 +108,7 @@ def search(
     precision: Precision,
     valid: Any,
     scratch: int,
+    shards: Sequence[torch.device] = (torch.device("cpu"),),
 ) -> tuple[Tensor, Tensor]:
     """``topk`` over pieces that can be gone through more than once; see there.
 
@@ -113,6 +116,8 @@ def search(
         pieces: gives (id of the first row, piece) in order, on the queries' device, their finiteness unchecked where
             their norms are None.
         total: rows in all pieces.
+        shards: if more than one, the devices among which pieces are dealt out in turn, and which search at once; the
+            queries are on the first.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
@@ -128,23 +133,51 @@ def search(
     if len(bad):
         raise ValueError(f"queries: row {int(bad[0])} holds NaN or infinity")
     asked = Queries.of(queries)
-    state = State(len(queries), k, queries.device)
-    if len(queries):
-        _scan(pieces, asked, mask, state, precision, scratch)
+    if len(shards) == 1:
+        state = _complete(pieces, asked, mask, k, precision, scratch)
+    else:
+
+        def one(number: int) -> State:
+            def own() -> list[tuple[int, Piece]]:
+                return list(pieces())[number :: len(shards)]
+
+            return _complete(own, asked.to(shards[number]), mask.to(shards[number]), k, precision, scratch)
+
+        with ThreadPoolExecutor(len(shards)) as pool:
+            state, *others = pool.map(one, range(len(shards)))
+        for other in others:
+            scores, ids = other.sorted()
+            state.merge_table(scores.to(queries.device), ids.to(queries.device))
+    scores, ids = state.sorted()
+    return torch.ldexp(scores, asked.exponents[:, None].double()).float(), ids
+
+
+def _complete(
+    pieces: Callable[[], Iterable[tuple[int, Piece]]],
+    queries: Queries,
+    mask: Tensor,
+    k: int,
+    precision: Precision,
+    scratch: int,
+) -> State:
+    """One scan, and another of the queries that need it."""
+    state = State(len(queries), k, mask.device)
+    if not len(queries):
+        return state
+    _scan(pieces, queries, mask, state, precision, scratch)
     missed = state.missed.nonzero()[:, 0]
     if len(missed):  # too many near-ties for the room there was: the same proof, without that limit
-        _again(pieces, asked, mask, state, missed, precision, scratch)
+        _again(pieces, queries, mask, state, missed, precision, scratch)
     broken = state.broken.nonzero()[:, 0]
     if len(broken):
         warnings.warn(
             f"{len(broken)} of {len(queries)} queries were redone in fp64: a score lay outside its proven error bound. "
             "Matrix products here are less exact than they claim to be.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-        _again(pieces, asked, mask, state, broken, "exact", scratch)
-    scores, ids = state.sorted()
-    return torch.ldexp(scores, asked.exponents[:, None].double()).float(), ids
+        _again(pieces, queries, mask, state, broken, "exact", scratch)
+    return state
 
 
 def _again(
