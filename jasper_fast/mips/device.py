@@ -1,4 +1,4 @@
-"""Searching one piece of the corpus with the Triton kernels: a sample sets a threshold, one pass collects, proof follows.
+"""Searching a piece of the corpus with the GPU kernels: a sample sets a threshold, one pass collects, proof follows.
 
 Every query's threshold is a low-precision order statistic of a random sample of the rows, chosen so that the whole
 corpus holds a few k rows above it. One product of the whole piece then collects what can reach it. That guess is
@@ -50,7 +50,7 @@ def serves(piece: Piece, k: int) -> bool:
 
 
 def plan(rows: int, k: int, size: int) -> Plan:
-    """The thinnest sample whose threshold will, but for about one query in ten thousand, be neither too high nor too low.
+    """The thinnest sample whose threshold is too high or too low for only about one query in ten thousand.
 
     Of n rows above the r-th largest of one row in s, n / s is nearly Gamma(r) distributed, whatever the corpus, because
     the rows are drawn at random.
