@@ -251,7 +251,7 @@ def choose(dtype: torch.dtype, size: int) -> Tile:
 
 
 def described(rows: Tensor, queries: Tensor) -> bool:
-    """Whether both can be read through tensor descriptors: Hopper and later, rows that begin at multiples of 16 bytes."""
+    """Whether tensor descriptors can read both: Hopper and later, rows that begin at multiples of 16 bytes."""
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (rows, queries))
     return aligned and (INTERPRETED or torch.cuda.get_device_capability(rows.device) >= (9, 0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jasper_fast.errors import JasperError
-from jasper_fast.mips import FlatIPIndex
+from jasper_fast.mips import FlatIPIndex, SignIndex
 from jasper_fast.mips.exports import to_dataset, to_faiss, to_parquet
 from jasper_fast.mips.funnel import funnel, funnel_recall
 

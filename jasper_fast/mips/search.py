@@ -62,7 +62,8 @@ def topk(
     Args:
         queries: (Q, D) float tensor or array; its device does the work, and its kind is the results' kind.
         corpus: (N, D) float32, bfloat16 or float16 tensor or array, memory-mapped arrays included. A corpus on another
-            device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``, to a GPU while the piece before is searched.
+            device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``, to a GPU while
+            the piece before is searched.
         k: how many, 1 to N.
         precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
             low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
