@@ -28,8 +28,14 @@ def main(argv: list[str]) -> int:
     """Compile, write the JSON and the table drawn from it, and name what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench compile_matrix", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the representative forms only; nothing is written")
-    parser.add_argument("--write", action="store_true", help="write also what is not the whole matrix")
-    parser.add_argument("--kernel", help="only kernels whose name contains this; nothing is written")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write also what is not the whole matrix; some kernels go beside the others",
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", default=[], help="only kernels whose name contains one of these; nothing is written"
+    )
     parser.add_argument("--table", action="store_true", help="only write the table from the committed JSON")
     options = parser.parse_args(argv)
     if options.table:
@@ -37,7 +43,7 @@ def main(argv: list[str]) -> int:
         return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, so kernels would not be compiled: unset it")
-    found = compile_all(options.quick, options.kernel or "")
+    found = compile_all(options.quick, *options.kernel)
     faults = [fault for entry in found["forms"] for fault in entry["faults"]]
     if options.write or not (options.quick or options.kernel):
         if options.kernel:
@@ -50,13 +56,14 @@ def main(argv: list[str]) -> int:
     return 1 if faults else 0
 
 
-def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
+def compile_all(quick: bool, *names: str) -> dict[str, Any]:
     """First compile each form for each architecture, then judge the results."""
     import triton
 
     from jasper_fast.kernels import registry
 
-    chosen = [form for form in registry.forms() if (form.quick or not quick) and name in form.kernel.__name__]
+    asked = [form for form in registry.forms() if form.quick or not quick]
+    chosen = [form for form in asked if not names or any(name in form.kernel.__name__ for name in names)]
     built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in form.architectures]
     entries = []
     for form, sm, result in built:
@@ -64,7 +71,7 @@ def compile_all(quick: bool, name: str = "") -> dict[str, Any]:
         entry |= {"warps": form.warps, "stages": form.stages}
         entry["faults"] = [f"{entry['kernel']} [{form.label}] sm_{sm}: {fault}" for fault in judge(form, sm, result)]
         entries.append(entry)
-    return {"triton": triton.__version__, "whole": not quick and not name, "forms": entries}
+    return {"triton": triton.__version__, "whole": not quick and not names, "forms": entries}
 
 
 def _beside(older: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

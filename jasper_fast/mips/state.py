@@ -15,8 +15,9 @@ class State:
         device: where.
 
     ``broken`` marks queries for which a score lay outside its bound, ``missed`` those of which not everything that
-    matters could be collected. ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with the
-    worst on top in its first ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is such a heap.
+    matters could be collected. ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with
+    the worst on top in its first ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is
+    such a heap.
     """
 
     def __init__(self, size: int, k: int, device: torch.device) -> None:
