@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         help="write also what is not the whole matrix; some kernels go beside the others",
     )
     parser.add_argument(
-        "--kernel", nargs="+", default=[], help="only kernels whose name contains one of these; nothing is written"
+        "--kernel", nargs="+", default=[], help="only kernels with one of these in the name; not written"
     )
     parser.add_argument("--table", action="store_true", help="only write the table from the committed JSON")
     options = parser.parse_args(argv)

@@ -1,5 +1,7 @@
 """``python -m bench mips``: exact search on a CPU against FAISS, PyTorch, NumPy and USearch, in one run.
 
+``--device cuda`` measures the GPU kernels instead, against the bare product and chunked products with ``topk``.
+
 Figures are medians of measurements taken in turn, so that a busy machine slows all sides alike. Every result is first
 compared with the fp64 order. ``--vectors FILE.npy`` measures on vectors of your own; the built-in ones are unit vectors
 in clusters with the spread of real sentence vectors, and one corpus made of near-ties.
@@ -42,7 +44,8 @@ QUICK = [(20_000, 64, 1, (1, 10), ("float32", "bfloat16", "int8")), (20_000, 64,
 def main(argv: list[str]) -> int:
     """Measure, print ratios first, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench mips", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/mips-cpu.json"), help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/mips-cpu.json, or mips-cuda)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU kernels (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="median of this many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="only cases of so many queries")
@@ -51,6 +54,8 @@ def main(argv: list[str]) -> int:
         "--vectors", type=Path, metavar="FILE.npy", help="(N, D) float32; the last 1024 are the queries"
     )
     options = parser.parse_args(argv)
+    if options.out is None:
+        options.out = Path(f"bench/results/mips-{options.device.partition(':')[0]}.json")
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     results |= {"environment": environment(), "threads": torch.get_num_threads()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +63,13 @@ def main(argv: list[str]) -> int:
     def keep() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
+    if options.device != "cpu":
+        from bench import _mips_cuda
+
+        results["search"] = _mips_cuda.measure(options.device, options.repeats, options.quick)
+        keep()
+        print(f"written to {options.out}")
+        return 0
     if options.memory:
         results["memory"] = memory(20_000 if options.quick else 1_000_000, 1024, 64)
         keep()

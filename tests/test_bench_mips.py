@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import mips
+from bench import _mips_cuda, mips
 from jasper_fast.mips import FlatIPIndex
 
 
@@ -44,3 +44,22 @@ def test_a_wrong_result_is_not_measured(monkeypatch):
     monkeypatch.setattr(index, "search", lambda queries, k: (None, torch.arange(5).expand(len(queries), 5)))
     with pytest.raises(AssertionError, match="not exact"):
         mips._verify(index, torch.randn(3, 4), 5)
+
+
+def test_the_gpu_benchmark_measures_what_its_targets_name(tmp_path, capsys, monkeypatch):
+    """Here on a CPU: the same code but for the kernels."""
+    monkeypatch.setattr(_mips_cuda, "SHAPES", [(512, 65_536, 256, 16, ("bfloat16", "int8"))])
+    found = _mips_cuda.measure("cpu", 1, quick=True)
+    (case,) = found["cases"]
+    assert (case["queries"], case["rows"], case["width"]) == (2, 4096, 16) and found["read_gb_s"] > 0
+    assert {"certified, bfloat16", "fast, int8", "bare bf16 product", "bf16 matmul + topk"} <= set(case["seconds"])
+    assert "x the bare product's time" in capsys.readouterr().out
+    monkeypatch.setattr(_mips_cuda, "measure", lambda device, repeats, quick: {"device": device})
+    assert mips.main(["--device", "cuda", "--out", str(tmp_path / "out.json")]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["search"] == {"device": "cuda"} and {"commit", "gpus", "libraries"} <= set(written["environment"])
+    index = FlatIPIndex(4)
+    index.add(torch.randn(50, 4))
+    monkeypatch.setattr(index, "search", lambda queries, k: (None, torch.arange(5).expand(len(queries), 5)))
+    with pytest.raises(AssertionError, match="not exact"):
+        _mips_cuda.verify(index, torch.randn(3, 4), 5)

@@ -24,8 +24,8 @@ class FlatIPIndex:
 
     Args:
         dim: width of the vectors.
-        device: where they are stored and searched; several, ``["cuda:0", "cuda:1"]``, share the vectors in pieces of
-            256 MB, and a search merges what each finds.
+        device: where they are stored and searched; several, ``["cuda:0", "cuda:1"]``, share the vectors, in turn in
+            pieces of 256 MB and more, and a search merges what each finds.
         dtype: how they are stored, and with that what their scores are: "bfloat16" and "int8" (codes and a scale per
             row) round what is added; "float32" keeps it, and beside it what scans read: on a CPU an int8 plane (5
             bytes an element in all) that makes few queries fast, on a GPU a bfloat16 one (6 bytes).
@@ -86,7 +86,9 @@ class FlatIPIndex:
             left = rows[start : start + ADDED_AT_ONCE].to(self.device)
             while len(left):
                 if self._open is None:
-                    self._open = _Growing(self.dim, DTYPES[self.dtype], self._next_device())
+                    self._open = _Growing(
+                        self.dim, DTYPES[self.dtype], self._next_device(), (len(rows) - start) // len(self.devices)
+                    )
                 taken = self._open.take(left)
                 left = left[taken:]
                 self._rows += taken
@@ -164,8 +166,10 @@ class FlatIPIndex:
 class _Growing:
     """A piece with room: memory is reserved at once and touched as rows come."""
 
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, coming: int) -> None:
         capacity = max(4096, PIECE_BYTES // (dim * dtype.itemsize) // BIN * BIN)
+        if device.type == "cuda":  # where every piece costs a search its launches, what comes at once stays together
+            capacity = max(capacity, -(-coming // BIN) * BIN)
         self.filled, self.room = 0, capacity
         self.rows = torch.empty(capacity, dim, dtype=dtype, device=device)
         self.norms = torch.empty(capacity // BIN, dtype=torch.float64, device=device)
