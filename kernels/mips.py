@@ -411,6 +411,8 @@ def forms() -> Iterator[Form]:
                 ("bf16", True, 128), ("bf16", False, 128), ("bf16", True, 16), ("i8", True, 128)
             )  # fmt: skip
             rest["architectures"] = (90, 100) if descriptors else (80, 90, 100)
+            # Pointers keep an address for every element; where there are descriptors, only odd widths need them.
+            rest["stack"] = {} if descriptors else {80: 96, 90: 160, 100: 96}
             # On sm_100 Triton multiplies integers by the older instruction.
             rest["tensor_cores"] = (80, 90) if kind == "i8" else True
             yield Form(
