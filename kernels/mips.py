@@ -74,11 +74,12 @@ def tile_scores(
 @triton.jit
 def allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which places of a tile are rows and queries that exist and may be returned. (BLOCK_M, BLOCK_N)"""
-    m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    inside = (m[:, None] < N) & (n[None, :] < Q)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (m[:, None] < N - m0) & (n[None, :] < Q - n0)
     if VALID is not None:
         # One mask for all queries has the stride 0.
-        inside &= tl.load(VALID + n[None, :].to(tl.int64) * stride_v + m[:, None], mask=inside, other=0) != 0
+        first = VALID + n0.to(tl.int64) * stride_v + m0
+        inside &= tl.load(first + (n[None, :] * stride_v + m[:, None]), mask=inside, other=0) != 0
     return inside
 
 
@@ -142,9 +143,9 @@ def keep(score, m0, n0, common, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     n = n0 + tl.arange(0, BLOCK_N)
     threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
     found = score + errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, BIN, BLOCK_M, BLOCK_N) >= threshold[None, :]
-    found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
     # Over both axes at once, which Triton 3.6 can compile for sm_100. Most tiles hold nothing or next to nothing.
     if tl.max(found.to(tl.int32)) > 0:
+        found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
         m = m0 + tl.arange(0, BLOCK_M)
         counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
         place = tl.atomic_add(counters, 1, mask=found, sem="relaxed")
@@ -234,20 +235,22 @@ def rescore_kernel(
 
 
 # Rows, queries, depth of a step. The first is for queries in thousands, the last for those one tensor core takes.
-TILES_16_BIT = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 16, 128, 4, 3))
-TILES_8_BIT = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 4))
+TILES_16_BIT = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 16, 128, 4, 3))
+TILES_8_BIT = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 8, 3), Tile(128, 16, 128, 4, 4))
 TILES_32_BIT = (Tile(128, 64, 32, 8, 3), Tile(128, 16, 64, 4, 3))
 PAIRS, DEPTH = 8, 128
 
 
-def tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The tiles for corpus rows of a dtype."""
-    return {4: TILES_32_BIT, 2: TILES_16_BIT, 1: TILES_8_BIT}[dtype.itemsize]
+def tiles(dtype: torch.dtype, masked: bool) -> tuple[Tile, ...]:
+    """The tiles for corpus rows of a dtype; the mask of the widest would not fit the registers."""
+    found = {4: TILES_32_BIT, 2: TILES_16_BIT, 1: TILES_8_BIT}[dtype.itemsize]
+    return tuple(tile for tile in found if tile.n <= 64) if masked else found
 
 
-def choose(dtype: torch.dtype, size: int) -> Tile:
+def choose(dtype: torch.dtype, size: int, masked: bool) -> Tile:
     """The narrowest tile that holds all queries, else the widest."""
-    return next((tile for tile in reversed(tiles(dtype)) if size <= tile.n), tiles(dtype)[0])
+    candidates = tiles(dtype, masked)
+    return next((tile for tile in reversed(candidates) if size <= tile.n), candidates[0])
 
 
 def described(rows: Tensor, queries: Tensor) -> bool:
@@ -302,7 +305,7 @@ def lower_bounds(
         share: rows for each norm, 1 or 64.
         descriptors: whether to use tensor descriptors; by default where the hardware has them.
     """
-    tile = choose(rows.dtype, len(queries))
+    tile = choose(rows.dtype, len(queries), valid is not None)
     bins = triton.cdiv(len(rows), BIN.value)
     out = torch.empty(len(queries), bins, dtype=torch.float32, device=rows.device)
     run, corpus, asked, options = _launch(lower_bounds_kernel, rows, queries, tile, descriptors)
@@ -338,7 +341,7 @@ def collect(
     counts = torch.zeros(size, dtype=torch.int32, device=rows.device)
     scores = torch.empty(size, capacity, dtype=torch.float32, device=rows.device)
     numbers = torch.empty(size, capacity, dtype=torch.int32, device=rows.device)
-    tile = choose(rows.dtype, size)
+    tile = choose(rows.dtype, size, valid is not None)
     run, corpus, asked, options = _launch(collect_kernel, rows, queries, tile, descriptors)
     mask = None if valid is None else valid.view(torch.uint8)
     run(
@@ -384,7 +387,7 @@ def forms() -> Iterator[Form]:
     """See `registry`."""
     kinds = {**TYPES, "int8": "i8"}
     for (name, kind), masked, descriptors in itertools.product(kinds.items(), ("", " masked"), (True, False)):
-        for tile in tiles(getattr(torch, name)):
+        for tile in tiles(getattr(torch, name), bool(masked)):
             types = {"CORPUS": f"*{kind}:16", "QUERIES": f"*{kind}:16"}
             if descriptors:
                 types = {

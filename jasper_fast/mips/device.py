@@ -24,6 +24,7 @@ LOW = torch.bfloat16  # in which float32 rows are scanned
 FEW = 16  # queries whose scan is bound by memory: a thinner sample costs less of it
 OWN_PRECISION = 64  # queries up to which converting float32 rows would cost more than it saves
 ROOM, ROOM_OF_FEW = 1024, 8192  # candidates of a query, for small k
+MOST_ROWS = 1 << 23  # of a slice: places in a tile's mask fit 32 bits
 STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # one row in so many is sampled
 TENSOR_CORE = 4  # times the rounding of ordinary sums: tensor cores cut off where others round
 SLACK = 16 * UNIT  # what float32 arithmetic on bounds can lose, of ‖q‖‖x‖
@@ -70,7 +71,8 @@ def rows_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
     step = plan(len(piece), k, size).step
     sample = piece.rows.element_size() * width / step if step > 1 else 0
     copied = 2 * width if _converts(piece, size) else 0
-    return max(64 * BIN, int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN)
+    fits = int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN
+    return min(max(64 * BIN, fits), MOST_ROWS)
 
 
 def queries_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
