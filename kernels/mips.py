@@ -75,7 +75,7 @@ def tile_scores(
 def allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which places of a tile are rows and queries that exist and may be returned. (BLOCK_M, BLOCK_N)"""
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside = (m[:, None] < N - m0) & (n[None, :] < Q - n0)
+    inside = (m0 + m[:, None] < N) & (n0 + n[None, :] < Q)
     if VALID is not None:
         # One mask for all queries has the stride 0.
         first = VALID + n0.to(tl.int64) * stride_v + m0
@@ -143,9 +143,9 @@ def keep(score, m0, n0, common, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     n = n0 + tl.arange(0, BLOCK_N)
     threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
     found = score + errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, BIN, BLOCK_M, BLOCK_N) >= threshold[None, :]
+    found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
     # Over both axes at once, which Triton 3.6 can compile for sm_100. Most tiles hold nothing or next to nothing.
     if tl.max(found.to(tl.int32)) > 0:
-        found &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
         m = m0 + tl.arange(0, BLOCK_M)
         counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
         place = tl.atomic_add(counters, 1, mask=found, sem="relaxed")

@@ -79,7 +79,7 @@ def found(piece: list[tuple[int, Piece]], total: int, queries: Tensor, k: int, v
 STORED = ["float32", "float16", "int8", *([pytest.param("bfloat16", marks=on_gpu)])]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=16)
 @given(
     kind=st.sampled_from(KINDS),
     stored=st.sampled_from(["float32", "float16", "int8"] + (["bfloat16"] if GPU else [])),
