@@ -138,7 +138,7 @@ def search_device(
     kept &= ~missed[:, None]
     numbers, scores = numbers.gather(1, place).long(), scores.gather(1, place).double()
     if proven:
-        query = torch.arange(size, device=device).repeat_interleave(few)
+        query = torch.arange(size, device=device)[:, None].expand(size, few).reshape(-1)
         row = numbers.where(kept, -1).view(-1)
         row_scales = piece.scales if piece.rows.dtype == torch.int8 else None
         true = kernels.rescore(queries.exact, piece.rows, row_scales, query, row).view(size, few)
