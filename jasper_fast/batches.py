@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from jasper_fast.encode import MicroBatches, pool_texts
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 from jasper_fast.model import Student
+from jasper_fast.neighbours import kept_graph
 from jasper_fast.ranks import Ranks
-from jasper_fast.sampler import BatchPlan, neighbour_batches, neighbour_graph, random_batches
+from jasper_fast.sampler import BatchPlan, neighbour_batches, random_batches
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
 
@@ -85,23 +85,21 @@ def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Call
     Args:
         index: the stage's position in the configuration.
         n: training texts, or pictures.
+
+    Raises:
+        JasperError: too few texts differ for a batch of neighbours.
     """
     stage = config.stages[index]
     n = min(n, stage.texts or n)
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, config.seed, index)
-    return neighbour_batches(_graph(config, stage, n, teachers, say), stage.batch_size, config.seed, index)
-
-
-def _graph(config: Config, stage: StageConfig, n: int, teachers: Teachers, say: Callable[[str], None]) -> np.ndarray:
-    """The neighbour graph of the first ``n`` texts, kept beside the teachers' vectors."""
-    key = hashlib.blake2b(json.dumps([teachers.fingerprint, n, stage.neighbours]).encode(), digest_size=8).hexdigest()
-    path = Path(config.data.cache) / f"neighbours-{key}.npy"
-    if not path.exists():
-        say(f"finding the {stage.neighbours - 1} nearest neighbours of {n} texts by the teachers' vectors")
-        graph = neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, stage.neighbours)
-        write_npy(path, graph)
-    return np.load(path, mmap_mode="r")
+    graph = kept_graph(config.data.cache, teachers, n, stage.neighbours, say)
+    try:
+        return neighbour_batches(graph, stage.batch_size, config.seed, index, stage.random_share)
+    except ValueError as error:
+        raise JasperError(
+            f"stage {stage.name!r}: {error}; lower batch_size, give more text, or set batches: random"
+        ) from None
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from jasper_fast.errors import ConfigError
 
 DEFAULT_RECIPE = "minilm-docstrings"
+TEMPERATURE = 0.05
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Temperature = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
@@ -218,7 +220,8 @@ class StageConfig(Section):
     weights: LossWeights = LossWeights()
     narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
     margin: Annotated[float, Field(ge=0.0)] = 0.015
-    temperature: Annotated[float, Field(gt=0.0)] = 0.05  # of the neighbourhood loss
+    # of the neighbourhood loss: one, or by head, where those that are not named have the default
+    temperature: Temperature | dict[Annotated[int, Field(gt=0)], Temperature] = TEMPERATURE
     narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
     batch_size: PositiveInt = 128
     steps: PositiveInt
@@ -235,16 +238,25 @@ class StageConfig(Section):
     activation_offload: bool = False  # keep what the backward pass needs in the host's memory
     batches: Literal["random", "neighbours"] = "random"
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
+    random_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of such a batch: texts that are no one's neighbours
     texts: PositiveInt | None = None  # only the first n training texts
 
     @model_validator(mode="after")
     def _possible(self) -> StageConfig:
         if not self.train and not self.last_layers:
             raise ValueError(f"stage {self.name!r} trains nothing: give `train` (globs) or `last_layers`")
-        if self.batches == "neighbours" and self.batch_size % self.neighbours:
+        mined = round((1.0 - self.random_share) * self.batch_size)  # texts
+        if self.batches == "neighbours" and (
+            mined < self.neighbours or not self.random_share and mined % self.neighbours
+        ):
             raise ValueError(
                 f"stage {self.name!r}: batch_size {self.batch_size} is not a multiple of neighbours {self.neighbours}"
+                if not self.random_share
+                else f"stage {self.name!r}: random_share {self.random_share} of a batch of {self.batch_size} leaves no "
+                f"room for {self.neighbours} neighbours"
             )
+        if isinstance(self.temperature, dict) and (strange := sorted(set(self.temperature) - set(self.heads))):
+            raise ValueError(f"stage {self.name!r}: temperature names {strange}, which are no heads of the stage")
         if self.texts is not None and self.texts < self.batch_size:
             raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
         if len(set(self.heads)) != len(self.heads):

@@ -143,7 +143,7 @@ class JasperLoss(nn.Module):
             gradient times the number of ranks, which averaging over ranks (DDP, FSDP) turns into the global gradient.
         rows: of a group, how many rows each rank has; None: all as many as this one.
         neighbourhood: weight of `neighbourhood_loss`; finite, >= 0.
-        temperature: see `neighbourhood_loss`.
+        temperature: see `neighbourhood_loss`; one for all heads, or one for each, by width.
 
     Raises:
         TypeError: an argument that is not a number where one is expected.
@@ -159,7 +159,7 @@ class JasperLoss(nn.Module):
         group: ProcessGroup | None = None,
         *,
         neighbourhood: float = 0.0,
-        temperature: float = 0.05,
+        temperature: float | Mapping[int, float] = 0.05,
         rows: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -170,7 +170,8 @@ class JasperLoss(nn.Module):
             if weight < 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
         _check_number("margin", margin)
-        _check_temperature(temperature)
+        for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
+            _check_temperature(value)
         _check_choice("ties", ties, TIES)
         _check_choice("reduction", reduction, REDUCTIONS)
         self.weights = (float(weights[0]), float(weights[1]), float(weights[2]))
@@ -180,7 +181,7 @@ class JasperLoss(nn.Module):
         self.group = group
         self.rows = rows
         self.neighbourhood = float(neighbourhood)
-        self.temperature = float(temperature)
+        self.temperature = dict(temperature) if isinstance(temperature, Mapping) else float(temperature)
 
     def extra_repr(self) -> str:
         return (
@@ -223,7 +224,7 @@ class JasperLoss(nn.Module):
             if relative_weight:
                 relative = _relative_similarity(units, target.detach(), self.margin, self.ties, "auto").sum()
             if self.neighbourhood:
-                neighbourhood = _neighbourhood(heads, teacher.detach(), self.temperature).sum()
+                neighbourhood = self._neighbourhood(heads, teacher.detach())
             parts = (cosine, similarity, relative, neighbourhood)
             if self.reduction == "mean":
                 parts = (
@@ -234,6 +235,18 @@ class JasperLoss(nn.Module):
                 )
             weighted = [w * part for w, part in zip((*self.weights, self.neighbourhood), parts, strict=True) if w]
             return JasperLossOutput(sum(weighted, start=zero), *parts)
+
+    def _neighbourhood(self, heads: list[Tensor], teacher: Tensor) -> Tensor:
+        """The sum over heads, those of one temperature in one pass."""
+        if isinstance(self.temperature, float):
+            return _neighbourhood(heads, teacher, self.temperature).sum()
+        groups: dict[float, list[Tensor]] = {}
+        for head in heads:
+            if head.shape[1] not in self.temperature:
+                raise ValueError(f"temperature: none for the head of width {head.shape[1]}, got {self.temperature}")
+            groups.setdefault(self.temperature[head.shape[1]], []).append(head)
+        losses = [_neighbourhood(group, teacher, temperature) for temperature, group in groups.items()]
+        return torch.cat(losses).sum()
 
     def value_and_grad(
         self, student: Tensor | Mapping[int, Tensor], teacher: Tensor

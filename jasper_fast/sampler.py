@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
+from jasper_fast.neighbours import Graph
+
 BatchPlan = Callable[[int], np.ndarray]  # stage step -> (B,) int64 rows
 
 
-@lru_cache(maxsize=2)
-def permutation(n: int, seed: int, stage: int, epoch: int) -> np.ndarray:
-    """The order of ``n`` rows in one epoch of one stage, (n,) int64."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stage, epoch]))).permutation(n)
+@lru_cache(maxsize=4)
+def permutation(n: int, *key: int) -> np.ndarray:
+    """The order of ``n`` rows that a key (seed, stage, epoch, …) stands for, (n,) int64."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(n)
 
 
 def random_batches(n: int, batch_size: int, seed: int, stage: int) -> BatchPlan:
@@ -35,72 +37,52 @@ def random_batches(n: int, batch_size: int, seed: int, stage: int) -> BatchPlan:
     return rows
 
 
-def neighbour_batches(graph: np.ndarray, batch_size: int, seed: int, stage: int) -> BatchPlan:
+def neighbour_batches(graph: Graph, batch_size: int, seed: int, stage: int, random_share: float = 0.0) -> BatchPlan:
     """Batches of whole neighbourhoods: seed rows in shuffled order, each followed by its nearest neighbours.
 
-    A row that a batch already holds is replaced by the next seeds' rows, so that every batch has ``batch_size``
-    distinct rows.
+    A batch holds at most one of texts that are near-duplicates of each other. What is missing where neighbourhoods
+    overlap, and the ``random_share``, are rows in another shuffled order.
 
     Args:
-        graph: (n, k) int; column 0 is the row itself, then its k − 1 nearest neighbours, nearest first.
-        batch_size: rows per batch, a multiple of k and at most n.
-        seed, stage: with the epoch, they determine the order of the seed rows.
+        graph: of n rows, k per neighbourhood.
+        batch_size: rows per batch.
+        seed, stage: with the epoch, they determine both orders.
+        random_share: of the batch, from 0 to below 1.
+
+    Raises:
+        ValueError: no whole neighbourhood fits in, or too few rows are left when near-duplicates count once.
     """
-    n, k = graph.shape
-    groups = batch_size // k
-    if n < batch_size or not groups or batch_size % k:
-        raise ValueError(f"a batch of {batch_size} cannot be made of groups of {k} from {n} rows")
+    n, k = graph.nearest.shape
+    groups = round((1.0 - random_share) * batch_size) // k
+    if not groups:
+        raise ValueError(
+            f"a batch of {batch_size}, {random_share:.0%} of it random, holds no neighbourhood of {k} texts"
+        )
+    distinct = len(np.unique(graph.copies))
+    if distinct < batch_size:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be filled: of {n} texts only {distinct} differ when near-duplicates count "
+            "as one"
+        )
     per_epoch = n // groups
 
     def rows(step: int) -> np.ndarray:
         epoch, position = divmod(step, per_epoch)
-        order = permutation(n, seed, stage, epoch)
-        seeds = np.roll(order, -position * groups)
-        distinct = _first_distinct(graph[seeds[:groups]].ravel())
-        if len(distinct) < batch_size:  # overlapping neighbourhoods: fill up with the seeds that come next
-            distinct = _first_distinct(np.concatenate([distinct, seeds[groups : groups + 2 * batch_size], seeds]))
-        return distinct[:batch_size]
+        seeds = permutation(n, seed, stage, epoch)[position * groups : (position + 1) * groups]
+        mined = graph.nearest[seeds].ravel()
+        chosen = _one_of_copies(mined[mined >= 0], graph.copies)
+        others, taken = permutation(n, seed, stage, epoch, 1), 2 * batch_size
+        start = position * batch_size % n
+        while len(chosen) < batch_size:  # once, unless copies abound
+            more = others.take(range(start, start + min(taken, n)), mode="wrap")
+            chosen = _one_of_copies(np.concatenate([chosen, more]), graph.copies)
+            taken *= 4
+        return chosen[:batch_size].astype(np.int64)
 
     return rows
 
 
-def neighbour_graph(vectors: Callable[[np.ndarray], np.ndarray], n: int, k: int, block: int = 16_384) -> np.ndarray:
-    """The k nearest rows of every row by inner product of the teacher's vectors, the row itself first.
-
-    Args:
-        vectors: rows (int64) -> (rows, D) float32 unit vectors; asked for in blocks, n/block times over.
-        n: number of rows.
-        k: rows per neighbourhood, the row itself included.
-        block: rows held in memory at once, twice (as queries and as corpus).
-
-    Returns:
-        (n, k) int32.
-    """
-    import torch
-
-    from jasper_fast.mips.pieces import Piece
-    from jasper_fast.mips.search import SCRATCH, search
-
-    if n < k:
-        raise ValueError(f"a neighbourhood of {k} needs at least {k} rows, got {n}")
-
-    def block_at(start: int) -> torch.Tensor:
-        return torch.as_tensor(vectors(np.arange(start, min(start + block, n)))).contiguous()
-
-    def pieces() -> Iterator[tuple[int, Piece]]:
-        return ((at, Piece(block_at(at))) for at in range(0, n, block))
-
-    graph = np.empty((n, k), dtype=np.int32)
-    for start in range(0, n, block):
-        queries = block_at(start)
-        found = search(pieces, n, queries, k, "certified", None, SCRATCH)[1].numpy()
-        own = np.arange(start, start + len(queries))[:, None]
-        # The row itself comes first, even where k of its duplicates have lower numbers.
-        later = np.argsort(found == own, axis=1, kind="stable")[:, : k - 1]
-        graph[start : start + len(queries)] = np.concatenate([own, np.take_along_axis(found, later, axis=1)], axis=1)
-    return graph
-
-
-def _first_distinct(rows: np.ndarray) -> np.ndarray:
-    _, first = np.unique(rows, return_index=True)
-    return rows[np.sort(first)].astype(np.int64)
+def _one_of_copies(rows: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """The rows in their order, each group of near-duplicates by its first one."""
+    _, first = np.unique(copies[rows], return_index=True)
+    return rows[np.sort(first)]

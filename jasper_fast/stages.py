@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.config import LossWeights, StageConfig
+from jasper_fast.config import TEMPERATURE, LossWeights, StageConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.losses import JasperLoss, JasperLossOutput
 from jasper_fast.model import Student
@@ -157,7 +157,14 @@ def jasper_loss(
         weights=(weights.cosine, weights.similarity, weights.relative_similarity),
         margin=stage.margin,
         neighbourhood=weights.neighbourhood,
-        temperature=stage.temperature,
+        temperature=_temperature(stage),
         group=group,
         rows=rows,
     )
+
+
+def _temperature(stage: StageConfig) -> float | dict[int, float]:
+    """Of the stage's heads; those that it does not name have the default."""
+    if not isinstance(stage.temperature, dict):
+        return stage.temperature
+    return {width: stage.temperature.get(width, TEMPERATURE) for width in stage.heads}

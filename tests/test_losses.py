@@ -357,3 +357,22 @@ def test_huge_and_tiny_rows_have_unit_length():
     unit = losses._unit(rows, torch.float32)
     torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 0.0, 1.0]))
     torch.testing.assert_close(unit[3], torch.tensor([0.6, 0.8]))
+
+
+def test_each_head_may_have_its_own_temperature():
+    teacher = torch.randn(20, 12)
+    heads = {width: torch.randn(20, width, requires_grad=True) for width in (8, 5, 3)}
+    temperatures = {8: 0.05, 5: 0.2, 3: 0.05}
+    loss = JasperLoss((0.0, 0.0, 0.0), neighbourhood=2.0, temperature=temperatures)(heads, teacher)
+    apart = sum(neighbourhood_loss(heads[w], teacher, temperature=t) for w, t in temperatures.items())
+    torch.testing.assert_close(loss.loss, 2 * apart)
+    for got, wanted in zip(
+        torch.autograd.grad(loss.loss, list(heads.values())),
+        torch.autograd.grad(2 * apart, list(heads.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match="none for the head of width 3"):
+        JasperLoss(neighbourhood=1.0, temperature={8: 0.1, 5: 0.1})(heads, teacher)
+    with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
+        JasperLoss(neighbourhood=1.0, temperature={8: 0.1, 5: 0})

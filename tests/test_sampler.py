@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.sampler import neighbour_batches, neighbour_graph, permutation, random_batches
+from jasper_fast.neighbours import Graph, kept_graph, neighbour_graph
+from jasper_fast.sampler import neighbour_batches, permutation, random_batches
 
 
 def test_an_epoch_deals_every_row_once_and_epochs_differ():
@@ -31,32 +32,120 @@ def test_too_few_rows():
 
 def test_neighbour_graph_is_the_brute_force_one():
     vectors = torch.nn.functional.normalize(torch.randn(333, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    graph = neighbour_graph(lambda rows: vectors[rows].numpy(), 333, 5, block=100)
+    graph = neighbour_graph(lambda rows: vectors[rows].numpy(), 333, 5, duplicate=1.1, block=100).nearest
     scores = vectors.double() @ vectors.double().T
     scores.fill_diagonal_(9.0)
     assert np.array_equal(graph, scores.argsort(dim=1, descending=True)[:, :5].numpy())
 
 
-def test_a_row_comes_first_among_its_duplicates():
+def cosines(n=300, d=6, seed=0):
+    return torch.nn.functional.normalize(
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1
+    ).numpy()
+
+
+def test_near_duplicates_count_once_in_a_neighbourhood():
+    vectors = cosines(60)
+    vectors = np.concatenate([vectors, vectors[:20], vectors[:20]])  # three copies of the first twenty
+    graph = neighbour_graph(lambda rows: vectors[rows], 100, 5, block=32)
+    assert np.array_equal(graph.copies[:20], graph.copies[60:80]) and np.array_equal(
+        graph.copies[:20], graph.copies[80:]
+    )
+    assert len(np.unique(graph.copies)) == 60
+    assert graph.nearest[:, 0].tolist() == list(range(100))
+    groups = graph.copies[graph.nearest]
+    assert (graph.nearest >= 0).all() and all(len(set(row)) == 5 for row in groups.tolist())
+    assert np.array_equal(groups[:20, 1:], groups[60:80, 1:])
+
+
+def test_where_only_duplicates_are_near_nothing_is():
     vectors = np.zeros((50, 3), dtype=np.float32)
     vectors[:, 0] = 1.0
     graph = neighbour_graph(lambda rows: vectors[rows], 50, 4, block=16)
-    assert graph[:, 0].tolist() == list(range(50))
-    assert graph[:3].tolist() == [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3]] and graph[40].tolist() == [40, 0, 1, 2]
+    assert graph.nearest[:, 0].tolist() == list(range(50)) and (graph.nearest[:, 1:] == -1).all()
+    with pytest.raises(ValueError, match="of 50 texts only 1 differ"):
+        neighbour_batches(graph, 8, 0, 0)
+
+
+def test_a_corpus_smaller_than_the_neighbourhood():
+    with pytest.raises(ValueError, match="a neighbourhood of 5 needs at least 5 rows, got 4"):
+        neighbour_graph(lambda rows: cosines()[rows], 4, 5)
+
+
+def ring(n, k, step=1):
+    return Graph(
+        np.stack([(np.arange(k) * step + i) % n for i in range(n)]).astype(np.int32), np.arange(n, dtype=np.int32)
+    )
 
 
 def test_neighbour_batches_hold_distinct_rows_and_whole_neighbourhoods():
-    graph = np.stack([(np.arange(4) * 10 + i) % 200 for i in range(200)])  # (200, 4)
+    graph = ring(200, 4, step=10)
     plan = neighbour_batches(graph, 32, seed=0, stage=0)
     for step in (0, 1, 24, 25, 77):
         rows = plan(step)
-        assert len(rows) == 32 == len(set(rows.tolist()))
-        assert np.array_equal(plan(step), rows)
-        assert np.array_equal(rows[:4], graph[rows[0]])
+        assert len(rows) == 32 == len(set(rows.tolist())) and rows.dtype == np.int64
+        permutation.cache_clear()
+        assert np.array_equal(neighbour_batches(graph, 32, seed=0, stage=0)(step), rows)
+        assert np.array_equal(rows[:4], graph.nearest[rows[0]])
+    assert not np.array_equal(plan(0), plan(25)) and not np.array_equal(plan(0), plan(1))
+
+
+def test_every_row_is_a_seed_once_in_an_epoch():
+    plan = neighbour_batches(ring(96, 1), 8, seed=1, stage=0)  # each its own neighbourhood
+    assert sorted(np.concatenate([plan(step) for step in range(12)])) == list(range(96))
+
+
+def test_a_share_of_the_batch_is_random():
+    graph = ring(1000, 5)
+    rows = neighbour_batches(graph, 40, seed=0, stage=0, random_share=0.5)(3)
+    assert len(set(rows.tolist())) == 40
+    in_runs = sum((row + 1) % 1000 in set(rows.tolist()) for row in rows.tolist())
+    assert 16 <= in_runs <= 22  # four groups of five
+    with pytest.raises(ValueError, match="holds no neighbourhood of 5"):
+        neighbour_batches(graph, 40, 0, 0, random_share=0.9)
+
+
+def test_a_batch_holds_one_of_near_duplicates_and_no_missing_neighbour():
+    graph = ring(100, 4)
+    copies = np.arange(100) // 2  # 0 and 1 are near-duplicates, 2 and 3, …
+    nearest = np.where(np.arange(4) == 2, -1, graph.nearest)
+    for step in range(20):
+        rows = neighbour_batches(Graph(nearest, copies), 48, seed=5, stage=1)(step)
+        assert len(rows) == 48 == len(set(copies[rows].tolist())) and rows.min() >= 0
 
 
 def test_neighbour_batches_of_identical_neighbourhoods_are_filled_up():
-    graph = np.stack([np.array([i, (i + 1) % 40]) for i in range(40)])
-    graph[:, 1] = 0
-    rows = neighbour_batches(graph, 40, seed=0, stage=0)(3)
+    nearest = np.stack([np.array([i, 0]) for i in range(40)]).astype(np.int32)
+    rows = neighbour_batches(Graph(nearest, np.arange(40)), 40, seed=0, stage=0)(3)
     assert sorted(rows.tolist()) == list(range(40))
+
+
+class Vectors:
+    """Teachers' vectors in memory."""
+
+    def __init__(self, vectors, fingerprint="a"):
+        self.vectors, self.fingerprint, self.reads = torch.from_numpy(vectors), fingerprint, 0
+
+    def read(self, rows):
+        self.reads += len(rows)
+        return self.vectors[rows]
+
+
+def test_a_graph_is_kept_and_one_of_other_vectors_is_built_again(tmp_path):
+    told = []
+    teachers = Vectors(cosines())
+    first = kept_graph(tmp_path, teachers, 300, 4, told.append)
+    assert told == ["finding the 3 nearest neighbours of 300 texts by the teachers' vectors"]
+    reads = teachers.reads
+    again = kept_graph(tmp_path, teachers, 300, 4, told.append)
+    assert len(told) == 1 and teachers.reads < reads + 100 and np.array_equal(again.nearest, first.nearest)
+
+    other = kept_graph(tmp_path, Vectors(cosines(seed=1)), 300, 4, told.append)  # says it is the same teacher
+    assert "is a graph of something else (other vectors): it is built again" in told[1]
+    assert np.array_equal(other.nearest, neighbour_graph(lambda rows: cosines(seed=1)[rows], 300, 4).nearest)
+    assert not np.array_equal(other.nearest, first.nearest)
+
+    (folder,) = tmp_path.iterdir()
+    (folder / "graph.json").write_text("{")
+    kept_graph(tmp_path, teachers, 300, 4, told.append)
+    assert "something else" in told[3]
