@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from jasper_fast.codes import ranges_file
 from jasper_fast.config import Config, StudentConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.models import looks_like_path, resolve_model
@@ -112,12 +113,13 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
         flat: whether the folder has the one head and no Router.
     """
     folder = Path(folder)
-    (folder / "README.md").write_text(render_card(facts, widths, flat=flat), encoding="utf-8")
+    coded = (folder / ranges_file(widths[-1])).is_file()
+    (folder / "README.md").write_text(render_card(facts, widths, flat=flat, coded=coded), encoding="utf-8")
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False) -> str:
-    """The card's Markdown with its YAML front matter."""
+def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, coded: bool = False) -> str:
+    """The card's Markdown with its YAML front matter; ``coded``: the folder has ranges of int8 codes."""
     name = facts.get("name", "student")
     header = yaml.safe_dump(_header(facts), sort_keys=False, allow_unicode=True)
     listed = ", ".join(str(width) for width in widths)
@@ -127,7 +129,7 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         f"---\n{header}---\n\n# {name}\n\nA text-embedding model{taught} with "
         "jasper_fast, after the recipe of Jasper and Stella ([arXiv 2412.19048](https://arxiv.org/abs/2412.19048)). "
         f"Widths of its vectors: {listed}; all are L2-normalised.",
-        _usage(facts, widths, flat),
+        _usage(facts, widths, flat, coded),
         _pictures(facts, flat),
         _teachers(teachers),
         _training(facts),
@@ -156,7 +158,7 @@ def _header(facts: Mapping[str, Any]) -> dict[str, Any]:
     return header
 
 
-def _usage(facts: Mapping[str, Any], widths: Sequence[int], flat: bool) -> str:
+def _usage(facts: Mapping[str, Any], widths: Sequence[int], flat: bool, coded: bool) -> str:
     prompts = {role: text for role, text in facts.get("student", {}).get("prompts", {}).items() if text}
     lines = ["from sentence_transformers import SentenceTransformer", "", 'model = SentenceTransformer("PATH")']
     if flat:
@@ -165,6 +167,15 @@ def _usage(facts: Mapping[str, Any], widths: Sequence[int], flat: bool) -> str:
         lines.append(f"vectors = model.encode(texts)  # {widths[0]} wide, the widest")
         lines += [f'vectors = model.encode(texts, task="{width}")' for width in widths[1:]]
     text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    if coded:
+        text += (
+            "\n\nAs int8 codes or bits; with these ranges the inner products of codes are those of the vectors:\n\n"
+            "```python\n"
+            "from sentence_transformers.util import quantize_embeddings\n\n"
+            f'codes = quantize_embeddings(vectors, "int8", ranges=numpy.load("PATH/{ranges_file(widths[-1])}"))'
+            f"  # vectors {widths[-1]} wide\n"
+            'bits = quantize_embeddings(vectors, "ubinary")\n```'
+        )
     if not flat and len(widths) > 1:
         text += "\n\nEach width has a head of its own: choose it with `task`, not with `truncate_dim`."
         if facts.get("student", {}).get("head_type") == "prefix":

@@ -27,6 +27,8 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
     for stage in config.stages:
         set_trained(student, trained_names(student, stage))
         check_max_length(student.encoder, stage.max_length or student.max_length)
+        if stage.narrow_start == "principal":
+            _check_principal(config, stage, student)
         student.set_gradient_checkpointing(stage.gradient_checkpointing)
         student.set_gradient_checkpointing(False)
         if stage.batch_size < ranks:
@@ -44,6 +46,19 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
                 f"stage {stage.name!r}: micro_tokens cuts each rank's texts into another number of forward passes, and "
                 "sharded ranks must make equally many; use micro_batch, or parallel.mode: ddp"
             )
+
+
+def _check_principal(config: Config, stage: StageConfig, student: Student) -> None:
+    narrow = [width for width in stage.heads if width != student.widths[0]]
+    trained = trained_names(student, stage)
+    problem = (
+        "prefix heads are the widest head's own" * (config.student.head_type == "prefix")
+        or "it trains the encoder, whose vectors would move away" * any(n.startswith("encoder.") for n in trained)
+        or "it has no narrow head" * (not narrow)
+        or f"{stage.batch_size} texts are fewer than a head's width" * (stage.batch_size < max(narrow, default=0))
+    )
+    if problem:
+        raise JasperError(f"stage {stage.name!r}: narrow_start: principal is not possible, as {problem}")
 
 
 def check_losses(config: Config, target: int) -> None:

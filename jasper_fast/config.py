@@ -223,6 +223,11 @@ class StageConfig(Section):
     # of the neighbourhood loss: one, or by head, where those that are not named have the default
     temperature: Temperature | dict[Annotated[int, Field(gt=0)], Temperature] = TEMPERATURE
     narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
+    narrow_start: Literal["as_is", "principal"] = "as_is"  # principal: as full width's principal axes (frozen encoder)
+    codes: list[
+        Literal["int8", "ubinary"]
+    ] = []  # forms of every head's vectors that the narrow heads' losses train too
+    codes_weight: Annotated[float, Field(gt=0.0)] = 1.0  # of those losses beside those of the floats
     batch_size: PositiveInt = 128
     steps: PositiveInt
     lr: Annotated[float, Field(gt=0.0)]
@@ -257,6 +262,12 @@ class StageConfig(Section):
             )
         if isinstance(self.temperature, dict) and (strange := sorted(set(self.temperature) - set(self.heads))):
             raise ValueError(f"stage {self.name!r}: temperature names {strange}, which are no heads of the stage")
+        narrow = self.narrow_weights or self.weights
+        if self.codes and not (narrow.similarity or narrow.relative_similarity or narrow.neighbourhood):
+            raise ValueError(
+                f"stage {self.name!r}: codes are trained by the narrow heads' similarity, relative similarity or "
+                "neighbourhood loss, and all of them have weight 0"
+            )
         if self.texts is not None and self.texts < self.batch_size:
             raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
         if len(set(self.heads)) != len(self.heads):

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from jasper_fast.codes import PRECISIONS, known_precisions, read_ranges
 from jasper_fast.config import Config, EvalConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.evalsets import EvalSet, load_eval, load_evals
 from jasper_fast.files import write_atomic
-from jasper_fast.metrics import score_vectors
+from jasper_fast.metrics import score_codes, score_vectors
 
 __all__ = [
     "EvalSet",
@@ -124,19 +125,25 @@ def score_rows(
     evalsets: Sequence[EvalSet],
     encoders: Mapping[str, EncodeWidths],
     floors: Mapping[str, Mapping[int, Reduce]] | None = None,
+    precisions: Sequence[str] = ("float32",),
+    ranges: Mapping[int, np.ndarray] | None = None,
 ) -> list[Row]:
-    """One row per model and width with its scores on every set, widest first.
+    """One row per model, width and precision with its scores on every set, widest first.
 
     Args:
         evalsets: the sets.
         encoders: the models by name; every text is encoded once by each.
         floors: from ``teacher_floors``; they reduce the vectors of the encoder named "teacher".
+        precisions: of ``codes.PRECISIONS``; a row of codes names its ``precision``.
+        ranges: of int8 codes, by width; where there are none, the set's own vectors give them.
     """
-    scores: dict[tuple[str, int], dict[str, float]] = {}
+    scores: dict[tuple[str, int, str], dict[str, float]] = {}
 
     def add(model: str, width: int, evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> None:
-        found = {f"{evalset.name}/{metric}": value for metric, value in score_vectors(evalset, vectors).items()}
-        scores.setdefault((model, width), {}).update(found)
+        for precision in precisions:
+            found = score_codes(evalset, vectors, precision, (ranges or {}).get(width))
+            named = {f"{evalset.name}/{metric}": value for metric, value in found.items()}
+            scores.setdefault((model, width, precision), {}).update(named)
 
     from tqdm import tqdm
 
@@ -149,7 +156,10 @@ def score_rows(
                 for floor, reduces in (floors or {}).items():
                     for narrow, reduce in reduces.items():
                         add(floor, narrow, evalset, {group: reduce(v) for group, v in vectors.items()})
-    return [{"model": model, "width": width, "scores": found} for (model, width), found in scores.items()]
+    return [
+        {"model": model, "width": width, **({"precision": p} if p != "float32" else {}), "scores": found}
+        for (model, width, p), found in scores.items()
+    ]
 
 
 def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
@@ -166,6 +176,7 @@ def evaluate_run(
     before: EncodeWidths | list[Row],
     student: EncodeWidths,
     train_vectors: np.ndarray | None,
+    ranges: Mapping[int, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """The scores of results.json: teacher, its floors, the student before and after.
 
@@ -175,10 +186,11 @@ def evaluate_run(
         before: the undistilled student, or its rows from ``score_rows`` where they were kept.
         student: the trained one, all its widths.
         train_vectors: (n, D) float32 teacher vectors of (some) training texts, for the floors; None: no floors.
+        ranges: of the student's int8 codes, by width.
 
     Returns:
-        ``primary``, ``sets`` and ``rows`` of results.json; teacher rows are absent where a teacher is a file of
-        vectors. An empty dict where there is nothing to evaluate on.
+        ``primary``, ``sets``, ``rows`` and ``codes`` (the student's rows as int8 and as bits) of results.json; teacher
+        rows are absent where a teacher is a file of vectors. An empty dict where there is nothing to evaluate on.
     """
     if not evalsets:
         return {}
@@ -188,14 +200,17 @@ def evaluate_run(
         floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads) if train_vectors is not None else {}
         rows += score_rows(evalsets, {TEACHER: teacher}, floors)
     rows += before if isinstance(before, list) else score_rows(evalsets, {BEFORE: before})
-    rows += score_rows(evalsets, {STUDENT: student})
-    return describe_sets(evalsets) | {"rows": rows}
+    after = score_rows(evalsets, {STUDENT: student}, None, PRECISIONS, ranges)
+    rows += [row for row in after if "precision" not in row]
+    return describe_sets(evalsets) | {"rows": rows, "codes": [row for row in after if "precision" in row]}
 
 
 def scores_table(rows: Sequence[Row]) -> str:
     """Rows as a table for the terminal: per cent, and beside each model what share of the teacher it kept."""
     columns = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    teacher: dict[str, float] = next((row["scores"] for row in rows if row["model"] == TEACHER), {})
+    teacher: dict[str, float] = next(
+        (row["scores"] for row in rows if row["model"] == TEACHER and "precision" not in row), {}
+    )
     table = [["model", "width", *columns]]
     for row in rows:
         cells = []
@@ -203,7 +218,7 @@ def scores_table(rows: Sequence[Row]) -> str:
             score = row["scores"].get(column)
             kept = kept_share(score, teacher.get(column)) if row["model"] != TEACHER else None
             cells.append("" if score is None else f"{100 * score:.2f}" + (f" ({kept:.1f} %)" if kept else ""))
-        table.append([row["model"], str(row["width"]), *cells])
+        table.append([f"{row['model']} {row.get('precision', '')}".strip(), str(row["width"]), *cells])
     spans = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = [
         "  ".join(c.ljust(s) if i == 0 else c.rjust(s) for i, (c, s) in enumerate(zip(line, spans, strict=True)))
@@ -229,7 +244,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the scores there as well")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text; default: each model's own")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N queries or pairs per set")
+    parser.add_argument("--precision", default="float32", help=f"of {', '.join(PRECISIONS)}, with commas between")
     given = parser.parse_args(argv)
+    precisions = known_precisions(given.precision)
     for option in ("max_length", "limit"):
         if (value := getattr(given, option)) is not None and value < 1:
             raise JasperError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
@@ -241,7 +258,7 @@ def main(argv: list[str]) -> int:
         encoders = {TEACHER: model_encoder(teacher, [max(heads)] if heads else None), STUDENT: student}
     else:
         encoders = {"model": student}
-    rows = score_rows(evalsets, encoders)
+    rows = score_rows(evalsets, encoders, None, precisions, read_ranges(given.model))
     print(scores_table(rows))
     if given.json:
         content = {"model": given.model, "teacher": given.teacher, "max_length": given.max_length, "limit": given.limit}

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jasper_fast.card import FACTS_FILE, student_facts, write_card
+from jasper_fast.codes import ranges_file
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
 
@@ -30,7 +32,12 @@ CHECK_TEXTS = ["one", "a sentence that is a little longer than the first", "word
 
 
 def export_student(
-    student: Student, path: str | Path, *, card: Mapping[str, Any] | None = None, replace: bool = False
+    student: Student,
+    path: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    ranges: Mapping[int, np.ndarray] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write a folder that stock sentence-transformers loads: Transformer, Pooling, a Router of Dense heads, Normalize.
 
@@ -40,6 +47,7 @@ def export_student(
         student: on any device.
         path: where the folder appears, whole or not at all.
         card: facts of the run, as from jasper_fast.card.run_facts.
+        ranges: of int8 codes by width, as from jasper_fast.codes.int8_ranges; written beside the model.
         replace: whether a folder that is there gives way.
 
     Returns:
@@ -80,6 +88,8 @@ def export_student(
             listing.append(_entry(number, place, type(module)))
         _write_json(folder / "modules.json", listing)
         _write_json(folder / "config_sentence_transformers.json", _model_settings(student))
+        for width, pair in (ranges or {}).items():
+            np.save(folder / ranges_file(width), pair)
         facts = dict(card) if card is not None else {"student": student_facts(student.config)}
         write_card(folder, facts, student.widths)
     return Path(path)
@@ -231,7 +241,8 @@ def _need_onnx() -> None:
 def _write_flat(source: Path, width: int, folder: Path) -> None:
     own = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
     for file in source.iterdir():
-        if file.is_file() and file.name not in own:
+        other = file.match(ranges_file("*")) and file.name != ranges_file(width)
+        if file.is_file() and file.name not in own and not other:
             shutil.copy2(file, folder)
     shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
     hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]

@@ -10,6 +10,7 @@ import torch
 
 from jasper_fast.batches import Teachers
 from jasper_fast.card import run_facts
+from jasper_fast.codes import CALIBRATION_TEXTS, int8_ranges
 from jasper_fast.config import Config
 from jasper_fast.encode import student_encoder
 from jasper_fast.encoders import load_model, model_encoder
@@ -47,7 +48,8 @@ def finish(
         pictures: those trained on and those held out.
     """
     facts = run_facts(config, texts=len(texts), revisions=teachers.revisions)
-    export_student(student, folder.model, card=facts, replace=True)
+    ranges = _int8_ranges(config, student, texts, device)
+    export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
     untrained = student_encoder(before.to(device), None, student.max_length, device, config.precision)
     rows = np.arange(min(len(texts), PCA_ROWS))
     scores = evaluate_run(
@@ -56,6 +58,7 @@ def finish(
         untrained,
         model_encoder(load_model(str(folder.model))),  # what users will load
         teachers.read(rows).numpy(),
+        ranges,
     )
     results: dict[str, Any] = {
         "recipe": config.name,
@@ -75,7 +78,7 @@ def finish(
         results["pictures"], sheet = evaluate_pictures(seeing, *pictures, device, config.precision)
         write_sheet(folder.path / "plots" / SHEET, sheet, pictures[1])
     card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)
-    export_student(student, folder.model, card=card, replace=True)
+    export_student(student, folder.model, card=card, ranges=ranges, replace=True)
     write_report(folder.path, results)
     folder.write_json(RESULTS, results)
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
@@ -83,6 +86,14 @@ def finish(
         print(final_line(results))
     if "pictures" in results:
         print(pictures_line(results["pictures"]))
+
+
+def _int8_ranges(config: Config, student: Student, texts: Any, device: torch.device) -> dict[int, np.ndarray]:
+    """Of every width, from a spread of the training texts."""
+    rows = np.unique(np.linspace(0, len(texts) - 1, CALIBRATION_TEXTS).astype(np.int64))
+    encode = student_encoder(student.to(device), student.widths, student.max_length, device, config.precision)
+    vectors = encode(texts[rows.tolist()]["text"], "document")
+    return {width: int8_ranges(found) for width, found in vectors.items()}
 
 
 def _version(name: str) -> str | None:

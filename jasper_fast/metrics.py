@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jasper_fast.codes import CANDIDATES, coded
 from jasper_fast.errors import JasperError
 from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
 from jasper_fast.mips import topk
@@ -30,10 +31,38 @@ def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[s
         if bad := int((~np.isfinite(array).all(axis=1)).sum()):
             raise JasperError(f"{evalset.name}: {bad} of {len(array)} vectors of its {group} hold NaN or infinity")
     if isinstance(evalset, RetrievalSet):
-        return _retrieval(evalset, vectors["queries"], vectors["documents"])
+        return _retrieval(evalset, top_documents(vectors["queries"], vectors["documents"], DEPTH))
     if isinstance(evalset, ClassificationSet):
         return {"accuracy": _accuracy(evalset, vectors["train"], vectors["test"])}
     return {"Spearman": _spearman(vectors["left"], vectors["right"], evalset.scores)}
+
+
+def score_codes(
+    evalset: EvalSet, vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray | None = None
+) -> dict[str, float]:
+    """The metrics of one set with vectors stored as codes, both sides of every comparison.
+
+    "ubinary+rescore" lets bits find ``CANDIDATES`` documents and puts them in order by the query's float32 vector
+    against the documents' int8 codes; sets without search have no such score.
+
+    Args:
+        evalset, vectors: as in ``score_vectors``.
+        precision: one of ``codes.PRECISIONS``.
+        ranges: see ``codes.coded``.
+    """
+    if precision == "float32":
+        return score_vectors(evalset, vectors)
+    plain = coded(vectors, precision.removesuffix("+rescore"), ranges)
+    if not precision.endswith("+rescore"):
+        if not isinstance(evalset, RetrievalSet):
+            plain = {name: v / np.linalg.norm(v, axis=1, keepdims=True).clip(1) for name, v in plain.items()}
+        return score_vectors(evalset, plain)
+    if not isinstance(evalset, RetrievalSet):
+        return {}
+    fine = coded(vectors, "int8", ranges)["documents"]
+    found = top_documents(plain["queries"], plain["documents"], CANDIDATES)
+    scores = np.einsum("qd,qkd->qk", vectors["queries"], fine[found])
+    return _retrieval(evalset, np.take_along_axis(found, np.argsort(-scores, axis=1, kind="stable"), axis=1))
 
 
 def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarray:
@@ -50,10 +79,10 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
     return topk(queries, documents, min(k, len(documents)))[1]
 
 
-def _retrieval(evalset: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
+def _retrieval(evalset: RetrievalSet, best: np.ndarray) -> dict[str, float]:
+    """Scores of the documents found, (Q, DEPTH) best first."""
     import pytrec_eval
 
-    best = top_documents(queries, documents, DEPTH)
     # trec_eval orders by score alone and breaks ties by name: ranks as scores keep our order
     run = {str(q): {str(d): float(-rank) for rank, d in enumerate(row)} for q, row in enumerate(best.tolist())}
     judged = {str(q): {str(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from jasper_fast.batches import Teachers
 
-DUPLICATE = 0.98  # cosine from which two texts count as near-duplicates
+DUPLICATE = 0.03  # two texts that much nearer than any two texts on average are near-duplicates
+ROUNDING = 1e-5  # distance of equal texts
 SPARE = 8  # neighbours looked up beyond those wanted, to stand in for near-duplicates
 PROBES = 64  # vectors that tell a graph's teacher from another
 
@@ -42,13 +43,14 @@ class Graph:
 def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPLICATE, block: int = 16_384) -> Graph:
     """The k nearest rows of every row by inner product, near-duplicates counted once.
 
-    Near-duplicates are rows that a chain of pairs of at least the cosine ``duplicate`` connects.
+    Near-duplicates are rows that a chain of pairs connects, each of a distance (1 − cosine) of at most ``duplicate``
+    times the mean over all pairs: some teachers' vectors fill a narrow cone, so no cosine means the same to all.
 
     Args:
         vectors: asked for in blocks, n/block times over.
         n: number of rows.
         k: rows per neighbourhood, the row itself included.
-        duplicate: cosine; above 1, nothing is a duplicate.
+        duplicate: share of the mean distance.
         block: rows held in memory at once, twice (as queries and as corpus).
 
     Raises:
@@ -68,6 +70,8 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
     def pieces() -> Iterator[tuple[int, Piece]]:
         return ((at, Piece(block_at(at))) for at in range(0, n, block))
 
+    centre = sum((block_at(at).double().sum(dim=0) for at in range(0, n, block)), start=torch.zeros(())) / n
+    same = 1.0 - max(ROUNDING, duplicate * (1.0 - float(centre @ centre)))  # the mean cosine is the centre's square
     width = min(n, k + SPARE)
     found = np.empty((n, width), dtype=np.int32)
     near = np.empty((n, width), dtype=bool)
@@ -80,7 +84,7 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
         stop = start + len(queries)
         found[start:stop] = np.concatenate([own, np.take_along_axis(rows, later, axis=1)], axis=1)
         near[start:stop, 0] = False
-        near[start:stop, 1:] = np.take_along_axis(scores, later, axis=1) >= duplicate
+        near[start:stop, 1:] = np.take_along_axis(scores, later, axis=1) >= same
     copies = _connected(found, near)
     return Graph(_one_of_copies(found, copies, k, block), copies)
 

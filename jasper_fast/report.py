@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from jasper_fast.codes import CANDIDATES, PRECISIONS
 from jasper_fast.errors import JasperError
 from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share
 from jasper_fast.files import write_atomic
@@ -48,6 +49,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         pictures.get("sets", ""),
         _widths(results),
         pictures.get("widths", ""),
+        _codes(results),
         _seen(results, folder),
         _stages(config, steps),
         pictures.get("losses", ""),
@@ -175,6 +177,27 @@ def _widths(results: Mapping[str, Any]) -> str:
             table.append([label, str(width), *cells])
     text = "Per cent; *kept* is the share of the full-width teacher's score. PCA was fitted on the training texts."
     return f"## Every width\n\n{text}\n\n" + _markdown(table, 1)
+
+
+def _codes(results: Mapping[str, Any]) -> str:
+    """Every width as int8 and as bits, beside the float32 it came of."""
+    if not results.get("codes"):
+        return ""
+    forms = [form for form in PRECISIONS if form != "float32"]
+    coded = {(row["width"], row["precision"]): row["scores"] for row in results["codes"]}
+    table = [["set", "width", "float32", *forms, *(f"{form} keeps" for form in forms)]]
+    for evalset in results["sets"]:
+        key = f"{evalset['name']}/{evalset['metric']}"
+        for width, plain in sorted(_by_width(results, STUDENT, key).items(), reverse=True):
+            scores = [coded.get((width, form), {}).get(key) for form in forms]
+            label = f"{evalset['name']} {evalset['metric']}"
+            table.append([label, str(width), *map(_cell, [plain, *scores]), *(_share(s, plain) for s in scores)])
+    text = (
+        "Per cent. The student's vectors as sentence-transformers' `int8` codes (with the ranges in `model/`) and as "
+        f"`ubinary` bits, on both sides of a comparison; *rescore*: bits find {CANDIDATES} documents, and the query's "
+        "float32 vector puts them in order by their int8 codes."
+    )
+    return f"## Every width as codes\n\n{text}\n\n" + _markdown(table, 1)
 
 
 def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:

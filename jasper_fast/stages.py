@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from jasper_fast.codes import straight_through
 from jasper_fast.config import TEMPERATURE, LossWeights, StageConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.losses import JasperLoss, JasperLossOutput
@@ -114,8 +115,11 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 class StageLoss(nn.Module):
     """A stage's losses: FC1 against the teachers, the narrow heads against the teachers or the student's FC1 vector.
 
+    Codes are trained beside the floats by the narrow heads' losses without the cosine: signs cannot point where a
+    teacher's vector does. They add to the loss, not to its parts.
+
     Args:
-        stage: weights, margin, temperature, and what teaches the narrow heads.
+        stage: weights, margin, temperature, codes, and what teaches the narrow heads.
         widest: the width of FC1.
         group: whose ranks' batches make one batch; None: this process's alone.
         rows: how many of the stage's ``batch_size`` texts each rank of the group has.
@@ -129,7 +133,11 @@ class StageLoss(nn.Module):
         self.own_target = stage.narrow_target == "self"
         self.together = not self.own_target and stage.narrow_weights is None
         self.wide = jasper_loss(stage.weights, stage, group, rows)
-        self.narrow = jasper_loss(stage.narrow_weights or stage.weights, stage, group, rows)
+        narrow = stage.narrow_weights or stage.weights
+        self.narrow = jasper_loss(narrow, stage, group, rows)
+        self.codes, self.codes_weight = stage.codes, stage.codes_weight
+        if stage.codes:
+            self.coded = jasper_loss(narrow.model_copy(update={"cosine": 0.0}), stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
         """Losses of a batch.
@@ -138,6 +146,14 @@ class StageLoss(nn.Module):
             students: width -> (B, width) vectors.
             teacher: (B, D) unit target vectors.
         """
+        output = self._of_floats(students, teacher)
+        target = students[self.widest].detach() if self.own_target else teacher
+        for precision in self.codes:
+            coded = self.coded({width: straight_through(v, precision) for width, v in students.items()}, target)
+            output = output._replace(loss=output.loss + self.codes_weight * coded.loss)
+        return output
+
+    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
         if self.together:
             return self.wide(students, teacher)
         narrow = {width: vectors for width, vectors in students.items() if width != self.widest}

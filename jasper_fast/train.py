@@ -47,6 +47,7 @@ from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.run_folder import RunFolder, existing_difference, open_run, what_decides
 from jasper_fast.sharding import is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
+from jasper_fast.starts import PRINCIPAL_ROWS, start_at_principal_axes
 from jasper_fast.step import Shares, dropout_factors, out_of_memory, saved_bytes, take_gradients
 from jasper_fast.telemetry import Telemetry
 from jasper_fast.vision_batches import caption_plan, caption_targets, vision_batches
@@ -223,6 +224,8 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         )
     if pooled is not None:
         log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
+    if pooled is not None and stage.narrow_start == "principal" and not (start.stage == index and start.stage_step):
+        start_at_principal_axes(student, stage, pooled.read(pooled.rows[:PRINCIPAL_ROWS]), config.seed)
     torch.manual_seed(config.seed * 1000 + index)  # what an encoder of its own kind may draw
     if start.stage == index and start.stage_step and checkpoint is not None:
         checkpoint.load_state(optimizer)

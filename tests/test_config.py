@@ -55,6 +55,13 @@ def test_all_problems_are_reported_at_once():
         (("data.sources", "[]"), "data.sources"),
         (("student.heads", "[384, 0]"), "student.heads.1"),
         (("student.vector_dropout", "1.0"), "student.vector_dropout"),
+        (("stages.0.temperature", "0"), "stages.0.temperature"),
+        (("stages.0.temperature", "{384: -1}"), "stages.0.temperature"),
+        (("stages.0.temperature", "{9: 0.1}"), r"temperature names \[9\]"),
+        (("stages.0.codes", "[int4]"), "stages.0.codes"),
+        (("stages.0.random_share", "1.0"), "stages.0.random_share"),
+        (("stages.2.random_share", "0.999"), "leaves no room for 4 neighbours"),
+        (("stages.2.batch_size", "510"), "not a multiple of neighbours 4"),
     ],
 )
 def test_impossible_values_are_named(override, message):
@@ -101,3 +108,10 @@ def test_the_difference_names_changed_added_and_dropped_fields():
         "b.c.2: '(absent)' -> 4",
         "gone: 1 -> '(absent)'",
     ]
+
+
+def test_a_temperature_for_each_head_round_trips(tmp_path):
+    config = load_config(None, [("stages.2.temperature", "{64: 0.07, 32: 0.1}")])
+    assert config.stages[2].temperature == {64: 0.07, 32: 0.1}
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config == load_config(config.model_dump(mode="json"))

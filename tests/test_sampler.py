@@ -32,7 +32,7 @@ def test_too_few_rows():
 
 def test_neighbour_graph_is_the_brute_force_one():
     vectors = torch.nn.functional.normalize(torch.randn(333, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    graph = neighbour_graph(lambda rows: vectors[rows].numpy(), 333, 5, duplicate=1.1, block=100).nearest
+    graph = neighbour_graph(lambda rows: vectors[rows].numpy(), 333, 5, duplicate=0.0, block=100).nearest
     scores = vectors.double() @ vectors.double().T
     scores.fill_diagonal_(9.0)
     assert np.array_equal(graph, scores.argsort(dim=1, descending=True)[:, :5].numpy())
@@ -56,6 +56,15 @@ def test_near_duplicates_count_once_in_a_neighbourhood():
     groups = graph.copies[graph.nearest]
     assert (graph.nearest >= 0).all() and all(len(set(row)) == 5 for row in groups.tolist())
     assert np.array_equal(groups[:20, 1:], groups[60:80, 1:])
+
+
+def test_what_is_near_depends_on_how_far_texts_are_apart():
+    vectors = cosines(60)
+    cone = torch.nn.functional.normalize(torch.from_numpy(vectors) + 20 * torch.eye(6)[0], dim=1).numpy()
+    assert (cone @ cone.T).min() > 0.98  # as some teachers' vectors lie
+    graph = neighbour_graph(lambda rows: cone[rows], 60, 5)
+    plain = neighbour_graph(lambda rows: vectors[rows], 60, 5)
+    assert len(np.unique(graph.copies)) > 50 and len(np.unique(plain.copies)) == 60
 
 
 def test_where_only_duplicates_are_near_nothing_is():

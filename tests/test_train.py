@@ -121,6 +121,57 @@ def test_a_run_leaves_everything_a_user_expects(world):
     rows = {(row["model"], row["width"]) for row in results["rows"]}
     assert {("teacher", 32), ("student before", 32), ("student", 32), ("student", 16), ("student", 8)} <= rows
     assert {("teacher PCA", 8), ("teacher truncated", 8)} <= rows
+    codes = {(row["width"], row["precision"]) for row in results["codes"]}
+    assert {(w, p) for w in (32, 16, 8) for p in ("int8", "ubinary")} <= codes
+    assert "## Every width as codes" in (run / "report.md").read_text()
+
+
+def test_narrow_heads_may_start_at_the_principal_axes(world, tmp_path):
+    from jasper_fast.train import train
+
+    folder, tree = world
+    tree = json.loads(json.dumps(tree))
+    tree["student"]["vector_dropout"] = 0.0
+    tree["stages"] = tree["stages"][:2] + [
+        tree["stages"][2] | {"train": ["heads.*"], "narrow_start": "principal", "steps": 8, "lr": 1e-9}
+    ]
+    run = train(tree, out=tmp_path / "run")
+    rows = {(r["model"], r["width"]): r["scores"] for r in json.loads((run / "results.json").read_text())["rows"]}
+    plain = json.loads((folder / "alone" / "results.json").read_text())["rows"]
+    assert ("student", 8) in rows and any(row["model"] == "student" for row in plain)
+    weights = final_weights(run)
+    wide, narrow = weights["heads.32.weight"].double(), weights["heads.16.weight"].double()
+    mixed = narrow @ torch.linalg.inv(wide)  # of the widest one's coordinates: orthogonal axes, all of one length
+    gram = mixed @ mixed.T / mixed.square().sum(dim=1).mean()
+    torch.testing.assert_close(gram, torch.eye(16, dtype=torch.float64), atol=0.02, rtol=0)
+    for change, says in (
+        ({"heads": [32]}, "it has no narrow head"),
+        ({"last_layers": 1}, "it trains the encoder"),
+        ({"batch_size": 12}, "12 texts are fewer"),
+    ):
+        bad = json.loads(json.dumps(tree))
+        bad["stages"][2] |= change
+        if "heads" in change:
+            bad["stages"][1]["heads"] = [32, 16, 8]
+        with pytest.raises(JasperError, match=f"narrow_start: principal is not possible, as {says}"):
+            train(bad, out=tmp_path / f"bad {says}")
+
+
+def test_stock_quantisation_with_the_ranges_of_a_finished_model(world, tiny_texts):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import quantize_embeddings
+
+    folder, _ = world
+    model = SentenceTransformer(str(folder / "alone" / "model"), device="cpu")
+    for width in (32, 8):
+        vectors = model.encode(tiny_texts, task=str(width))
+        ranges = np.load(folder / "alone" / "model" / f"int8_ranges_{width}.npy")
+        codes = quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float64)
+        step = (ranges[1, 0] - ranges[0, 0]) / 255
+        within = np.clip(vectors, -128 * step, 127 * step)  # what the training texts did not reach is cut off
+        assert np.abs(codes * step - within).max() < 0.51 * step and np.abs(within - vectors).max() < 0.05
+        assert model.encode(tiny_texts[:3], task=str(width), precision="ubinary").shape == (3, width // 8)
+    assert f"int8_ranges_{8}.npy" in (folder / "alone" / "model" / "README.md").read_text()
 
 
 def test_stage_one_trains_the_head_alone_and_learns(world):
