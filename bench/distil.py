@@ -16,13 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
+from bench._arms import known_settings, result_file, spread
 from bench._environment import environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
@@ -76,15 +76,6 @@ def settings_of(arm: str, config: Config, options: argparse.Namespace) -> dict[s
     """What a stored result must agree with to be used again."""
     peer = {} if arm == OURS else {"lr": options.peer_lr, "batch": options.peer_batch, "seconds": options.seconds}
     return {"config": config.model_dump(mode="json", exclude={"seed"})} | peer
-
-
-def known_settings(file: Path) -> dict[str, Any] | None:
-    """The settings behind a stored result; None where there is none."""
-    return json.loads(file.read_text())["settings"] if file.exists() else None
-
-
-def result_file(work: Path, arm: str, seed: int) -> Path:
-    return work / f"{arm}-seed{seed}.json"
 
 
 def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.Namespace) -> None:
@@ -271,9 +262,3 @@ def table(results: dict[str, Any]) -> str:
         cells = [spread([s[k] for s in scores]) for k in keys]
         lines.append(f"| {arm} | {width} | {spread(means)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in per cent."""
-    deviation = f" ± {100 * stdev(values):.2f}" if len(set(values)) > 1 else ""
-    return f"{100 * mean(values):.2f}{deviation}"

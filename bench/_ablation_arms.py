@@ -1,0 +1,156 @@
+"""What the ablation compares, as data: each arm is the last stage of a run, on an encoder that is distilled already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jasper_fast.config import StageConfig
+
+BATCH, RATE = 512, 2e-3
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the narrow heads.
+
+    Args:
+        group: the question it answers.
+        name: unique among all arms.
+        stage: what differs from ``StageConfig``'s defaults below.
+        heads: "prefix": every width is the beginning of the widest head.
+        teachers: "two": the lexical teacher's vectors are concatenated to the model's; "own": the student's full width.
+        start: "principal": narrow heads begin as full width's principal axes, not at random.
+        codes: whether int8 and bits are scored too.
+    """
+
+    group: str
+    name: str
+    stage: dict[str, Any] = field(default_factory=dict)
+    heads: Literal["independent", "prefix"] = "independent"
+    teachers: Literal["one", "two", "own"] = "one"
+    start: Literal["random", "principal"] = "random"
+    codes: bool = False
+
+    def settings(self, widest: int, narrow: list[int]) -> StageConfig:
+        """The stage, at a learning rate that grows with the root of the batch.
+
+        The widest head trains only where prefix heads are cut from it.
+        """
+        batch = self.stage.get("batch_size", BATCH)
+        rate = RATE * min(4.0, max(0.5, (batch / BATCH) ** 0.5))
+        fixed: dict[str, Any] = {
+            "name": "heads",
+            "train": ["heads.*"],
+            "heads": [widest, *narrow] if self.heads == "prefix" else narrow,
+            "steps": 1,  # time or texts end it
+            "lr": rate,
+            "batch_size": batch,
+            "weights": _weights(cosine=10.0),  # of the widest head
+        }
+        return StageConfig(**{**fixed, **self.stage})
+
+
+def _weights(**given: float) -> dict[str, float]:
+    return {"cosine": 0.0, "similarity": 0.0, "relative_similarity": 0.0, "neighbourhood": 0.0, **given}
+
+
+SIMILARITY = {"narrow_weights": _weights(similarity=200.0)}
+RELATIVE = {"narrow_weights": _weights(relative_similarity=20.0)}
+PAPER = {"narrow_weights": _weights(similarity=200.0, relative_similarity=20.0)}  # its cosine needs equal widths
+NEIGHBOURHOOD = {"narrow_weights": _weights(neighbourhood=1.0)}
+BOTH = {"narrow_weights": _weights(similarity=50.0, neighbourhood=1.0)}
+ALL = {"narrow_weights": _weights(similarity=50.0, relative_similarity=20.0, neighbourhood=1.0)}
+
+
+def mined(k: int = 8, share: float = 0.0) -> dict[str, Any]:
+    """Batches of groups of k neighbours, a share of them random."""
+    return {"batches": "neighbours", "neighbours": k, "random_share": share}
+
+
+BEST = "neighbourhood, mined"
+PAPERS = "paper's, random"
+
+ARMS = [
+    Arm("losses", "similarity, random", SIMILARITY),
+    Arm("losses", "relative similarity, random", RELATIVE),
+    Arm("losses", PAPERS, PAPER, codes=True),
+    Arm("losses", "neighbourhood, random", NEIGHBOURHOOD),
+    Arm("losses", "similarity, mined", SIMILARITY | mined()),
+    Arm("losses", "relative similarity, mined", RELATIVE | mined()),
+    Arm("losses", "paper's, mined", PAPER | mined()),
+    Arm("losses", BEST, NEIGHBOURHOOD | mined(), codes=True),
+    Arm("losses", "neighbourhood and similarity, mined", BOTH | mined()),
+    Arm("losses", "all, mined", ALL | mined()),
+    Arm("mining", "groups of 2", NEIGHBOURHOOD | mined(2)),
+    Arm("mining", "groups of 4", NEIGHBOURHOOD | mined(4)),
+    Arm("mining", "groups of 16", NEIGHBOURHOOD | mined(16)),
+    Arm("mining", "groups of 32", NEIGHBOURHOOD | mined(32)),
+    Arm("mining", "groups of 8, a quarter random", NEIGHBOURHOOD | mined(8, 0.25)),
+    Arm("mining", "groups of 8, half random", NEIGHBOURHOOD | mined(8, 0.5)),
+    Arm("temperature", "temperature 0.02", NEIGHBOURHOOD | mined() | {"temperature": 0.02}),
+    Arm("temperature", "temperature 0.1", NEIGHBOURHOOD | mined() | {"temperature": 0.1}),
+    Arm(
+        "temperature",
+        "temperature 0.05, 0.07 at 64, 0.1 at 32",
+        NEIGHBOURHOOD | mined() | {"temperature": {64: 0.07, 32: 0.1}},
+    ),
+    *(
+        Arm("batch", f"{name}, {batch}", loss | {"batch_size": batch})
+        for name, loss, sizes in (
+            ("neighbourhood, mined", NEIGHBOURHOOD | mined(), (128, 2048, 16_384)),
+            ("neighbourhood, random", NEIGHBOURHOOD, (128, 2048, 16_384)),
+            ("similarity, random", SIMILARITY, (128, 2048, 16_384)),
+            ("paper's, random", PAPER, (128, 2048)),
+        )
+        for batch in sizes
+    ),
+    Arm("target", "neighbourhood, mined, own vector", NEIGHBOURHOOD | mined(), teachers="own"),
+    Arm("target", "paper's, random, own vector", PAPER, teachers="own"),
+    Arm("heads", "neighbourhood, mined, prefix", NEIGHBOURHOOD | mined(), heads="prefix"),
+    Arm("heads", "paper's, random, prefix", PAPER, heads="prefix"),
+    Arm("start", "neighbourhood, mined, from principal axes", NEIGHBOURHOOD | mined(), start="principal", codes=True),
+    Arm("start", "paper's, random, from principal axes", PAPER, start="principal", codes=True),
+    Arm("teachers", "neighbourhood, mined, two teachers", NEIGHBOURHOOD | mined(), teachers="two"),
+    Arm("codes", "trained for bits", NEIGHBOURHOOD | mined() | {"codes": ["ubinary"]}, codes=True),
+    Arm(
+        "codes",
+        "trained for bits, from principal axes",
+        NEIGHBOURHOOD | mined() | {"codes": ["ubinary"]},
+        start="principal",
+        codes=True,
+    ),
+    Arm("codes", "trained for int8 and bits", NEIGHBOURHOOD | mined() | {"codes": ["int8", "ubinary"]}, codes=True),
+]
+
+# At full width, where the encoder trains too: weights of the recipe's second stage.
+ENCODER_ARMS = {
+    "encoder: cosine": _weights(cosine=10.0),
+    "encoder: paper's three": _weights(cosine=10.0, similarity=200.0, relative_similarity=20.0),
+    "encoder: similarity": _weights(similarity=200.0),
+    "encoder: cosine and neighbourhood": _weights(cosine=10.0, neighbourhood=1.0),
+}
+
+# Question, the arm that ought to win by what was known before, and what it is held against.
+STATEMENTS = [
+    ("Which losses", BEST, PAPERS),
+    ("Which losses, both on mined batches", BEST, "paper's, mined"),
+    ("Is the relative similarity loss worth having", PAPERS, "similarity, random"),
+    ("Does the similarity loss add to the neighbourhood loss", "neighbourhood and similarity, mined", BEST),
+    ("Do all losses together", "all, mined", BEST),
+    ("Which batches", BEST, "neighbourhood, random"),
+    ("Do mined batches help the paper's losses", "paper's, mined", PAPERS),
+    ("Should part of a mined batch be random", "groups of 8, a quarter random", BEST),
+    ("Smaller batches", "neighbourhood, mined, 128", BEST),
+    ("Larger batches", "neighbourhood, mined, 2048", BEST),
+    ("Very large batches in place of mining", "neighbourhood, random, 16384", BEST),
+    ("The paper's losses with larger batches", "paper's, random, 2048", PAPERS),
+    ("Which target: the own vector", "neighbourhood, mined, own vector", BEST),
+    ("Which heads: prefixes of the widest", "neighbourhood, mined, prefix", BEST),
+    ("Beginning at principal axes", "neighbourhood, mined, from principal axes", BEST),
+    ("Both from principal axes", "neighbourhood, mined, from principal axes", "paper's, random, from principal axes"),
+    ("A lexical second teacher, concatenated", "neighbourhood, mined, two teachers", BEST),
+    ("Training for codes, judged by the floats", "trained for int8 and bits", BEST),
+    ("At full width: the paper's three losses", "encoder: paper's three", "encoder: cosine"),
+    ("At full width: the neighbourhood loss beside the cosine", "encoder: cosine and neighbourhood", "encoder: cosine"),
+]

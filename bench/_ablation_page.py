@@ -1,0 +1,234 @@
+"""``docs/ablation.md``: tables, pictures and plain words from the ablation's results, and a part kept by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bench._ablation_arms import BEST, PAPERS, STATEMENTS
+from bench._arms import spread
+from jasper_fast.codes import PRECISIONS
+from jasper_fast.files import write_atomic
+
+BY_HAND = ("<!-- by hand: start -->", "<!-- by hand: end -->")
+KINDS = {"beir": "retrieval", "sts": "similarity"}
+QUESTIONS = {
+    "losses": "Which losses, on which batches",
+    "mining": "How batches are mined",
+    "temperature": "Temperature of the neighbourhood loss",
+    "batch": "Batch size",
+    "target": "Own vector as target",
+    "heads": "Prefix heads",
+    "start": "Where narrow heads begin",
+    "teachers": "Two teachers",
+    "codes": "Trained for codes",
+    "encoder": "Full width, where the encoder trains",
+}
+SURE = 2.0  # a difference counts from so many of its standard deviations
+
+Key = tuple[str, str, int, str, str]  # arm, budget, width, precision, kind
+
+
+def write_page(results: Mapping[str, Any], path: Path) -> None:
+    """Write the page and its pictures (in a folder beside it); the part by hand is taken over from the old page."""
+    scores = collect(results)
+    pictures = _pictures(results, scores, path)
+    sections = [
+        "# What is worth what, for narrow vectors",
+        _intro(results),
+        "## In plain words\n\n" + "\n".join(statements(results, scores)),
+        "\n".join([BY_HAND[0], _by_hand(path), BY_HAND[1]]),
+        *pictures,
+        _floors(results, scores),
+        *(_group(results, scores, group) for group in QUESTIONS),
+        _codes(results, scores),
+    ]
+    write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def collect(results: Mapping[str, Any]) -> dict[Key, list[float]]:
+    """Every arm's means over the sets of a kind, one per seed."""
+    scores: dict[Key, list[float]] = {}
+    for run in results["runs"]:
+        for row in run["rows"]:
+            for kind, value in kind_means(results, row["scores"]).items():
+                scores.setdefault((run["arm"], run["budget"], row["width"], row["precision"], kind), []).append(value)
+    return scores
+
+
+def kind_means(results: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, float]:
+    """Mean first metric over the sets of each kind that has scores."""
+    found: dict[str, list[float]] = {}
+    for evalset in results["sets"]:
+        value = scores.get(f"{evalset['name']}/{evalset['metric']}")
+        if evalset["kind"] in KINDS and value is not None:
+            found.setdefault(KINDS[evalset["kind"]], []).append(value)
+    return {kind: mean(values) for kind, values in found.items()}
+
+
+def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> list[str]:
+    """One line per question: by how much one arm is better than the other, and whether that is more than noise."""
+    lines = []
+    for question, first, second in STATEMENTS:
+        parts = []
+        for width in results["widths"] if first.startswith("encoder") else results["widths"][-2:]:
+            for kind in KINDS.values():
+                budget = "texts" if first.startswith("encoder") else "seconds"
+                a, b = (scores.get((arm, budget, width, "float32", kind)) for arm in (first, second))
+                if a and b:
+                    parts.append(f"{kind} at {width} {verdict(a, b)} ({spread(a)} against {spread(b)})")
+        if parts:
+            lines.append(f"- **{question}.** *{first}* against *{second}*: {'; '.join(parts)}.")
+    return lines
+
+
+def verdict(a: list[float], b: list[float]) -> str:
+    """The difference in points, called better or worse where it is more than noise between seeds."""
+    difference = 100 * (mean(a) - mean(b))
+    if len(a) < 2 or len(b) < 2:
+        return f"{difference:+.2f} (one seed: no spread known)"
+    noise = 100 * (stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b)) ** 0.5
+    if abs(difference) <= SURE * noise:
+        return f"no difference beyond noise ({difference:+.2f})"
+    return f"{'better' if difference > 0 else 'worse'} by {abs(difference):.2f}"
+
+
+def _intro(results: Mapping[str, Any]) -> str:
+    facts, budgets = results["facts"], results["budgets"]
+    named = {kind: [s["name"] for s in results["sets"] if KINDS.get(s["kind"]) == kind] for kind in KINDS.values()}
+    sets = "; ".join(
+        f"{kind} is the mean {'nDCG@10' if kind == 'retrieval' else 'Spearman'} of {', '.join(names)}"
+        for kind, names in named.items()
+        if names
+    )
+    environment = results["environment"]
+    return (
+        "Written by `python -m bench ablation` from [ablation.json](../bench/results/ablation.json). Every arm trains "
+        f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts: once for "
+        f"{budgets['seconds']:g} seconds, once on {budgets['texts']:,} texts, with seeds "
+        f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds. Per cent, "
+        f"mean ± standard deviation over seeds; {sets}. {environment.get('cpu', 'CPU')}, "
+        f"{environment['threads']} threads, commit {environment.get('commit')}."
+    )
+
+
+def _by_hand(path: Path) -> str:
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if BY_HAND[0] in old and BY_HAND[1] in old:
+        return old.split(BY_HAND[0], 1)[1].split(BY_HAND[1], 1)[0].strip("\n")
+    return ""
+
+
+def _group(results: Mapping[str, Any], scores: Mapping[Key, list[float]], group: str) -> str:
+    """One question's arms, with the arm they are held against, for both budgets."""
+    arms = list(dict.fromkeys(run["arm"] for run in results["runs"] if run["group"] == group))
+    if not arms:
+        return ""
+    ran = {run["arm"] for run in results["runs"]}
+    if group not in ("losses", "encoder"):
+        arms = [arm for arm in (BEST, PAPERS) if arm in ran] + arms
+    parts = [f"## {QUESTIONS[group]}"]
+    for budget in ("seconds", "texts"):
+        rows = []
+        for arm in arms:
+            runs = [run for run in results["runs"] if run["arm"] == arm and run["budget"] == budget]
+            if runs:
+                steps = f"{mean(run['steps'] for run in runs):.0f}"
+                rows.append(
+                    [arm, steps, f"{mean(run['seconds'] for run in runs):.1f}", *_cells(results, scores, arm, budget)]
+                )
+        if rows:
+            heads = ["arm", "steps", "seconds", *_heads(results)]
+            parts += [f"Equal {budget}:", _markdown(heads, rows)]
+    return "\n\n".join(parts)
+
+
+def _heads(results: Mapping[str, Any]) -> list[str]:
+    return [f"{kind} {width}" for width in results["widths"] for kind in _kinds(results)]
+
+
+def _kinds(results: Mapping[str, Any]) -> list[str]:
+    there = {s["kind"] for s in results["sets"]}
+    return [name for kind, name in KINDS.items() if kind in there]
+
+
+def _cells(results: Mapping[str, Any], scores: Mapping[Key, list[float]], arm: str, budget: str) -> list[str]:
+    keys = [(arm, budget, width, "float32", kind) for width in results["widths"] for kind in _kinds(results)]
+    return [spread(scores[key]) if key in scores else "" for key in keys]
+
+
+def _floors(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
+    """What needs no training of narrow heads, beside the best arm and the paper's losses."""
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in results["floors"]):
+        by_width = {
+            row["width"]: kind_means(results, row["scores"]) for row in results["floors"] if row["model"] == model
+        }
+        cells = [by_width.get(width, {}).get(kind) for width in results["widths"] for kind in _kinds(results)]
+        rows.append([model, *("" if cell is None else f"{100 * cell:.2f}" for cell in cells)])
+    ran = {run["arm"] for run in results["runs"]}
+    rows += [[arm, *_cells(results, scores, arm, "seconds")] for arm in (PAPERS, BEST) if arm in ran]
+    text = "The teacher and the student's full width, and both made narrow by PCA or by keeping the first coordinates."
+    return f"## Beside no training at all\n\n{text}\n\n" + _markdown(["", *_heads(results)], rows)
+
+
+def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
+    """Width × precision: the score, and the share that codes lose of the same arm's float32."""
+    arms = dict.fromkeys(arm for arm, *_, precision, _ in scores if precision == "int8")
+    rows = []
+    for arm in arms:
+        for width in results["widths"]:
+            for kind in _kinds(results):
+                plain = scores.get((arm, "seconds", width, "float32", kind))
+                if not plain:
+                    continue
+                cells = [spread(plain)]
+                for precision in PRECISIONS[1:]:
+                    values = scores.get((arm, "seconds", width, precision, kind))
+                    lost = "" if not values else f" ({100 * (mean(values) / mean(plain) - 1):+.1f} %)"
+                    cells.append(spread(values) + lost if values else "")
+                rows.append([arm, str(width), kind, *cells])
+    if not rows:
+        return ""
+    text = "Equal seconds; in brackets the change against the same arm's float32."
+    return f"## Width × precision\n\n{text}\n\n" + _markdown(["arm", "width", "", *PRECISIONS], rows)
+
+
+def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], path: Path) -> Iterable[str]:
+    """All arms in order, and the batch size, for the narrowest two widths."""
+    import io
+
+    from jasper_fast.plots import _figure, _save
+
+    drawn = []
+    kinds, widths = _kinds(results), results["widths"][-2:]
+    arms = [arm for arm in dict.fromkeys(run["arm"] for run in results["runs"]) if not arm.startswith("encoder")]
+    for width in widths:
+        figure, axes = _figure(1, len(kinds), (6 * len(kinds), 1.5 + 0.22 * len(arms)))
+        for axis, kind in zip(axes, kinds, strict=True):
+            found = {arm: scores.get((arm, "seconds", width, "float32", kind)) for arm in arms}
+            known = sorted(((mean(v), v, arm) for arm, v in found.items() if v), key=lambda item: item[0])
+            for place, (middle, values, arm) in enumerate(known):
+                colour = {BEST: "#0072B2", PAPERS: "#D55E00"}.get(arm, "#777777")
+                error = 100 * stdev(values) if len(values) > 1 else 0.0
+                axis.errorbar(100 * middle, place, xerr=error, fmt="o", color=colour, markersize=4, capsize=2)
+            for row in results["floors"]:
+                value = kind_means(results, row["scores"]).get(kind)
+                if row["width"] == width and value is not None and row["model"] == "teacher PCA":
+                    axis.axvline(100 * value, color="#E69F00", linestyle="--", linewidth=1, label="teacher, PCA")
+                    axis.legend(fontsize=8, frameon=False)
+            axis.set_yticks(range(len(known)), [arm for *_, arm in known], fontsize=7)
+            axis.set_title(f"{kind} at {width}, equal seconds, %", loc="left", fontsize=11)
+        content = io.BytesIO()
+        _save(figure, content)
+        file = path.parent / path.stem / f"arms-{width}.png"
+        write_atomic(file, content.getvalue())
+        drawn.append(f"![All arms at {width} dimensions]({path.stem}/{file.name})")
+    return drawn
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

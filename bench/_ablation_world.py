@@ -1,0 +1,149 @@
+"""What all arms of the ablation share: a frozen encoder's states of texts and evaluation sets, and two teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.config import Config
+from jasper_fast.encoders import cached, load_model, normalise, prompt_for, routes, teacher_encoder
+from jasper_fast.errors import JasperError
+from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, load_evals, score_rows, teacher_floors
+from jasper_fast.metrics import score_vectors
+
+LEXICAL_WIDTH = 128
+STUDENT = "student"
+
+
+class Target:
+    """Teachers' vectors of every text, in memory."""
+
+    def __init__(self, vectors: Tensor, fingerprint: str) -> None:
+        self.vectors, self.fingerprint = vectors, fingerprint
+        self.width, self.revisions = vectors.shape[1], [None]
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        return self.vectors[rows]
+
+
+class World:
+    """See the module. ``states`` is (n, H), ``evals`` holds each set with its groups' states."""
+
+    def __init__(
+        self,
+        config: Config,
+        states: Tensor,
+        evals: list[tuple[EvalSet, dict[str, Tensor]]],
+        head: nn.Linear,
+        teachers: dict[str, Target],
+        encoder: str,
+    ) -> None:
+        self.config, self.states, self.evals, self.teachers = config, states, evals, teachers
+        self.cache = config.data.cache
+        self.width = head.out_features
+        self._head = head
+        self.identity = {
+            "encoder": encoder,
+            "teachers": {name: target.fingerprint for name, target in teachers.items()},
+            "sets": [[evalset.name, len(list(evalset.texts()))] for evalset, _ in evals],
+        }
+        self.facts = {"texts": len(states), "states": states.shape[1]}
+
+    def widest_head(self) -> nn.Linear:
+        """A copy of full width's head as the encoder's training left it."""
+        copy = nn.Linear(self._head.in_features, self._head.out_features)
+        copy.load_state_dict(self._head.state_dict())
+        return copy
+
+    def floors(self, widths: list[int]) -> list[dict[str, Any]]:
+        """Rows of the teacher and the student as they are, and of both made narrow by PCA and by truncation."""
+        plain = self.teachers["one"]
+        teacher = teacher_encoder(self.config.teachers, self.cache)
+        rows = []
+        if teacher is not None:
+            reduces = teacher_floors(plain.read(np.arange(min(len(self.states), PCA_ROWS))).numpy(), widths)
+            rows += score_rows([evalset for evalset, _ in self.evals], {TEACHER: teacher}, reduces)
+        with torch.no_grad():
+            train = normalise(self._head(self.states[:PCA_ROWS]).numpy())
+            own = {e.name: {g: normalise(self._head(s).numpy()) for g, s in states.items()} for e, states in self.evals}
+        forms = {f"{STUDENT}{name.removeprefix(TEACHER)}": by for name, by in teacher_floors(train, widths).items()}
+        for name, by_width in {STUDENT: {self.width: lambda vectors: vectors}, **forms}.items():
+            for width, reduce in by_width.items():
+                scores = {}
+                for evalset, _ in self.evals:
+                    found = score_vectors(evalset, {g: reduce(v) for g, v in own[evalset.name].items()})
+                    scores |= {f"{evalset.name}/{metric}": value for metric, value in found.items()}
+                rows.append({"model": name, "width": width, "scores": scores})
+        return rows
+
+
+def prepare(config: Config, run: str | None, work: Path) -> World:
+    """Train the encoder where ``run`` names none, and read every text once.
+
+    Raises:
+        JasperError: the encoder's widest head is not as wide as the configuration says, or has no Router.
+    """
+    from jasper_fast.data import prepare_texts
+    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.train import train
+
+    folder = Path(run) if run else train(config, out=work / "encoder")
+    model = load_model(str(folder), config.student.max_length)
+    position, heads = routes(model)
+    if config.student.heads[0] not in heads:
+        raise JasperError(
+            f"{folder} has heads {sorted(heads)}; the configuration's widest is {config.student.heads[0]}"
+        )
+    from sentence_transformers import SentenceTransformer
+
+    stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)).eval()
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+    encoder = digest.hexdigest()
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        found = stem.encode(texts, prompt=prompt_for(model, role), convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(found, dtype=np.float32)
+
+    read = cached(encode, f"{encoder} {config.student.max_length}", work / "states")
+    texts, _ = prepare_texts(config)
+    words, roles = texts["text"][:], np.array(texts["role"][:])
+    states = np.empty((len(words), stem.get_embedding_dimension() or 0), dtype=np.float32)
+    for role in sorted(set(roles.tolist())):
+        places = np.flatnonzero(roles == role)
+        states[places] = read([words[i] for i in places], role)
+    evals = []
+    for evalset in load_evals(config.evaluate):
+        groups = evalset.groups()
+        evals.append((evalset, {g: torch.from_numpy(read(list(part), role)) for g, (part, role) in groups.items()}))
+    kept = ensure_teachers(config, texts)
+    one = kept.read(np.arange(len(words)))
+    lexical = torch.from_numpy(_lexical(words, kept.fingerprint, work))
+    both = torch.nn.functional.normalize(torch.cat([one, lexical], dim=1), dim=1)
+    targets = {"one": Target(one, kept.fingerprint), "two": Target(both, f"{kept.fingerprint}+lexical")}
+    head = heads[config.student.heads[0]][0].linear.cpu()
+    with torch.no_grad():
+        own = torch.nn.functional.normalize(head(torch.from_numpy(states)), dim=1)
+    targets["own"] = Target(own, f"{kept.fingerprint}+{encoder}")
+    return World(config, torch.from_numpy(states), evals, head, targets, encoder)
+
+
+def _lexical(words: list[str], fingerprint: str, work: Path) -> np.ndarray:
+    """A teacher that knows words alone: TF-IDF made narrow, (n, at most LEXICAL_WIDTH) unit rows, kept in ``work``."""
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        counts = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=20_000).fit_transform(texts)
+        width = min(LEXICAL_WIDTH, min(counts.shape) - 1)
+        return normalise(TruncatedSVD(width, random_state=0).fit_transform(counts))
+
+    return cached(encode, json.dumps(["lexical", LEXICAL_WIDTH, fingerprint]), work / "states")(words, "document")

@@ -1,0 +1,24 @@
+"""Arms of a comparison: each leaves a result of its own, which is used again as long as its settings are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+def result_file(work: Path, arm: str, seed: int) -> Path:
+    return work / f"{arm}-seed{seed}.json"
+
+
+def known_settings(file: Path) -> dict[str, Any] | None:
+    """The settings behind a stored result; None where there is none."""
+    return json.loads(file.read_text())["settings"] if file.exists() else None
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, in per cent."""
+    deviation = f" ± {100 * stdev(values):.2f}" if len(set(values)) > 1 else ""
+    return f"{100 * mean(values):.2f}{deviation}"

@@ -1,0 +1,118 @@
+"""The ablation at small size: arms, both budgets, going on, and a page whose words follow the figures."""
+
+import json
+
+import pytest
+from test_train import settings, write_data
+
+from bench import ablation
+from bench._ablation_arms import ARMS, BEST, PAPERS, STATEMENTS, Arm, mined
+from bench._ablation_page import BY_HAND, verdict, write_page
+
+
+def tiny_arms():
+    weights = {"cosine": 0, "similarity": 0, "relative_similarity": 0}
+    near = {"narrow_weights": {**weights, "neighbourhood": 1}, "batch_size": 16}
+    paper = {"narrow_weights": {**weights, "similarity": 200, "relative_similarity": 20}, "batch_size": 16}
+    return [
+        Arm("losses", PAPERS, paper),
+        Arm("losses", BEST, near | mined(4)),
+        Arm("heads", "neighbourhood, mined, prefix", near, heads="prefix"),
+        Arm("teachers", "neighbourhood, mined, two teachers", near | mined(4, 0.5), teachers="two"),
+        Arm("target", "paper's, random, own vector", paper, teachers="own"),
+        Arm("start", "neighbourhood, mined, from principal axes", near, start="principal"),
+        Arm("codes", "trained for int8 and bits", near | {"codes": ["int8", "ubinary"]}, codes=True),
+    ]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_bert, tiny_texts):
+    folder = tmp_path_factory.mktemp("ablation")
+    write_data(folder, tiny_texts)
+    tree = settings(folder, tiny_bert)
+    tree["student"]["heads"] = [32]
+    tree["stages"] = tree["stages"][:2]
+    (folder / "config.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    encoder_arms = {"encoder: cosine": {"cosine": 10, "similarity": 0, "relative_similarity": 0}}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ablation, "ARMS", tiny_arms())
+    patch.setattr(ablation, "ENCODER_ARMS", encoder_arms)
+    command = ["--config", str(folder / "config.yaml"), "--work", str(folder / "work"), "--seeds", "0", "1"]
+    command += ["--widths", "8", "4", "--seconds", "0.1", "--texts", "160"]
+    command += ["--out", str(folder / "ablation.json"), "--page-out", str(folder / "docs" / "ablation.md")]
+    assert ablation.main(command) == 0
+    yield folder, command
+    patch.undo()
+
+
+def test_every_arm_has_both_budgets_and_every_width(done):
+    folder, _ = done
+    results = json.loads((folder / "ablation.json").read_text())
+    runs = {(r["arm"], r["budget"], r["seed"]): r for r in results["runs"]}
+    assert len(runs) == 2 * (2 * len(tiny_arms()) + 1)
+    for (arm, budget, _), run in runs.items():
+        if budget == "texts" and not arm.startswith("encoder"):
+            assert run["texts"] == 160 and run["steps"] == 10
+        if budget == "seconds":
+            assert 0.1 <= run["seconds"] < 5 and run["steps"] >= 1
+        widths = {32} if arm.startswith("encoder") else {32, 8, 4} if "prefix" in arm else {8, 4}
+        assert {row["width"] for row in run["rows"]} == widths
+    forms = {(row["width"], row["precision"]) for row in runs["trained for int8 and bits", "texts", 0]["rows"]}
+    assert {(8, "int8"), (8, "ubinary"), (4, "ubinary+rescore")} <= forms
+    by_seed = [runs[BEST, "texts", seed]["rows"] for seed in (0, 1)]
+    assert by_seed[0] != by_seed[1]
+    floors = {(row["model"], row["width"]) for row in results["floors"]}
+    assert {("teacher", 32), ("teacher PCA", 8), ("student", 32), ("student truncated", 4)} <= floors
+
+
+def test_going_on_trains_nothing_twice_and_keeps_what_was_written_by_hand(done, monkeypatch):
+    folder, command = done
+    before = json.loads((folder / "ablation.json").read_text())["runs"]
+    page = folder / "docs" / "ablation.md"
+    page.write_text(page.read_text().replace(BY_HAND[0], BY_HAND[0] + "\nWritten by hand."))
+    monkeypatch.setattr(ablation, "run_arm", None)  # would fail
+    assert ablation.main(command) == 0
+    assert json.loads((folder / "ablation.json").read_text())["runs"] == before
+    assert page.read_text().count("Written by hand.") == 1
+    with pytest.raises(TypeError):
+        ablation.main([*command, "--texts", "176"])  # another budget is another arm
+
+
+def test_an_arm_learns(done):
+    folder, _ = done
+    results = json.loads((folder / "ablation.json").read_text())
+    a, b = (
+        [r["rows"] for r in results["runs"] if r["arm"] == arm and r["budget"] == "texts"] for arm in (BEST, PAPERS)
+    )
+    assert a[0] != b[0]
+
+
+def test_the_page_says_what_the_figures_say(done, tmp_path):
+    folder, _ = done
+    results = json.loads((folder / "ablation.json").read_text())
+    for run in results["runs"]:
+        for row in run["rows"]:
+            value = {BEST: 0.8, PAPERS: 0.7}.get(run["arm"], 0.5) + 0.001 * run["seed"]
+            row["scores"] = {name: value for name in row["scores"]}
+    write_page(results, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert f"- **Which losses.** *{BEST}* against *{PAPERS}*: similarity at 8 better by 10.00 (80.05 ± 0.07" in text
+    assert "## Width × precision" in text and "| trained for int8 and bits | 4 | similarity |" in text
+    assert (tmp_path / "page" / "arms-4.png").stat().st_size > 1000 and "(page/arms-4.png)" in text
+
+
+def test_a_verdict_needs_more_than_noise():
+    assert verdict([0.5, 0.52], [0.51, 0.53]) == "no difference beyond noise (-1.00)"
+    assert verdict([0.5, 0.501], [0.52, 0.521]) == "worse by 2.00"
+    assert "one seed" in verdict([0.5], [0.4])
+
+
+def test_the_shipped_arms_are_valid_and_every_statement_has_its_arms():
+    from bench._ablation_arms import ENCODER_ARMS
+
+    names = [arm.name for arm in ARMS]
+    assert len(set(names)) == len(names)
+    for arm in ARMS:
+        assert arm.settings(384, [128, 64, 32]).heads[-3:] == [128, 64, 32]
+    for _, first, second in STATEMENTS:
+        assert {first, second} <= {*names, *ENCODER_ARMS}
