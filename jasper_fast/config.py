@@ -272,6 +272,10 @@ class StageConfig(Section):
             raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
         if len(set(self.heads)) != len(self.heads):
             raise ValueError(f"stage {self.name!r}: a head is named twice in {self.heads}")
+        if self.vision is not None and (self.codes or self.narrow_start != "as_is"):
+            raise ValueError(
+                f"stage {self.name!r}: codes and narrow_start are for stages of texts; leave them out here"
+            )
         if self.vision is not None and (self.batches != "random" or self.narrow_target != "teacher"):
             raise ValueError(
                 f"stage {self.name!r}: a vision stage draws its batches at random, and each head is taught by the "

@@ -173,13 +173,13 @@ def jasper_loss(
         weights=(weights.cosine, weights.similarity, weights.relative_similarity),
         margin=stage.margin,
         neighbourhood=weights.neighbourhood,
-        temperature=_temperature(stage),
+        temperature=temperature_of(stage),
         group=group,
         rows=rows,
     )
 
 
-def _temperature(stage: StageConfig) -> float | dict[int, float]:
+def temperature_of(stage: StageConfig) -> float | dict[int, float]:
     """Of the stage's heads; those that it does not name have the default."""
     if not isinstance(stage.temperature, dict):
         return stage.temperature

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from jasper_fast.config import StageConfig
 from jasper_fast.gather import gather_rows
 from jasper_fast.losses import JasperLossOutput
-from jasper_fast.stages import jasper_loss
+from jasper_fast.stages import jasper_loss, temperature_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +35,8 @@ class VisionLoss(nn.Module):
         super().__init__()
         assert stage.vision is not None
         self.heads = stage.heads
-        self.contrastive, self.temperature = stage.vision.contrastive, stage.temperature
+        self.contrastive, temperature = stage.vision.contrastive, temperature_of(stage)
+        self.temperatures = temperature if isinstance(temperature, dict) else dict.fromkeys(stage.heads, temperature)
         self.group, self.rows = group, rows
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
@@ -56,11 +57,10 @@ class VisionLoss(nn.Module):
             return output
         pictures = F.normalize(pictures.float(), dim=1)
         captions = captions.to(pictures.dtype)
+        temperature = self.temperatures[width]
         if self.group is not None:
             pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
-        return output._replace(
-            loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, self.temperature)
-        )
+        return output._replace(loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, temperature))
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
