@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     from jasper_fast.train import train
 
     for graph in Path(config.data.cache).glob("neighbours-*"):
-        graph.unlink()  # every seed builds it, so every seed is charged for it
+        shutil.rmtree(graph)  # every seed builds it, so every seed is charged for it
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling", "plan"))
