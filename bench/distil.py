@@ -1,6 +1,7 @@
 """Distillation quality at equal minutes: ours against sentence-transformers' own losses, PCA and truncation.
 
-    python -m bench distil --config bench/recipes/minilm-public.yaml --seeds 0 1 2
+    python -m bench distil --peer-lr 4e-4 --peer-batch 32 --seeds 0 1 2
+    python -m bench distil --page                     only write the page again from the results
 
 Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
 in fp32 on the same machine, and gets as many seconds of training as ours took for that seed, its neighbour graph and
@@ -17,31 +18,33 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
-from bench._arms import known_settings, result_file, spread
+from bench._arms import known_settings, result_file
+from bench._distil_page import OURS, table, write_page
 from bench._environment import environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 
-OURS = "jasper_fast"
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
-RESULTS = Path(__file__).parent / "results" / "distil.json"
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results" / "distil.json", HERE.parent / "docs" / "peers.md"
 WARMUP = 0.1  # of the time
 
 
 def main(argv: list[str]) -> int:
     """Run the arms that have no result yet, then print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench distil", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(Path(__file__).parent / "recipes" / "minilm-public.yaml"))
+    parser.add_argument("--config", default=str(HERE / "recipes" / "minilm-peers.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
     parser.add_argument("--work", default="runs/bench-distil", help="runs and the results of single arms")
     parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--page-out", default=str(PAGE))
+    parser.add_argument("--page", action="store_true", help="only write the page from the results")
     parser.add_argument("--peer-lr", type=float, default=1e-4, help="sentence-transformers' learning rate")
     parser.add_argument("--peer-batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, help="training seconds of a peer; default: what ours took")
@@ -49,6 +52,9 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     from jasper_fast.config import parse_overrides
 
+    if options.page:
+        write_page(json.loads(Path(options.out).read_text()), Path(options.page_out))
+        return 0
     config = load_config(options.config, [*parse_overrides(rest), ("precision", "fp32")])
     work = Path(options.work)
     if options.one:
@@ -64,10 +70,12 @@ def main(argv: list[str]) -> int:
                     raise JasperError(f"arm {arm} with seed {seed} failed; the same command goes on from there")
     found = {arm: [json.loads(result_file(work, arm, s).read_text()) for s in options.seeds] for arm in options.arms}
     results = {
-        "environment": environment() | {"seeds": options.seeds, "config": config.model_dump(mode="json")},
+        "environment": environment()
+        | {"seeds": options.seeds, "threads": torch.get_num_threads(), "config": config.model_dump(mode="json")},
         "arms": found,
     }
     write_atomic(options.out, json.dumps(results, indent=1) + "\n")
+    write_page(results, Path(options.page_out))
     print(table(results))
     return 0
 
@@ -246,19 +254,3 @@ def by_the_clock(seconds: float, lr: float) -> Any:
             control.should_training_stop = self.spent >= seconds
 
     return ByTheClock()
-
-
-def table(results: dict[str, Any]) -> str:
-    """Per arm and width: the mean over seeds of every score with its spread, and the mean over sets."""
-    arms: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for runs in results["arms"].values():
-        for run in runs:
-            for row in run["rows"]:
-                arms.setdefault((row["model"], row["width"]), []).append(row["scores"])
-    keys = [k for k in next(iter(arms.values()))[0] if not k.endswith("recall@100")]
-    lines = ["| arm | width | mean | " + " | ".join(keys) + " |", "|---" * (len(keys) + 3) + "|"]
-    for (arm, width), scores in sorted(arms.items(), key=lambda item: (-item[0][1], item[0][0])):
-        means = [mean([s[k] for k in keys]) for s in scores]
-        cells = [spread([s[k] for s in scores]) for k in keys]
-        lines.append(f"| {arm} | {width} | {spread(means)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)

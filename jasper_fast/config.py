@@ -114,6 +114,7 @@ class SourceConfig(Section):
     join: bool = False  # True: the columns make one text; False: each column is a text of its own
     role: Literal["query", "document"] = "document"
     limit: PositiveInt | None = None  # at most so many texts, drawn by the seed
+    variants: Annotated[int, Field(ge=0, strict=True)] = 0  # so many more of each text, with words exchanged
     revision: str | None = None
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import TEMPORARY, publish_dir, sha256, write_atomic
 from jasper_fast.sources import draw, read_source, source_stamp
-from jasper_fast.treatment import treat
+from jasper_fast.treatment import Exchanges, treat
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -30,6 +31,7 @@ FORMAT = 1  # raised when the same settings would give other texts
 BUCKETS = 256
 BUFFERED = 2**26  # characters held in memory before the buckets are written out
 FILE_CHARACTERS = 2**28  # characters per published file
+EXCHANGE_ROWS = 100_000  # rows of a source whose words are known to its variants
 
 Text = tuple[str, str, str]  # text, role, digest
 
@@ -149,6 +151,7 @@ def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[s
 def _source_texts(
     source: SourceConfig, data: DataConfig, seed: int, barred: frozenset[str], counts: Counter[str]
 ) -> Iterator[str]:
+    exchanges = _exchanges(source) if source.variants else None
     for cells, kept in draw(source, seed):
         for document in ["\n".join(cells)] if source.join else [cells[i] for i in kept]:
             document = document.strip()
@@ -168,6 +171,13 @@ def _source_texts(
                     counts["excluded"] += 1
                 else:
                     yield piece
+                    made = (exchanges.variant(piece, n, seed) for n in range(source.variants)) if exchanges else ()
+                    yield from (text for text in made if normal_form(text) not in barred)
+
+
+def _exchanges(source: SourceConfig) -> Exchanges:
+    rows = islice(read_source(source), EXCHANGE_ROWS)
+    return Exchanges(text for cells in rows for text in (["\n".join(cells)] if source.join else cells))
 
 
 class _Buckets:

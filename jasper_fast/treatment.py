@@ -1,5 +1,7 @@
 """The paper's treatment of documents (arXiv 2412.19048): some cut into pieces of sentences, a few with shuffled words.
 
+And one of ours: variants of a text with words exchanged.
+
 All draws come from the seed and the text itself, so a text is treated alike wherever it stands and in whatever order.
 """
 
@@ -8,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Iterable
+
+EXCHANGED = 0.3  # share of the words of a variant that are drawn anew, where other words are known to fit
 
 # A sentence ends at . ! ? … (and closing quotes or brackets) before white space and something that can begin a
 # sentence, at the full-width marks of Chinese and Japanese, and at a blank line.
@@ -45,6 +50,32 @@ def treat(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle
     """
     pieces = _cut(text, span, _random(seed, "lengths", text)) if _share(seed, "cut", text) < cut_share else [text]
     return [_shuffle_words(p, seed) if _share(seed, "shuffle", p) < shuffle_share else p for p in pieces]
+
+
+class Exchanges:
+    """Which words stand between the same two words in a set of texts, to make new texts of old ones.
+
+    A teacher labels whatever it is given, so a few thousand texts of the kind that matters can be made many:
+    "A man is playing a guitar" and "A dog is eating a bone" also give "A dog is playing a bone".
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.between: dict[tuple[str, str], list[str]] = {}
+        for text in texts:
+            words = ["", *text.split(), ""]
+            for before, word, after in zip(words, words[1:], words[2:], strict=False):
+                self.between.setdefault((before.casefold(), after.casefold()), []).append(word)
+
+    def variant(self, text: str, number: int, seed: int) -> str:
+        """The text with some words exchanged, drawn by seed, number and the text itself; at best itself again."""
+        generator = _random(seed, f"variant {number}", text)
+        words = text.split()
+        for i in range(len(words)):
+            if generator.random() < EXCHANGED:
+                before = words[i - 1].casefold() if i else ""
+                after = words[i + 1].casefold() if i + 1 < len(words) else ""
+                words[i] = generator.choice(self.between.get((before, after), words[i : i + 1]))
+        return " ".join(words)
 
 
 def _cut(text: str, span: tuple[int, int], generator: random.Random) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from test_train import settings, write_data
 
-from bench.distil import PEERS, peer_student, run_arm, table
+from bench._distil_page import table, write_page
+from bench.distil import PEERS, peer_student, run_arm
 from jasper_fast.config import load_config
 
 
@@ -67,6 +68,22 @@ def test_the_table_shows_every_arm_with_its_spread(arms):
     row["scores"][key] += 0.02
     text = table({"arms": {"jasper_fast": [ours, other], "st-mse": [read(folder, "st-mse")] * 2}})
     assert "| jasper_fast | 8 | " in text and "± 1.41" in text and "| st-mse + PCA | 16 |" in text
+
+
+def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
+    folder, _ = arms
+    results = {
+        "environment": {"seeds": [0], "threads": 1, "cpu": "none", "commit": "abc"},
+        "arms": {arm: [read(folder, arm)] for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka")},
+    }
+    for row in results["arms"]["st-mse"][0]["rows"]:
+        if row["model"] == "st-mse + PCA" and row["width"] == 8:
+            row["scores"] = dict.fromkeys(row["scores"], 0.999)
+    write_page(results, tmp_path / "peers.md")
+    text = (tmp_path / "peers.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("- **8 wide: -")]
+    assert "99.90 of the best peer, st-mse + PCA" in line
+    assert "| st-mse | 1 |" in text and "| jasper_fast | 32 |" in text
 
 
 def test_the_shipped_benchmark_recipe_is_valid():

@@ -20,7 +20,7 @@ from jasper_fast import data as data_module
 from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.data import build_texts, normal_form, prepare_texts, read_source, text_digest, texts_fingerprint
 from jasper_fast.errors import JasperError
-from jasper_fast.treatment import sentences, treat
+from jasper_fast.treatment import Exchanges, sentences, treat
 
 ROWS = [{"title": f"Title {i}", "text": f'The {i}th text, with a "quote" and an ü.'} for i in range(20)]
 DOCUMENT = "A first sentence stands here. Dr. Smith wrote the second one! Is this the third? It is."
@@ -246,6 +246,26 @@ def test_treatment_shuffles_words_and_depends_on_seed_and_text_alone() -> None:
         "A first sentence stands here. Dr. Smith wrote the second one!",
         "Is this the third? It is.",
     ]
+
+
+def test_variants_exchange_words_that_stand_between_the_same_two(tmp_path: Path) -> None:
+    things = ["guitar", "drum", "flute", "violin", "horn", "harp"]
+    people = ["man", "woman", "boy", "girl", "child", "band"]
+    rows = [{"text": f"a {who} plays the {what}"} for who, what in zip(people, things, strict=True)]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    plain = set(build_texts(settings(tmp_path, source(path)), seed=0)["text"])
+    texts = build_texts(settings(tmp_path, source(path, variants=5)), seed=0)["text"][:]
+    made = set(texts) - plain
+    assert plain < set(texts) and 5 <= len(made) <= 30 and len(set(texts)) == len(texts)
+    for text in made:
+        a, who, plays, the, what = text.split()
+        assert (a, plays, the) == ("a", "plays", "the") and f"a {who} plays" in str(rows) and what in things
+    barred = {normal_form(sorted(made)[0])}
+    assert set(build_texts(settings(tmp_path, source(path, variants=5)), 0, barred)["text"]) == set(texts) - {
+        sorted(made)[0]
+    }
+    exchanges = Exchanges(plain)
+    assert exchanges.variant("nothing known here", 0, 0) == "nothing known here" and exchanges.variant("", 0, 0) == ""
 
 
 @pytest.mark.parametrize(
