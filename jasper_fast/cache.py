@@ -107,7 +107,15 @@ class TeacherCache:
         if not (self.folder / HEADER).is_file():
             write_atomic(self.folder / HEADER, _json({"complete": False, "identity": self.identity}))
 
-    def write(self, shard: int, digests: Sequence[str], vectors: np.ndarray, precision: str, tokens: int) -> None:
+    def write(
+        self,
+        shard: int,
+        digests: Sequence[str],
+        vectors: np.ndarray,
+        precision: str,
+        tokens: int,
+        known_error: tuple[np.ndarray, float] | None = None,
+    ) -> None:
         """Publish a shard.
 
         Args:
@@ -116,6 +124,7 @@ class TeacherCache:
             vectors: (rows of the shard, width) float32, unit rows.
             precision: of the forward pass, for the record.
             tokens: that were read for it, for the record.
+            known_error: what storing cost where a row was stored before, (rows,), else 0; and the largest of it.
         """
         import pyarrow as pa
 
@@ -128,11 +137,11 @@ class TeacherCache:
         if scale is not None:
             columns["scale"] = pa.array(scale)
         table = pa.table(columns, schema=features(dtype, width).arrow_schema)
-        error = storing_error(vectors, dequantise(stored, scale))
+        error, known = storing_error(vectors, dequantise(stored, scale)), known_error or (0.0, 0.0)
         content = stream_bytes(table)
         facts = {
-            "error_max": float(error.max()),
-            "error_sum": float(error.sum()),
+            "error_max": max(float(error.max()), known[1]),
+            "error_sum": float(np.maximum(error, known[0]).sum()),
             "precision": precision,
             "rows": len(vectors),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -168,15 +177,25 @@ class TeacherCache:
 
     def map(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """Every shard's stored vectors (rows, width) and scales (rows,), memory-mapped."""
-        vectors, scales = [], []
+        vectors: list[np.ndarray] = []
+        scales: list[np.ndarray | None] = []
         width = self.header["width"]
         for shard in range(self.shards):
-            table = read_mapped(self.file(shard))
-            flat = table.column("vector").chunk(0).values.to_numpy(zero_copy_only=True)
-            vectors.append(flat.reshape(-1, width))
-            has_scale = "scale" in table.column_names
-            scales.append(table.column("scale").chunk(0).to_numpy(zero_copy_only=True) if has_scale else None)
+            stored, scale = self._mapped(shard, width)
+            vectors.append(stored)
+            scales.append(scale)
         return vectors, scales
+
+    def read_shard(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Some rows of a published shard, as they are stored. (B, width) float32"""
+        stored, scale = self._mapped(shard, self.facts(shard)["width"])
+        return dequantise(stored[rows], None if scale is None else scale[rows])
+
+    def _mapped(self, shard: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        table = read_mapped(self.file(shard))
+        flat = table.column("vector").chunk(0).values.to_numpy(zero_copy_only=True)
+        scale = table.column("scale").chunk(0).to_numpy(zero_copy_only=True) if "scale" in table.column_names else None
+        return flat.reshape(-1, width), scale
 
     def _facts_file(self, shard: int) -> Path:
         return self.file(shard).with_suffix(".json")

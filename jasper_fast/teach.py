@@ -3,7 +3,8 @@
     python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # the processes share the shards
 
-The same command goes on where it was stopped. Training does the same by itself where vectors are missing.
+The same command goes on where it was stopped. Texts that another set of texts in the cache holds are not read again.
+Training does the same by itself where vectors are missing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_
 from jasper_fast.config import Config, TeacherConfig, load_config, parse_overrides
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.lending import Lenders
 from jasper_fast.teachers import Teacher, describe_teacher, load_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
 
@@ -142,6 +144,9 @@ def _compute(
     teacher: Teacher | ReadyVectors
     if config_of.model is not None:
         teacher = load_teacher(config_of, precision=config.precision)
+        lenders = Lenders(cache, texts["digest"][:])
+        if len(lenders):
+            say(f"teacher {cache.name}: {len(lenders)} of {cache.rows} texts are known from other sets of texts")
     else:
         teacher = ReadyVectors(config_of, cache.rows)
     _check_width(cache, teacher.width)
@@ -160,22 +165,30 @@ def _compute(
             before = tokens
             rows = texts[start:stop]
             if isinstance(teacher, ReadyVectors):
-                vectors = teacher.read(start, stop, rows["digest"])
+                vectors, known = teacher.read(start, stop, rows["digest"]), None
                 progress(stop - start, 0)
             else:
-                vectors = _encode(teacher, rows, start, progress)
-            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - before)
+                lent = lenders.read(start, stop, teacher.width)
+                vectors, known = lent.vectors, (lent.error, lent.error_max)
+                progress(int(lent.there.sum()), 0)
+                _encode(teacher, rows, start, ~lent.there, vectors, progress)
+            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - before, known)
 
 
-def _encode(teacher: Teacher, rows: dict[str, Any], start: int, progress: Callable[[int, int], None]) -> np.ndarray:
-    """A shard's vectors: role by role, since each has its prompt. (B, width) float32"""
-    vectors = np.empty((len(rows["text"]), teacher.width), np.float32)
+def _encode(
+    teacher: Teacher,
+    rows: dict[str, Any],
+    start: int,
+    wanted: np.ndarray,
+    vectors: np.ndarray,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the wanted vectors of a shard, role by role, since each has its prompt: (B,) bool into (B, width)."""
     roles = np.array(rows["role"])
-    for role in sorted(set(rows["role"])):
-        at = np.flatnonzero(roles == role)
+    for role in sorted(set(roles[wanted].tolist())):
+        at = np.flatnonzero(wanted & (roles == role))
         texts = [rows["text"][i] for i in at]
         vectors[at] = teacher.encode(texts, role, rows=(at + start).tolist(), progress=progress)
-    return vectors
 
 
 def _damaged(cache: TeacherCache, texts: Dataset, shards: Any) -> dict[int, str]:

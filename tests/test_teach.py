@@ -353,6 +353,37 @@ def test_damaged_and_foreign_shards_are_made_again(tiny_bert: Path, texts: Datas
     assert tree(folder) == whole
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_texts_of_another_set_are_not_read_again(
+    dtype: str, tiny_bert: Path, texts: Dataset, config_of, monkeypatch, capsys
+) -> None:
+    config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
+    first = ensure_teachers(config, texts.select(range(150)), progress=False, shard_rows=SHARD)
+    read: list[str] = []
+    encode = teach.Teacher.encode
+
+    def counted(self, words, *others, **named):
+        read.extend(words)
+        return encode(self, words, *others, **named)
+
+    monkeypatch.setattr(teach.Teacher, "encode", counted)
+    (other,) = teacher_caches(config, texts.select(range(150)), SHARD)
+    other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard lends nothing
+    turned = [*range(199, 99, -1), 40, *range(100)]  # shard 2 is rows 32 to 47
+    turned = list(dict.fromkeys(turned))
+    second = ensure_teachers(config, texts.select(turned), shard_rows=SHARD)
+    assert sorted(read) == sorted(texts.select([*range(32, 48), *range(150, 200)])["text"])
+    assert "134 of 200 texts are known" in capsys.readouterr().err
+    lent = [(row, place) for place, row in enumerate(turned) if row < 150 and not 32 <= row < 48]
+    rows, places = (np.array(part) for part in zip(*lent, strict=True))
+    torch.testing.assert_close(second.read(places), first.read(rows), atol=1e-7, rtol=0)
+    (cache,) = teacher_caches(config, texts.select(turned), SHARD)
+    errors = cache.header["cosine_distance_of_storing"], other.header["cosine_distance_of_storing"]
+    assert errors[0]["mean"] == pytest.approx(errors[1]["mean"], rel=0.2) and errors[0]["max"] >= errors[1]["max"]
+    fresh = ensure_teachers(config_of({"model": str(tiny_bert)}, cache="new", cache_dtype=dtype), texts.select(turned))
+    torch.testing.assert_close(second.read(np.arange(200)), fresh.read(np.arange(200)), atol=1e-5, rtol=0)
+
+
 def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, config_of) -> None:
     config = config_of({"model": str(tiny_bert)})
     (folder,) = quiet(config, texts).folders
