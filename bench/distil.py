@@ -81,9 +81,11 @@ def main(argv: list[str]) -> int:
 
 
 def settings_of(arm: str, config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """What a stored result must agree with to be used again."""
-    peer = {} if arm == OURS else {"lr": options.peer_lr, "batch": options.peer_batch, "seconds": options.seconds}
-    return {"config": config.model_dump(mode="json", exclude={"seed"})} | peer
+    """What a stored result must agree with to be used again; our stages are nothing to a peer."""
+    if arm == OURS:
+        return {"config": config.model_dump(mode="json", exclude={"seed"})}
+    shared = config.model_dump(mode="json", include={"student", "teachers", "data", "evaluate", "precision"})
+    return {"config": shared, "lr": options.peer_lr, "batch": options.peer_batch, "seconds": options.seconds}
 
 
 def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.Namespace) -> None:
@@ -197,14 +199,15 @@ def peer_trainer(arm: str, config: Config, data: Any, options: Any) -> Any:
 
 
 def peer_student(config: Config) -> Any:
-    """Our student's encoder before training, with mean pooling and a Dense that starts as the identity.
+    """Our student's encoder before training, with mean pooling, a Dense that starts as the identity, and unit length.
 
-    The identity is the kindest start for a student whose last layer is its teacher's.
+    The identity is the kindest start for a student whose last layer is its teacher's; without unit length, which the
+    teacher's vectors have, MSE would spend its minutes on the length.
     """
     import tempfile
 
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
     from jasper_fast.model import Student
 
@@ -222,7 +225,7 @@ def peer_student(config: Config) -> Any:
         init_weight=torch.eye(widest, hidden),
         init_bias=torch.zeros(widest),
     )
-    return SentenceTransformer(modules=[transformer, Pooling(hidden, "mean"), dense], device=str(pick()))
+    return SentenceTransformer(modules=[transformer, Pooling(hidden, "mean"), dense, Normalize()], device=str(pick()))
 
 
 def pick() -> torch.device:
