@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from jasper_fast.batches import Batch, Teachers, batch_plan, check_sizes, pooled_states, stage_batches
+from jasper_fast.batches import Batch, Teachers, batch_plan, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
-from jasper_fast.checks import bad_texts, check_frozen, check_losses, check_stages, is_finite, not_finite
+from jasper_fast.checks import bad_texts, check_frozen, check_losses, is_finite, not_finite
 from jasper_fast.config import (
     Config,
     StageConfig,
@@ -40,11 +40,12 @@ from jasper_fast.config import (
 from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.image_data import Images
-from jasper_fast.log import RunLog, SilentLog, check_trackers, memory_gb
+from jasper_fast.log import RunLog, SilentLog, memory_gb
 from jasper_fast.losses import JasperLossOutput
 from jasper_fast.model import Student
+from jasper_fast.prepare import build_student, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, code_digest, join_ranks
-from jasper_fast.run_folder import RunFolder, existing_difference, open_run, what_decides
+from jasper_fast.run_folder import RunFolder, open_run, what_decides
 from jasper_fast.sharding import is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
 from jasper_fast.starts import PRINCIPAL_ROWS, start_at_principal_axes
@@ -114,19 +115,12 @@ def train(
 
 def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     """Train; returns what is left to do for one process, from the export to the report."""
-    from jasper_fast.data import prepare_texts, texts_fingerprint
+    from jasper_fast.data import texts_fingerprint
     from jasper_fast.finish import finish
-    from jasper_fast.image_data import prepare_images
     from jasper_fast.teach import ensure_teachers
 
-    check_trackers(config.log)
-    _check_teachers(config)
     device = pick_device()
-    student = build_student(config)
-    check_stages(config, student, ranks.world)
-    images, kept = prepare_images(config) if config.images is not None else (None, None)
-    texts, transductive = prepare_texts(config)
-    check_sizes(config, len(texts), len(images) if images is not None else 0)
+    student, texts, transductive, images, kept = prepare(config, ranks.world)
     teachers = ensure_teachers(config, texts, progress=ranks.first)
     check_losses(config, teachers.width)
     student.to(device)
@@ -229,7 +223,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     torch.manual_seed(config.seed * 1000 + index)  # what an encoder of its own kind may draw
     if start.stage == index and start.stage_step and checkpoint is not None:
         checkpoint.load_state(optimizer)
-    log.say(_describe(student, stage, names, start))
+    log.say(describe_stage(student, stage, names, start.stage_step))
 
     if stage.vision is not None:
         seeds = (config.seed, index)
@@ -370,12 +364,6 @@ def _together(config: Config, student: Student, ranks: Ranks) -> Student:
     return student
 
 
-def build_student(config: Config) -> Student:
-    """The student before training; its new heads depend on the seed alone."""
-    torch.manual_seed(config.seed)
-    return Student.build(config.student)
-
-
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM asked to stop; a second signal stops at once."""
@@ -412,15 +400,6 @@ def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, An
     return checkpoint.position
 
 
-def _check_teachers(config: Config) -> None:
-    """A misspelt teacher is an error now, not after the texts were built."""
-    from jasper_fast.teachers import describe_teacher
-    from jasper_fast.vectors import describe_vectors
-
-    for teacher in config.teachers:
-        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
-
-
 def _drop_pooled(config: Config, folder: RunFolder, position: Position) -> None:
     """Delete pooled states that a killed run left behind for stages that are over."""
     kept = {stage.name for stage in config.stages[position.stage :]}
@@ -440,33 +419,6 @@ def _counter(work: Work) -> Callable[[int], None]:
             raise Stopped(f"stopped after pooling {done} texts as asked; the same command goes on from here")
 
     return count
-
-
-def _describe(student: Student, stage: StageConfig, names: list[str], start: Position) -> str:
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in student.parameters())
-    where = f", from its step {start.stage_step}" if start.stage_step else ""
-    return (
-        f"stage {stage.name}: trains {trained:,} of {total:,} parameters ({len(names)} tensors), heads {stage.heads}, "
-        f"{stage.steps} steps of {stage.batch_size}{where}"
-    )
-
-
-def describe_plan(config: Config, folder: Path) -> str:
-    """What a run would do, stage by stage, with every parameter that trains; builds the student, trains nothing."""
-    _check_teachers(config)
-    student = build_student(config)
-    check_stages(config, student, 1)
-    lines = [f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}"]
-    for stage in config.stages:
-        names = trained_names(student, stage)
-        set_trained(student, names)
-        lines.append(_describe(student, stage, names, Position(0, 0, 0)))
-        lines += [f"    {name}" for name in names]
-    difference = existing_difference(folder, config)
-    if difference:
-        lines.append("this folder was started with another configuration: " + "; ".join(difference))
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:

@@ -363,6 +363,7 @@ def spoil_third_call():
 
 
 def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
+    import jasper_fast.prepare as preparing
     import jasper_fast.train as module
 
     folder, tree = world
@@ -374,13 +375,13 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
             next(iter(frame_student.encoder.parameters())).add_(1e-3)
         return honest(stage, step)
 
-    build = module.build_student
+    build = preparing.build_student
 
     def remember(config):
         meddle.student = build(config)
         return meddle.student
 
-    monkeypatch.setattr(module, "build_student", remember)
+    monkeypatch.setattr(preparing, "build_student", remember)
     monkeypatch.setattr(module, "learning_rate", meddle)
     with pytest.raises(JasperError, match="a frozen weight changed"):
         module.train(tree, out=tmp_path / "frozen")

@@ -148,9 +148,22 @@ def test_telemetry_reads_the_gpu_that_trains(monkeypatch):
 
 
 def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.train import describe_plan
+    from jasper_fast.prepare import describe_plan
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     tree["teachers"] = [{"model": str(tmp_path / "absent")}]
     with pytest.raises(JasperError, match="there is no such folder"):
         describe_plan(load_config(tree), tmp_path / "out")
+
+
+def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
+    from jasper_fast.prepare import describe_plan
+
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    assert " texts to train on" in describe_plan(load_config(tree), tmp_path / "out")
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "a text"}\n{"text": null}\n')
+    tree["data"]["sources"] = [{"path": str(file)}]
+    with pytest.raises(JasperError, match="line 2: column 'text' is null"):
+        describe_plan(load_config(tree), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,97 @@
+"""What a run needs before its first step. Whatever can be known to be wrong by then is an error here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from jasper_fast.batches import check_sizes
+from jasper_fast.checks import check_stages
+from jasper_fast.config import Config, StageConfig
+from jasper_fast.log import check_trackers
+from jasper_fast.model import Student
+from jasper_fast.run_folder import existing_difference
+from jasper_fast.stages import set_trained, trained_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from jasper_fast.image_data import Images
+
+
+class Prepared(NamedTuple):
+    """Everything but the teachers' vectors."""
+
+    student: Student
+    texts: Dataset
+    transductive: list[str]  # evaluation sets of which some text is among them
+    images: Images | None
+    kept: Images | None  # held out
+
+
+def prepare(config: Config, ranks: int = 1) -> Prepared:
+    """Check trackers, teachers and stages, then read pictures and texts.
+
+    Raises:
+        JasperError: something is missing, unreadable or impossible.
+    """
+    from jasper_fast.data import prepare_texts
+    from jasper_fast.image_data import prepare_images
+
+    check_trackers(config.log)
+    check_teachers(config)
+    student = build_student(config)
+    check_stages(config, student, ranks)
+    images, kept = prepare_images(config) if config.images is not None else (None, None)
+    texts, transductive = prepare_texts(config)
+    check_sizes(config, len(texts), len(images) if images is not None else 0)
+    return Prepared(student, texts, transductive, images, kept)
+
+
+def build_student(config: Config) -> Student:
+    """The student before training; its new heads depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    return Student.build(config.student)
+
+
+def check_teachers(config: Config) -> None:
+    """A misspelt teacher is an error now, not after the texts were built."""
+    from jasper_fast.teachers import describe_teacher
+    from jasper_fast.vectors import describe_vectors
+
+    for teacher in config.teachers:
+        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+
+
+def describe_stage(student: Student, stage: StageConfig, names: list[str], done: int = 0) -> str:
+    """A line about a stage whose parameters are set to train: what, how much, how long; ``done`` of its steps are."""
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in student.parameters())
+    where = f", from its step {done}" if done else ""
+    return (
+        f"stage {stage.name}: trains {trained:,} of {total:,} parameters ({len(names)} tensors), heads {stage.heads}, "
+        f"{stage.steps} steps of {stage.batch_size}{where}"
+    )
+
+
+def describe_plan(config: Config, folder: Path) -> str:
+    """What a run would do, stage by stage, with every parameter that trains; prepares all of it, trains nothing."""
+    student, texts, transductive, images, _ = prepare(config)
+    pictures = f" and {len(images):,} pictures" if images is not None else ""
+    lines = [
+        f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
+        f"{len(texts):,} texts{pictures} to train on"
+    ]
+    if transductive:
+        lines.append(f"some texts of {', '.join(transductive)} are among them: scores there will be transductive")
+    for stage in config.stages:
+        names = trained_names(student, stage)
+        set_trained(student, names)
+        lines.append(describe_stage(student, stage, names))
+        lines += [f"    {name}" for name in names]
+    difference = existing_difference(folder, config)
+    if difference:
+        lines.append("this folder was started with another configuration: " + "; ".join(difference))
+    return "\n".join(lines)
