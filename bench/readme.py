@@ -1,6 +1,7 @@
 """Write the README's tables from committed results: ``python -m bench readme`` (``--check`` only compares).
 
-The run shown is the one whose report lies in ``docs/runs/minilm-docstrings``, copied there with ``--from RUN``.
+The runs shown are those whose reports lie in ``docs/runs``, copied there with ``--from RUN``: the embedded default, and
+the recipe on public text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
 from jasper_fast.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ROOT / "docs" / "runs" / "minilm-docstrings"
+RUNS = ROOT / "docs" / "runs"
+DEFAULT, PUBLIC = "minilm-docstrings", "minilm-public"
 COPIED = ("results.json", "report.md", "config.yaml", "plots")
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 FLOORS = {STUDENT: "**student**", PCA: "PCA of the teacher", TRUNCATED: "first coordinates of the teacher"}
@@ -31,7 +33,8 @@ def main(argv: list[str]) -> int:
         copy_report(Path(options.run))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    wanted = with_results(text, json.loads((SHOWN / "results.json").read_text(encoding="utf-8")))
+    sections = [section(read_results(DEFAULT)), public_section(read_results(PUBLIC))]
+    wanted = with_results(text, "\n\n".join(sections))
     if options.check:
         print("README.md is up to date" if wanted == text else "README.md differs: run python -m bench readme")
         return int(wanted != text)
@@ -41,20 +44,26 @@ def main(argv: list[str]) -> int:
 
 def copy_report(run: Path) -> None:
     """Put a run's report, scores, configuration and pictures under docs/."""
-    SHOWN.mkdir(parents=True, exist_ok=True)
+    shown = RUNS / json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+    shown.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        source, target = run / name, SHOWN / name
+        source, target = run / name, shown / name
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             shutil.copyfile(source, target)
 
 
-def with_results(readme: str, results: dict[str, Any]) -> str:
+def read_results(recipe: str) -> dict[str, Any]:
+    """What a recipe's committed run scored."""
+    return json.loads((RUNS / recipe / "results.json").read_text(encoding="utf-8"))
+
+
+def with_results(readme: str, results: str) -> str:
     """The README with its results section made anew."""
     head, rest = readme.split(START)
     _, tail = rest.split(END)
-    return head + START + "\n" + section(results) + "\n" + END + tail
+    return head + START + "\n" + results + "\n" + END + tail
 
 
 def section(results: dict[str, Any]) -> str:
@@ -84,4 +93,40 @@ def section(results: dict[str, Any]) -> str:
     share = [f"{100 * rows[STUDENT, w] / teacher:.1f} %" for w in widths]
     lines.append("| student's share of the teacher | " + " | ".join(share) + " |")
     lines += ["", "![quality against width](docs/runs/minilm-docstrings/plots/widths.png)"]
+    return "\n".join(lines)
+
+
+def public_section(results: dict[str, Any]) -> str:
+    """A table of one run on several sets: the student at every width beside its teacher and the teacher's PCA."""
+    keys = [f"{one['name']}/{one['metric']}" for one in results["sets"]]
+    rows = {(row["model"], row["width"]): row["scores"] for row in results["rows"]}
+    facts = results["facts"]
+    teacher = rows[TEACHER, facts["teacher_width"]]
+    widest, *narrow = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
+
+    def line(name: str, values: list[str]) -> str:
+        return f"| {name} | " + " | ".join(values) + " |"
+
+    def scores(name: str, row: tuple[str, int]) -> str:
+        return line(name, [f"{100 * rows[row][key]:.1f}" for key in keys])
+
+    unseen = (
+        f"texts of {', '.join(results['transductive'])} were" if results["transductive"] else "none of their texts was"
+    )
+    lines = [
+        f"Half an hour on public text (`bench/recipes/{results['recipe']}.yaml`: {facts['texts']:,} texts; "
+        f"{unseen}; [report](docs/runs/{results['recipe']}/report.md)):",
+        "",
+        line("", [f"{one['name']} {one['metric']}" for one in results["sets"]]),
+        "|---" * (len(keys) + 1) + "|",
+        scores("teacher", (TEACHER, facts["teacher_width"])),
+        scores("student before", (BEFORE, widest)),
+        scores(f"**student**, {widest} wide", (STUDENT, widest)),
+        line("its share of the teacher", [f"{100 * rows[STUDENT, widest][k] / teacher[k]:.1f} %" for k in keys]),
+    ]
+    for width in narrow:
+        lines += [
+            scores(f"**student**, {width} wide", (STUDENT, width)),
+            scores(f"PCA of the teacher, {width} wide", (PCA, width)),
+        ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The README's tables are what the committed results give."""
 
-from bench.readme import main, section
+from bench.readme import main, public_section, section
 
 RESULTS = {
     "primary": {"set": "s", "metric": "nDCG@10"},
@@ -22,6 +22,15 @@ def test_the_section_holds_every_figure_in_its_place():
     assert "| **student** | 76.0 | 60.0 |" in text
     assert "| PCA of the teacher |  | 55.0 |" in text
     assert "| student's share of the teacher | 95.0 % | 75.0 % |" in text
+
+
+def test_the_public_section_has_a_row_for_every_width_and_floor():
+    facts = RESULTS["facts"] | {"teacher_width": 8}
+    more = {"recipe": "r", "sets": [{"name": "s", "metric": "nDCG@10"}], "facts": facts}
+    text = public_section(RESULTS | more)
+    assert "| teacher | 80.0 |" in text and "| its share of the teacher | 95.0 % |" in text
+    assert "| **student**, 4 wide | 60.0 |\n| PCA of the teacher, 4 wide | 55.0 |" in text
+    assert "none of their texts was trained on" in text
 
 
 def test_the_readme_is_up_to_date():
