@@ -1,4 +1,7 @@
-"""``python -m bench NAME [arguments]`` runs ``main(argv)`` of ``bench/NAME.py``."""
+"""``python -m bench NAME [arguments]`` runs ``main(argv)`` of ``bench/NAME.py``; without a name, the suite.
+
+python -m bench --device cuda       losses, mips and train on a GPU
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 
 from jasper_fast.errors import run_cli
 
+SUITE = ("losses", "mips", "train")  # each takes --device, prints tables and writes JSON under bench/results
+
 
 def names() -> list[str]:
     """The benchmarks there are: the modules of this folder that are neither private nor pytest files."""
@@ -17,15 +22,20 @@ def names() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run one benchmark; without a name, or with a wrong one, list them and return 2 (0 for --help)."""
-    if not argv or argv[0] not in names():
-        wanted_help = bool(argv) and argv[0] in ("-h", "--help")
-        if argv and not wanted_help:
+    """Run one benchmark, or without a name the suite, arguments passed on; with a wrong name list them and return 2."""
+    wanted_help = bool(argv) and argv[0] in ("-h", "--help")
+    if wanted_help or (argv and not argv[0].startswith("-") and argv[0] not in names()):
+        if not wanted_help:
             print(f"error: no benchmark called {argv[0]!r}", file=sys.stderr)
-        listing = "\n".join(f"  python -m bench {name}" for name in names()) or "  (none yet)"
-        print(f"usage: python -m bench NAME [arguments]\n\nbenchmarks:\n{listing}", file=sys.stderr)
+        listing = "\n".join(f"  python -m bench {name}" for name in names())
+        print(
+            f"usage: python -m bench [NAME] [arguments]\n\nwithout NAME: {', '.join(SUITE)} in turn (--device cuda: "
+            f"on a GPU)\nbenchmarks:\n{listing}",
+            file=sys.stderr,
+        )
         return 0 if wanted_help else 2
-    return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
+    chosen, rest = ([argv[0]], argv[1:]) if argv and argv[0] in names() else (SUITE, argv)
+    return max(importlib.import_module(f"bench.{name}").main(rest) or 0 for name in chosen)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Distil text-embedding models: several teachers into one small student, many vector widths, one command.
 
 ``jasper_fast.train(config)`` and ``python -m jasper_fast.train`` are the same thing; ``jasper_fast.losses`` holds the
-losses. Both are imported on first use, so that ``import jasper_fast`` stays light.
+losses, ``jasper_fast.mips`` exact search. All are imported on first use, so that ``import jasper_fast`` stays light.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jasper_fast import losses
+    from jasper_fast import losses, mips, pictures, sentence_transformers
     from jasper_fast.train import train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "losses", "train"]
+__all__ = ["__version__", "losses", "mips", "pictures", "sentence_transformers", "train"]
 
-_LAZY = ("losses", "train")
+_LAZY = ("losses", "mips", "pictures", "sentence_transformers", "train")
 
 
 class _CallableModule(ModuleType):

@@ -58,7 +58,8 @@ def environment() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "cpu": _cpu(),
         "extension": _extension(),
-        "gpus": _gpus(),
+        "gpus": (gpus := _gpus()),
+        "kernels": _kernels(gpus),
         "trackers": {name: _version(name) for name in TRACKERS},
         "onnx": {name: _version(name) for name in ONNX},
     }
@@ -79,6 +80,8 @@ def describe(found: Mapping[str, Any]) -> str:
     ]
     if not found["gpus"]["devices"]:
         lines.append(("gpu", f"none in use: {found['gpus']['reason']}"))
+    kernels = found["kernels"]
+    lines.append(("triton kernels", "in use on the GPUs" if kernels["in_use"] else f"not in use: {kernels['reason']}"))
     lines += [(name, version or _absent(name)) for name, version in {**found["trackers"], **found["onnx"]}.items()]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
@@ -98,6 +101,14 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _kernels(gpus: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether losses and searches of tensors on a GPU go through the Triton kernels."""
+    reason = "there is no GPU for them" if not gpus["devices"] else None
+    if _version("triton") is None:
+        reason = "Triton is not installed"
+    return {"in_use": reason is None, "reason": reason}
 
 
 def _absent(name: str) -> str:

@@ -128,7 +128,19 @@ class JasperLossOutput(NamedTuple):
     cosine: Tensor
     similarity: Tensor
     relative_similarity: Tensor
+
+
+class NeighbourhoodLossOutput(NamedTuple):
+    """The same of a `JasperLoss` whose ``neighbourhood`` is above 0."""
+
+    loss: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    relative_similarity: Tensor
     neighbourhood: Tensor
+
+
+AnyOutput = JasperLossOutput | NeighbourhoodLossOutput
 
 
 class JasperLoss(nn.Module):
@@ -142,7 +154,7 @@ class JasperLoss(nn.Module):
         group: process group whose ranks' batches make one batch. Every rank gets the global loss, and its own rows'
             gradient times the number of ranks, which averaging over ranks (DDP, FSDP) turns into the global gradient.
         rows: of a group, how many rows each rank has; None: all as many as this one.
-        neighbourhood: weight of `neighbourhood_loss`; finite, >= 0.
+        neighbourhood: weight of `neighbourhood_loss`; finite, >= 0. Above 0 the output has a fifth part of that name.
         temperature: see `neighbourhood_loss`; one for all heads, or one for each, by width.
 
     Raises:
@@ -189,7 +201,7 @@ class JasperLoss(nn.Module):
             f"neighbourhood={self.neighbourhood}, temperature={self.temperature}"
         )
 
-    def forward(self, student: Tensor | Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+    def forward(self, student: Tensor | Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
         """The losses of a batch.
 
         Args:
@@ -234,7 +246,8 @@ class JasperLoss(nn.Module):
                     neighbourhood / len(units),
                 )
             weighted = [w * part for w, part in zip((*self.weights, self.neighbourhood), parts, strict=True) if w]
-            return JasperLossOutput(sum(weighted, start=zero), *parts)
+            total = sum(weighted, start=zero)
+            return NeighbourhoodLossOutput(total, *parts) if self.neighbourhood else JasperLossOutput(total, *parts[:3])
 
     def _neighbourhood(self, heads: list[Tensor], teacher: Tensor) -> Tensor:
         """The sum over heads, those of one temperature in one pass."""
@@ -250,7 +263,7 @@ class JasperLoss(nn.Module):
 
     def value_and_grad(
         self, student: Tensor | Mapping[int, Tensor], teacher: Tensor
-    ) -> tuple[JasperLossOutput, dict[int, Tensor]]:
+    ) -> tuple[AnyOutput, dict[int, Tensor]]:
         """The losses and the gradient of their weighted sum with respect to the student's vectors themselves.
 
         For gradient caching: encode a batch far beyond memory in pieces without a graph, take this of all vectors, then
@@ -272,7 +285,7 @@ class JasperLoss(nn.Module):
         if not output.loss.requires_grad:  # every weight is 0, or no head has the one loss that is weighted
             return output, {width: torch.zeros_like(head) for width, head in given.items()}
         gradients = torch.autograd.grad(output.loss, heads, allow_unused=True, materialize_grads=True)
-        detached = JasperLossOutput(*(part.detach() for part in output))
+        detached = type(output)(*(part.detach() for part in output))
         return detached, dict(zip(leaves, gradients, strict=True))
 
 

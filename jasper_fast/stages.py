@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jasper_fast.codes import straight_through
 from jasper_fast.config import TEMPERATURE, LossWeights, StageConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.losses import JasperLoss, JasperLossOutput
+from jasper_fast.losses import AnyOutput, JasperLoss, JasperLossOutput, NeighbourhoodLossOutput
 from jasper_fast.model import Student
 from jasper_fast.sharding import own_part
 
@@ -139,7 +139,7 @@ class StageLoss(nn.Module):
         if stage.codes:
             self.coded = jasper_loss(narrow.model_copy(update={"cosine": 0.0}), stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
         """Losses of a batch.
 
         Args:
@@ -153,16 +153,20 @@ class StageLoss(nn.Module):
             output = output._replace(loss=output.loss + self.codes_weight * coded.loss)
         return output
 
-    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
         if self.together:
             return self.wide(students, teacher)
         narrow = {width: vectors for width, vectors in students.items() if width != self.widest}
-        outputs = []
+        outputs: list[AnyOutput] = []
         if self.widest in students:
             outputs.append(self.wide({self.widest: students[self.widest]}, teacher))
         if narrow:
             outputs.append(self.narrow(narrow, students[self.widest].detach() if self.own_target else teacher))
-        return outputs[0] if len(outputs) == 1 else JasperLossOutput(*(a + b for a, b in zip(*outputs, strict=True)))
+        parts: dict[str, Tensor] = {}
+        for output in outputs:
+            for name, part in output._asdict().items():
+                parts[name] = parts[name] + part if name in parts else part
+        return NeighbourhoodLossOutput(**parts) if "neighbourhood" in parts else JasperLossOutput(**parts)
 
 
 def jasper_loss(

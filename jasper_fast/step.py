@@ -19,7 +19,7 @@ from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig
 from jasper_fast.encode import autocast
 from jasper_fast.errors import JasperError
-from jasper_fast.losses import JasperLossOutput
+from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import StageLoss
@@ -68,7 +68,7 @@ def take_gradients(
     precision: Literal["auto", "fp32", "bf16"],
     keep: Tensor | None = None,
     shares: Shares | None = None,
-) -> tuple[JasperLossOutput, dict[int, Tensor]]:
+) -> tuple[AnyOutput, dict[int, Tensor]]:
     """Add the batch's gradient to whatever trains.
 
     Args:

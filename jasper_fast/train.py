@@ -41,7 +41,7 @@ from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.image_data import Images
 from jasper_fast.log import RunLog, SilentLog, memory_gb
-from jasper_fast.losses import JasperLossOutput
+from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
 from jasper_fast.prepare import build_student, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, code_digest, join_ranks
@@ -253,7 +253,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
                 ranks.average_gradients(student.parameters())
             with shares.part("optimiser"):
                 norm = gradient_norm(student, stage.clip)
-                numbers = _read(stage, output, norm)
+                numbers = _read(output, norm)
             with shares.part("communication"):
                 numbers, tokens, padded, stopping, bad = _exchange(ranks, numbers, batch, work.stop())
         if bad:
@@ -298,7 +298,7 @@ def _gradients(
     loss_of: StageLoss | VisionLoss,
     keep: torch.Tensor | None,
     shares: Shares,
-) -> tuple[JasperLossOutput, dict[int, torch.Tensor]]:
+) -> tuple[AnyOutput, dict[int, torch.Tensor]]:
     precision = work.config.precision
     try:
         return take_gradients(work.student, batch, stage, loss_of, work.device, precision, keep, shares)
@@ -312,11 +312,9 @@ def gradient_norm(student: Student, clip: float | None) -> torch.Tensor:
     return whole(torch.nn.utils.clip_grad_norm_(trained, clip if clip is not None else math.inf))
 
 
-def _read(stage: StageConfig, output: JasperLossOutput, norm: torch.Tensor) -> dict[str, float]:
+def _read(output: AnyOutput, norm: torch.Tensor) -> dict[str, float]:
     """The step's numbers on the host, in a single read."""
     scalars = {**output._asdict(), "grad_norm": norm}
-    if not (stage.weights.neighbourhood or (stage.narrow_weights and stage.narrow_weights.neighbourhood)):
-        scalars.pop("neighbourhood")
     return dict(zip(scalars, torch.stack([v.detach().double() for v in scalars.values()]).tolist(), strict=True))
 
 

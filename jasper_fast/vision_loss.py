@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from jasper_fast.config import StageConfig
 from jasper_fast.gather import gather_rows
-from jasper_fast.losses import JasperLossOutput
+from jasper_fast.losses import AnyOutput
 from jasper_fast.stages import jasper_loss, temperature_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class VisionLoss(nn.Module):
         self.group, self.rows = group, rows
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> JasperLossOutput:
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
         """Losses of a batch.
 
         Args:
@@ -49,9 +49,9 @@ class VisionLoss(nn.Module):
         """
         targets = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
         outputs = [self._head(width, vectors, targets[width]) for width, vectors in students.items()]
-        return JasperLossOutput(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
+        return type(outputs[0])(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
 
-    def _head(self, width: int, pictures: Tensor, captions: Tensor) -> JasperLossOutput:
+    def _head(self, width: int, pictures: Tensor, captions: Tensor) -> AnyOutput:
         output = self.one({width: pictures}, captions)
         if not self.contrastive:
             return output

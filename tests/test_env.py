@@ -60,6 +60,7 @@ def test_the_report_is_json_and_true(tmp_path):
     assert found["jasper_fast"]["version"] == jasper_fast.__version__
     assert found["extension"]["loaded"] is (extension.extension_error() is None)
     assert len(found["gpus"]["devices"]) == torch.cuda.device_count()
+    assert found["kernels"]["in_use"] or found["kernels"]["reason"]
 
 
 def test_a_missing_extension_is_said_with_its_reason(monkeypatch):
@@ -78,6 +79,9 @@ def test_gpus_are_listed(monkeypatch):
     text = env.describe(env.environment())
     assert text.count("NVIDIA H200, sm_90, 141.0 GB") == 2
     assert "none in use" not in text
+    monkeypatch.setattr(env, "_version", lambda name: "1.0")
+    assert env.environment()["kernels"] == {"in_use": True, "reason": None}
+    assert "in use on the GPUs" in env.describe(env.environment())
 
 
 def test_absent_tools_say_what_to_type(monkeypatch):
@@ -123,6 +127,13 @@ for order in {IMPORT_ORDERS!r}:
     os.wait()
 """
     assert run(code, cwd=tmp_path).splitlines() == [f"{order} -> True" for order in IMPORT_ORDERS]
+
+
+def test_what_the_readme_names_is_there_after_one_import(tmp_path):
+    code = (
+        "import jasper_fast as j; print(j.mips.topk.__name__, j.losses.JasperLoss, j.sentence_transformers.JasperLoss)"
+    )
+    assert run(code, cwd=tmp_path).startswith("topk <class")
 
 
 def test_an_unknown_name_is_an_attribute_error():

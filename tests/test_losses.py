@@ -261,7 +261,9 @@ def test_weight_zero_is_not_computed(monkeypatch):
     student, teacher = torch.randn(2, 8, 4)
     output = JasperLoss(weights=(2.0, 0.0, 0.0))(student, teacher)
     torch.testing.assert_close(output.loss, 2.0 * cosine_loss(student, teacher))
-    assert output.similarity == output.relative_similarity == output.neighbourhood == 0
+    assert output.similarity == output.relative_similarity == 0
+    loss, *parts = output
+    assert len(parts) == 3 and loss == output.loss
 
 
 @every_loss

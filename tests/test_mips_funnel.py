@@ -115,14 +115,15 @@ def test_a_binary_shortlist_is_ranked_by_the_wide_vectors():
 
 def test_wrong_patterns_are_refused():
     index = SignIndex(8)
-    with pytest.raises(ValueError, match="the index is empty"):
-        index.search(torch.randn(1, 8), 1)
+    assert index.search(torch.randn(1, 8), 1)[1].tolist() == [[-1]]
     with pytest.raises(ValueError, match="x: row 1 holds NaN"):
         index.add(torch.tensor([[1.0] * 8, [torch.nan] * 8]))
     assert len(index) == 0
     index.add(torch.randn(3, 8))
-    with pytest.raises(ValueError, match="k must be from 1 to the number of rows, 3; got 4"):
-        index.search(torch.randn(1, 8), 4)
+    scores, ids = index.search(torch.randn(1, 8), 4)
+    assert sorted(ids[0].tolist()) == [-1, 0, 1, 2] and scores[0, 3] == -torch.inf
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        index.search(torch.randn(1, 8), 0)
     with pytest.raises(ValueError, match="q has width 7, the index 8"):
         index.search(torch.randn(1, 7), 1)
     with pytest.raises(ValueError, match="dim must be a whole number"):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jasper_fast.errors import JasperError
-from jasper_fast.mips import FlatIPIndex
+from jasper_fast.mips import FlatIPIndex, topk
 from jasper_fast.mips import index as index_module
 
 DTYPES = ("bfloat16", "float32", "int8")
@@ -164,10 +164,8 @@ def test_wrong_arguments_are_named():
     assert len(index) == 333  # all rows are added, or none
     with pytest.raises(ValueError, match="q has width 3, the index 24"):
         index.search(torch.randn(1, 3), 1)
-    with pytest.raises(ValueError, match="from 1 to the number of corpus rows, 333; got 334"):
-        index.search(torch.randn(1, 24), 334)
-    with pytest.raises(ValueError, match="the corpus is empty"):
-        FlatIPIndex(4).search(torch.randn(1, 4), 1)
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        index.search(torch.randn(1, 24), 0)
     with pytest.raises(ValueError, match="dtype must be one of 'bfloat16', 'float32', 'int8', got 'fp8'"):
         FlatIPIndex(4, dtype="fp8")
     with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got 0"):
@@ -175,6 +173,21 @@ def test_wrong_arguments_are_named():
     for wrong in (-1, 333):
         with pytest.raises(IndexError, match=f"id {wrong} is not in an index of 333 rows"):
             index.reconstruct(wrong)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_rows_that_are_not_there_are_filled(rows):
+    index = FlatIPIndex(4, dtype="float32")
+    stored = torch.randn(rows, 4)
+    if rows:
+        index.add(stored)
+    queries = torch.randn(3, 4)
+    scores, ids = index.search(queries, 9)
+    assert scores.shape == ids.shape == (3, 9) and scores.dtype == torch.float32 and ids.dtype == torch.int64
+    assert (ids[:, rows:] == -1).all() and (scores[:, rows:] == -torch.inf).all()
+    assert torch.equal(ids[:, :rows], (queries @ stored.T).argsort(dim=1, descending=True))
+    found = topk(queries.numpy(), stored.numpy(), 9)
+    assert (found[1] == ids.numpy()).all() and (found[0] == scores.numpy()).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

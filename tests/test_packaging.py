@@ -11,6 +11,7 @@ import zipfile
 from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -84,7 +85,7 @@ def test_every_third_party_import_is_declared():
         assert owners & declared, f"{name} ({', '.join(owners)}) is imported but not declared in pyproject.toml"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["no_such_benchmark"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["no_such_benchmark"]])
 def test_bench_lists_what_there_is(arguments):
     done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == (0 if arguments == ["--help"] else 2)
@@ -93,6 +94,18 @@ def test_bench_lists_what_there_is(arguments):
     ]
     assert all(f"python -m bench {name}" in done.stderr for name in there)
     assert ("no benchmark called 'no_such_benchmark'" in done.stderr) == (arguments == ["no_such_benchmark"])
+
+
+def test_without_a_name_the_suite_runs(monkeypatch):
+    from bench import __main__ as command
+
+    ran = []
+    monkeypatch.setattr(
+        command.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: ran.append((name, argv)))
+    )
+    assert command.main(["--device", "cuda"]) == 0 and command.main(["binned", "--rows", "3"]) == 0
+    assert ran[:3] == [(f"bench.{name}", ["--device", "cuda"]) for name in ("losses", "mips", "train")]
+    assert ran[3:] == [("bench.binned", ["--rows", "3"])]
 
 
 @pytest.mark.soak

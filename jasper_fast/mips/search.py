@@ -64,7 +64,7 @@ def topk(
         corpus: (N, D) float32, bfloat16 or float16 tensor or array, memory-mapped arrays included. A corpus on another
             device, in float16 or not contiguous is copied in pieces of at most a third of ``scratch``, to a GPU while
             the piece before is searched.
-        k: how many, 1 to N.
+        k: how many, at least 1.
         precision: "certified" and "exact" rank as fp64 dot products of the given rows do, the first from faster
             low-precision scores whose error bounds are proven (queries for which a bound fails are redone), the second
             by computing everything in fp64; "fast" ranks by the low-precision scores.
@@ -72,10 +72,10 @@ def topk(
         scratch: bytes that the search may use beside its inputs and results.
 
     Returns:
-        scores (Q, k) float32 and indices (Q, k) int64; with fewer than k valid rows the rest is −inf and −1.
+        scores (Q, k) float32 and indices (Q, k) int64; with fewer than k (valid) rows the rest is −inf and −1.
 
     Raises:
-        ValueError: wrong shapes, k outside 1…N, an empty corpus, an unknown precision, or a row with NaN or infinity.
+        ValueError: wrong shapes, k below 1, an unknown precision, or a row with NaN or infinity.
         TypeError: a dtype that is not named above.
     """
     asked, rows = as_tensor(queries, "queries"), as_tensor(corpus, "corpus")
@@ -124,15 +124,15 @@ def search(
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"k must be a whole number, got {k!r}")
-    if total == 0:
-        raise ValueError("the corpus is empty: there is nothing to search")
-    if not 1 <= k <= total:
-        raise ValueError(f"k must be from 1 to the number of corpus rows, {total}; got {k}")
-    k = int(k)
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
+    k, missing = min(int(k), total), max(0, int(k) - total)
     mask = _mask(valid, len(queries), total, queries.device)
     bad = (~queries.isfinite().all(dim=1)).nonzero()
     if len(bad):
         raise ValueError(f"queries: row {int(bad[0])} holds NaN or infinity")
+    if total == 0:
+        return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
     asked = Queries.of(queries)
     if len(shards) == 1:
         state = _complete(pieces, asked, mask, k, precision, scratch)
@@ -150,7 +150,15 @@ def search(
             scores, ids = other.sorted()
             state.merge_table(scores.to(queries.device), ids.to(queries.device))
     scores, ids = state.sorted()
-    return torch.ldexp(scores, asked.exponents[:, None].double()).float(), ids
+    return _padded(torch.ldexp(scores, asked.exponents[:, None].double()), ids, missing)
+
+
+def _padded(scores: Tensor, ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+    """Results with so many more columns, for rows that are not there."""
+    if not missing:
+        return scores.float(), ids
+    pad = torch.nn.functional.pad
+    return pad(scores.float(), (0, missing), value=-torch.inf), pad(ids.long(), (0, missing), value=-1)
 
 
 def _complete(
@@ -332,7 +340,8 @@ def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None
         raise ValueError(f"{name} must have the shape (rows, width), got {tuple(rows.shape)}")
     if rows.dtype not in dtypes:
         named = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be one of {named}; got {str(rows.dtype).removeprefix('torch.')}")
+        given = str(rows.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be one of {named}; got {given}: convert them, for instance to float32")
 
 
 def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
@@ -349,8 +358,16 @@ def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
         valid = torch.as_tensor(valid)
     if valid.dtype.is_floating_point or valid.dtype.is_complex:
         raise TypeError(f"valid must be bool, or row numbers, got {str(valid.dtype).removeprefix('torch.')}")
-    if valid.dtype != torch.bool and valid.dim() == 1:
+    if valid.dtype != torch.bool and valid.dim() != 1:
+        raise TypeError(
+            f"valid of {valid.dim()} dimensions must be bool, got {str(valid.dtype).removeprefix('torch.')}"
+        )
+    if valid.dtype != torch.bool:
         numbers = valid.cpu().numpy()
+        if len(numbers) == total > 2 and ((numbers == 0) | (numbers == 1)).all():
+            raise TypeError(
+                f"valid holds {total} zeros and ones, which as row numbers would be two rows; give it as bool"
+            )
         _check_numbers(numbers, total)
         valid = torch.zeros(total, dtype=torch.bool)
         valid[torch.as_tensor(numbers.astype(np.int64))] = True

@@ -52,29 +52,30 @@ class SignIndex:
 
         Args:
             q: (Q, dim) tensor or array; its kind is the results' kind.
-            k: how many, 1 to len(self).
+            k: how many, at least 1.
 
         Returns:
-            scores (Q, k) float32, shared signs less others, which is the inner product of the signs, and ids (Q, k).
+            scores (Q, k) float32, shared signs less others, which is the inner product of the signs, and ids (Q, k);
+            with fewer than k rows the rest is −inf and −1.
 
         Raises:
-            ValueError: wrong shapes, k outside 1…len(self), an empty index, or a query with NaN or infinity.
+            ValueError: wrong shapes, k below 1, or a query with NaN or infinity.
         """
         queries = self._checked(q, "q")
-        if not len(self):
-            raise ValueError("the index is empty: there is nothing to search")
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k must be from 1 to the number of rows, {len(self)}; got {k}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1; got {k}")
+        k, missing = min(k, len(self)), max(0, k - len(self))
         asked = patterns(queries)
-        group = max(1, self.scratch // (2 * 8 * len(self)))  # keys of all rows, and numpy's copy of them
+        group = max(1, self.scratch // (2 * 8 * max(1, len(self))))  # keys of all rows, and numpy's copy of them
         found = np.empty((len(asked), k), dtype=np.int64)
         for start in range(0, len(asked), group):
             keys = self._keys(asked[start : start + group])
             if k < len(self):
                 keys = np.partition(keys, k - 1, axis=1)[:, :k]
             found[start : start + group] = np.sort(keys, axis=1)
-        distances, ids = np.divmod(found, len(self))
-        scores = (self.dim - 2 * distances).astype(np.float32)
+        distances, ids = np.divmod(found, max(1, len(self)))
+        scores = np.pad((self.dim - 2 * distances).astype(np.float32), ((0, 0), (0, missing)), constant_values=-np.inf)
+        ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
         if isinstance(q, Tensor):
             return torch.from_numpy(scores).to(q.device), torch.from_numpy(ids).to(q.device)
         return scores, ids
