@@ -82,12 +82,15 @@ class TextIndex:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def encode(self, questions: Sequence[str]) -> np.ndarray:
+        """Questions' vectors, (Q, width) float32."""
+        return self._encode(list(questions), self.role)[self.width]
+
     def ask(self, questions: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The k texts nearest to every question, nearest first."""
         if not questions:
             return []
-        queries = self._encode(list(questions), self.role)[self.width]
-        scores, ids = self.vectors.search(queries, min(k, len(self)))
+        scores, ids = self.vectors.search(self.encode(questions), min(k, len(self)))
         return [
             [Hit(score, number, self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
             for pair in zip(scores.tolist(), ids.tolist(), strict=True)
