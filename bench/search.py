@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     }
     print(
         f"{found['texts']:,} texts, vectors {found['width']} wide: a typed question takes "
-        f"{found['milliseconds']:.1f} ms (slowest of 20: {found['milliseconds_p95']:.1f}), of which searching {found['search_milliseconds']:.1f}"
+        f"{found['milliseconds']:.1f} ms (one in 20 more than {found['milliseconds_p95']:.1f}), of which searching "
+        f"{found['search_milliseconds']:.1f}"
     )
     write_atomic(options.out, json.dumps(found, indent=1) + "\n")
     return 0
