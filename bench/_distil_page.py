@@ -24,12 +24,13 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         "# Beside sentence-transformers' own distillation",
         "Written by `python -m bench distil` from [distil.json](../bench/results/distil.json). Every arm starts from "
         "the same student, trains on the same texts and teacher vectors in fp32 on the same machine "
-        f"(threads: {environment['threads']}), and gets the same seconds; mean ± standard deviation over seeds "
+        f"(threads: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± standard deviation over seeds "
         f"{', '.join(map(str, environment['seeds']))}. The peers are "
         "`EmbedDistillLoss` with the distances that it offers, alone and inside `MatryoshkaLoss`, under "
         "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
         "narrow by PCA (axes of the teacher's vectors) and by truncation.",
-        f"Machine: {environment['cpu']}; commit {environment['commit']}.",
+        f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs; commit "
+        f"{environment['commit']}.",
         "## What it comes to",
         "\n".join(verdicts(results)),
         "## Training",
@@ -67,10 +68,12 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
             gap = 100 * (mean([s[key] for s in ours]) - mean([s[key] for s in peers[first]]))
             parts.append(f"{key} {gap:+.2f} ({first})")
         gap = 100 * (mean(map(_mean, ours)) - mean(map(_mean, peers[best])))
+        above = scores.get(("teacher PCA", width))
+        mark = f" PCA of the teacher itself: {spread([*map(_mean, above)])}." if above else ""
         lines.append(
             f"- **{width} wide: {gap:+.2f} points on the mean**, {spread([*map(_mean, ours)])} against "
             f"{spread([*map(_mean, peers[best])])} of the best peer, {best}. Against the best peer on each figure: "
-            f"{'; '.join(parts)}."
+            f"{'; '.join(parts)}.{mark}"
         )
     return lines
 

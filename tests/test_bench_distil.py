@@ -73,7 +73,7 @@ def test_the_table_shows_every_arm_with_its_spread(arms):
 def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
     folder, _ = arms
     results = {
-        "environment": {"seeds": [0], "threads": 1, "cpu": "none", "commit": "abc"},
+        "environment": {"seeds": [0], "threads": 1, "cpu": {"model": "none", "logical_cpus": 1}, "commit": "abc"},
         "arms": {arm: [read(folder, arm)] for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka")},
     }
     for row in results["arms"]["st-mse"][0]["rows"]:
