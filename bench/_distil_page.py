@@ -24,8 +24,8 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         "# Beside sentence-transformers' own distillation",
         "Written by `python -m bench distil` from [distil.json](../bench/results/distil.json). Every arm starts from "
         "the same student, trains on the same texts and teacher vectors in fp32 on the same machine "
-        f"(threads: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, environment['seeds']))}. The peers are "
+        f"(threads: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± standard "
+        f"deviation over seeds {', '.join(map(str, environment['seeds']))}. The peers are "
         "`EmbedDistillLoss` with the distances that it offers, alone and inside `MatryoshkaLoss`, under "
         "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
         "narrow by PCA (axes of the teacher's vectors) and by truncation.",
