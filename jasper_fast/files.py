@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from jasper_fast.errors import JasperError
 
 TEMPORARY = ".unfinished-"  # what starts with this was never published and may be deleted
-ASIDE = f"{TEMPORARY}old-"  # .unfinished-old-NAME-xxxxxxxx holds what was published as NAME, while another replaces it
+ASIDE = ".replaced-"  # .replaced-NAME-xxxxxxxx holds what was published as NAME while something else takes its place
 FILE_IN_THE_WAY = "a file is where a folder should be: move it or choose another place"
 CLOSED = "the folder cannot be written: choose another place or change its permissions"
 MENDS = {
