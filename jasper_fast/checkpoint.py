@@ -176,9 +176,9 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, _ = manifest["files"], Position(**manifest["position"])
+        files, _, _ = dict(manifest["files"]), dict(manifest["facts"]), Position(**manifest["position"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
+        return f"{MANIFEST} cannot be read: {error!r}"
     for name, digest in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -310,7 +310,7 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    """A whole run. See the README for a walk through every field."""
+    """A whole run. The README shows one; ``--print-config`` writes out every field."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Annotated[int, Field(ge=0, strict=True)] = 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jasper_fast.arrow import read_mapped, stream_bytes, write_index
 from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.files import TEMPORARY, publish_dir, sha256, write_atomic
+from jasper_fast.files import TEMPORARY, locked, publish_dir, sha256, write_atomic
 from jasper_fast.sources import draw, read_source, source_stamp
 from jasper_fast.treatment import Exchanges, treat
 
@@ -72,7 +72,6 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
         JasperError: a source cannot be read, is empty or has a bad row, or no text is left.
     """
     from datasets import load_from_disk
-    from filelock import FileLock
 
     barred = frozenset(exclude)
     settings = {
@@ -84,9 +83,7 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
     }
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(data.cache).expanduser() / f"texts-{key}"
-    locks = folder.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{folder.name}.lock"):  # other processes of the run wait here for the first
+    with locked(folder):  # other processes of the run wait here for the first
         if not (folder / "state.json").is_file() or not _files_whole(folder):
             _remove_unfinished(folder)
             with publish_dir(folder, replace=True) as temporary:

@@ -5,15 +5,34 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from jasper_fast.errors import JasperError
 
 TEMPORARY = ".unfinished-"  # what starts with this was never published and may be deleted
+ASIDE = ".replaced-"  # .replaced-NAME-xxxxxxxx holds what was published as NAME while something else takes its place
+FILE_IN_THE_WAY = "a file is where a folder should be: move it or choose another place"
+CLOSED = "the folder cannot be written: choose another place or change its permissions"
+MENDS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another place",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
+    errno.EACCES: CLOSED,
+    errno.EPERM: CLOSED,
+    errno.EFBIG: "the file is larger than this account may write (ulimit -f)",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.ENOTDIR: FILE_IN_THE_WAY,
+    errno.EEXIST: FILE_IN_THE_WAY,
+    errno.EISDIR: "a folder is where a file should be: move it or choose another place",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    errno.EIO: "the disk failed: look after it, or choose another place",
+}
 
 
 @contextmanager
@@ -28,9 +47,10 @@ def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         JasperError: the disk is full or the place cannot be written, or ``path`` exists and ``replace`` is False.
     """
     path = Path(path)
-    if path.exists() and not replace:
-        raise JasperError(f"{path} exists already; remove it or choose another place")
     with disk_errors(path):
+        _bring_back(path.parent, path.name)
+        if path.exists() and not replace:
+            raise JasperError(f"{path} exists already; remove it or choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
         try:
@@ -41,10 +61,7 @@ def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                     _sync(file)
             _sync(temporary)
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}old-{path.name}-", dir=path.parent))
-                os.rename(path, old / path.name)
-                os.rename(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
+                _replace(path, temporary)
             else:
                 os.rename(temporary, path)
             _sync(path.parent)
@@ -75,10 +92,88 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
                 os.unlink(name)
 
 
+def _replace(path: Path, new: Path) -> None:
+    """Put ``new`` where ``path`` is; what was there lies under the name ``new`` then, as rubbish."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}-", dir=path.parent))
+    try:
+        os.rename(path, aside / path.name)
+        os.rename(new, path)
+        os.rename(aside, new)
+    except BaseException:  # Ctrl-C as well: between the first two there is nothing at ``path``
+        _bring_back(path.parent, path.name)
+        raise
+
+
+def _bring_back(folder: Path, name: str | None = None) -> None:
+    """End replacements (of ``name``) that were cut short: what was set aside returns where nothing took its place."""
+    for aside in list(folder.glob(f"{ASIDE}*")):
+        of = aside.name.removeprefix(ASIDE).rpartition("-")[0]
+        if name not in (None, of):
+            continue
+        if (aside / of).exists() and not (folder / of).exists():
+            os.rename(aside / of, folder / of)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def sweep_unfinished(folder: str | Path) -> None:
-    """Delete what a killed process left unpublished in ``folder``. Only the folder's single writer may call this."""
+    """Delete what a killed process left unpublished in ``folder``. Only the folder's single writer may call this.
+
+    What it had published and was about to replace is brought back.
+    """
+    _bring_back(Path(folder))
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time make what belongs at ``path``; the others wait here. The lock lies in ``.locks``.
+
+    Raises:
+        JasperError: the place cannot be written.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path.parent / ".locks" / f"{path.name}.lock")
+    with disk_errors(path.parent):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and a file in it that is gone at once.
+
+    Raises:
+        JasperError: one of both is not possible.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_room(folder: str | Path, needed: int, what: str, mend: str) -> None:
+    """Refuse work whose results would not fit, before it begins.
+
+    Args:
+        folder: where they will lie; it need not be there yet.
+        needed: bytes.
+        what: they are, in the plural.
+        mend: what helps besides freeing some space.
+
+    Raises:
+        JasperError: fewer bytes are free.
+    """
+    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise JasperError(
+            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some space, {mend}"
+        )
 
 
 def sha256(path: str | Path) -> str:
@@ -100,14 +195,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a full or closed disk raises into an error that tells the mend."""
     try:
         yield
-    except OSError as error:
-        mend = {
-            errno.ENOSPC: "the disk is full: free some space or choose another place",
-            errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
-            errno.EACCES: "the folder cannot be written: choose another place or change its permissions",
-            errno.EFBIG: "the file is larger than this account may write (ulimit -f)",
-            errno.EROFS: "the file system is read-only: choose another place",
-        }.get(error.errno or 0)
+    except (OSError, SafetensorError) as error:
+        mend = MENDS.get(_number(error))
         if mend is None:
             raise
         raise JasperError(f"could not write {path}: {mend}; what was there before is untouched") from error
+
+
+def _number(error: Exception) -> int:
+    """The system's number for what went wrong; safetensors' own writer tells it only in its message."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else 0

@@ -23,7 +23,7 @@ from torch import Tensor
 from jasper_fast.arrow import write_index
 from jasper_fast.config import Config, ImagesConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.files import publish_dir
+from jasper_fast.files import locked, publish_dir
 from jasper_fast.image_sources import Item, read_images, source_stamp
 from jasper_fast.images import BadImage, decode, need_pillow, resize
 
@@ -100,7 +100,6 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
         JasperError: a source cannot be read, too many pictures are broken, or fewer are left than are to be held out.
     """
     from datasets import load_from_disk
-    from filelock import FileLock
 
     need_pillow()
     settings = {
@@ -110,9 +109,7 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     }
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(cache).expanduser() / f"images-{key}"
-    locks = folder.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{folder.name}.lock"):
+    with locked(folder):
         if not (folder / "facts.json").is_file():
             with publish_dir(folder, replace=True) as temporary:
                 _build(config, temporary)

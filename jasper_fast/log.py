@@ -6,9 +6,11 @@ import json
 import resource
 import statistics
 import sys
+import uuid
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from jasper_fast.config import Config, LogConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import disk_errors, write_atomic
 
+IDENTITY = "tracking-id"  # the file that keeps a run one run for trackers, however often it goes on
 SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss this many times the median of so many steps before is marked
 PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood")
 
@@ -33,12 +36,13 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        config: the run's configuration (its ``log`` section chooses the trackers).
+        config: the run's configuration.
         total: steps over all stages.
         done: steps done before, when a run goes on; later lines of the old log are dropped.
+        trackers: that are told what is printed, as from :func:`start_trackers`.
     """
 
-    def __init__(self, folder: Path, config: Config, total: int, done: int) -> None:
+    def __init__(self, folder: Path, config: Config, total: int, done: int, trackers: Sequence[Tracker] = ()) -> None:
         from tqdm import tqdm
 
         self.path = folder / "log.jsonl"
@@ -47,7 +51,7 @@ class RunLog:
         self.stage = ""
         self._forget_after(done)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self.trackers = [_tracker(name, folder, config) for name in config.log.trackers]
+        self.trackers = trackers
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def say(self, line: str) -> None:
@@ -84,8 +88,6 @@ class RunLog:
         self.bar.close()
         with suppress(OSError):  # what the full disk refused was told already
             self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
 
     def _spike(self, stage: str, loss: float) -> float | None:
         """How many times its recent median the loss is, where that is far too much."""
@@ -139,6 +141,25 @@ def check_trackers(config: LogConfig) -> None:
             raise JasperError(f"log.trackers asks for {name!r}, which is not installed: pip install {name}")
 
 
+@contextmanager
+def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
+    """The trackers that a run asks for, until the block ends. A run that goes on is the same run for them.
+
+    Args:
+        folder: the run's, which keeps its identity.
+        config: its ``log`` section chooses them.
+
+    Raises:
+        JasperError: one does not start (nobody has logged in, say).
+    """
+    with ExitStack() as started:
+        trackers: list[Tracker] = []
+        for name in config.log.trackers:
+            trackers.append(_TensorBoard(folder) if name == "tensorboard" else _WandbLike(name, folder, config))
+            started.callback(trackers[-1].close)
+        yield trackers
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory so far in GB: the device's where there is one, else the process's."""
     if device.type == "cuda":
@@ -156,37 +177,43 @@ def _line(stage: str, record: dict[str, Any]) -> str:
     )
 
 
-def _tracker(name: str, folder: Path, config: Config) -> Tracker:
-    make: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: _TensorBoard(folder),
-        "wandb": lambda: _WandbLike("wandb", config),
-        "trackio": lambda: _WandbLike("trackio", config),
-    }
-    return make[name]()
+def _identity(folder: Path) -> str:
+    """The name that no other run has."""
+    file = folder / IDENTITY
+    if not file.is_file():
+        write_atomic(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text(encoding="utf-8").strip()
 
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.folder, self.make = str(folder / "tensorboard"), SummaryWriter
+        self.writer: SummaryWriter | None = None
 
     def log(self, values: dict[str, float], step: int) -> None:
+        if self.writer is None:  # what an earlier process wrote of this step and later ones does not count any more
+            self.writer = self.make(self.folder, purge_step=step)
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class _WandbLike:
-    """Weights & Biases, or trackio, which speaks the same interface."""
+    """Weights & Biases, or trackio, which speaks the same interface, but knows a run by its name instead of an id."""
 
-    def __init__(self, module: str, config: Config) -> None:
-        import importlib
-
-        self.module = importlib.import_module(module)
-        self.module.init(project=config.log.project, name=config.name, config=config.model_dump(mode="json"))
+    def __init__(self, name: str, folder: Path, config: Config) -> None:
+        self.module = import_module(name)
+        own = _identity(folder)
+        same = {"name": config.name, "id": own} if name == "wandb" else {"name": f"{config.name}-{own}"}
+        try:
+            self.module.init(project=config.log.project, config=config.model_dump(mode="json"), resume="allow", **same)
+        except getattr(self.module, "Error", ()) as error:  # of W&B
+            raise JasperError(f"{name}: {error}\ntype `{name} login`, or leave it out of log.trackers") from error
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)

@@ -52,7 +52,7 @@ def similarity_loss(student: Tensor, teacher: Tensor, *, method: str = "auto") -
         teacher: (B, E) vectors; gets a gradient if it requires one.
         method: "tile" (row strips of the B x B difference, O(B^2 D) work in bounded memory), "feature" (D x D products,
             O(B D^2) work), "reference" (plain autograd, O(B^2) memory), or "auto": the feature form on a CPU where
-            `strips.feature_form_is_cheaper` and the loss is not so small that it cancels, else the tile form.
+            `cost.feature_form_is_cheaper` and the loss is not so small that it cancels, else the tile form.
 
     Raises:
         TypeError: not floating-point tensors.

@@ -10,6 +10,7 @@ import torch
 from jasper_fast.batches import check_sizes
 from jasper_fast.checks import check_stages
 from jasper_fast.config import Config, StageConfig
+from jasper_fast.files import check_room, check_writable
 from jasper_fast.log import check_trackers
 from jasper_fast.model import Student
 from jasper_fast.run_folder import existing_difference
@@ -32,7 +33,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config, ranks: int = 1) -> Prepared:
-    """Check trackers, teachers and stages, then read pictures and texts.
+    """Check trackers, the cache's folder, teachers and stages, then read pictures and texts.
 
     Raises:
         JasperError: something is missing, unreadable or impossible.
@@ -41,6 +42,7 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     from jasper_fast.image_data import prepare_images
 
     check_trackers(config.log)
+    check_writable(Path(config.data.cache).expanduser())
     check_teachers(config)
     student = build_student(config)
     check_stages(config, student, ranks)
@@ -65,6 +67,39 @@ def check_teachers(config: Config) -> None:
         describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
 
 
+def check_disk(config: Config, folder: Path, prepared: Prepared, first: int = 0) -> None:
+    """Refuse a run whose checkpoints, and pooled states of frozen encoders, will not fit on the disk.
+
+    Args:
+        folder: of the run; what it holds already is not asked for again.
+        first: the stage that the run begins with, or goes on with.
+
+    Raises:
+        JasperError: how many bytes are needed, and how many are free.
+    """
+    student = prepared.student
+    sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    trained = pooled = 0
+    for stage in config.stages[first:]:
+        names = trained_names(student, stage)
+        trained = max(trained, sum(sizes[name] for name in names))
+        if stage.vision is None:
+            there = min(len(prepared.texts), stage.texts or len(prepared.texts))
+        else:
+            there = int(prepared.images.starts[-1]) if prepared.images is not None else 0  # captions
+        if stage.vision is not None or not any(name.startswith("encoder.") for name in names):
+            pooled = max(pooled, min(there, stage.steps * stage.batch_size))
+    # The newest checkpoint is written before the oldest goes; an optimiser keeps two numbers for each that trains.
+    numbers = (config.checkpoint.keep + 1) * (sum(sizes.values()) + 2 * trained) + pooled * student.hidden_size
+    written = sum(
+        file.stat().st_size
+        for part in ("checkpoints", "pooled")
+        for file in (folder / part).rglob("*")
+        if file.is_file()
+    )
+    check_room(folder, 4 * numbers - written, "checkpoints and pooled states", "or use another --out")
+
+
 def describe_stage(student: Student, stage: StageConfig, names: list[str], done: int = 0) -> str:
     """A line about a stage whose parameters are set to train: what, how much, how long; ``done`` of its steps are."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -78,7 +113,9 @@ def describe_stage(student: Student, stage: StageConfig, names: list[str], done:
 
 def describe_plan(config: Config, folder: Path) -> str:
     """What a run would do, stage by stage, with every parameter that trains; prepares all of it, trains nothing."""
-    student, texts, transductive, images, _ = prepare(config)
+    prepared = prepare(config)
+    check_disk(config, folder, prepared)
+    student, texts, transductive, images, _ = prepared
     pictures = f" and {len(images):,} pictures" if images is not None else ""
     lines = [
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_
 from jasper_fast.config import Config, TeacherConfig, load_config, parse_overrides
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.files import check_room, locked
 from jasper_fast.lending import Lenders
 from jasper_fast.teachers import Teacher, describe_teacher, load_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
@@ -105,13 +105,10 @@ def _fill(
     place: tuple[int, int],
     say: Callable[[str], None],
 ) -> None:
-    from filelock import FileLock
-
     rank, world = place
     mine = range(rank, cache.shards, world)
-    locks = cache.folder.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{cache.folder.name}-{rank}-of-{world}.lock"):  # the same command started twice waits here
+    share = cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}")
+    with locked(share):  # the same command started twice waits here
         for shard, reason in _damaged(cache, texts, [s for s in mine if cache.has(s)]).items():
             print_error(f"{reason}; it is made again")
             cache.drop(shard)
@@ -150,7 +147,12 @@ def _compute(
     else:
         teacher = ReadyVectors(config_of, cache.rows)
     _check_width(cache, teacher.width)
-    _check_room(cache, todo * (teacher.width * (2 if config.data.cache_dtype == "float16" else 1) + 48))
+    check_room(
+        cache.folder,
+        todo * (teacher.width * (2 if config.data.cache_dtype == "float16" else 1) + 48),
+        f"the vectors of {cache.name}",
+        "use another data.cache, or set data.cache_dtype to int8",
+    )
     with tqdm(desc=cache.name, total=todo, unit=" texts", disable=say is _silent, smoothing=0.05) as bar:
         started, tokens = time.perf_counter(), 0
 
@@ -209,15 +211,6 @@ def _check_width(cache: TeacherCache, width: int) -> None:
             raise JasperError(
                 f"{cache.folder} holds vectors of width {there}, this teacher gives {width}; delete that folder"
             )
-
-
-def _check_room(cache: TeacherCache, needed: int) -> None:
-    free = shutil.disk_usage(cache.folder).free
-    if needed > free:
-        raise JasperError(
-            f"{cache.folder}: the vectors of {cache.name} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "free some space, use another data.cache, or set data.cache_dtype to int8"
-        )
 
 
 def _meet() -> None:

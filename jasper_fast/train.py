@@ -40,10 +40,10 @@ from jasper_fast.config import (
 from jasper_fast.encode import pick_device
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.image_data import Images
-from jasper_fast.log import RunLog, SilentLog, memory_gb
+from jasper_fast.log import RunLog, SilentLog, Tracker, memory_gb, start_trackers
 from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
-from jasper_fast.prepare import build_student, describe_plan, describe_stage, prepare
+from jasper_fast.prepare import build_student, check_disk, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.run_folder import RunFolder, open_run, what_decides
 from jasper_fast.sharding import is_sharded, load_weights, shard, whole
@@ -99,7 +99,7 @@ def train(
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
     path = Path(out) if out is not None else Path("runs") / config.name
-    with ExitStack() as held:  # the first rank holds the run's folder until the end
+    with ExitStack() as held:  # the first rank holds the run's folder, and its trackers, until the end
         with join_ranks(config.parallel.timeout) as ranks:
             ranks.agree({**what_decides(config), "code": code_digest(), "torch": torch.__version__, "out": str(path)})
             folder = ranks.lead(lambda: held.enter_context(open_run(path, config)))
@@ -107,27 +107,32 @@ def train(
                 if ranks.first:
                     print(f"{path} is finished: see {path / 'report.md'}; use --out DIR for a new run")
                 return path
-            finish = _run(config, folder, ranks)
+            finish = _run(config, folder, ranks, held)
         if ranks.first:
             finish()  # alone: the other ranks have left
     return path
 
 
-def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
+def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Callable[[], None]:
     """Train; returns what is left to do for one process, from the export to the report."""
     from jasper_fast.data import texts_fingerprint
     from jasper_fast.finish import finish
     from jasper_fast.teach import ensure_teachers
 
     device = pick_device()
-    student, texts, transductive, images, kept = prepare(config, ranks.world)
+    prepared = prepare(config, ranks.world)
+    student, texts, transductive, images, kept = prepared
+    checkpoint = ranks.lead(lambda: latest_checkpoint(folder.checkpoints))
+    begin = checkpoint.position.stage if checkpoint is not None else 0
+    ranks.lead(lambda: check_disk(config, folder.path, prepared, begin))
+    trackers: list[Tracker] = []  # begun before the long work: they may want a login
+    ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
     teachers = ensure_teachers(config, texts, progress=ranks.first)
     check_losses(config, teachers.width)
     student.to(device)
     if config.parallel.mode == "fsdp" and ranks.world > 1:
         shard(student, device, ranks.world)
 
-    checkpoint = ranks.lead(lambda: latest_checkpoint(folder.checkpoints))
     facts: dict[str, Any] = {
         "teachers": teachers.fingerprint,
         "texts": texts_fingerprint(texts),
@@ -142,7 +147,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks) -> Callable[[], None]:
     if ranks.first:
         _drop_pooled(config, folder, position)
     total = sum(stage.steps for stage in config.stages)
-    log = RunLog(folder.path, config, total, position.step) if ranks.first else SilentLog()
+    log = RunLog(folder.path, config, total, position.step, trackers) if ranks.first else SilentLog()
     if position.step:
         log.say(f"going on from step {position.step} of {total}")
     saver = Saver(folder.checkpoints, config.checkpoint.keep, ranks.first)

@@ -115,6 +115,12 @@ def test_bad_files_are_named_with_their_row(case: str, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [".locks"]  # nothing half-made is left
 
 
+def test_a_cache_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(JasperError, match="could not write .*cache: a file is where a folder should be"):
+        build_texts(settings(tmp_path, source(jsonl(tmp_path / "rows.jsonl", ROWS))), seed=0)
+
+
 def test_bad_parquet_columns_are_named_with_their_row(tmp_path: Path) -> None:
     path = tmp_path / "bad.parquet"
     pq.write_table(pa.table({"text": ["a", None], "n": [1, 2]}), path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from jasper_fast.card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
@@ -160,6 +163,20 @@ def test_nothing_is_overwritten_unasked(bert: tuple[Student, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_a_full_disk_is_said(bert: tuple[Student, Path], tmp_path: Path) -> None:
+    """safetensors' own writer, which transformers uses, raises no OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # less than the weights, more than config.json
+    try:
+        with pytest.raises(JasperError, match="ulimit") as caught:
+            export_student(bert[0], tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert isinstance(caught.value.__cause__, SafetensorError) and not list(tmp_path.iterdir())
+
+
 def test_onnx_gives_the_same_vectors(qwen2: tuple[Student, Path], tmp_path: Path) -> None:
     """A decoder without its causal mask is the hardest case: rotary positions, and a mask made while tracing."""
     import onnxruntime

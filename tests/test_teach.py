@@ -395,9 +395,15 @@ def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, conf
 def test_a_disk_that_is_too_small_is_said_before_the_work(
     tiny_bert: Path, texts: Dataset, config_of, monkeypatch
 ) -> None:
-    monkeypatch.setattr(teach.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(JasperError, match=r"need 0.0 GB and 0.0 GB are free; free some space, use another data.cache"):
         quiet(config_of({"model": str(tiny_bert)}), texts)
+
+
+def test_a_cache_that_is_a_file_is_said(tiny_bert: Path, texts: Dataset, config_of, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(JasperError, match="could not write .*file: a file is where a folder should be"):
+        quiet(config_of({"model": str(tiny_bert)}, cache="file"), texts)
 
 
 # ready vectors

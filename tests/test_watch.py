@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig, StudentConfig, load_config
 from jasper_fast.encode import MicroBatches
 from jasper_fast.errors import JasperError
-from jasper_fast.log import SPIKE_WINDOW, RunLog
+from jasper_fast.log import SPIKE_WINDOW, RunLog, start_trackers
 from jasper_fast.model import Student
 from jasper_fast.step import out_of_memory, saved_bytes
 from jasper_fast.telemetry import Telemetry
@@ -54,6 +56,67 @@ def test_a_full_disk_ends_the_log_with_an_error_that_tells(log):
     log.file = open("/dev/full", "w")  # noqa: SIM115 - closed by the log
     with pytest.raises(JasperError, match="the disk is full"):
         log.event("step", loss=1.0)
+
+
+def test_tensorboard_shows_each_step_once_however_often_a_run_goes_on(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(None, [("log.trackers", ["tensorboard"])])
+    for start, losses in ((1, [1.0, 2.0, 3.0, 4.0]), (3, [30.0, 40.0, 50.0])):  # stopped at 4, went on from 2
+        with start_trackers(tmp_path, config) as trackers:
+            log = RunLog(tmp_path, config, 10, start - 1, trackers)
+            for step, loss in enumerate(losses, start):
+                log.step("one", record(step, loss), True)
+            log.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in shown.Scalars("one/loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+        (4, 40.0),
+        (5, 50.0),
+    ]
+    assert "one/grad_norm" in shown.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_that_goes_on_is_the_same_run_for_trackers(name, tmp_path, monkeypatch):
+    """With the tracker's package replaced, since none of both is here."""
+    begun, told = [], []
+    package = types.SimpleNamespace(
+        init=lambda **given: begun.append(given),
+        log=lambda values, step: told.append((step, values)),
+        finish=lambda: told.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, name, package)
+    config = load_config(None, [("log.trackers", [name])])
+    for folder in ("one", "one", "two"):
+        with start_trackers(tmp_path / folder, config) as (tracker,):
+            tracker.log({"s/loss": 0.5}, 3)
+    first, again, other = [{key: given.get(key) for key in ("name", "id", "project", "resume")} for given in begun]
+    assert first == again != other and first["project"] == "jasper_fast" and first["resume"] == "allow"
+    if name == "wandb":  # known by its id; the others by the name
+        assert first["name"] == config.name and len(first["id"]) >= 8
+    else:
+        assert first["name"].startswith(config.name) and "id" not in begun[0]
+    assert told == [(3, {"s/loss": 0.5}), "finished"] * 3
+
+
+def test_a_tracker_without_login_is_told_before_teaching(tiny_bert, tiny_texts, tmp_path, monkeypatch):
+    from jasper_fast.train import train
+
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=Error))
+    monkeypatch.setattr("jasper_fast.log.find_spec", lambda name: name)
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    with pytest.raises(JasperError, match=r"wandb: no API key\ntype `wandb login`"):
+        train(tree, out=tmp_path / "out", overrides=[("log.trackers", ["tensorboard", "wandb"])])
+    assert not list((tmp_path / "cache").glob("teacher-*"))
 
 
 def stage(**given) -> StageConfig:
@@ -167,3 +230,45 @@ def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
     with pytest.raises(JasperError, match="line 2: column 'text' is null"):
         describe_plan(load_config(tree), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_student_is_loaded(
+    tiny_bert, tiny_texts, tmp_path, monkeypatch
+):
+    import jasper_fast.prepare as module
+
+    monkeypatch.delattr(module, "build_student")
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    tree["data"]["cache"] = tree["data"]["sources"][0]["path"]
+    with pytest.raises(JasperError, match=r"could not write .*texts.jsonl: a file is where a folder should be"):
+        module.prepare(load_config(tree))
+
+
+def test_a_disk_too_small_for_a_run_is_told_before_teaching(tiny_bert, tiny_texts, tmp_path, monkeypatch):
+    from jasper_fast.prepare import check_disk, prepare
+    from jasper_fast.stages import trained_names
+    from jasper_fast.train import train
+
+    def leave(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
+
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    frozen = {**tree["stages"][0], "name": "frozen", "steps": 6, "batch_size": 16}
+    frozen |= {"last_layers": 0, "gradient_checkpointing": False}
+    tree["stages"] = [frozen, *tree["stages"]]
+    config = load_config(tree)
+    prepared, folder = prepare(config), tmp_path / "out"
+    sizes = {name: p.numel() for name, p in prepared.student.named_parameters()}
+    trained = sum(sizes[name] for name in trained_names(prepared.student, config.stages[1]))
+    needed = 4 * (3 * (sum(sizes.values()) + 2 * trained) + 6 * 16 * 32)
+    leave(needed)
+    check_disk(config, folder, prepared)
+    leave(needed - 1)
+    with pytest.raises(JasperError, match="out: checkpoints and pooled states need .* or use another --out"):
+        train(tree, out=folder)
+    assert not list((tmp_path / "cache").glob("teacher-*"))
+    leave(needed - 4 * 6 * 16 * 32)
+    check_disk(config, folder, prepared, first=1)  # the frozen stage is over
+    (folder / "pooled" / "frozen").mkdir(parents=True)
+    (folder / "pooled" / "frozen" / "000000.npy").write_bytes(bytes(4 * 6 * 16 * 32))
+    check_disk(config, folder, prepared)  # what it needs is there
