@@ -2,7 +2,8 @@
 
 import pytest
 
-from jasper_fast.config import config_difference, dump_config, load_config, parse_overrides, recipe_names
+from jasper_fast.config import config_difference, dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config_text import parse_overrides
 from jasper_fast.errors import ConfigError
 
 
