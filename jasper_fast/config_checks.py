@@ -14,7 +14,7 @@ def stage_problems(stage: StageConfig) -> list[str]:
     problems = []
     size, narrow = stage.batch_size, stage.narrow_weights or stage.weights
     if not stage.train and not stage.last_layers:
-        problems.append("trains nothing: give `train` (globs) or `last_layers`")
+        problems.append("it trains nothing: give `train` (globs) or `last_layers`")
     mined = round((1.0 - stage.random_share) * size)  # texts
     if stage.batches == "neighbours" and not stage.random_share and mined % stage.neighbours:
         problems.append(f"batch_size {size} is not a multiple of neighbours {stage.neighbours}")
@@ -70,7 +70,7 @@ def run_problems(tree: Mapping[str, Any]) -> list[str]:
         if idle:
             problems.append(f"student.heads {idle} stand in no stage's heads: they would stay random")
     seeing = [stage.get("name") for stage in stages if stage.get("vision") is not None]
-    if seeing and (not student.get("vision") or not tree.get("images")) and student:
+    if seeing and student and (student.get("vision") is None or tree.get("images") is None):
         problems.append(f"stage {seeing[0]!r} learns from pictures: it needs `student.vision` and `images`")
     for stage, found in zip(stages, heads, strict=True):
         if not widths or found is None:

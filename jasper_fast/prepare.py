@@ -10,6 +10,7 @@ import torch
 from jasper_fast.batches import check_sizes
 from jasper_fast.checks import check_stages
 from jasper_fast.config import Config, StageConfig
+from jasper_fast.errors import Problems
 from jasper_fast.log import check_trackers
 from jasper_fast.model import Student
 from jasper_fast.run_folder import existing_difference
@@ -35,15 +36,20 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     """Check trackers, teachers and stages, then read pictures and texts.
 
     Raises:
-        JasperError: something is missing, unreadable or impossible.
+        JasperError: something is missing, unreadable or impossible; all of it that can be known before the texts.
     """
     from jasper_fast.data import prepare_texts
     from jasper_fast.image_data import prepare_images
 
-    check_trackers(config.log)
-    check_teachers(config)
-    student = build_student(config)
-    check_stages(config, student, ranks)
+    problems = Problems()
+    with problems:
+        check_trackers(config.log)
+    with problems:
+        check_teachers(config)
+    with problems:
+        student = build_student(config)
+        check_stages(config, student, ranks)
+    problems.tell()
     images, kept = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
     check_sizes(config, len(texts), len(images) if images is not None else 0)
@@ -61,8 +67,11 @@ def check_teachers(config: Config) -> None:
     from jasper_fast.teachers import describe_teacher
     from jasper_fast.vectors import describe_vectors
 
+    problems = Problems()
     for teacher in config.teachers:
-        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+        with problems:
+            describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    problems.tell()
 
 
 def describe_stage(student: Student, stage: StageConfig, names: list[str], done: int = 0) -> str:
