@@ -88,9 +88,9 @@ def check_losses(config: Config, target: int) -> None:
             against = widest if stage.narrow_target == "self" and width != widest else target
             if not weights.compares(stage.batch_size) and width != against:
                 raise JasperError(
-                    f"stage {stage.name!r} would leave its head {width} untrained: a cosine loss needs equal widths, but "
-                    f"what teaches it is {against} wide, and no other loss learns from {stage.batch_size} texts; add "
-                    "narrow_weights with a similarity or neighbourhood loss, or leave the head out"
+                    f"stage {stage.name!r} would leave its head {width} untrained: a cosine loss needs equal widths, "
+                    f"but what teaches it is {against} wide, and no other loss learns from {stage.batch_size} texts; "
+                    "add narrow_weights with a similarity or neighbourhood loss, or leave the head out"
                 )
 
 

@@ -343,7 +343,7 @@ def load_config(
     return _load(source, overrides, [])
 
 
-def load_arguments(source: str | Path | None, arguments: Sequence[str]) -> Config:
+def load_arguments(source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str]) -> Config:
     """As :func:`load_config`, with overrides as a command line has them; what is wrong with those is told as well."""
     return _load(source, *override_pairs(arguments))
 

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from jasper_fast.files import write_atomic
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Precision = Literal["auto", "fp32", "bf16"]
+    from jasper_fast.teachers import Precision
+
 EncodeWidths = Callable[[list[str], str], Mapping[int, np.ndarray]]
 
 

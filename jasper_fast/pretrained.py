@@ -247,7 +247,7 @@ def _cannot_load(config: StudentConfig, source: str, error: Exception) -> str:
         )
     if Path(source).is_dir():
         return (
-            f"{source} could not be loaded as a Hugging Face text encoder: {reason}; where one of its files is damaged, "
+            f"{source} could not be loaded as a Hugging Face text encoder: {reason}; where a file of it is damaged, "
             "copy or download the model again"
         )
     return (
