@@ -241,7 +241,7 @@ def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: st
     hub_revision = None if revision.startswith("sha256:") else revision
     try:
         head = Dense.load(where, subfolder=folder, revision=hub_revision)
-    except (OSError, ValueError, TypeError) as error:
+    except CANNOT_LOAD as error:
         raise JasperError(f"{where}: holds no Dense head in a folder {folder!r}; look at the model's files") from error
     if head.in_features != model[places[0]].in_features:
         raise JasperError(
