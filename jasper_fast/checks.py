@@ -31,7 +31,10 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
             set_trained(student, names)
             if stage.narrow_start == "principal":
                 problems += _principal_problems(config, stage, student, names)
-            student.set_gradient_checkpointing(stage.gradient_checkpointing)
+            try:
+                student.set_gradient_checkpointing(stage.gradient_checkpointing)
+            except JasperError as error:
+                problems.append(f"stage {stage.name!r}: {error}")
         student.set_gradient_checkpointing(False)
         if stage.max_length is not None:
             with problems:

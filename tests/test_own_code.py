@@ -53,11 +53,9 @@ def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
         "teachers": [{"model": str(tiny_bert), "max_length": 16}],
         "data": {"sources": [{"path": str(tmp_path / "texts.txt")}], "cache": str(tmp_path / "cache")},
         "evaluate": [{"path": str(pairs)}],
-        "stages": [
-            {"name": "all", "train": ["*"], "heads": [16], "batch_size": 8, "steps": 2, "lr": 1e-3}
-            | {"weights": {"cosine": 0}}
-        ],
+        "stages": [{"name": "all", "train": ["*"], "heads": [16], "batch_size": 8, "steps": 2, "lr": 1e-3}],
     }
+    tree["stages"][0]["weights"] = {"cosine": 0}
     run = tmp_path / "run"
     with pytest.raises(JasperError, match="set student.trust_remote_code: true"):
         train(tree, out=tmp_path / "other")

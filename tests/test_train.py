@@ -439,7 +439,7 @@ def test_all_that_is_known_before_the_texts_is_told_together(world, tmp_path, mo
         "log.trackers asks for 'trackio'",
         "./no-such-teacher: there is no such folder",
         "stage 'one': `train` glob 'heads.99.*' matches no parameter",
-        "gradient_checkpointing asks for 9 layers",
+        "stage 'two': gradient_checkpointing asks for 9 layers",
         "stages.1.max_length is 4096",
         "stage 'three': narrow_start: principal is not possible, as it trains the encoder",
     ]
