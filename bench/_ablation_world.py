@@ -64,7 +64,7 @@ class World:
     def floors(self, widths: list[int]) -> list[dict[str, Any]]:
         """Rows of the teacher and the student as they are, and of both made narrow by PCA and by truncation."""
         plain = self.teachers["one"]
-        teacher = teacher_encoder(self.config.teachers, self.cache)
+        teacher = teacher_encoder(self.config.teachers, self.cache, self.config.precision)
         rows = []
         if teacher is not None:
             reduces = teacher_floors(plain.read(np.arange(min(len(self.states), PCA_ROWS))).numpy(), widths)
@@ -94,7 +94,8 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
     from jasper_fast.train import train
 
     folder = Path(run) if run else train(config, out=work / "encoder")
-    model = load_model(str(folder), config.student.max_length)
+    trusted = config.student.trust_remote_code
+    model = load_model(str(folder), config.student.max_length, trust_remote_code=trusted)
     position, heads = routes(model)
     if config.student.heads[0] not in heads:
         raise JasperError(

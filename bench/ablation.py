@@ -28,7 +28,8 @@ from bench._ablation_world import World, prepare
 from bench._arms import known_settings, result_file
 from bench._environment import environment
 from jasper_fast.codes import PRECISIONS
-from jasper_fast.config import Config, StageConfig, load_config, parse_overrides
+from jasper_fast.config import Config, StageConfig, load_config
+from jasper_fast.config_text import parse_overrides
 from jasper_fast.encoders import normalise
 from jasper_fast.files import write_atomic
 from jasper_fast.metrics import score_codes

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, help="training seconds of a peer; default: what ours took")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # a child process
     options, rest = parser.parse_known_args(argv)
-    from jasper_fast.config import parse_overrides
+    from jasper_fast.config_text import parse_overrides
 
     if options.page:
         write_page(json.loads(Path(options.out).read_text()), Path(options.page_out))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jasper_fast.batches import Batch
 from jasper_fast.config import Config, StageConfig
-from jasper_fast.errors import JasperError
+from jasper_fast.errors import JasperError, Problems
 from jasper_fast.model import Student
 from jasper_fast.pretrained import check_max_length
 from jasper_fast.ranks import Ranks
@@ -22,43 +22,58 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
     """Refuse impossible stages now, not hours later.
 
     Raises:
-        JasperError: the first problem found.
+        JasperError: every problem found, of all stages.
     """
-    for stage in config.stages:
-        set_trained(student, trained_names(student, stage))
-        check_max_length(student.encoder, stage.max_length or student.max_length)
-        if stage.narrow_start == "principal":
-            _check_principal(config, stage, student)
-        student.set_gradient_checkpointing(stage.gradient_checkpointing)
+    problems = Problems()
+    for position, stage in enumerate(config.stages):
+        with problems:
+            names = trained_names(student, stage)
+            set_trained(student, names)
+            if stage.narrow_start == "principal":
+                problems += _principal_problems(config, stage, student, names)
+            try:
+                student.set_gradient_checkpointing(stage.gradient_checkpointing)
+            except JasperError as error:
+                problems.append(f"stage {stage.name!r}: {error}")
         student.set_gradient_checkpointing(False)
-        if stage.batch_size < ranks:
-            raise JasperError(
-                f"stage {stage.name!r}: a batch of {stage.batch_size} texts cannot be shared by {ranks} processes; "
-                "raise batch_size or start fewer"
-            )
-        if config.parallel.mode == "fsdp" and stage.vision is not None and ranks > 1:
-            raise JasperError(
-                f"stage {stage.name!r}: a vision stage cannot shard its student (parallel.mode: fsdp); set "
-                "parallel.mode: ddp"
-            )
-        if config.parallel.mode == "fsdp" and stage.micro_tokens is not None and ranks > 1:
-            raise JasperError(
-                f"stage {stage.name!r}: micro_tokens cuts each rank's texts into another number of forward passes, and "
-                "sharded ranks must make equally many; use micro_batch, or parallel.mode: ddp"
-            )
+        if stage.max_length is not None:
+            with problems:
+                check_max_length(student.encoder, stage.max_length, f"stages.{position}.max_length")
+        problems += _sharing_problems(config, stage, ranks)
+    problems.tell()
 
 
-def _check_principal(config: Config, stage: StageConfig, student: Student) -> None:
+def _sharing_problems(config: Config, stage: StageConfig, ranks: int) -> list[str]:
+    """What keeps several processes from training a stage together."""
+    problems = []
+    if stage.batch_size < ranks:
+        problems.append(
+            f"a batch of {stage.batch_size} texts cannot be shared by {ranks} processes; raise batch_size or start "
+            "fewer"
+        )
+    if config.parallel.mode == "fsdp" and stage.vision is not None and ranks > 1:
+        problems.append("a vision stage cannot shard its student (parallel.mode: fsdp); set parallel.mode: ddp")
+    if config.parallel.mode == "fsdp" and stage.micro_tokens is not None and ranks > 1:
+        problems.append(
+            "micro_tokens cuts each rank's texts into another number of forward passes, and sharded ranks must make "
+            "equally many; use micro_batch, or parallel.mode: ddp"
+        )
+    return [f"stage {stage.name!r}: {problem}" for problem in problems]
+
+
+def _principal_problems(config: Config, stage: StageConfig, student: Student, trained: list[str]) -> list[str]:
+    """What keeps narrow heads from a start at the widest one's principal axes."""
     narrow = [width for width in stage.heads if width != student.widths[0]]
-    trained = trained_names(student, stage)
-    problem = (
-        "prefix heads are the widest head's own" * (config.student.head_type == "prefix")
-        or "it trains the encoder, whose vectors would move away" * any(n.startswith("encoder.") for n in trained)
-        or "it has no narrow head" * (not narrow)
-        or f"{stage.batch_size} texts are fewer than a head's width" * (stage.batch_size < max(narrow, default=0))
-    )
-    if problem:
-        raise JasperError(f"stage {stage.name!r}: narrow_start: principal is not possible, as {problem}")
+    problems = []
+    if config.student.head_type == "prefix":
+        problems.append("prefix heads are the widest head's own")
+    if any(name.startswith("encoder.") for name in trained):
+        problems.append("it trains the encoder, whose vectors would move away")
+    if not narrow:
+        problems.append("it has no narrow head")
+    if stage.batch_size < max(narrow, default=0):
+        problems.append(f"{stage.batch_size} texts are fewer than a head's width")
+    return [f"stage {stage.name!r}: narrow_start: principal is not possible, as {problem}" for problem in problems]
 
 
 def check_losses(config: Config, target: int) -> None:
@@ -74,12 +89,11 @@ def check_losses(config: Config, target: int) -> None:
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target
-            others = weights.similarity or weights.relative_similarity or weights.neighbourhood
-            if not others and width != against:
+            if not weights.compares(stage.batch_size) and width != against:
                 raise JasperError(
-                    f"stage {stage.name!r} would leave its head {width} untrained: it has only a cosine loss, which "
-                    f"needs equal widths, and what teaches it is {against} wide; add narrow_weights with a "
-                    "similarity or neighbourhood loss, or leave the head out"
+                    f"stage {stage.name!r} would leave its head {width} untrained: a cosine loss needs equal widths, "
+                    f"but what teaches it is {against} wide, and no other loss learns from {stage.batch_size} texts; "
+                    "add narrow_weights with a similarity or neighbourhood loss, or leave the head out"
                 )
 
 

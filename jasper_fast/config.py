@@ -8,26 +8,43 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jasper_fast.config_checks import run_problems, stage_problems
+from jasper_fast.config_text import override, override_pairs, read_yaml
 from jasper_fast.errors import ConfigError
 
 DEFAULT_RECIPE = "minilm-docstrings"
 TEMPERATURE = 0.05
 
+
+def _number(value: Any) -> Any:
+    """Numbers may be given as text, since YAML reads 1e-4 as such, but true is not 1.0."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Temperature = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # what is made of it with stage and step fits 64 bits
+Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
+NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
+Part = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)]  # never the whole
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prompts(Section):
@@ -64,7 +81,7 @@ class VisionConfig(Section):
     """The student's eyes: a vision tower whose tokens, resampled, enter the text encoder as input embeddings."""
 
     model: str | None = None  # a Hugging Face vision tower, by name or path; SigLIP and SigLIP 2 first
-    tower: dict[str, float] | None = None  # or a SiglipVisionConfig's fields: a tower from scratch
+    tower: dict[str, Number] | None = None  # or a SiglipVisionConfig's fields: a tower from scratch
     revision: str | None = None
     image_tokens: PositiveInt = 300  # what a picture becomes for the text encoder
     start_token: str = "<|image_start|>"  # around the picture's tokens; added where the tokenizer lacks them
@@ -92,7 +109,7 @@ class StudentConfig(Section):
     max_length: PositiveInt = 512
     bidirectional: bool = True  # decoder models lose their causal mask
     prompts: Prompts = Prompts()
-    vector_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    vector_dropout: Part = 0.0
     trust_remote_code: bool = False
     vision: VisionConfig | None = None  # None: it reads text alone
 
@@ -127,7 +144,7 @@ class DataConfig(Section):
     shuffle_share: Share = 0.0008  # share of texts whose words are shuffled
     min_chars: PositiveInt = 2
     limit: PositiveInt | None = None  # at most so many texts in total, drawn by the seed
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0  # of draws, cuts and order; runs of other seeds share the texts
+    seed: Seed = 0  # of draws, cuts and order; runs of other seeds share the texts
     cache: str = "cache"  # folder for texts and teacher vectors, shared by runs
     cache_dtype: Literal["float16", "int8"] = "float16"
 
@@ -160,15 +177,15 @@ class ImagesConfig(Section):
     sources: list[ImageSourceConfig] = Field(min_length=1)
     held_out: Annotated[int, Field(ge=0, strict=True)] = 0  # pictures; with all that share their captions or pixels
     max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # pictures that may be left out because they are broken
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0  # of what is held out
+    seed: Seed = 0  # of what is held out
 
 
 class AugmentConfig(Section):
     """Other views of a training picture, drawn anew each time it is seen. All zero: none."""
 
-    shift: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0  # of the side, at most
-    scale: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # by a factor from 1 - scale to 1 + scale, each axis alone
-    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0  # degrees, at most, either way
+    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(_number)] = 0.0  # of the side, at most
+    scale: Part = 0.0  # by a factor from 1 - scale to 1 + scale, each axis alone
+    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # degrees, at most, either way
     flip: bool = False  # left to right, every other time
 
     @property
@@ -179,9 +196,7 @@ class AugmentConfig(Section):
 class VisionStageConfig(Section):
     """What a vision stage (the paper's stage 4) has beside the others. The contrastive term and views are ours."""
 
-    contrastive: Annotated[float, Field(ge=0.0)] = (
-        0.0  # weight of: each picture finds its caption in the batch, and back
-    )
+    contrastive: NotNegative = 0.0  # weight of: each picture finds its caption in the batch, and back
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -196,16 +211,20 @@ class EvalConfig(Section):
 class LossWeights(Section):
     """The paper's weights; a zero leaves a loss out. ``neighbourhood`` is ours, off unless asked for."""
 
-    cosine: Annotated[float, Field(ge=0.0)] = 10.0
-    similarity: Annotated[float, Field(ge=0.0)] = 200.0
-    relative_similarity: Annotated[float, Field(ge=0.0)] = 20.0
-    neighbourhood: Annotated[float, Field(ge=0.0)] = 0.0
+    cosine: NotNegative = 10.0
+    similarity: NotNegative = 200.0
+    relative_similarity: NotNegative = 20.0
+    neighbourhood: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _some(self) -> LossWeights:
         if not (self.cosine or self.similarity or self.relative_similarity or self.neighbourhood):
             raise ValueError("every loss has weight 0: nothing would be learnt")
         return self
+
+    def compares(self, texts: int) -> bool:
+        """Whether a loss that compares texts with each other can learn from a batch of so many."""
+        return bool(texts > 1 and self.similarity or texts > 2 and (self.relative_similarity or self.neighbourhood))
 
 
 class StageConfig(Section):
@@ -220,22 +239,22 @@ class StageConfig(Section):
     heads: list[PositiveInt] = Field(min_length=1)
     weights: LossWeights = LossWeights()
     narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
-    margin: Annotated[float, Field(ge=0.0)] = 0.015
+    margin: NotNegative = 0.015
     # of the neighbourhood loss: one, or by head, where those that are not named have the default
-    temperature: Temperature | dict[Annotated[int, Field(gt=0)], Temperature] = TEMPERATURE
+    temperature: Positive | dict[Annotated[int, Field(gt=0)], Positive] = TEMPERATURE
     narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
     narrow_start: Literal["as_is", "principal"] = "as_is"  # principal: as full width's principal axes (frozen encoder)
     codes: list[
         Literal["int8", "ubinary"]
     ] = []  # forms of every head's vectors that the narrow heads' losses train too
-    codes_weight: Annotated[float, Field(gt=0.0)] = 1.0  # of those losses beside those of the floats
+    codes_weight: Positive = 1.0  # of those losses beside those of the floats
     batch_size: PositiveInt = 128
     steps: PositiveInt
-    lr: Annotated[float, Field(gt=0.0)]
+    lr: Positive
     warmup: Share = 0.05  # share of the steps
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    weight_decay: NotNegative = 0.01
+    clip: Positive | None = 1.0
     max_length: PositiveInt | None = None  # tokens; None: the student's
     micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
     micro_tokens: PositiveInt | None = None  # tokens per forward pass at most, padding included
@@ -244,44 +263,13 @@ class StageConfig(Section):
     activation_offload: bool = False  # keep what the backward pass needs in the host's memory
     batches: Literal["random", "neighbours"] = "random"
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
-    random_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of such a batch: texts that are no one's neighbours
+    random_share: Part = 0.0  # of such a batch: texts that are no one's neighbours
     texts: PositiveInt | None = None  # only the first n training texts
 
     @model_validator(mode="after")
     def _possible(self) -> StageConfig:
-        if not self.train and not self.last_layers:
-            raise ValueError(f"stage {self.name!r} trains nothing: give `train` (globs) or `last_layers`")
-        mined = round((1.0 - self.random_share) * self.batch_size)  # texts
-        if self.batches == "neighbours" and (
-            mined < self.neighbours or not self.random_share and mined % self.neighbours
-        ):
-            raise ValueError(
-                f"stage {self.name!r}: batch_size {self.batch_size} is not a multiple of neighbours {self.neighbours}"
-                if not self.random_share
-                else f"stage {self.name!r}: random_share {self.random_share} of a batch of {self.batch_size} leaves no "
-                f"room for {self.neighbours} neighbours"
-            )
-        if isinstance(self.temperature, dict) and (strange := sorted(set(self.temperature) - set(self.heads))):
-            raise ValueError(f"stage {self.name!r}: temperature names {strange}, which are no heads of the stage")
-        narrow = self.narrow_weights or self.weights
-        if self.codes and not (narrow.similarity or narrow.relative_similarity or narrow.neighbourhood):
-            raise ValueError(
-                f"stage {self.name!r}: codes are trained by the narrow heads' similarity, relative similarity or "
-                "neighbourhood loss, and all of them have weight 0"
-            )
-        if self.texts is not None and self.texts < self.batch_size:
-            raise ValueError(f"stage {self.name!r}: texts {self.texts} is less than batch_size {self.batch_size}")
-        if len(set(self.heads)) != len(self.heads):
-            raise ValueError(f"stage {self.name!r}: a head is named twice in {self.heads}")
-        if self.vision is not None and (self.codes or self.narrow_start != "as_is"):
-            raise ValueError(
-                f"stage {self.name!r}: codes and narrow_start are for stages of texts; leave them out here"
-            )
-        if self.vision is not None and (self.batches != "random" or self.narrow_target != "teacher"):
-            raise ValueError(
-                f"stage {self.name!r}: a vision stage draws its batches at random, and each head is taught by the "
-                "caption's vector of the same head; leave `batches` and `narrow_target` out"
-            )
+        if problems := stage_problems(self):
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -295,7 +283,7 @@ class ParallelConfig(Section):
     """How several processes, started by torchrun, share the work. None of it touches the numbers beyond rounding."""
 
     mode: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser are sharded over the ranks
-    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds after which a rank that does not arrive ends the run
+    timeout: Positive = 600.0  # seconds after which a rank that does not arrive ends the run
 
 
 class LogConfig(Section):
@@ -313,7 +301,7 @@ class Config(Section):
     """A whole run. The README shows one; ``--print-config`` writes out every field."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the device is fast at it
     student: StudentConfig
     teachers: list[TeacherConfig] = Field(min_length=1)
@@ -328,26 +316,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        names = [stage.name for stage in self.stages]
-        problems = [f"stage name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
-        widest = self.student.heads[0]
-        used = {width for stage in self.stages for width in stage.heads if stage.vision is None}
-        idle = [width for width in self.student.heads if width not in used]
-        if idle and self.student.head_type == "independent":
-            problems.append(f"student.heads {idle} stand in no stage's heads: they would stay random")
-        seeing = [stage.name for stage in self.stages if stage.vision is not None]
-        if seeing and (self.student.vision is None or self.images is None):
-            problems.append(f"stage {seeing[0]!r} learns from pictures: it needs `student.vision` and `images`")
-        for stage in self.stages:
-            missing = [w for w in stage.heads if w not in self.student.heads]
-            if missing:
-                problems.append(f"stage {stage.name!r} uses heads {missing}; the student has {self.student.heads}")
-            if stage.narrow_target == "self" and widest not in stage.heads:
-                problems.append(
-                    f"stage {stage.name!r}: narrow_target 'self' needs the widest head, {widest}, among its heads"
-                )
-        if problems:
-            raise ValueError("; ".join(problems))
+        if problems := run_problems(self.model_dump()):
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -370,17 +340,52 @@ def load_config(
     Raises:
         ConfigError: every unknown key, wrong type and impossible value at once, each with its key.
     """
+    return _load(source, overrides, [])
+
+
+def load_arguments(source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str]) -> Config:
+    """As :func:`load_config`, with overrides as a command line has them; what is wrong with those is told as well."""
+    return _load(source, *override_pairs(arguments))
+
+
+def _load(source: Any, overrides: Sequence[tuple[str, Any]], problems: list[str]) -> Config:
     tree, where = _read(source)
-    problems: list[str] = []
+    problems = list(problems)
     for key, value in overrides:
-        _override(tree, key, _value(value) if isinstance(value, str) else value, problems)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(problems + [_explain(e, tree) for e in error.errors()], where) from None
-    if problems:
-        raise ConfigError(problems, where)
+        override(tree, key, value, problems)
+    config, found = _validate(tree)
+    if config is None or problems:
+        raise ConfigError(problems + found, where)
     return config
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The configuration, or all that is wrong with it."""
+    try:
+        return Config.model_validate(tree), []
+    except ValidationError as error:
+        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
+    problems = [line for e in unknown for line in _explain(e)]
+    meant = _as_meant(tree, [e["loc"] for e in unknown])
+    try:
+        Config.model_validate(meant)
+    except ValidationError as error:
+        problems += [line for e in error.errors() for line in _explain(e)]
+        if all(e["loc"] for e in error.errors()):  # a field is wrong, so the whole was not looked at
+            problems += run_problems(meant)
+    return None, problems
+
+
+def _as_meant(tree: dict[str, Any], unknown: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
+    """The tree with misspelt keys mended as far as can be guessed: they are not to hide or cause other problems."""
+    tree = copy.deepcopy(tree)
+    for location in unknown:
+        *path, key = location
+        section: Any = functools.reduce(operator.getitem, path, tree)
+        value = section.pop(key)
+        for near in _near(location):
+            section.setdefault(near, value)
+    return tree
 
 
 def dump_config(config: Config) -> str:
@@ -394,95 +399,45 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     return [f"{k}: {a.get(k, '(absent)')!r} -> {b.get(k, '(absent)')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Turn ``--key.sub value`` and ``--key.sub=value`` arguments into (key, value) pairs."""
-    pairs: list[tuple[str, str]] = []
-    problems: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            problems.append(f"unexpected argument {argument!r}; overrides look like --stages.0.lr 1e-4")
-        elif "=" in argument:
-            key, value = argument[2:].split("=", 1)
-            pairs.append((key, value))
-        elif not rest or rest[0].startswith("--"):
-            problems.append(f"{argument} needs a value, e.g. {argument} 1")
-        else:
-            pairs.append((argument[2:], rest.pop(0)))
-    if problems:
-        raise ConfigError(problems, "the command line")
-    return pairs
-
-
 def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), "the given configuration"
     name = str(source) if source is not None else DEFAULT_RECIPE
     if name in recipe_names():
-        text, where = (files("jasper_fast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
-    else:
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(
-                [f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"], "--config"
-            )
-        text, where = path.read_text(encoding="utf-8"), str(path)
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not YAML: {error}"], where) from None
-    if not isinstance(tree, dict):
-        raise ConfigError([f"expected a mapping of fields, found {type(tree).__name__}"], where)
-    return tree, where
+        where = f"recipe {name}"
+        return read_yaml(files("jasper_fast") / "recipes" / f"{name}.yaml", where), where
+    if not os.path.exists(name):  # False as well for what can be no name
+        raise ConfigError(
+            [f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"], "--config"
+        )
+    return read_yaml(Path(name), name), name
 
 
-def _override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    *parents, last = key.split(".")
-    node: Any = tree
-    try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        if isinstance(node, list):
-            node[int(last)] = value
-        elif isinstance(node, dict):
-            node[last] = value
-        else:
-            problems.append(f"--{key}: `{parents[-1]}` is a value, not a section")
-    except (ValueError, IndexError):
-        problems.append(f"--{key}: a list is indexed by position from 0 to {len(node) - 1}, e.g. --stages.0.lr 1e-4")
-    except AttributeError:
-        problems.append(f"--{key}: no such section")
-
-
-def _value(text: str) -> Any:
-    """An override's value as YAML; text that is not YAML, such as ``*`` or ``Query: ``, stands for itself."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
-
-
-def _explain(error: Any, tree: Mapping[str, Any]) -> str:
-    """One pydantic error as one line: key, what is wrong, what was given, and a near name where there is one."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location) or "configuration"
+def _explain(error: Any) -> list[str]:
+    """One pydantic error as lines: key, what is wrong, what was given, and a near name where there is one."""
+    location = error["loc"]
     if error["type"] == "extra_forbidden":
-        known = _known_fields(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        near = _near(location)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(_known_fields(location[:-1]))}"
+        return [f"{'.'.join(map(str, location))}: unknown key; {hint}"]
+    # of a field with several types the location also names the type that was tried, e.g. constrained-float
+    key = ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier())
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) or error["type"] == "missing" else f", got {given!r}"
-    return f"{key}: {message}{'' if repr(given) in message else shown}"
+    lines = [f"{line}{'' if repr(given) in line else shown}" for line in message.splitlines()]
+    return [f"{key}: {line}" if key else line for line in lines]
 
 
-def _known_fields(path: Iterable[str]) -> list[str]:
+def _near(location: Sequence[int | str]) -> list[str]:
+    """The known field that an unknown one was probably meant to be, or none."""
+    return difflib.get_close_matches(str(location[-1]), _known_fields(location[:-1]), n=1)
+
+
+def _known_fields(path: Iterable[int | str]) -> list[str]:
     model: Any = Config
     for part in path:
-        if part.isdigit() or not hasattr(model, "model_fields"):
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
             continue
         field = model.model_fields.get(part)
         if field is None:

@@ -26,8 +26,15 @@ def pick_device() -> torch.device:
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
     """bf16 autocast where it is asked for, or where ``auto`` finds a device that is fast at it."""
-    bf16 = precision == "bf16" or (precision == "auto" and _bf16_is_fast(device))
+    bf16 = used_precision(device, precision) == "bf16"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def used_precision(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
+    """What ``auto`` comes to on a device."""
+    if precision == "auto":
+        return "bf16" if _bf16_is_fast(device) else "fp32"
+    return precision
 
 
 def _bf16_is_fast(device: torch.device) -> bool:

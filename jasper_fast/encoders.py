@@ -20,6 +20,8 @@ from jasper_fast.files import write_atomic
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from jasper_fast.teachers import Precision
+
 EncodeWidths = Callable[[list[str], str], Mapping[int, np.ndarray]]
 
 
@@ -29,20 +31,23 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def load_model(name: str, max_length: int | None = None, device: str | None = None) -> SentenceTransformer:
+def load_model(
+    name: str, max_length: int | None = None, device: str | None = None, *, trust_remote_code: bool = False
+) -> SentenceTransformer:
     """A model by run folder, path, name, or ``package:import_name/folder``.
 
     Args:
         name: a run folder stands for its ``model`` folder.
         max_length: tokens; None keeps the model's own.
         device: as torch names it; None takes the best there is.
+        trust_remote_code: whether code that the model brings may run.
 
     Raises:
-        JasperError: there is no such model, or the folder is not one.
+        JasperError: there is no such model, it is damaged, or it brings code of its own that was not allowed.
     """
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models import CANNOT_LOAD, first_line, resolve_model
 
     path = Path(resolve_model(name))
     if (path / "model" / "modules.json").is_file():
@@ -50,9 +55,22 @@ def load_model(name: str, max_length: int | None = None, device: str | None = No
     elif path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
         raise JasperError(f"{name}: the folder holds no model (modules.json or config.json); is the run finished?")
     try:
-        model = SentenceTransformer(str(path) if path.exists() else resolve_model(name), device=device)
-    except OSError as error:
-        raise JasperError(f"{name}: no such model on this machine or its hub ({str(error).splitlines()[0]})") from None
+        model = SentenceTransformer(
+            str(path) if path.exists() else resolve_model(name), device=device, trust_remote_code=trust_remote_code
+        )
+    except CANNOT_LOAD as error:
+        if "trust_remote_code" in str(error):
+            told = (
+                "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
+                "trust_remote_code=True, or to `python -m jasper_fast.evaluate` --trust-remote-code"
+            )
+        elif path.exists():
+            told = (
+                f"it cannot be loaded ({first_line(error)}); where one of its files is damaged, make or copy it again"
+            )
+        else:
+            told = f"no such model on this machine or its hub ({first_line(error)})"
+        raise JasperError(f"{name}: {told}") from error
     if max_length is not None:
         model.max_seq_length = max_length
     return model
@@ -149,19 +167,22 @@ def model_encoder(
     return encode
 
 
-def teacher_encoder(configs: Sequence[TeacherConfig], cache: str | Path | None) -> EncodeWidths | None:
+def teacher_encoder(
+    configs: Sequence[TeacherConfig], cache: str | Path | None, precision: Precision
+) -> EncodeWidths | None:
     """The target space for new texts: norm(concat(norm(t_i))) of all teachers (PAPER: problem, arXiv 2412.19048).
 
     Args:
         configs: the run's teachers.
         cache: where vectors of evaluation texts are kept between runs; None keeps none.
+        precision: of the forward pass, as the run's.
 
     Returns:
         an encoder of one width, or None where a teacher is a file of ready vectors, which cannot read new texts.
     """
     if not configs or any(config.model is None for config in configs):
         return None
-    parts = [_teacher_part(config, cache) for config in configs]
+    parts = [_teacher_part(config, cache, precision) for config in configs]
 
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         vectors = normalise(np.concatenate([normalise(np.asarray(part(texts, role))) for part in parts], axis=1))
@@ -170,16 +191,22 @@ def teacher_encoder(configs: Sequence[TeacherConfig], cache: str | Path | None) 
     return encode
 
 
-def _teacher_part(config: TeacherConfig, cache: str | Path | None) -> Callable[[list[str], str], np.ndarray]:
+def _teacher_part(
+    config: TeacherConfig, cache: str | Path | None, precision: Precision
+) -> Callable[[list[str], str], np.ndarray]:
     """One teacher, loaded only when vectors are asked for that the cache does not hold."""
+    from jasper_fast.encode import pick_device, used_precision
     from jasper_fast.teachers import describe_teacher, load_teacher
 
-    teacher = functools.cache(lambda: load_teacher(config))
+    teacher = functools.cache(lambda: load_teacher(config, precision=precision))
 
     def encode(texts: list[str], role: str) -> np.ndarray:
         return teacher().encode(texts, role)
 
-    return encode if cache is None else cached(encode, json.dumps(describe_teacher(config), sort_keys=True), cache)
+    if cache is None:
+        return encode
+    key = describe_teacher(config) | {"precision": used_precision(pick_device(), precision)}
+    return cached(encode, json.dumps(key, sort_keys=True), cache)
 
 
 def cached(

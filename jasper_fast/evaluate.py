@@ -195,7 +195,7 @@ def evaluate_run(
     if not evalsets:
         return {}
     rows: list[Row] = []
-    teacher: EncodeWidths | None = teacher_encoder(config.teachers, config.data.cache)
+    teacher: EncodeWidths | None = teacher_encoder(config.teachers, config.data.cache, config.precision)
     if teacher is not None:
         floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads) if train_vectors is not None else {}
         rows += score_rows(evalsets, {TEACHER: teacher}, floors)
@@ -245,15 +245,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text; default: each model's own")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N queries or pairs per set")
     parser.add_argument("--precision", default="float32", help=f"of {', '.join(PRECISIONS)}, with commas between")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model brings, where you trust its authors"
+    )
     given = parser.parse_args(argv)
     precisions = known_precisions(given.precision)
     for option in ("max_length", "limit"):
         if (value := getattr(given, option)) is not None and value < 1:
             raise JasperError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     evalsets = load_evals([EvalConfig(path=path, limit=given.limit) for path in given.data])
-    student = model_encoder(load_model(given.model, given.max_length), given.widths)
+    trusted = given.trust_remote_code
+    student = model_encoder(load_model(given.model, given.max_length, trust_remote_code=trusted), given.widths)
     if given.teacher:
-        teacher = load_model(given.teacher, given.max_length)
+        teacher = load_model(given.teacher, given.max_length, trust_remote_code=trusted)
         _, heads = routes(teacher)
         encoders = {TEACHER: model_encoder(teacher, [max(heads)] if heads else None), STUDENT: student}
     else:

@@ -52,11 +52,12 @@ def finish(
     export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
     untrained = student_encoder(before.to(device), None, student.max_length, device, config.precision)
     rows = np.arange(min(len(texts), PCA_ROWS))
+    exported = load_model(str(folder.model), trust_remote_code=config.student.trust_remote_code)
     scores = evaluate_run(
         config,
         load_evals(config.evaluate),
         untrained,
-        model_encoder(load_model(str(folder.model))),  # what users will load
+        model_encoder(exported),  # what users will load
         teachers.read(rows).numpy(),
         ranges,
     )

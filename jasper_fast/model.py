@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jasper_fast.config import StudentConfig
+from jasper_fast.config_checks import prompt_problem
 from jasper_fast.errors import JasperError
 from jasper_fast.pretrained import (
     check_max_length,
@@ -280,13 +281,9 @@ def prompt_prefix(prompt: str) -> str:
     Raises:
         JasperError: something follows ``{text}``, or it stands there twice.
     """
-    prefix, _, rest = prompt.partition("{text}")
-    if rest:
-        raise JasperError(
-            f"prompt {prompt!r}: nothing may follow {{text}}, because sentence-transformers can only put a prompt "
-            f"before the text; write {prefix + '{text}'!r}"
-        )
-    return prefix
+    if problem := prompt_problem(prompt):
+        raise JasperError(problem)
+    return prompt.partition("{text}")[0]
 
 
 def pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:

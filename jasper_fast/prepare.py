@@ -10,6 +10,7 @@ import torch
 from jasper_fast.batches import check_sizes
 from jasper_fast.checks import check_stages
 from jasper_fast.config import Config, StageConfig
+from jasper_fast.errors import Problems
 from jasper_fast.files import check_room, check_writable
 from jasper_fast.log import check_trackers
 from jasper_fast.model import Student
@@ -36,16 +37,22 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     """Check trackers, the cache's folder, teachers and stages, then read pictures and texts.
 
     Raises:
-        JasperError: something is missing, unreadable or impossible.
+        JasperError: something is missing, unreadable or impossible; all of it that can be known before the texts.
     """
     from jasper_fast.data import prepare_texts
     from jasper_fast.image_data import prepare_images
 
-    check_trackers(config.log)
-    check_writable(Path(config.data.cache).expanduser())
-    check_teachers(config)
-    student = build_student(config)
-    check_stages(config, student, ranks)
+    problems = Problems()
+    with problems:
+        check_trackers(config.log)
+    with problems:
+        check_writable(Path(config.data.cache).expanduser())
+    with problems:
+        check_teachers(config)
+    with problems:
+        student = build_student(config)
+        check_stages(config, student, ranks)
+    problems.tell()
     images, kept = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
     check_sizes(config, len(texts), len(images) if images is not None else 0)
@@ -63,8 +70,11 @@ def check_teachers(config: Config) -> None:
     from jasper_fast.teachers import describe_teacher
     from jasper_fast.vectors import describe_vectors
 
+    problems = Problems()
     for teacher in config.teachers:
-        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+        with problems:
+            describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    problems.tell()
 
 
 def check_disk(config: Config, folder: Path, prepared: Prepared, first: int = 0) -> None:

@@ -23,7 +23,7 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models import CANNOT_LOAD, resolve_model
 
     source = transformer_folder(resolve_model(config.model))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -36,7 +36,7 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
         arguments = options | exported_arguments(source)
         encoder = factory.from_pretrained(source, config=settings, dtype=torch.float32, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except CANNOT_LOAD as error:
         raise JasperError(_cannot_load(config, source, error)) from error
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`; choose a text encoder")
@@ -49,13 +49,21 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
 
 
 def transformer_folder(source: str) -> str:
-    """The folder of the transformer inside a sentence-transformers folder; anything else comes back unchanged."""
+    """The folder of the transformer inside a sentence-transformers folder; anything else comes back unchanged.
+
+    Raises:
+        JasperError: the list of modules is damaged, or none of them is a transformer.
+    """
     modules = Path(source) / "modules.json"
     if not modules.is_file():
         return source
-    for module in json.loads(modules.read_text(encoding="utf-8")):
-        if module["type"].rpartition(".")[2] == "Transformer":
-            return str(Path(source) / module["path"]) if module["path"] else source
+    try:
+        listed = [(module["type"], module["path"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JasperError(f"{modules} is damaged ({error}); copy or download the model again") from error
+    for kind, path in listed:
+        if kind.rpartition(".")[2] == "Transformer":
+            return str(Path(source) / path) if path else source
     raise JasperError(
         f"{source} is a sentence-transformers model without a transformer (static or bag-of-words embeddings); "
         "choose one that has a transformer"
@@ -196,17 +204,18 @@ def sees_later_tokens(encoder: Any) -> bool:
     return not torch.equal(first[0], first[1])
 
 
-def check_max_length(encoder: Any, max_length: int) -> None:
+def check_max_length(encoder: Any, max_length: int, key: str = "student.max_length") -> None:
     """Refuse texts longer than the encoder has positions for.
+
+    Args:
+        key: where the configuration asks for it.
 
     Raises:
         JasperError: says the largest length possible.
     """
     limit = position_limit(encoder)
     if limit is not None and limit < max_length:
-        raise JasperError(
-            f"student.max_length is {max_length}, but the model has {limit} positions; give at most {limit}"
-        )
+        raise JasperError(f"{key} is {max_length}, but the model has {limit} positions; give at most {limit}")
 
 
 def position_limit(encoder: Any) -> int | None:
@@ -228,14 +237,19 @@ def no_layers(encoder: nn.Module) -> str:
 
 
 def _cannot_load(config: StudentConfig, source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    from jasper_fast.models import first_line
+
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return (
             f"{config.model} brings code of its own, which is not run unless asked for: "
             "read it, then set student.trust_remote_code: true"
         )
     if Path(source).is_dir():
-        return f"{source} could not be loaded as a Hugging Face text encoder: {reason}"
+        return (
+            f"{source} could not be loaded as a Hugging Face text encoder: {reason}; where a file of it is damaged, "
+            "copy or download the model again"
+        )
     return (
         f"the model {config.model!r} was not found: it is not a folder here, and could not be fetched ({reason}). Give "
         'a folder, a "package:import_name/folder", or a hub name; where the hub cannot be reached, run '

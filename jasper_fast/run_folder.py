@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jasper_fast.config import Config, config_difference, dump_config
-from jasper_fast.errors import JasperError
+from jasper_fast.config_text import read_yaml
+from jasper_fast.errors import ConfigError, JasperError
 from jasper_fast.files import sweep_unfinished, write_atomic
 
 CONFIG, RESULTS = "config.yaml", "results.json"
@@ -36,11 +35,18 @@ class RunFolder:
 
 
 def existing_difference(path: Path, config: Config) -> list[str]:
-    """How ``config`` differs from the one the folder was started with, where that would change the numbers."""
+    """How ``config`` differs from the one the folder was started with, where that would change the numbers.
+
+    Raises:
+        JasperError: what the folder keeps of it cannot be read.
+    """
     old_file = path / CONFIG
     if not old_file.exists():
         return []
-    old = yaml.safe_load(old_file.read_text(encoding="utf-8"))
+    try:
+        old = read_yaml(old_file, str(old_file))
+    except ConfigError as error:
+        raise JasperError(f"{error}\nrestore it as the run wrote it, or use --out DIR for a new run") from None
     return config_difference({k: v for k, v in old.items() if k not in MAY_CHANGE}, what_decides(config))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
-from jasper_fast.config import Config, TeacherConfig, load_config, parse_overrides
+from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import check_room, locked
@@ -252,7 +252,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
     parser.add_argument("--config", help="a YAML file or a recipe's name; default: the embedded recipe")
     known, rest = parser.parse_known_args(argv)
-    config = load_config(known.config, parse_overrides(rest))
+    config = load_arguments(known.config, rest)
     for teacher in config.teachers:  # a teacher that is missing is an error before the texts are built
         describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
     texts, remaining = prepare_texts(config)
@@ -268,4 +268,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, goes_on=True)

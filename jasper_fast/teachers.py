@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from jasper_fast.config import TeacherConfig
-from jasper_fast.encode import autocast
+from jasper_fast.encode import autocast, used_precision
 from jasper_fast.errors import JasperError
-from jasper_fast.models import model_revision, resolve_model
+from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, resolve_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,7 +40,7 @@ class Teacher:
         self.width = config.truncate_dim or full
         self.fingerprint["width"] = self.width
         self.autocast = autocast(model.device, precision)
-        self.precision = "fp32" if type(self.autocast).__name__ == "nullcontext" else "bf16"
+        self.precision = used_precision(model.device, precision)
 
     @torch.inference_mode()
     def encode(
@@ -110,7 +110,6 @@ def load_teacher(
     Raises:
         JasperError: the model is missing, cannot be loaded, or needs code of its own that was not allowed.
     """
-    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     if config.model is None:
@@ -125,14 +124,13 @@ def load_teacher(
             trust_remote_code=config.trust_remote_code,
             model_kwargs={"dtype": torch.float32},
         )
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except CANNOT_LOAD as error:
         hint = (
             "; it comes with code of its own: set trust_remote_code: true for it if you trust its authors"
             if "trust_remote_code" in str(error)
             else ""
         )
-        told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise JasperError(f"{config.model}: cannot be loaded as a teacher ({told}){hint}") from error
+        raise JasperError(f"{config.model}: cannot be loaded as a teacher ({first_line(error)}){hint}") from error
     if config.pooling != "auto":
         _set_pooling(model, POOLINGS[config.pooling], config.model)
     if config.dense is not None:
@@ -243,7 +241,7 @@ def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: st
     hub_revision = None if revision.startswith("sha256:") else revision
     try:
         head = Dense.load(where, subfolder=folder, revision=hub_revision)
-    except (OSError, ValueError, TypeError) as error:
+    except CANNOT_LOAD as error:
         raise JasperError(f"{where}: holds no Dense head in a folder {folder!r}; look at the model's files") from error
     if head.in_features != model[places[0]].in_features:
         raise JasperError(

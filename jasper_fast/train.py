@@ -33,8 +33,8 @@ from jasper_fast.config import (
     StageConfig,
     config_difference,
     dump_config,
+    load_arguments,
     load_config,
-    parse_overrides,
     recipe_names,
 )
 from jasper_fast.encode import pick_device
@@ -436,7 +436,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
     options, rest = parser.parse_known_args(argv)
-    config = load_config(options.config, parse_overrides(rest))
+    config = load_arguments(options.config, rest)
     out = Path(options.out) if options.out else Path("runs") / config.name
     if options.print_config:
         print(dump_config(config), end="")
@@ -452,4 +452,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, goes_on=True)

@@ -208,7 +208,7 @@ def load_tower(config: VisionConfig) -> Any:
     """
     from transformers import AutoConfig, AutoModel
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models import CANNOT_LOAD, first_line, resolve_model
 
     source = resolve_model(str(config.model))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -220,11 +220,10 @@ def load_tower(config: VisionConfig) -> Any:
                 part.vision_use_head = False  # the pooler takes all tokens; a head would be saved and not trained
         with torch.random.fork_rng(devices=[]):
             model = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except CANNOT_LOAD as error:
         raise JasperError(
-            f"student.vision.model {config.model!r} could not be loaded ({reason}); give a folder or a hub name such "
-            "as google/siglip-so400m-patch14-384, or `tower` for one from scratch"
+            f"student.vision.model {config.model!r} could not be loaded ({first_line(error)}); give a folder or a "
+            "hub name such as google/siglip-so400m-patch14-384, or `tower` for one from scratch"
         ) from error
     tower = getattr(model, "vision_model", model)
     if isinstance(getattr(tower, "head", None), nn.Module):

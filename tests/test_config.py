@@ -2,7 +2,8 @@
 
 import pytest
 
-from jasper_fast.config import config_difference, dump_config, load_config, parse_overrides, recipe_names
+from jasper_fast.config import StageConfig, config_difference, dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config_text import parse_overrides
 from jasper_fast.errors import ConfigError
 
 
@@ -39,10 +40,84 @@ def test_all_problems_are_reported_at_once():
     assert len(error.value.problems) == len(overrides)
 
 
+def test_problems_of_a_stage_and_across_stages_come_with_the_fields_own():
+    """One wrong field hides no other: not the rest of its stage, nor what only the whole can tell."""
+    recipe = load_config().model_dump(mode="json")
+    first, second, third = recipe["stages"]
+    first.update(name="head", train=[], last_layers=0, texts=1)
+    second.update(name="head", heads=[7], narrow_target="self", batch_sizes=16)
+    third.update(heads=[128], lr="fast", codes=["int8"])
+    recipe["student"]["prompts"]["query"] = "say {text} again"
+    with pytest.raises(ConfigError) as error:
+        load_arguments(recipe, ["--seed", "--student.max_length=0", "word"])
+    expected = [
+        "--seed needs a value",
+        "unexpected argument 'word'",
+        "stages.1.batch_sizes: unknown key; did you mean `batch_size`?",
+        "student.max_length: Input should be greater than 0",
+        "stages.0: stage 'head': it trains nothing",
+        "stages.0: stage 'head': texts 1 is less than batch_size 128",
+        "stages.2.lr: Input should be a valid number",
+        "stage name 'head' is used twice",
+        "student.heads [64, 32] stand in no stage's heads",
+        "stage 'head' uses heads [7]; the student has [384, 128, 64, 32]",
+        "stage 'head': narrow_target 'self' needs the widest head, 384",
+        "student.prompts.query: prompt 'say {text} again': nothing may follow",
+    ]
+    assert len(error.value.problems) == len(expected), error.value
+    for line in expected:
+        assert any(problem.startswith(line) for problem in error.value.problems), (line, error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        ([("studnt.heads", "[384]")], ["studnt: unknown key; did you mean `student`?"]),
+        ([("student", "3")], ["student: Input should be a valid dictionary"]),
+        ([("student.heads", "[384, wide]")], ["student.heads.1: Input should be a valid integer"]),
+        ([("stages", "[]")], ["stages: List should have at least 1 item"]),
+        ([("stages.0.heads", "[]")], ["stages.0.heads: List should have at least 1 item"]),
+        ([("stages.0.vision", "{}"), ("imagess", "{sources: [{path: x}]}"), ("student.vision", "{model: x}")],
+         ["imagess: unknown key; did you mean `images`?"]),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_told_once(overrides, problems):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    found = error.value.problems
+    assert len(found) == len(problems) and all(map(str.startswith, found, problems)), found
+
+
+@pytest.mark.parametrize(
+    ("weights", "least"),
+    [
+        ({"cosine": 1}, 1),
+        ({"cosine": 0, "relative_similarity": 0}, 2),
+        ({"cosine": 0, "similarity": 0}, 3),
+        ({"cosine": 0, "similarity": 0, "relative_similarity": 0, "neighbourhood": 1}, 3),
+    ],
+)
+def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
+    stage = {"name": "s", "train": ["*"], "heads": [8], "steps": 1, "lr": 0.1, "weights": weights}
+    assert StageConfig(**stage, batch_size=least).weights.compares(least) == (least > 1)
+    if least > 1:
+        for settings in (stage, stage | {"weights": {}, "narrow_weights": weights}):
+            with pytest.raises(ValueError, match=f"nothing can be learnt .* from a batch of {least - 1}"):
+                StageConfig(**settings, batch_size=least - 1)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         (("stages.0.train", "[]"), "trains nothing"),
+        (("stages.0.lr", ".inf"), "stages.0.lr: Input should be a finite number"),
+        (("stages.0.margin", ".nan"), "stages.0.margin: Input should be a finite number"),
+        (("stages.0.weights.similarity", ".inf"), "weights.similarity: Input should be a finite number"),
+        (("stages.0.lr", "true"), "stages.0.lr: expected a number, got True"),
+        (("stages.0.temperature", "{384: true}"), "stages.0.temperature.384: expected a number, got True"),
+        (("stages.0.temperature", "-1"), "stages.0.temperature: Input should be greater than 0, got -1"),
+        (("seed", str(10**9 + 1)), "seed: Input should be less than or equal to 1000000000"),
+        (("student.prompts.query", "say {text} again"), "student.prompts.query: .* nothing may follow {text}"),
         (("stages.0.heads", "[7]"), "the student has"),
         (("stages.0.steps", "0"), "stages.0.steps"),
         (("stages.0.steps", "1.5"), "stages.0.steps"),
@@ -67,13 +142,15 @@ def test_all_problems_are_reported_at_once():
 def test_impossible_values_are_named(override, message):
     recipe = load_config().model_dump(mode="json")
     recipe["stages"][0].update(train=["heads.384.*"], last_layers=0, name="head")
+    recipe["stages"][2]["random_share"] = 0.0
     with pytest.raises(ConfigError, match=message):
         load_config(recipe, [override])
 
 
-def test_a_missing_file_lists_the_recipes():
+@pytest.mark.parametrize("name", ["no-such-recipe", "long" * 100, "nul\0"])
+def test_a_missing_file_lists_the_recipes(name):
     with pytest.raises(ConfigError, match="minilm-docstrings"):
-        load_config("no-such-recipe")
+        load_config(name)
 
 
 def test_a_file_that_is_not_a_mapping(tmp_path):
@@ -81,19 +158,29 @@ def test_a_file_that_is_not_a_mapping(tmp_path):
     path.write_text("- 1\n- 2\n")
     with pytest.raises(ConfigError, match="expected a mapping"):
         load_config(path)
-    path.write_text("a: [1,")
-    with pytest.raises(ConfigError, match="not YAML"):
-        load_config(path)
+    for content, message in (
+        (b"", "found nothing"),
+        (b"a: [1,", "not YAML"),
+        (b"name: 2026-13-01", "not YAML: month must be"),
+        ("name: träge".encode("latin-1"), "not text in UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
 
 
 def test_overrides_from_the_command_line():
     assert parse_overrides(["--a.b", "1", "--c=x"]) == [("a.b", "1"), ("c", "x")]
     config = load_config(None, parse_overrides(["--stages.0.lr", "1e-4", "--seed=3"]))
     assert config.stages[0].lr == 1e-4 and config.seed == 3
+    assert load_arguments(None, ["--stages.0.lr", "1e-4", "--seed=3"]) == config
     changed = load_config(None, [("stages.0.train", ["*"]), ("student.prompts.query", "Query: ")])
     assert changed.student.prompts.query == "Query: " and changed.stages[0].train == ["*"]
     with pytest.raises(ConfigError, match="stages.0.train"):  # a list is wanted: no traceback from the YAML reader
         load_config(None, [("stages.0.train", "*")])
+    assert load_config(None, [("student.prompts.query", "2026-13-01")]).student.prompts.query == "2026-13-01"
     with pytest.raises(ConfigError, match="needs a value"):
         parse_overrides(["--seed"])
     with pytest.raises(ConfigError, match="unexpected argument"):

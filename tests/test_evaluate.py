@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -386,8 +387,10 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
 ) -> None:
     calls: list[int] = []
     loaded: list[int] = []
+    precisions: list[str] = []
 
-    def load_teacher(config):
+    def load_teacher(config, *, precision):
+        precisions.append(precision)
         offset = config.max_length
 
         def encode(texts: list[str], role: str) -> np.ndarray:
@@ -404,6 +407,7 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
     config = load_config(
         {
             "name": "x",
+            "precision": "fp32",
             "student": {"model": "m", "heads": [32, 8]},
             "teachers": [{"model": "t", "max_length": 10}, {"model": "t", "max_length": 20}],
             "data": {"sources": [{"path": "docstrings"}], "cache": str(tmp_path / "cache")},
@@ -454,6 +458,10 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
         "student",
     }
     assert evaluate_run(config, [], before, student, None) == {}
+    assert set(precisions) == {"fp32"}
+    other = config.model_copy(update={"precision": "bf16"})
+    evaluate_run(other, evalsets, before, student, train)
+    assert loaded == [10, 20, 10, 20] and precisions[2:] == ["bf16", "bf16"], "another precision, other vectors"
 
 
 def test_evaluate_vectors_and_rows_agree(tmp_path: Path, tiny_texts: list[str]) -> None:
@@ -500,6 +508,8 @@ def test_command_puts_student_beside_teacher(
     [
         (["{missing}", "{pairs}"], "no such model on this machine"),
         (["{empty}", "{pairs}"], "the folder holds no model"),
+        (["{cut}", "{pairs}"], "cannot be loaded .* make or copy it again"),
+        (["{listless}", "{pairs}"], "cannot be loaded .* make or copy it again"),
         (["{model}", "{pairs}", "--widths", "8,wide"], "--widths takes numbers"),
         (["{model}", "{pairs}", "--limit", "0"], "--limit must be at least 1, got 0"),
     ],
@@ -508,7 +518,12 @@ def test_command_refuses_with_a_message(
     routed: Path, tmp_path: Path, tiny_texts: list[str], arguments: list[str], says: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    cut, listless = (shutil.copytree(routed / "model", tmp_path / name) for name in ("cut", "listless"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:2000])
+    (listless / "modules.json").write_text("[{")
     places = {
+        "cut": cut,
+        "listless": listless,
         "missing": tmp_path / "missing",
         "empty": tmp_path / "empty",
         "model": routed,

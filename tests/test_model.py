@@ -309,6 +309,27 @@ def test_what_cannot_be_built_says_the_mend(fields: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("model.safetensors", lambda whole: whole[: len(whole) // 2], "could not be loaded"),
+        ("model.safetensors", lambda whole: whole.replace(b'"shape":[32]', b'"shape":[16]', 1), "could not be loaded"),
+        ("config.json", lambda whole: whole.replace(b'"hidden_size": 32', b'"hidden_size": 16'), "could not be loaded"),
+        ("config.json", lambda whole: whole[: len(whole) // 2], "could not be loaded"),
+        ("modules.json", lambda _: b"[{", "modules.json is damaged"),
+        ("modules.json", lambda _: b"[{}]", "modules.json is damaged"),
+        ("modules.json", lambda _: b"3", "modules.json is damaged"),
+    ],
+)
+def test_a_damaged_model_is_no_traceback(file: str, damage, message: str, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    whole = (folder / file).read_bytes() if (folder / file).exists() else b""
+    (folder / file).write_bytes(damage(whole))
+    assert (folder / file).read_bytes() != whole
+    with pytest.raises(JasperError, match=f"{message}.* copy or download the model again"):
+        student(folder)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JasperError, match="could not be loaded"):
         student(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jasper_fast.batches import Batch
-from jasper_fast.config import StageConfig, StudentConfig
+from jasper_fast.config import Config, StageConfig, StudentConfig
 from jasper_fast.encode import MicroBatches, cheapest_cuts
 from jasper_fast.errors import JasperError
 from jasper_fast.model import Student
@@ -158,6 +158,9 @@ def test_dropout_is_a_function_of_step_and_place_alone():
     for other in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
         assert not torch.equal(whole, dropout_factors(0.25, other, slice(None), 40, 500, CPU))
     assert dropout_factors(0.0, (1, 2, 3), slice(None), 40, 500, CPU) is None
+    largest = Config.model_fields["seed"].metadata
+    (seed,) = (bound.le for bound in largest if hasattr(bound, "le"))
+    assert dropout_factors(0.25, (seed, 99, 10**6), slice(None), 4, 8, CPU).shape == (4, 8)
 
 
 def test_checkpointing_counts_layers(tiny_bert):

@@ -198,6 +198,10 @@ def test_missing_models_tell_the_mend(tmp_path: Path, tiny_bert: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(JasperError, match="cannot be loaded as a teacher"):
         load_teacher(TeacherConfig(model=str(broken)))
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace(": 64", ": 65"))
+    with pytest.raises(JasperError, match="cannot be loaded as a teacher"):  # weights of other shapes
+        load_teacher(TeacherConfig(model=str(other)))
 
 
 def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: Path) -> None:
@@ -541,6 +545,37 @@ def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, conf
         quiet(config, texts)
     (cache,) = teacher_caches(config, texts, SHARD)
     assert [shard for shard in range(13) if cache.has(shard)] == [1, 4, 7, 10]
+
+
+def test_control_c_loses_no_shard_and_says_that_the_command_goes_on(
+    run_file: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    # the command as it is, with small shards, each of which takes a while
+    code = (
+        "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
+        "from jasper_fast.teachers import Teacher; encode = Teacher.encode;"
+        "Teacher.encode = lambda *a, **k: (encode(*a, **k), time.sleep(0.2))[0];"
+        "runpy.run_module('jasper_fast.teach', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "--config", str(run_file), "--teachers.0.model", str(tiny_bert)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "cache").glob("teacher-*/data-00002-*.json")):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in said
+    assert said.endswith("interrupted; the same command goes on\n")
+
+    config = load_config(run_file, [("teachers.0.model", str(tiny_bert))])
+    texts = build_texts(config.data, config.data.seed)
+    (cache,) = teacher_caches(config, texts, SHARD)
+    assert 3 <= sum(cache.has(shard) for shard in range(cache.shards)) < cache.shards
+    (folder,) = quiet(config, texts).folders
+    elsewhere = load_config(run_file, [("teachers.0.model", str(tiny_bert)), ("data.cache", str(tmp_path / "alone"))])
+    assert tree(folder) == tree(quiet(elsewhere, texts).folders[0])
 
 
 def test_the_command_reports_what_can_be_mended(tmp_path: Path, capsys, monkeypatch) -> None:

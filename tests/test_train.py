@@ -19,6 +19,15 @@ from jasper_fast.config import load_config
 from jasper_fast.errors import ConfigError, JasperError
 
 LOSSES = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0}
+TWO_TEXTS = {
+    "name": "three",
+    "train": ["*"],
+    "heads": [32, 16, 8],
+    "batch_size": 2,
+    "steps": 8,
+    "lr": 1e-3,
+    "weights": {"similarity": 0},
+}
 
 
 def write_data(folder: Path, texts: list[str]) -> None:
@@ -396,9 +405,10 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
         ([("student.layers", [0, 7])], "student.layers"),
         ([("student.model", "no/such-model")], "was not found"),
         ([("stages.2.batch_size", 4096)], "a batch of 4096 from"),
-        ([("stages.1.max_length", 4096)], "the model has 64 positions"),
+        ([("stages.1.max_length", 4096)], "stages.1.max_length is 4096, but the model has 64 positions"),
         ([("teachers.0.model", "./no-such-teacher")], "there is no such folder"),
         ([("stages.2.narrow_weights", {"cosine": 1, "similarity": 0, "relative_similarity": 0})], "leave its head 16"),
+        ([("stages.2", TWO_TEXTS)], "leave its head 16 untrained: .* no other loss learns from 2 texts"),
     ],
 )
 def test_impossible_runs_are_refused_before_training(world, tmp_path, overrides, message):
@@ -408,6 +418,44 @@ def test_impossible_runs_are_refused_before_training(world, tmp_path, overrides,
     with pytest.raises(JasperError, match=message):
         train(tree, out=tmp_path / "bad", overrides=overrides)
     assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+def test_all_that_is_known_before_the_texts_is_told_together(world, tmp_path, monkeypatch):
+    from jasper_fast.train import train
+
+    _, tree = world
+    monkeypatch.setattr("jasper_fast.log.find_spec", lambda name: None)
+    overrides = [
+        ("log.trackers", ["trackio"]),
+        ("teachers.0.model", "./no-such-teacher"),
+        ("stages.0.train", ["heads.99.*"]),
+        ("stages.1.max_length", 4096),
+        ("stages.1.gradient_checkpointing", 9),
+        ("stages.2.narrow_start", "principal"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        train(tree, out=tmp_path / "bad", overrides=overrides)
+    expected = [
+        "log.trackers asks for 'trackio'",
+        "./no-such-teacher: there is no such folder",
+        "stage 'one': `train` glob 'heads.99.*' matches no parameter",
+        "stage 'two': gradient_checkpointing asks for 9 layers",
+        "stages.1.max_length is 4096",
+        "stage 'three': narrow_start: principal is not possible, as it trains the encoder",
+    ]
+    assert len(caught.value.problems) == len(expected)
+    assert all(map(str.startswith, caught.value.problems, expected)), caught.value
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [1", b"name: tr\xe4ge\n"])
+def test_a_run_whose_kept_configuration_is_damaged_tells_the_mend(content, world, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = world
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(JasperError, match=r"(?s)1 problem in .*config.yaml.*restore it .* or use --out DIR"):
+        train(tree, out=tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == content
 
 
 def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):

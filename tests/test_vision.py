@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_vector_does_not_depend_on_what_shares_its_batch(student):
     assert torch.allclose(student.pool(bright)[0], together[0], atol=1e-5)
 
 
-def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2):
+def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2, tmp_path):
     with pytest.raises(JasperError, match="give at most 62"):
         Student.build(config_of(tiny_bert, image_tokens=63))
     with pytest.raises(JasperError, match="unknown hiden_size"):
@@ -120,6 +121,10 @@ def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2):
         Student.build(config_of(tiny_bert, tower=TOWER | {"patch_size": 5}))
     with pytest.raises(JasperError, match="could not be loaded"):
         Student.build(config_of(tiny_bert, tower=None, model="./no-such-tower"))
+    damaged = shutil.copytree(tiny_bert, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(JasperError, match="damaged' could not be loaded"):
+        Student.build(config_of(tiny_bert, tower=None, model=str(damaged)))
     text = Student.build(StudentConfig(model=str(tiny_bert), heads=[8], max_length=32))
     with pytest.raises(JasperError, match="reads text alone"):
         text.pool(pictures(1))

@@ -1,0 +1,68 @@
+"""A student that brings code of its own: trained and scored where that was asked for, and not run where it was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from jasper_fast import evaluate
+from jasper_fast.errors import JasperError
+from jasper_fast.train import train
+
+CODE = """
+from transformers import BertConfig, BertModel
+
+
+class HomemadeConfig(BertConfig):
+    model_type = "homemade"
+
+
+class HomemadeModel(BertModel):
+    config_class = HomemadeConfig
+"""
+
+
+@pytest.fixture
+def homemade(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny BERT as an architecture that only the folder's own code knows."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = shutil.copytree(tiny_bert, tmp_path / "homemade")
+    (folder / "homemade_code.py").write_text(CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "homemade_code.HomemadeConfig", "AutoModel": "homemade_code.HomemadeModel"}
+    settings |= {"model_type": "homemade", "architectures": ["HomemadeModel"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
+    homemade: Path, tiny_bert: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(tiny_texts[:60]))
+    lines = [f"{i % 5}.0\t{tiny_texts[80 + i]}\t{tiny_texts[120 + i]}" for i in range(12)]
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("\n".join(["score\tsentence1\tsentence2", *lines]) + "\n")
+    tree = {
+        "name": "homemade",
+        "student": {"model": str(homemade), "heads": [16], "max_length": 16, "layers": 2},
+        "teachers": [{"model": str(tiny_bert), "max_length": 16}],
+        "data": {"sources": [{"path": str(tmp_path / "texts.txt")}], "cache": str(tmp_path / "cache")},
+        "evaluate": [{"path": str(pairs)}],
+        "stages": [{"name": "all", "train": ["*"], "heads": [16], "batch_size": 8, "steps": 2, "lr": 1e-3}],
+    }
+    tree["stages"][0]["weights"] = {"cosine": 0}
+    run = tmp_path / "run"
+    with pytest.raises(JasperError, match="set student.trust_remote_code: true"):
+        train(tree, out=tmp_path / "other")
+    train(tree, out=run, overrides=[("student.trust_remote_code", True)])
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert any(row["model"] == "student" and row["width"] == 16 for row in rows)
+
+    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+        evaluate.main([str(run), str(pairs)])
+    assert evaluate.main([str(run), str(pairs), "--trust-remote-code"]) == 0
