@@ -228,7 +228,7 @@ class TeacherVectors:
         self.folders = [cache.folder for cache in caches]
         self.widths: list[int] = [cache.header["width"] for cache in caches]
         self.width = sum(self.widths)
-        self.fingerprint = hashlib.blake2b("".join(c.fingerprint for c in caches).encode(), digest_size=16).hexdigest()
+        self.fingerprint = joined_fingerprint(caches)
         self._rows = caches[0].rows
         self._parts = [(cache.shard_rows, *cache.map()) for cache in caches]
 
@@ -257,6 +257,11 @@ class TeacherVectors:
             out[:, first : first + width] = torch.nn.functional.normalize(torch.from_numpy(part), dim=1)
             first += width
         return torch.nn.functional.normalize(out, dim=1)
+
+
+def joined_fingerprint(caches: Sequence[TeacherCache]) -> str:
+    """The identity of the vectors of several teachers together, whether they were computed or not."""
+    return hashlib.blake2b("".join(cache.fingerprint for cache in caches).encode(), digest_size=16).hexdigest()
 
 
 def quantise(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:

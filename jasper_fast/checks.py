@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -76,16 +76,26 @@ def _principal_problems(config: Config, stage: StageConfig, student: Student, tr
     return [f"stage {stage.name!r}: narrow_start: principal is not possible, as {problem}" for problem in problems]
 
 
-def check_losses(config: Config, target: int) -> None:
-    """Refuse heads that no loss of their stage reaches: a cosine term needs vectors of equal width.
+def check_losses(config: Config, teachers: Sequence[int]) -> None:
+    """Refuse a cosine loss that would be left out, and heads that no loss reaches: a cosine needs equal widths.
 
     Args:
-        target: width of the teachers' vectors.
+        teachers: width of each teacher's vectors.
+
+    Raises:
+        JasperError: the first problem found.
     """
-    widest = config.student.heads[0]
+    widest, target = config.student.heads[0], sum(teachers)
     for stage in config.stages:
         if stage.vision is not None:  # each head is taught by its own width
             continue
+        if widest in stage.heads and stage.weights.cosine and widest != target:
+            told = " + ".join(map(str, teachers)) + (f" = {target}" if len(teachers) > 1 else "")
+            raise JasperError(
+                f"stage {stage.name!r} asks for a cosine loss, which needs equal widths, but FC1, the student's widest "
+                f"head, is {widest} wide and the teachers' vectors {told}; let student.heads begin with {target}, cut "
+                "a wider teacher with truncate_dim, or set the stage's weights.cosine: 0"
+            )
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target

@@ -19,7 +19,7 @@ from jasper_fast.arrow import read_mapped, stream_bytes, write_index
 from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import TEMPORARY, locked, publish_dir, sha256, write_atomic
-from jasper_fast.sources import draw, read_source, source_stamp
+from jasper_fast.sources import draw, read_source, source_stamp, try_source
 from jasper_fast.treatment import Exchanges, treat
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def _column(texts: Dataset, column: str) -> Iterator[str]:
 def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[str, Any], folder: Path) -> None:
     from tqdm import tqdm
 
+    for source in data.sources:
+        try_source(source)
     counts: Counter[str] = Counter()
     with publish_dir(folder / "spool") as spool:
         buckets = _Buckets(spool, seed)

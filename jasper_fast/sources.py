@@ -12,6 +12,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
             yield row
     if empty:
         raise JasperError(f"{source.path}: no rows in it; give a source with at least one text")
+
+
+def try_source(source: SourceConfig) -> None:
+    """Read the first row of each file, or of the stream: what is wrong with all rows is told before any source is read.
+
+    Raises:
+        JasperError: as `read_source`, of these rows.
+    """
+    if source.path in BUILT_IN:
+        return
+    next(read_source(source))
+    for file in source_files(source)[1:]:
+        for where, cells in islice(file_rows(file, source), 1):
+            list(_texts(source, cells, where))
 
 
 def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], list[int]]]:
@@ -138,8 +153,14 @@ def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[
 
 def _text(value: Any, place: str, where: str) -> str:
     if isinstance(value, str):
-        return value
-    given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            given = f"has half a character ({value[error.start]!a}, a lone surrogate) at position {error.start}"
+        else:
+            return value
+    else:
+        given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
     raise JasperError(f"{where}: {place} {given}; remove or mend the row, or choose other `columns`")
 
 
@@ -231,13 +252,13 @@ def _parquet(file: Path, source: SourceConfig) -> Iterator[Row]:
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:
-    for number, cells in enumerate(_stream(source), 1):
+    for number, cells in _numbered(source, _stream(source)):
         yield f"{source.path} ({source.split}), row {number}", cells
 
 
 def _shuffled_stream(source: SourceConfig, seed: int) -> Iterator[tuple[str, ...]]:
     stream = _stream(source).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-    for number, cells in enumerate(stream, 1):
+    for number, cells in _numbered(source, stream):
         where = f"{source.path} ({source.split}), row {number} of its shuffled stream"
         yield from _texts(source, cells, where)
 
@@ -251,5 +272,24 @@ def _stream(source: SourceConfig) -> Any:
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise JasperError(
             f"{source.path}: neither a file or folder here nor a dataset that can be loaded by name "
-            f"(config {source.config}, split {source.split!r}): {str(error).splitlines()[0]}"
+            f"(config {source.config}, split {source.split!r}): {_first_line(error)}"
         ) from error
+
+
+def _numbered(source: SourceConfig, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a stream, counted from 1; the network may break at any of them."""
+    from huggingface_hub.errors import HTTPError  # of the library that the hub's client uses: not always an OSError
+
+    number = 0
+    try:
+        for number, cells in enumerate(stream, 1):
+            yield number, cells
+    except (OSError, ValueError, EOFError, zlib.error, HTTPError) as error:
+        raise JasperError(
+            f"{source.path} ({source.split}): reading it broke off after {number} rows ({_first_line(error)}). If it "
+            "was the network, type the same command again: these texts are read anew, all other work is kept"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

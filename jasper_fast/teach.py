@@ -15,21 +15,27 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
+from jasper_fast.checks import check_losses
 from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import check_room, locked
 from jasper_fast.lending import Lenders
+from jasper_fast.ranks import join_ranks
 from jasper_fast.teachers import Teacher, describe_teacher, load_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Opened = Teacher | ReadyVectors
+Place = tuple[int, int]  # which of the processes that share the work, and how many there are
 
 SILENCE = 1800.0  # seconds without a new shard after which the other processes are taken for dead
 
@@ -63,6 +69,8 @@ def ensure_teachers(
 ) -> TeacherVectors:
     """The teachers' vectors of these texts; what is missing or damaged is computed, shard by shard.
 
+    Every teacher is opened, and the stages' losses are held against the teachers' widths, before any text is encoded.
+
     Args:
         config: the run.
         texts: columns ``text``, ``role`` and ``digest``.
@@ -70,14 +78,19 @@ def ensure_teachers(
         shard_rows: texts per shard.
 
     Raises:
-        JasperError: a teacher or file of vectors cannot be used, a vector is not finite, a cache belongs to something
-            else, or the disk is too small.
+        JasperError: a teacher or file of vectors cannot be used or has not the width that a stage needs, a vector is
+            not finite, a cache belongs to something else, or the disk is too small.
     """
     caches = teacher_caches(config, texts, shard_rows)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    say = print_error if progress and rank == 0 else _silent
+    place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    say = print_error if progress and place[0] == 0 else _silent
+    for cache in caches:
+        _drop_damaged(cache, texts, place)
+    _meet()  # nobody looks what is missing before everybody has dropped what is damaged
+    opened = _open_all(config, caches, texts, place)
+    _meet()  # nobody encodes before everybody has found all teachers sound
     for teacher, cache in zip(config.teachers, caches, strict=True):
-        _fill(config, teacher, cache, texts, (rank, world), say)
+        _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), say)
         error, dtype = cache.header["cosine_distance_of_storing"], cache.identity["dtype"]
         say(
             f"teacher {cache.name}: {cache.rows} vectors of width {cache.header['width']} in {cache.folder}; storing "
@@ -97,27 +110,74 @@ def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS)
     return [TeacherCache(config.data.cache, {**i, **of_texts}, len(texts), shard_rows) for i in identities]
 
 
+def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
+    with _held(cache, place):
+        for shard, reason in _damaged(cache, texts, [s for s in _share(cache, place) if cache.has(s)]).items():
+            print_error(f"{reason}; it is made again")
+            cache.drop(shard)
+
+
+def _open_all(config: Config, caches: list[TeacherCache], texts: Dataset, place: Place) -> dict[str, Opened]:
+    """Open every teacher that has work left, so that what is wrong with any is told before another one's long work.
+
+    Returns:
+        the first of them, which is needed next, by its cache's fingerprint.
+    """
+    opened: dict[str, Opened] = {}
+    widths: list[int] = []
+    needed = 0  # bytes
+    for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
+        missing = [shard for shard in range(cache.shards) if not cache.has(shard)]
+        if missing:
+            opened.clear()  # one at a time: all might not fit into memory
+            opened[cache.fingerprint] = _open(config, teacher, cache)
+            width = opened[cache.fingerprint].width
+            _check_width(cache, width)
+            _check_vectors(opened[cache.fingerprint], cache, texts, place)
+            rows = sum(stop - start for start, stop in map(cache.span, missing))
+            needed += rows * (width * (2 if config.data.cache_dtype == "float16" else 1) + 48)
+        else:
+            width = cache.facts(0)["width"]
+        widths.insert(0, width)
+    check_losses(config, widths)
+    check_room(
+        caches[0].folder.parent,
+        needed,
+        "the teachers' vectors",
+        "use another data.cache, or set data.cache_dtype to int8",
+    )
+    return opened
+
+
+def _check_vectors(teacher: Opened, cache: TeacherCache, texts: Dataset, place: Place) -> None:
+    """Read this process's share of vectors that are ready; what a model will give cannot be known."""
+    if isinstance(teacher, ReadyVectors):
+        digests = texts.select_columns(["digest"])
+        for start, stop in (cache.span(shard) for shard in _share(cache, place) if not cache.has(shard)):
+            teacher.read(start, stop, digests[start:stop]["digest"])
+
+
+def _open(config: Config, teacher: TeacherConfig, cache: TeacherCache) -> Opened:
+    if teacher.model is None:
+        return ReadyVectors(teacher, cache.rows)
+    return load_teacher(teacher, precision=config.precision)
+
+
 def _fill(
     config: Config,
     teacher: TeacherConfig,
     cache: TeacherCache,
     texts: Dataset,
-    place: tuple[int, int],
+    place: Place,
+    opened: Opened | None,
     say: Callable[[str], None],
 ) -> None:
-    rank, world = place
-    mine = range(rank, cache.shards, world)
-    share = cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}")
-    with locked(share):  # the same command started twice waits here
-        for shard, reason in _damaged(cache, texts, [s for s in mine if cache.has(s)]).items():
-            print_error(f"{reason}; it is made again")
-            cache.drop(shard)
-        _meet()
-        missing = [shard for shard in mine if not cache.has(shard)]
+    with _held(cache, place):
+        missing = [shard for shard in _share(cache, place) if not cache.has(shard)]
         if missing:
             cache.begin()
-            _compute(config, teacher, cache, texts, missing, say)
-    if rank == 0:
+            _compute(opened or _open(config, teacher, cache), cache, texts, missing, say)
+    if place[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
         if not cache.complete:
             cache.finish()
@@ -125,34 +185,35 @@ def _fill(
         _wait(cache, lambda: cache.complete)
 
 
+def _share(cache: TeacherCache, place: Place) -> range:
+    """The shards that this process looks after."""
+    rank, world = place
+    return range(rank, cache.shards, world)
+
+
+def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
+    """Hold this process's share of a cache: the same command started twice waits here."""
+    rank, world = place
+    return locked(cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}"))
+
+
 def _compute(
-    config: Config,
-    config_of: TeacherConfig,
-    cache: TeacherCache,
-    texts: Dataset,
-    missing: list[int],
-    say: Callable[[str], None],
+    teacher: Opened, cache: TeacherCache, texts: Dataset, missing: list[int], say: Callable[[str], None]
 ) -> None:
     from tqdm import tqdm
 
     todo = sum(stop - start for start, stop in map(cache.span, missing))
     if todo < cache.rows and cache.has(0):
         say(f"teacher {cache.name}: going on, {todo} of {cache.rows} texts are missing in {cache.folder}")
-    teacher: Teacher | ReadyVectors
-    if config_of.model is not None:
-        teacher = load_teacher(config_of, precision=config.precision)
+    if isinstance(teacher, Teacher):
+        if teacher.max_length < teacher.config.max_length:
+            say(
+                f"teacher {cache.name}: reads the first {teacher.max_length} tokens of a text, not max_length "
+                f"{teacher.config.max_length}: its model or tokenizer takes no more"
+            )
         lenders = Lenders(cache, texts["digest"][:])
         if len(lenders):
             say(f"teacher {cache.name}: {len(lenders)} of {cache.rows} texts are known from other sets of texts")
-    else:
-        teacher = ReadyVectors(config_of, cache.rows)
-    _check_width(cache, teacher.width)
-    check_room(
-        cache.folder,
-        todo * (teacher.width * (2 if config.data.cache_dtype == "float16" else 1) + 48),
-        f"the vectors of {cache.name}",
-        "use another data.cache, or set data.cache_dtype to int8",
-    )
     with tqdm(desc=cache.name, total=todo, unit=" texts", disable=say is _silent, smoothing=0.05) as bar:
         started, tokens = time.perf_counter(), 0
 
@@ -214,11 +275,16 @@ def _check_width(cache: TeacherCache, width: int) -> None:
 
 
 def _meet() -> None:
-    """Let all ranks drop their damaged shards before any of them looks whether the cache is complete."""
+    """Wait for the other processes, where `join_ranks` has joined them."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+        try:
+            distributed.barrier()
+        except RuntimeError as error:
+            raise JasperError(
+                f"another process ended or did not come ({error}); if it said why, mend that, then start all again"
+            ) from error
 
 
 def _wait(cache: TeacherCache, ready: Callable[[], bool]) -> None:
@@ -255,14 +321,14 @@ def main(argv: list[str]) -> int:
     config = load_arguments(known.config, rest)
     for teacher in config.teachers:  # a teacher that is missing is an error before the texts are built
         describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
-    texts, remaining = prepare_texts(config)
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        print(f"{len(texts)} training texts ({config.data.cache})")
-        for name in remaining:
-            print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
-    vectors = ensure_teachers(config, texts)
-    if first:
+    with join_ranks(config.parallel.timeout) as ranks:
+        texts, remaining = prepare_texts(config)
+        if ranks.first:
+            print(f"{len(texts)} training texts ({config.data.cache})")
+            for name in remaining:
+                print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
+        vectors = ensure_teachers(config, texts)
+    if ranks.first:
         print(f"{len(vectors)} targets are ready, of width {' + '.join(map(str, vectors.widths))}")
     return 0
 

@@ -187,7 +187,7 @@ def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 
 def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts: Sequence[str] | None) -> np.ndarray:
-    """Unit rows; the first that has no direction is an error that names it."""
+    """Unit rows; the first that has no direction is an error that names it. Without ``texts``: of a file."""
     norms = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
     if len(bad):
@@ -195,9 +195,13 @@ def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts
         row = rows[first] if rows is not None else first
         kind = "zero" if norms[first, 0] == 0 else "not finite"
         shown = f" ({str(texts[first])[:60]!r})" if texts is not None else ""
+        mend = (
+            "Mend or leave out the text, or run the teacher with `--precision fp32` if it overflows in bf16"
+            if texts is not None
+            else "Mend the file: every training text needs a vector of finite numbers that are not all 0"
+        )
         raise JasperError(
-            f"{name}: the vector of text row {row}{shown} is {kind}; {len(bad)} such in this part. Mend or leave out "
-            "the text, or run the teacher with `--precision fp32` if it overflows in bf16"
+            f"{name}: the vector of text row {row}{shown} is {kind}; {len(bad)} such in this part. {mend}"
         )
     return vectors / norms
 

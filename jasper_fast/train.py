@@ -27,7 +27,7 @@ import torch
 
 from jasper_fast.batches import Batch, Teachers, batch_plan, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
-from jasper_fast.checks import bad_texts, check_frozen, check_losses, is_finite, not_finite
+from jasper_fast.checks import bad_texts, check_frozen, is_finite, not_finite
 from jasper_fast.config import (
     Config,
     StageConfig,
@@ -115,9 +115,10 @@ def train(
 
 def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Callable[[], None]:
     """Train; returns what is left to do for one process, from the export to the report."""
+    from jasper_fast.cache import joined_fingerprint
     from jasper_fast.data import texts_fingerprint
     from jasper_fast.finish import finish
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.teach import ensure_teachers, teacher_caches
 
     device = pick_device()
     prepared = prepare(config, ranks.world)
@@ -125,16 +126,8 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     checkpoint = ranks.lead(lambda: latest_checkpoint(folder.checkpoints))
     begin = checkpoint.position.stage if checkpoint is not None else 0
     ranks.lead(lambda: check_disk(config, folder.path, prepared, begin))
-    trackers: list[Tracker] = []  # begun before the long work: they may want a login
-    ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
-    teachers = ensure_teachers(config, texts, progress=ranks.first)
-    check_losses(config, teachers.width)
-    student.to(device)
-    if config.parallel.mode == "fsdp" and ranks.world > 1:
-        shard(student, device, ranks.world)
-
     facts: dict[str, Any] = {
-        "teachers": teachers.fingerprint,
+        "teachers": joined_fingerprint(teacher_caches(config, texts)),
         "texts": texts_fingerprint(texts),
         "config": what_decides(config),
     }
@@ -143,7 +136,15 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     if config.losses.scope == "local":
         facts["ranks"] = ranks.world  # it decides what a loss compares
     ranks.agree(facts)
-    position = _resume(checkpoint, student, facts)
+    _check_unchanged(checkpoint, facts)
+    trackers: list[Tracker] = []  # begun before the long work: they may want a login
+    ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
+    teachers = ensure_teachers(config, texts, progress=ranks.first)
+    student.to(device)
+    if config.parallel.mode == "fsdp" and ranks.world > 1:
+        shard(student, device, ranks.world)
+
+    position = _resume(checkpoint, student)
     if ranks.first:
         _drop_pooled(config, folder, position)
     total = sum(stage.steps for stage in config.stages)
@@ -390,15 +391,21 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _resume(checkpoint: Checkpoint | None, student: Student, facts: dict[str, Any]) -> Position:
+def _check_unchanged(checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
+    """Refuse texts, teachers or settings that are not the checkpoint's: before the teachers' work, not after it."""
     if checkpoint is None:
-        return Position(0, 0, 0)
+        return
     changed = "; ".join(config_difference(checkpoint.facts, facts))
     if changed:
         raise JasperError(
             f"{checkpoint.path} was trained on other texts, teacher vectors or settings ({changed}). Restore them, or "
             "use --out DIR for a new run"
         )
+
+
+def _resume(checkpoint: Checkpoint | None, student: Student) -> Position:
+    if checkpoint is None:
+        return Position(0, 0, 0)
     checkpoint.load_model(student)
     return checkpoint.position
 

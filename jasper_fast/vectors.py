@@ -27,8 +27,8 @@ class ReadyVectors:
 
     Args:
         config: a teacher with ``vectors``: a .npy or .parquet file, or a folder of either (sorted by name). In parquet
-            the vectors are the only list column, or the one called ``vector`` or ``embedding``; a column ``digest``, if
-            there, must match the texts.
+            the vectors are the only column of lists of numbers, or the one called ``vector`` or ``embedding``; a column
+            ``digest``, if there, must match the texts.
         rows: how many training texts there are.
 
     Raises:
@@ -108,12 +108,12 @@ class _Parquet:
         except (OSError, pa.ArrowException) as error:
             raise JasperError(f"{file}: not a readable parquet file ({error})") from error
         schema = self.parquet.schema_arrow
-        is_list = lambda t: pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)  # noqa: E731
-        lists = [field.name for field in schema if is_list(field.type)]
+        lists = [field.name for field in schema if _is_vector(field.type)]
         named = [name for name in lists if name in ("vector", "embedding")] or lists
         if len(named) != 1:
             raise JasperError(
-                f"{file}: expected one column of vectors, called `vector`; columns: {', '.join(schema.names)}"
+                f"{file}: expected one column of vectors (lists of numbers), called `vector`; columns: "
+                + ", ".join(f"{field.name} ({field.type})" for field in schema)
             )
         self.column = named[0]
         self.has_digests = "digest" in schema.names
@@ -145,6 +145,15 @@ class _Parquet:
         columns = [self.column] if not self.has_digests else [self.column, "digest"]
         table = self.parquet.read_row_groups(list(range(first, last)), columns=columns)
         return table.slice(start - self.starts[first], stop - start)
+
+
+def _is_vector(kind: Any) -> bool:
+    """Whether an Arrow type is that of lists of numbers."""
+    from pyarrow import types
+
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        return False
+    return types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
 
 
 def _files(config: TeacherConfig) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
 import gzip
 import json
@@ -90,6 +91,11 @@ BAD = {
     "number": (b'{"text": 7}\n', "bad.jsonl", r"line 1: column 'text' is not text but int \(7\)"),
     "column": (b'{"body": "x", "head": "y"}\n', "bad.jsonl", r"line 1: no column 'text'; there are: body, head"),
     "json": (b'{"text": "good"}\n{"text": \n', "bad.jsonl", r"line 2: not JSON"),
+    "surrogate": (
+        b'{"text": "good"}\n{"text": "half \\ud83d"}\n',
+        "bad.jsonl",
+        r"bad.jsonl, line 2: column 'text' has half a character \('\\ud83d', a lone surrogate\) at position 5",
+    ),
     "list": (b'["text"]\n', "bad.jsonl", r"line 1: expected an object with named columns, found list"),
     "gzip": (b"plain text", "bad.jsonl.gz", r"bad.jsonl.gz: cannot be read"),
     "cut": (
@@ -132,6 +138,23 @@ def test_bad_parquet_columns_are_named_with_their_row(tmp_path: Path) -> None:
         list(read_source(source(path, columns=["text", "body"])))
 
 
+def test_every_file_of_every_source_is_tried_before_one_is_read_whole(tmp_path: Path) -> None:
+    first = source(jsonl(tmp_path / "first.jsonl", [{"text": "good"}, {"text": None}]))
+    other = jsonl(tmp_path / "other.jsonl", [{"body": "x"}])
+    for second, message in (
+        (source(other), r"other.jsonl, line 1: no column 'text'"),
+        (source(jsonl(tmp_path / "none.jsonl", [])), r"none.jsonl: no rows in it"),
+    ):
+        with pytest.raises(JasperError, match=message):
+            build_texts(settings(tmp_path, first, second), seed=0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("first.jsonl", "other.jsonl"):
+        (tmp_path / name).rename(folder / name)
+    with pytest.raises(JasperError, match=r"other.jsonl, line 1: no column 'text'"):
+        build_texts(settings(tmp_path, source(folder)), seed=0)
+
+
 def test_what_is_not_there_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(JasperError, match="no such file or folder"):
         build_texts(settings(tmp_path, source(tmp_path / "absent.jsonl")), seed=0)
@@ -156,6 +179,26 @@ def test_hub_names_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert asked == {"path": "owner/name", "name": "en", "split": "dev", "streaming": True, "revision": "abc"}
     assert len(set(texts["text"])) == 50
     assert max(int(t.split()[1]) for t in texts["text"]) > 100  # drawn, not the first
+
+
+@pytest.mark.parametrize("limit", [None, 50])
+@pytest.mark.parametrize("fault", ["ConnectionError", "TimeoutError", "HTTPError"])
+def test_a_stream_that_breaks_off_names_its_source(
+    fault: str, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import errors
+
+    error = errors.HTTPError("Server Disconnected") if fault == "HTTPError" else getattr(builtins, fault)()
+
+    def rows():
+        yield from ({"text": f"text {i}"} for i in range(30))
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    config = SourceConfig(path="owner/name", split="dev", limit=limit)
+    with pytest.raises(JasperError, match=r"owner/name \(dev\): .* broke off after \d+ rows .*type the same command"):
+        build_texts(settings(tmp_path, config), seed=0)
 
 
 def test_columns_are_texts_of_their_own_or_joined(tmp_path: Path) -> None:

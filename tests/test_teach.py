@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
 from jasper_fast.teachers import apply_prompt, describe_teacher, load_teacher, token_batches
 
 SHARD = 16  # rows; 200 texts make 13 shards
+STAGE = {"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}
+STAGE |= {"weights": {"cosine": 0}}  # so that teachers of any width may teach
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def config_of(tmp_path: Path):
                 "student": {"model": "unused", "heads": [8]},
                 "teachers": list(teachers),
                 "data": {"sources": [{"path": "unused"}], "cache": str(tmp_path / cache), **data},
-                "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
+                "stages": [STAGE],
             }
         )
 
@@ -458,7 +461,7 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
         broken = ready.copy()
         broken[101] = bad
         np.save(path, broken)
-        refused(f"vector of text row 101 is {word}")
+        refused(f"vector of text row 101 is {word}; .* Mend the file")
     path = tmp_path / "v.parquet"
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
@@ -471,13 +474,45 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
     rows[120] = None
     pq.write_table(pa.table({"embedding": rows}), path)
     refused("row 120 is null")
-    pq.write_table(pa.table({"one": rows, "two": rows}), path)
-    refused("expected one column of vectors, called `vector`; columns: one, two")
+    for columns in ({"one": rows, "two": rows}, {"vector": [["a", "b"]] * 200}):
+        pq.write_table(pa.table(columns), path)
+        told = ", ".join(rf"{name} \(list<.*>\)" for name in columns)
+        refused(rf"expected one column of vectors \(lists of numbers\), called `vector`; columns: {told}")
     path = tmp_path / "both"
     path.mkdir()
     np.save(path / "a.npy", ready)
     np.save(path / "b.npy", ready[:, :3])
     refused(r"vectors of different widths: \[3, 6\]")
+
+
+# several teachers
+
+
+def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
+    tiny_bert: Path, ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path, monkeypatch
+) -> None:
+    def refused(other: dict, message: str, weights: dict) -> None:
+        config = config_of({"model": str(tiny_bert)}, other)
+        config = Config.model_validate(config.model_dump() | {"stages": [STAGE | {"weights": weights}]})
+        with pytest.raises(JasperError, match=message):
+            quiet(config, texts)
+        assert not list((tmp_path / "cache").glob("teacher-*"))
+
+    monkeypatch.setattr(teach.Teacher, "encode", lambda *_, **__: pytest.fail("a text was read"))
+    broken = shutil.copytree(tiny_bert, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut short")
+    refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
+    vectors = {"vectors": str(tmp_path / "v.npy")}
+    np.save(tmp_path / "v.npy", ready)
+    refused(vectors, r"8 wide and the teachers' vectors 32 \+ 6 = 38", {"cosine": 1})
+    np.save(tmp_path / "v.npy", ready[:150])
+    refused(vectors, "150 vectors for 200 training texts", STAGE["weights"])
+    ready[101] = np.nan
+    np.save(tmp_path / "v.npy", ready)
+    refused(vectors, "text row 101 is not finite", STAGE["weights"])
+    vectors = {"vectors": str(tmp_path / "v.parquet")}
+    save_parquet(tmp_path / "v.parquet", ready, [*texts["digest"][1:], texts["digest"][0]])
+    refused(vectors, "row 0 is the vector of another text", STAGE["weights"])
 
 
 # the command
@@ -496,7 +531,7 @@ def run_file(tmp_path: Path, tiny_texts: list[str]) -> Path:
             "cache": str(tmp_path / "cache"),
             "cut_share": 0.0,
         },
-        "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
+        "stages": [STAGE],
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
     return tmp_path / "run.yaml"
@@ -508,32 +543,54 @@ def test_the_command_teaches_and_goes_on(run_file: Path, tiny_bert: Path, capsys
     said = capsys.readouterr()
     assert "200 training texts" in said.out and "200 targets are ready, of width 32" in said.out
     assert "200 vectors of width 32" in said.err and "texts/s" in said.err and "tokens/s" in said.err
+    assert "reads the first 64 tokens of a text, not max_length 512" in said.err
     assert teach.main(command) == 0
     said = capsys.readouterr()
     assert "200 vectors of width 32" in said.err and "texts/s" not in said.err  # nothing was computed again
 
 
+# the command as it is, with shards small enough to share; whoever returns must find every vector whole
+SLOW_FIRST = f"""
+import os, time
+from jasper_fast import teach
+from jasper_fast.errors import run_cli
+ensure = teach.ensure_teachers
+def slow_first(config, texts):
+    time.sleep(2 if os.environ["RANK"] == "0" else 0)
+    ensure(config, texts, shard_rows={SHARD})
+    return teach.open_teachers(config, texts, shard_rows={SHARD})
+teach.ensure_teachers = slow_first
+run_cli(teach.main)
+"""
+
+
 def test_two_processes_share_the_work(run_file: Path, ready: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "vectors.npy", ready)
     teachers = json.dumps([{"vectors": str(tmp_path / "vectors.npy")}])
-    # the command as it is, with shards small enough to share
-    code = (
-        "import functools; from jasper_fast import teach; from jasper_fast.errors import run_cli;"
-        f"teach.ensure_teachers = functools.partial(teach.ensure_teachers, shard_rows={SHARD}); run_cli(teach.main)"
-    )
-    command = [sys.executable, "-c", code, "--config", str(run_file), "--teachers", teachers]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", SLOW_FIRST, "--config", str(run_file), "--teachers", teachers]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env={**environment, "RANK": rank}, **pipes) for rank in "01"]
-    (first, errors), (second, more) = (process.communicate(timeout=120) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], errors + more
-    assert "200 targets are ready, of width 6" in first and not second
 
+    def both() -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment = {**os.environ, **address, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+        processes = [subprocess.Popen(command, env={**environment, "RANK": rank}, **pipes) for rank in "01"]
+        (first, errors), (second, more) = (process.communicate(timeout=120) for process in processes)
+        assert [process.returncode for process in processes] == [0, 0], errors + more
+        assert "200 targets are ready, of width 6" in first and not second
+
+    both()
     config = load_config(run_file, [("teachers", teachers)])
     texts = build_texts(config.data, config.data.seed)
     (folder,) = open_teachers(config, texts, shard_rows=SHARD).folders
     elsewhere = load_config(run_file, [("teachers", teachers), ("data.cache", str(tmp_path / "alone"))])
-    assert tree(quiet(elsewhere, texts).folders[0]) == tree(folder)
+    alone = tree(quiet(elsewhere, texts).folders[0])
+    assert tree(folder) == alone
+    shard = folder / "data-00002-of-00013.arrow"  # the first process's, which finds it late
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    both()
+    assert tree(folder) == alone
 
 
 def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:

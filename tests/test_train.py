@@ -210,6 +210,60 @@ def test_a_changed_configuration_is_refused_with_the_difference(world):
     train(tree, out=folder / "alone", overrides=[("log.every", 7)])  # what does not touch the numbers may change
 
 
+def test_changed_texts_are_refused_before_they_are_taught(world, tmp_path, monkeypatch):
+    import shutil
+
+    import jasper_fast.train as module
+
+    folder, tree = world
+    run = tmp_path / "run"
+    shutil.copytree(folder / "alone", run)
+    (run / "results.json").unlink()
+    prepare = module.prepare
+
+    def fewer(*given):
+        prepared = prepare(*given)
+        return prepared._replace(texts=prepared.texts.select(range(100)))
+
+    monkeypatch.setattr(module, "prepare", fewer)
+    before = sorted((folder / "cache").iterdir())
+    with pytest.raises(JasperError, match="was trained on other texts.*texts: "):
+        module.train(tree, out=run)
+    assert sorted((folder / "cache").iterdir()) == before
+
+
+def test_two_teachers_run_end_to_end(world, tiny_bert, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = world
+    tree = json.loads(json.dumps(tree))
+    tree["student"]["heads"] = [40, 8]
+    tree["teachers"] += [{"model": str(tiny_bert), "max_length": 16, "truncate_dim": 8}]
+    tree["stages"][0] |= {"train": ["heads.40.*"], "heads": [40]}
+    tree["stages"][2] |= {"heads": [40, 8], "steps": 2}
+    tree["stages"] = [tree["stages"][0], tree["stages"][2]]
+    run = train(tree, out=tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    rows = {(row["model"], row["width"]) for row in results["rows"]}
+    assert {("teacher", 40), ("teacher PCA", 8), ("student", 40), ("student", 8)} <= rows
+    losses = [step[1] for step in losses_in(run)]
+    assert len(losses) == 8 and losses[5] < 0.8 * losses[0]
+
+
+def test_a_cosine_loss_against_another_width_is_refused(world):
+    from jasper_fast.checks import check_losses
+
+    _, tree = world
+    with pytest.raises(JasperError, match=r"'one' .*32 wide and the teachers' vectors 32 \+ 8 = 40; .*begin with 40"):
+        check_losses(load_config(tree), [32, 8])
+    silent = [(f"stages.{i}.weights.cosine", 0) for i in (0, 1)]
+    with pytest.raises(JasperError, match=r"'three' .*the teachers' vectors 24; .*weights.cosine: 0"):
+        check_losses(load_config(tree, silent), [24])
+    check_losses(load_config(tree, [*silent, ("stages.2.weights.cosine", 0)]), [24])
+    narrow = [("stages.2.heads", [16, 8]), ("stages.2.narrow_target", "teacher"), ("stages.2.train", ["heads.*"])]
+    check_losses(load_config(tree, [*silent, *narrow]), [24])  # no FC1 in it, so no cosine is left out
+
+
 def run_in_child(tree: dict, out: str) -> None:
     """Entry point of a process that will be killed."""
     torch.set_num_threads(1)
@@ -407,6 +461,7 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
         ([("stages.2.batch_size", 4096)], "a batch of 4096 from"),
         ([("stages.1.max_length", 4096)], "stages.1.max_length is 4096, but the model has 64 positions"),
         ([("teachers.0.model", "./no-such-teacher")], "there is no such folder"),
+        ([("teachers.0.truncate_dim", 24)], "32 wide and the teachers' vectors 24"),
         ([("stages.2.narrow_weights", {"cosine": 1, "similarity": 0, "relative_similarity": 0})], "leave its head 16"),
         ([("stages.2", TWO_TEXTS)], "leave its head 16 untrained: .* no other loss learns from 2 texts"),
     ],
