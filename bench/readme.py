@@ -110,11 +110,10 @@ def public_section(results: dict[str, Any]) -> str:
     def scores(name: str, row: tuple[str, int]) -> str:
         return line(name, [f"{100 * rows[row][key]:.1f}" for key in keys])
 
-    unseen = (
-        f"texts of {', '.join(results['transductive'])} were" if results["transductive"] else "none of their texts was"
-    )
+    seen = results["transductive"]
+    unseen = f"texts of {', '.join(seen)} were trained on" if seen else "none of their texts was trained on"
     lines = [
-        f"Half an hour on public text (`bench/recipes/{results['recipe']}.yaml`: {facts['texts']:,} texts; "
+        f"About half an hour on public text, evaluation included (`bench/recipes/{results['recipe']}.yaml`: {facts['texts']:,} texts; "
         f"{unseen}; [report](docs/runs/{results['recipe']}/report.md)):",
         "",
         line("", [f"{one['name']} {one['metric']}" for one in results["sets"]]),
