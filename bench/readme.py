@@ -113,7 +113,8 @@ def public_section(results: dict[str, Any]) -> str:
     seen = results["transductive"]
     unseen = f"texts of {', '.join(seen)} were trained on" if seen else "none of their texts was trained on"
     lines = [
-        f"About half an hour on public text, evaluation included (`bench/recipes/{results['recipe']}.yaml`: {facts['texts']:,} texts; "
+        f"About half an hour on public text, evaluation included (`bench/recipes/{results['recipe']}.yaml`: "
+        f"{facts['texts']:,} texts; "
         f"{unseen}; [report](docs/runs/{results['recipe']}/report.md)):",
         "",
         line("", [f"{one['name']} {one['metric']}" for one in results["sets"]]),
