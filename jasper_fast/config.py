@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -381,7 +379,9 @@ def _as_meant(tree: dict[str, Any], unknown: Iterable[tuple[int | str, ...]]) ->
     tree = copy.deepcopy(tree)
     for location in unknown:
         *path, key = location
-        section: Any = functools.reduce(operator.getitem, path, tree)
+        section: Any = tree
+        for step in path:
+            section = section[step]
         value = section.pop(key)
         for near in _near(location):
             section.setdefault(near, value)

@@ -232,16 +232,16 @@ def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_told_before_the_student_is_loaded(
-    tiny_bert, tiny_texts, tmp_path, monkeypatch
-):
-    import jasper_fast.prepare as module
+def test_a_cache_that_cannot_be_written_is_told_with_the_rest_before_the_texts(tiny_bert, tiny_texts, tmp_path):
+    from jasper_fast.prepare import prepare
 
-    monkeypatch.delattr(module, "build_student")
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     tree["data"]["cache"] = tree["data"]["sources"][0]["path"]
     with pytest.raises(JasperError, match=r"could not write .*texts.jsonl: a file is where a folder should be"):
-        module.prepare(load_config(tree))
+        prepare(load_config(tree))
+    tree["teachers"] = [{"model": str(tmp_path / "absent")}]
+    with pytest.raises(JasperError, match=r"(?s)could not write .*there is no such folder"):
+        prepare(load_config(tree))
 
 
 def test_a_disk_too_small_for_a_run_is_told_before_teaching(tiny_bert, tiny_texts, tmp_path, monkeypatch):
