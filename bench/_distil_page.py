@@ -17,7 +17,8 @@ CHOSEN = (
     "How the settings were chosen, which flatters us: those of our narrow heads are one of some 25 that were tried on "
     "seed 0's encoder and scored on these same sets, after a first setting had lost to PCA at 128. Our 300 steps "
     "became 250 when they took longer than the peers' seconds. The peers have our learning rate and batch, "
-    "which were found for us; no rate was searched for them. Read the narrow widths as tuned on these sets against not tuned."
+    "which were found for us; no rate was searched for them. "
+    "Read the narrow widths as tuned on these sets against not tuned."
 )
 
 Scores = dict[tuple[str, int], list[dict[str, float]]]  # (model, width) -> scores by seed
