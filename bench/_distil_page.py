@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,14 +13,6 @@ from jasper_fast.files import write_atomic
 OURS = "jasper_fast"
 TEACHERS = ("teacher", "teacher PCA", "teacher truncated")  # a model twice as deep, made narrow: no peer, but a mark
 START = "student before"
-CHOSEN = (
-    "How the settings were chosen, which flatters us: those of our narrow heads are one of some 25 that were tried on "
-    "seed 0's encoder and scored on these same sets, after a first setting had lost to PCA at 128. Our 300 steps "
-    "became 250 when they took longer than the peers' seconds. The peers have our learning rate and batch, "
-    "which were found for us; no rate was searched for them. "
-    "Read the narrow widths as tuned on these sets against not tuned."
-)
-
 Scores = dict[tuple[str, int], list[dict[str, float]]]  # (model, width) -> scores by seed
 
 
@@ -31,14 +23,14 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         "# Beside sentence-transformers' own distillation",
         "Written by `python -m bench distil` from [distil.json](../bench/results/distil.json). Every arm starts from "
         "the same student, trains on the same texts and teacher vectors in fp32 on the same machine "
-        f"(threads: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± standard "
-        f"deviation over seeds {', '.join(map(str, environment['seeds']))}. The peers are "
+        f"(threads of an arm: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± "
+        f"standard deviation over seeds {', '.join(map(str, environment['seeds']))}. The peers are "
         "`EmbedDistillLoss` with the distances that it offers, alone and inside `MatryoshkaLoss`, under "
         "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
         "narrow by PCA (axes of the teacher's vectors) and by truncation.",
         f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs; commit "
         f"{environment['commit']}.",
-        CHOSEN,
+        chosen(results),
         "## What it comes to",
         "\n".join(verdicts(results)),
         "## Training",
@@ -60,30 +52,71 @@ def collect(results: Mapping[str, Any]) -> Scores:
     return found
 
 
+def chosen(results: Mapping[str, Any]) -> str:
+    """How everybody's settings were chosen, and on what."""
+    tuned = ", ".join(results["tuned_on"])
+    rates = []
+    for loss, found in results["search"].items():
+        tried = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in found.get("means", {}).items())
+        rates.append(
+            f"{loss} {found['lr']:g}" + (f" (mean of seed {_first_seed(results)} by rate: {tried})" * bool(tried))
+        )
+    return (
+        f"How the settings were chosen: ours on {tuned} (the distil stage in runs of a few minutes; the narrow heads' "
+        "as one of some 25 tried on seed 0's encoder). The peers' learning rates were searched on the same sets, "
+        f"their batch is ours: {', '.join(rates)}. The other sets took no part in any choice, so their mean is the "
+        "one to judge by."
+    )
+
+
 def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """A line per width: ours against the best peer on the mean, and on each figure against the best peer there."""
+    """A line per width: ours against the best peer on both means, and on each figure against the best peer there."""
     scores = collect(results)
+    kinds = set_kinds(results)
     lines = []
     for width in sorted({width for model, width in scores if model == OURS}, reverse=True):
         ours = scores[OURS, width]
         peers = {m: s for (m, w), s in scores.items() if w == width and m not in (OURS, START, *TEACHERS)}
         if not peers:
             continue
-        best = max(peers, key=lambda model: mean(map(_mean, peers[model])))
         parts = []
+        for kind, sets in kinds.items():
+            means = {m: [mean(of_sets(s, sets).values()) for s in found] for m, found in peers.items()}
+            best = max(means, key=lambda model: mean(means[model]))
+            own = [mean(of_sets(s, sets).values()) for s in ours]
+            above = scores.get(("teacher PCA", width))
+            mark = (
+                f"; PCA of the teacher itself {spread([mean(of_sets(s, sets).values()) for s in above])}"
+                if above
+                else ""
+            )
+            parts.append(
+                f"**{100 * (mean(own) - mean(means[best])):+.2f} points on the mean of the sets {kind}**, "
+                f"{spread(own)} against {spread(means[best])} of the best peer, {best}{mark}"
+            )
+        figures = []
         for key in ours[0]:
             first = max(peers, key=lambda model: mean([s[key] for s in peers[model]]))
             gap = 100 * (mean([s[key] for s in ours]) - mean([s[key] for s in peers[first]]))
-            parts.append(f"{key} {gap:+.2f} ({first})")
-        gap = 100 * (mean(map(_mean, ours)) - mean(map(_mean, peers[best])))
-        above = scores.get(("teacher PCA", width))
-        mark = f" PCA of the teacher itself: {spread([*map(_mean, above)])}." if above else ""
+            figures.append(f"{key} {gap:+.2f} ({first})")
         lines.append(
-            f"- **{width} wide: {gap:+.2f} points on the mean**, {spread([*map(_mean, ours)])} against "
-            f"{spread([*map(_mean, peers[best])])} of the best peer, {best}. Against the best peer on each figure: "
-            f"{'; '.join(parts)}.{mark}"
+            f"- **{width} wide.** {'. '.join(parts)}. Against the best peer on each figure: {'; '.join(figures)}."
         )
     return lines
+
+
+def set_kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of the evaluation sets by their part in the choice of settings; no empty kind."""
+    keys = next(iter(collect(results).values()))[0]
+    names = list(dict.fromkeys(key.split("/")[0] for key in keys))
+    tuned = results["tuned_on"]
+    kinds = {"kept aside": [n for n in names if n not in tuned], "tuned on": [n for n in names if n in tuned]}
+    return {kind: sets for kind, sets in kinds.items() if sets}
+
+
+def of_sets(scores: Mapping[str, float], sets: Collection[str]) -> dict[str, float]:
+    """The scores of these sets, recall left out."""
+    return {k: v for k, v in scores.items() if k.split("/")[0] in sets and not k.endswith("recall@100")}
 
 
 def training(results: Mapping[str, Any]) -> str:
@@ -100,18 +133,21 @@ def training(results: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Per model and width: the mean over seeds of every score with its spread, and the mean over sets."""
+    """Per model and width: the mean over seeds of every score with its spread, and of the means over sets."""
     scores = collect(results)
+    kinds = set_kinds(results)
     keys = list(next(iter(scores.values()))[0])
-    lines = ["| arm | width | mean | " + " | ".join(keys) + " |", "|---" * (len(keys) + 3) + "|"]
+    lines = ["| " + " | ".join(["arm", "width", *(f"mean, {kind}" for kind in kinds), *keys]) + " |"]
+    lines.append("|---" * (len(keys) + len(kinds) + 2) + "|")
     for (model, width), found in sorted(scores.items(), key=lambda item: (-item[0][1], item[0][0])):
-        cells = [spread([s[k] for s in found]) for k in keys]
-        lines.append(f"| {model} | {width} | {spread([*map(_mean, found)])} | " + " | ".join(cells) + " |")
+        cells = [spread([mean(of_sets(s, sets).values()) for s in found]) for sets in kinds.values()]
+        cells += [spread([s[k] for s in found]) for k in keys]
+        lines.append(f"| {model} | {width} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _mean(scores: Mapping[str, float]) -> float:
-    return mean(scores.values())
+def _first_seed(results: Mapping[str, Any]) -> int:
+    return results["environment"]["seeds"][0]
 
 
 def _range(values: list[int]) -> str:

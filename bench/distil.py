@@ -1,29 +1,37 @@
 """Distillation quality at equal minutes: ours against sentence-transformers' own losses, PCA and truncation.
 
-    python -m bench distil --peer-lr 4e-4 --peer-batch 32 --seeds 0 1 2
-    python -m bench distil --page                     only write the page again from the results
+    python -m bench distil --seeds 0 1 2
+    python -m bench distil --together 2       two arms side by side, each on half of the cores
+    python -m bench distil --page             only write the page again from the results
 
 Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
 in fp32 on the same machine, and gets as many seconds of training as ours took for that seed, its neighbour graph and
-pooling included (teacher vectors are shared and counted for nobody). Arms run one after another, each in a process of
-its own.
+pooling included (teacher vectors are shared and counted for nobody). Each arm runs in a process of its own. The peers'
+learning rate is searched with the first seed: the best of ``--peer-lr`` by the mean over the sets that our own settings
+were chosen on (``--tuned-on``); the other evaluation sets are kept aside from every choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from statistics import mean
+from threading import Event
 from typing import Any
 
 import torch
 
 from bench._arms import known_settings, result_file
-from bench._distil_page import OURS, table, write_page
+from bench._distil_page import OURS, of_sets, table, write_page
 from bench._environment import environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
@@ -33,6 +41,18 @@ PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "distil.json", HERE.parent / "docs" / "peers.md"
 WARMUP = 0.1  # of the time
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed; ``lr`` is a peer's, ours are in its recipe."""
+
+    arm: str
+    seed: int
+    lr: float = 0.0
+
+    def result(self, work: Path) -> Path:
+        return result_file(work / f"lr-{self.lr:g}" if self.lr else work, self.arm, self.seed)
 
 
 def main(argv: list[str]) -> int:
@@ -45,10 +65,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--page-out", default=str(PAGE))
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
-    parser.add_argument("--peer-lr", type=float, default=1e-4, help="sentence-transformers' learning rate")
-    parser.add_argument("--peer-batch", type=int, default=64)
+    parser.add_argument("--peer-lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="rates to choose from")
+    parser.add_argument("--peer-batch", type=int, default=32)
+    parser.add_argument("--tuned-on", nargs="+", default=["stsb", "sick", "cranfield", "cisi"], metavar="SET")
     parser.add_argument("--seconds", type=float, help="training seconds of a peer; default: what ours took")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)  # a child process
+    parser.add_argument("--together", type=int, default=1, help="arms side by side, each on its share of the cores")
+    parser.add_argument("--one", nargs=3, metavar=("ARM", "SEED", "LR"), help=argparse.SUPPRESS)  # a child process
+    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)  # a child's
     options, rest = parser.parse_known_args(argv)
     from jasper_fast.config_text import parse_overrides
 
@@ -56,22 +79,27 @@ def main(argv: list[str]) -> int:
         write_page(json.loads(Path(options.out).read_text()), Path(options.page_out))
         return 0
     config = load_config(options.config, [*parse_overrides(rest), ("precision", "fp32")])
-    work = Path(options.work)
     if options.one:
-        arm, seed = options.one[0], int(options.one[1])
-        run_arm(arm, config.model_copy(update={"seed": seed}), seed, work, options)
+        if options.cores:
+            os.sched_setaffinity(0, options.cores)
+        run_arm(Job(options.one[0], int(options.one[1]), float(options.one[2])), config, options)
         return 0
-    for seed in options.seeds:
-        for arm in options.arms:
-            if settings_of(arm, config, options) != known_settings(result_file(work, arm, seed)):
-                print(f"=== {arm}, seed {seed}", flush=True)
-                command = [sys.executable, "-m", "bench", "distil", *argv, "--one", arm, str(seed)]
-                if subprocess.run(command, check=False).returncode:
-                    raise JasperError(f"arm {arm} with seed {seed} failed; the same command goes on from there")
-    found = {arm: [json.loads(result_file(work, arm, s).read_text()) for s in options.seeds] for arm in options.arms}
+    if options.together > 1 and not hasattr(os, "sched_setaffinity"):
+        parser.error("--together pins each arm to cores of its own, which this system does not offer")
+    prepare(config)
+    runner = Runner(argv, config, options)
+    searched = runner.search()
+    jobs = [Job(arm, s, searched.get(_plain(arm), {}).get("lr", 0.0)) for s in options.seeds for arm in options.arms]
+    runner.run(jobs)
+    found: dict[str, list[Any]] = {arm: [] for arm in options.arms}
+    for job in jobs:
+        found[job.arm].append(json.loads(job.result(Path(options.work)).read_text()))
     results = {
         "environment": environment()
-        | {"seeds": options.seeds, "threads": torch.get_num_threads(), "config": config.model_dump(mode="json")},
+        | {"seeds": options.seeds, "threads": runner.threads, "together": options.together}
+        | {"config": config.model_dump(mode="json")},
+        "tuned_on": options.tuned_on,
+        "search": searched,
         "arms": found,
     }
     write_atomic(options.out, json.dumps(results, indent=1) + "\n")
@@ -80,66 +108,167 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def settings_of(arm: str, config: Config, options: argparse.Namespace) -> dict[str, Any]:
+def prepare(config: Config) -> None:
+    """Texts, teacher vectors and neighbour graph, once for every arm and with every core."""
+    from jasper_fast.batches import batch_plan
+    from jasper_fast.data import prepare_texts
+    from jasper_fast.teach import ensure_teachers
+
+    texts = prepare_texts(config)[0]
+    teachers = ensure_teachers(config, texts)
+    for index in range(len(config.stages)):
+        batch_plan(config, index, texts, teachers, print)
+
+
+class Runner:
+    """Runs jobs in processes of their own, ``options.together`` at a time."""
+
+    def __init__(self, argv: list[str], config: Config, options: argparse.Namespace) -> None:
+        self.argv, self.config, self.options = argv, config, options
+        self.cores: SimpleQueue[list[int]] = SimpleQueue()
+        self.threads = torch.get_num_threads()
+        if options.together > 1:
+            all_cores = sorted(os.sched_getaffinity(0))
+            self.threads = len(all_cores) // options.together
+            if not self.threads:
+                raise JasperError(f"--together {options.together} on {len(all_cores)} cores: lower it")
+            for i in range(options.together):
+                self.cores.put(all_cores[i * self.threads : (i + 1) * self.threads])
+        else:
+            self.cores.put([])
+
+    def search(self) -> dict[str, dict[str, Any]]:
+        """Run ours; by loss of the peers, the mean score of each rate with the first seed, and the best rate."""
+        options = self.options
+        losses = sorted({_plain(arm) for arm in options.arms if arm != OURS})
+        rates = options.peer_lr if len(options.peer_lr) > 1 else []
+        jobs = {loss: [Job(loss, options.seeds[0], lr) for lr in rates] for loss in losses}
+        ours = [Job(OURS, seed) for seed in options.seeds if OURS in options.arms]
+        self.run([*ours, *(job for those in jobs.values() for job in those)])
+        if not rates:
+            return {loss: {"lr": options.peer_lr[0]} for loss in losses}
+        found: dict[str, dict[str, Any]] = {}
+        for loss, those in jobs.items():
+            means = [self._tuned_mean(job) for job in those]
+            named = dict(zip((f"{lr:g}" for lr in rates), means, strict=True))
+            found[loss] = {"means": named, "lr": rates[means.index(max(means))]}
+        return found
+
+    def _tuned_mean(self, job: Job) -> float:
+        rows = json.loads(job.result(Path(self.options.work)).read_text())["rows"]
+        (row,) = [r for r in rows if r["model"] == job.arm and r["width"] == self.config.student.heads[0]]
+        return mean(of_sets(row["scores"], self.options.tuned_on).values())
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs that have no result of these settings, in their order; a peer waits for ours of its seed."""
+        self.ended = {job.seed: Event() for job in jobs if job.arm == OURS}
+        with ThreadPoolExecutor(self.options.together) as pool:
+            codes = list(pool.map(self._child, jobs))
+        failed = [f"{job.arm} with seed {job.seed}" for job, code in zip(jobs, codes, strict=True) if code]
+        if failed:
+            raise JasperError(f"failed: {', '.join(failed)}; the same command goes on from there")
+
+    def _child(self, job: Job) -> int:
+        if job.arm != OURS and not self.options.seconds and job.seed in self.ended:
+            self.ended[job.seed].wait()
+        cores = self.cores.get()
+        try:
+            known = known_settings(job.result(Path(self.options.work)))
+            if known is not None and known == settings_of(job, self.config, self.options):
+                return 0
+            print(f"=== {job.arm}, seed {job.seed}" + (f", learning rate {job.lr:g}" if job.lr else ""), flush=True)
+            command = [sys.executable, "-m", "bench", "distil", *self.argv]
+            command += ["--one", job.arm, str(job.seed), repr(job.lr)]
+            command += ["--cores", *map(str, cores)] if cores else []
+            threads = {"OMP_NUM_THREADS": str(len(cores))} if cores else {}
+            return subprocess.run(command, check=False, env=os.environ | threads).returncode
+        finally:
+            self.cores.put(cores)
+            if job.arm == OURS:
+                self.ended[job.seed].set()
+
+
+def _plain(arm: str) -> str:
+    """The loss alone, of an arm that may have it inside Matryoshka."""
+    return arm.removesuffix("-matryoshka")
+
+
+def settings_of(job: Job, config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """What a stored result must agree with to be used again; our stages are nothing to a peer."""
-    if arm == OURS:
+    if job.arm == OURS:
         return {"config": config.model_dump(mode="json", exclude={"seed"})}
     shared = config.model_dump(mode="json", include={"student", "teachers", "data", "evaluate", "precision"})
-    return {"config": shared, "lr": options.peer_lr, "batch": options.peer_batch, "seconds": options.seconds}
+    seconds = options.seconds or seconds_of_ours(Path(options.work), job.seed)
+    return {"config": shared, "lr": job.lr, "batch": options.peer_batch, "seconds": seconds}
 
 
-def run_arm(arm: str, config: Config, seed: int, work: Path, options: argparse.Namespace) -> None:
+def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher vectors."""
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
 
-    outcome: dict[str, Any] = {"arm": arm, "seed": seed, "settings": settings_of(arm, config, options)}
-    if arm == OURS:
-        seconds, rows = train_ours(config, work / f"{arm}-seed{seed}")
+    work = Path(options.work)
+    outcome: dict[str, Any] = {"arm": job.arm, "seed": job.seed, "settings": settings_of(job, config, options)}
+    config = config.model_copy(update={"seed": job.seed})
+    if job.arm == OURS:
+        seconds, rows = train_ours(config, work / f"{job.arm}-seed{job.seed}")
     else:
         texts, _ = prepare_texts(config)
         teachers = ensure_teachers(config, texts)
-        budget = options.seconds or seconds_of_ours(work, seed)
-        seconds, steps, encoder = train_peer(arm, config, texts, teachers, budget, options)
+        budget = outcome["settings"]["seconds"]
+        seconds, steps, encoder = train_peer(job, config, texts, teachers, budget, options)
         outcome |= {"steps": steps}
-        rows = score_peer(arm, config, encoder, teachers)
-    write_atomic(
-        result_file(work, arm, seed), json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n"
-    )
+        rows = score_peer(job.arm, config, encoder, teachers)
+    file = job.result(work)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n")
 
 
 def seconds_of_ours(work: Path, seed: int) -> float:
-    file = result_file(work, OURS, seed)
+    file = Job(OURS, seed).result(work)
     if not file.exists():
         raise JasperError(f"a peer gets the seconds that {OURS} took: run that arm first, or give --seconds")
     return json.loads(file.read_text())["seconds"]
 
 
 def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Our recipe; seconds are those of its log (steps and pooling), rows are its results (teacher and floors too)."""
+    """Our recipe; rows are its results (teacher and floors too).
+
+    The seconds are those of its log (steps and pooling), and those of building its neighbour graphs once more, since
+    the arms share the graphs.
+    """
+    from jasper_fast.data import prepare_texts
+    from jasper_fast.neighbours import neighbour_graph
+    from jasper_fast.teach import ensure_teachers
     from jasper_fast.train import train
 
-    for graph in Path(config.data.cache).glob("neighbours-*"):
-        shutil.rmtree(graph)  # every seed builds it, so every seed is charged for it
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling", "plan"))
+    texts, _ = prepare_texts(config)
+    teachers = ensure_teachers(config, texts)
+    started = time.perf_counter()
+    for stage in config.stages:
+        if stage.batches == "neighbours":
+            n = min(len(texts), stage.texts or len(texts))
+            neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, stage.neighbours)
+    seconds += time.perf_counter() - started
     rows = json.loads((run / "results.json").read_text())["rows"]
     return seconds, [row | ({"model": OURS} if row["model"] == "student" else {}) for row in rows]
 
 
 def train_peer(
-    arm: str, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
+    job: Job, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
 ) -> tuple[float, int, Any]:
     """Sentence-transformers' trainer with its own distillation loss for ``seconds`` of wall time."""
     from jasper_fast.encoders import model_encoder
 
-    trainer = peer_trainer(arm, config, peer_dataset(config, texts, teachers), options)
-    clock = by_the_clock(seconds, options.peer_lr)
+    trainer = peer_trainer(job, config, peer_dataset(config, texts, teachers), options)
+    clock = by_the_clock(seconds, job.lr)
     trainer.add_callback(clock)
     trainer.train()
     model = trainer.model.eval()
-    widths = config.student.heads if arm.endswith("matryoshka") else config.student.heads[:1]
+    widths = config.student.heads if job.arm.endswith("matryoshka") else config.student.heads[:1]
     return clock.spent, trainer.state.global_step, model_encoder(model, widths)
 
 
@@ -168,7 +297,7 @@ def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
     return Dataset.from_dict({"text": texts["text"][:], "label": list(vectors)}).with_format("torch", ["label"], True)
 
 
-def peer_trainer(arm: str, config: Config, data: Any, options: Any) -> Any:
+def peer_trainer(job: Job, config: Config, data: Any, options: Any) -> Any:
     """The trainer as its documentation sets it up, on the same student: encoder layers, mean pooling, one Dense."""
     from sentence_transformers import (
         SentenceTransformer,
@@ -178,14 +307,14 @@ def peer_trainer(arm: str, config: Config, data: Any, options: Any) -> Any:
     from sentence_transformers.sentence_transformer import losses
 
     model = peer_student(config)
-    loss: Any = losses.EmbedDistillLoss(model, distance_metric="mse" if "mse" in arm else "cosine")
-    if arm.endswith("matryoshka"):
+    loss: Any = losses.EmbedDistillLoss(model, distance_metric="mse" if "mse" in job.arm else "cosine")
+    if job.arm.endswith("matryoshka"):
         loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=config.student.heads)
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(Path(options.work) / "peer"),
+        output_dir=str(job.result(Path(options.work)).with_suffix("")),
         max_steps=10**9,  # the clock ends it
         per_device_train_batch_size=options.peer_batch,
-        learning_rate=options.peer_lr,
+        learning_rate=job.lr,
         lr_scheduler_type="constant",  # set by the clock
         seed=config.seed,
         save_strategy="no",

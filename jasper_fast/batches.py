@@ -57,40 +57,53 @@ class Batch:
     wait: float  # seconds that training waited for it
 
 
-def check_sizes(config: Config, n: int, pictures: int = 0) -> None:
+def check_sizes(config: Config, texts: Any, pictures: int = 0) -> None:
     """Refuse a run whose batches are larger than what the stage may draw from.
 
     Args:
-        n: training texts.
-        pictures: training pictures.
+        texts: the training texts.
+        pictures: how many training pictures there are.
 
     Raises:
         JasperError: names every such stage.
     """
-    sizes = [
-        (s, "texts" if s.vision is None else "pictures", n if s.vision is None else pictures) for s in config.stages
-    ]
-    small = [
-        f"stage {s.name!r}: a batch of {s.batch_size} from {min(there, s.texts or there)} {kind}"
-        for s, kind, there in sizes
-        if min(there, s.texts or there) < s.batch_size
-    ]
+    small = []
+    for stage in config.stages:
+        there, kind = (len(texts), "texts") if stage.vision is None else (pictures, "pictures")
+        there = min(there, stage.texts or there)
+        if stage.max_chars is not None:
+            there, kind = len(rows_up_to(texts, there, stage.max_chars)), f"texts of up to {stage.max_chars} characters"
+        if there < stage.batch_size:
+            small.append(f"stage {stage.name!r}: a batch of {stage.batch_size} from {there} {kind}")
     if small:
         raise JasperError(f"too little to train on ({'; '.join(small)}); lower batch_size, or give more")
 
 
-def batch_plan(config: Config, index: int, n: int, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
+def rows_up_to(texts: Any, n: int, max_chars: int) -> np.ndarray:
+    """Which of the first n texts have at most so many characters, int64 ascending."""
+    import pyarrow.compute as pc
+
+    columns = texts.select_columns(["text"]).select(range(n)).with_format("arrow")
+    lengths = [pc.utf8_length(part.column("text")).to_numpy() for part in columns.iter(65_536)]
+    return np.flatnonzero(np.concatenate(lengths) <= max_chars) if lengths else np.zeros(0, np.int64)
+
+
+def batch_plan(config: Config, index: int, source: Any, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
     """The stage's rows for every step.
 
     Args:
         index: the stage's position in the configuration.
-        n: training texts, or pictures.
+        source: the training texts, or pictures.
 
     Raises:
         JasperError: too few texts differ for a batch of neighbours.
     """
     stage = config.stages[index]
-    n = min(n, stage.texts or n)
+    n = min(len(source), stage.texts or len(source))
+    if stage.max_chars is not None:
+        short = rows_up_to(source, n, stage.max_chars)
+        positions = random_batches(len(short), stage.batch_size, config.seed, index)
+        return lambda step: short[positions(step)]
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, config.seed, index)
     graph = kept_graph(config.data.cache, teachers, n, stage.neighbours, say)

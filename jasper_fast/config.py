@@ -263,6 +263,7 @@ class StageConfig(Section):
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
     random_share: Part = 0.0  # of such a batch: texts that are no one's neighbours
     texts: PositiveInt | None = None  # only the first n training texts
+    max_chars: PositiveInt | None = None  # of these, only texts of at most so many characters
 
     @model_validator(mode="after")
     def _possible(self) -> StageConfig:

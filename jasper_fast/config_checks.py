@@ -26,6 +26,8 @@ def stage_problems(stage: StageConfig) -> list[str]:
         problems.append(f"temperature names {strange}, which are no heads of the stage")
     if stage.texts is not None and stage.texts < size:
         problems.append(f"texts {stage.texts} is less than batch_size {size}")
+    if stage.max_chars is not None and (stage.batches != "random" or stage.vision is not None):
+        problems.append("max_chars is for random batches of texts; leave it or `batches: neighbours` out")
     if len(set(stage.heads)) != len(stage.heads):
         problems.append(f"a head is named twice in {stage.heads}")
     if stage.codes and not (narrow.similarity or narrow.relative_similarity or narrow.neighbourhood):

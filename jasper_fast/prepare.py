@@ -55,7 +55,7 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     problems.tell()
     images, kept = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
-    check_sizes(config, len(texts), len(images) if images is not None else 0)
+    check_sizes(config, texts, len(images) if images is not None else 0)
     return Prepared(student, texts, transductive, images, kept)
 
 

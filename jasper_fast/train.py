@@ -194,8 +194,8 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     started = time.perf_counter()
     for turn in ("first", "others"):  # the first rank finds neighbours, the others find what it found
         if ranks.first == (turn == "first"):
-            there = len(work.texts if stage.vision is None else images)
-            plan = batch_plan(config, index, there, work.teachers, log.say)
+            source = work.texts if stage.vision is None else images
+            plan = batch_plan(config, index, source, work.teachers, log.say)
         ranks.gather(None)
     log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
     pooled = None

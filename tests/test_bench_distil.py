@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 
 import pytest
 import yaml
 from test_train import settings, write_data
 
 from bench._distil_page import table, write_page
-from bench.distil import PEERS, peer_student, run_arm
+from bench.distil import PEERS, Job, main, peer_student, run_arm
 from jasper_fast.config import load_config
 
 
@@ -16,15 +17,16 @@ from jasper_fast.config import load_config
 def arms(tmp_path_factory, tiny_bert, tiny_texts):
     folder = tmp_path_factory.mktemp("bench")
     write_data(folder, tiny_texts)
-    config = load_config(settings(folder, tiny_bert))
-    options = argparse.Namespace(seconds=1.0, peer_lr=1e-3, peer_batch=16, work=str(folder))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings(folder, tiny_bert)))
+    config = load_config(str(folder / "tiny.yaml"))
+    options = argparse.Namespace(seconds=1.0, peer_batch=16, work=str(folder))
     for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka"):
-        run_arm(arm, config, 0, folder, options)
+        run_arm(Job(arm, 0, 0.0 if arm == "jasper_fast" else 1e-3), config, options)
     return folder, config
 
 
 def read(folder, arm):
-    return json.loads((folder / f"{arm}-seed0.json").read_text())
+    return json.loads(Job(arm, 0, 0.0 if arm == "jasper_fast" else 1e-3).result(folder).read_text())
 
 
 def test_ours_brings_the_teacher_and_its_floors(arms):
@@ -66,7 +68,9 @@ def test_the_table_shows_every_arm_with_its_spread(arms):
     row = next(r for r in other["rows"] if r["model"] == "jasper_fast" and r["width"] == 8)
     key = next(iter(row["scores"]))
     row["scores"][key] += 0.02
-    text = table({"arms": {"jasper_fast": [ours, other], "st-mse": [read(folder, "st-mse")] * 2}})
+    text = table(
+        {"tuned_on": ["pairs"], "arms": {"jasper_fast": [ours, other], "st-mse": [read(folder, "st-mse")] * 2}}
+    )
     assert "| jasper_fast | 8 | " in text and "± 1.41" in text and "| st-mse + PCA | 16 |" in text
 
 
@@ -74,6 +78,8 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
     folder, _ = arms
     results = {
         "environment": {"seeds": [0], "threads": 1, "cpu": {"model": "none", "logical_cpus": 1}, "commit": "abc"},
+        "tuned_on": ["pairs"],
+        "search": {"st-mse": {"lr": 1e-3, "means": {"0.001": 0.5, "0.01": 0.25}}, "st-cosine": {"lr": 1e-3}},
         "arms": {arm: [read(folder, arm)] for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka")},
     }
     for row in results["arms"]["st-mse"][0]["rows"]:
@@ -81,9 +87,42 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
             row["scores"] = dict.fromkeys(row["scores"], 0.999)
     write_page(results, tmp_path / "peers.md")
     text = (tmp_path / "peers.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("- **8 wide: -")]
+    (line,) = [line for line in text.splitlines() if line.startswith("- **8 wide.** **-")]
     assert "99.90 of the best peer, st-mse + PCA" in line
+    assert "st-mse 0.001 (mean of seed 0 by rate: 0.001: 50.00; 0.01: 25.00)" in text
     assert "| st-mse | 1 |" in text and "| jasper_fast | 32 |" in text
+
+
+def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tmp_path, capsys):
+    folder, _ = arms
+    (tmp_path / "other.tsv").write_text((folder / "pairs.tsv").read_text())
+    tree = yaml.safe_load((folder / "tiny.yaml").read_text())
+    tree["evaluate"].append({"path": str(tmp_path / "other.tsv")})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    together = ["--together", "2"] if len(os.sched_getaffinity(0)) > 1 else []
+    options = [
+        "--config",
+        str(tmp_path / "tiny.yaml"),
+        "--work",
+        str(tmp_path / "work"),
+        "--arms",
+        "jasper_fast",
+        "st-mse",
+    ]
+    options += ["--seeds", "0", "--peer-lr", "1e-9", "1e-3", "--tuned-on", "pairs", *together]
+    files = {"--out": tmp_path / "distil.json", "--page-out": tmp_path / "peers.md"}
+    for name, file in files.items():
+        options += [name, str(file)]
+    assert main(options) == 0
+    results = json.loads(files["--out"].read_text())
+    means = results["search"]["st-mse"]["means"]
+    assert results["search"]["st-mse"]["lr"] == float(max(means, key=means.get))
+    assert results["arms"]["st-mse"][0]["settings"]["lr"] == results["search"]["st-mse"]["lr"]
+    text = files["--page-out"].read_text()
+    assert "mean of the sets kept aside" in text and "mean of the sets tuned on" in text
+    written = files["--out"].stat().st_mtime_ns, capsys.readouterr()
+    assert main(options) == 0 and "===" not in capsys.readouterr().out  # everything is known
+    assert files["--out"].stat().st_mtime_ns > written[0]
 
 
 def test_the_shipped_benchmark_recipe_is_valid():

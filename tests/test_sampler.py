@@ -30,6 +30,30 @@ def test_too_few_rows():
         random_batches(9, 10, 0, 0)
 
 
+def test_a_stage_may_draw_from_short_texts_only(tmp_path, tiny_bert, tiny_texts):
+    from datasets import Dataset
+    from test_train import settings
+
+    from jasper_fast.batches import batch_plan, check_sizes
+    from jasper_fast.config import load_config
+    from jasper_fast.errors import ConfigError, JasperError
+
+    texts = Dataset.from_dict({"text": ["ä" * (1 + i % 20) for i in range(100)]})
+    tree = settings(tmp_path, tiny_bert)
+    tree["stages"][0] |= {"max_chars": 5, "texts": 60, "batch_size": 5}
+    config = load_config(tree)
+    check_sizes(config, texts)
+    plan = batch_plan(config, 0, texts, None, print)
+    epoch = np.concatenate([plan(step) for step in range(3)])
+    assert sorted(epoch) == [i for i in range(60) if i % 20 < 5]
+    tree["stages"][0] |= {"batch_size": 16}
+    with pytest.raises(JasperError, match="a batch of 16 from 15 texts of up to 5 characters"):
+        check_sizes(load_config(tree), texts)
+    tree["stages"][0] |= {"batches": "neighbours"}
+    with pytest.raises(ConfigError, match="max_chars is for random batches of texts"):
+        load_config(tree)
+
+
 def test_neighbour_graph_is_the_brute_force_one():
     vectors = torch.nn.functional.normalize(torch.randn(333, 7, generator=torch.Generator().manual_seed(0)), dim=1)
     graph = neighbour_graph(lambda rows: vectors[rows].numpy(), 333, 5, duplicate=0.0, block=100).nearest
