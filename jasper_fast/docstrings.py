@@ -103,8 +103,17 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
         return
     for literal in _literals(source):
         pair = _split(_value(literal))
-        if pair is not None:
+        if pair is not None and _is_unicode(pair[0] + pair[1]):
             yield pair
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be stored: an escape may have put half a character into it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _literals(source: str) -> Iterator[str]:

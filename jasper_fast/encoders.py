@@ -62,7 +62,7 @@ def load_model(
         if "trust_remote_code" in str(error):
             told = (
                 "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
-                "trust_remote_code=True, or to `python -m jasper_fast.evaluate` --trust-remote-code"
+                "trust_remote_code=True, or to the command --trust-remote-code"
             )
         elif path.exists():
             told = (

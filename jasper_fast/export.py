@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from jasper_fast.card import FACTS_FILE, student_facts, write_card
 from jasper_fast.codes import ranges_file
+from jasper_fast.encoders import load_model
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
 
@@ -113,7 +114,7 @@ def export_flat(model: str | Path, width: int | None, out: str | Path) -> Path:
     return Path(out)
 
 
-def export_onnx(model: str | Path, width: int | None, out: str | Path) -> Path:
+def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write the flat form of one width with ``onnx/model.onnx`` in it: token ids in, unit vectors out.
 
     The graph takes ``input_ids`` and ``attention_mask`` (B, L) int64 and gives ``sentence_embedding`` (B, width)
@@ -123,18 +124,17 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path) -> Path:
         model: a folder that export_student wrote, or the run folder around it.
         width: of the vectors; None: the widest.
         out: where the folder appears.
+        trust_remote_code: whether code that the model brings may run.
 
     Raises:
         JasperError: no such model or width, a package is missing, or the graph's vectors differ.
     """
     _need_onnx()
-    from sentence_transformers import SentenceTransformer
-
     source = model_folder(model)
     width = _known_width(source, width)
     with publish_dir(out) as folder:
         _write_flat(source, width, folder)
-        loaded = SentenceTransformer(str(folder), device="cpu")
+        loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
         _write_graph(_Vectors(loaded), loaded, graph)
@@ -171,12 +171,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=int, help="width of the vectors (default: the widest)")
     parser.add_argument("--onnx", action="store_true", help="with an ONNX graph, checked with onnxruntime")
     parser.add_argument("--out", help="the new folder (default: beside the model, named after the width)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="for --onnx: run code that the model brings, if you trust it"
+    )
     arguments = parser.parse_args(argv)
     source = model_folder(arguments.run)
     width = _known_width(source, arguments.width)
     ending = "-onnx" if arguments.onnx else ""
     out = arguments.out or source.resolve().parent / f"{source.resolve().name}-{width}{ending}"
-    written = (export_onnx if arguments.onnx else export_flat)(source, width, out)
+    if arguments.onnx:
+        written = export_onnx(source, width, out, trust_remote_code=arguments.trust_remote_code)
+    else:
+        written = export_flat(source, width, out)
     print(f"wrote {written}: vectors {width} wide" + (f", graph in {ONNX_FILE}" if arguments.onnx else ""))
     return 0
 

@@ -19,7 +19,7 @@ from jasper_fast.config import ImageSourceConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.glyphs import GLYPHS, draw_glyphs, glyph_names
 from jasper_fast.models import looks_like_path
-from jasper_fast.sources import file_rows
+from jasper_fast.sources import file_rows, numbered
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 CAPTION_FILES = (".jsonl", ".jsonl.gz")
@@ -181,7 +181,7 @@ def _dataset(source: ImageSourceConfig) -> Iterator[Item]:
         raise JasperError(f"{source.path}: no column {source.image_column!r}; there are: {', '.join(known)}")
     if known is not None and isinstance(known[source.image_column], Image):
         rows = rows.cast_column(source.image_column, Image(decode=False))  # broken ones are to be told, not raised
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(source, rows):
         where = f"{source.path}, row {number}"
         yield where, _bytes(row.get(source.image_column), where), _captions(row, source, where)
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path, width: int | None = None, *, max_length: int | None = None, device: str | None = None
+    model: str | Path,
+    width: int | None = None,
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> SentenceTransformerEncoderWrapper:
     """A model that ``mteb.evaluate`` runs on.
 
@@ -28,6 +33,7 @@ def load(
         width: which head; None takes the widest.
         max_length: tokens; None keeps the model's own.
         device: as torch names it; None takes the best there is.
+        trust_remote_code: whether code that the model brings may run.
 
     Returns:
         mteb's own wrapper. Its name ends with the width, so that mteb keeps the results of every width apart.
@@ -40,7 +46,7 @@ def load(
     except ModuleNotFoundError as error:
         raise JasperError(f"{error.name} is not installed; type `pip install mteb`") from None
 
-    flat = flat_model(load_model(str(model), max_length, device), width)
+    flat = flat_model(load_model(str(model), max_length, device, trust_remote_code=trust_remote_code), width)
     wrapper = SentenceTransformerEncoderWrapper(flat)
     path = Path(resolve_model(str(model)))
     folder = path.resolve() if path.exists() else path

@@ -51,12 +51,15 @@ class TextIndex:
         path: the folder that ``build`` wrote.
         model: where the model lies now; None: where it lay when the index was built.
         verify: compare the files' checksums, and the model with the one the index was built with.
+        trust_remote_code: whether code that the model brings may run.
 
     Raises:
         JasperError: no index there, it is damaged, or the model is another one.
     """
 
-    def __init__(self, path: str | Path, model: str | None = None, verify: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, model: str | None = None, verify: bool = True, *, trust_remote_code: bool = False
+    ) -> None:
         import pyarrow as pa
 
         path = Path(path)
@@ -77,7 +80,8 @@ class TextIndex:
             raise JasperError(f"{path}: {len(self.texts)} texts but {len(self.vectors)} vectors; build the index again")
         if verify and model_revision(_weights(name)) != settings["revision"]:
             raise JasperError(f"{name}: not the model that {path} was built with; build the index again")
-        self._encode = model_encoder(load_model(name, settings["max_length"]), [self.width])
+        loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
+        self._encode = model_encoder(loaded, [self.width])
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -107,6 +111,7 @@ def build(
     max_length: int | None = None,
     total: int | None = None,
     pictures: bool = False,
+    trust_remote_code: bool = False,
 ) -> int:
     """Encode texts and publish their index as a folder, whole or not at all.
 
@@ -119,6 +124,7 @@ def build(
         max_length: tokens per text; None keeps the model's own.
         total: how many texts there are, for the progress bar.
         pictures: whether the texts are paths of pictures, which a model that sees encodes; words find them.
+        trust_remote_code: whether code that the model brings may run.
 
     Returns:
         how many texts the index holds.
@@ -132,7 +138,7 @@ def build(
     out = Path(out)
     if out.exists() and not (out / SETTINGS).is_file():
         raise JasperError(f"{out} exists and is not a text index; remove it or choose another place")
-    loaded = load_model(model, max_length)
+    loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:
         seeing, wide = jasper_fast.pictures.load(_weights(model)), width
@@ -211,14 +217,14 @@ def _build(given: argparse.Namespace) -> None:
     begin = time.perf_counter()
     count = build(
         given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
-        total=given.limit, pictures=given.pictures,
+        total=given.limit, pictures=given.pictures, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
     print(f"{count:,} texts in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
     print(f"  python -m jasper_fast.search ask {given.out}")
 
 
 def _ask(given: argparse.Namespace) -> None:
-    index = TextIndex(given.index, given.model, verify=not given.no_verify)
+    index = TextIndex(given.index, given.model, verify=not given.no_verify, trust_remote_code=given.trust_remote_code)
     if given.question or given.file:
         questions = [given.question] if given.question else _lines(given.file)
         for start in range(0, len(questions), 256):
@@ -292,6 +298,8 @@ def main(argv: list[str]) -> int:
     ask.add_argument("--json", action="store_true", help="one JSON object per question")
     ask.add_argument("--model", help="where the model lies now, if it moved")
     ask.add_argument("--no-verify", action="store_true", help="open at once, without comparing checksums")
+    for command in (make, ask):
+        command.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
     given = parser.parse_args(argv)
     if given.command == "ask" and given.question and given.file:
         raise JasperError("give a question or --file, not both")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.config import SourceConfig
+from jasper_fast.config import ImageSourceConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.glyphs import GLYPHS, glyph_names
 from jasper_fast.models import looks_like_path
@@ -252,13 +252,13 @@ def _parquet(file: Path, source: SourceConfig) -> Iterator[Row]:
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:
-    for number, cells in _numbered(source, _stream(source)):
+    for number, cells in numbered(source, _stream(source)):
         yield f"{source.path} ({source.split}), row {number}", cells
 
 
 def _shuffled_stream(source: SourceConfig, seed: int) -> Iterator[tuple[str, ...]]:
     stream = _stream(source).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-    for number, cells in _numbered(source, stream):
+    for number, cells in numbered(source, stream):
         where = f"{source.path} ({source.split}), row {number} of its shuffled stream"
         yield from _texts(source, cells, where)
 
@@ -276,7 +276,9 @@ def _stream(source: SourceConfig) -> Any:
         ) from error
 
 
-def _numbered(source: SourceConfig, stream: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered(
+    source: SourceConfig | ImageSourceConfig, stream: Iterable[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a stream, counted from 1; the network may break at any of them."""
     from huggingface_hub.errors import HTTPError  # of the library that the hub's client uses: not always an OSError
 
@@ -287,7 +289,7 @@ def _numbered(source: SourceConfig, stream: Iterable[dict[str, Any]]) -> Iterato
     except (OSError, ValueError, EOFError, zlib.error, HTTPError) as error:
         raise JasperError(
             f"{source.path} ({source.split}): reading it broke off after {number} rows ({_first_line(error)}). If it "
-            "was the network, type the same command again: these texts are read anew, all other work is kept"
+            "was the network, type the same command again: this source is read anew, all other work is kept"
         ) from error
 
 

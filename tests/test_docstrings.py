@@ -53,6 +53,12 @@ def test_finds_what_the_syntax_tree_holds(tmp_path: Path) -> None:
     assert len(tree_pairs(SAMPLE)) == 3
 
 
+def test_half_a_character_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(SAMPLE.replace("a tab\\there", "half \\ud800 of it"))
+    assert len(set(docstrings._pairs(file))) == 2
+
+
 @pytest.mark.parametrize("module", [json, ast, pytest])
 def test_finds_the_docstrings_of_real_packages(module) -> None:
     for file in Path(module.__file__).parent.glob("*.py") if module is json else [Path(module.__file__)]:

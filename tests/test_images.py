@@ -226,6 +226,19 @@ def test_a_datasets_image_column_is_not_decoded_by_it(tmp_path):
         list(read_images(ImageSourceConfig(path="./not-here.parquet")))
 
 
+def test_a_stream_that_breaks_off_is_told_with_its_row(monkeypatch):
+    class Rows:
+        features = None
+
+        def __iter__(self):
+            yield {"image": encoded(plain()), "text": "x"}
+            raise ValueError("Bad split\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows())
+    with pytest.raises(JasperError, match=r"somebody/pictures \(train\): .* broke off after 1 rows \(Bad split\)"):
+        list(read_images(ImageSourceConfig(path="somebody/pictures", caption_columns=["text"])))
+
+
 def images(place: Path, **fields) -> ImagesConfig:
     return ImagesConfig(sources=[{"path": str(place / "in")}], **fields)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast import evaluate
+from jasper_fast import evaluate, search
 from jasper_fast.errors import JasperError
 from jasper_fast.train import train
 
@@ -66,3 +66,31 @@ def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
     with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
         evaluate.main([str(run), str(pairs)])
     assert evaluate.main([str(run), str(pairs), "--trust-remote-code"]) == 0
+
+    texts, index = str(tmp_path / "texts.txt"), str(tmp_path / "index")
+    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+        search.main(["build", str(run), texts, "--out", index])
+    assert search.main(["build", str(run), texts, "--out", index, "--trust-remote-code"]) == 0
+    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+        search.main(["ask", index, tiny_texts[0]])
+    assert search.main(["ask", index, tiny_texts[0], "--trust-remote-code"]) == 0
+
+
+def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) -> None:
+    from jasper_fast import export
+    from jasper_fast.config import StudentConfig
+    from jasper_fast.model import Student
+    from jasper_fast.mteb import load
+
+    config = StudentConfig(model=str(homemade), heads=[16], max_length=16, trust_remote_code=True)
+    model = export.export_student(Student.build(config), tmp_path / "model")
+    with pytest.raises(JasperError, match="code of its own"):
+        load(model)
+    assert load(model, trust_remote_code=True).mteb_model_meta.embed_dim == 16
+    for trusted in (False, True):
+        try:
+            written = export.export_onnx(model, None, tmp_path / "onnx", trust_remote_code=trusted)
+        except JasperError as error:
+            assert not trusted and "code of its own" in str(error)
+        else:
+            assert trusted and (written / export.ONNX_FILE).is_file()
