@@ -25,9 +25,9 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         "the same student, trains on the same texts and teacher vectors in fp32 on the same machine "
         f"(threads of an arm: {environment['threads']}), and no peer gets fewer seconds than ours took; mean ± "
         f"standard deviation over seeds {', '.join(map(str, environment['seeds']))}. The peers are "
-        "`EmbedDistillLoss` with the distances that it offers, alone and inside `MatryoshkaLoss`, under "
+        "`EmbedDistillLoss` as MSE and as cosine, alone and inside `MatryoshkaLoss`, under "
         "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
-        "narrow by PCA (axes of the teacher's vectors) and by truncation.",
+        "narrow by PCA (axes of their own vectors) and by truncation.",
         f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs; commit "
         f"{environment['commit']}.",
         chosen(results),
@@ -55,17 +55,14 @@ def collect(results: Mapping[str, Any]) -> Scores:
 def chosen(results: Mapping[str, Any]) -> str:
     """How everybody's settings were chosen, and on what."""
     tuned = ", ".join(results["tuned_on"])
-    rates = []
-    for loss, found in results["search"].items():
-        tried = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in found.get("means", {}).items())
-        rates.append(
-            f"{loss} {found['lr']:g}" + (f" (mean of seed {_first_seed(results)} by rate: {tried})" * bool(tried))
-        )
+    search = results["search"]
+    means = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in search["means"].items())
+    found = f" (mean of seed {_first_seed(results)} by rate: {means})" if means else ""
     return (
         f"How the settings were chosen: ours on {tuned} (the distil stage in runs of a few minutes; the narrow heads' "
-        "as one of some 25 tried on seed 0's encoder). The peers' learning rates were searched on the same sets, "
-        f"their batch is ours: {', '.join(rates)}. The other sets took no part in any choice, so their mean is the "
-        "one to judge by."
+        f"as one of some 25 tried on seed 0's encoder). The peers' learning rate, {search['lr']:g}, was searched on "
+        f"the same sets with {search['arm']} for all of them{found}; their batch is ours. The other sets took no part "
+        "in any choice, so their mean is the one to judge by."
     )
 
 

@@ -7,8 +7,8 @@
 Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
 in fp32 on the same machine, and gets as many seconds of training as ours took for that seed, its neighbour graph and
 pooling included (teacher vectors are shared and counted for nobody). Each arm runs in a process of its own. The peers'
-learning rate is searched with the first seed: the best of ``--peer-lr`` by the mean over the sets that our own settings
-were chosen on (``--tuned-on``); the other evaluation sets are kept aside from every choice.
+learning rate is searched with the first seed and their cosine loss: the best of ``--peer-lr`` by the mean over the sets
+that our own settings were chosen on (``--tuned-on``); the other evaluation sets are kept aside from every choice.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
+SEARCHED = "st-cosine"  # the peer whose learning rate is searched, for all of them: AdamW does not see a loss's scale
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "distil.json", HERE.parent / "docs" / "peers.md"
 WARMUP = 0.1  # of the time
+PCA_TEXTS = 5000
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> int:
     prepare(config)
     runner = Runner(argv, config, options)
     searched = runner.search()
-    jobs = [Job(arm, s, searched.get(_plain(arm), {}).get("lr", 0.0)) for s in options.seeds for arm in options.arms]
+    jobs = [Job(arm, seed, searched["lr"] if arm != OURS else 0.0) for seed in options.seeds for arm in options.arms]
     runner.run(jobs)
     found: dict[str, list[Any]] = {arm: [] for arm in options.arms}
     for job in jobs:
@@ -137,22 +139,16 @@ class Runner:
         else:
             self.cores.put([])
 
-    def search(self) -> dict[str, dict[str, Any]]:
-        """Run ours; by loss of the peers, the mean score of each rate with the first seed, and the best rate."""
+    def search(self) -> dict[str, Any]:
+        """Run ours and, with the first seed, the cosine loss at every rate: its mean by rate, and the best rate."""
         options = self.options
-        losses = sorted({_plain(arm) for arm in options.arms if arm != OURS})
-        rates = options.peer_lr if len(options.peer_lr) > 1 else []
-        jobs = {loss: [Job(loss, options.seeds[0], lr) for lr in rates] for loss in losses}
-        ours = [Job(OURS, seed) for seed in options.seeds if OURS in options.arms]
-        self.run([*ours, *(job for those in jobs.values() for job in those)])
-        if not rates:
-            return {loss: {"lr": options.peer_lr[0]} for loss in losses}
-        found: dict[str, dict[str, Any]] = {}
-        for loss, those in jobs.items():
-            means = [self._tuned_mean(job) for job in those]
-            named = dict(zip((f"{lr:g}" for lr in rates), means, strict=True))
-            found[loss] = {"means": named, "lr": rates[means.index(max(means))]}
-        return found
+        arm = next((a for a in (SEARCHED, *options.arms) if a in options.arms and a != OURS), SEARCHED)
+        rates = options.peer_lr if len(options.peer_lr) > 1 and arm in options.arms else []
+        jobs = [Job(arm, options.seeds[0], lr) for lr in rates]
+        self.run([*(Job(OURS, seed) for seed in options.seeds if OURS in options.arms), *jobs])
+        means = [self._tuned_mean(job) for job in jobs]
+        best = rates[means.index(max(means))] if rates else options.peer_lr[0]
+        return {"arm": arm, "lr": best, "means": dict(zip((f"{lr:g}" for lr in rates), means, strict=True))}
 
     def _tuned_mean(self, job: Job) -> float:
         rows = json.loads(job.result(Path(self.options.work)).read_text())["rows"]
@@ -188,11 +184,6 @@ class Runner:
                 self.ended[job.seed].set()
 
 
-def _plain(arm: str) -> str:
-    """The loss alone, of an arm that may have it inside Matryoshka."""
-    return arm.removesuffix("-matryoshka")
-
-
 def settings_of(job: Job, config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """What a stored result must agree with to be used again; our stages are nothing to a peer."""
     if job.arm == OURS:
@@ -218,7 +209,7 @@ def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
         budget = outcome["settings"]["seconds"]
         seconds, steps, encoder = train_peer(job, config, texts, teachers, budget, options)
         outcome |= {"steps": steps}
-        rows = score_peer(job.arm, config, encoder, teachers)
+        rows = score_peer(job.arm, config, encoder, texts)
     file = job.result(work)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(outcome | {"seconds": seconds, "rows": rows}, indent=1) + "\n")
@@ -272,16 +263,15 @@ def train_peer(
     return clock.spent, trainer.state.global_step, model_encoder(model, widths)
 
 
-def score_peer(arm: str, config: Config, encoder: Any, teachers: Any) -> list[dict[str, Any]]:
-    """A peer's rows; one without narrow heads is made narrow by PCA (of the teacher's vectors) and by truncation."""
-    import numpy as np
-
-    from jasper_fast.evaluate import PCA, PCA_ROWS, TEACHER, TRUNCATED, load_evals, score_rows, teacher_floors
+def score_peer(arm: str, config: Config, encoder: Any, texts: Any) -> list[dict[str, Any]]:
+    """A peer's rows; one without narrow heads is made narrow by PCA (of its own vectors) and by truncation."""
+    from jasper_fast.evaluate import PCA, TEACHER, TRUNCATED, load_evals, score_rows, teacher_floors
 
     evalsets = load_evals(config.evaluate)
     if arm.endswith("matryoshka"):
         return score_rows(evalsets, {arm: encoder})
-    vectors = teachers.read(np.arange(min(len(teachers), PCA_ROWS))).numpy()
+    some = texts[: config.stages[-1].texts or PCA_TEXTS]  # as many as our narrow heads learn from
+    vectors = encoder(some["text"], "document")[config.student.heads[0]]
     floors = teacher_floors(vectors, config.student.heads)
     names = {TEACHER: arm, PCA: f"{arm} + PCA", TRUNCATED: f"{arm} + truncation"}
     rows = score_rows(evalsets, {TEACHER: encoder}, floors)  # floors are taken of whatever has the teacher's name

@@ -79,7 +79,7 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
     results = {
         "environment": {"seeds": [0], "threads": 1, "cpu": {"model": "none", "logical_cpus": 1}, "commit": "abc"},
         "tuned_on": ["pairs"],
-        "search": {"st-mse": {"lr": 1e-3, "means": {"0.001": 0.5, "0.01": 0.25}}, "st-cosine": {"lr": 1e-3}},
+        "search": {"arm": "st-mse", "lr": 1e-3, "means": {"0.001": 0.5, "0.01": 0.25}},
         "arms": {arm: [read(folder, arm)] for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka")},
     }
     for row in results["arms"]["st-mse"][0]["rows"]:
@@ -89,7 +89,7 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
     text = (tmp_path / "peers.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("- **8 wide.** **-")]
     assert "99.90 of the best peer, st-mse + PCA" in line
-    assert "st-mse 0.001 (mean of seed 0 by rate: 0.001: 50.00; 0.01: 25.00)" in text
+    assert "0.001, was searched" in text and "(mean of seed 0 by rate: 0.001: 50.00; 0.01: 25.00)" in text
     assert "| st-mse | 1 |" in text and "| jasper_fast | 32 |" in text
 
 
@@ -115,9 +115,9 @@ def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tm
         options += [name, str(file)]
     assert main(options) == 0
     results = json.loads(files["--out"].read_text())
-    means = results["search"]["st-mse"]["means"]
-    assert results["search"]["st-mse"]["lr"] == float(max(means, key=means.get))
-    assert results["arms"]["st-mse"][0]["settings"]["lr"] == results["search"]["st-mse"]["lr"]
+    found = results["search"]
+    assert found["arm"] == "st-mse" and found["lr"] == float(max(found["means"], key=found["means"].get))
+    assert results["arms"]["st-mse"][0]["settings"]["lr"] == found["lr"]
     text = files["--page-out"].read_text()
     assert "mean of the sets kept aside" in text and "mean of the sets tuned on" in text
     written = files["--out"].stat().st_mtime_ns, capsys.readouterr()
