@@ -13,6 +13,7 @@ from jasper_fast.batches import Batch
 from jasper_fast.config import Config, StageConfig
 from jasper_fast.errors import JasperError, Problems
 from jasper_fast.model import Student
+from jasper_fast.models import first_line
 from jasper_fast.pretrained import check_max_length
 from jasper_fast.ranks import Ranks
 from jasper_fast.stages import frozen_digest, set_trained, trained_names
@@ -25,6 +26,9 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
         JasperError: every problem found, of all stages.
     """
     problems = Problems()
+    if any(stage.vision is not None for stage in config.stages):
+        with problems:
+            _check_sight(student)
     for position, stage in enumerate(config.stages):
         with problems:
             names = trained_names(student, stage)
@@ -41,6 +45,23 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
                 check_max_length(student.encoder, stage.max_length, f"stages.{position}.max_length")
         problems += _sharing_problems(config, stage, ranks)
     problems.tell()
+
+
+@torch.no_grad()
+def _check_sight(student: Student) -> None:
+    """Let one picture pass: whether a tower and a text encoder fit each other shows nowhere else."""
+    seeing, training = student.seeing, student.training
+    student.eval()
+    try:
+        student.pool(torch.zeros(1, 3, seeing.side, seeing.side))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise JasperError(
+            f"student.vision: no picture can pass from {type(seeing.tower).__name__} through "
+            f"{type(student.encoder).__name__} ({first_line(error)}). The tower must give `last_hidden_state`, and the "
+            "text encoder take `inputs_embeds`; choose another student.vision.model or student.model"
+        ) from error
+    finally:
+        student.train(training)
 
 
 def _sharing_problems(config: Config, stage: StageConfig, ranks: int) -> list[str]:

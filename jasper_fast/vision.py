@@ -86,11 +86,19 @@ class VisionTower(nn.Module):
 
         Returns:
             (B, N + 2, H): image-start, the picture's tokens, image-end.
+
+        Raises:
+            JasperError: the tower gives something else than one row of states for each patch.
         """
         pixels = (pixels.float() / 255.0 - self.mean) / self.std
         if self.tower.config.num_channels == 1:  # a tower that sees in grey
             pixels = pixels.mean(dim=1, keepdim=True)
         states = self.tower(pixel_values=pixels).last_hidden_state  # (B, P, W)
+        if states.ndim != 3:
+            raise JasperError(
+                f"the vision tower {type(self.tower).__name__} gives states of shape {tuple(states.shape)}; expected "
+                "(pictures, patches, width): choose a transformer (SigLIP, SigLIP 2, CLIP, ViT)"
+            )
         tokens = pool_tokens(states, self.image_tokens, self.marks.shape[1])  # (B, N, H)
         marks = self.marks.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, 2, H)
         return torch.cat([marks[:, :1], tokens, marks[:, 1:]], dim=1)

@@ -132,6 +132,28 @@ def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2, tmp_path):
     assert decoder.pool(pictures(2)).shape == (2, 32)
 
 
+def test_a_tower_or_an_encoder_that_does_not_fit_is_told_before_training(tiny_bert, squares, tmp_path, monkeypatch):
+    from transformers import ConvNextConfig, ConvNextModel
+
+    from jasper_fast.checks import check_stages
+
+    sizes = {"image_size": SIDE, "patch_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
+    ConvNextModel(ConvNextConfig(**sizes)).save_pretrained(tmp_path / "conv")
+    tree = recipe(tmp_path, squares, tiny_bert)
+    tree["student"]["vision"] = {"model": str(tmp_path / "conv"), "image_tokens": 4}
+    config = load_config(tree)
+    with pytest.raises(JasperError, match=r"ConvNextModel gives states of shape \(1, 8, \d, \d\)"):
+        check_stages(config, Student.build(config.student), 1)
+
+    config = load_config(recipe(tmp_path, squares, tiny_bert))
+    deaf = Student.build(config.student)
+    check_stages(config, deaf, 1)
+    assert deaf.training
+    monkeypatch.setattr(deaf.encoder, "forward", lambda input_ids=None, attention_mask=None: None)
+    with pytest.raises(JasperError, match="from SiglipVisionModel through BertModel .*inputs_embeds"):
+        check_stages(config, deaf, 1)
+
+
 def stage(**fields) -> StageConfig:
     fields = {
         "name": "see",
