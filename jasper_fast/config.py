@@ -157,7 +157,9 @@ class DataConfig(Section):
 class ImageSourceConfig(Section):
     """One source of pictures with captions."""
 
-    path: str  # "glyphs", a folder or .zip of pictures, .tar file(s) of WebDataset, .parquet, or a `datasets` name
+    # "glyphs", a folder or .zip of pictures, .tar file(s) of WebDataset, .parquet file(s), a folder that `datasets`
+    # saved, or a `datasets` name
+    path: str
     captions: str | None = None  # for a folder or zip: the JSONL[.gz] with a row per picture or caption
     image_column: str = "image"  # there, or in the dataset: the file's name or the picture
     caption_columns: list[str] = Field(

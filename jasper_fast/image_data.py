@@ -30,7 +30,7 @@ from jasper_fast.images import BadImage, decode, need_pillow, resize
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1  # raised when the same settings would give other pictures
+FORMAT = 2  # raised when the same settings would give other pictures
 KEPT_PIXELS = 1 << 29  # bytes of decoded pictures held in memory
 TOLD = 5  # broken pictures named one by one
 
@@ -184,11 +184,13 @@ def hold_out(groups: Sequence[Sequence[str]], count: int, seed: int) -> list[int
     return sorted(held)
 
 
-def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[Item]:
+def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[tuple[str, bytes, list[str]]]:
     """The pictures that can be decoded and have a caption; the others are noted, up to a limit."""
 
     def check(item: Item) -> str | None:
         where, data, captions = item
+        if isinstance(data, str):
+            return f"{where}: {data}"
         if not captions:
             return f"{where}: has no caption"
         try:
@@ -200,10 +202,11 @@ def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[Item
     waiting: list[Item] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
-        def checked() -> Iterator[Item]:
-            for item, problem in zip(waiting, pool.map(check, waiting), strict=True):
+        def checked() -> Iterator[tuple[str, bytes, list[str]]]:
+            for (where, data, captions), problem in zip(waiting, pool.map(check, waiting), strict=True):
                 if problem is None:
-                    yield item
+                    assert isinstance(data, bytes)
+                    yield where, data, captions
                     continue
                 broken.append(problem)
                 if len(broken) > most:

@@ -42,7 +42,7 @@ DAMAGE = (
 
 
 class BadImage(JasperError):
-    """These bytes are no picture that can be used; the message says why."""
+    """A picture, or its captions, cannot be used; the message says why."""
 
 
 def need_pillow() -> None:

@@ -153,15 +153,21 @@ def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[
 
 def _text(value: Any, place: str, where: str) -> str:
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            given = f"has half a character ({value[error.start]!a}, a lone surrogate) at position {error.start}"
-        else:
+        given = half_character(value)
+        if given is None:
             return value
     else:
         given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
     raise JasperError(f"{where}: {place} {given}; remove or mend the row, or choose other `columns`")
+
+
+def half_character(text: str) -> str | None:
+    """What keeps a text from being stored: JSON can escape half a character. None if nothing does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a character ({text[error.start]!a}, a lone surrogate) at position {error.start}"
+    return None
 
 
 def _no_column(column: str, there: Iterable[str], where: str) -> JasperError:

@@ -145,7 +145,7 @@ def folder(tmp_path):
     return tmp_path, pictures, rows
 
 
-def found(**fields) -> dict[str, tuple[bytes, list[str]]]:
+def found(**fields) -> dict[str, tuple[bytes | str, list[str]]]:
     items = read_images(ImageSourceConfig(**fields))
     return {where.rpartition(": ")[2].rpartition("/")[2]: (data, captions) for where, data, captions in items}
 
@@ -182,30 +182,153 @@ def test_a_zip_beside_its_captions(folder):
         found(**fields | {"path": str(place / "cut.zip"), "captions": str(place / "rows.jsonl.gz")})
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
 def test_webdataset_tars_are_streamed(folder):
     place, pictures, _ = folder
-    for ending, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
-        with tarfile.open(place / f"shard{ending}", mode) as tar:
-            members = [
-                ("x/1.png", pictures["a.png"]),
-                ("x/1.txt", b"one\n"),
-                ("x/1.json", json.dumps({"caption": "uno", "width": 6}).encode()),
-                ("x/2.txt", b"no picture"),
-                ("x/3.png", pictures["b.png"]),
-                ("x/3.json", b'{"other": 1}'),
-            ]
-            for name, data in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        items = found(path=str(place / f"shard{ending}"))
-        assert items == {"1.png": (pictures["a.png"], ["one", "uno"]), "3.png": (pictures["b.png"], [])}
+    members = {
+        "x/1.png": pictures["a.png"],
+        "x/1.txt": b"one\n",
+        "x/1.json": json.dumps({"caption": "uno", "width": 6}).encode(),
+        "x/2.txt": b"alone",
+        "x/3.png": pictures["b.png"],
+        "x/3.json": b'{"other": 1}',
+        "x/4.json": b'{"neither": "picture nor caption"}',
+        "x/5.png": pictures["c.png"],
+        "x/5.json": b'{"caption": ',
+    }
+    for ending in (".tar", ".tar.gz"):
+        items = found(path=str(write_tar(place / f"shard{ending}", members)))
+        assert items == {
+            "1.png": (pictures["a.png"], ["one", "uno"]),
+            "2.txt": ("has a caption and no picture", []),
+            "3.png": (pictures["b.png"], []),
+            "5.png": (items["5.png"][0], []),
+        }
+        assert "its .json is not JSON" in items["5.png"][0]
     (place / "cut.tar").write_bytes((place / "shard.tar").read_bytes()[:1500])
     with pytest.raises(JasperError, match="cut short"):
         found(path=str(place / "cut.tar"))
     (place / "cut.tar.gz").write_bytes((place / "shard.tar.gz").read_bytes()[:150])
     with pytest.raises(JasperError, match="cannot be read to its end"):
         found(path=str(place / "cut.tar.gz"))
+
+
+def test_of_a_webdataset_sample_the_plain_picture_counts(tmp_path, folder, monkeypatch):
+    _, pictures, _ = folder
+    a, b, c = (pictures[f"{name}.png"] for name in "abc")
+    members = {"1.jpg": a, "1.mask.png": b, "1.txt": b"x", "2.mask.png": b, "2.depth.png": c, "2.jpg": a, "2.txt": b"y"}
+    members |= {"3.mask.png": b, "3.jpg": a, "3.png": c, "4.left.png": a, "4.right.png": b}
+    items = found(path=str(write_tar(tmp_path / "masks.tar", members)))
+    assert items == {"1.jpg": (a, ["x"]), "2.jpg": (a, ["y"]), "3.jpg": (a, []), "4.left.png": (a, [])}
+    monkeypatch.setattr("jasper_fast.image_sources.MAX_FILE", 10)
+    data, _ = found(path=str(tmp_path / "masks.tar"))["1.jpg"]
+    assert data == f"unpacks to {len(a)} bytes; at most 10 are read"
+
+
+def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
+    place, pictures, rows = folder
+    rows = [
+        *rows,
+        {"image": "nowhere.png", "caption": "of nothing"},
+        {"image": None, "caption": "of nothing"},
+        {"image": "d.png", "caption": "half \ud83d"},
+        {"image": "b.png", "caption": 7},
+        {"image": "odd \udcff.png", "caption": "x"},
+    ]
+    (place / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    items = [item[:2] for item in read_images(ImageSourceConfig(path=str(place / "in")))]
+    bad = [f"{where}: {data}" for where, data in items if isinstance(data, str)]
+    for said in (
+        f"nowhere.png: is not there, but {place}/in/captions.jsonl, line 5 names it",
+        "line 6: column 'image' names no file (None)",
+        r"line 7: column 'caption' has half a character ('\ud83d', a lone surrogate) at position 5",
+        "line 8: column 'caption' is not text but int",
+        "odd ?.png: is not there",
+    ):
+        assert sum(said in line for line in bad) == 1, said
+    train, _ = build_images(images(place), place / "cache")
+    assert train.captions() == [["first", "first again"], ["second", "also second"]]
+
+    with zipfile.ZipFile(place / "pictures.zip", "w") as archive:
+        for name, data in pictures.items():
+            archive.writestr(name, data)
+    content = bytearray((place / "pictures.zip").read_bytes())
+    content[content.index(pictures["b.png"]) + 20] ^= 1  # its checksum is wrong now
+    (place / "pictures.zip").write_bytes(content)
+    fields = {"path": str(place / "pictures.zip"), "captions": str(place / "in" / "captions.jsonl")}
+    items = found(**fields)
+    assert items["a.png"][0] == pictures["a.png"] and "cannot be read (Bad CRC-32" in items["b.png"][0]
+    locked = content.index(b"PK\x01\x02") + 8
+    content[locked] |= 1  # as an encrypted member says of itself in the directory
+    content[6] |= 1
+    (place / "pictures.zip").write_bytes(content)
+    assert "encrypted" in found(**fields)["a.png"][0]
+    monkeypatch.setattr("jasper_fast.image_sources.MAX_FILE", 10)
+    assert "at most 10 are read" in found(**fields)["c.png"][0]
+
+
+def test_rows_may_lack_some_of_the_caption_columns(folder):
+    place, _, _ = folder
+    rows = [{"image": "a.png", "alt": "one"}, {"image": "b.png", "caption": "two", "alt": None}, {"image": "c.png"}]
+    file = place / "in" / "captions.jsonl"
+    fields = {"path": str(place / "in"), "caption_columns": ["caption", "alt"]}
+    file.write_text("\n".join(map(json.dumps, rows[:2])))
+    items = found(**fields)
+    assert (items["a.png"][1], items["b.png"][1]) == (["one"], ["two"])
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(JasperError, match="line 3: no column 'caption' or 'alt'; there are: image"):
+        found(**fields)
+
+
+def picture_rows(cells: list):
+    """A `datasets` table of pictures with the captions "0", "1", …"""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "caption": Value("string")})
+    return Dataset.from_dict({"image": cells, "caption": [str(i) for i in range(len(cells))]}, features=features)
+
+
+def test_pictures_in_files_of_their_own_and_empty_cells_of_a_dataset(folder, monkeypatch):
+    place, pictures, _ = folder
+    with zipfile.ZipFile(place / "pictures.zip", "w") as archive:
+        archive.writestr("b.png", pictures["b.png"])
+    paths = [str(place / "in" / "a.png"), f"zip://b.png::{place}/pictures.zip", str(place / "none.png")]
+    cells = [*({"bytes": None, "path": path} for path in paths), None]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: picture_rows(cells).to_iterable_dataset())
+    items = [item[1:] for item in read_images(ImageSourceConfig(path="somebody/pictures"))]
+    assert items[:2] == [(pictures["a.png"], ["0"]), (pictures["b.png"], ["1"])]
+    assert [data for data, _ in items[2:]] == [f"its file {place}/none.png is not there", "there is no picture"]
+
+
+def test_folders_of_parquet_and_of_saved_datasets_are_read(folder, tmp_path):
+    from datasets import DatasetDict
+
+    _, pictures, _ = folder
+    rows = picture_rows([{"bytes": data, "path": None} for data in pictures.values()])
+    expected = [(data, [str(i)]) for i, data in enumerate(pictures.values())]
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    for part in range(2):
+        rows.select(range(2 * part, 2 * part + 2)).to_parquet(
+            tmp_path / "shards" / "data" / f"train-{part:05d}-of-00002.parquet"
+        )
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
+    for name in ("shards", "saved", "splits"):
+        items = [item[1:] for item in read_images(ImageSourceConfig(path=str(tmp_path / name)))]
+        assert items == expected, name
+    splits = {"path": str(tmp_path / "splits")}
+    assert len(list(read_images(ImageSourceConfig(**splits, split="test")))) == 1
+    with pytest.raises(JasperError, match="no split 'dev'; there are: train, test"):
+        list(read_images(ImageSourceConfig(**splits, split="dev")))
 
 
 def test_a_datasets_image_column_is_not_decoded_by_it(tmp_path):
