@@ -7,6 +7,7 @@ that is kept for evaluation is never seen in training under another name.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def draw_glyphs(side: int = 64) -> list[tuple[np.ndarray, list[str]]]:
     return [(np.frombuffer(pixels, np.uint8).reshape(side, side), names) for pixels, names in found.items()]
 
 
+@functools.cache
 def glyph_names() -> list[str]:
     """The names of all drawn glyphs, the training texts of a student that is to find them by name."""
     return [name for _, names in draw_glyphs(32) for name in names]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from jasper_fast.arrow import write_index
-from jasper_fast.config import Config, ImagesConfig
+from jasper_fast.config import Config, ImagesConfig, ImageSourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import locked, publish_dir
+from jasper_fast.glyphs import GLYPHS
 from jasper_fast.image_sources import Item, read_images, source_stamp
 from jasper_fast.images import BadImage, decode, need_pillow, resize
 
@@ -102,13 +103,7 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     from datasets import load_from_disk
 
     need_pillow()
-    settings = {
-        "format": FORMAT,
-        "images": config.model_dump(mode="json"),
-        "sources": [source_stamp(source) for source in config.sources],
-    }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-    folder = Path(cache).expanduser() / f"images-{key}"
+    folder = _folder(config, cache)
     with locked(folder):
         if not (folder / "facts.json").is_file():
             with publish_dir(folder, replace=True) as temporary:
@@ -118,6 +113,36 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     held = np.array(facts["held_out"], dtype=np.int64)
     train = np.setdiff1d(np.arange(len(table)), held)
     return tuple(Images(table.select(rows), facts["fingerprint"] + part) for part, rows in (("t", train), ("h", held)))  # type: ignore[return-value]
+
+
+def images_built(config: ImagesConfig, cache: str | Path) -> bool:
+    """Whether :func:`build_images` has nothing left to do.
+
+    Raises:
+        JasperError: Pillow or, for the glyphs, matplotlib is not installed.
+    """
+    need_pillow()
+    return (_folder(config, cache) / "facts.json").is_file()
+
+
+def try_images(source: ImageSourceConfig) -> None:
+    """Read the first picture of a source: what is wrong with all of them is told before any source is read.
+
+    Raises:
+        JasperError: as :func:`jasper_fast.image_sources.read_images`; a picture that is broken is no error yet.
+    """
+    if source.path != GLYPHS:
+        next(read_images(source), None)
+
+
+def _folder(config: ImagesConfig, cache: str | Path) -> Path:
+    settings = {
+        "format": FORMAT,
+        "images": config.model_dump(mode="json"),
+        "sources": [source_stamp(source) for source in config.sources],
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Path(cache).expanduser() / f"images-{key}"
 
 
 def _build(config: ImagesConfig, folder: Path) -> None:

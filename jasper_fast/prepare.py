@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config, ranks: int = 1) -> Prepared:
-    """Check trackers, the cache's folder, teachers and stages, then read pictures and texts.
+    """Check trackers, the cache's folder, teachers, stages and sources, then read pictures and texts.
 
     Raises:
         JasperError: something is missing, unreadable or impossible; all of it that can be known before the texts.
@@ -52,6 +52,8 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     with problems:
         student = build_student(config)
         check_stages(config, student, ranks)
+    with problems:
+        check_sources(config)
     problems.tell()
     images, kept = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
@@ -74,6 +76,33 @@ def check_teachers(config: Config) -> None:
     for teacher in config.teachers:
         with problems:
             describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    problems.tell()
+
+
+def check_sources(config: Config) -> None:
+    """Read every evaluation set, and the beginning of every source: pictures are copied before a text is read.
+
+    What lies on the hub is left alone where it may be in the cache already: without a network a run must go on.
+
+    Raises:
+        JasperError: every set and source that cannot be read.
+    """
+    from jasper_fast.evalsets import load_evals
+    from jasper_fast.image_data import images_built, try_images
+    from jasper_fast.sources import is_local, try_source
+
+    problems, to_build = Problems(), False
+    with problems:
+        load_evals(config.evaluate)
+    with problems:
+        to_build = config.images is not None and not images_built(config.images, config.data.cache)
+    for source in config.data.sources:
+        if to_build or is_local(source):
+            with problems:
+                try_source(source)
+    for pictures in config.images.sources if config.images is not None and to_build else []:
+        with problems:
+            try_images(pictures)
     problems.tell()
 
 

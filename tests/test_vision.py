@@ -418,6 +418,30 @@ def test_too_few_pictures_are_told_before_training(run, tmp_path):
         train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
 
 
+def test_sources_that_cannot_be_read_are_told_at_once_before_pictures_are(run, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = run
+    wrong = tree | {
+        "data": tree["data"] | {"cache": str(tmp_path / "cache")},
+        "evaluate": [{"path": str(tmp_path / "no-set")}],
+    }
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"words": "x"}\n')
+    wrong["data"]["sources"] = [*tree["data"]["sources"], {"path": str(other)}]
+    wrong["images"] = {"sources": [*tree["images"]["sources"], {"path": str(tmp_path / "none.zip")}]}
+    with pytest.raises(JasperError) as told:
+        train(wrong, out=tmp_path / "run")
+    for said in (
+        "3 problems",
+        "no-set': no such file",
+        "other.jsonl, line 1: no column 'text'",
+        "none.zip: no such file",
+    ):
+        assert said in str(told.value)
+    assert not list((tmp_path / "cache").glob("images-*"))
+
+
 def test_a_tower_learns_to_tell_pictures_apart(tiny_bert):
     from jasper_fast.batches import Batch
     from jasper_fast.stages import make_optimizer, set_trained, trained_names
