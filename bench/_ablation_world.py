@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from jasper_fast.config import Config
-from jasper_fast.encoders import cached, load_model, normalise, prompt_for, routes, teacher_encoder
+from jasper_fast.encoders import cached, load_model, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError
 from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, load_evals, score_rows, teacher_floors
 from jasper_fast.metrics import score_vectors
+from jasper_fast.models import prompt_of
 
 LEXICAL_WIDTH = 128
 STUDENT = "student"
@@ -110,7 +111,9 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
     encoder = digest.hexdigest()
 
     def encode(texts: list[str], role: str) -> np.ndarray:
-        found = stem.encode(texts, prompt=prompt_for(model, role), convert_to_numpy=True, show_progress_bar=False)
+        found = stem.encode(
+            texts, prompt=prompt_of(model.prompts, role), convert_to_numpy=True, show_progress_bar=False
+        )
         return np.asarray(found, dtype=np.float32)
 
     read = cached(encode, f"{encoder} {config.student.max_length}", work / "states")

@@ -36,6 +36,7 @@ from bench._environment import environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
+from jasper_fast.teachers import prompts_of
 
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
 SEARCHED = "st-cosine"  # the peer whose learning rate is searched, for all of them: AdamW does not see a loss's scale
@@ -187,10 +188,18 @@ class Runner:
 def settings_of(job: Job, config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """What a stored result must agree with to be used again; our stages are nothing to a peer."""
     if job.arm == OURS:
-        return {"config": config.model_dump(mode="json", exclude={"seed"})}
-    shared = config.model_dump(mode="json", include={"student", "teachers", "data", "evaluate", "precision"})
+        return {"config": _decided(config, exclude={"seed"})}
+    shared = _decided(config, include={"student", "teachers", "data", "evaluate", "precision"})
     seconds = options.seconds or seconds_of_ours(Path(options.work), job.seed)
     return {"config": shared, "lr": job.lr, "batch": options.peer_batch, "seconds": seconds}
+
+
+def _decided(config: Config, **which: set[str]) -> dict[str, Any]:
+    """A configuration's sections as plain values, with the prompts that its teachers get."""
+    tree = config.model_dump(mode="json", **which)
+    for values, teacher in zip(tree["teachers"], config.teachers, strict=True):
+        values["prompts"] = prompts_of(teacher)
+    return tree
 
 
 def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:

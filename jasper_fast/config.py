@@ -52,13 +52,20 @@ class Prompts(Section):
     document: str = ""
 
 
+class TeacherPrompts(Section):
+    """The same for a teacher; left out: the model's own prompt for that role. "" is none."""
+
+    query: str | None = None
+    document: str | None = None
+
+
 class TeacherConfig(Section):
     """One teacher: a model to run, or vectors that are ready."""
 
     model: str | None = None  # name, path, or "package:import_name/folder"
     vectors: str | None = None  # .npy or .parquet file(s), one row per training text, in order
     revision: str | None = None
-    prompts: Prompts = Prompts()
+    prompts: TeacherPrompts = TeacherPrompts()
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's own, else mean
     max_length: PositiveInt = 512
     dense: str | None = None  # folder inside the model of the Dense head to use, e.g. 2_Dense_8192 (Stella)

@@ -16,6 +16,7 @@ import torch
 from jasper_fast.config import TeacherConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
+from jasper_fast.models import prompt_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -86,12 +87,6 @@ def routes(model: SentenceTransformer) -> tuple[int, dict[int, Any]]:
     return len(model), {}
 
 
-def prompt_for(model: SentenceTransformer, role: str) -> str | None:
-    """The model's prompt for a role; None where it has none."""
-    names = ("query",) if role == "query" else ("document", "passage", "corpus")
-    return next((model.prompts[name] for name in names if model.prompts.get(name)), None)
-
-
 def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransformer:
     """The model with one head in the Router's place, sharing its weights; None takes the widest.
 
@@ -144,7 +139,7 @@ def model_encoder(
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         features = stem.encode(
             texts,
-            prompt=prompt_for(model, role),
+            prompt=prompt_of(model.prompts, role),  # "" keeps the model from adding its default prompt
             batch_size=batch_size,
             convert_to_tensor=True,
             show_progress_bar=False,

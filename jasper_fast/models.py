@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,6 +20,7 @@ PACKAGES = {
 # What libraries raise of a model that is missing, cut short, of another shape, or brings code of its own.
 CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a model's prompts
 OWN_CODE = (
     "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
     "trust_remote_code=True, or to the command --trust-remote-code"
@@ -68,6 +71,45 @@ def model_revision(name: str, revision: str | None = None) -> str:
             f"{name}: there is no such folder; give a folder with a config.json, or a name on the model hub"
         )
     return _hub_revision(name, revision)
+
+
+def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
+    """What a model itself puts before a query and before a document, without loading it; "" where it has no prompt.
+
+    Args:
+        name: as in a configuration.
+        revision: branch, tag or commit, for a name on the hub.
+
+    Raises:
+        JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
+    """
+    folder = Path(resolve_model(name)).expanduser()
+    file: Path | None = folder / PROMPTS
+    if not folder.is_dir():
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            name,
+            PROMPTS,
+            revision=_hub_revision(name, revision),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        file = Path(found) if found else None
+    if file is None or not file.is_file():
+        return {"query": "", "document": ""}
+    try:
+        prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {}
+        return {role: prompt_of(prompts, role) for role in ("query", "document")}
+    except (ValueError, AttributeError) as error:
+        raise JasperError(f"{file} is damaged ({error}); copy or download the model again") from error
+
+
+def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
+    """A model's prompt for a role, by the names that sentence-transformers knows; "" where there is none."""
+    names = ("query",) if role == "query" else ("document", "passage", "corpus")
+    return next((prompt for name in names if (prompt := prompts.get(name))), "")
 
 
 def looks_like_path(name: str) -> bool:

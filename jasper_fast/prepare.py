@@ -41,6 +41,7 @@ def prepare(config: Config, ranks: int = 1) -> Prepared:
     """
     from jasper_fast.data import prepare_texts
     from jasper_fast.image_data import prepare_images
+    from jasper_fast.teach import check_teachers
 
     problems = Problems()
     with problems:
@@ -65,18 +66,6 @@ def build_student(config: Config) -> Student:
     """The student before training; its new heads depend on the seed alone."""
     torch.manual_seed(config.seed)
     return Student.build(config.student)
-
-
-def check_teachers(config: Config) -> None:
-    """A misspelt teacher is an error now, not after the texts were built."""
-    from jasper_fast.teachers import describe_teacher
-    from jasper_fast.vectors import describe_vectors
-
-    problems = Problems()
-    for teacher in config.teachers:
-        with problems:
-            describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
-    problems.tell()
 
 
 def check_sources(config: Config) -> None:

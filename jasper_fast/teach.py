@@ -1,6 +1,7 @@
 """Cache the teachers' vectors of a run's texts.
 
     python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
+    python -m jasper_fast.teach … --texts texts.parquet                    # only the texts, for vectors made elsewhere
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # the processes share the shards
 
 The same command goes on where it was stopped. Texts that another set of texts in the cache holds are not read again.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +26,11 @@ from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_
 from jasper_fast.checks import check_losses
 from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
-from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.files import check_room, locked
+from jasper_fast.errors import JasperError, Problems, run_cli
+from jasper_fast.files import TEMPORARY, check_room, disk_errors, locked
 from jasper_fast.lending import Lenders
 from jasper_fast.ranks import join_ranks
-from jasper_fast.teachers import Teacher, describe_teacher, load_teacher
+from jasper_fast.teachers import Teacher, check_own_code, describe_teacher, load_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
 
 if TYPE_CHECKING:
@@ -106,8 +108,45 @@ def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS)
         JasperError: a teacher does not exist, or a cache's folder holds something else.
     """
     of_texts = {"texts": texts_fingerprint(texts), "dtype": config.data.cache_dtype}
-    identities = [describe_teacher(t) if t.model is not None else describe_vectors(t) for t in config.teachers]
+    identities = [_describe(teacher) for teacher in config.teachers]
     return [TeacherCache(config.data.cache, {**i, **of_texts}, len(texts), shard_rows) for i in identities]
+
+
+def check_teachers(config: Config) -> None:
+    """Refuse teachers that are missing, or bring code of their own that was not allowed, before the texts are built.
+
+    Raises:
+        JasperError: every such teacher.
+    """
+    problems = Problems()
+    for teacher in config.teachers:
+        with problems:
+            _describe(teacher)
+            check_own_code(teacher)
+    problems.tell()
+
+
+def write_texts(texts: Dataset, file: Path) -> None:
+    """Write the texts that ready vectors must be of, in their order: columns ``text``, ``role`` and ``digest``.
+
+    Args:
+        file: a .parquet file; one that is there gives way, whole or not at all.
+
+    Raises:
+        JasperError: the place cannot be written.
+    """
+    temporary = file.with_name(f"{TEMPORARY}{file.name}")
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            texts.to_parquet(str(temporary))
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _describe(teacher: TeacherConfig) -> dict[str, Any]:
+    return describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
 
 
 def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
@@ -317,16 +356,24 @@ def main(argv: list[str]) -> int:
     """Build the texts of a configuration and cache the vectors of all its teachers."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
     parser.add_argument("--config", help="a YAML file or a recipe's name; default: the embedded recipe")
+    parser.add_argument(
+        "--texts", metavar="FILE.parquet", help="write the texts there, in the order of ready vectors, and leave"
+    )
     known, rest = parser.parse_known_args(argv)
     config = load_arguments(known.config, rest)
-    for teacher in config.teachers:  # a teacher that is missing is an error before the texts are built
-        describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+    if known.texts is None:
+        check_teachers(config)
+    elif not known.texts.endswith(".parquet"):
+        raise JasperError(f"--texts writes a parquet file; give a name that ends with .parquet, got {known.texts!r}")
     with join_ranks(config.parallel.timeout) as ranks:
         texts, remaining = prepare_texts(config)
         if ranks.first:
             print(f"{len(texts)} training texts ({config.data.cache})")
             for name in remaining:
                 print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
+        if known.texts is not None:
+            ranks.lead(lambda: write_texts(texts, Path(known.texts)))
+            return 0
         vectors = ensure_teachers(config, texts)
     if ranks.first:
         print(f"{len(vectors)} targets are ready, of width {' + '.join(map(str, vectors.widths))}")

@@ -12,7 +12,7 @@ import torch
 from jasper_fast.config import TeacherConfig
 from jasper_fast.encode import autocast, used_precision
 from jasper_fast.errors import JasperError
-from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, resolve_model
+from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, own_prompts, resolve_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -60,20 +60,26 @@ class Teacher:
             progress: called after each batch with its texts and tokens.
 
         Raises:
-            JasperError: a vector that is not finite or is zero, naming the text's row.
+            JasperError: a vector that is not finite or is zero, naming the text's row; or memory does not suffice.
         """
-        prompted = [apply_prompt(self._prompt(role), text) for text in texts]
+        prompt = self._prompt(role)
+        prompted = [apply_prompt(prompt, text) for text in texts]
         lengths = self._lengths(prompted)
+        # A prefix is left to the model: some keep theirs out of the mean. "" keeps it from adding its default prompt.
+        given, prefix = (prompted, "") if "{text}" in prompt else (texts, prompt)
         vectors = np.empty((len(texts), self.width), np.float32)
         for batch in token_batches(lengths, self.config.batch_tokens):
-            with self.autocast:
-                found = self.model.encode(
-                    [prompted[i] for i in batch],
-                    prompt="",  # an empty one keeps the model from adding its default prompt
-                    batch_size=len(batch),
-                    convert_to_tensor=True,
-                    show_progress_bar=False,
-                )
+            try:
+                with self.autocast:
+                    found = self.model.encode(
+                        [given[i] for i in batch],
+                        prompt=prefix,
+                        batch_size=len(batch),
+                        convert_to_tensor=True,
+                        show_progress_bar=False,
+                    )
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error, len(batch), int(lengths[batch].max())) from error
             vectors[batch] = found[:, : self.width].float().cpu().numpy()
             if progress is not None:
                 progress(len(batch), int(lengths[batch].sum()))
@@ -82,7 +88,15 @@ class Teacher:
     def _prompt(self, role: str) -> str:
         if role not in ("query", "document"):
             raise ValueError(f"role: expected 'query' or 'document', got {role!r}")
-        return getattr(self.config.prompts, role)
+        return self.fingerprint["prompts"][role]
+
+    def _out_of_memory(self, error: Exception, texts: int, tokens: int) -> JasperError:
+        smaller = f"batch_tokens (now {self.config.batch_tokens}; what is cached stays), or " if texts > 1 else ""
+        return JasperError(
+            f"{self.name}: out of memory ({first_line(error).split('. ')[0]}) with a batch of {texts} texts of up to "
+            f"{tokens} tokens. Lower for this teacher {smaller}max_length (now {self.max_length}; all its vectors are "
+            "made anew)"
+        )
 
     def _lengths(self, texts: list[str]) -> np.ndarray:
         """Tokens of each text after truncation. (B,) int64"""
@@ -149,12 +163,41 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
         if folder.is_dir()
         else config.model,  # a folder's content decides, not its place
         "revision": model_revision(config.model, config.revision),
-        "prompts": config.prompts.model_dump(),
+        "prompts": prompts_of(config),
         "pooling": config.pooling,
         "max_length": config.max_length,
         "truncate_dim": config.truncate_dim,
         **({"dense": config.dense} if config.dense else {}),
     }
+
+
+def prompts_of(config: TeacherConfig) -> dict[str, str]:
+    """What a teacher puts before a query and before a document: the configuration's prompts, else the model's own."""
+    given = config.prompts.model_dump()
+    if config.model is None or None not in given.values():
+        return given
+    own = own_prompts(config.model, config.revision)
+    return {role: prompt if prompt is not None else own[role] for role, prompt in given.items()}
+
+
+def check_own_code(config: TeacherConfig) -> None:
+    """Refuse a teacher that brings code of its own where that is not allowed, without loading it.
+
+    Raises:
+        JasperError: it does.
+    """
+    from transformers import AutoConfig
+
+    if config.model is None or config.trust_remote_code:
+        return
+    try:
+        AutoConfig.from_pretrained(resolve_model(config.model), revision=config.revision, trust_remote_code=False)
+    except CANNOT_LOAD as error:  # anything else is told by who loads it
+        if "trust_remote_code" in str(error):
+            raise JasperError(
+                f"{config.model} comes with code of its own, which is not run unless asked for: read it, then set "
+                "trust_remote_code: true for this teacher, and its `revision`"
+            ) from error
 
 
 def own_device() -> str:

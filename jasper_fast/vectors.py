@@ -1,4 +1,7 @@
-"""Ready teacher vectors from .npy and .parquet files, one row per training text in order."""
+"""Ready teacher vectors from .npy and .parquet files, one row per training text in order.
+
+``python -m jasper_fast.teach --texts FILE.parquet`` writes the texts that they are to be of.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from jasper_fast.errors import JasperError
 from jasper_fast.teachers import normalised
 
 SUFFIXES = (".npy", ".parquet")
+TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the texts in their order"
 
 
 def describe_vectors(config: TeacherConfig) -> dict[str, Any]:
@@ -49,8 +53,7 @@ class ReadyVectors:
         self.starts = np.cumsum([0, *(part.rows for part in self.parts)]).tolist()
         if self.starts[-1] != rows:
             raise JasperError(
-                f"{self.name}: {self.starts[-1]} vectors for {rows} training texts; there must be one for each, in the "
-                "order of the texts that `python -m jasper_fast.teach` builds"
+                f"{self.name}: {self.starts[-1]} vectors for {rows} training texts; there must be one for each: {TEXTS}"
             )
 
     def read(self, start: int, stop: int, digests: list[str]) -> np.ndarray:
@@ -69,7 +72,8 @@ class ReadyVectors:
             for offset, digest in enumerate(given or []):
                 if digest != digests[at - start + offset]:
                     raise JasperError(
-                        f"{part.file}: row {at - first + offset} is the vector of another text (its digest differs)"
+                        f"{part.file}: row {at - first + offset} is the vector of another text (its digest differs); "
+                        + TEXTS
                     )
             pieces.append(part.read(at - first, end - first)[:, : self.width])
             at = end
@@ -163,5 +167,8 @@ def _files(config: TeacherConfig) -> list[Path]:
     else:
         found = [path] if path.is_file() and path.suffix in SUFFIXES else []
     if not found:
-        raise JasperError(f"{path}: no teacher vectors here; expected a .npy or .parquet file, or a folder of them")
+        raise JasperError(
+            f"{path}: no teacher vectors here; expected a .npy or .parquet file, or a folder of them, with a row for "
+            f"each training text: {TEXTS}"
+        )
     return found

@@ -9,7 +9,7 @@ import yaml
 from test_train import settings, write_data
 
 from bench._distil_page import table, write_page
-from bench.distil import PEERS, Job, main, peer_student, run_arm
+from bench.distil import PEERS, Job, main, peer_student, run_arm, settings_of
 from jasper_fast.config import load_config
 
 
@@ -35,6 +35,14 @@ def test_ours_brings_the_teacher_and_its_floors(arms):
     names = {(row["model"], row["width"]) for row in ours["rows"]}
     assert {("teacher", 32), ("teacher PCA", 8), ("jasper_fast", 32), ("jasper_fast", 8)} <= names
     assert 0 < ours["seconds"] < 60
+
+
+def test_a_teachers_own_prompts_are_part_of_the_settings(arms):
+    folder, config = arms
+    options = argparse.Namespace(seconds=1.0, peer_batch=16, work=str(folder))
+    for arm in ("jasper_fast", "st-mse"):
+        (teacher,) = settings_of(Job(arm, 0), config, options)["config"]["teachers"]
+        assert teacher["prompts"] == {"query": "", "document": ""}  # as in results of before prompts could be left out
 
 
 def test_peers_train_for_the_seconds_given_and_are_scored_at_every_width(arms):

