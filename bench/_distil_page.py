@@ -29,7 +29,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
         "narrow by PCA (axes of their own vectors) and by truncation.",
         f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs; commit "
-        f"{environment['commit']}.",
+        f"{environment['commit']}.{other_code(results)}",
         chosen(results),
         "## What it comes to",
         "\n".join(verdicts(results)),
@@ -39,6 +39,22 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         table(results),
     ]
     write_atomic(path, "\n\n".join(texts) + "\n")
+
+
+def other_code(results: Mapping[str, Any]) -> str:
+    """Which arms come from which code, where it is not one and the same, or not known of all; else nothing."""
+    arms: dict[str, list[str]] = {}  # by the digest of the code; commits may differ in other files alone
+    named: dict[str, str] = {}
+    for arm, runs in results["arms"].items():
+        for run in runs:
+            code = run.get("code")
+            digest = code["digest"] if code else ""
+            named[digest] = f"commit {code['commit']} (code {digest})" if code else "code not recorded"
+            arms.setdefault(digest, []).append(f"{arm} seed {run['seed']}")
+    if len(arms) < 2:
+        return ""
+    told = "; ".join(f"{named[digest]}: {', '.join(runs)}" for digest, runs in arms.items())
+    return f" The arms do not all come from the same code: {told}."
 
 
 def collect(results: Mapping[str, Any]) -> Scores:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from jasper_fast import env, extension
+from jasper_fast.ranks import code_digest
 
 
 def environment() -> dict[str, Any]:
     """Versions, processor, GPUs, threads, the commit, and whether the compiled extension is in use; no paths."""
     found = env.environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         **{key: found[key] for key in ("python", "libraries", "cpu", "gpus")},
         "extension": extension.extension_error() or "in use",
     }
+
+
+def commit() -> str | None:
+    """Of the checkout that this process runs in; None where there is none."""
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+def code(files: Iterable[Path]) -> dict[str, str | None]:
+    """What code a figure comes from: the commit, and a digest of the package and of the benchmark's own files."""
+    digest = hashlib.blake2b(code_digest().encode(), digest_size=8)
+    for file in files:
+        digest.update(file.read_bytes())
+    return {"commit": commit(), "digest": digest.hexdigest()}

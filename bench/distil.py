@@ -32,7 +32,7 @@ import torch
 
 from bench._arms import known_settings, result_file
 from bench._distil_page import OURS, of_sets, table, write_page
-from bench._environment import environment
+from bench._environment import code, environment
 from jasper_fast.config import Config, load_config
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
@@ -209,6 +209,7 @@ def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
 
     work = Path(options.work)
     outcome: dict[str, Any] = {"arm": job.arm, "seed": job.seed, "settings": settings_of(job, config, options)}
+    outcome["code"] = code([Path(__file__)])  # for the record: results of other code are used again
     config = config.model_copy(update={"seed": job.seed})
     if job.arm == OURS:
         seconds, rows = train_ours(config, work / f"{job.arm}-seed{job.seed}")

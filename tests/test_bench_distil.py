@@ -9,7 +9,7 @@ import yaml
 from test_train import settings, write_data
 
 from bench._distil_page import table, write_page
-from bench.distil import PEERS, Job, main, peer_student, run_arm, settings_of
+from bench.distil import PAGE, PEERS, RESULTS, Job, main, peer_student, run_arm, settings_of
 from jasper_fast.config import load_config
 
 
@@ -35,6 +35,8 @@ def test_ours_brings_the_teacher_and_its_floors(arms):
     names = {(row["model"], row["width"]) for row in ours["rows"]}
     assert {("teacher", 32), ("teacher PCA", 8), ("jasper_fast", 32), ("jasper_fast", 8)} <= names
     assert 0 < ours["seconds"] < 60
+    assert len(ours["code"]["digest"]) == 16 and ours["code"] == read(folder, "st-mse")["code"]
+    assert "code" not in ours["settings"]
 
 
 def test_a_teachers_own_prompts_are_part_of_the_settings(arms):
@@ -99,6 +101,20 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
     assert "99.90 of the best peer, st-mse + PCA" in line
     assert "0.001, was searched" in text and "(mean of seed 0 by rate: 0.001: 50.00; 0.01: 25.00)" in text
     assert "| st-mse | 1 |" in text and "| jasper_fast | 32 |" in text
+    assert "same code" not in text
+    results["arms"]["st-mse"][0]["code"] = {"commit": "def", "digest": "1234"}
+    del results["arms"]["jasper_fast"][0]["code"]
+    write_page(results, tmp_path / "peers.md")
+    text = (tmp_path / "peers.md").read_text()
+    assert "do not all come from the same code: code not recorded: jasper_fast seed 0; commit def (code 1234)" in text
+
+
+def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
+    results = json.loads(RESULTS.read_text())
+    if "tuned_on" not in results:
+        pytest.skip("the committed results are of before the learning rate was searched")
+    write_page(results, tmp_path / "peers.md")
+    assert (tmp_path / "peers.md").read_text() == PAGE.read_text()
 
 
 def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tmp_path, capsys):
