@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from jasper_fast.config import EvalConfig
+from jasper_fast.data import normal_form
 from jasper_fast.errors import JasperError
 
 DOCSTRINGS = "docstrings"
@@ -36,6 +37,9 @@ class RetrievalSet:
     relevant: list[dict[int, int]]  # per query: document position -> grade > 0
     kind: str = "beir"
     parts: list[str] = field(default_factory=list)  # titles and bodies apart, for exclusion only
+    # Per query the document that is the query itself, else -1; it is no answer. Empty: none is. BEIR drops what shares
+    # the query's id; here the text must be the same as well, since many sets merely count both from 1.
+    itself: list[int] = field(default_factory=list)
     metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
@@ -164,12 +168,14 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
         absent = [name for name, file in needed.items() if file is None]
         raise JasperError(f"evaluation set {folder}: {' and '.join(absent)} missing; a BEIR folder has all three")
     documents: list[str] = []
+    bodies: list[str] = []
     parts: list[str] = []
     document_at: dict[str, int] = {}
     for where, row in _json_rows(corpus):
         title, body = _text(row, "title", where, optional=True), _text(row, "text", where)
         _new_id(document_at, row, where, len(documents))
         documents.append(f"{title} {body}".strip())
+        bodies.append(body)
         if title and body:
             parts += [title, body]
     texts: list[str] = []
@@ -182,12 +188,23 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     if not judged:
         raise JasperError(f"{qrels}: no query has a relevant document (a score above 0)")
     kept = [judged[i] for i in _choose([texts[query] for query in judged], config.limit)]
+    names = {position: name for name, position in query_at.items()}
+
+    def itself(query: int) -> int:
+        document = document_at.get(names[query], -1)
+        if document < 0 or document in relevant[query]:
+            return -1
+        same = {normal_form(bodies[document]), normal_form(documents[document])}
+        return document if normal_form(texts[query]) in same else -1
+
+    found = [itself(query) for query in kept]
     return RetrievalSet(
         config.name or folder.resolve().name,
         [texts[query] for query in kept],
         documents,
         [relevant[query] for query in kept],
         parts=parts,
+        itself=found if max(found) >= 0 else [],
     )
 
 

@@ -31,7 +31,8 @@ def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[s
         if bad := int((~np.isfinite(array).all(axis=1)).sum()):
             raise JasperError(f"{evalset.name}: {bad} of {len(array)} vectors of its {group} hold NaN or infinity")
     if isinstance(evalset, RetrievalSet):
-        return _retrieval(evalset, top_documents(vectors["queries"], vectors["documents"], DEPTH))
+        depth = DEPTH + bool(evalset.itself)
+        return _retrieval(evalset, top_documents(vectors["queries"], vectors["documents"], depth))
     if isinstance(evalset, ClassificationSet):
         return {"accuracy": _accuracy(evalset, vectors["train"], vectors["test"])}
     return {"Spearman": _spearman(vectors["left"], vectors["right"], evalset.scores)}
@@ -80,11 +81,15 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
 
 
 def _retrieval(evalset: RetrievalSet, best: np.ndarray) -> dict[str, float]:
-    """Scores of the documents found, (Q, DEPTH) best first."""
+    """Scores of the documents found, (Q, DEPTH or more) best first; a query's own document does not count."""
     import pytrec_eval
 
     # trec_eval orders by score alone and breaks ties by name: ranks as scores keep our order
-    run = {str(q): {str(d): float(-rank) for rank, d in enumerate(row)} for q, row in enumerate(best.tolist())}
+    itself = evalset.itself or [-1] * len(best)
+    run = {
+        str(q): {str(d): float(-rank) for rank, d in enumerate(row) if d != itself[q]}
+        for q, row in enumerate(best.tolist())
+    }
     judged = {str(q): {str(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
     scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values()
     return {

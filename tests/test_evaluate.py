@@ -98,6 +98,31 @@ def test_beir_folder_is_read(tmp_path: Path, tiny_texts: list[str], suffix: str)
     assert {tiny_texts[19], "title 19", evalset.documents[19], evalset.queries[0]} <= set(evalset.texts())
 
 
+def test_a_querys_own_document_is_no_answer(tmp_path: Path, tiny_texts: list[str]) -> None:
+    """As in ArguAna: arguments ask for their counter-arguments, and stand in the corpus themselves."""
+    folder = tmp_path / "arguments"
+    corpus = [{"_id": f"a{i}", "title": "", "text": text} for i, text in enumerate(tiny_texts[:8])]
+    corpus[3]["title"] = "Titled"
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    queries = [{"_id": f"a{i}", "text": tiny_texts[i]} for i in range(6)]
+    queries[3]["text"] = f"titled  {tiny_texts[3]}"  # asks with its title
+    queries[4]["text"] = "another text under the same id"
+    write_jsonl(folder / "queries.jsonl", queries)
+    (folder / "qrels").mkdir()
+    judged = ["a0\ta7\t1", "a1\ta1\t1", "a2\ta7\t1", "a3\ta7\t1", "a4\ta7\t1"]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(judged) + "\n")
+    evalset = load_eval(EvalConfig(path=str(folder)))
+    assert isinstance(evalset, RetrievalSet)
+    assert evalset.itself == [0, -1, 2, 3, -1]  # a1 is judged right, a4 only has the number of another text
+    documents = np.eye(8, 16, dtype=np.float32)
+    asked = normalise(documents[:5] + 0.9 * documents[7])  # nearest: themselves; next: what they ask for
+    asked[1] = documents[1]
+    scores = metrics.score_vectors(evalset, {"queries": asked, "documents": documents})
+    assert scores["recall@100"] == 1.0
+    fourth = 1 / np.log2(3)  # behind the document that only shares its number
+    assert scores["nDCG@10"] == pytest.approx((4 + fourth) / 5)
+
+
 def test_limit_keeps_the_same_queries_and_the_whole_corpus(tmp_path: Path, tiny_texts: list[str]) -> None:
     folder = write_beir(tmp_path / "stories", tiny_texts[:20], queries=12)
     whole, once, again = (load_eval(EvalConfig(path=str(folder), limit=n)) for n in (None, 5, 5))
