@@ -188,7 +188,7 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     if not judged:
         raise JasperError(f"{qrels}: no query has a relevant document (a score above 0)")
     kept = [judged[i] for i in _choose([texts[query] for query in judged], config.limit)]
-    names = {position: name for name, position in query_at.items()}
+    names = list(query_at)
 
     def itself(query: int) -> int:
         document = document_at.get(names[query], -1)

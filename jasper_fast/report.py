@@ -89,7 +89,8 @@ def _seen(results: Mapping[str, Any], folder: Path) -> str:
         "## Pictures and words",
         f"{found['pictures']} held-out pictures and their {found['captions']} captions, none of them seen in training; "
         "recall in per cent. Floor: ridge regression from pixels and their spectrum (32 × 32) onto captions' vectors. "
-        "Ceiling: pictures whose vectors are those of their captions.",
+        "Ceiling: pictures whose vectors are those of their other captions, without the one that asks or is found; of "
+        "pictures with several captions, and without figures where there are none.",
         scores_markdown(found),
     ]
     if (folder / "plots" / SHEET).is_file():
