@@ -76,8 +76,11 @@ def section(results: dict[str, Any]) -> str:
     teacher = rows[TEACHER, teacher_width]
     parameters = facts["student_parameters"] / 1e6
     unseen = "were among the training texts" if results["transductive"] else "were never trained on"
+    if held := facts.get("held_out_docstrings"):
+        unseen += f" as a whole ({held['with a trained piece']} of {held['all']:,} share a sentence or more with those)"
     lines = [
-        f"`make train` on {facts['threads']} CPU cores ({facts['texts']:,} texts; {parameters:.1f} M parameters; "
+        f"`make train` on {facts['threads']} CPU cores{_took(facts, ', {} after set-up')} ({facts['texts']:,} texts; "
+        f"{parameters:.1f} M parameters; "
         f"{results['primary']['metric']} of finding a docstring's body by its summary, on docstrings that {unseen}; "
         "[report](docs/runs/minilm-docstrings/report.md)):",
         "",
@@ -113,7 +116,7 @@ def public_section(results: dict[str, Any]) -> str:
     seen = results["transductive"]
     unseen = f"texts of {', '.join(seen)} were trained on" if seen else "none of their texts was trained on"
     lines = [
-        f"About half an hour on public text, evaluation included (`bench/recipes/{results['recipe']}.yaml`: "
+        f"On public text{_took(facts, ', {}, evaluation included')} (`bench/recipes/{results['recipe']}.yaml`: "
         f"{facts['texts']:,} texts; "
         f"{unseen}; [report](docs/runs/{results['recipe']}/report.md)):",
         "",
@@ -130,3 +133,9 @@ def public_section(results: dict[str, Any]) -> str:
             scores(f"PCA of the teacher, {width} wide", (PCA, width)),
         ]
     return "\n".join(lines)
+
+
+def _took(facts: dict[str, Any], words: str) -> str:
+    """The minutes of a run put into words; nothing where the run did not note them."""
+    seconds = facts.get("seconds")
+    return words.format(f"{seconds['in all'] / 60:.0f} minutes") if seconds else ""

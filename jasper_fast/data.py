@@ -20,7 +20,7 @@ from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import TEMPORARY, locked, publish_dir, sha256, write_atomic
 from jasper_fast.sources import draw, read_source, source_stamp, try_source
-from jasper_fast.treatment import Exchanges, treat
+from jasper_fast.treatment import Exchanges, sentences, treat
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -108,6 +108,21 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
     texts = build_texts(config.data, config.data.seed, barred)
     found = {form for text in _column(texts, "text") if (form := normal_form(text)) in barred} if barred else set()
     return texts, [name for name, kept in forms.items() if not kept.isdisjoint(found)]
+
+
+def with_trained_piece(held_out: Iterable[str], texts: Dataset, longest: int) -> int:
+    """How many held-out texts have a piece, of up to ``longest`` sentences, that is a training text by its normal form.
+
+    Whole texts are kept apart; what two documents say alike, such as an example, may be learnt from the other one.
+    """
+    pieces: dict[str, set[int]] = {}
+    for number, text in enumerate(held_out):
+        spans = sentences(text)
+        for first in range(len(spans)):
+            for _, end in spans[first : first + longest]:
+                pieces.setdefault(normal_form(text[spans[first][0] : end]), set()).add(number)
+    trained = (normal_form(text) for text in _column(texts, "text"))
+    return len(set[int]().union(*(pieces[form] for form in trained if form in pieces)))
 
 
 def _column(texts: Dataset, column: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from jasper_fast.config import Config, LogConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import disk_errors, write_atomic
 
+LOG = "log.jsonl"
 IDENTITY = "tracking-id"  # the file that keeps a run one run for trackers, however often it goes on
 SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss this many times the median of so many steps before is marked
 PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood")
@@ -45,7 +46,7 @@ class RunLog:
     def __init__(self, folder: Path, config: Config, total: int, done: int, trackers: Sequence[Tracker] = ()) -> None:
         from tqdm import tqdm
 
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         self.every = config.log.every
         self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.stage = ""
@@ -158,6 +159,15 @@ def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
             trackers.append(_TensorBoard(folder) if name == "tensorboard" else _WandbLike(name, folder, config))
             started.callback(trackers[-1].close)
         yield trackers
+
+
+def seconds_spent(log: Path) -> dict[str, float]:
+    """Wall-clock seconds by event of a run's ``log.jsonl``, however often it went on; steps done again count once."""
+    spent: dict[str, float] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        spent[record["event"]] = spent.get(record["event"], 0.0) + record.get("seconds", 0.0)
+    return spent
 
 
 def memory_gb(device: torch.device) -> float:

@@ -120,6 +120,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     from jasper_fast.finish import finish
     from jasper_fast.teach import ensure_teachers, teacher_caches
 
+    began = time.perf_counter()
     device = pick_device()
     prepared = prepare(config, ranks.world)
     student, texts, transductive, images, kept = prepared
@@ -149,6 +150,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
         _drop_pooled(config, folder, position)
     total = sum(stage.steps for stage in config.stages)
     log = RunLog(folder.path, config, total, position.step, trackers) if ranks.first else SilentLog()
+    log.event("preparation", seconds=time.perf_counter() - began)
     if position.step:
         log.say(f"going on from step {position.step} of {total}")
     saver = Saver(folder.checkpoints, config.checkpoint.keep, ranks.first)

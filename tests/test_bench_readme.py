@@ -24,6 +24,15 @@ def test_the_section_holds_every_figure_in_its_place():
     assert "| student's share of the teacher | 95.0 % | 75.0 % |" in text
 
 
+def test_minutes_and_shared_sentences_are_told_where_a_run_noted_them():
+    more = {"seconds": {"training": 500.0, "evaluation": 60.0, "in all": 610.0}}
+    more["held_out_docstrings"] = {"all": 1000, "with a trained piece": 17}
+    text = section(RESULTS | {"facts": RESULTS["facts"] | more})
+    assert "`make train` on 2 CPU cores, 10 minutes after set-up (9,000 texts;" in text
+    assert "never trained on as a whole (17 of 1,000 share a sentence or more with those)" in text
+    assert "minutes" not in section(RESULTS) and "a whole" not in section(RESULTS)
+
+
 def test_the_public_section_has_a_row_for_every_width_and_floor():
     facts = RESULTS["facts"] | {"teacher_width": 8}
     more = {"recipe": "r", "sets": [{"name": "s", "metric": "nDCG@10"}], "facts": facts}

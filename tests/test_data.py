@@ -19,7 +19,15 @@ import pytest
 
 from jasper_fast import data as data_module
 from jasper_fast.config import Config, DataConfig, SourceConfig
-from jasper_fast.data import build_texts, normal_form, prepare_texts, read_source, text_digest, texts_fingerprint
+from jasper_fast.data import (
+    build_texts,
+    normal_form,
+    prepare_texts,
+    read_source,
+    text_digest,
+    texts_fingerprint,
+    with_trained_piece,
+)
 from jasper_fast.errors import JasperError
 from jasper_fast.treatment import Exchanges, sentences, treat
 
@@ -270,6 +278,18 @@ def test_run_texts_leave_out_its_evaluation_sets(tmp_path: Path, monkeypatch: py
     everything = build_texts(config.data, config.seed)
     monkeypatch.setattr(data_module, "build_texts", lambda *_: everything)
     assert prepare_texts(config)[1] == ["near"]
+
+
+def test_held_out_texts_with_a_trained_piece_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": "See the notes below."}, {"text": "It returns a copy. Of  the ARRAY."}, {"text": "Nothing else."}]
+    texts = build_texts(settings(tmp_path, source(jsonl(tmp_path / "rows.jsonl", rows)), cut_share=0.0), seed=0)
+    held_out = [
+        "It is fast. See the notes below. It is small.",  # one sentence
+        "First. It returns a copy. Of the array. Last.",  # two
+        "It returns a copy of the array.",
+        "Nothing else. See the notes below.",  # counted once
+    ]
+    assert with_trained_piece(held_out, texts, 2) == 3 and with_trained_piece(held_out, texts, 1) == 2
 
 
 def test_a_share_of_documents_is_cut_into_sentences(tmp_path: Path) -> None:

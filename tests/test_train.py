@@ -111,10 +111,13 @@ def assert_same_run(run: Path, alone: Path) -> None:
     assert losses_in(run) == losses_in(alone)
 
 
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def losses_in(run: Path) -> list[tuple]:
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "grad_norm", "lr")
-    return [tuple(r.get(k) for k in keep) for r in records if r["event"] == "step"]
+    return [tuple(r.get(k) for k in keep) for r in records(run) if r["event"] == "step"]
 
 
 def test_a_run_leaves_everything_a_user_expects(world):
@@ -130,6 +133,10 @@ def test_a_run_leaves_everything_a_user_expects(world):
     rows = {(row["model"], row["width"]) for row in results["rows"]}
     assert {("teacher", 32), ("student before", 32), ("student", 32), ("student", 16), ("student", 8)} <= rows
     assert {("teacher PCA", 8), ("teacher truncated", 8)} <= rows
+    seconds = results["facts"]["seconds"]
+    steps = sum(r["seconds"] for r in records(run) if r["event"] == "step")
+    assert 0 < steps <= seconds["training"] and seconds["evaluation"] > 0
+    assert seconds["in all"] > seconds["training"] + seconds["evaluation"]  # texts and teachers' vectors
     codes = {(row["width"], row["precision"]) for row in results["codes"]}
     assert {(w, p) for w in (32, 16, 8) for p in ("int8", "ubinary")} <= codes
     assert "## Every width as codes" in (run / "report.md").read_text()
