@@ -1,12 +1,13 @@
 """What the README shows can be typed: its configuration is valid, its commands and files exist."""
 
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
-from jasper_fast.config import load_config, recipe_names
+from jasper_fast.config import load_arguments, load_config, recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,16 @@ def test_commands_shown_exist():
     assert all(find_spec(module) for module in modules)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\bmake (train|test|soak|\w+)`", README)) <= targets
+
+
+def test_the_command_for_pictures_of_ones_own_names_everything():
+    (command,) = re.findall(r"python -m jasper_fast.train --config (pictures-alt .*?)\n```", README, flags=re.DOTALL)
+    recipe, *overrides = shlex.split(command.replace("\\\n", " "))
+    config = load_arguments(recipe, overrides)
+    assert config.images is not None
+    pictures, texts = config.images.sources[0], config.data.sources[0]
+    assert (pictures.path, pictures.captions, texts.path) == ("my_pictures.zip", *["my_captions.jsonl"] * 2)
+    assert pictures.caption_columns == texts.columns == ["caption"]
 
 
 def test_files_and_recipes_named_exist():
