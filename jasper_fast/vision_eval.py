@@ -100,15 +100,19 @@ def ceiling_scores(captions: np.ndarray, own: np.ndarray, count: int) -> dict[st
     asked = np.flatnonzero(several[own])
     if not len(asked):
         return {}
-    others = normalise(sums[own[asked]] - captions[asked]).astype(np.float64)  # (a, D): its picture without itself
-    to_captions = others @ captions.T.astype(np.float64)  # (a, m)
-    right = to_captions[np.arange(len(asked)), asked]  # (a,)
-    to_pictures = captions[asked].astype(np.float64) @ normalise(sums).T.astype(np.float64)  # (a, count)
-    to_pictures[np.arange(len(asked)), own[asked]] = right
-    to_image = (to_pictures >= right[:, None]).sum(axis=1)
-    foreign = own[asked][:, None] != own  # (a, m)
-    ranks = 1 + ((to_captions >= right[:, None]) & foreign).sum(axis=1)
-    to_text = np.full(count, len(own), dtype=ranks.dtype)
+    whole, every = normalise(sums).T.astype(np.float64), captions.T.astype(np.float64)  # (D, count), (D, m)
+    to_image, ranks = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
+    for start in range(0, len(asked), 1024):
+        part = asked[start : start + 1024]
+        rows, mine = np.arange(len(part)), own[part]
+        others = normalise(sums[mine] - captions[part]).astype(np.float64)  # (b, D): each one's picture without it
+        to_captions = others @ every  # (b, m)
+        right = to_captions[rows, part][:, None]  # (b, 1)
+        to_pictures = captions[part].astype(np.float64) @ whole  # (b, count)
+        to_pictures[rows, mine] = right[:, 0]
+        to_image[start : start + 1024] = (to_pictures >= right).sum(axis=1)
+        ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != own)).sum(axis=1)
+    to_text = np.full(count, len(own))
     np.minimum.at(to_text, own[asked], ranks)  # a picture finds its best caption
     return _recall(to_image, to_text[several])
 
