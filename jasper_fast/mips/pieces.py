@@ -47,7 +47,7 @@ class Piece:
         rows: (N, D) float32, bfloat16 or int8, contiguous.
         scales: (N,) float32 for int8 rows, whose value is code · scale; else empty.
         norms: (ceil(N / 64),) float64, the longest row of each bin, rounded up; None: not known yet.
-        plane: int8 codes of float rows, or None.
+        plane: of float32 rows, or None.
     """
 
     rows: Tensor
@@ -146,7 +146,7 @@ def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_plane(rows: Tensor) -> Plane:
-    """The plane of a piece's rows, made block by block."""
+    """A CPU's plane of a piece's rows, on any device, made block by block; it is on the CPU."""
     n, width = rows.shape
     codes, scales = torch.empty(n, width, dtype=torch.int8), torch.empty(n)
     residuals = torch.empty(-(-n // BIN), dtype=torch.float64)
