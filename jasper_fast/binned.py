@@ -61,6 +61,13 @@ def relative_similarity(
         gradient: whether the students' gradients are wanted; an unwanted one is an empty tensor.
         bins: K, a power of two, at most FINE.
     """
+    with torch.cuda.device_of(teacher):  # on which kernels are launched
+        return _relative_similarity(students, teacher, margin, gradient, bins)
+
+
+def _relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, gradient: bool, bins: int
+) -> tuple[Tensor, list[Tensor]]:
     rows, heads = teacher.shape[0], len(students)
     pairs = rows * (rows - 1) // 2
     students, teacher = [s.contiguous() for s in students], teacher.contiguous()

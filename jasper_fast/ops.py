@@ -1,4 +1,8 @@
-"""The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch."""
+"""The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch.
+
+Kernels are launched on the current CUDA device, which each operator therefore makes that of its tensors. The operators do
+so inside, where torch.compile does not look.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,8 @@ def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bo
         <up - low, scores> (H,) float64. A pair without a number on either side takes no part in the counts and makes
         the last figure NaN.
     """
-    return _pair_counts(scores, teacher, margin, exclude_ties)
+    with torch.cuda.device_of(scores):
+        return _pair_counts(scores, teacher, margin, exclude_ties)
 
 
 def _pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +139,13 @@ def relative_similarity(
 
     The teacher's scores are sorted once for all students.
     """
+    with torch.cuda.device_of(teacher):
+        return _relative_similarity(students, teacher, margin, exclude_ties, gradient)
+
+
+def _relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
     rows, heads = teacher.shape[0], len(students)
     pairs = rows * (rows - 1) // 2
     if pairs < 2:
@@ -180,7 +192,8 @@ def similarity(
     if uses_triton([*students, teacher]):
         from jasper_fast.kernels import pair_losses
 
-        return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
+        with torch.cuda.device_of(teacher):
+            return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
     return strips.similarity(students, teacher, method, gradient, teacher_gradient)
 
 
@@ -210,7 +223,8 @@ def neighbourhood(
     if uses_triton([*students, teacher]):
         from jasper_fast.kernels import pair_losses
 
-        return pair_losses.neighbourhood(students, teacher, temperature, gradient)
+        with torch.cuda.device_of(teacher):
+            return pair_losses.neighbourhood(students, teacher, temperature, gradient)
     return strips.neighbourhood(students, teacher, temperature, gradient)
 
 

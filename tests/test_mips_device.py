@@ -259,6 +259,26 @@ def test_on_a_gpu(dtype, size):
 
 
 @on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_two_gpus_share_the_pieces(dtype, monkeypatch):
+    monkeypatch.setattr("jasper_fast.mips.index.PIECE_BYTES", 1)  # small pieces
+    corpus, queries = torch.randn(30_000, 48), torch.randn(40, 48)
+    alone = FlatIPIndex(48, dtype=dtype, device="cuda:0")
+    shared = FlatIPIndex(48, dtype=dtype, device=["cuda:0", "cuda:1"])
+    for start in range(0, len(corpus), 10_000):
+        for index in (alone, shared):
+            index.add(corpus[start : start + 10_000])
+    assert {piece.rows.device.index for _, piece in shared.pieces()} == {0, 1}
+    for size in (1, 40):
+        expected, found = alone.search(queries[:size], 10), shared.search(queries[:size], 10)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    scores, ids = topk(queries.to("cuda:1"), corpus.to("cuda:1"), 10)
+    expected = topk(queries, corpus, 10)
+    assert ids.device == torch.device("cuda:1") and torch.equal(ids.cpu(), expected[1])
+
+
+@on_gpu
 def test_the_device_is_waited_for_once():
     corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
     piece = Piece(corpus.bfloat16())

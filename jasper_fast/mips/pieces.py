@@ -71,7 +71,8 @@ class Piece:
         if on_gpu(self.rows):  # one order of summation for all that searches a device
             from jasper_fast.kernels import mips as kernels
 
-            return kernels.rescore(queries, self.rows, self.scales if len(self.scales) else None, *pairs)
+            with torch.cuda.device_of(self.rows):  # on which kernels are launched
+                return kernels.rescore(queries, self.rows, self.scales if len(self.scales) else None, *pairs)
         products = self.rows[pairs[1]].double() * queries[pairs[0]]  # exact: 24 + 24 bits fit 53
         width = products.shape[1]
         while width > 1:  # pairwise, in an order that depends on the width alone
