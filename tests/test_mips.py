@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jasper_fast import extension
-from jasper_fast.mips import FlatIPIndex, topk
+from jasper_fast.mips import FlatIPIndex, scan, topk
 from jasper_fast.mips import search as search_module
 from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes, int8_plane
 from jasper_fast.mips.search import SCRATCH, search
@@ -243,6 +243,18 @@ def test_a_lower_matmul_precision_widens_the_bound_instead_of_breaking_it():
         assert torch.equal(topk(queries, corpus, 10)[1], expected)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_precision_that_torch_refuses_to_tell_counts_as_low(monkeypatch):
+    def refuse() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
+    expected = topk(queries, corpus, 10, precision="exact")[1]
+    plain = scan._product_rounding(corpus, torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    assert plain == 0.0 < scan._product_rounding(corpus, torch.float32)
+    assert torch.equal(topk(queries, corpus, 10)[1], expected)
 
 
 @pytest.mark.parametrize("precision", ["certified", "exact", "fast"])

@@ -20,6 +20,7 @@ from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes
 from jasper_fast.mips.scan import Queries
 from jasper_fast.mips.search import SCRATCH, search
 from jasper_fast.mips.state import State
+from jasper_fast.mips.stream import chunks
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
@@ -299,3 +300,13 @@ def test_a_corpus_on_the_host_is_streamed():
     expected = topk(queries, corpus, 10)
     scores, ids = topk(queries.cuda(), corpus.numpy(), 10, scratch=8 << 20)
     assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
+
+
+@on_gpu
+def test_a_stream_that_breaks_off_leaves_its_memory_to_the_copy(monkeypatch):
+    plain, kept = Tensor.record_stream, []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: (kept.append(self), plain(self, stream)))
+    parts = chunks(torch.randn(1000, 8), 64, torch.device("cuda"))
+    next(parts)
+    parts.close()
+    assert [tuple(buffer.shape) for buffer in kept] == [(64, 8)] * 2
