@@ -1,7 +1,7 @@
 """The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch.
 
-Kernels are launched on the current CUDA device, which each operator therefore makes that of its tensors. The operators do
-so inside, where torch.compile does not look.
+Kernels are launched on the current CUDA device, so each operator makes that the device of its tensors: inside, where
+torch.compile does not look.
 """
 
 from __future__ import annotations
