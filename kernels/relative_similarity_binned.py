@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form
+from jasper_fast.kernels.registry import Form, with_ones
 
 PRECISION = "tf32"
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
@@ -249,7 +249,7 @@ def forms() -> Iterator[Form]:
     for label, shape in (("any width", numbers), ("width a multiple of 16", aligned)):
         for with_teacher in (True, False):
             tables = {"COUNTS": "*i32:16", "FINE_STUDENT": "*i32:16", "FINE_TEACHER": "*i32:16"}
-            yield Form(
+            counting = Form(
                 f"{tile}, {label}, {'with' if with_teacher else 'without'} the teacher's axis",
                 histogram_kernel,
                 {**vectors, **tables, **shape, "shift": "i32", "last": "fp32"},
@@ -259,7 +259,10 @@ def forms() -> Iterator[Form]:
                 tensor_cores=True,
                 quick=with_teacher and shape is aligned,
             )
-        yield Form(
+            yield counting
+            if shape is numbers:
+                yield with_ones(counting, "D", "E", "stride_sb", "stride_tb")
+        scoring = Form(
             f"{tile}, {label}",
             scores_kernel,
             {"X": "*fp32:16", "SCORES": "*fp32:16", "begin": "i32", "end": "i32"}
@@ -271,7 +274,11 @@ def forms() -> Iterator[Form]:
             stack={100: 16} if shape is numbers else {},
             quick=shape is aligned,
         )
+        yield scoring
+        if shape is numbers:
+            yield with_ones(scoring, "D", "stride_xb")
     pointers = {name: "*fp32:16" for name in ("STUDENT", "TEACHER", "GRID", "NODES", "OWN", "RANK", "SUMS")}
     sizes = {"w": "i32", "bins": "i32", "bins_per_fine": "fp32", "last": "fp32"}
     constants = {"BLOCK": COLUMNS}
-    yield Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, constants, stack={80: 8}, quick=True)
+    looking_up = Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, constants, stack={80: 8}, quick=True)
+    yield from (looking_up, with_ones(looking_up, "w"))
