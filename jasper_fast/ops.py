@@ -150,8 +150,8 @@ def _relative_similarity(
     pairs = rows * (rows - 1) // 2
     if pairs < 2:
         return teacher.new_zeros(heads), [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
-    scores = torch.stack([pack_pairs(s @ s.T) for s in students])
-    counts, low, dot = _pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
+    scores = torch.stack([pack_pairs(_cosines(s)) for s in students])
+    counts, low, dot = _pair_counts(scores, pack_pairs(_cosines(teacher)), margin, exclude_ties)
     terms = pairs * (pairs - 1) / 2
     losses = ((dot + margin * low.double()) / terms).to(teacher.dtype)
     if not gradient:
@@ -159,9 +159,27 @@ def _relative_similarity(
     del scores
     spoilt = losses * 0.0  # NaN where the loss is not finite, so that its gradient is not either
     gradients = [
-        torch.addmm(spoilt[h], unpack_pairs(counts[h], rows, 1.0 / terms, s.dtype), s) for h, s in enumerate(students)
+        multiply(unpack_pairs(counts[h], rows, 1.0 / terms, s.dtype), s).add_(spoilt[h]) for h, s in enumerate(students)
     ]
     return losses, gradients
+
+
+def _cosines(unit: Tensor) -> Tensor:
+    """Of all pairs of unit rows; equal rows have equal ones. (B, D) -> (B, B)"""
+    if uses_triton([unit]):
+        from jasper_fast.kernels import relative_similarity_exact
+
+        return relative_similarity_exact.cosines(unit)
+    return unit @ unit.T
+
+
+def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """a x, added to ``into`` if that is given; by the kernels as float32, whatever cuBLAS is allowed to round to."""
+    if uses_triton([a, x]):
+        from jasper_fast.kernels import product
+
+        return product.multiply(a, x, into)
+    return a @ x if into is None else into.addmm_(a, x)
 
 
 @relative_similarity.register_fake

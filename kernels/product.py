@@ -173,22 +173,30 @@ def product(
     run(tile)
 
 
+def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """a x of float32 as float32: (M, K), (K, N) of any strides -> (M, N), new or added to ``into``, rows contiguous."""
+    out = torch.empty(len(a), x.shape[1], dtype=torch.float32, device=a.device) if into is None else into
+    if out.numel():
+        on = torch.ones((), dtype=torch.int32, device=a.device)
+        product(a, x, out, on, accumulate=into is not None, precision=exact(a.dtype, x.dtype))
+    return out
+
+
 def forms() -> Iterator[Form]:
     """See `registry`."""
-    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision.
+    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision. Mixed: unlike its teacher.
     uses: list[tuple[str, str, str, tuple[str, ...], str]] = []
+    mixed: list[tuple[str, str, str, tuple[str, ...], str]] = []
     for x in TYPES.values():
         precision = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[x]
         uses.append((f"strip {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))
         precision = "bf16x3" if x == "bf16" else "tf32x3"
         uses.append((f"features {x}", x, x, ("INNER_A", "INNER_X"), precision))
         uses.append((f"feature gradient {x}", x, "fp32", ("ROW",), precision))
-    # Student and teacher of different dtypes: a teacher's strip and the features of both.
-    mixed = [
-        ("strip fp32/bf16", "fp32", "bf16", ("INNER_A",), "tf32x3"),
-        ("strip bf16/fp32", "bf16", "fp32", ("INNER_A",), "tf32x3"),
-        ("strip bf16/fp16", "bf16", "fp16", ("INNER_A",), "tf32"),
-    ]
+    # `multiply`: the relative similarity losses' gradients, exact and binned.
+    uses += [(name, "fp32", "fp32", (), "tf32x3") for name in ("plain", "strip plain")]
+    for a, x, precision in (("fp32", "bf16", "tf32x3"), ("bf16", "fp32", "tf32x3"), ("bf16", "fp16", "tf32")):
+        mixed.append((f"strip {a}/{x}", a, x, ("INNER_A",), precision))
     for a, x in itertools.permutations(TYPES.values(), 2):
         mixed.append((f"features {a}/{x}", a, x, ("INNER_A", "INNER_X"), "tf32x3"))
     layouts = {
@@ -196,7 +204,9 @@ def forms() -> Iterator[Form]:
         " turned": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
         " strided": (dict.fromkeys(("stride_am", "stride_ak", "stride_xk", "stride_xn"), "i32"), {}),
     }
-    chosen = [*itertools.product(uses, layouts.items())]
+    across = ({"stride_am": "i32:16", "stride_xn": "i32:16"}, {"stride_ak": 1, "stride_xk": 1})  # the scores, S S'
+    chosen = list(itertools.product(uses, layouts.items()))
+    chosen += [(use, (" across", across)) for use in uses if use[0] == "plain"]
     chosen += [(use, (" turned", layouts[" turned"])) for use in mixed]
     for (name, a, x, scales, precision), (layout, (strides, ones)) in chosen:
         for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:

@@ -4,7 +4,7 @@ Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024), a hundre
 of the margin, whereas the exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
 in registers and adds integers to tables in the second-level cache, so its result does not depend on the order. The
 second writes strips of scores, replaces them by coefficients from eight table entries each, and leaves their product
-with the student to cuBLAS, in float32. (Looked up while still in registers, coefficients spilled.)
+with the student, in float32, to `product.py`. (Looked up while still in registers, coefficients spilled.)
 
 Estimated for B = 32768, D = 1024 on one H200 (5.4e8 pairs): 2.2 TFLOP a pass at 300 TFLOP/s, 7 ms each; 1.6e9
 additions in the cache, 20 ms; 4.3e9 table reads and 11 GB through memory, 15 ms; the gradient's 2.2 TFLOP in float32,

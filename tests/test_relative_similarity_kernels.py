@@ -137,6 +137,23 @@ def test_binned_op(request, monkeypatch, rows):
         assert (own.cpu() - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_no_product_is_left_to_the_library(kernels, monkeypatch, method):
+    """Which may have been told to multiply in TF32."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a product of the library's")
+
+    for name in ("__matmul__", "addmm_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    student, teacher = unit(20, 9).to(DEVICE), unit(20, 9).to(DEVICE)
+    if method == "binned":
+        losses, gradients = binned.relative_similarity([student], teacher, 0.015, True)
+    else:
+        losses, gradients = ops.relative_similarity([student], teacher, 0.015, True, True)
+    assert losses.isfinite().all() and gradients[0].isfinite().all()
+
+
 def clustered(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     teacher = torch.randn(50, width)[torch.randint(0, 50, (rows,))] + 1.5 * torch.randn(rows, width)
     student = teacher + 0.5 * torch.randn(rows, width)
@@ -187,3 +204,35 @@ def test_captured_in_a_graph(method):
     found.fill_(torch.nan)
     graph.replay()
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_tf32_that_cublas_may_use_changes_nothing(method):
+    student, teacher = clustered(700, 128)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if method == "binned":
+            return binned.relative_similarity([student], teacher, 0.015, True)
+        return ops.relative_similarity([student], teacher, 0.015, True, True)
+
+    (loss,), (gradient,) = run()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (other,), (other_gradient,) = run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert abs(other - loss) <= 1e-6 * loss
+    assert (other_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 17, 20, 23, 24, 700])
+def test_equal_rows_tie_on_a_gpu(rows):
+    """Five vectors have 15 cosines, whichever stands first in a pair; and the counts are the CPU's."""
+    teacher = unit(5, 128).cuda()[torch.randint(0, 5, (rows,), device="cuda")]
+    scores, target = (ops.pack_pairs(relative_similarity_exact.cosines(v)) for v in (unit(rows, 128).cuda(), teacher))
+    assert len(target.unique()) <= 15
+    found = ops.pair_counts(scores[None], target, 0.015, True)
+    wanted = ops.pair_counts(scores[None].cpu(), target.cpu(), 0.015, True)
+    assert torch.equal(found[0].cpu(), wanted[0]) and torch.equal(found[1].cpu(), wanted[1])
