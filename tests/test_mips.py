@@ -302,6 +302,12 @@ def test_an_id_filter_is_a_mask_by_number():
     assert (got[1][:, 3:] == -1).all()
 
 
+@pytest.mark.parametrize("none", [[], (), np.array([], dtype=np.int64), torch.tensor([], dtype=torch.int64)])
+def test_a_filter_that_leaves_no_row_finds_none(none):
+    scores, ids = topk(torch.randn(4, 8), torch.randn(200, 8), 5, valid=none)
+    assert (ids == -1).all() and (scores == -torch.inf).all()
+
+
 def test_no_queries_is_no_error():
     scores, ids = topk(torch.empty(0, 4), torch.randn(10, 4), 3)
     assert scores.shape == ids.shape == (0, 3)

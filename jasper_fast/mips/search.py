@@ -351,6 +351,8 @@ def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=torch.bool, device=device)
     if not isinstance(valid, Tensor):
         valid = np.asarray(valid)
+        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
+            valid = valid.astype(np.int64)
         if valid.dtype.kind == "u":  # torch would take the largest for negative ones
             _check_numbers(valid, total)
             valid = valid.astype(np.int64)
