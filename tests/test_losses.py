@@ -6,11 +6,14 @@ import socket
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import cost, losses, ops, reference, strips
 from jasper_fast.losses import JasperLoss, cosine_loss, neighbourhood_loss, relative_similarity_loss, similarity_loss
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 LOSSES = {
     "cosine": (cosine_loss, reference.cosine_loss),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -9,9 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_mips import KINDS, NEVER, check, make, truth
+from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, device, pieces, topk
@@ -78,26 +77,27 @@ def found(piece: list[tuple[int, Piece]], total: int, queries: Tensor, k: int, v
 
 
 STORED = ["float32", "float16", "int8", *([pytest.param("bfloat16", marks=on_gpu)])]
+SHARES = (None, 0.0, 0.02, 0.5, 1.0)
+WIDTHS = (1, 2, 3, 8, 17, 32, 70)
 
 
-@settings(deadline=None, max_examples=16)
-@given(
-    kind=st.sampled_from(KINDS),
-    stored=st.sampled_from(["float32", "float16", "int8"] + (["bfloat16"] if GPU else [])),
-    rows=st.integers(64, 400),
-    size=st.sampled_from([1, 2, 3, 5]),
-    width=st.sampled_from([1, 2, 3, 8, 17, 32, 70]),
-    share=st.sampled_from([None, 0.0, 0.02, 0.5, 1.0]),
-    masks=st.booleans(),
-    descriptors=st.booleans(),
-    seed=st.integers(0, 1 << 16),
-    data=st.data(),
-)
-def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descriptors, seed, data):
+def in_the_order_of_fp64(
+    kind: str,
+    stored: str,
+    rows: int,
+    size: int,
+    width: int,
+    share: float | None,
+    masks: bool,
+    descriptors: bool,
+    seed: int,
+    k: int,
+    bins: int,
+) -> None:
+    """Checks one search of a corpus in two pieces, the first of so many bins."""
     if stored == "float16" and kind in ("huge", "tiny", "mixed scales"):
         kind = "normal"  # float16 cannot hold them
-    k = data.draw(st.one_of(st.integers(1, -(-rows // 64)), st.integers(1, rows)), label="k")
-    split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
+    split = bins * BIN
     corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
     piece, values = piece_of(corpus, stored)
     parts = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
@@ -109,6 +109,21 @@ def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descri
     scale = (queries.double().norm(dim=1) * values.norm(dim=1).max()).numpy()
     allowed = np.ones((size, rows), bool) if valid is None else np.broadcast_to(valid.numpy(), (size, rows))
     check(scores, ids, truth(queries, values), values, scale, allowed)
+
+
+@on_gpu
+@pytest.mark.parametrize("seed", range(60))
+def test_the_order_of_fp64_of_drawn_cases(seed):
+    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
+    draw = random.Random(seed)
+    rows = draw.choice((draw.randint(64, 400), draw.randint(400, 3000)))
+    stored = draw.choice(("float32", "float16", "int8", "bfloat16"))
+    k = draw.randint(1, draw.choice((-(-rows // 64), min(rows, 400))))
+    bins = draw.randint(1, -(-rows // BIN))
+    in_the_order_of_fp64(
+        draw.choice(KINDS), stored, rows, draw.choice((1, 2, 3, 12)), draw.choice(WIDTHS), draw.choice(SHARES),
+        draw.random() < 0.5, False, seed, k, bins,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,25 +237,6 @@ def test_a_small_scratch_changes_nothing():
     with through_kernels():
         scores, ids = topk(queries.to(DEVICE), corpus.to(DEVICE), 3, scratch=20_000)
     assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 6), st.integers(1, 5), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
-def test_tables_merge_as_lists_do(k, size, widths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    one, other = State(size, k, torch.device("cpu")), State(size, k, torch.device("cpu"))
-    first = 0
-    for width in widths:
-        scores = torch.randint(-3, 3, (size, width), generator=generator).double()
-        scores[torch.rand(size, width, generator=generator) < 0.3] = -torch.inf
-        ids = (first + torch.arange(width)).expand(size, width)
-        one.merge_table(scores, ids)
-        query, column = (scores > -torch.inf).nonzero(as_tuple=True)
-        other.merge(query, scores[query, column], ids[query, column])
-        first += width
-        for a, b in zip(one.sorted(), other.sorted(), strict=True):
-            assert torch.equal(a, b)
-        assert torch.equal(one.counts, other.counts) and torch.equal(one.cutoffs, other.cutoffs)
 
 
 @on_gpu

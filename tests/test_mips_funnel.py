@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -65,6 +64,8 @@ def test_a_funnel_whose_parts_do_not_fit_is_refused():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_exports_hold_the_stored_vectors(dtype, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
     index = filled(torch.randn(9000, 6), dtype)
     texts = [f"text {i}" for i in range(9000)]
     to_parquet(index, tmp_path / "out", {"text": texts})

@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import extension, ops, reference
 from jasper_fast.losses import relative_similarity_loss
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 needs_extension = pytest.mark.skipif(
     extension.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",

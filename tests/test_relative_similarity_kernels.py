@@ -1,9 +1,9 @@
 """The Triton kernels of the relative similarity losses: interpreted here, compiled in test_compile_matrix.py."""
 
+import random
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import binned, ops
 
@@ -11,10 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -r re
 from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPECIAL = st.sampled_from([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38])
-NUMBERS = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([-0.5, 0.0, 0.25, 0.265, 0.28]), SPECIAL)
-PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=60)
-MARGINS = st.sampled_from([0.015, 0.0, -0.1, 0.25, 1e-9, 1e30])
+SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38)
+EQUAL = (-0.5, 0.0, 0.25, 0.265, 0.28)
+MARGINS = (0.015, 0.0, -0.1, 0.25, 1e-9, 1e30)
 
 
 def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +48,29 @@ def test_two_passes_with_small_leaves(monkeypatch):
     assert torch.equal(low.cpu().long(), wanted_low)
 
 
-@settings(max_examples=40, deadline=None)
-@given(PAIRS, MARGINS, st.booleans())
-def test_counts_are_those_of_the_cpu(values, margin, exclude_ties):
-    """Ties, signed zeros, infinities and NaN: the CPU's counts are tested against brute force."""
+def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclude_ties: bool) -> None:
+    """Checks the counts of (student, teacher) scores: the CPU's are tested against brute force."""
     x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
     students = torch.stack((x, x.flip(0)))
     wanted = ops.pair_counts(students, t, margin, exclude_ties)
     found = relative_similarity_exact.pair_counts(students.to(DEVICE), t.to(DEVICE), margin, exclude_ties)
     assert torch.equal(found[0].cpu(), wanted[0])
     assert torch.equal(found[1].cpu(), wanted[1])
-    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=0, equal_nan=True)
+    size = (wanted[0] * students.double().nan_to_num(0.0, 0.0, 0.0)).abs().sum()
+    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=1e-12 * float(size), equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_of_drawn_scores(seed):
+    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and more of them."""
+    draw = random.Random(seed)
+
+    def number() -> float:
+        return draw.choice((draw.uniform(-1, 1), draw.choice(EQUAL), draw.choice(EQUAL + SPECIAL)))
+
+    values = [(number(), number()) for _ in range(draw.choice((1, 2, 30, 200, 256, 257, 3000)))]
+    count_as_on_the_cpu(values, draw.choice(MARGINS), draw.random() < 0.5)
 
 
 def test_ends_of_runs_longer_than_a_block():
