@@ -72,11 +72,11 @@ def funnel_recall(found: Any, wide_queries: Any, wide: FlatIPIndex) -> float:
         wide_queries: as given there.
         wide: as given there.
     """
+    if not len(wide):
+        return 1.0
     ids = np.asarray(found)
     _, expected = wide.search(wide_queries, ids.shape[1])
     there = np.asarray(expected)[:, : len(wide)]  # the rest is filled up with -1
-    if not len(wide):
-        return 1.0
     return float(np.mean([np.isin(full, own).mean() for full, own in zip(there, ids, strict=True)]))
 
 
