@@ -1,6 +1,7 @@
 """The fused losses on a CUDA device, for ``python -m bench losses --device cuda``.
 
-Random vectors, no network, a few minutes. What cannot be run, out of memory for one, is written down as such.
+Random vectors, no network, a few minutes. Every method's loss and gradient are compared with those in float64 before it
+is timed; what is wrong or cannot be run, out of memory for one, is written down as such.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,67 +17,173 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench._check import Heads, Known, Method, check, known
+from bench._targets import Target, judged, print_judged
 from jasper_fast import reference
 from jasper_fast.losses import JasperLoss, relative_similarity_loss
 
-Heads = list[Tensor]
-Method = Callable[[Heads, Tensor], Tensor]
+Shape = tuple[str, int, list[int], int, torch.dtype]
 TEMPERATURE = 0.05
-# name, B, student widths, teacher width, dtype
-SIMILARITY = [
-    ("wide", 8192, [12288], 12288, torch.bfloat16),
-    ("four heads", 8192, [12288, 1024, 512, 256], 12288, torch.bfloat16),
-    ("long", 65536, [1024], 1024, torch.bfloat16),
-    ("float32", 8192, [1024], 1024, torch.float32),
-]
-NEIGHBOURHOOD = [
-    ("usual", 4096, [1024], 1024, torch.bfloat16),
-    ("two heads", 16384, [1024, 256], 1024, torch.bfloat16),
-]
-RELATIVE = [
-    ("published size", 256, [1024], 1024, torch.float32),
-    ("exact", 4096, [1024], 1024, torch.float32),
-    ("exact, large", 8192, [1024], 1024, torch.float32),
-    ("binned", 32768, [1024], 1024, torch.float32),
-]
+# By loss: name, B, student widths, teacher width, dtype
+SHAPES: dict[str, list[Shape]] = {
+    "similarity": [
+        ("wide", 8192, [12288], 12288, torch.bfloat16),
+        ("four heads", 8192, [12288, 1024, 512, 256], 12288, torch.bfloat16),
+        ("long", 65536, [1024], 1024, torch.bfloat16),
+        ("float32", 8192, [1024], 1024, torch.float32),
+    ],
+    "relative_similarity": [
+        ("published size", 256, [1024], 1024, torch.float32),
+        ("exact", 4096, [1024], 1024, torch.float32),
+        ("exact, large", 8192, [1024], 1024, torch.float32),
+        ("binned", 32768, [1024], 1024, torch.float32),
+    ],
+    "neighbourhood": [
+        ("usual", 4096, [1024], 1024, torch.bfloat16),
+        ("two heads", 16384, [1024, 256], 1024, torch.bfloat16),
+    ],
+    "jasper_loss": [("all heads", 4096, [12288, 1024, 512, 256], 12288, torch.bfloat16)],
+}
 PUBLISHED_ROWS = 256  # what the published formulation of relative similarity can hold
+OURS, THEIRS = 2e-2, 0.25  # allowed distance from the values in float64, relative; bfloat16 formulations are coarse
+PRODUCT = 8192  # rows, columns and depth of the bfloat16 product that gives the machine's speed
+PARAMETERS, LENGTH = 1.5e9, 512  # of the student whose training step the whole loss is compared with, and of its texts
 
 
-def measure(device: str, repeats: int, quick: bool = False) -> dict[str, Any]:
-    """Every shape by every method: seconds of forward, backward and both, peak memory, energy."""
+def faster_than(method: str) -> Callable[[dict[str, Any]], float]:
+    """How many times as fast as a method ours is."""
+    return lambda case: case["methods"][method]["both_s"] / case["methods"]["jasper_fast"]["both_s"]
+
+
+def milliseconds(method: str) -> Callable[[dict[str, Any]], float]:
+    """Of forward and backward."""
+    return lambda case: case["methods"][method]["both_s"] * 1e3
+
+
+def gigabytes(method: str) -> Callable[[dict[str, Any]], float]:
+    """Beyond the inputs and the gradient that is returned."""
+    return lambda case: case["methods"][method]["extra_bytes"] / 1e9
+
+
+def share_of_memory(case: dict[str, Any]) -> float:
+    """Of what the eager form takes beyond inputs and gradient."""
+    return case["methods"]["jasper_fast"]["extra_bytes"] / case["methods"]["eager"]["extra_bytes"]
+
+
+TARGETS: dict[tuple[str, str], list[Target]] = {
+    ("similarity", "wide"): [
+        Target("x the speed of eager", faster_than("eager"), 1.4),
+        Target("of eager's extra memory", share_of_memory, 1 / 8, at_most=True),
+    ],
+    ("similarity", "four heads"): [Target("x the speed of eager", faster_than("eager"), 1.5)],
+    ("similarity", "long"): [
+        Target("GB extra", gigabytes("jasper_fast"), 0.5, at_most=True),
+        Target("x the speed of eager", faster_than("eager"), 10.0),
+    ],
+    ("relative_similarity", "published size"): [
+        Target("x the speed of the published formulation", faster_than("reference"), 200.0)
+    ],
+    ("relative_similarity", "exact"): [Target("ms", milliseconds("jasper_fast"), 15.0, at_most=True)],
+    ("relative_similarity", "exact, large"): [Target("ms", milliseconds("jasper_fast"), 60.0, at_most=True)],
+    ("relative_similarity", "binned"): [
+        Target("ms, binned", milliseconds("binned"), 150.0, at_most=True),
+        Target("GB extra, binned", gigabytes("binned"), 1.0, at_most=True),
+    ],
+    ("jasper_loss", "all heads"): [
+        Target("% of the shortest possible step", lambda case: case["percent_of_step"], 0.2, at_most=True)
+    ],
+}
+
+
+def measure(
+    device: str, repeats: int, quick: bool = False, keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Every shape by every method: seconds of forward, backward and both, peak memory, energy, and the targets.
+
+    Args:
+        device: "cuda"; "cpu" runs the same, without kernels.
+        repeats: of which the median is taken.
+        quick: shapes a sixteenth of the size, of which no target speaks.
+        keep: called with all that was found so far, after each shape.
+    """
     shrink = 16 if quick else 1
-    found: dict[str, Any] = {}
-    losses = (("similarity", SIMILARITY), ("relative_similarity", RELATIVE), ("neighbourhood", NEIGHBOURHOOD))
-    for loss, shapes in losses:
+    found: dict[str, Any] = {"product_tflops": product_tflops(device, PRODUCT // shrink, repeats)}
+    print(f"a bfloat16 product runs at {found['product_tflops']:,.1f} TFLOP/s")
+    for loss, shapes in SHAPES.items():
         found[loss] = []
         for name, rows, widths, teacher_width, dtype in shapes:
-            rows, widths, teacher_width = rows // shrink, [w // shrink for w in widths], teacher_width // shrink
-            generator = torch.Generator(device).manual_seed(0)
-            heads = [torch.randn(rows, w, device=device, dtype=dtype, generator=generator) for w in widths]
-            teacher = torch.randn(rows, teacher_width, device=device, dtype=dtype, generator=generator)
-            figures = {
-                method: _one(function, heads, teacher, repeats)
-                for method, function in _methods(loss, device, rows).items()
-            }
-            found[loss].append(
-                {"name": name, "rows": rows, "widths": widths, "teacher_width": teacher_width, "dtype": str(dtype)[6:]}
-                | {"methods": figures}
+            rows, widths, teacher_width = (
+                max(rows // shrink, 64),
+                [w // shrink for w in widths],
+                teacher_width // shrink,
             )
-            _print(f"{loss}, {name}, B = {rows}, D = {'/'.join(map(str, widths))} on {teacher_width}", figures)
+            case: dict[str, Any] = {"name": name, "rows": rows, "widths": widths, "teacher_width": teacher_width}
+            case |= {"dtype": str(dtype).removeprefix("torch."), "methods": {}}
+            try:
+                _measure(case, loss, dtype, device, repeats)
+                if loss == "jasper_loss":
+                    case |= _share_of_step(case, found["product_tflops"])
+            except Exception as error:  # a device that failed: what was found before it is kept
+                case["error"] = repr(error)
+            case["targets"] = [] if quick else judged(TARGETS.get((loss, name), ()), case)
+            found[loss].append(case)
+            keep(found)
+            _print(f"{loss}, {name}, B = {rows}, D = {'/'.join(map(str, widths))} on {teacher_width}", case)
     return found
 
 
-def _relative_methods(rows: int) -> dict[str, Method]:
-    def by(method: str) -> Method:
-        return lambda heads, teacher: relative_similarity_loss(heads[0], teacher, method=method)
+def product_tflops(device: str, size: int, repeats: int) -> float:
+    """Speed of a square bfloat16 product."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    clock, taken = _Clock(device == "cuda"), []
+    for _ in range(repeats + 1):  # the first one loads the library
+        begin = clock.now()
+        a @ b
+        taken.append(clock.now() - begin)
+    return 2e-12 * size**3 / statistics.median(taken[1:])
 
-    chosen = ["exact", "binned", *(["reference"] if rows <= PUBLISHED_ROWS else [])]
-    return {"jasper_fast" if method == "exact" else method: by(method) for method in chosen}
+
+def _share_of_step(case: dict[str, Any], tflops: float) -> dict[str, float]:
+    """Beside a student's training step at the speed of a bare product, 6 FLOP for each parameter and token."""
+    step = 6e-12 * PARAMETERS * LENGTH * case["rows"] / tflops
+    ours = case["methods"]["jasper_fast"]
+    return {"step_s": step} | ({"percent_of_step": 100 * ours["both_s"] / step} if "both_s" in ours else {})
+
+
+def _measure(case: dict[str, Any], loss: str, dtype: torch.dtype, device: str, repeats: int) -> None:
+    """Fills in the methods' figures, or errors."""
+    generator = torch.Generator(device).manual_seed(0)
+    *heads, teacher = [
+        torch.randn(case["rows"], width, device=device, dtype=dtype, generator=generator)
+        for width in (*case["widths"], case["teacher_width"])
+    ]
+    methods = _methods(loss, device, case["rows"])
+    # Exact relative similarity in float64 takes 100 GB at B = 32768; there the binned form stands for it.
+    truth = _relative("auto") if loss == "relative_similarity" else methods["jasper_fast"]
+    wanted = None
+    try:
+        wanted = known(truth, heads, teacher)
+    except torch.OutOfMemoryError:
+        case["unchecked"] = "out of memory in float64: only whether values are finite was looked at"
+    for name, method in methods.items():
+        allowed = OURS if name in ("jasper_fast", "binned") else THEIRS
+        case["methods"][name] = _one(method, heads, teacher, repeats, wanted, allowed)
+
+
+def _relative(method: str) -> Method:
+    return lambda heads, teacher: relative_similarity_loss(heads[0], teacher, method=method)
+
+
+def _module(module: JasperLoss) -> Method:
+    return lambda heads, teacher: module(dict(zip((h.shape[1] for h in heads), heads, strict=True)), teacher).loss
 
 
 def _methods(loss: str, device: str, rows: int) -> dict[str, Method]:
     if loss == "relative_similarity":
-        return _relative_methods(rows)
+        chosen = ["exact", "binned", *(["reference"] if rows <= PUBLISHED_ROWS else [])]
+        return {"jasper_fast" if method == "exact" else method: _relative(method) for method in chosen}
+    if loss == "jasper_loss":
+        return {"jasper_fast": _module(JasperLoss())}
     if loss == "similarity":
         plain, chunk, ours = _similarity, _similarity_chunk, JasperLoss((0.0, 1.0, 0.0))
         published = reference.similarity_loss
@@ -85,9 +192,7 @@ def _methods(loss: str, device: str, rows: int) -> dict[str, Method]:
         ours = JasperLoss((0.0, 0.0, 0.0), neighbourhood=1.0, temperature=TEMPERATURE)
         published = reference.neighbourhood_loss
     methods: dict[str, Method] = {
-        "jasper_fast": lambda heads, teacher: ours(dict(zip((h.shape[1] for h in heads), heads, strict=True)), teacher)[
-            0
-        ],
+        "jasper_fast": _module(ours),
         "published": lambda heads, teacher: sum(published(h, teacher) for h in heads),  # type: ignore[misc]
         "eager": plain,
         "chunked": lambda heads, teacher: _chunked(chunk, heads, teacher),
@@ -144,37 +249,47 @@ def _chunked(chunk: Callable[..., Tensor], heads: Heads, teacher: Tensor, rows: 
     return total
 
 
-def _one(method: Method, heads: Heads, teacher: Tensor, repeats: int) -> dict[str, Any]:
+def _one(
+    method: Method, heads: Heads, teacher: Tensor, repeats: int, wanted: Known | None, allowed: float
+) -> dict[str, Any]:
+    """The figures of one method, or what was wrong with it."""
+    try:
+        errors = check(method, heads, teacher, wanted, allowed)  # compiles, and fills the allocator
+        return _timed(method, heads, teacher, repeats) | errors
+    except torch.OutOfMemoryError:
+        error = "out of memory"
+    except Exception as problem:  # one method's failure takes nothing from the others
+        error = repr(problem)
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
+    return {"error": error}
+
+
+def _timed(method: Method, heads: Heads, teacher: Tensor, repeats: int) -> dict[str, Any]:
     leaves = [head.detach().requires_grad_() for head in heads]
     clock = _Clock(teacher.is_cuda)
-    try:
-        method(leaves, teacher).backward()  # compiles, and fills the allocator
-        for leaf in leaves:
-            leaf.grad = None
-        clock.reset_peak()
-        forward, backward = [], []
-        with clock.energy() as joules:
-            for _ in range(repeats):
-                begin = clock.now()
-                loss = method(leaves, teacher)
-                middle = clock.now()
-                loss.backward()
-                end = clock.now()
-                forward.append(middle - begin)
-                backward.append(end - middle)
-                del loss
-                for leaf in leaves:
-                    leaf.grad = None
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"error": "out of memory"}
+    clock.reset_peak()
+    forward, backward = [], []
+    with clock.energy() as joules:
+        for _ in range(repeats):
+            begin = clock.now()
+            loss = method(leaves, teacher)
+            middle = clock.now()
+            loss.backward()
+            end = clock.now()
+            forward.append(middle - begin)
+            backward.append(end - middle)
+            del loss
+            for leaf in leaves:
+                leaf.grad = None
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    used = joules()
     result = {
         "forward_s": statistics.median(forward),
         "backward_s": statistics.median(backward),
         "both_s": statistics.median(both),
-        "energy_j": None if joules() is None else joules() / repeats,
+        "energy_j": None if used is None else used / repeats,
     }
     if teacher.is_cuda:
         # Beyond the inputs and the gradient that is returned.
@@ -229,11 +344,15 @@ def _energy_counter() -> Callable[[], float] | None:
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
-def _print(title: str, figures: dict[str, dict[str, Any]]) -> None:
-    ours = figures["jasper_fast"]
-    for method, own in figures.items():
-        if "error" in own or "error" in ours:
-            print(f"{title}, {method}: {own.get('error', 'ran, but there is nothing to compare with')}")
+def _print(title: str, case: dict[str, Any]) -> None:
+    if "error" in case:
+        print(f"{title}: {case['error']}")
+    ours = case["methods"].get("jasper_fast", {})
+    for method, own in case["methods"].items():
+        if "error" in own:
+            print(f"{title}, {method}: {own['error']}")
             continue
         memory = f", {own['extra_bytes'] / 2**20:,.0f} MiB extra" if "extra_bytes" in own else ""
-        print(f"{title}, {method}: {own['both_s'] * 1e3:,.2f} ms{memory}; {own['both_s'] / ours['both_s']:.2f} x ours")
+        ratio = f"; {own['both_s'] / ours['both_s']:.2f} x ours" if "both_s" in ours else ""
+        print(f"{title}, {method}: {own['both_s'] * 1e3:,.2f} ms{memory}{ratio}")
+    print_judged(case["targets"])

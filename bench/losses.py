@@ -1,6 +1,7 @@
 """``python -m bench losses``: the losses on a CPU against the published formulation and plain PyTorch, in one run.
 
-Figures are medians; what is compared is measured alternately, so that a busy machine slows both sides alike.
+Figures are medians; what is compared is measured alternately, so that a busy machine slows both sides alike. Before it
+is timed, every loss and its gradient are compared with the same in float64.
 """
 
 from __future__ import annotations
@@ -11,15 +12,44 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench._check import Method, check, known
 from bench._environment import environment
+from bench._targets import Target, judged, print_judged
 from jasper_fast import reference
 from jasper_fast.losses import relative_similarity_loss, similarity_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+NEAR = 1e-3  # allowed distance from the values in float64, relative
+
+
+def similarity_targets(speed: float, memory: float) -> list[Target]:
+    """Of the form that is chosen by itself, against plain PyTorch."""
+
+    def ratio(name: str, case: dict[str, Any]) -> float:
+        return case["methods"]["auto"][name] / case["methods"]["reference"][name]
+
+    return [
+        Target("x the speed of plain PyTorch", lambda case: 1.0 / ratio("seconds", case), speed),
+        Target("of plain PyTorch's extra memory", lambda case: ratio("peak_mib", case), memory, at_most=True),
+    ]
+
+
+TARGETS: dict[tuple[str | int, ...], list[Target]] = {
+    ("published", 128): [Target("x the published formulation's speed", lambda case: case["ratio"], 1500.0)],
+    ("gram_products", 1024, 384): [Target("Gram products", lambda case: case["products"], 25.0, at_most=True)],
+    ("pairs_per_second", 2048, 384): [
+        Target("M pairs/s", lambda case: case["rows"] * (case["rows"] - 1) / 2e6 / case["all_threads_s"], 8.0),
+        Target("x from all threads", lambda case: case["speed_up"], 1.6),
+    ],
+    ("similarity", 2048, 1024, 1024): similarity_targets(1.5, 1 / 3),
+    ("similarity", 16384, 256, 384): similarity_targets(20.0, 1 / 50),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -34,16 +64,38 @@ def main(argv: list[str]) -> int:
     if options.device == "cuda":
         return on_cuda(options.out, options.repeats, options.quick)
     threads = torch.get_num_threads()
-    results: dict[str, object] = {"environment": environment()}
-    results["published"] = [published(rows, options.repeats) for rows in ((64,) if options.quick else (64, 128))]
-    results["gram_products"] = gram_products(1024, 384, options.repeats)
-    results["pairs_per_second"] = pairs_per_second(512 if options.quick else 2048, 384, threads, options.repeats)
-    shapes = [(512, 64, 64)] if options.quick else [(2048, 1024, 1024), (16384, 256, 384)]
-    results["similarity"] = [similarity(*shape, threads, options.repeats) for shape in shapes]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    results: dict[str, Any] = {"environment": environment(), "published": [], "similarity": []}
+    for rows in (64,) if options.quick else (64, 128):
+        results["published"].append(attempt(published, (rows,), options.repeats))
+        _write(options.out, results)
+    results["gram_products"] = attempt(gram_products, (1024, 384), options.repeats)
+    _write(options.out, results)
+    pairs = (512 if options.quick else 2048, 384)
+    results["pairs_per_second"] = attempt(pairs_per_second, pairs, threads, options.repeats)
+    _write(options.out, results)
+    for shape in [(512, 64, 64)] if options.quick else [(2048, 1024, 1024), (16384, 256, 384)]:
+        results["similarity"].append(attempt(similarity, shape, threads, options.repeats))
+        _write(options.out, results)
     print(f"written to {options.out}")
     return 0
+
+
+def attempt(measure: Callable[..., dict[str, Any]], shape: tuple[int, ...], *options: int) -> dict[str, Any]:
+    """What a measurement of a shape found and whether its targets are met; or why it failed."""
+    try:
+        found = measure(*shape, *options)
+    except Exception as error:  # the others are measured all the same
+        print(f"{measure.__name__}, {' x '.join(map(str, shape))}: {error!r}")
+        return {"shape": shape, "error": repr(error)}
+    targets = judged(TARGETS.get((measure.__name__, *shape), ()), found)
+    print_judged(targets)
+    return {**found, "targets": targets}
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    """After each shape: all together take minutes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def on_cuda(out: Path, repeats: int, quick: bool) -> int:
@@ -52,9 +104,8 @@ def on_cuda(out: Path, repeats: int, quick: bool) -> int:
 
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device is in use here; python -m jasper_fast.env says why. For a CPU: --device cpu")
-    results = {"environment": environment(), **_losses_cuda.measure("cuda", repeats, quick)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    about = {"environment": environment()}
+    _losses_cuda.measure("cuda", repeats, quick, lambda found: _write(out, about | found))
     print(f"written to {out}")
     return 0
 
@@ -62,6 +113,7 @@ def on_cuda(out: Path, repeats: int, quick: bool) -> int:
 def published(rows: int, repeats: int) -> dict[str, float]:
     """Relative similarity, forward and backward, against one term for each pair of pairs."""
     student, teacher = _batch(rows, 384, 384)
+    _check_all([relative_similarity_loss, reference.relative_similarity_loss], student, teacher)
     ours, theirs = medians(
         [
             _step(relative_similarity_loss, student, teacher),
@@ -77,6 +129,7 @@ def published(rows: int, repeats: int) -> dict[str, float]:
 def gram_products(rows: int, width: int, repeats: int) -> dict[str, float]:
     """Relative similarity, forward and backward, in float32 Gram products S S' of the same batch."""
     student, teacher = _batch(rows, width, width)
+    _check_all([relative_similarity_loss], student, teacher)
     ours, gram = medians([_step(relative_similarity_loss, student, teacher), lambda: student @ student.T], repeats)
     print(
         f"relative similarity, B = {rows}: {ours / gram:.1f} Gram products ({ours * 1e3:.0f} ms, one {gram * 1e3:.1f})"
@@ -87,6 +140,7 @@ def gram_products(rows: int, width: int, repeats: int) -> dict[str, float]:
 def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[str, float]:
     """Relative similarity, forward and backward, on one thread and on all."""
     student, teacher = _batch(rows, width, width)
+    _check_all([relative_similarity_loss], student, teacher)
     step = _step(relative_similarity_loss, student, teacher)
 
     def on(count: int) -> Callable[[], object]:
@@ -109,6 +163,10 @@ def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[
 def similarity(rows: int, width: int, teacher_width: int, threads: int, repeats: int) -> dict[str, object]:
     """Both forms and plain PyTorch, forward and backward, each in a process of its own for its peak memory."""
     repeats = repeats if rows <= 4096 else 1
+    # The feature form first: in float64 it loses nothing to cancellation, and is the cheaper one by far.
+    _check_all(
+        [partial(similarity_loss, method=m) for m in ("feature", "tile", "auto")], *_batch(rows, width, teacher_width)
+    )
     figures = {
         method: _in_new_process(_measure_similarity, method, rows, width, teacher_width, threads, repeats)
         for method in ("reference", "tile", "feature", "auto")
@@ -163,6 +221,17 @@ def _batch(rows: int, width: int, teacher_width: int) -> tuple[torch.Tensor, tor
     teacher = hidden @ torch.randn(64, teacher_width, generator=generator)
     student = hidden @ torch.randn(64, width, generator=generator)
     return student + 2.0 * torch.randn(rows, width, generator=generator), teacher
+
+
+def _check_all(losses: list[Loss], student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Raises where one of them is far from the first in float64."""
+
+    def of_heads(loss: Loss) -> Method:
+        return lambda heads, target: loss(heads[0], target)
+
+    wanted = known(of_heads(losses[0]), [student], teacher)
+    for loss in losses:
+        check(of_heads(loss), [student], teacher, wanted, NEAR)
 
 
 def _step(loss: Loss, student: torch.Tensor, teacher: torch.Tensor) -> Callable[[], object]:

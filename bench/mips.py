@@ -23,7 +23,7 @@ from torch import Tensor
 from bench._environment import environment
 from bench.losses import _in_new_process, _peak_mib, medians
 from jasper_fast.mips import FlatIPIndex
-from jasper_fast.mips.scan import TILE_ROWS
+from jasper_fast.mips.scan import TILE_ROWS, multiply_in_bf16
 
 # rows, width, queries, ks, dtypes of our index
 SHAPES: list[tuple[int, int, int, tuple[int, ...], tuple[str, ...]]] = [
@@ -66,8 +66,11 @@ def main(argv: list[str]) -> int:
     if options.device != "cpu":
         from bench import _mips_cuda
 
-        results["search"] = _mips_cuda.measure(options.device, options.repeats, options.quick)
-        keep()
+        def keep_search(found: dict[str, Any]) -> None:
+            results["search"] = found
+            keep()
+
+        _mips_cuda.measure(options.device, options.repeats, options.quick, keep_search)
         print(f"written to {options.out}")
         return 0
     if options.memory:
@@ -122,8 +125,13 @@ def case(
     functions["bare fp32 product"] = lambda: [
         torch.mm(block, queries.T, out=buffer[: len(block)]) for block in corpus.split(TILE_ROWS)
     ]
+    if multiply_in_bf16():  # as the search does then
+        low, asked, low_buffer = corpus.bfloat16(), queries.bfloat16().T, buffer.bfloat16()
+        functions["bare bf16 product"] = lambda: [
+            torch.mm(block, asked, out=low_buffer[: len(block)]) for block in low.split(TILE_ROWS)
+        ]
     seconds = dict(zip(functions, medians(list(functions.values()), repeats), strict=True))
-    bare = seconds.pop("bare fp32 product")
+    bare, bare_bf16 = seconds.pop("bare fp32 product"), seconds.pop("bare bf16 product", None)
     fastest = min((name for name in seconds if not name.startswith("ours")), key=seconds.__getitem__)
     print(f"N {rows:,}, D {width}, Q {size}, k {k}: fastest peer {fastest} {seconds[fastest] * 1e3:,.1f} ms")
     ratios, shares = {}, {}
@@ -134,9 +142,11 @@ def case(
         shares[dtype] = rows * width * each / own / (bandwidth * 1e9) if size == 1 else bare / own
         of = "the read bandwidth" if size == 1 else "the bare fp32 product's speed"
         print(f"  {ratios[dtype]:.2f} x with {dtype}: {own * 1e3:,.1f} ms, {100 * shares[dtype]:.0f} % of {of}")
+        if bare_bf16 is not None:
+            print(f"  {own / bare_bf16:.2f} x the time of the bare bf16 product, {bare_bf16 * 1e3:,.1f} ms")
     return {
         "rows": rows, "width": width, "queries": size, "k": k, "fastest_peer": fastest, "ratios": ratios,
-        "roofline": shares, "seconds": seconds, "bare_product_s": bare,
+        "roofline": shares, "seconds": seconds, "bare_product_s": bare, "bare_bf16_product_s": bare_bf16,
     }  # fmt: skip
 
 

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -34,13 +36,22 @@ constexpr int64_t kBlock = 1 << 14;     // pairs between stored bucket histogram
 constexpr int64_t kKeptPairs = 1 << 14;  // B = 181; half a megabyte
 constexpr int64_t kSumBlock = 1 << 16;  // fixed, so that the fp64 sum does not depend on the number of threads
 
-const Kernels& kernels() {
+// The widest kernels this processor runs. JASPER_FAST_ISA=generic takes the others, for tests and comparison.
+const Kernels& choose_kernels() {
 #if defined(__x86_64__)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
-                           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (avx2) return kernels_avx2;
+  const char* given = std::getenv("JASPER_FAST_ISA");
+  const bool narrow = given && std::strcmp(given, "generic") == 0;
+  if (!narrow && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2")) {
+    return kernels_avx2;
+  }
 #endif
   return kernels_generic;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
 }
 
 struct StudentCount {

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.extension import native
-from jasper_fast.ops import uses_triton
+from jasper_fast.ops import multiply, uses_triton
 
 BINS = 512  # K; docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of one axis alone
@@ -61,6 +61,13 @@ def relative_similarity(
         gradient: whether the students' gradients are wanted; an unwanted one is an empty tensor.
         bins: K, a power of two, at most FINE.
     """
+    with torch.cuda.device_of(teacher):  # on which kernels are launched
+        return _relative_similarity(students, teacher, margin, gradient, bins)
+
+
+def _relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, gradient: bool, bins: int
+) -> tuple[Tensor, list[Tensor]]:
     rows, heads = teacher.shape[0], len(students)
     pairs = rows * (rows - 1) // 2
     students, teacher = [s.contiguous() for s in students], teacher.contiguous()
@@ -96,8 +103,8 @@ def relative_similarity(
             scores = _scores(student, begin, end)
             totals[h] += _coefficients(scores, target, grids[h], tables[h])
             if gradient:
-                gradients[h][begin:end].addmm_(scores, student[begin:])
-                gradients[h][end:].addmm_(scores[:, end - begin :].T, student[begin:end])
+                multiply(scores, student[begin:], gradients[h][begin:end])
+                multiply(scores[:, end - begin :].T, student[begin:end], gradients[h][end:])
     terms = pairs * (pairs - 1) / 2
     low = torch.stack([own.low for own in tables])
     # A score that is not a number has some bin all the same: the loss must not come out finite.
@@ -135,7 +142,7 @@ def _axis(unit: Tensor, margin: float, bins: int) -> _Axis:
     """Equal bins over the range of a sample of scores; any beyond it count at its ends, where hardly a pair is."""
     rows = unit.shape[0]
     chosen = torch.arange(0, rows, max(1, rows // SAMPLE), device=unit.device)[:, None]  # (n, 1)
-    scores = unit[chosen[:, 0]] @ unit.T
+    scores = multiply(unit[chosen[:, 0]], unit.T)
     scores.scatter_(1, chosen, scores.gather(1, (chosen + 1) % rows))  # a row with itself is no pair
     low, high = scores.aminmax()
     slack = 0.02 * (high - low) + 1e-6

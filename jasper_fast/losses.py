@@ -8,6 +8,7 @@ zero row gets no gradient. Wrong arguments raise from their metadata alone, with
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,7 +89,7 @@ def relative_similarity_loss(
             an unknown choice.
     """
     _check_pair(student, teacher)
-    _check_number("margin", margin)
+    margin = _number("margin", margin)
     _check_choice("ties", ties, TIES)
     _check_choice("method", method, RELATIVE_METHODS)
     if method != "reference":
@@ -116,7 +117,7 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
         ValueError: not two matrices with equally many rows on one device, or a temperature out of range.
     """
     _check_pair(student, teacher)
-    _check_temperature(temperature)
+    temperature = _temperature(temperature)
     with _full_precision(teacher):
         return _neighbourhood([student], teacher.detach(), temperature)[0]
 
@@ -178,22 +179,22 @@ class JasperLoss(nn.Module):
         if len(weights) != 3:
             raise ValueError(f"weights: expected three (cosine, similarity, relative similarity), got {len(weights)}")
         for name, weight in (*((f"weights[{i}]", w) for i, w in enumerate(weights)), ("neighbourhood", neighbourhood)):
-            _check_number(name, weight)
-            if weight < 0:
+            if _number(name, weight) < 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
-        _check_number("margin", margin)
-        for value in temperature.values() if isinstance(temperature, Mapping) else [temperature]:
-            _check_temperature(value)
         _check_choice("ties", ties, TIES)
         _check_choice("reduction", reduction, REDUCTIONS)
         self.weights = (float(weights[0]), float(weights[1]), float(weights[2]))
-        self.margin = float(margin)
+        self.margin = _number("margin", margin)
         self.ties = ties
         self.reduction = reduction
         self.group = group
         self.rows = rows
         self.neighbourhood = float(neighbourhood)
-        self.temperature = dict(temperature) if isinstance(temperature, Mapping) else float(temperature)
+        self.temperature: float | dict[int, float] = (
+            {width: _temperature(value) for width, value in temperature.items()}
+            if isinstance(temperature, Mapping)
+            else _temperature(temperature)
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -220,17 +221,18 @@ class JasperLoss(nn.Module):
         cosine_weight, similarity_weight, relative_weight = self.weights
         with _full_precision(teacher):
             dtype = _compute_dtype(heads, teacher)
-            units, target = heads, teacher
             # The fused losses take vectors of any length; the others, and other ranks, are given unit rows.
-            if self.group is not None or cosine_weight or relative_weight:
-                units, target = [_unit(head, dtype) for head in heads], _unit(teacher, dtype)
+            every = self.group is not None or bool(relative_weight)
+            paired = [bool(cosine_weight) and head.shape[1] == teacher.shape[1] for head in heads]
+            units = [_unit(head, dtype) if every or pair else head for head, pair in zip(heads, paired, strict=True)]
+            target = _unit(teacher, dtype) if every or any(paired) else teacher
             if self.group is not None:
                 *units, target = gather_rows([*units, target], self.group, self.rows)
                 heads, teacher = units, target
             zero = teacher.new_zeros((), dtype=dtype)
             cosine = similarity = relative = neighbourhood = zero
             if cosine_weight:
-                cosine = sum((_cosine(u, target) for u in units if u.shape[1] == target.shape[1]), start=zero)
+                cosine = sum((_cosine(u, target) for u, pair in zip(units, paired, strict=True) if pair), start=zero)
             if similarity_weight:
                 similarity = _similarity(heads, teacher, "auto").sum()
             if relative_weight:
@@ -434,14 +436,15 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's are real, too
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
 
 
-def _check_temperature(value: float) -> None:
-    _check_number("temperature", value)
-    if value <= 0:
+def _temperature(value: Any) -> float:
+    if _number("temperature", value) <= 0:
         raise ValueError(f"temperature: expected a number > 0, got {value}")
+    return float(value)

@@ -1,4 +1,8 @@
-"""The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch."""
+"""The operators behind the losses: the compiled extension's or a kernel's, each with a fallback in plain torch.
+
+Kernels are launched on the current CUDA device, so each operator makes that the device of its tensors: inside, where
+torch.compile does not look.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,8 @@ def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bo
         <up - low, scores> (H,) float64. A pair without a number on either side takes no part in the counts and makes
         the last figure NaN.
     """
-    return _pair_counts(scores, teacher, margin, exclude_ties)
+    with torch.cuda.device_of(scores):
+        return _pair_counts(scores, teacher, margin, exclude_ties)
 
 
 def _pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,12 +139,19 @@ def relative_similarity(
 
     The teacher's scores are sorted once for all students.
     """
+    with torch.cuda.device_of(teacher):
+        return _relative_similarity(students, teacher, margin, exclude_ties, gradient)
+
+
+def _relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
     rows, heads = teacher.shape[0], len(students)
     pairs = rows * (rows - 1) // 2
     if pairs < 2:
         return teacher.new_zeros(heads), [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
-    scores = torch.stack([pack_pairs(s @ s.T) for s in students])
-    counts, low, dot = _pair_counts(scores, pack_pairs(teacher @ teacher.T), margin, exclude_ties)
+    scores = torch.stack([pack_pairs(_cosines(s)) for s in students])
+    counts, low, dot = _pair_counts(scores, pack_pairs(_cosines(teacher)), margin, exclude_ties)
     terms = pairs * (pairs - 1) / 2
     losses = ((dot + margin * low.double()) / terms).to(teacher.dtype)
     if not gradient:
@@ -147,9 +159,27 @@ def relative_similarity(
     del scores
     spoilt = losses * 0.0  # NaN where the loss is not finite, so that its gradient is not either
     gradients = [
-        torch.addmm(spoilt[h], unpack_pairs(counts[h], rows, 1.0 / terms, s.dtype), s) for h, s in enumerate(students)
+        multiply(unpack_pairs(counts[h], rows, 1.0 / terms, s.dtype), s).add_(spoilt[h]) for h, s in enumerate(students)
     ]
     return losses, gradients
+
+
+def _cosines(unit: Tensor) -> Tensor:
+    """Of all pairs of unit rows; equal rows have equal ones. (B, D) -> (B, B)"""
+    if uses_triton([unit]):
+        from jasper_fast.kernels import relative_similarity_exact
+
+        return relative_similarity_exact.cosines(unit)
+    return unit @ unit.T
+
+
+def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """a x, added to ``into`` if that is given; by the kernels as float32, whatever cuBLAS is allowed to round to."""
+    if uses_triton([a, x]):
+        from jasper_fast.kernels import product
+
+        return product.multiply(a, x, into)
+    return a @ x if into is None else into.addmm_(a, x)
 
 
 @relative_similarity.register_fake
@@ -180,7 +210,8 @@ def similarity(
     if uses_triton([*students, teacher]):
         from jasper_fast.kernels import pair_losses
 
-        return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
+        with torch.cuda.device_of(teacher):
+            return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
     return strips.similarity(students, teacher, method, gradient, teacher_gradient)
 
 
@@ -210,7 +241,8 @@ def neighbourhood(
     if uses_triton([*students, teacher]):
         from jasper_fast.kernels import pair_losses
 
-        return pair_losses.neighbourhood(students, teacher, temperature, gradient)
+        with torch.cuda.device_of(teacher):
+            return pair_losses.neighbourhood(students, teacher, temperature, gradient)
     return strips.neighbourhood(students, teacher, temperature, gradient)
 
 

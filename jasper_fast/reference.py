@@ -12,9 +12,11 @@ from torch import Tensor
 
 def normalise(embeddings: Tensor) -> Tensor:
     """Rows of unit length; a zero row stays zero and gets no gradient. (B, D) -> (B, D)."""
-    length = torch.where(embeddings == 0, 0.0, embeddings.square()).sum(dim=1, keepdim=True)  # (B, 1)
-    zero = length == 0
-    return torch.where(zero, 0.0, embeddings / torch.where(zero, 1.0, length).sqrt())
+    largest = embeddings.detach().abs().amax(dim=1, keepdim=True)  # (B, 1)
+    zero = largest == 0
+    scaled = embeddings / torch.where(zero, 1.0, largest)  # so that no square overflows or vanishes
+    length = scaled.square().sum(dim=1, keepdim=True)
+    return torch.where(zero, 0.0, scaled / torch.where(zero, 1.0, length).sqrt())
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -39,14 +41,16 @@ def relative_similarity_of_scores(student: Tensor, teacher: Tensor, margin: floa
     """The published formulation on pair scores: one term for each pair of pairs. (P,), (P,) -> ()."""
     pairs = len(student)
     if pairs < 2:
-        return student.sum() * 0.0
+        return student.nan_to_num().sum() * 0.0
     first, second = torch.triu_indices(pairs, pairs, offset=1, device=student.device)  # (N,)
     above = teacher[first] > teacher[second]
     label = torch.where(above, 1.0, -1.0).to(student.dtype)
     terms = torch.relu(margin - label * (student[first] - student[second]))
     if ties == "exclude":
         terms = terms * (teacher[first] != teacher[second])
-    return terms.mean()
+    # NaN compares as if there were an order: a teacher's score that is not a number must spoil loss and gradient.
+    spoilt = teacher.sum() * 0.0
+    return terms.mean() + (student * spoilt).sum()
 
 
 def relative_similarity_loss(
@@ -69,7 +73,7 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
     unit, target = normalise(student), normalise(teacher.detach())
     rows = len(unit)
     if rows < 2:
-        return unit.sum() * 0.0
+        return unit.nan_to_num().sum() * 0.0
     others = ~torch.eye(rows, dtype=torch.bool, device=unit.device)
 
     def log_softmax(vectors: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form
+from jasper_fast.kernels.registry import Form, with_ones
 
 DIGIT_BITS = 5
 LEAF_BITS = 7
@@ -59,9 +59,9 @@ def digit_counts_kernel(
     # Both kinds in one number: scores in the low half, thresholds in the high one.
     one = tl.where(inside, 1 + (event & 1) * 65535, 0)
     counts = tl.sum(tl.where(digit[:, None] == digits[None, :], one[:, None], 0), axis=0)  # (RADIX,)
-    to = COUNTS + digits.to(tl.int64) * tiles + tile
-    tl.store(to, counts & 0xFFFF)
-    tl.store(to + tiles.to(tl.int64) * RADIX, counts >> 16)
+    rows = digits.to(tl.int64)  # of COUNTS: first the scores', then the thresholds'
+    tl.store(COUNTS + rows * tiles + tile, counts & 0xFFFF)
+    tl.store(COUNTS + (rows + RADIX) * tiles + tile, counts >> 16)
 
 
 @triton.jit
@@ -89,10 +89,10 @@ def deal_kernel(
     digit = ((event >> 1) >> shift) & digit_mask
     digits = tl.arange(0, RADIX)
     first = tile // tiles_in_node * tiles_in_node
-    from_node = BEFORE + digits.to(tl.int64) * tiles
-    kinds = tiles.to(tl.int64) * RADIX
-    scores = tl.load(from_node + tile) - tl.load(from_node + first)  # (RADIX,) of the node, in earlier tiles
-    thresholds = tl.load(from_node + kinds + tile) - tl.load(from_node + kinds + first)
+    of_scores = BEFORE + digits.to(tl.int64) * tiles
+    of_thresholds = BEFORE + (digits.to(tl.int64) + RADIX) * tiles
+    scores = tl.load(of_scores + tile) - tl.load(of_scores + first)  # (RADIX,) of the node, in earlier tiles
+    thresholds = tl.load(of_thresholds + tile) - tl.load(of_thresholds + first)
     scores_below = tl.cumsum(scores, axis=0) - scores
     thresholds_above = tl.sum(thresholds, axis=0) - tl.cumsum(thresholds, axis=0)
 
@@ -199,7 +199,7 @@ def forms() -> Iterator[Form]:
     """See `registry`."""
     radix = 2**DIGIT_BITS
     numbers = {name: "i32" for name in ("events", "tiles", "shift", "digit_mask")}
-    yield Form(
+    counts = Form(
         f"{BLOCK} x {radix}",
         digit_counts_kernel,
         {"EVENTS": "*i32:16", "COUNTS": "*i32:16", **numbers},
@@ -207,10 +207,13 @@ def forms() -> Iterator[Form]:
         warps=WARPS["counts"],
         quick=True,
     )
+    yield counts
+    # 129 to 256 pairs, of 17 to 23 rows, are one tile and one bit.
+    yield with_ones(counts, "tiles", "digit_mask", quick=True)
     for first in (True, False):
         label = f"{BLOCK} x {radix}, {'first' if first else 'later'} pass"
         pointers = {name: "*i32:16" for name in ("EVENTS", "SUMS", "BEFORE", "EVENTS_OUT", "SUMS_OUT")}
-        yield Form(
+        deal = Form(
             label,
             deal_kernel,
             {**pointers, **numbers, "tiles_in_node": "i32"},
@@ -218,6 +221,9 @@ def forms() -> Iterator[Form]:
             warps=WARPS["deal"],
             quick=not first,
         )
+        yield deal
+        if first:
+            yield with_ones(deal, "tiles", "tiles_in_node", "digit_mask", quick=True)
         yield Form(
             f"{2**LEAF_BITS} places, {'after no' if first else 'after a'} pass",
             leaf_kernel,

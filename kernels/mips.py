@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels.configs import Tile
-from jasper_fast.kernels.registry import TYPES, Form
+from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 BIN = tl.constexpr(64)  # as in jasper_fast.mips.pieces
 GROUP = 16  # corpus tiles that meet all queries together
@@ -418,7 +418,7 @@ def forms() -> Iterator[Form]:
             rest["stack"] = {} if descriptors else {80: 96, 90: 160, 100: 96}
             # On sm_100 Triton multiplies integers by the older instruction.
             rest["tensor_cores"] = (80, 90) if kind == "i8" else True
-            yield Form(
+            collecting = Form(
                 label,
                 collect_kernel,
                 types
@@ -427,8 +427,9 @@ def forms() -> Iterator[Form]:
                 constants,
                 **rest,
             )
+            yield collecting
             for share in (1, BIN.value):
-                yield Form(
+                bounding = Form(
                     f"{label}, norm of {share}",
                     lower_bounds_kernel,
                     types | {"OUT": "*fp32:16", "bins": "i32"},
@@ -438,9 +439,19 @@ def forms() -> Iterator[Form]:
                         "quick": rest["quick"] and descriptors and share == 1 and (kind, tile.n) == ("bf16", 128),
                     },
                 )
+                yield bounding
+            if masked:
+                continue  # which changes the end of a kernel alone: what follows is about its beginning
+            # Where there are descriptors, pointers are for widths like these.
+            yield from (odd(collecting, "stride_v"), odd(bounding, "stride_v"))
+            if tile.n == 16:
+                yield from (with_ones(collecting, "Q"), with_ones(bounding, "Q"), with_ones(bounding, "Q", "bins"))
+                if not descriptors:
+                    width = ("D", "stride_c", "stride_q")
+                    yield from (with_ones(collecting, *width), with_ones(bounding, *width))
     for kind in kinds.values():
         scaled = {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
-        yield Form(
+        rescoring = Form(
             kind,
             rescore_kernel,
             {"QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "QUERY": "*i64:16", "ROW": "*i64:16", "OUT": "*fp64:16"}
@@ -448,3 +459,4 @@ def forms() -> Iterator[Form]:
             {"PAIRS": PAIRS, "BLOCK_K": DEPTH} | ({} if scaled else {"ROW_SCALES": None}),
             quick=kind == "bf16",
         )
+        yield from (rescoring, odd(rescoring), with_ones(rescoring, "P"), with_ones(rescoring, "D"))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT, TILES_SOFTMAX
-from jasper_fast.kernels.registry import TYPES, Form
+from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -222,11 +222,11 @@ def forms() -> Iterator[Form]:
         ({"stride_sb": "i32:16", "stride_tb": "i32:16"}, {"stride_sd": 1, "stride_td": 1}),
         (dict.fromkeys(("stride_sb", "stride_sd", "stride_tb", "stride_td"), "i32"), {}),
     ]
-    for (student, teacher), (strides, ones), loss in itertools.product(
-        [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")],
-        layouts,
-        ("similarity", "neighbourhood"),
+    for student, teacher, (strides, ones), loss in itertools.product(
+        TYPES.values(), TYPES.values(), layouts, ("similarity", "neighbourhood")
     ):
+        if student != teacher and not ones:
+            continue
         whole, store = "fp32" in (student, teacher), "bf16" if student == "bf16" else "fp32"
         layout = "dense" if ones else "strided"
         for tile in TILES_32_BIT if whole else TILES_16_BIT if loss == "similarity" else TILES_SOFTMAX:
@@ -241,7 +241,7 @@ def forms() -> Iterator[Form]:
                 absent += ["LS", "LT"] if loss == "similarity" else []
                 constants: dict[str, Any] = dict.fromkeys(absent)
                 constants |= {"FIRST": use == "first", "FOLD": use != "next" and student == "bf16"}
-                yield Form(
+                form = Form(
                     f"{loss} {use}, {student}/{teacher} {layout}, {tile}",
                     pair_tile_kernel,
                     {name: kind for name, kind in types.items() if name not in absent},
@@ -262,9 +262,16 @@ def forms() -> Iterator[Form]:
                         ("bf16", "bf16", "neighbourhood", "first"),
                     ),
                 )
+                yield form
+                if use == "alone" and ones and student == teacher:
+                    yield odd(form, "begin", "stride_wb", "stride_gb")
+                    if tile.m == 64:
+                        yield with_ones(form, "D", "E", "stride_sb", "stride_tb")
+                    if tile.m == 64 and loss == "similarity":
+                        yield with_ones(form, "end", "B")
     for dtype, (strides, ones) in itertools.product(TYPES.values(), layouts):
         for tile in TILES_32_BIT if dtype == "fp32" else TILES_SOFTMAX:
-            yield Form(
+            form = Form(
                 f"{dtype} {'dense' if ones else 'strided'}, {tile}",
                 log_sums_kernel,
                 {"X": f"*{dtype}:16", "R": "*fp32:16", "TOP": "*fp32:16", "SUM": "*fp32:16", "logit_scale": "fp32"}
@@ -276,3 +283,6 @@ def forms() -> Iterator[Form]:
                 tensor_cores=True,
                 quick=dtype == "bf16" and bool(ones) and tile.m == 128,
             )
+            yield form
+            if ones:
+                yield from (odd(form, "width"), with_ones(form, "D", "stride_xb"))

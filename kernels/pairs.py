@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form
+from jasper_fast.kernels.registry import Form, with_ones
 
 COLUMNS = 1024
 TILE = 64
@@ -71,14 +71,14 @@ def unpack_pairs(packed: Tensor, rows: int, scale: float) -> Tensor:
 
 def forms() -> Iterator[Form]:
     """See `registry`."""
-    yield Form(
+    pack = Form(
         f"{COLUMNS}",
         pack_kernel,
         {"MATRIX": "*fp32:16", "PACKED": "*fp32:16", "B": "i32", "stride_mb": "i32"},
         {"BLOCK": COLUMNS},
         quick=True,
     )
-    yield Form(
+    unpack = Form(
         f"{TILE}x{TILE}",
         unpack_kernel,
         {"PACKED": "*i32:16", "MATRIX": "*fp32:16", "scale": "fp32", "B": "i32", "tiles": "i32"},
@@ -86,3 +86,7 @@ def forms() -> Iterator[Form]:
         warps=8,
         quick=True,
     )
+    yield from (pack, unpack)
+    yield with_ones(pack, "B", "stride_mb")
+    yield with_ones(unpack, "tiles")
+    yield with_ones(unpack, "B", "tiles")

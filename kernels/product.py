@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels.configs import TILES_32_BIT, Tile, choose, tuned
-from jasper_fast.kernels.registry import TYPES, Form
+from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 
 @triton.jit
@@ -173,29 +173,49 @@ def product(
     run(tile)
 
 
+def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """a x of float32 as float32: (M, K), (K, N) of any strides -> (M, N), new or added to ``into``, rows contiguous."""
+    out = torch.empty(len(a), x.shape[1], dtype=torch.float32, device=a.device) if into is None else into
+    if out.numel():
+        on = torch.ones((), dtype=torch.int32, device=a.device)
+        product(a, x, out, on, accumulate=into is not None, precision=exact(a.dtype, x.dtype))
+    return out
+
+
 def forms() -> Iterator[Form]:
     """See `registry`."""
-    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision.
+    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision. Mixed: unlike its teacher.
     uses: list[tuple[str, str, str, tuple[str, ...], str]] = []
+    mixed: list[tuple[str, str, str, tuple[str, ...], str]] = []
     for x in TYPES.values():
         precision = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[x]
         uses.append((f"strip {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))
         precision = "bf16x3" if x == "bf16" else "tf32x3"
         uses.append((f"features {x}", x, x, ("INNER_A", "INNER_X"), precision))
         uses.append((f"feature gradient {x}", x, "fp32", ("ROW",), precision))
+    # `multiply`: the relative similarity losses' gradients, exact and binned.
+    uses += [(name, "fp32", "fp32", (), "tf32x3") for name in ("plain", "strip plain")]
+    for a, x, precision in (("fp32", "bf16", "tf32x3"), ("bf16", "fp32", "tf32x3"), ("bf16", "fp16", "tf32")):
+        mixed.append((f"strip {a}/{x}", a, x, ("INNER_A",), precision))
+    for a, x in itertools.permutations(TYPES.values(), 2):
+        mixed.append((f"features {a}/{x}", a, x, ("INNER_A", "INNER_X"), "tf32x3"))
     layouts = {
         "": ({"stride_am": "i32:16", "stride_xk": "i32:16"}, {"stride_ak": 1, "stride_xn": 1}),
         " turned": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
         " strided": (dict.fromkeys(("stride_am", "stride_ak", "stride_xk", "stride_xn"), "i32"), {}),
     }
-    for (name, a, x, scales, precision), (layout, (strides, ones)) in itertools.product(uses, layouts.items()):
+    across = ({"stride_am": "i32:16", "stride_xn": "i32:16"}, {"stride_ak": 1, "stride_xk": 1})  # the scores, S S'
+    chosen = list(itertools.product(uses, layouts.items()))
+    chosen += [(use, (" across", across)) for use in uses if use[0] == "plain"]
+    chosen += [(use, (" turned", layouts[" turned"])) for use in mixed]
+    for (name, a, x, scales, precision), (layout, (strides, ones)) in chosen:
         for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:
             types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16", "FLAG": "*i32"}
             types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "depth": "i32:16", **strides}
             types |= {"stride_oz": "i64", "stride_om": "i32:16", **dict.fromkeys(scales, "*fp32:16")}
             constants = {"ACCUMULATE": name.startswith("strip"), "PRECISION": precision, "GROUP": GROUP}
             constants |= {scale: None for scale in ("ROW", "INNER_A", "INNER_X") if scale not in scales}
-            yield Form(
+            form = Form(
                 f"{name}{layout}, {tile}",
                 product_kernel,
                 types,
@@ -207,3 +227,8 @@ def forms() -> Iterator[Form]:
                 stack=dict.fromkeys((80, 90, 100), 256 if "strided" in layout else 96),
                 quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
             )
+            yield form
+            if ones and (name, a, x, scales, precision) in uses:
+                yield odd(form, "depth")
+            if not layout and tile.m == 64:
+                yield with_ones(form, "M", "N", "K", "depth", "stride_am", "stride_xk", "stride_oz", "stride_om")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned", "mips")
@@ -44,6 +44,23 @@ class Form:
     stack: Mapping[int, int] = field(default_factory=dict)
     architectures: tuple[int, ...] = (80, 90, 100)
     quick: bool = False
+
+
+def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
+    """The form of a launch that finds these arguments to be 1: Triton makes them constants, which have no methods."""
+    types = {name: kind for name, kind in form.types.items() if name not in names}
+    assert len(types) + len(names) == len(form.types)
+    constants = {**form.constants, **dict.fromkeys(names, 1)}
+    return replace(form, label=f"{form.label}, {' = '.join(names)} = 1", types=types, constants=constants, quick=quick)
+
+
+def odd(form: Form, *even: str) -> Form:
+    """The form of a launch whose counts and strides are no multiples of 16, but for ``even``."""
+    types = {
+        name: kind if kind.startswith("*") or name in even else kind.removesuffix(":16")
+        for name, kind in form.types.items()
+    }
+    return replace(form, label=f"{form.label}, odd", types=types, quick=False)
 
 
 def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:

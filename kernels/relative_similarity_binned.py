@@ -4,7 +4,7 @@ Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024), a hundre
 of the margin, whereas the exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
 in registers and adds integers to tables in the second-level cache, so its result does not depend on the order. The
 second writes strips of scores, replaces them by coefficients from eight table entries each, and leaves their product
-with the student to cuBLAS, in float32. (Looked up while still in registers, coefficients spilled.)
+with the student, in float32, to `product.py`. (Looked up while still in registers, coefficients spilled.)
 
 Estimated for B = 32768, D = 1024 on one H200 (5.4e8 pairs): 2.2 TFLOP a pass at 300 TFLOP/s, 7 ms each; 1.6e9
 additions in the cache, 20 ms; 4.3e9 table reads and 11 GB through memory, 15 ms; the gradient's 2.2 TFLOP in float32,
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form
+from jasper_fast.kernels.registry import Form, with_ones
 
 PRECISION = "tf32"
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
@@ -249,7 +249,7 @@ def forms() -> Iterator[Form]:
     for label, shape in (("any width", numbers), ("width a multiple of 16", aligned)):
         for with_teacher in (True, False):
             tables = {"COUNTS": "*i32:16", "FINE_STUDENT": "*i32:16", "FINE_TEACHER": "*i32:16"}
-            yield Form(
+            counting = Form(
                 f"{tile}, {label}, {'with' if with_teacher else 'without'} the teacher's axis",
                 histogram_kernel,
                 {**vectors, **tables, **shape, "shift": "i32", "last": "fp32"},
@@ -259,7 +259,10 @@ def forms() -> Iterator[Form]:
                 tensor_cores=True,
                 quick=with_teacher and shape is aligned,
             )
-        yield Form(
+            yield counting
+            if shape is numbers:
+                yield with_ones(counting, "D", "E", "stride_sb", "stride_tb")
+        scoring = Form(
             f"{tile}, {label}",
             scores_kernel,
             {"X": "*fp32:16", "SCORES": "*fp32:16", "begin": "i32", "end": "i32"}
@@ -271,7 +274,11 @@ def forms() -> Iterator[Form]:
             stack={100: 16} if shape is numbers else {},
             quick=shape is aligned,
         )
+        yield scoring
+        if shape is numbers:
+            yield with_ones(scoring, "D", "stride_xb")
     pointers = {name: "*fp32:16" for name in ("STUDENT", "TEACHER", "GRID", "NODES", "OWN", "RANK", "SUMS")}
     sizes = {"w": "i32", "bins": "i32", "bins_per_fine": "fp32", "last": "fp32"}
     constants = {"BLOCK": COLUMNS}
-    yield Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, constants, stack={80: 8}, quick=True)
+    looking_up = Form(f"{COLUMNS}", coefficients_kernel, {**pointers, **sizes}, constants, stack={80: 8}, quick=True)
+    yield from (looking_up, with_ones(looking_up, "w"))

@@ -7,9 +7,11 @@ Equal teacher scores: for ties="exclude" a group of equals is put in descending 
 the margin is not positive). Then what `deal` counts inside the group is known from places alone and is taken off: of a
 pair's equals above it all are active, but those of its own score where fl(x - m) = x.
 
-Estimated for B = 8192 on one H200 (33.5 M pairs, D = 1024): Gram products and gradient 8 ms in float32, two sorts 4 ms,
-searches and gathers 8 ms, `deal` 15 ms: 35 ms. Interpreted,
-not yet run on a GPU.
+Scores and gradient are products of our own: TF32, which users let cuBLAS multiply in, would change the order of what is
+nearly equal.
+
+Estimated for B = 8192 on one H200 (33.5 M pairs, D = 1024): three float32 products 6 ms, two sorts 4 ms, searches and
+gathers 8 ms, `deal` 15 ms: 33 ms. Interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +20,22 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels.deal import MAX_PLACES, dominance
+from jasper_fast.kernels.product import multiply
 from jasper_fast.kernels.ties import take_off_ties
 
 
 def takes(pairs: int) -> bool:
     """Whether so many pairs fit the events of `deal`."""
     return 1 <= pairs < MAX_PLACES
+
+
+def cosines(unit: Tensor) -> Tensor:
+    """Of all pairs of unit rows, as float32: symmetric, so that equal rows tie. (B, D) -> (B, B)
+
+    A float32 product made of three is not symmetric to the last bit; the mean of it and its mirror image is.
+    """
+    gram = multiply(unit, unit.T)
+    return torch.add(gram, gram.T).mul_(0.5)
 
 
 def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form
+from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 LARGEST = tl.constexpr(3.4028234e38)
 
@@ -128,7 +128,7 @@ def forms() -> Iterator[Form]:
                 constants = {"BLOCK": block} | ({"stride_xd": 1} if unit else {})
                 label = f"{dtype}, {block}, {'dense' if unit else 'strided'}"
                 quick = dtype == "bf16" and block == 2048 and unit
-                yield Form(
+                lengths = Form(
                     label,
                     reciprocal_lengths_kernel,
                     {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
@@ -137,4 +137,10 @@ def forms() -> Iterator[Form]:
                 )
                 types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
                 types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
-                yield Form(label, tangent_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
+                back = Form(label, tangent_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
+                yield from (lengths, back)
+                if unit:
+                    yield from (odd(lengths), odd(back))
+                if unit and block == 16:
+                    yield with_ones(lengths, "D", "stride_xb")
+                    yield with_ones(back, "D", "stride_gb", "stride_xb", "stride_ob")

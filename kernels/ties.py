@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form
+from jasper_fast.kernels.registry import Form, with_ones
 
 BLOCK = 1024
 
@@ -86,7 +86,8 @@ def forms() -> Iterator[Form]:
     """See `registry`."""
     names = ("RUN", "FIRST", "LAST")
     types = {"STARTS": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
-    yield Form(f"{BLOCK}", ends_kernel, types, {"BLOCK": BLOCK}, quick=True)
+    ends = Form(f"{BLOCK}", ends_kernel, types, {"BLOCK": BLOCK}, quick=True)
     tables = ("UP", "LOW", "GROUP", "GROUP_FIRST", "GROUP_LAST", "RUN", "RUN_FIRST", "RUN_LAST")
     types = {"MOVES": "*i8:16", **{name: "*i32:16" for name in tables}, "N": "i32"}
-    yield Form(f"{BLOCK}", take_off_kernel, types, {"BLOCK": BLOCK}, quick=True)
+    take_off = Form(f"{BLOCK}", take_off_kernel, types, {"BLOCK": BLOCK}, quick=True)
+    yield from (ends, with_ones(ends, "N"), take_off, with_ones(take_off, "N"))

@@ -20,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("mips_cases")
+
+KERNEL_TESTS = ("test_kernels", "test_kernel_properties", "test_mips_device", "test_relative_similarity_kernels")
 HIDDEN, MAX_LENGTH = 32, 64
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -47,6 +50,15 @@ OBJECTS = (
     "the wooden bridge near the station; it took three weeks and most of the money that was left.",
     "an engine that runs on warm air.",
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, the kernels are compiled for it: then all their tests are GPU tests."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.stem in KERNEL_TESTS:
+                item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")

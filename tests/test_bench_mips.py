@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import _mips_cuda, mips
+from bench._targets import Target
 from jasper_fast.mips import FlatIPIndex
 
 
@@ -54,7 +55,7 @@ def test_the_gpu_benchmark_measures_what_its_targets_name(tmp_path, capsys, monk
     assert (case["queries"], case["rows"], case["width"]) == (2, 4096, 16) and found["read_gb_s"] > 0
     assert {"certified, bfloat16", "fast, int8", "bare bf16 product", "bf16 matmul + topk"} <= set(case["seconds"])
     assert "x the bare product's time" in capsys.readouterr().out
-    monkeypatch.setattr(_mips_cuda, "measure", lambda device, repeats, quick: {"device": device})
+    monkeypatch.setattr(_mips_cuda, "measure", lambda device, repeats, quick, keep: keep({"device": device}))
     assert mips.main(["--device", "cuda", "--out", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["search"] == {"device": "cuda"} and {"commit", "gpus", "libraries"} <= set(written["environment"])
@@ -63,3 +64,47 @@ def test_the_gpu_benchmark_measures_what_its_targets_name(tmp_path, capsys, monk
     monkeypatch.setattr(index, "search", lambda queries, k: (None, torch.arange(5).expand(len(queries), 5)))
     with pytest.raises(AssertionError, match="not exact"):
         _mips_cuda.verify(index, torch.randn(3, 4), 5)
+
+
+def test_the_gpu_benchmark_goes_on_after_an_error_and_judges_its_targets(capsys, monkeypatch):
+    shapes = [(2, 3000, 16, 5, ("bfloat16", "int8")), (2, 3000, 16, 6, ("bfloat16",)), (1, 3000, 8, 5, ("bfloat16",))]
+    first = Target("x the bare product's time", lambda case: case["times_bare_product"], 0.0, at_most=True)
+    fast = Target("ms fast", _mips_cuda.milliseconds("fast, bfloat16"), 1e9, at_most=True)
+    absent = Target("ms", _mips_cuda.milliseconds("certified, int8"), 1.0, at_most=True)
+    monkeypatch.setattr(_mips_cuda, "SHAPES", shapes)
+    monkeypatch.setattr(_mips_cuda, "TARGETS", {shapes[0][:4]: [first, fast, absent]})
+    monkeypatch.setattr(_mips_cuda, "bandwidth", lambda device, size, repeats: 1.0)
+    plain, unit = _mips_cuda.verify, _mips_cuda.unit
+
+    def verify(index: FlatIPIndex, queries: torch.Tensor, k: int) -> None:
+        if index.dtype == "int8":
+            raise AssertionError("the search is not exact")
+        plain(index, queries, k)
+
+    def broken(device: str, rows: int, width: int, seed: int) -> torch.Tensor:
+        if width == 8:
+            raise RuntimeError("the device fell off")
+        return unit(device, rows, width, seed)
+
+    monkeypatch.setattr(_mips_cuda, "verify", verify)
+    monkeypatch.setattr(_mips_cuda, "unit", broken)
+    kept = []
+    found = _mips_cuda.measure("cpu", 1, keep=lambda found: kept.append(json.dumps(found)))
+    one, two, three = found["cases"]
+    assert one["errors"] == {"int8": "AssertionError('the search is not exact')"}
+    assert {"certified, bfloat16", "fast, bfloat16", "bare bf16 product"} <= set(one["seconds"])
+    assert [target["met"] for target in one["targets"]] == [False, True, None] and not two["targets"]
+    assert three["errors"] == {"all": "RuntimeError('the device fell off')"} and not three["seconds"]
+    assert len(kept) == 3 and json.loads(kept[-1]) == found
+    printed = capsys.readouterr().out
+    assert "x the bare product's time, at most 0: NOT met" in printed and "ms fast, at most 1e+09: met" in printed
+    assert "target: not measured ms, at most 1" in printed and "the device fell off" in printed
+
+
+@pytest.mark.parametrize("in_bf16", [True, False])
+def test_the_bare_product_is_also_that_of_the_search(monkeypatch, capsys, in_bf16):
+    monkeypatch.setattr(mips, "multiply_in_bf16", lambda: in_bf16)
+    found = mips.case(mips.clustered(3000, 16, 0), mips.clustered(20, 16, 1), 5, ("float32",), 1, 10.0)
+    assert (found["bare_bf16_product_s"] is not None) == in_bf16 and found["bare_product_s"] > 0
+    assert ("x the time of the bare bf16 product" in capsys.readouterr().out) == in_bf16
+    assert not any(name.startswith("bare") for name in found["seconds"])

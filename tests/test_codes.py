@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sentence_transformers.util import quantize_embeddings
 
 from jasper_fast.codes import coded, int8_ranges, known_precisions, read_ranges, straight_through
 from jasper_fast.config import StageConfig
@@ -12,6 +11,8 @@ from jasper_fast.evalsets import RetrievalSet, SimilaritySet
 from jasper_fast.losses import neighbourhood_loss
 from jasper_fast.metrics import score_codes, score_vectors
 from jasper_fast.stages import StageLoss
+
+quantize_embeddings = pytest.importorskip("sentence_transformers.util").quantize_embeddings
 
 
 def unit(n, d, seed=0):

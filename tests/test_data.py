@@ -13,8 +13,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jasper_fast import data as data_module
@@ -31,6 +29,8 @@ from jasper_fast.data import (
 from jasper_fast.errors import JasperError
 from jasper_fast.treatment import Exchanges, sentences, treat
 
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 ROWS = [{"title": f"Title {i}", "text": f'The {i}th text, with a "quote" and an ü.'} for i in range(20)]
 DOCUMENT = "A first sentence stands here. Dr. Smith wrote the second one! Is this the third? It is."
 

@@ -12,7 +12,6 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.metrics import ndcg_score
 
 from jasper_fast import metrics
 from jasper_fast.config import EvalConfig, load_config
@@ -31,6 +30,7 @@ from jasper_fast.evaluate import (
     teacher_floors,
 )
 
+ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
 WIDTHS = (24, 8)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jasper_fast import cost, ops, reference
-from jasper_fast.losses import JasperLoss, neighbourhood_loss, similarity_loss
+from jasper_fast.losses import JasperLoss, neighbourhood_loss, relative_similarity_loss, similarity_loss
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
@@ -295,6 +295,30 @@ def test_compiled_and_autocast_on_a_gpu(loss):
         value.sum().backward()
         found.append((value.detach(), leaf.grad))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        similarity_loss,
+        neighbourhood_loss,
+        relative_similarity_loss,
+        lambda s, t: relative_similarity_loss(s, t, method="binned"),
+        lambda s, t: JasperLoss(neighbourhood=1.0)(s, t).loss,
+    ],
+)
+def test_vectors_on_another_than_the_current_device(loss):
+    student, teacher = vectors(300, 64, "float32"), vectors(300, 64, "float32")
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        leaf = student.to(device).requires_grad_()
+        value = loss(leaf, teacher.to(device))
+        value.backward()
+        assert leaf.grad.device == torch.device(device) and torch.cuda.current_device() == 0
+        found.append((value.detach().cpu(), leaf.grad.cpu()))
+    torch.testing.assert_close(*found)
 
 
 @on_gpu

@@ -3,13 +3,17 @@
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import cost, losses, ops, reference, strips
 from jasper_fast.losses import JasperLoss, cosine_loss, neighbourhood_loss, relative_similarity_loss, similarity_loss
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 LOSSES = {
     "cosine": (cosine_loss, reference.cosine_loss),
@@ -359,6 +363,67 @@ def test_huge_and_tiny_rows_have_unit_length():
     unit = losses._unit(rows, torch.float32)
     torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 0.0, 1.0]))
     torch.testing.assert_close(unit[3], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-30])
+@pytest.mark.parametrize("loss", [similarity_loss, relative_similarity_loss])
+def test_the_reference_takes_rows_of_any_length(loss, scale):
+    """In float32, whose squares hold neither."""
+    student, teacher = torch.randn(2, 12, 6)
+
+    def slow(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return loss(s, t, method="reference")
+
+    value, (gradient, _) = gradients(slow, student * scale, teacher / scale)
+    wanted, (wanted_gradient, _) = gradients(slow, student, teacher)
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double() * scale, wanted_gradient.double(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("ties", ["exclude", "label"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["exact", "binned", "reference"])
+def test_a_teacher_that_is_not_a_number_spoils_relative_similarity_on_every_path(method, value, ties):
+    student, teacher = torch.randn(2, 12, 6)
+    teacher[3, 2] = value
+
+    def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return relative_similarity_loss(s, t, ties=ties, method=method)
+
+    spoilt, (gradient, _) = gradients(loss, student, teacher)
+    assert spoilt.isnan() and gradient.isnan().all()
+    assert loss(student[2:4], teacher[2:4]) == 0  # two rows are one pair, which no other is compared with
+
+
+def test_numbers_of_numpy_are_numbers():
+    student, teacher = torch.randn(2, 12, 6)
+    for method in ("exact", "reference"):
+        wanted = relative_similarity_loss(student, teacher, margin=0.25, method=method)
+        assert relative_similarity_loss(student, teacher, margin=np.float32(0.25), method=method) == wanted
+    wanted = neighbourhood_loss(student, teacher, temperature=0.5)
+    assert neighbourhood_loss(student, teacher, temperature=np.float32(0.5)) == wanted
+    module = JasperLoss(
+        np.array([1.0, 2, 3]), np.float64(0.25), neighbourhood=np.int64(1), temperature={6: np.float32(0.5)}
+    )
+    same = JasperLoss((1.0, 2.0, 3.0), 0.25, neighbourhood=1.0, temperature={6: 0.5})
+    assert module(student, teacher) == same(student, teacher)
+    with pytest.raises(ValueError, match="margin: expected a finite number, got inf"):
+        relative_similarity_loss(student, teacher, margin=np.float32("inf"))
+    with pytest.raises(TypeError, match="margin: expected a number, got bool"):
+        relative_similarity_loss(student, teacher, margin=True)
+
+
+def test_only_heads_with_a_cosine_term_are_copied(monkeypatch):
+    copied = []
+    plain = losses._unit
+    monkeypatch.setattr(losses, "_unit", lambda rows, dtype: (copied.append(rows.shape[1]), plain(rows, dtype))[1])
+    teacher = torch.randn(20, 16)
+    heads = {width: torch.randn(20, width) for width in (16, 8, 4)}
+    output = JasperLoss((10.0, 200.0, 0.0))(heads, teacher)
+    assert copied == [16, 16]  # the head's and the teacher's
+    torch.testing.assert_close(output.cosine, cosine_loss(heads[16], teacher))
+    copied.clear()
+    assert JasperLoss((10.0, 200.0, 0.0))({8: heads[8]}, teacher).cosine == 0 and not copied
 
 
 def test_each_head_may_have_its_own_temperature():

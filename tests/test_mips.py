@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -14,75 +13,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
 from jasper_fast import extension
-from jasper_fast.mips import FlatIPIndex, topk
+from jasper_fast.mips import FlatIPIndex, scan, topk
 from jasper_fast.mips import search as search_module
 from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes, int8_plane
 from jasper_fast.mips.search import SCRATCH, search
 
-KINDS = ("normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid")
-NEVER, ALWAYS = {}.fromkeys(search_module.FEW, 0), {}.fromkeys(search_module.FEW, 10**6)
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+ALWAYS = {}.fromkeys(search_module.FEW, 10**6)
 needs_extension = pytest.mark.skipif(extension.extension_path() is None, reason="the compiled extension is not built")
-
-
-def make(kind: str, rows: int, width: int, seed: int) -> Tensor:
-    """(rows, width) float32 of one kind of difficulty."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, width, generator=generator)
-    if kind == "duplicated":
-        x = x[torch.randint(0, max(1, rows // 4), (rows,), generator=generator)]
-    elif kind == "near-tied":
-        x = x[:1] * (1 + 1e-7 * torch.randint(0, 4, (rows, 1), generator=generator))
-    elif kind == "huge":
-        x = x * 1e30
-    elif kind == "tiny":
-        x = x * 1e-30
-    elif kind == "mixed scales":
-        x = x * 10.0 ** torch.randint(-18, 18, (rows, 1), generator=generator)
-    elif kind == "negative":
-        x = -x.abs()
-    elif kind == "constant":
-        x = torch.full_like(x, 0.3)
-    elif kind == "zeros":
-        x = torch.zeros_like(x)
-    elif kind == "grid":
-        x = x.round()
-    return x
-
-
-def truth(queries: Tensor, rows: Tensor) -> np.ndarray:
-    """Correctly rounded inner products: products of float32 are exact in float64, and fsum rounds once. (Q, N)"""
-    products = queries.double()[:, None, :] * rows.double()[None]
-    return np.array([[math.fsum(pair) for pair in query] for query in products.tolist()])
-
-
-def check(scores: Tensor, ids: Tensor, true: np.ndarray, rows: Tensor, scale: np.ndarray, valid: np.ndarray) -> None:
-    """The order of the fp64 truth wherever gaps exceed 1e-12 of the scale; equal rows by the lower index."""
-    size, k = ids.shape
-    _, group = np.unique(rows.double().numpy() + 0.0, axis=0, return_inverse=True)
-    for q in range(size):
-        allowed = np.flatnonzero(valid[q])
-        order = allowed[np.argsort(-true[q][allowed], kind="stable")]
-        found = min(k, len(order))
-        got = ids[q].numpy()
-        assert (got[found:] == -1).all() and (scores[q][found:] == -torch.inf).all()
-        got, expected = got[:found], order[:found]
-        assert len(set(got.tolist())) == found and set(got.tolist()) <= set(allowed.tolist())
-        gap = 1e-12 * scale[q]
-        assert (np.abs(true[q][got] - true[q][expected]) <= gap).all()
-        with np.errstate(over="ignore"):
-            np.testing.assert_allclose(scores[q][:found].numpy(), true[q][got].astype(np.float32), rtol=2e-7, atol=gap)
-        values = true[q][order]
-        near = np.abs(np.diff(values, append=-np.inf)) <= gap
-        free = ~(near | np.concatenate(([False], near[:-1])))[:found]
-        assert (got[free] == expected[free]).all()
-        for number in np.unique(group[got]):
-            members = got[group[got] == number]
-            assert (members == allowed[group[allowed] == number][: len(members)]).all()
 
 
 @contextmanager
@@ -245,6 +191,18 @@ def test_a_lower_matmul_precision_widens_the_bound_instead_of_breaking_it():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_a_precision_that_torch_refuses_to_tell_counts_as_low(monkeypatch):
+    def refuse() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
+    expected = topk(queries, corpus, 10, precision="exact")[1]
+    plain = scan._product_rounding(corpus, torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    assert plain == 0.0 < scan._product_rounding(corpus, torch.float32)
+    assert torch.equal(topk(queries, corpus, 10)[1], expected)
+
+
 @pytest.mark.parametrize("precision", ["certified", "exact", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_precisions(dtype, precision):
@@ -288,6 +246,12 @@ def test_an_id_filter_is_a_mask_by_number():
     got = topk(queries, corpus, 5, valid=wanted)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert (got[1][:, 3:] == -1).all()
+
+
+@pytest.mark.parametrize("none", [[], (), np.array([], dtype=np.int64), torch.tensor([], dtype=torch.int64)])
+def test_a_filter_that_leaves_no_row_finds_none(none):
+    scores, ids = topk(torch.randn(4, 8), torch.randn(200, 8), 5, valid=none)
+    assert (ids == -1).all() and (scores == -torch.inf).all()
 
 
 def test_no_queries_is_no_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -9,9 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_mips import KINDS, NEVER, check, make, truth
+from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, device, pieces, topk
@@ -20,6 +19,7 @@ from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes
 from jasper_fast.mips.scan import Queries
 from jasper_fast.mips.search import SCRATCH, search
 from jasper_fast.mips.state import State
+from jasper_fast.mips.stream import chunks
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
@@ -77,26 +77,27 @@ def found(piece: list[tuple[int, Piece]], total: int, queries: Tensor, k: int, v
 
 
 STORED = ["float32", "float16", "int8", *([pytest.param("bfloat16", marks=on_gpu)])]
+SHARES = (None, 0.0, 0.02, 0.5, 1.0)
+WIDTHS = (1, 2, 3, 8, 17, 32, 70)
 
 
-@settings(deadline=None, max_examples=16)
-@given(
-    kind=st.sampled_from(KINDS),
-    stored=st.sampled_from(["float32", "float16", "int8"] + (["bfloat16"] if GPU else [])),
-    rows=st.integers(64, 400),
-    size=st.sampled_from([1, 2, 3, 5]),
-    width=st.sampled_from([1, 2, 3, 8, 17, 32, 70]),
-    share=st.sampled_from([None, 0.0, 0.02, 0.5, 1.0]),
-    masks=st.booleans(),
-    descriptors=st.booleans(),
-    seed=st.integers(0, 1 << 16),
-    data=st.data(),
-)
-def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descriptors, seed, data):
+def in_the_order_of_fp64(
+    kind: str,
+    stored: str,
+    rows: int,
+    size: int,
+    width: int,
+    share: float | None,
+    masks: bool,
+    descriptors: bool,
+    seed: int,
+    k: int,
+    bins: int,
+) -> None:
+    """Checks one search of a corpus in two pieces, the first of so many bins."""
     if stored == "float16" and kind in ("huge", "tiny", "mixed scales"):
         kind = "normal"  # float16 cannot hold them
-    k = data.draw(st.one_of(st.integers(1, -(-rows // 64)), st.integers(1, rows)), label="k")
-    split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
+    split = bins * BIN
     corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
     piece, values = piece_of(corpus, stored)
     parts = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
@@ -108,6 +109,21 @@ def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descri
     scale = (queries.double().norm(dim=1) * values.norm(dim=1).max()).numpy()
     allowed = np.ones((size, rows), bool) if valid is None else np.broadcast_to(valid.numpy(), (size, rows))
     check(scores, ids, truth(queries, values), values, scale, allowed)
+
+
+@on_gpu
+@pytest.mark.parametrize("seed", range(60))
+def test_the_order_of_fp64_of_drawn_cases(seed):
+    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
+    draw = random.Random(seed)
+    rows = draw.choice((draw.randint(64, 400), draw.randint(400, 3000)))
+    stored = draw.choice(("float32", "float16", "int8", "bfloat16"))
+    k = draw.randint(1, draw.choice((-(-rows // 64), min(rows, 400))))
+    bins = draw.randint(1, -(-rows // BIN))
+    in_the_order_of_fp64(
+        draw.choice(KINDS), stored, rows, draw.choice((1, 2, 3, 12)), draw.choice(WIDTHS), draw.choice(SHARES),
+        draw.random() < 0.5, False, seed, k, bins,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -223,25 +239,6 @@ def test_a_small_scratch_changes_nothing():
     assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 6), st.integers(1, 5), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
-def test_tables_merge_as_lists_do(k, size, widths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    one, other = State(size, k, torch.device("cpu")), State(size, k, torch.device("cpu"))
-    first = 0
-    for width in widths:
-        scores = torch.randint(-3, 3, (size, width), generator=generator).double()
-        scores[torch.rand(size, width, generator=generator) < 0.3] = -torch.inf
-        ids = (first + torch.arange(width)).expand(size, width)
-        one.merge_table(scores, ids)
-        query, column = (scores > -torch.inf).nonzero(as_tuple=True)
-        other.merge(query, scores[query, column], ids[query, column])
-        first += width
-        for a, b in zip(one.sorted(), other.sorted(), strict=True):
-            assert torch.equal(a, b)
-        assert torch.equal(one.counts, other.counts) and torch.equal(one.cutoffs, other.cutoffs)
-
-
 @on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("size", [1, 16, 50, 3000])
@@ -256,6 +253,26 @@ def test_on_a_gpu(dtype, size):
             true = queries[part : part + 500].cuda().double() @ values.T
             best = true.topk(k, dim=1).values
             torch.testing.assert_close(true.gather(1, ids[part : part + 500]), best, rtol=0, atol=1e-10)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_two_gpus_share_the_pieces(dtype, monkeypatch):
+    monkeypatch.setattr("jasper_fast.mips.index.PIECE_BYTES", 1)  # small pieces
+    corpus, queries = torch.randn(30_000, 48), torch.randn(40, 48)
+    alone = FlatIPIndex(48, dtype=dtype, device="cuda:0")
+    shared = FlatIPIndex(48, dtype=dtype, device=["cuda:0", "cuda:1"])
+    for start in range(0, len(corpus), 10_000):
+        for index in (alone, shared):
+            index.add(corpus[start : start + 10_000])
+    assert {piece.rows.device.index for _, piece in shared.pieces()} == {0, 1}
+    for size in (1, 40):
+        expected, found = alone.search(queries[:size], 10), shared.search(queries[:size], 10)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    scores, ids = topk(queries.to("cuda:1"), corpus.to("cuda:1"), 10)
+    expected = topk(queries, corpus, 10)
+    assert ids.device == torch.device("cuda:1") and torch.equal(ids.cpu(), expected[1])
 
 
 @on_gpu
@@ -279,3 +296,13 @@ def test_a_corpus_on_the_host_is_streamed():
     expected = topk(queries, corpus, 10)
     scores, ids = topk(queries.cuda(), corpus.numpy(), 10, scratch=8 << 20)
     assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
+
+
+@on_gpu
+def test_a_stream_that_breaks_off_leaves_its_memory_to_the_copy(monkeypatch):
+    plain, kept = Tensor.record_stream, []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: (kept.append(self), plain(self, stream)))
+    parts = chunks(torch.randn(1000, 8), 64, torch.device("cuda"))
+    next(parts)
+    parts.close()
+    assert [tuple(buffer.shape) for buffer in kept] == [(64, 8)] * 2

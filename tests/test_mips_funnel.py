@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -38,6 +37,16 @@ def test_a_funnel_ranks_its_shortlist_by_the_wide_vectors():
     assert funnel_recall(everything[1], queries.numpy(), index) == 1.0
 
 
+def test_the_recall_of_fewer_rows_than_asked_for_is_that_of_the_rows_there_are():
+    wide, queries = torch.randn(5, 8), torch.randn(3, 8)
+    index = filled(wide, "float32")
+    _, ids = funnel(queries[:, :4], queries, filled(wide[:, :4], "int8"), index, 10, shortlist=20)
+    assert ids.shape == (3, 10) and (ids[:, 5:] == -1).all()
+    assert funnel_recall(ids, queries, index) == 1.0
+    assert funnel_recall(ids.masked_fill(ids == ids[:, :1], -1), queries, index) == pytest.approx(0.8)
+    assert funnel_recall(torch.full((3, 10), -1), queries, FlatIPIndex(8)) == 1.0
+
+
 def test_a_funnel_whose_parts_do_not_fit_is_refused():
     a, b = filled(torch.randn(50, 8), "int8"), filled(torch.randn(51, 32), "float32")
     with pytest.raises(ValueError, match="narrow index holds 50 rows and the wide one 51"):
@@ -55,6 +64,8 @@ def test_a_funnel_whose_parts_do_not_fit_is_refused():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_exports_hold_the_stored_vectors(dtype, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
     index = filled(torch.randn(9000, 6), dtype)
     texts = [f"text {i}" for i in range(9000)]
     to_parquet(index, tmp_path / "out", {"text": texts})

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jasper_fast.errors import JasperError
-from jasper_fast.mips import FlatIPIndex, topk
+from jasper_fast.mips import FlatIPIndex, storage, topk
 from jasper_fast.mips import index as index_module
+from jasper_fast.mips.pieces import Piece, Plane
 
 DTYPES = ("bfloat16", "float32", "int8")
 
@@ -77,6 +78,35 @@ def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
     loaded.save(tmp_path / "index")  # in place of the files it is mapped from
     assert all(map(torch.equal, index.search(queries, 30), FlatIPIndex.load(tmp_path / "index").search(queries, 30)))
     assert torch.equal(index.reconstruct(5009), loaded.reconstruct(5009))
+
+
+def test_an_index_with_a_gpus_plane_is_saved_with_that_of_a_cpu(tmp_path):
+    index, queries = filled("float32"), torch.randn(2, 24)
+    ((_, piece),) = index.pieces()
+    gpu = Plane(piece.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
+    storage.save(tmp_path / "index", 24, "float32", [Piece(piece.rows, piece.scales, piece.norms, gpu)])
+    loaded = FlatIPIndex.load(tmp_path / "index")
+    ((_, found),) = loaded.pieces()
+    assert torch.equal(found.plane.codes, piece.plane.codes) and torch.equal(found.plane.scales, piece.plane.scales)
+    torch.testing.assert_close(found.plane.residuals, piece.plane.residuals)
+    assert all(map(torch.equal, loaded.search(queries, 9), index.search(queries, 9)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_built_on_a_gpu_is_loaded_anywhere(dtype, tmp_path):
+    rows, queries = torch.randn(20_000, 24), torch.randn(5, 24)
+    index = FlatIPIndex(24, dtype=dtype, device="cuda")
+    index.add(rows)
+    index.save(tmp_path / "index")
+    expected = index.search(queries, 9)
+    for device in ("cpu", "cuda"):
+        loaded = FlatIPIndex.load(tmp_path / "index", device=device)
+        scores, ids = loaded.search(queries, 9)
+        assert torch.equal(ids, expected[1])
+        torch.testing.assert_close(scores, expected[0])
+        loaded.add(rows[:100])
+        assert len(loaded) == 20_100
 
 
 def test_numpy_in_numpy_out():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import mteb
-import mteb.mocks
 import numpy as np
 import pytest
 
 from jasper_fast.errors import JasperError
 from jasper_fast.mteb import load
 
+mteb = pytest.importorskip("mteb")
+pytest.importorskip("mteb.mocks")
 PROMPT = "find: "
 
 

@@ -145,3 +145,18 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
     recipes = {file.name for file in (ROOT / "jasper_fast" / "recipes").glob("*.yaml")}
     assert {file.name for file in (site / "jasper_fast" / "recipes").iterdir()} == recipes
     assert str(site) in run("-c", "import jasper_fast.kernels; print(list(jasper_fast.kernels.__path__))")
+
+
+@pytest.mark.slow
+def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tmp_path):
+    """Other files may be skipped; none may stop pytest."""
+    pytest.importorskip("triton")
+    absent = ("datasets", "hypothesis", "mteb", "pyarrow", "sklearn", "sentence_transformers")
+    (tmp_path / "lacking.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    command += ["-p", "lacking", "-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("test_each_tile_alone", "test_millions_of_pairs_on_a_gpu", "test_the_order_of_fp64_of_drawn_cases"):
+        assert name in done.stdout

@@ -3,14 +3,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import extension, ops, reference
 from jasper_fast.losses import relative_similarity_loss
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 needs_extension = pytest.mark.skipif(
     extension.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",
@@ -135,6 +139,23 @@ print(loss.item(), student.grad.abs().sum().item())
     value, size = map(float, run.stdout.split())
     assert value == pytest.approx(loss.item(), rel=1e-6)
     assert size == pytest.approx(student.grad.abs().sum().item(), rel=1e-5)
+
+
+@pytest.mark.skipif(extension.extension_path() is None, reason="the compiled extension is not built")
+def test_the_kernels_for_any_processor_count_the_same():
+    program = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import test_relative_similarity as t\n"
+        "t.test_counts_equal_brute_force_bit_for_bit()\n"
+        "for levels in (None, 200, 1):\n"
+        "    for ties in ('exclude', 'label'):\n"
+        "        t.test_counts_over_many_buckets(levels, ties)\n"
+        "t.test_counts_do_not_depend_on_the_number_of_threads_or_heads()\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"JASPER_FAST_ISA": "generic", "PYTHONPATH": str(root)}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("ties", ["exclude", "label"])

@@ -1,9 +1,9 @@
 """The Triton kernels of the relative similarity losses: interpreted here, compiled in test_compile_matrix.py."""
 
+import random
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jasper_fast import binned, ops
 
@@ -11,10 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -r re
 from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPECIAL = st.sampled_from([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38])
-NUMBERS = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([-0.5, 0.0, 0.25, 0.265, 0.28]), SPECIAL)
-PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=60)
-MARGINS = st.sampled_from([0.015, 0.0, -0.1, 0.25, 1e-9, 1e30])
+SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38)
+EQUAL = (-0.5, 0.0, 0.25, 0.265, 0.28)
+MARGINS = (0.015, 0.0, -0.1, 0.25, 1e-9, 1e30)
 
 
 def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +48,29 @@ def test_two_passes_with_small_leaves(monkeypatch):
     assert torch.equal(low.cpu().long(), wanted_low)
 
 
-@settings(max_examples=40, deadline=None)
-@given(PAIRS, MARGINS, st.booleans())
-def test_counts_are_those_of_the_cpu(values, margin, exclude_ties):
-    """Ties, signed zeros, infinities and NaN: the CPU's counts are tested against brute force."""
+def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclude_ties: bool) -> None:
+    """Checks the counts of (student, teacher) scores: the CPU's are tested against brute force."""
     x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
     students = torch.stack((x, x.flip(0)))
     wanted = ops.pair_counts(students, t, margin, exclude_ties)
     found = relative_similarity_exact.pair_counts(students.to(DEVICE), t.to(DEVICE), margin, exclude_ties)
     assert torch.equal(found[0].cpu(), wanted[0])
     assert torch.equal(found[1].cpu(), wanted[1])
-    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=0, equal_nan=True)
+    size = (wanted[0] * students.double().nan_to_num(0.0, 0.0, 0.0)).abs().sum()
+    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=1e-12 * float(size), equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_of_drawn_scores(seed):
+    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and more of them."""
+    draw = random.Random(seed)
+
+    def number() -> float:
+        return draw.choice((draw.uniform(-1, 1), draw.choice(EQUAL), draw.choice(EQUAL + SPECIAL)))
+
+    values = [(number(), number()) for _ in range(draw.choice((1, 2, 30, 200, 256, 257, 3000)))]
+    count_as_on_the_cpu(values, draw.choice(MARGINS), draw.random() < 0.5)
 
 
 def test_ends_of_runs_longer_than_a_block():
@@ -137,6 +148,23 @@ def test_binned_op(request, monkeypatch, rows):
         assert (own.cpu() - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_no_product_is_left_to_the_library(kernels, monkeypatch, method):
+    """Which may have been told to multiply in TF32."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a product of the library's")
+
+    for name in ("__matmul__", "addmm_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    student, teacher = unit(20, 9).to(DEVICE), unit(20, 9).to(DEVICE)
+    if method == "binned":
+        losses, gradients = binned.relative_similarity([student], teacher, 0.015, True)
+    else:
+        losses, gradients = ops.relative_similarity([student], teacher, 0.015, True, True)
+    assert losses.isfinite().all() and gradients[0].isfinite().all()
+
+
 def clustered(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     teacher = torch.randn(50, width)[torch.randint(0, 50, (rows,))] + 1.5 * torch.randn(rows, width)
     student = teacher + 0.5 * torch.randn(rows, width)
@@ -187,3 +215,35 @@ def test_captured_in_a_graph(method):
     found.fill_(torch.nan)
     graph.replay()
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["exact", "binned"])
+def test_tf32_that_cublas_may_use_changes_nothing(method):
+    student, teacher = clustered(700, 128)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if method == "binned":
+            return binned.relative_similarity([student], teacher, 0.015, True)
+        return ops.relative_similarity([student], teacher, 0.015, True, True)
+
+    (loss,), (gradient,) = run()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (other,), (other_gradient,) = run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert abs(other - loss) <= 1e-6 * loss
+    assert (other_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 17, 20, 23, 24, 700])
+def test_equal_rows_tie_on_a_gpu(rows):
+    """Five vectors have 15 cosines, whichever stands first in a pair; and the counts are the CPU's."""
+    teacher = unit(5, 128).cuda()[torch.randint(0, 5, (rows,), device="cuda")]
+    scores, target = (ops.pack_pairs(relative_similarity_exact.cosines(v)) for v in (unit(rows, 128).cuda(), teacher))
+    assert len(target.unique()) <= 15
+    found = ops.pair_counts(scores[None], target, 0.015, True)
+    wanted = ops.pair_counts(scores[None].cpu(), target.cpu(), 0.015, True)
+    assert torch.equal(found[0].cpu(), wanted[0]) and torch.equal(found[1].cpu(), wanted[1])

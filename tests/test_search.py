@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from jasper_fast.errors import JasperError
 from jasper_fast.search import TextIndex, build, main
+
+SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 
 
 @pytest.fixture(scope="module")

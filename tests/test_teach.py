@@ -16,11 +16,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
 
 from jasper_fast import teach
 from jasper_fast.cache import TeacherCache
@@ -30,6 +27,12 @@ from jasper_fast.errors import JasperError
 from jasper_fast.models import model_revision, resolve_model
 from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
 from jasper_fast.teachers import apply_prompt, describe_teacher, load_teacher, token_batches
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("datasets")
+
+from datasets import Dataset, load_from_disk  # noqa: E402
 
 SHARD = 16  # rows; 200 texts make 13 shards
 STAGE = {"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}

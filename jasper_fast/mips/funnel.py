@@ -65,17 +65,19 @@ def funnel(
 
 
 def funnel_recall(found: Any, wide_queries: Any, wide: FlatIPIndex) -> float:
-    """The share of the full-width top k that a funnel found.
+    """The share of the full-width top k that a funnel found; of an index of fewer than k rows, of all of them.
 
     Args:
         found: (Q, k) ids from ``funnel``.
         wide_queries: as given there.
         wide: as given there.
     """
+    if not len(wide):
+        return 1.0
     ids = np.asarray(found)
     _, expected = wide.search(wide_queries, ids.shape[1])
-    pairs = zip(ids, np.asarray(expected), strict=True)
-    return float(np.mean([len(np.intersect1d(own, full)) / ids.shape[1] for own, full in pairs]))
+    there = np.asarray(expected)[:, : len(wide)]  # the rest is filled up with -1
+    return float(np.mean([np.isin(full, own).mean() for full, own in zip(there, ids, strict=True)]))
 
 
 def _rank(queries: Queries, ids: Tensor, wide: FlatIPIndex, k: int) -> tuple[Tensor, Tensor]:

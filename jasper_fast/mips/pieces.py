@@ -47,7 +47,7 @@ class Piece:
         rows: (N, D) float32, bfloat16 or int8, contiguous.
         scales: (N,) float32 for int8 rows, whose value is code · scale; else empty.
         norms: (ceil(N / 64),) float64, the longest row of each bin, rounded up; None: not known yet.
-        plane: int8 codes of float rows, or None.
+        plane: of float32 rows, or None.
     """
 
     rows: Tensor
@@ -71,7 +71,8 @@ class Piece:
         if on_gpu(self.rows):  # one order of summation for all that searches a device
             from jasper_fast.kernels import mips as kernels
 
-            return kernels.rescore(queries, self.rows, self.scales if len(self.scales) else None, *pairs)
+            with torch.cuda.device_of(self.rows):  # on which kernels are launched
+                return kernels.rescore(queries, self.rows, self.scales if len(self.scales) else None, *pairs)
         products = self.rows[pairs[1]].double() * queries[pairs[0]]  # exact: 24 + 24 bits fit 53
         width = products.shape[1]
         while width > 1:  # pairwise, in an order that depends on the width alone
@@ -146,7 +147,7 @@ def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_plane(rows: Tensor) -> Plane:
-    """The plane of a piece's rows, made block by block."""
+    """A CPU's plane of a piece's rows, on any device, made block by block; it is on the CPU."""
     n, width = rows.shape
     codes, scales = torch.empty(n, width, dtype=torch.int8), torch.empty(n)
     residuals = torch.empty(-(-n // BIN), dtype=torch.float64)

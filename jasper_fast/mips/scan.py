@@ -223,9 +223,17 @@ def _product_rounding(rows: Tensor, factor: torch.dtype) -> float:
     if factor == torch.bfloat16:
         # a CPU's bf16 product rounds its result too; bf16 rows are not rounded
         return BF16 if rows.dtype == torch.bfloat16 else 2 * BF16 + BF16**2
-    if factor == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return 2 * BF16 + BF16**2  # the user let torch multiply in TF32 or bf16
+    if factor == torch.float32 and _low_precision_allowed():
+        return 2 * BF16 + BF16**2
     return 0.0
+
+
+def _low_precision_allowed() -> bool:
+    """Whether the user may have let torch multiply float32 in TF32 or bf16."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by torch.backends' fp32_precision, after which torch refuses to tell
+        return True
 
 
 def multiply_in_bf16() -> bool:

@@ -262,10 +262,11 @@ def _device(
         size = queries_at_once(part, len(queries), state.k, scratch)
         for start in range(0, len(queries), size):
             group = slice(start, start + size)
-            search_device(
-                part, plane, first_id + begin, queries.take(group), shown[group] if shown.dim() == 2 else shown,
-                state.part(group), precision == "certified",
-            )  # fmt: skip
+            with torch.cuda.device_of(plane):  # on which kernels are launched
+                search_device(
+                    part, plane, first_id + begin, queries.take(group), shown[group] if shown.dim() == 2 else shown,
+                    state.part(group), precision == "certified",
+                )  # fmt: skip
 
 
 def _few(piece: Piece, first_id: int, queries: Queries, mask: Tensor, state: State, precision: Precision) -> None:
@@ -350,6 +351,8 @@ def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=torch.bool, device=device)
     if not isinstance(valid, Tensor):
         valid = np.asarray(valid)
+        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
+            valid = valid.astype(np.int64)
         if valid.dtype.kind == "u":  # torch would take the largest for negative ones
             _check_numbers(valid, total)
             valid = valid.astype(np.int64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import publish_dir, sha256
-from jasper_fast.mips.pieces import BIN, Piece, Plane
+from jasper_fast.mips.pieces import BIN, Piece, Plane, int8_plane
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "jasper_fast.FlatIPIndex", 1
@@ -77,7 +77,9 @@ def _tensors(piece: Piece) -> dict[str, Tensor]:
     if piece.rows.dtype == torch.int8:
         tensors["scales"] = piece.scales
     if piece.plane is not None:
-        tensors |= {"codes": piece.plane.codes, "code_scales": piece.plane.scales, "residuals": piece.plane.residuals}
+        # Always the plane of a CPU: a GPU's is made again, in no time, from the rows.
+        plane = piece.plane if piece.plane.codes.dtype == torch.int8 else int8_plane(piece.rows)
+        tensors |= {"codes": plane.codes, "code_scales": plane.scales, "residuals": plane.residuals}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 

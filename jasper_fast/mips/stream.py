@@ -26,6 +26,8 @@ def chunks(rows: Tensor, step: int, device: torch.device) -> Iterator[tuple[int,
     staged = [torch.empty(step, rows.shape[1], dtype=rows.dtype, pin_memory=True) for _ in range(2)]
     buffers = [torch.empty(step, rows.shape[1], dtype=rows.dtype, device=device) for _ in range(2)]
     copying = torch.cuda.Stream(device)
+    for buffer in buffers:  # now: if a search breaks off, their memory is not given away while a copy is under way
+        buffer.record_stream(copying)
     arrived = [torch.cuda.Event() for _ in range(2)]
     searched = [torch.cuda.Event() for _ in range(2)]
 
@@ -49,5 +51,3 @@ def chunks(rows: Tensor, step: int, device: torch.device) -> Iterator[tuple[int,
         here.wait_event(arrived[turn])
         yield start, buffers[turn][: min(step, len(rows) - start)]
         searched[turn].record(torch.cuda.current_stream(device))
-    for buffer in buffers:
-        buffer.record_stream(copying)
