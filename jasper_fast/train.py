@@ -101,7 +101,8 @@ def train(
     path = Path(out) if out is not None else Path("runs") / config.name
     with ExitStack() as held:  # the first rank holds the run's folder, and its trackers, until the end
         with join_ranks(config.parallel.timeout) as ranks:
-            ranks.agree({**what_decides(config), "code": code_digest(), "torch": torch.__version__, "out": str(path)})
+            given = config.model_dump(mode="json", exclude={"log"})
+            ranks.agree({**given, "code": code_digest(), "torch": torch.__version__, "out": str(path)})
             folder = ranks.lead(lambda: held.enter_context(open_run(path, config)))
             if ranks.lead(lambda: folder.finished):
                 if ranks.first:

@@ -22,7 +22,7 @@ from jasper_fast.encode import MicroBatches
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks, join_ranks
+from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.sharding import is_sharded, shard, whole
 from jasper_fast.stages import StageLoss, set_trained, trained_names
 from jasper_fast.step import dropout_factors, take_gradients
@@ -286,7 +286,8 @@ def other_seed() -> None:
     if os.environ["RANK"] == "1":
         module.code_digest = lambda: "other"
         load = module.load_config
-        module.load_config = lambda source, overrides=(): load(source, [*overrides, ("seed", 7)])
+        other = [("seed", 7), ("checkpoint.every", 3)]
+        module.load_config = lambda source, overrides=(): load(source, [*overrides, *other])
 
 
 def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):
@@ -295,12 +296,39 @@ def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):
     assert end(start(2, run_as_rank, tree, str(out), other_seed)) == [3, 3]
     for rank in (0, 1):
         assert "rank 1: seed: 0 -> 7" in said(out, rank) and "rank 1: code:" in said(out, rank)
+        assert "rank 1: checkpoint.every: 2 -> 3" in said(out, rank)  # saving is done together
     assert not out.exists()
+
+
+def test_kernels_and_the_compiled_extension_are_of_the_code(monkeypatch):
+    from jasper_fast.extension import extension_path
+
+    read, honest = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or honest(path))
+    code_digest()
+    assert {"ranks.py", "registry.py", "pair_losses.py", "search.py"} <= set(read)
+    assert extension_path() is None or read[-1] == extension_path().name
 
 
 def fall_silent() -> None:
     """Rank 1 stays away from the third step on, alive."""
     _at_step_three(lambda: time.sleep(60))
+
+
+def fall_silent_after_the_gradients() -> None:
+    """Rank 1 stays away from the third exchange of losses, alive."""
+    import jasper_fast.train as module
+
+    call_the_roll_quickly()
+    honest, calls = module._exchange, []
+
+    def trap(*given):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            time.sleep(60)
+        return honest(*given)
+
+    module._exchange = trap
 
 
 def die() -> None:
@@ -333,15 +361,62 @@ def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named(run, tmp_path):
+@pytest.mark.parametrize("where", [fall_silent, fall_silent_after_the_gradients])
+def test_a_rank_that_hangs_is_named(run, tmp_path, where):
     _, tree = run
     out = tmp_path / "hangs"
-    processes = start(2, run_as_rank, tree | {"parallel": {"timeout": 3.0}}, str(out), fall_silent)
+    processes = start(2, run_as_rank, tree | {"parallel": {"timeout": 3.0}}, str(out), where)
     processes[0].join(60)
     assert processes[0].exitcode == 3
     assert "rank 1 ended or did not arrive within 3 s" in said(out, 0), said(out, 0)
     processes[1].kill()
     processes[1].join()
+
+
+def exchange(out: str, how: str, when: str) -> None:
+    """Four exchanges, in the third of which rank 1 is lost; what a rank ends with goes into a file of its own."""
+    from torch import distributed
+
+    fail = {
+        "an error": lambda: torch.ones(2) @ torch.ones(3),
+        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "hanging": lambda: time.sleep(60),
+    }[how]
+    with join_ranks(3.0 if how == "hanging" else 60.0) as ranks:
+        try:
+            for step in range(4):
+                lost = step == 2 and ranks.rank == 1
+                if lost and when == "before":
+                    fail()
+                if step == 2 and ranks.rank == 3 and how == "hanging":
+                    time.sleep(1.0)  # late, but it comes
+                ranks.meet(f"step {step}")
+                with ranks.watch(f"step {step}"):
+                    if lost and when == "meanwhile":
+                        fail()
+                    distributed.all_reduce(torch.ones(1000), group=ranks.group)
+        except Exception as error:
+            Path(f"{out}-said-{ranks.rank}").write_text(f"{type(error).__name__}: {error}")
+            raise SystemExit(3) from None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [("an error", "meanwhile"), ("killed", "meanwhile"), ("killed", "before"), ("hanging", "before")],
+)
+def test_of_four_ranks_the_lost_one_alone_is_named(tmp_path, how, when):
+    out = tmp_path / "out"
+    processes = start(4, exchange, str(out), how, when)
+    lost = processes.pop(1)
+    assert end(processes) == [3, 3, 3]
+    lost.kill()
+    lost.join()
+    if how == "an error":  # of its own: it is told as it is, and blames nobody
+        assert said(out, 1).startswith("RuntimeError: ") and "size" in said(out, 1) and "rank" not in said(out, 1)
+    assert said(out, 0).startswith("JasperError: step 2: rank 1 ended or did not arrive within"), said(out, 0)
+    for told in (said(out, 2), said(out, 3)):  # without torchrun the first rank holds the roll, and may be gone by then
+        assert "rank 1 ended or did not arrive" in told or "rank 0, which holds the roll, ended" in told, told
 
 
 def spoil_a_text() -> None:
