@@ -46,7 +46,7 @@ from jasper_fast.model import Student
 from jasper_fast.prepare import build_student, check_disk, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.run_folder import RunFolder, open_run, what_decides
-from jasper_fast.sharding import is_sharded, load_weights, shard, whole
+from jasper_fast.sharding import collect, is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
 from jasper_fast.starts import PRINCIPAL_ROWS, start_at_principal_axes
 from jasper_fast.step import Shares, dropout_factors, out_of_memory, saved_bytes, take_gradients
@@ -141,9 +141,10 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     trackers: list[Tracker] = []  # begun before the long work: they may want a login
     ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
     teachers = ensure_teachers(config, texts, progress=ranks.first)
-    student.to(device)
     if config.parallel.mode == "fsdp" and ranks.world > 1:
         shard(student, device, ranks.world)
+    else:
+        student.to(device)
 
     position = _resume(checkpoint, student)
     if ranks.first:
@@ -360,12 +361,13 @@ def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
 
 
 def _together(config: Config, student: Student, ranks: Ranks) -> Student:
-    """The trained student in one piece."""
+    """The trained student, on the first rank in one piece."""
     if not is_sharded(student):
         return student
-    weights = whole(student.state_dict())
-    student = build_student(config)
-    load_weights(student, {name: value.cpu() for name, value in weights.items()})
+    weights = collect(student.state_dict(), ranks.first)
+    if ranks.first:
+        student = build_student(config)
+        load_weights(student, weights)
     return student
 
 

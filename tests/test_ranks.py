@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import die_half_way_through
 from test_train import fork_server, settings, write_data
 
 from jasper_fast.batches import Batch
@@ -198,6 +200,7 @@ def run(tmp_path_factory, tiny_bert, tiny_texts):
     tree = settings(folder, tiny_bert)
     for part in tree["stages"]:
         part["batch_size"], part["steps"] = 12, 4
+    tree["stages"][0] |= {"train": ["heads.32.*", "heads.8.*"], "heads": [32, 8], "narrow_start": "principal"}
     tree["evaluate"] = []
     assert end(start(1, run_as_rank, tree, str(folder / "alone"))) == [0]
     return folder, tree
@@ -266,7 +269,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_other_numbers_of_them(run, tmp_p
     import shutil
 
     folder, tree = run
-    tree = tree | {"parallel": {"mode": mode}}
+    # What is sharded must be so again at a stage's end, whether or not something was saved meanwhile.
+    tree = tree | {"parallel": {"mode": mode}, "checkpoint": {"every": 2 if mode == "ddp" else 1000}}
     out = tmp_path / "two"
     assert end(start(2, run_as_rank, tree, str(out), stop_at_step_six)) == [0, 0]
     assert "stopped after step 6" in said(out, 0) and "stopped after step 6" in said(out, 1)
@@ -455,11 +459,16 @@ def test_more_processes_than_texts_are_refused(run, tmp_path):
 # What takes minutes.
 
 
-def die_in_a_save() -> None:
-    """Whoever writes is killed while a checkpoint lies half written under its temporary name."""
+def die_in_a_save(moment: str) -> None:
+    """Whoever writes is killed while a checkpoint lies under its temporary name: half way through a file, or before all
+    of them are on the disk.
+    """
     import jasper_fast.files as module
 
     call_the_roll_quickly()
+    if moment != "sync":
+        die_half_way_through(moment)
+        return
     honest = module._sync
 
     def trap(path):
@@ -489,7 +498,8 @@ def test_twenty_kills_of_one_of_two_ranks_end_bit_identical(run, tmp_path):
         attempts += 1
         assert attempts < 60 and not (out / "results.json").exists(), (struck, saves)
         if saves < 5 and attempts % 4 == 0:
-            codes = end(start(2, run_as_rank, tree, str(out), die_in_a_save))
+            moment = ("model.safetensors", "state.pt", "sync")[saves % 3]
+            codes = end(start(2, run_as_rank, tree, str(out), partial(die_in_a_save, moment)))
             saves += codes[0] == -signal.SIGKILL
             continue
         processes = start(2, run_as_rank, tree, str(out), call_the_roll_quickly)
