@@ -42,6 +42,8 @@ CASES = {
     "stage 2": {"weights": EVERY, "train": ["heads.24.*"], "last_layers": 1, "heads": [24]},
     "stage 3": {"weights": EVERY, "gradient_caching": True},
     "own target": {"weights": EVERY, "narrow_target": "self", "gradient_checkpointing": True},
+    "codes": {"weights": EVERY, "codes": ["int8", "ubinary"]},
+    "prefix heads": {"weights": EVERY},
 }
 
 
@@ -83,9 +85,9 @@ def stage(**given) -> StageConfig:
     return StageConfig.model_validate(base | given)
 
 
-def build(model: str, dtype: torch.dtype) -> Student:
+def build(model: str, dtype: torch.dtype, heads: str = "independent") -> Student:
     torch.manual_seed(3)
-    config = StudentConfig(model=model, heads=[24, 8], max_length=32, vector_dropout=0.2)
+    config = StudentConfig(model=model, heads=[24, 8], head_type=heads, max_length=32, vector_dropout=0.2)
     return Student.build(config).to(dtype).train()
 
 
@@ -116,12 +118,14 @@ def every_case(model: str, texts: list[str], out: str) -> None:
     with join_ranks(60.0) as ranks:
         for dtype in (torch.float64, torch.float32):
             for mode in ("ddp", "fsdp") if ranks.world > 1 else ("ddp",):
-                student = build(model, dtype)
-                if mode == "fsdp":
-                    shard(student, CPU, ranks.world)
+                students = {heads: build(model, dtype, heads) for heads in ("independent", "prefix")}
+                for student in students.values():
+                    if mode == "fsdp":
+                        shard(student, CPU, ranks.world)
                 for name, case in CASES.items():
                     if dtype == torch.float32 and name not in ("stage 3", "own target"):
                         continue  # the same code; each loss by itself is compared in float64
+                    student = students["prefix" if name == "prefix heads" else "independent"]
                     found[name, mode, dtype] = gradients(student, stage(**case), ranks, texts)
             found["local", "ddp", dtype] = gradients(build(model, dtype), stage(weights=EVERY), ranks, texts, "local")
         every = ranks.gather([float(x) for x in found["stage 3", "ddp", torch.float64]["losses"]])
