@@ -126,6 +126,8 @@ def test_a_verdict_needs_more_than_noise():
     assert verdict([0.5, 0.52], [0.51, 0.53]) == "no difference beyond noise (-1.00)"
     assert verdict([0.5, 0.501], [0.52, 0.521]) == "worse by 2.00"
     assert "one seed" in verdict([0.5], [0.4])
+    # 2.4 standard errors: of three seeds each, Student's t asks for 2.8.
+    assert verdict([0.5, 0.502, 0.504], [0.496, 0.498, 0.5]) == "no difference beyond noise (+0.40)"
 
 
 def test_targets_are_read_from_the_means():
