@@ -24,7 +24,7 @@ from jasper_fast.encode import EVAL_MICRO_BATCH, autocast
 from jasper_fast.errors import JasperError
 from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
+from jasper_fast.sharding import is_sharded, own_part
 from jasper_fast.stages import StageLoss
 from jasper_fast.vision_loss import VisionLoss
 
@@ -149,7 +149,7 @@ def graph_bytes_per_token(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device's memory, or the host's, did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -290,12 +290,14 @@ def _offload(on: bool, student: Student, device: torch.device) -> AbstractContex
 class Offload:
     """Hooks that keep what a graph saves in the host's memory: weights stay where they are, the rest is copied once.
 
+    What a sharded layer puts together for its pass is none of the weights, and is copied.
+
     Args:
         weights: tensors that stay.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._stay = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._stay = {own_part(weight).untyped_storage().data_ptr() for weight in weights}
         # An entry lives as long as a graph needs it, and an address belongs to one storage as long as its entry lives.
         self._copies: WeakValueDictionary[tuple[int, int], _Copy] = WeakValueDictionary()
 
