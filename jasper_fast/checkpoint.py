@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import publish_dir, sha256, sweep_unfinished
-from jasper_fast.sharding import load_optimizer, load_weights, whole
+from jasper_fast.sharding import collect, load_optimizer, load_weights
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
@@ -54,7 +53,7 @@ class Saver:
         """
         self.wait()
         content = snapshot(model, optimizer, self.first)
-        if self.first:
+        if content is not None:
             self._writing = self._worker.submit(publish, self.folder, position, content, facts, self.keep)
 
     def wait(self) -> None:
@@ -91,34 +90,82 @@ def save_checkpoint(
     Raises:
         JasperError: the disk is full; earlier checkpoints are untouched.
     """
-    return publish(folder, position, snapshot(model, optimizer), facts, keep)
+    content = snapshot(model, optimizer)
+    assert content is not None
+    return publish(folder, position, content, facts, keep)
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, first: bool = True) -> dict[str, bytes]:
-    """The files of a checkpoint, as they are now. All ranks of a sharded model call it; ``first`` gets the files."""
-    weights, state = whole(model.state_dict()), whole(optimizer.state_dict()) if optimizer is not None else None
-    if not first:
-        return {}
-    buffer = io.BytesIO()
-    torch.save({"optimizer": state, "rng": _rng_state()}, buffer)
-    return {WEIGHTS: save(_own_storage(weights)), STATE: buffer.getvalue()}
+class Snapshot(NamedTuple):
+    """What a checkpoint holds, in host memory of its own."""
+
+    weights: dict[str, Tensor]
+    state: dict[str, Any]  # of the optimiser and of the random number generators
 
 
-def publish(folder: Path, position: Position, content: dict[str, bytes], facts: dict[str, Any], keep: int) -> Path:
-    """Write a snapshot as ``folder/step-XXXXXXXX``, whole or not at all. See :func:`save_checkpoint`."""
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, first: bool = True) -> Snapshot | None:
+    """A copy of everything as it is now. All ranks of a sharded model call it; ``first`` alone gets it."""
+    weights = collect(model.state_dict(), first)  # tied ones come apart, as safetensors wants it
+    state = collect(optimizer.state_dict(), first) if optimizer is not None else None
+    return Snapshot(weights, {"optimizer": state, "rng": _rng_state()}) if first else None
+
+
+def publish(folder: Path, position: Position, content: Snapshot, facts: dict[str, Any], keep: int) -> Path:
+    """Write a snapshot as ``folder/step-XXXXXXXX``, whole or not at all. See :func:`save_checkpoint`.
+
+    Raises:
+        JasperError: the disk is full, or the folder was removed, and once more when it had been made again.
+    """
     path = folder / f"step-{position.step:08d}"
-    if path.exists():
-        return path
-    with publish_dir(path) as temporary:
-        for name, blob in content.items():
-            with open(temporary / name, "wb") as file:  # Python's own files: a full disk is an OSError
-                file.write(blob)
-        files = {name: sha256(temporary / name) for name in content}
-        manifest = {"position": asdict(position), "facts": facts, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    removed: FileNotFoundError | None = None
+    while not path.exists():
+        try:
+            _write(path, position, content, facts)
+        except FileNotFoundError as error:
+            if removed is not None:
+                raise JasperError(
+                    f"{folder} was removed, and removed again, while a checkpoint was written there ({error}); leave "
+                    "it alone while the run is at work, or use another --out"
+                ) from error
+            removed = error
     for old in _published(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _write(path: Path, position: Position, content: Snapshot, facts: dict[str, Any]) -> None:
+    with publish_dir(path) as temporary:
+        save_file(content.weights, temporary / WEIGHTS)
+        _save_state(content.state, temporary / STATE)
+        files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
+        manifest = {"position": asdict(position), "facts": facts, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        watched: Any = _Watched(file)
+        torch.save(state, watched)
+        if watched.error is not None:
+            raise watched.error
+
+
+class _Watched:
+    """A file that keeps the error of a full disk for whoever opened it: torch.save would make another one of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, part: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(part)
+            except OSError as error:
+                self.error = error
+        return len(part)
+
+    def flush(self) -> None:
+        pass  # closing the file does
 
 
 @dataclass(frozen=True)
@@ -135,7 +182,7 @@ class Checkpoint:
 
     def load_state(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Restore the optimiser, where there is one, and the random number generators."""
-        state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(self.path / STATE, map_location="cpu", weights_only=True, mmap=True)
         if optimizer is not None and state["optimizer"] is not None:
             load_optimizer(optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -185,11 +232,6 @@ def _damage(path: Path) -> str | None:
         if sha256(path / name) != digest:
             return f"{name} is not what was written"
     return None
-
-
-def _own_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights on the CPU, each with memory of its own: tied ones share it, which safetensors refuses."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
 def _rng_state() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,18 +16,22 @@ from torch import Tensor
 
 from jasper_fast.errors import JasperError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 PRECISIONS = ("float32", "int8", "ubinary", "ubinary+rescore")
 CALIBRATION_TEXTS = 1024
 CANDIDATES = 100  # documents that bits find for a query and int8 codes put in order
 
 
-def straight_through(vectors: Tensor, precision: str) -> Tensor:
+def straight_through(vectors: Tensor, precision: str, group: ProcessGroup | None = None) -> Tensor:
     """What a code of each row stands for; backward it is the unit row, as rounding has no slope.
 
     Args:
         vectors: (B, D) float.
-        precision: "int8" (steps of a 127th of the row's largest coordinate) or "ubinary" (signs; zero counts as minus,
-            as in sentence-transformers).
+        precision: "int8" (steps of a 127th of the largest coordinate of all rows, as :func:`int8_ranges` has it for
+            what is exported) or "ubinary" (signs; zero counts as minus, as in sentence-transformers).
+        group: whose ranks' rows are one batch; None: these are all rows.
 
     Returns:
         (B, D); signs have length one.
@@ -34,7 +39,10 @@ def straight_through(vectors: Tensor, precision: str) -> Tensor:
     unit = torch.nn.functional.normalize(vectors, dim=1)
     plain = unit.detach()
     if precision == "int8":
-        step = plain.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(plain.dtype).tiny) / 127
+        largest = plain.abs().amax()
+        if group is not None:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        step = largest.clamp_min(torch.finfo(plain.dtype).tiny) / 127
         code = torch.round(plain / step) * step
     elif precision == "ubinary":
         code = torch.where(plain > 0, 1.0, -1.0).to(plain.dtype) / plain.shape[1] ** 0.5

@@ -267,7 +267,7 @@ class StageConfig(Section):
     micro_tokens: PositiveInt | None = None  # tokens per forward pass at most, padding included
     gradient_caching: bool = False  # batches beyond memory: encode twice, hold the graph of one micro-batch
     gradient_checkpointing: Annotated[bool, Field(strict=True)] | PositiveInt = False  # true: every layer; or how many
-    activation_offload: bool = False  # keep what the backward pass needs in the host's memory
+    activation_offload: bool = False  # keep what a GPU's backward pass needs, weights aside, in the host's memory
     batches: Literal["random", "neighbours"] = "random"
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
     random_share: Part = 0.0  # of such a batch: texts that are no one's neighbours

@@ -196,7 +196,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        mend = MENDS.get(_number(error))
+        number = _number(error)
+        mend = MENDS.get(number)
+        if mend is None and number and not isinstance(error, OSError):
+            raise OSError(number, os.strerror(number), str(path)) from error
         if mend is None:
             raise
         raise JasperError(f"could not write {path}: {mend}; what was there before is untouched") from error

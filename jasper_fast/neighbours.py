@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.files import publish_dir
+from jasper_fast.files import locked, publish_dir
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,8 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
 def kept_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Callable[[str], None]) -> Graph:
     """The graph of the first ``n`` texts by the teachers' vectors, built where ``folder`` does not hold it yet.
 
-    A graph that lies there but was made from other vectors is never used; it is built again, and ``say`` is told.
+    A graph that lies there but was made from other vectors is never used; it is built again, and ``say`` is told. Runs
+    that share the folder wait for each other.
     """
     identity = {
         "teachers": teachers.fingerprint,
@@ -103,18 +104,19 @@ def kept_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Call
     }
     key = hashlib.blake2b(json.dumps([teachers.fingerprint, n, k]).encode(), digest_size=8).hexdigest()
     path = Path(folder).expanduser() / f"neighbours-{key}"
-    there = _note(path)
-    if there != identity:
-        if path.exists():
-            differ = sorted(name for name in identity if (there or {}).get(name) != identity[name])
-            say(f"{path} is a graph of something else (other {', '.join(differ)}): it is built again")
-        say(f"finding the {k - 1} nearest neighbours of {n} texts by the teachers' vectors")
-        graph = neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, k)
-        with publish_dir(path, replace=True) as new:
-            np.save(new / "nearest.npy", graph.nearest)
-            np.save(new / "copies.npy", graph.copies)
-            (new / "graph.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-    return Graph(*(np.load(path / f"{name}.npy", mmap_mode="r") for name in ("nearest", "copies")))
+    with locked(path):
+        there = _note(path)
+        if there != identity:
+            if path.exists():
+                differ = sorted(name for name in identity if (there or {}).get(name) != identity[name])
+                say(f"{path} is a graph of something else (other {', '.join(differ)}): it is built again")
+            say(f"finding the {k - 1} nearest neighbours of {n} texts by the teachers' vectors")
+            graph = neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, k)
+            with publish_dir(path, replace=True) as new:
+                np.save(new / "nearest.npy", graph.nearest)
+                np.save(new / "copies.npy", graph.copies)
+                (new / "graph.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        return Graph(*(np.load(path / f"{name}.npy", mmap_mode="r") for name in ("nearest", "copies")))
 
 
 def _connected(found: np.ndarray, near: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ from torch import Tensor, distributed
 
 from jasper_fast.config import config_difference
 from jasper_fast.errors import JasperError
+from jasper_fast.extension import extension_path
 from jasper_fast.gather import split_rows
+from jasper_fast.roll import Roll
 
 AGAIN = "the same command goes on from the last checkpoint"
 ROLL_CALL = 5.0  # seconds
 BUCKET = 32 * 2**20  # elements of gradients sent at once
+OF_EXCHANGES = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 LONG = timedelta(days=2)  # other ranks wait so long for what one does alone, such as finding texts
 T = TypeVar("T")
 
@@ -37,7 +40,8 @@ class Ranks:
     Args:
         timeout: seconds after which a rank that does not arrive ends the run.
         group: for vectors and gradients; None: alone.
-        control: for small things on the host.
+        control: for small things on the host that may take long.
+        roll: where every rank is.
     """
 
     rank: int = 0
@@ -45,6 +49,7 @@ class Ranks:
     timeout: float = 600.0
     group: Any = None
     control: Any = None
+    roll: Roll | None = None
 
     @property
     def first(self) -> bool:
@@ -116,52 +121,44 @@ class Ranks:
         Raises:
             JasperError: some did not arrive in time, or ended; the first rank names them.
         """
-        if self.world == 1:
+        if self.roll is None:
             return
+        self.roll.arrive()
         try:
             distributed.monitored_barrier(group=self.control, timeout=timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            missing = self._missing(where) or "all ranks are there, but they did not meet in time"
+            missing = self._missing(self.roll) or "all ranks are there, but they did not meet in time"
             raise JasperError(f"{where}: {missing}; {AGAIN}") from error
 
     @contextmanager
     def watch(self, where: str) -> Iterator[None]:
-        """Name the ranks that are gone where a collective in the block fails.
+        """Name the ranks that are gone where a collective in the block fails; any other error goes through.
 
         Raises:
             JasperError: in the place of the collective's own error.
         """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            missing = self._missing(where) if self.world > 1 else None
-            if missing is None:  # nobody is gone: it is an error of another kind
+            if self.roll is None or not _of_an_exchange(error):
                 raise
+            missing = self._missing(self.roll) or "all ranks are there, but an exchange failed"
             raise JasperError(f"{where}: {missing}; {AGAIN} ({error})") from error
 
-    def _missing(self, where: str) -> str | None:
-        """After something failed: who does not answer is gone or hangs. The store outlives broken connections."""
-        missing = list(range(self.world))
-        deadline = time.monotonic() + min(self.timeout, ROLL_CALL)
+    def _missing(self, roll: Roll) -> str | None:
         try:
-            store = distributed.distributed_c10d._get_default_store()
-            store.set(f"{where}/{self.rank}", "here")
-            while missing and time.monotonic() < deadline:
-                missing = [rank for rank in missing if not store.check([f"{where}/{rank}"])]
-                time.sleep(0.05)
+            missing = roll.missing(min(self.timeout, ROLL_CALL))
         except RuntimeError:
             return "rank 0, which holds the roll, ended"
         named = ", ".join(map(str, missing))
         return f"rank {named} ended or did not arrive within {self.timeout:g} s" if missing else None
 
     def add(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over ranks, in float64."""
+        """Sums over ranks, in float64. A rank that does not come ends it as soon as it would a gradient's message."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(total, group=self.control)
+        distributed.all_reduce(total, group=self.group)
         return total.tolist()
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -217,14 +214,19 @@ def join_ranks(timeout: float) -> Iterator[Ranks]:
         control = distributed.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:
         raise JasperError(f"the ranks did not find each other: {error}") from error
-    yield Ranks(distributed.get_rank(), distributed.get_world_size(), timeout, distributed.group.WORLD, control)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    roll = Roll(distributed.distributed_c10d._get_default_store(), rank, world)
+    yield Ranks(rank, world, timeout, distributed.group.WORLD, control, roll)
     distributed.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
 def code_digest() -> str:
-    """A digest of this package's sources."""
+    """A digest of this package's sources, kernels among them, and of the compiled extension in use."""
+    package, extension = Path(__file__).resolve().parent, extension_path()
+    # In a checkout kernels is a link to another folder, which rglob does not follow from above.
+    files = {*package.rglob("*.py"), *(package / "kernels").rglob("*.py")}
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
+    for path in [*sorted(files), *([extension] if extension is not None else [])]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -236,6 +238,11 @@ def _lost(where: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise JasperError(f"{where}: another rank ended or did not answer ({error}); {AGAIN}") from error
+
+
+def _of_an_exchange(error: RuntimeError) -> bool:
+    """Whether an error is of a collective, and not of what one rank computes."""
+    return isinstance(error, distributed.DistError) or OF_EXCHANGES.search(str(error)) is not None
 
 
 def _dtensor() -> type:

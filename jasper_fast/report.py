@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -52,6 +53,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         _codes(results),
         _seen(results, folder),
         _stages(config, steps),
+        _gpu(config, steps),
         pictures.get("losses", ""),
         pictures.get("missing", ""),
         _facts(config, results, folder),
@@ -225,6 +227,27 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
         ]
         table.append([stage["name"], ", ".join(trains), heads, losses, *numbers])
     return "## Training\n\n" + _markdown(table, 4)
+
+
+def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    """What the first rank's GPU told of itself while each stage was trained; empty where none did."""
+    columns = {
+        "gpu_utilisation": ("utilisation", lambda found: f"{100 * mean(found):.0f} %"),
+        "gpu_memory_gb": ("memory", lambda found: f"{max(found):.1f} GB"),
+        "gpu_watts": ("power", lambda found: f"{mean(found):.0f} W"),
+        "joules_per_1000_texts": ("energy per 1,000 texts", lambda found: f"{mean(found):,.0f} J"),
+    }
+    table = [["stage", *(title for title, _ in columns.values())]]
+    for stage in config["stages"]:
+        lines = [line for line in steps if line["stage"] == stage["name"]]
+        read = {key: [line[key] for line in lines if key in line] for key in columns}
+        if any(read.values()):
+            cells = [show(read[key]) if read[key] else "–" for key, (_, show) in columns.items()]
+            table.append([stage["name"], *cells])
+    if len(table) == 1:
+        return ""
+    text = "Means over the log's lines, of memory the most; energy is of the texts that this GPU took part in."
+    return f"### The first rank's GPU\n\n{text}\n\n" + _markdown(table, 1)
 
 
 def _weights(weights: Mapping[str, float]) -> str:

@@ -135,7 +135,7 @@ class StageLoss(nn.Module):
         self.wide = jasper_loss(stage.weights, stage, group, rows)
         narrow = stage.narrow_weights or stage.weights
         self.narrow = jasper_loss(narrow, stage, group, rows)
-        self.codes, self.codes_weight = stage.codes, stage.codes_weight
+        self.codes, self.codes_weight, self.group = stage.codes, stage.codes_weight, group
         if stage.codes:
             self.coded = jasper_loss(narrow.model_copy(update={"cosine": 0.0}), stage, group, rows)
 
@@ -149,7 +149,8 @@ class StageLoss(nn.Module):
         output = self._of_floats(students, teacher)
         target = students[self.widest].detach() if self.own_target else teacher
         for precision in self.codes:
-            coded = self.coded({width: straight_through(v, precision) for width, v in students.items()}, target)
+            codes = {width: straight_through(v, precision, self.group) for width, v in students.items()}
+            coded = self.coded(codes, target)
             output = output._replace(loss=output.loss + self.codes_weight * coded.loss)
         return output
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jasper_fast.config import StageConfig
 from jasper_fast.model import Student
+from jasper_fast.sharding import set_whole, whole
 
 PRINCIPAL_ROWS = 16_384  # texts whose vectors give the axes
 
 
-@torch.no_grad()
 def start_at_principal_axes(student: Student, stage: StageConfig, states: Tensor, seed: int) -> None:
-    """Set the stage's narrow heads to the principal axes of the widest head's vectors of some states, (n, H)."""
+    """Set the stage's narrow heads to the principal axes of the widest head's vectors of some states, (n, H).
+
+    All ranks of a sharded student must call it alike.
+    """
     narrow = [width for width in stage.heads if width != student.widths[0]]
-    weight, bias = student.head(student.widths[0])
-    heads = principal_heads(states, weight.cpu(), bias.cpu(), narrow, seed)
-    for width, (axes, shift) in heads.items():
+    linear: Any = student.heads[str(student.widths[0])]
+    weight, bias = whole(linear.weight.detach()).cpu(), whole(linear.bias.detach()).cpu()
+    for width, (axes, shift) in principal_heads(states, weight, bias, narrow, seed).items():
         linear = student.heads[str(width)]
-        linear.weight.copy_(axes)  # type: ignore[operator]
-        linear.bias.copy_(shift)  # type: ignore[operator]
+        set_whole(linear.weight, axes)
+        set_whole(linear.bias, shift)
 
 
 def principal_heads(

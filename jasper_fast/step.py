@@ -8,20 +8,23 @@ the first pass keeps no graph and each micro-batch is encoded once more, with on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig
-from jasper_fast.encode import autocast
+from jasper_fast.encode import EVAL_MICRO_BATCH, autocast
 from jasper_fast.errors import JasperError
 from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
+from jasper_fast.sharding import is_sharded, own_part
 from jasper_fast.stages import StageLoss
 from jasper_fast.vision_loss import VisionLoss
 
@@ -101,7 +104,8 @@ def take_gradients(
             return output, vectors
         parts = leaf.grad[batch.texts.order.to(device)].split([len(ids) for ids in passes])
         for ids, random, part in zip(passes, randoms, parts, strict=True):
-            with _replay(random, device), autocast(device, precision), _offload(stage.activation_offload, device):
+            kept = _offload(stage.activation_offload, student, device)
+            with _replay(random, device), autocast(device, precision), kept:
                 pooled = student.pool(ids, device)
             pooled.backward(part)
     return output, vectors
@@ -132,16 +136,64 @@ def saved_bytes(
     return sum(held.values())
 
 
+def graph_bytes_per_token(
+    student: Student, token_ids: list[int], device: torch.device, precision: Literal["auto", "fp32", "bf16"]
+) -> float:
+    """Bytes that the graph holds for each token of a text, by what a second such text adds.
+
+    Autocast's copies of weights are in every graph once, however many texts it is of.
+    """
+    one, two = (saved_bytes(student, [token_ids] * texts, device, precision) for texts in (1, 2))
+    return (two - one) / len(token_ids)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the host's, did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_advice(
+    student: Student,
+    batch: Batch | None,
+    stage: StageConfig,
+    device: torch.device,
+    precision: Literal["auto", "fp32", "bf16"],
+) -> Iterator[None]:
+    """Say what would fit where memory does not suffice for the block.
+
+    Args:
+        batch: that is trained on; None: texts are pooled without a graph.
+
+    Raises:
+        JasperError: in the place of the error of the allocator.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the graph that did not fit
+        raise out_of_memory(error, student, batch, stage, device, precision) from error
+
+
 def out_of_memory(
     error: Exception,
     student: Student,
-    batch: Batch,
+    batch: Batch | None,
     stage: StageConfig,
     device: torch.device,
     precision: Literal["auto", "fp32", "bf16"],
 ) -> JasperError:
-    """What would fit, from the bytes that one text's graph is measured to hold."""
-    said = str(error).split(". ")[0]
+    """What would fit, from the bytes that a text's graph is measured to hold; see :func:`memory_advice`."""
+    sentences = str(error).split(". ")
+    said = next((sentence for sentence in sentences if "memory" in sentence), str(error) or type(error).__name__)
+    if batch is None:
+        return JasperError(
+            f"stage {stage.name!r}: out of memory ({said}) while {EVAL_MICRO_BATCH} texts at a time are pooled without "
+            f"a graph; set a smaller max_length for the stage (now {stage.max_length or student.max_length} tokens), "
+            "or precision: bf16"
+        )
     if batch.texts is None:
         return JasperError(f"stage {stage.name!r}: out of memory ({said}); lower batch_size")
     if stage.vision is not None:
@@ -159,24 +211,35 @@ def out_of_memory(
         advice.append(f"gradient_caching: true (the graph of {most} tokens at a time instead of {held})")
     if not stage.gradient_checkpointing and student.encoder.supports_gradient_checkpointing:
         advice.append("gradient_checkpointing: true")
-    try:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        per_token = saved_bytes(student, [text], device, precision) / len(text)
-        measured = f"; a graph of {per_token / 1e3:.0f} kB per token was measured"
-        if device.type == "cuda":
-            room = int(0.8 * torch.cuda.mem_get_info(device)[0] / per_token)
-            advice.append(f"micro_tokens: {max(len(text), room)}")
-        else:
-            advice.append(f"micro_tokens: {max(len(text), most // 2)}")
-    except torch.OutOfMemoryError:
-        measured = "; not even one text fits"
-        advice.append("parallel.mode: fsdp on several GPUs")
+    measured = ""
+    if is_sharded(student):  # the others are not here to measure with, and micro_tokens is not for them
+        advice.append("a smaller micro_batch; more GPUs")
+    else:
+        measured, tokens = _measured(student, text, most, device, precision)
+        advice.append(tokens)
     return JasperError(
         f"stage {stage.name!r}: out of memory ({said}){measured}. Set for the stage, in this order as needed: "
         + "; ".join(advice)
         + f" (now micro_batch {stage.micro_batch}, micro_tokens {stage.micro_tokens})"
     )
+
+
+def _measured(
+    student: Student, text: list[int], most: int, device: torch.device, precision: Literal["auto", "fp32", "bf16"]
+) -> tuple[str, str]:
+    """What the graph of a text takes, and what to set for it to fit; ``most``: the tokens of a pass that did not."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        per_token = graph_bytes_per_token(student, text, device, precision)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "; not even two texts fit", "parallel.mode: fsdp on several GPUs"
+    room = most // 2
+    if device.type == "cuda":
+        room = int(0.8 * torch.cuda.mem_get_info(device)[0] / per_token)
+    return f"; a graph of {per_token / 1e3:.0f} kB per token was measured", f"micro_tokens: {max(len(text), room)}"
 
 
 def dropout_factors(
@@ -212,13 +275,67 @@ def _first_pass(
     if batch.texts is None:
         assert batch.pooled is not None
         return batch.pooled.to(device)
-    with torch.no_grad() if without_graph else _offload(offload, device):
+    with torch.no_grad() if without_graph else _offload(offload, student, device):
         return batch.texts.pool(student, device, precision, lambda: randoms.append(_random_state(device)))
 
 
-def _offload(on: bool, device: torch.device):  # type: ignore[no-untyped-def]
-    """Keep the graph's activations in the host's memory where asked to."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if on else nullcontext()
+def _offload(on: bool, student: Student, device: torch.device) -> AbstractContextManager[Any]:
+    """Keep the graph's activations in the host's memory where asked to. On a CPU they are there already."""
+    if not on or device.type == "cpu":
+        return nullcontext()
+    offload = Offload(student.parameters())
+    return torch.autograd.graph.saved_tensors_hooks(offload.pack, Offload.unpack)
+
+
+class Offload:
+    """Hooks that keep what a graph saves in the host's memory: weights stay where they are, the rest is copied once.
+
+    What a sharded layer puts together for its pass is none of the weights, and is copied.
+
+    Args:
+        weights: tensors that stay.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._stay = {own_part(weight).untyped_storage().data_ptr() for weight in weights}
+        # An entry lives as long as a graph needs it, and an address belongs to one storage as long as its entry lives.
+        self._copies: WeakValueDictionary[tuple[int, int], _Copy] = WeakValueDictionary()
+
+    @torch.no_grad()
+    def pack(self, tensor: Tensor) -> Tensor | tuple[Any, ...]:
+        """What the graph keeps in the tensor's place."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._stay:
+            return tensor
+        if storage.nbytes() > tensor.nbytes:  # a part of something larger, of which the rest may not be needed
+            tensor = tensor.clone()
+            storage = tensor.untyped_storage()
+        source = StorageWeakRef(storage)
+        key = (source.cdata, tensor._version)
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = self._copies[key] = _Copy(storage, source)
+        return copy, tensor.device, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def unpack(packed: Tensor | tuple[Any, ...]) -> Tensor:
+        """The tensor again, where it was."""
+        if isinstance(packed, Tensor):
+            return packed
+        copy, device, dtype, *layout = packed
+        storage = copy.content.to(device, non_blocking=True).untyped_storage()
+        size, stride, offset = layout
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, size, stride)
+
+
+class _Copy:
+    """A storage's bytes in the host's memory, and a weak reference to it, which keeps its address from being reused."""
+
+    def __init__(self, storage: torch.UntypedStorage, source: StorageWeakRef) -> None:
+        self.source = source
+        there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # (bytes,)
+        self.content = torch.empty(there.shape, dtype=torch.uint8, pin_memory=there.is_cuda)
+        self.content.copy_(there, non_blocking=there.is_cuda)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,10 +47,17 @@ from jasper_fast.model import Student
 from jasper_fast.prepare import build_student, check_disk, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.run_folder import RunFolder, open_run, what_decides
-from jasper_fast.sharding import is_sharded, load_weights, shard, whole
+from jasper_fast.sharding import collect, is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
 from jasper_fast.starts import PRINCIPAL_ROWS, start_at_principal_axes
-from jasper_fast.step import Shares, dropout_factors, out_of_memory, saved_bytes, take_gradients
+from jasper_fast.step import (
+    Shares,
+    dropout_factors,
+    graph_bytes_per_token,
+    is_out_of_memory,
+    memory_advice,
+    take_gradients,
+)
 from jasper_fast.telemetry import Telemetry
 from jasper_fast.vision_batches import caption_plan, caption_targets, vision_batches
 from jasper_fast.vision_loss import VisionLoss
@@ -99,9 +107,11 @@ def train(
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
     path = Path(out) if out is not None else Path("runs") / config.name
-    with ExitStack() as held:  # the first rank holds the run's folder, and its trackers, until the end
+    # The first rank holds the run's folder, and its trackers, until the end.
+    with leave_on_sigterm(), ExitStack() as held:
         with join_ranks(config.parallel.timeout) as ranks:
-            ranks.agree({**what_decides(config), "code": code_digest(), "torch": torch.__version__, "out": str(path)})
+            given = config.model_dump(mode="json", exclude={"log"})
+            ranks.agree({**given, "code": code_digest(), "torch": torch.__version__, "out": str(path)})
             folder = ranks.lead(lambda: held.enter_context(open_run(path, config)))
             if ranks.lead(lambda: folder.finished):
                 if ranks.first:
@@ -141,9 +151,10 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     trackers: list[Tracker] = []  # begun before the long work: they may want a login
     ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
     teachers = ensure_teachers(config, texts, progress=ranks.first)
-    student.to(device)
     if config.parallel.mode == "fsdp" and ranks.world > 1:
         shard(student, device, ranks.world)
+    else:
+        student.to(device)
 
     position = _resume(checkpoint, student)
     if ranks.first:
@@ -203,27 +214,28 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     pooled = None
     folder = work.folder.path / "pooled" / stage.name
     started = time.perf_counter()
-    if stage.vision is not None:
-        log.bar.set_description(f"{stage.name}: pooling captions once")
-        captions = caption_plan(images, plan, config.seed, index)
-        targets = caption_targets(
-            folder, student, stage, images, captions, work.device, config.precision, _counter(work), ranks
-        )
-        pooled = targets.states
-    elif not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
-        log.bar.set_description(f"{stage.name}: pooling once")
-        pooled = pooled_states(
-            folder,
-            student,
-            stage,
-            plan,
-            work.texts,
-            facts["texts"],
-            work.device,
-            config.precision,
-            _counter(work),
-            ranks,
-        )
+    with memory_advice(student, None, stage, work.device, config.precision):
+        if stage.vision is not None:
+            log.bar.set_description(f"{stage.name}: pooling captions once")
+            captions = caption_plan(images, plan, config.seed, index)
+            targets = caption_targets(
+                folder, student, stage, images, captions, work.device, config.precision, _counter(work), ranks
+            )
+            pooled = targets.states
+        elif not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
+            log.bar.set_description(f"{stage.name}: pooling once")
+            pooled = pooled_states(
+                folder,
+                student,
+                stage,
+                plan,
+                work.texts,
+                facts["texts"],
+                work.device,
+                config.precision,
+                _counter(work),
+                ranks,
+            )
     if pooled is not None:
         log.event("pooling", stage=stage.name, texts=len(pooled.rows), seconds=time.perf_counter() - started)
     if pooled is not None and stage.narrow_start == "principal" and not (start.stage == index and start.stage_step):
@@ -238,7 +250,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         batches = vision_batches(stage, seeds, start.stage_step, plan, images, targets, student, ranks)
     else:
         batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
-    telemetry, clock = Telemetry(work.device), time.perf_counter()
+    telemetry, unread, clock = Telemetry(work.device), 0, time.perf_counter()
     for step, batch in batches:
         done = Position(start.step - start.stage_step + step + 1, index, step + 1)
         ranks.meet(f"stage {stage.name!r}, step {done.stage_step}")
@@ -255,8 +267,11 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             student.hidden_size,
             work.device,
         )
-        with ranks.watch(f"stage {stage.name!r}, step {done.stage_step}"):
-            output, vectors = _gradients(work, stage, batch, loss_of, keep, shares)
+        advice = partial(memory_advice, student, batch, stage, work.device, config.precision)
+        with ranks.watch(f"stage {stage.name!r}, step {done.stage_step}"), advice():
+            output, vectors = take_gradients(
+                student, batch, stage, loss_of, work.device, config.precision, keep, shares
+            )
             with shares.part("communication"):
                 ranks.average_gradients(student.parameters())
             with shares.part("optimiser"):
@@ -267,14 +282,17 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         if bad:
             spoilt = bad_texts(vectors, batch.teacher.to(work.device))
             raise not_finite(stage, done.stage_step, done.step, numbers, batch, spoilt, ranks)
-        with shares.part("optimiser"):
+        with advice(), shares.part("optimiser"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         del output, vectors
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         last = done.stage_step == stage.steps
-        printed = last or done.stage_step % config.log.every == 0
+        unread += counts[ranks.rank]  # texts since the GPU's last reading
+        reading: dict[str, float] = {}
+        if last or done.stage_step % config.log.every == 0:
+            reading, unread = telemetry.read(unread), 0
         speed = {
             "seconds": seconds,
             "texts_per_s": stage.batch_size / seconds,
@@ -283,7 +301,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             "data_wait": min(1.0, batch.wait / seconds),
             "memory_gb": memory_gb(work.device),
             **shares.of(seconds),
-            **(telemetry.read(config.log.every * counts[ranks.rank]) if printed else {}),
+            **reading,
         }
         log.step(stage.name, {"step": done.step, "stage_step": done.stage_step, **numbers, "lr": lr, **speed}, last)
         if last:
@@ -295,23 +313,8 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
             work.saver.wait()  # what the pooled states were for is safe
             pooled.discard()
         if stopping and not (last and index == len(config.stages) - 1):
-            work.saver.wait()
+            ranks.lead(work.saver.wait)  # one that left before would have the others ended while they write
             raise Stopped(f"stopped after step {done.step} as asked; the same command goes on from here")
-
-
-def _gradients(
-    work: Work,
-    stage: StageConfig,
-    batch: Batch,
-    loss_of: StageLoss | VisionLoss,
-    keep: torch.Tensor | None,
-    shares: Shares,
-) -> tuple[AnyOutput, dict[int, torch.Tensor]]:
-    precision = work.config.precision
-    try:
-        return take_gradients(work.student, batch, stage, loss_of, work.device, precision, keep, shares)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, work.student, batch, stage, work.device, precision) from error
 
 
 def gradient_norm(student: Student, clip: float | None) -> torch.Tensor:
@@ -339,35 +342,57 @@ def _exchange(
 
 
 def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
-    """Log what the graph of one text holds, and what checkpointing saves of it and costs, where that is asked for."""
+    """Log what the graph of one text holds, and what checkpointing saves of it and costs, where that is asked for.
+
+    What does not fit is left out.
+    """
     if batch.texts is None or stage.vision is not None or is_sharded(work.student):
         return
     student = work.student
     ids: Any = batch.texts.token_ids[-1][-1]  # the longest one
-
-    def per_token() -> float:
-        return saved_bytes(student, [ids], work.device, work.config.precision) / len(ids)
-
     facts: dict[str, float] = {
         "passes": len(batch.texts.token_ids),
         "tokens_of_a_pass": max(len(part) * max(map(len, part)) for part in batch.texts.token_ids),
-        "graph_bytes_per_token": per_token(),
     }
+
+    def measure(fact: str) -> None:
+        try:
+            facts[fact] = graph_bytes_per_token(student, ids, work.device, work.config.precision)
+        except (RuntimeError, MemoryError) as error:  # what is spared may be what would not fit
+            if not is_out_of_memory(error):
+                raise
+
+    measure("graph_bytes_per_token")
     if stage.gradient_checkpointing:
         student.set_gradient_checkpointing(False)
-        facts["graph_bytes_per_token_without_checkpointing"] = per_token()
+        measure("graph_bytes_per_token_without_checkpointing")
         facts["layers_computed_twice"] = student.set_gradient_checkpointing(stage.gradient_checkpointing)
     work.log.event("activations", stage=stage.name, encoded_twice=stage.gradient_caching, **facts)
 
 
 def _together(config: Config, student: Student, ranks: Ranks) -> Student:
-    """The trained student in one piece."""
+    """The trained student, on the first rank in one piece."""
     if not is_sharded(student):
         return student
-    weights = whole(student.state_dict())
-    student = build_student(config)
-    load_weights(student, {name: value.cpu() for name, value in weights.items()})
+    weights = collect(student.state_dict(), ranks.first)
+    if ranks.first:
+        student = build_student(config)
+        load_weights(student, weights)
     return student
+
+
+@contextmanager
+def leave_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does; while steps are taken :func:`stop_on_signal` does more."""
+    try:
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager

@@ -1,10 +1,14 @@
 """A checkpoint restores everything, and a damaged one is never loaded."""
 
 import json
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from test_train import fork_server
 
 from jasper_fast.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 from jasper_fast.errors import JasperError
@@ -148,8 +152,6 @@ def test_a_saver_tells_at_the_next_save_that_writing_failed(tmp_path):
 
 
 def test_a_folder_removed_under_the_run_is_made_again(tmp_path):
-    import shutil
-
     model, optimizer = trained()
     saver = Saver(tmp_path / "checkpoints", keep=2)
     saver.save(Position(1, 0, 1), model, optimizer, {})
@@ -158,6 +160,70 @@ def test_a_folder_removed_under_the_run_is_made_again(tmp_path):
     saver.save(Position(2, 0, 2), model, optimizer, {})
     saver.close()
     assert latest_checkpoint(tmp_path / "checkpoints").position.step == 2
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_folder_removed_while_a_checkpoint_is_written_is_made_once_more(tmp_path, monkeypatch, times):
+    import jasper_fast.checkpoint as module
+
+    left, honest = [tmp_path / "checkpoints"] * times, module.sha256
+
+    def remove_first(path):
+        if left:
+            shutil.rmtree(left.pop())
+        return honest(path)
+
+    monkeypatch.setattr(module, "sha256", remove_first)
+    model, optimizer = trained()
+    if times == 1:
+        save_checkpoint(tmp_path / "checkpoints", Position(1, 0, 1), model, optimizer, {}, keep=2)
+        assert latest_checkpoint(tmp_path / "checkpoints").position.step == 1
+    else:
+        with pytest.raises(JasperError, match="was removed, and removed again, .*leave it alone"):
+            save_checkpoint(tmp_path / "checkpoints", Position(1, 0, 1), model, optimizer, {}, keep=2)
+
+
+def die_half_way_through(name: str) -> None:
+    """From now on this process is killed when half of such a file of a checkpoint is written."""
+    import jasper_fast.checkpoint as module
+
+    writer = {"model.safetensors": "save_file", "state.pt": "_save_state"}[name]
+    honest = getattr(module, writer)
+
+    def trap(content, path):
+        honest(content, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, writer, trap)
+
+
+def save_two(folder: Path, name: str) -> None:
+    model, optimizer = trained()
+    save_checkpoint(folder, Position(1, 0, 1), model, optimizer, {}, keep=2)
+    die_half_way_through(name)
+    save_checkpoint(folder, Position(2, 0, 2), model, optimizer, {}, keep=2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_file_half_written_when_the_process_was_killed_is_never_loaded(tmp_path, name):
+    child = fork_server().Process(target=save_two, args=(tmp_path, name))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert any(path.name == name for path in tmp_path.glob(".unfinished-*/*"))
+    assert latest_checkpoint(tmp_path).position.step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_nothing_is_left_of_the_file_that_an_optimiser_was_read_from(tmp_path):
+    """It is mapped, not read whole; training on must not keep a deleted file's place on the disk."""
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, Position(3, 0, 3), model, optimizer, {}, keep=2)
+    other, other_optimizer = trained(0)
+    latest_checkpoint(tmp_path).load_state(other_optimizer)
+    assert str(path / "state.pt") not in Path("/proc/self/maps").read_text()
+    assert len(other_optimizer.state_dict()["state"]) == 2
 
 
 def test_another_rank_than_the_first_writes_nothing(tmp_path):

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import die_half_way_through
 from test_train import fork_server, settings, write_data
 
 from jasper_fast.batches import Batch
@@ -22,7 +24,7 @@ from jasper_fast.encode import MicroBatches
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks, join_ranks
+from jasper_fast.ranks import Ranks, code_digest, join_ranks
 from jasper_fast.sharding import is_sharded, shard, whole
 from jasper_fast.stages import StageLoss, set_trained, trained_names
 from jasper_fast.step import dropout_factors, take_gradients
@@ -40,6 +42,8 @@ CASES = {
     "stage 2": {"weights": EVERY, "train": ["heads.24.*"], "last_layers": 1, "heads": [24]},
     "stage 3": {"weights": EVERY, "gradient_caching": True},
     "own target": {"weights": EVERY, "narrow_target": "self", "gradient_checkpointing": True},
+    "codes": {"weights": EVERY, "codes": ["int8", "ubinary"]},
+    "prefix heads": {"weights": EVERY},
 }
 
 
@@ -81,9 +85,9 @@ def stage(**given) -> StageConfig:
     return StageConfig.model_validate(base | given)
 
 
-def build(model: str, dtype: torch.dtype) -> Student:
+def build(model: str, dtype: torch.dtype, heads: str = "independent") -> Student:
     torch.manual_seed(3)
-    config = StudentConfig(model=model, heads=[24, 8], max_length=32, vector_dropout=0.2)
+    config = StudentConfig(model=model, heads=[24, 8], head_type=heads, max_length=32, vector_dropout=0.2)
     return Student.build(config).to(dtype).train()
 
 
@@ -114,12 +118,14 @@ def every_case(model: str, texts: list[str], out: str) -> None:
     with join_ranks(60.0) as ranks:
         for dtype in (torch.float64, torch.float32):
             for mode in ("ddp", "fsdp") if ranks.world > 1 else ("ddp",):
-                student = build(model, dtype)
-                if mode == "fsdp":
-                    shard(student, CPU, ranks.world)
+                students = {heads: build(model, dtype, heads) for heads in ("independent", "prefix")}
+                for student in students.values():
+                    if mode == "fsdp":
+                        shard(student, CPU, ranks.world)
                 for name, case in CASES.items():
                     if dtype == torch.float32 and name not in ("stage 3", "own target"):
                         continue  # the same code; each loss by itself is compared in float64
+                    student = students["prefix" if name == "prefix heads" else "independent"]
                     found[name, mode, dtype] = gradients(student, stage(**case), ranks, texts)
             found["local", "ddp", dtype] = gradients(build(model, dtype), stage(weights=EVERY), ranks, texts, "local")
         every = ranks.gather([float(x) for x in found["stage 3", "ddp", torch.float64]["losses"]])
@@ -198,6 +204,7 @@ def run(tmp_path_factory, tiny_bert, tiny_texts):
     tree = settings(folder, tiny_bert)
     for part in tree["stages"]:
         part["batch_size"], part["steps"] = 12, 4
+    tree["stages"][0] |= {"train": ["heads.32.*", "heads.8.*"], "heads": [32, 8], "narrow_start": "principal"}
     tree["evaluate"] = []
     assert end(start(1, run_as_rank, tree, str(folder / "alone"))) == [0]
     return folder, tree
@@ -266,7 +273,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_other_numbers_of_them(run, tmp_p
     import shutil
 
     folder, tree = run
-    tree = tree | {"parallel": {"mode": mode}}
+    # What is sharded must be so again at a stage's end, whether or not something was saved meanwhile.
+    tree = tree | {"parallel": {"mode": mode}, "checkpoint": {"every": 2 if mode == "ddp" else 1000}}
     out = tmp_path / "two"
     assert end(start(2, run_as_rank, tree, str(out), stop_at_step_six)) == [0, 0]
     assert "stopped after step 6" in said(out, 0) and "stopped after step 6" in said(out, 1)
@@ -286,7 +294,8 @@ def other_seed() -> None:
     if os.environ["RANK"] == "1":
         module.code_digest = lambda: "other"
         load = module.load_config
-        module.load_config = lambda source, overrides=(): load(source, [*overrides, ("seed", 7)])
+        other = [("seed", 7), ("checkpoint.every", 3)]
+        module.load_config = lambda source, overrides=(): load(source, [*overrides, *other])
 
 
 def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):
@@ -295,12 +304,39 @@ def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):
     assert end(start(2, run_as_rank, tree, str(out), other_seed)) == [3, 3]
     for rank in (0, 1):
         assert "rank 1: seed: 0 -> 7" in said(out, rank) and "rank 1: code:" in said(out, rank)
+        assert "rank 1: checkpoint.every: 2 -> 3" in said(out, rank)  # saving is done together
     assert not out.exists()
+
+
+def test_kernels_and_the_compiled_extension_are_of_the_code(monkeypatch):
+    from jasper_fast.extension import extension_path
+
+    read, honest = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or honest(path))
+    code_digest()
+    assert {"ranks.py", "registry.py", "pair_losses.py", "search.py"} <= set(read)
+    assert extension_path() is None or read[-1] == extension_path().name
 
 
 def fall_silent() -> None:
     """Rank 1 stays away from the third step on, alive."""
     _at_step_three(lambda: time.sleep(60))
+
+
+def fall_silent_after_the_gradients() -> None:
+    """Rank 1 stays away from the third exchange of losses, alive."""
+    import jasper_fast.train as module
+
+    call_the_roll_quickly()
+    honest, calls = module._exchange, []
+
+    def trap(*given):
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            time.sleep(60)
+        return honest(*given)
+
+    module._exchange = trap
 
 
 def die() -> None:
@@ -333,15 +369,62 @@ def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named(run, tmp_path):
+@pytest.mark.parametrize("where", [fall_silent, fall_silent_after_the_gradients])
+def test_a_rank_that_hangs_is_named(run, tmp_path, where):
     _, tree = run
     out = tmp_path / "hangs"
-    processes = start(2, run_as_rank, tree | {"parallel": {"timeout": 3.0}}, str(out), fall_silent)
+    processes = start(2, run_as_rank, tree | {"parallel": {"timeout": 3.0}}, str(out), where)
     processes[0].join(60)
     assert processes[0].exitcode == 3
     assert "rank 1 ended or did not arrive within 3 s" in said(out, 0), said(out, 0)
     processes[1].kill()
     processes[1].join()
+
+
+def exchange(out: str, how: str, when: str) -> None:
+    """Four exchanges, in the third of which rank 1 is lost; what a rank ends with goes into a file of its own."""
+    from torch import distributed
+
+    fail = {
+        "an error": lambda: torch.ones(2) @ torch.ones(3),
+        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "hanging": lambda: time.sleep(60),
+    }[how]
+    with join_ranks(3.0 if how == "hanging" else 60.0) as ranks:
+        try:
+            for step in range(4):
+                lost = step == 2 and ranks.rank == 1
+                if lost and when == "before":
+                    fail()
+                if step == 2 and ranks.rank == 3 and how == "hanging":
+                    time.sleep(1.0)  # late, but it comes
+                ranks.meet(f"step {step}")
+                with ranks.watch(f"step {step}"):
+                    if lost and when == "meanwhile":
+                        fail()
+                    distributed.all_reduce(torch.ones(1000), group=ranks.group)
+        except Exception as error:
+            Path(f"{out}-said-{ranks.rank}").write_text(f"{type(error).__name__}: {error}")
+            raise SystemExit(3) from None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [("an error", "meanwhile"), ("killed", "meanwhile"), ("killed", "before"), ("hanging", "before")],
+)
+def test_of_four_ranks_the_lost_one_alone_is_named(tmp_path, how, when):
+    out = tmp_path / "out"
+    processes = start(4, exchange, str(out), how, when)
+    lost = processes.pop(1)
+    assert end(processes) == [3, 3, 3]
+    lost.kill()
+    lost.join()
+    if how == "an error":  # of its own: it is told as it is, and blames nobody
+        assert said(out, 1).startswith("RuntimeError: ") and "size" in said(out, 1) and "rank" not in said(out, 1)
+    assert said(out, 0).startswith("JasperError: step 2: rank 1 ended or did not arrive within"), said(out, 0)
+    for told in (said(out, 2), said(out, 3)):  # without torchrun the first rank holds the roll, and may be gone by then
+        assert "rank 1 ended or did not arrive" in told or "rank 0, which holds the roll, ended" in told, told
 
 
 def spoil_a_text() -> None:
@@ -380,11 +463,16 @@ def test_more_processes_than_texts_are_refused(run, tmp_path):
 # What takes minutes.
 
 
-def die_in_a_save() -> None:
-    """Whoever writes is killed while a checkpoint lies half written under its temporary name."""
+def die_in_a_save(moment: str) -> None:
+    """Whoever writes is killed while a checkpoint lies under its temporary name: half way through a file, or before all
+    of them are on the disk.
+    """
     import jasper_fast.files as module
 
     call_the_roll_quickly()
+    if moment != "sync":
+        die_half_way_through(moment)
+        return
     honest = module._sync
 
     def trap(path):
@@ -414,7 +502,8 @@ def test_twenty_kills_of_one_of_two_ranks_end_bit_identical(run, tmp_path):
         attempts += 1
         assert attempts < 60 and not (out / "results.json").exists(), (struck, saves)
         if saves < 5 and attempts % 4 == 0:
-            codes = end(start(2, run_as_rank, tree, str(out), die_in_a_save))
+            moment = ("model.safetensors", "state.pt", "sync")[saves % 3]
+            codes = end(start(2, run_as_rank, tree, str(out), partial(die_in_a_save, moment)))
             saves += codes[0] == -signal.SIGKILL
             continue
         processes = start(2, run_as_rank, tree, str(out), call_the_roll_quickly)

@@ -108,6 +108,21 @@ def test_report_holds_every_score_beside_its_floor(tmp_path: Path) -> None:
     assert "Transductive" not in report
 
 
+def test_report_has_the_gpus_readings_where_there_are_any(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", results())
+    assert "GPU" not in write_report(run).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("stage") == "head" and line["stage_step"] % 2 == 0:
+            line |= {"gpu_utilisation": 0.25 * line["stage_step"], "gpu_memory_gb": line["stage_step"]}
+            line |= {"joules_per_1000_texts": 1000.0 + line["stage_step"]}
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = write_report(run).read_text(encoding="utf-8")
+    section = report.split("### The first rank's GPU")[1].split("\n## ")[0]
+    assert table_row(section, "head")[1:] == ["75 %", "4.0 GB", "–", "1,003 J"]
+    assert "| all |" not in section
+
+
 def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
     content = results() | {"transductive": ["pairs"]}
     report = write_report(write_run(tmp_path / "run", content)).read_text(encoding="utf-8")

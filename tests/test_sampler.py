@@ -178,7 +178,34 @@ def test_a_graph_is_kept_and_one_of_other_vectors_is_built_again(tmp_path):
     assert np.array_equal(other.nearest, neighbour_graph(lambda rows: cosines(seed=1)[rows], 300, 4).nearest)
     assert not np.array_equal(other.nearest, first.nearest)
 
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("neighbours-*")
     (folder / "graph.json").write_text("{")
     kept_graph(tmp_path, teachers, 300, 4, told.append)
     assert "something else" in told[3]
+
+
+def test_runs_that_share_a_cache_find_the_neighbours_once(tmp_path, monkeypatch):
+    import threading
+    import time
+
+    import jasper_fast.neighbours as module
+
+    built, found, honest = [], [], module.neighbour_graph
+
+    def slowly(*given):
+        built.append(given)
+        time.sleep(0.3)
+        return honest(*given)
+
+    monkeypatch.setattr(module, "neighbour_graph", slowly)
+    teachers = Vectors(cosines())
+    runs = [
+        threading.Thread(target=lambda: found.append(kept_graph(tmp_path, teachers, 300, 4, lambda line: None)))
+        for _ in range(3)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(built) == 1 and len(found) == 3
+    assert all(np.array_equal(graph.nearest, found[0].nearest) for graph in found)

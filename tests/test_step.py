@@ -14,7 +14,7 @@ from jasper_fast.encode import MicroBatches, cheapest_cuts
 from jasper_fast.errors import JasperError
 from jasper_fast.model import Student
 from jasper_fast.stages import StageLoss, set_trained, trained_names
-from jasper_fast.step import Shares, dropout_factors, take_gradients
+from jasper_fast.step import Offload, Shares, dropout_factors, take_gradients
 
 CPU = torch.device("cpu")
 WEIGHTS = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0, "neighbourhood": 1.0}
@@ -121,6 +121,52 @@ def test_caching_holds_the_graph_of_one_micro_batch(tiny_bert, tiny_texts):
     large = most(stage(micro_batch=8, batch_size=128, gradient_caching=True, weights=weights))
     plain = most(stage(micro_batch=8, batch_size=128, weights=weights))
     assert large < 1.3 * small and plain > 4 * large
+
+
+def test_offloading_leaves_weights_and_copies_each_storage_once():
+    """The hooks' choice, which is the same on a CPU."""
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    offload = Offload([weight])
+    assert offload.pack(weight.T).data_ptr() == weight.data_ptr()
+
+    x = torch.randn(4, 8)
+    forms = [x, x.view(8, 4), x.T, x.expand(3, 4, 8)]
+    packed = [offload.pack(form) for form in forms]
+    assert len({id(copy) for copy, *_ in packed}) == 1 and packed[0][0].content.numel() == x.nbytes
+    part = offload.pack(x[:2])
+    assert part[0].content.numel() == x[:2].nbytes
+    assert all(torch.equal(Offload.unpack(p), form) for p, form in zip([*packed, part], [*forms, x[:2]], strict=True))
+    before = x.clone()
+    x += 1
+    changed = offload.pack(x)
+    assert torch.equal(Offload.unpack(changed), x) and torch.equal(Offload.unpack(packed[0]), before)
+
+    gone = [offload.pack(torch.full((4, 8), float(i))) for i in range(50)]  # addresses are used again
+    assert [float(Offload.unpack(p)[0, 0]) for p in gone] == list(range(50))
+    del packed, part, changed, gone
+    assert not offload._copies
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_offloading_gives_the_plain_gradient(caching, tiny_bert, tiny_texts, monkeypatch):
+    """With the hooks in use on a CPU, where a run leaves them out."""
+    stayed = []
+
+    def hooks(on, student, device):
+        offload = Offload(student.parameters())
+
+        def pack(tensor):
+            packed = offload.pack(tensor)
+            stayed.append(isinstance(packed, torch.Tensor))
+            return packed
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, Offload.unpack)
+
+    settings = {"micro_batch": 5, "gradient_caching": caching}
+    plain = gradients(tiny_bert, tiny_texts[:23], torch.float64, stage(**settings))
+    monkeypatch.setattr("jasper_fast.step._offload", hooks)
+    assert_same(plain, gradients(tiny_bert, tiny_texts[:23], torch.float64, stage(**settings)), 1e-10)
+    assert 0.1 < sum(stayed) / len(stayed) < 0.9
 
 
 def test_gradients_of_two_steps_add_up_only_in_grad(tiny_bert, tiny_texts):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
+import time
 import types
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +25,7 @@ from jasper_fast.encode import MicroBatches
 from jasper_fast.errors import JasperError
 from jasper_fast.log import SPIKE_WINDOW, RunLog, start_trackers
 from jasper_fast.model import Student
-from jasper_fast.step import out_of_memory, saved_bytes
+from jasper_fast.step import graph_bytes_per_token, memory_advice, out_of_memory, saved_bytes
 from jasper_fast.telemetry import Telemetry
 
 CPU = torch.device("cpu")
@@ -139,16 +144,103 @@ def test_what_a_graph_holds_is_measured(tiny_bert):
     assert saved_bytes(model, ids, CPU, "fp32") < 0.5 * one
 
 
-def test_out_of_memory_says_what_would_fit(tiny_bert):
+def test_casts_of_weights_are_of_no_token(tiny_bert):
+    """A text's graph holds every weight once more under autocast, however short it is."""
     model = student(tiny_bert)
+    ids = [2, 9, 8, 7, 3]
+    told = graph_bytes_per_token(model, ids, CPU, "bf16")
+    assert told < 0.7 * saved_bytes(model, [ids], CPU, "bf16") / len(ids)
+    assert told == pytest.approx(graph_bytes_per_token(model, ids * 4, CPU, "bf16"), rel=0.5)
+
+
+def batch_of_eight() -> Batch:
     micro = MicroBatches.of([[2, 9, 8, 3]] * 8, 4)
-    batch = Batch(np.arange(8), torch.randn(8, 8), micro, None, 32, 32, 0.0)
+    return Batch(np.arange(8), torch.randn(8, 8), micro, None, 32, 32, 0.0)
+
+
+def test_out_of_memory_says_what_would_fit(tiny_bert):
+    model, batch = student(tiny_bert), batch_of_eight()
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
     told = str(out_of_memory(error, model, batch, stage(), CPU, "fp32"))
     assert "CUDA out of memory" in told and "kB per token was measured" in told
     assert "gradient_caching: true" in told and "gradient_checkpointing: true" in told and "micro_tokens: 8" in told
     told = str(out_of_memory(error, model, batch, stage(gradient_caching=True), CPU, "fp32"))
     assert "gradient_caching: true (" not in told
+    told = str(out_of_memory(error, model, None, stage(), CPU, "fp32"))
+    assert "CUDA out of memory) while 32 texts at a time are pooled" in told and "(now 32 tokens)" in told
+
+
+def test_nothing_is_measured_with_a_sharded_student(tiny_bert, monkeypatch):
+    """Its layers come together over all ranks, and the others are not measuring."""
+    monkeypatch.setattr("jasper_fast.step.is_sharded", lambda model: True)
+    monkeypatch.setattr("jasper_fast.step.saved_bytes", None)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried")
+    told = str(out_of_memory(error, student(tiny_bert), batch_of_eight(), stage(), CPU, "fp32"))
+    assert "measured" not in told and "micro_tokens:" not in told and "a smaller micro_batch" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "CUDA out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes. Error"
+            ),
+            "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_did_not_fit_is_freed_before_it_is_measured(tiny_bert, monkeypatch, error, says):
+    class Graph:
+        pass
+
+    alive = []
+
+    def fail():
+        graph = Graph()
+        alive.append(weakref.ref(graph))
+        raise error
+
+    def measure(*_):
+        assert alive[0]() is None
+        return 400.0
+
+    monkeypatch.setattr("jasper_fast.step.graph_bytes_per_token", measure)
+    with (
+        pytest.raises(JasperError, match=re.escape(f"out of memory ({says}); a graph of 0 kB per token was measured")),
+        memory_advice(student(tiny_bert), batch_of_eight(), stage(), CPU, "fp32"),
+    ):
+        fail()
+
+
+def test_other_errors_are_no_want_of_memory(tiny_bert):
+    with pytest.raises(RuntimeError, match="size"), memory_advice(student(tiny_bert), None, stage(), CPU, "fp32"):
+        torch.ones(2) @ torch.ones(3)
+
+
+@pytest.mark.parametrize("what", ["step", "pooling", "measuring"])
+def test_out_of_memory_anywhere_in_a_stage_tells(what, monkeypatch, tiny_bert, tiny_texts, tmp_path):
+    import jasper_fast.train as module
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    if what == "step":
+        monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    elif what == "pooling":
+        tree["stages"][0] |= {"last_layers": 0, "gradient_checkpointing": False}
+        monkeypatch.setattr(module, "pooled_states", fail)
+    else:
+        monkeypatch.setattr(module, "graph_bytes_per_token", fail)
+        run = module.train(tree, out=tmp_path / "out")
+        (told,) = [line for line in (run / "log.jsonl").read_text().splitlines() if '"activations"' in line]
+        assert "graph_bytes" not in told and "layers_computed_twice" in told
+        return
+    with pytest.raises(JasperError, match="stage 'two': out of memory"):
+        module.train(tree, out=tmp_path / "out")
 
 
 def test_out_of_memory_in_a_run_is_an_error_that_tells(monkeypatch, tiny_bert, tiny_texts, tmp_path):
@@ -208,6 +300,58 @@ def test_telemetry_reads_the_gpu_that_trains(monkeypatch):
     assert found == {"gpu_utilisation": 0.73, "gpu_memory_gb": 5.0, "joules_per_1000_texts": pytest.approx(4000.0)}
     assert telemetry.read(1000)["joules_per_1000_texts"] == pytest.approx(500.0)
     assert Telemetry(CPU).read(10) == {}
+
+
+def test_energy_is_of_the_texts_since_the_last_reading(tiny_bert, tiny_texts, tmp_path, monkeypatch):
+    """At a stage's end, and where a run goes on, these are not as many as between two lines of the log."""
+    import jasper_fast.train as module
+
+    read = []
+
+    class Readings:
+        def __init__(self, device):
+            pass
+
+        def read(self, texts):
+            read.append(texts)
+            return {"joules_per_1000_texts": 7.0}
+
+    monkeypatch.setattr(module, "Telemetry", Readings)
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts) | {"log": {"every": 4}}
+    module.train(tree, out=tmp_path / "out")
+    assert read == [4 * 16, 2 * 16]
+
+
+@pytest.mark.parametrize("moment", ["ensure_teachers", "finish"])
+def test_sigterm_before_and_after_the_steps_ends_as_ctrl_c_does(tiny_bert, tiny_texts, tmp_path, monkeypatch, moment):
+    from jasper_fast.train import train
+
+    def ask(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    module = {"ensure_teachers": "jasper_fast.teach", "finish": "jasper_fast.finish"}[moment]
+    tree = one_stage(tmp_path, tiny_bert, tiny_texts)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{moment}", ask)
+        with pytest.raises(KeyboardInterrupt):
+            train(tree, out=tmp_path / "out")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (train(tree, out=tmp_path / "out") / "results.json").is_file()
+
+
+def test_a_clock_that_jumps_back_spoils_no_line(tiny_bert, tiny_texts, tmp_path, monkeypatch):
+    from jasper_fast.train import train
+
+    now = iter(range(2_000_000_000, 0, -60))  # every look at the clock is a minute earlier
+    for clock in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(clock, lambda: float(next(now)))
+    run = train(one_stage(tmp_path, tiny_bert, tiny_texts), out=tmp_path / "out")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert len(steps) == 6 and all(0 < line["seconds"] < 60 and line["texts_per_s"] > 0 for line in steps)
+    assert all(0 <= line["data_wait"] <= 1 for line in steps)
 
 
 def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_path):

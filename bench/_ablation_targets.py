@@ -1,0 +1,116 @@
+"""What narrow vectors are to reach, beside what the ablation found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import mean
+from typing import Any
+
+from bench._ablation_arms import ENCODER_PAPERS, ENCODER_RECIPE, FULL_WIDTH_BITS, PAPERS, RECIPE
+from bench._ablation_scores import Key, kind_means, kinds_of, markdown, verdict
+
+# Width, kind, and by how much the recipe is to be above the paper's losses: retrieval in per cent of theirs, similarity
+# in points.
+ABOVE_PAPERS = ((32, "retrieval", 8.0), (64, "retrieval", 3.0), (32, "similarity", 1.5), (64, "similarity", 0.5))
+KEPT, AIM = 88.0, 92.0  # per cent of full width's retrieval that 64 dimensions keep
+COSTS = {"int8": 0.5, "ubinary": 8.0, "ubinary+rescore": 2.0}  # per cent of retrieval, at most
+FLOORS = ("teacher PCA", "teacher truncated")
+
+Scores = Mapping[Key, list[float]]
+Row = tuple[str, str, str, bool]  # what, asked, found, whether it is reached
+
+
+def targets(results: Mapping[str, Any], scores: Scores) -> str:
+    """A table of every target that the results speak of; means over seeds, of arms of equal seconds."""
+    rows = [
+        *_above_papers(scores),
+        *_above_floors(results, scores),
+        *_at_full_width(results, scores),
+        *_kept(results, scores),
+        *_costs(results, scores),
+    ]
+    if not rows:
+        return ""
+    text = f"The recipe is *{RECIPE}*; the paper's losses are *{PAPERS}*. Means over seeds, equal seconds."
+    table = [[what, asked, found, "yes" if reached else "no"] for what, asked, found, reached in rows]
+    return f"## Targets\n\n{text}\n\n" + markdown(["target", "asked", "found", "reached"], table)
+
+
+def _above_papers(scores: Scores) -> Iterator[Row]:
+    for width, kind, asked in ABOVE_PAPERS:
+        ours, theirs = (_arm(scores, arm, width, kind) for arm in (RECIPE, PAPERS))
+        if ours is not None and theirs is not None:
+            relative = kind == "retrieval"
+            found, unit = (100 * (ours / theirs - 1), "%") if relative else (100 * (ours - theirs), "points")
+            what = f"{kind} at {width} above the paper's losses"
+            yield what, f"≥ {asked:g} {unit}", f"{found:+.2f} {unit}", found >= asked
+
+
+def _above_floors(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
+    margins = []
+    for width in results["widths"][1:]:
+        for kind in kinds_of(results):
+            ours = _arm(scores, RECIPE, width, kind)
+            floors = [floor for model in FLOORS if (floor := _floor(results, model, width, kind)) is not None]
+            if ours is not None and floors:
+                margins.append((100 * (ours - max(floors)), f"{kind} at {width}"))
+    if margins:
+        least, where = min(margins)
+        what = "above PCA and truncation of the teacher at every width"
+        yield what, "> 0 points", f"{least:+.2f} points ({where})", least > 0
+
+
+def _at_full_width(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
+    for kind in kinds_of(results):
+        keys = [(arm, "texts", results["widths"][0], "float32", kind) for arm in (ENCODER_RECIPE, ENCODER_PAPERS)]
+        if all(key in scores for key in keys):
+            ours, theirs = (scores[key] for key in keys)
+            told = verdict(ours, theirs)
+            reached = mean(ours) >= mean(theirs) or told.startswith("no difference")
+            yield f"{kind} at full width, {ENCODER_RECIPE} beside {ENCODER_PAPERS}", "not behind", told, reached
+
+
+def _kept(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
+    narrow, full = _arm(scores, RECIPE, 64, "retrieval"), _floor(results, "student", results["widths"][0], "retrieval")
+    if narrow is not None and full:
+        kept = 100 * narrow / full
+        yield "retrieval of full width that 64 keep", f"≥ {KEPT:g} % (aim {AIM:g} %)", f"{kept:.1f} %", kept >= KEPT
+
+
+def _costs(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
+    """Of int8 the most at any width, of bits those of full width."""
+    widest = results["widths"][0]
+    full = _floor(results, "student", widest, "retrieval")
+    pairs: list[tuple[float | None, float | None, int]] = [
+        (_floor(results, "student", widest, "retrieval", "int8"), full, widest)
+    ]
+    for width in results["widths"][1:]:
+        code, plain = (_arm(scores, RECIPE, width, "retrieval", precision) for precision in ("int8", "float32"))
+        pairs.append((code, plain, width))
+    costs = [(100 * (1 - code / plain), width) for code, plain, width in pairs if code is not None and plain]
+    if costs:
+        most, width = max(costs)
+        yield (
+            "cost of int8, of retrieval",
+            f"≤ {COSTS['int8']:g} %",
+            f"{most:.2f} % (at {width})",
+            most <= COSTS["int8"],
+        )
+    for precision in ("ubinary", "ubinary+rescore"):
+        code = _arm(scores, FULL_WIDTH_BITS, widest, "retrieval", precision)
+        if code is not None and full:
+            cost = 100 * (1 - code / full)
+            what = f"cost of {precision} at {widest}, of retrieval"
+            yield what, f"≤ {COSTS[precision]:g} %", f"{cost:.2f} %", cost <= COSTS[precision]
+
+
+def _arm(scores: Scores, arm: str, width: int, kind: str, precision: str = "float32") -> float | None:
+    values = scores.get((arm, "seconds", width, precision, kind))
+    return mean(values) if values else None
+
+
+def _floor(results: Mapping[str, Any], model: str, width: int, kind: str, precision: str = "float32") -> float | None:
+    for row in results["floors"]:
+        if (row["model"], row["width"], row.get("precision", "float32")) == (model, width, precision):
+            return kind_means(results, row["scores"]).get(kind)
+    return None
