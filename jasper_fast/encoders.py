@@ -47,7 +47,7 @@ def load_model(
     """
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.models import CANNOT_LOAD, first_line, resolve_model
+    from jasper_fast.models import CANNOT_LOAD, OWN_CODE, first_line, resolve_model
 
     path = Path(resolve_model(name))
     if (path / "model" / "modules.json").is_file():
@@ -60,10 +60,7 @@ def load_model(
         )
     except CANNOT_LOAD as error:
         if "trust_remote_code" in str(error):
-            told = (
-                "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
-                "trust_remote_code=True, or to the command --trust-remote-code"
-            )
+            told = OWN_CODE
         elif path.exists():
             told = (
                 f"it cannot be loaded ({first_line(error)}); where one of its files is damaged, make or copy it again"

@@ -75,7 +75,11 @@ def finish(
         },
     }
     if student.vision is not None and pictures is not None and len(pictures[1]):
-        seeing = load_student(folder.model).to(device)
+        seeing = load_student(
+            folder.model,
+            trust_remote_code=config.student.trust_remote_code,
+            trust_tower_code=config.student.vision is not None and config.student.vision.trust_remote_code,
+        ).to(device)
         results["pictures"], sheet = evaluate_pictures(seeing, *pictures, device, config.precision)
         write_sheet(folder.path / "plots" / SHEET, sheet, pictures[1])
     card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)

@@ -18,6 +18,10 @@ PACKAGES = {
 # What libraries raise of a model that is missing, cut short, of another shape, or brings code of its own.
 CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+OWN_CODE = (
+    "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
+    "trust_remote_code=True, or to the command --trust-remote-code"
+)
 
 
 def resolve_model(name: str) -> str:

@@ -25,6 +25,7 @@ from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
 from jasper_fast.image_sources import PICTURES
 from jasper_fast.images import BadImage, decode, resize
 from jasper_fast.model import Student
+from jasper_fast.models import OWN_CODE
 
 
 class PictureModel:
@@ -90,16 +91,20 @@ class PictureModel:
         return int(task)
 
 
-def load(path: str | Path) -> PictureModel:
+def load(path: str | Path, *, trust_remote_code: bool = False) -> PictureModel:
     """An exported model, or the run folder around it, that embeds pictures and words.
 
+    Args:
+        path: of either.
+        trust_remote_code: whether code that the model brings may run.
+
     Raises:
-        JasperError: no such folder, or its model reads text alone.
+        JasperError: no such folder, its model reads text alone, or it brings code of its own that was not allowed.
     """
     folder = model_folder(path)
     if not (folder / VISION).is_dir():
         raise JasperError(f"{folder} reads text alone: it has no folder {VISION}; train it with a vision stage")
-    return PictureModel(load_student(folder).to(pick_device()))
+    return PictureModel(load_student(folder, trust_remote_code=trust_remote_code).to(pick_device()))
 
 
 def picture_files(folder: str | Path) -> Iterator[Path]:
@@ -122,20 +127,35 @@ def picture_files(folder: str | Path) -> Iterator[Path]:
         raise JasperError(f"{folder}: no picture here that can be used; known: {', '.join(PICTURES)}")
 
 
-def load_student(path: str | Path) -> Student:
+def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tower_code: bool | None = None) -> Student:
     """The student of an exported folder: encoder, heads and, where there is one, the vision tower.
 
+    What the folder says of itself never allows its own code: it may come from anywhere.
+
+    Args:
+        path: of the folder, or of the run around it.
+        trust_remote_code: whether code that the model brings may run.
+        trust_tower_code: the same of the vision tower alone; None: as the rest.
+
     Raises:
-        JasperError: no such folder, or it lacks the facts that jasper_fast writes.
+        JasperError: no such folder, it lacks the facts that jasper_fast writes, or it brings code of its own that was
+            not allowed.
     """
     folder = model_folder(path)
     facts = folder / FACTS_FILE
     if not facts.is_file():
         raise JasperError(f"{facts} is missing: it says how the student was built; export the run again")
-    fields = json.loads(facts.read_text(encoding="utf-8"))["student"] | {"model": str(folder), "layers": None}
+    fields = json.loads(facts.read_text(encoding="utf-8"))["student"]
+    fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}
     if fields.get("vision"):
         fields["vision"] |= {"model": str(folder / VISION), "tower": None, "revision": None}
-    student = Student.build(StudentConfig(**fields))
+        fields["vision"]["trust_remote_code"] = trust_remote_code if trust_tower_code is None else trust_tower_code
+    try:
+        student = Student.build(StudentConfig(**fields))
+    except JasperError as error:
+        if "trust_remote_code: true" in str(error):  # a configuration's words; here there is none
+            raise JasperError(f"{folder}: {OWN_CODE}") from error
+        raise
     heads = routes_of(folder)
     for name, head in student.heads.items():
         weights = load_file(folder / ROUTER / heads[int(name)] / "model.safetensors")

@@ -141,7 +141,7 @@ def build(
     loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:
-        seeing, wide = jasper_fast.pictures.load(_weights(model)), width
+        seeing, wide = jasper_fast.pictures.load(_weights(model), trust_remote_code=trust_remote_code), width
 
         def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
             return {wide: seeing.encode(texts, wide)}

@@ -204,7 +204,8 @@ def load_tower(config: VisionConfig) -> Any:
     """The vision model of a folder or hub name, float32, without dropout and without a pooling head.
 
     Raises:
-        JasperError: not found, or it has no vision model of a fixed image size.
+        JasperError: not found, it brings code of its own that was not allowed, or it has no vision model of a fixed
+            image size.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -221,6 +222,11 @@ def load_tower(config: VisionConfig) -> Any:
         with torch.random.fork_rng(devices=[]):
             model = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **options)
     except CANNOT_LOAD as error:
+        if "trust_remote_code" in str(error):
+            raise JasperError(
+                f"student.vision.model {config.model!r} brings code of its own, which is not run unless asked for: "
+                "read it, then set student.vision.trust_remote_code: true"
+            ) from error
         raise JasperError(
             f"student.vision.model {config.model!r} could not be loaded ({first_line(error)}); give a folder or a "
             "hub name such as google/siglip-so400m-patch14-384, or `tower` for one from scratch"

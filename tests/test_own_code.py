@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast import evaluate, search
+from jasper_fast import evaluate, pictures, search
+from jasper_fast.config import StudentConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.export import export_student
+from jasper_fast.model import Student
 from jasper_fast.train import train
 
 CODE = """
@@ -25,17 +28,38 @@ class HomemadeModel(BertModel):
     config_class = HomemadeConfig
 """
 
+EYES = """
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+with open({marker!r}, "a") as file:
+    file.write("it ran\\n")
+
+
+class EyesConfig(SiglipVisionConfig):
+    model_type = "eyes"
+
+
+class EyesModel(SiglipVisionModel):
+    config_class = EyesConfig
+"""
+TOWER = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+TOWER |= {"num_attention_heads": 2}
+
 
 @pytest.fixture
 def homemade(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny BERT as an architecture that only the folder's own code knows."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    folder = shutil.copytree(tiny_bert, tmp_path / "homemade")
-    (folder / "homemade_code.py").write_text(CODE)
+    return bring_code(shutil.copytree(tiny_bert, tmp_path / "homemade"), "homemade", "Homemade", CODE)
+
+
+def bring_code(folder: Path, kind: str, name: str, code: str) -> Path:
+    """Make a saved model one that needs ``code``, which holds the classes nameConfig and nameModel."""
+    (folder / f"{kind}_code.py").write_text(code)
     settings = json.loads((folder / "config.json").read_text())
-    auto = {"AutoConfig": "homemade_code.HomemadeConfig", "AutoModel": "homemade_code.HomemadeModel"}
-    settings |= {"model_type": "homemade", "architectures": ["HomemadeModel"], "auto_map": auto}
+    auto = {"AutoConfig": f"{kind}_code.{name}Config", "AutoModel": f"{kind}_code.{name}Model"}
+    settings |= {"model_type": kind, "architectures": [f"{name}Model"], "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
@@ -78,8 +102,6 @@ def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
 
 def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) -> None:
     from jasper_fast import export
-    from jasper_fast.config import StudentConfig
-    from jasper_fast.model import Student
     from jasper_fast.mteb import load
 
     config = StudentConfig(model=str(homemade), heads=[16], max_length=16, trust_remote_code=True)
@@ -94,3 +116,51 @@ def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) ->
             assert not trusted and "code of its own" in str(error)
         else:
             assert trusted and (written / export.ONNX_FILE).is_file()
+
+
+def test_a_folder_does_not_allow_its_own_code_itself(homemade: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    """``training.json`` says that the code was trusted in training; who loads the folder has not said so."""
+    from PIL import Image
+
+    from jasper_fast.vision import new_tower
+
+    (tmp_path / "shown").mkdir()
+    picture = tmp_path / "shown" / "grey.png"
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(picture)
+    marker = tmp_path / "marker"
+    new_tower(TOWER).save_pretrained(tmp_path / "eyes")
+    eyes = bring_code(tmp_path / "eyes", "eyes", "Eyes", EYES.format(marker=str(marker)))
+    towers = {"words": {"tower": TOWER}, "eyes": {"model": str(eyes), "trust_remote_code": True}}
+    for name, tower in towers.items():
+        own = name == "words"
+        fields = {"model": str(homemade if own else tiny_bert), "heads": [16], "max_length": 16}
+        vision = {**tower, "image_tokens": 2}
+        config = StudentConfig(**fields, trust_remote_code=own, vision=vision)
+        folder = export_student(Student.build(config), tmp_path / f"model-{name}")
+        facts = json.loads((folder / "training.json").read_text())["student"]
+        assert facts["trust_remote_code"] or facts["vision"]["trust_remote_code"]
+
+        marker.unlink(missing_ok=True)
+        with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+            pictures.load(folder)
+        index = str(tmp_path / f"index-{name}")
+        build = ["build", str(folder), str(picture.parent), "--pictures", "--out", index]
+        with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+            search.main(build)
+        assert not marker.exists()
+        assert pictures.load(folder, trust_remote_code=True).encode([picture]).shape == (1, 16)
+        assert search.main([*build, "--trust-remote-code"]) == 0
+        if not own:  # only the tower's: the run that trained it may say so of the tower alone
+            assert marker.exists()
+            with pytest.raises(JasperError, match="code of its own"):
+                pictures.load_student(folder, trust_remote_code=True, trust_tower_code=False)
+            assert pictures.load_student(folder, trust_tower_code=True).seeing.side == 16
+
+
+def test_recipes_do_not_allow_code_of_their_own() -> None:
+    from jasper_fast.config import load_config, recipe_names
+
+    for name in recipe_names():
+        config = load_config(name)
+        assert not any(teacher.trust_remote_code for teacher in config.teachers), name
+        assert not config.student.trust_remote_code, name
