@@ -571,7 +571,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(tiny_bert, tmp_path):
         found = torch.load(tmp_path / f"gradient-{rank}.pt")
         assert found.keys() == alone.keys()
         for name, value in alone.items():
-            assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-9), name
+            close = max(1e-9, 1e-7 * value.abs().max().item())  # the contrastive term is float32
+            assert torch.allclose(found[name], value, rtol=1e-6, atol=close), name
 
 
 def test_two_processes_see_as_one(run, tmp_path):
