@@ -55,12 +55,16 @@ def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
 
 
 def odd(form: Form, *even: str) -> Form:
-    """The form of a launch whose counts and strides are no multiples of 16, but for ``even``."""
+    """The form of a launch whose counts and strides are no multiples of 16, but for ``even``.
+
+    Its loads keep an address for every element, which may not fit the registers.
+    """
     types = {
         name: kind if kind.startswith("*") or name in even else kind.removesuffix(":16")
         for name, kind in form.types.items()
     }
-    return replace(form, label=f"{form.label}, odd", types=types, quick=False)
+    stack = {sm: max(256, form.stack.get(sm, 0)) for sm in form.architectures}
+    return replace(form, label=f"{form.label}, odd", types=types, stack=stack, quick=False)
 
 
 def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:

@@ -78,7 +78,8 @@ def test_against_the_references(rows, width, teacher_width, seed, scale, duplica
             continue  # scores that tie in exact arithmetic do not in float32: test_relative_similarity.py has these
         torch.testing.assert_close(value.double(), wanted, rtol=2e-5, atol=2e-6)
         if not (name == "relative" and rows < 8):
-            torch.testing.assert_close(gradient.double() * scale, wanted_gradient, rtol=2e-3, atol=2e-5)
+            short = student.double().norm(dim=1, keepdim=True).clamp(max=1.0)  # the shorter, the larger the error
+            torch.testing.assert_close(gradient.double() * scale * short, wanted_gradient * short, rtol=2e-3, atol=2e-5)
         if zero:
             assert not gradient[0].any()
 
