@@ -45,7 +45,9 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Texts of one batch in order of length, cut into micro-batches, with the way back.
+    """Texts of one batch in order of length, the longest first, cut into micro-batches, with the way back.
+
+    Passes that grow would take more memory than they need: what an earlier one freed is too small for the next.
 
     Args:
         token_ids: per micro-batch, the token ids of its texts.
@@ -80,6 +82,7 @@ class MicroBatches:
             cuts = cheapest_cuts(lengths[order], micro_batch, micro_tokens)
         else:
             cuts = [len(order) * part // passes for part in range(passes + 1)]
+        order, cuts = order[::-1].copy(), [len(order) - cut for cut in reversed(cuts)]
         parts = [order[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
         inverse = np.empty(len(order), dtype=np.int64)
         inverse[order] = np.arange(len(order))

@@ -205,7 +205,7 @@ def out_of_memory(
     student.zero_grad(set_to_none=True)
     held = sum(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)  # tokens, padding included
     most = max(len(ids) * max(map(len, ids)) for ids in batch.texts.token_ids)
-    text: Any = batch.texts.token_ids[-1][-1]
+    text: Any = batch.texts.token_ids[0][0]
     advice = []
     if not stage.gradient_caching and len(batch.texts.token_ids) > 1:
         advice.append(f"gradient_caching: true (the graph of {most} tokens at a time instead of {held})")

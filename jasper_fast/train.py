@@ -349,7 +349,7 @@ def _measure(work: Work, stage: StageConfig, batch: Batch) -> None:
     if batch.texts is None or stage.vision is not None or is_sharded(work.student):
         return
     student = work.student
-    ids: Any = batch.texts.token_ids[-1][-1]  # the longest one
+    ids: Any = batch.texts.token_ids[0][0]  # the longest one
     facts: dict[str, float] = {
         "passes": len(batch.texts.token_ids),
         "tokens_of_a_pass": max(len(part) * max(map(len, part)) for part in batch.texts.token_ids),

@@ -31,6 +31,15 @@ def test_one_long_text_does_not_pad_the_short_ones():
     assert len(parts.token_ids) == 2
 
 
+def test_the_longest_texts_come_first():
+    """Passes that grow would leave holes in memory that no later one fits into."""
+    parts = MicroBatches.of([[1] * n for n in (3, 9, 1, 7, 5)], micro_batch=2)
+    lengths = [len(ids) for part in parts.token_ids for ids in part]
+    assert lengths == [9, 7, 5, 3, 1]
+    assert [lengths[place] for place in parts.inverse] == [3, 9, 1, 7, 5]
+    assert parts.order.tolist() == [1, 3, 4, 0, 2]
+
+
 @pytest.fixture(scope="module")
 def student(tiny_bert):
     return Student.build(StudentConfig(model=str(tiny_bert), heads=[16, 8], max_length=40))
