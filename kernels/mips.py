@@ -415,7 +415,7 @@ def forms() -> Iterator[Form]:
             )  # fmt: skip
             rest["architectures"] = (90, 100) if descriptors else (80, 90, 100)
             # Pointers keep an address for every element; where there are descriptors, only odd widths need them.
-            rest["stack"] = {} if descriptors else {80: 96, 90: 160, 100: 96}
+            rest["stack"] = {90: 48 if masked and kind == "i8" else 0} if descriptors else {80: 384, 90: 384, 100: 192}
             # On sm_100 Triton multiplies integers by the older instruction.
             rest["tensor_cores"] = (80, 90) if kind == "i8" else True
             collecting = Form(

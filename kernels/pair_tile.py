@@ -249,8 +249,9 @@ def forms() -> Iterator[Form]:
                     tile.warps,
                     tile.stages,
                     tensor_cores=True,
-                    # Strided loads keep an address for every element; on sm_100 the epilogue is the larger part.
-                    stack={80: 256, 90: 256, 100: 256} if not ones else {100: 96},
+                    # On sm_100 the epilogue is the larger part; strided loads keep an address for every element.
+                    stack={80: 8, 90: 8, 100: 144},
+                    spills=not ones,
                     quick=use in ("alone", "first")
                     and layout == "dense"
                     and tile.m == 128
@@ -281,6 +282,7 @@ def forms() -> Iterator[Form]:
                 tile.warps,
                 tile.stages,
                 tensor_cores=True,
+                spills=not ones,
                 quick=dtype == "bf16" and bool(ones) and tile.m == 128,
             )
             yield form

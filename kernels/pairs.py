@@ -84,6 +84,7 @@ def forms() -> Iterator[Form]:
         {"PACKED": "*i32:16", "MATRIX": "*fp32:16", "scale": "fp32", "B": "i32", "tiles": "i32"},
         {"TILE": TILE},
         warps=8,
+        stack={90: 8, 100: 8},
         quick=True,
     )
     yield from (pack, unpack)

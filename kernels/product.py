@@ -223,8 +223,8 @@ def forms() -> Iterator[Form]:
                 tile.warps,
                 tile.stages,
                 tensor_cores=True,
-                # Strided loads keep an address for every element.
-                stack=dict.fromkeys((80, 90, 100), 256 if "strided" in layout else 96),
+                stack=dict.fromkeys((80, 90, 100), 96),
+                spills="strided" in layout,  # such loads keep an address for every element
                 quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
             )
             yield form

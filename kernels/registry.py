@@ -30,6 +30,7 @@ class Form:
         tensor_cores: whether the form is wrong to compile without an architecture's own tensor-core instructions, or
             on which architectures.
         stack: bytes a thread may keep on its stack, by architecture (80, 90, 100); elsewhere none.
+        spills: whether it may keep more there: for layouts that are seldom met, at their price in speed.
         architectures: those it is launched on.
         quick: whether ``make test`` compiles it; ``make soak`` compiles all.
     """
@@ -42,6 +43,7 @@ class Form:
     stages: int = 2
     tensor_cores: bool | tuple[int, ...] = False
     stack: Mapping[int, int] = field(default_factory=dict)
+    spills: bool = False
     architectures: tuple[int, ...] = (80, 90, 100)
     quick: bool = False
 
@@ -57,14 +59,13 @@ def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
 def odd(form: Form, *even: str) -> Form:
     """The form of a launch whose counts and strides are no multiples of 16, but for ``even``.
 
-    Its loads keep an address for every element, which may not fit the registers.
+    Its loads keep an address for every element, which do not fit the registers.
     """
     types = {
         name: kind if kind.startswith("*") or name in even else kind.removesuffix(":16")
         for name, kind in form.types.items()
     }
-    stack = {sm: max(256, form.stack.get(sm, 0)) for sm in form.architectures}
-    return replace(form, label=f"{form.label}, odd", types=types, stack=stack, quick=False)
+    return replace(form, label=f"{form.label}, odd", types=types, spills=True, quick=False)
 
 
 def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:

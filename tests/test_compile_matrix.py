@@ -62,7 +62,7 @@ def test_the_committed_result_has_these_forms():
     ],
 )
 def test_faults_are_found(result, words):
-    form = SimpleNamespace(stack={90: 8}, tensor_cores=True)
+    form = SimpleNamespace(stack={90: 8}, spills=False, tensor_cores=True)
     (fault,) = compile_matrix.judge(form, 90, result)
     assert words in fault
 
