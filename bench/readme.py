@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs" / "runs"
 DEFAULT, PUBLIC = "minilm-docstrings", "minilm-public"
 COPIED = ("results.json", "report.md", "config.yaml", "plots")
-START, END = "<!-- results:start -->", "<!-- results:end -->"
 FLOORS = {STUDENT: "**student**", PCA: "PCA of the teacher", TRUNCATED: "first coordinates of the teacher"}
 
 
@@ -34,7 +33,9 @@ def main(argv: list[str]) -> int:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     sections = [section(read_results(DEFAULT)), public_section(read_results(PUBLIC))]
-    wanted = with_results(text, "\n\n".join(sections))
+    losses = json.loads((ROOT / "bench" / "results" / "losses-cpu.json").read_text(encoding="utf-8"))
+    wanted = with_section(text, "results", "\n\n".join(sections))
+    wanted = with_section(wanted, "losses", losses_section(losses))
     if options.check:
         print("README.md is up to date" if wanted == text else "README.md differs: run python -m bench readme")
         return int(wanted != text)
@@ -59,11 +60,12 @@ def read_results(recipe: str) -> dict[str, Any]:
     return json.loads((RUNS / recipe / "results.json").read_text(encoding="utf-8"))
 
 
-def with_results(readme: str, results: str) -> str:
-    """The README with its results section made anew."""
-    head, rest = readme.split(START)
-    _, tail = rest.split(END)
-    return head + START + "\n" + results + "\n" + END + tail
+def with_section(readme: str, name: str, text: str) -> str:
+    """The README with what stands between two comments, ``name:start`` and ``name:end``, made anew."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    head, rest = readme.split(start)
+    _, tail = rest.split(end)
+    return head + start + "\n" + text + "\n" + end + tail
 
 
 def section(results: dict[str, Any]) -> str:
@@ -132,6 +134,40 @@ def public_section(results: dict[str, Any]) -> str:
             scores(f"**student**, {width} wide", (STUDENT, width)),
             scores(f"PCA of the teacher, {width} wide", (PCA, width)),
         ]
+    return "\n".join(lines)
+
+
+def losses_section(results: dict[str, Any]) -> str:
+    """A table of ``python -m bench losses``: forward and backward, ours beside the published code and plain PyTorch."""
+    cpu = results["environment"]["cpu"]
+    pairs, gram = results["pairs_per_second"], results["gram_products"]
+    rate = pairs["rows"] * (pairs["rows"] - 1) / 2 / pairs["all_threads_s"] / 1e6
+    lines = [
+        f"Forward and backward on {cpu['threads']} CPU cores ({', '.join(cpu['isa'])}), each row in one run "
+        "(`python -m bench losses`):",
+        "",
+        "| | rows | ours is | ours | the other |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for one in results["published"]:
+        lines.append(
+            f"| exact relative similarity, beside the published code | {one['rows']:,} | "
+            f"{one['ratio']:,.0f} × as fast | {one['ours_s'] * 1e3:.1f} ms | {one['published_s'] * 1e3:,.0f} ms |"
+        )
+    for one in results["similarity"]:
+        ours, other = one["methods"]["auto"], one["methods"]["reference"]
+        widths = f"{one['width']} wide, teacher {one['teacher_width']}"
+        lines.append(
+            f"| similarity, {widths}, beside plain PyTorch | {one['rows']:,} | "
+            f"{other['seconds'] / ours['seconds']:.1f} × as fast | {ours['seconds'] * 1e3:,.0f} ms, "
+            f"{ours['peak_mib']:,.0f} MiB | {other['seconds'] * 1e3:,.0f} ms, {other['peak_mib']:,.0f} MiB |"
+        )
+    lines += [
+        "",
+        f"Exact relative similarity of {gram['rows']:,} rows takes the time of {gram['products']:.0f} products of the "
+        f"batch with itself; of {pairs['rows']:,} rows, {rate:.1f} million pairs a second, "
+        f"{pairs['speed_up']:.1f} × those of one core. MiB are above inputs.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The README's tables are what the committed results give."""
 
-from bench.readme import main, public_section, section
+from bench.readme import losses_section, main, public_section, section
 
 RESULTS = {
     "primary": {"set": "s", "metric": "nDCG@10"},
@@ -31,6 +31,31 @@ def test_minutes_and_shared_sentences_are_told_where_a_run_noted_them():
     assert "`make train` on 2 CPU cores, 10 minutes after set-up (9,000 texts;" in text
     assert "never trained on as a whole (17 of 1,000 share a sentence or more with those)" in text
     assert "minutes" not in section(RESULTS) and "a whole" not in section(RESULTS)
+
+
+def test_the_losses_ratios_come_first_and_are_of_the_seconds_shown():
+    text = losses_section(
+        {
+            "environment": {"cpu": {"threads": 2, "isa": ["avx2"]}},
+            "published": [{"rows": 64, "ratio": 100.0, "ours_s": 0.001, "published_s": 0.1}],
+            "similarity": [
+                {
+                    "rows": 2048,
+                    "width": 8,
+                    "teacher_width": 4,
+                    "methods": {
+                        "auto": {"seconds": 0.1, "peak_mib": 3.0},
+                        "reference": {"seconds": 0.25, "peak_mib": 12.0},
+                    },
+                }
+            ],
+            "gram_products": {"rows": 1024, "products": 9.2},
+            "pairs_per_second": {"rows": 2001, "all_threads_s": 0.2, "speed_up": 1.5},
+        }
+    )
+    assert "| 64 | 100 × as fast | 1.0 ms | 100 ms |" in text
+    assert "| 2,048 | 2.5 × as fast | 100 ms, 3 MiB | 250 ms, 12 MiB |" in text
+    assert "time of 9 products" in text and "10.0 million pairs a second, 1.5 ×" in text
 
 
 def test_the_public_section_has_a_row_for_every_width_and_floor():
