@@ -98,7 +98,10 @@ def relative_similarity_loss(
         dtype = _compute_dtype([student], teacher)
         if method == "reference":
             return reference.relative_similarity_loss(student.to(dtype), teacher.to(dtype), margin=margin, ties=ties)
-        return _relative_similarity([_unit(student, dtype)], _unit(teacher.detach(), dtype), margin, ties, method)[0]
+        unit, inverse = rows.unit_rows(student.detach(), dtype)
+        target, _ = rows.unit_rows(teacher.detach(), dtype)
+        losses, gradients = _counted([unit], target, margin, ties, method, _wants_gradient([student]))
+        return _attach(losses, [student], [rows.tangent(g, unit, inverse) if len(g) else g for g in gradients], [0])[0]
 
 
 def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.05) -> Tensor:
@@ -236,7 +239,7 @@ class JasperLoss(nn.Module):
             if similarity_weight:
                 similarity = _similarity(heads, teacher, "auto").sum()
             if relative_weight:
-                relative = _relative_similarity(units, target.detach(), self.margin, self.ties, "auto").sum()
+                relative = _relative_similarity(units, target.detach(), self.margin, self.ties).sum()
             if self.neighbourhood:
                 neighbourhood = self._neighbourhood(heads, teacher.detach())
             parts = (cosine, similarity, relative, neighbourhood)
@@ -307,14 +310,20 @@ def _similarity(students: list[Tensor], teacher: Tensor, method: str) -> Tensor:
     return _attach(losses, [*students, *[teacher] * len(students)], [*gradients, *teacher_gradients], heads + heads)
 
 
-def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str, method: str) -> Tensor:
+def _relative_similarity(units: list[Tensor], target: Tensor, margin: float, ties: str) -> Tensor:
     _check_rows(target)  # again: a group's ranks come together only here
-    vectors, wanted = [unit.detach() for unit in units], _wants_gradient(units)
-    if method == "binned" or (method == "auto" and binned.preferred(target.shape[0], len(units))):
-        losses, gradients = binned.relative_similarity(vectors, target, margin, wanted)
-    else:
-        losses, gradients = ops.relative_similarity(vectors, target, margin, ties == "exclude", wanted)
+    wanted = _wants_gradient(units)
+    losses, gradients = _counted([unit.detach() for unit in units], target, margin, ties, "auto", wanted)
     return _attach(losses, units, gradients, list(range(len(units))))
+
+
+def _counted(
+    units: list[Tensor], target: Tensor, margin: float, ties: str, method: str, wanted: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Relative similarity of unit rows, and its gradient with respect to them where it is wanted."""
+    if method == "binned" or (method == "auto" and binned.preferred(target.shape[0], len(units))):
+        return binned.relative_similarity(units, target, margin, wanted)
+    return ops.relative_similarity(units, target, margin, ties == "exclude", wanted)
 
 
 def _neighbourhood(students: list[Tensor], teacher: Tensor, temperature: float) -> Tensor:

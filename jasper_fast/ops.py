@@ -131,7 +131,6 @@ def _count_below(values: Tensor, prefix: Tensor, bound: Tensor) -> Tensor:
     return total
 
 
-@torch.library.custom_op("jasper_fast::relative_similarity", mutates_args=())
 def relative_similarity(
     students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -139,6 +138,9 @@ def relative_similarity(
 
     The teacher's scores are sorted once for all students.
     """
+    # Going through the registered operator takes 0.15 ms, a tenth of this loss of 128 rows.
+    if torch.compiler.is_compiling() or type(teacher) is not Tensor:
+        return registered_relative_similarity(students, teacher, margin, exclude_ties, gradient)
     with torch.cuda.device_of(teacher):
         return _relative_similarity(students, teacher, margin, exclude_ties, gradient)
 
@@ -182,7 +184,16 @@ def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     return a @ x if into is None else into.addmm_(a, x)
 
 
-@relative_similarity.register_fake
+@torch.library.custom_op("jasper_fast::relative_similarity", mutates_args=())
+def registered_relative_similarity(
+    students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """`relative_similarity` as torch.compile and tensor subclasses see it."""
+    with torch.cuda.device_of(teacher):
+        return _relative_similarity(students, teacher, margin, exclude_ties, gradient)
+
+
+@registered_relative_similarity.register_fake
 def _(
     students: list[Tensor], teacher: Tensor, margin: float, exclude_ties: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:

@@ -49,7 +49,7 @@ def test_gradcheck(name):
     width=st.integers(1, 20),
     teacher_width=st.integers(1, 20),
     seed=st.integers(0, 1000),
-    scale=st.sampled_from([1.0, 1e-30, 1e30]),
+    scale=st.sampled_from([1.0, 2.0**-100, 2.0**100]),  # exact: the references see the same vectors
     duplicates=st.booleans(),
     zero=st.booleans(),
     columns=st.booleans(),
@@ -79,7 +79,13 @@ def test_against_the_references(rows, width, teacher_width, seed, scale, duplica
         torch.testing.assert_close(value.double(), wanted, rtol=2e-5, atol=2e-6)
         if not (name == "relative" and rows < 8):
             short = student.double().norm(dim=1, keepdim=True).clamp(max=1.0)  # the shorter, the larger the error
-            torch.testing.assert_close(gradient.double() * scale * short, wanted_gradient * short, rtol=2e-3, atol=2e-5)
+            pairs = rows * (rows - 1) / 2
+            on_threshold = (
+                2 / (pairs * (pairs - 1) / 2) if name == "relative" else 0.0
+            )  # which float32 may see otherwise
+            torch.testing.assert_close(
+                gradient.double() * scale * short, wanted_gradient * short, rtol=2e-3, atol=2e-5 + on_threshold
+            )
         if zero:
             assert not gradient[0].any()
 

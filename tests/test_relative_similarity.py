@@ -254,7 +254,7 @@ def test_opcheck(dtype):
     students, teacher = [torch.randn(10, w, dtype=dtype) for w in (8, 4)], torch.randn(10, 6, dtype=dtype)
     torch.library.opcheck(ops.pair_counts, (torch.randn(2, 45, dtype=dtype), torch.randn(45, dtype=dtype), 0.015, True))
     for gradient in (True, False):
-        torch.library.opcheck(ops.relative_similarity, (students, teacher, 0.015, True, gradient))
+        torch.library.opcheck(ops.registered_relative_similarity, (students, teacher, 0.015, True, gradient))
         torch.library.opcheck(ops.neighbourhood, (students, teacher, 0.05, gradient))
         torch.library.opcheck(ops.similarity, (students, teacher, "tile", gradient, gradient))
 
