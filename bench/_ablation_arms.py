@@ -22,6 +22,7 @@ class Arm:
         teachers: "two": the lexical teacher's vectors are concatenated to the model's; "own": the student's full width.
         start: "principal": narrow heads begin as full width's principal axes, not at random.
         codes: whether int8 and bits are scored too.
+        searched: the documents that the retrieval sets search are among the texts (not the questions).
     """
 
     group: str
@@ -31,6 +32,7 @@ class Arm:
     teachers: Literal["one", "two", "own"] = "one"
     start: Literal["random", "principal"] = "random"
     codes: bool = False
+    searched: bool = False
 
     def settings(self, widest: int, narrow: list[int]) -> StageConfig:
         """The stage, at a learning rate that grows with the root of the batch.
@@ -49,7 +51,10 @@ class Arm:
             "batch_size": batch,
             "weights": _weights(cosine=10.0),  # of the widest head
         }
-        return StageConfig(**{**fixed, **self.stage})
+        settings = {**fixed, **self.stage}
+        if isinstance(settings.get("temperature"), dict):
+            settings["temperature"] = {w: t for w, t in settings["temperature"].items() if w in heads}
+        return StageConfig(**settings)
 
 
 def _weights(**given: float) -> dict[str, float]:
@@ -70,8 +75,10 @@ def mined(k: int = 8, share: float = 0.0) -> dict[str, Any]:
 
 
 BEST = "neighbourhood, mined"
-RECIPE = "neighbourhood, mined, from principal axes"  # the recipe minilm-narrow
+RECIPE = "recipe: groups of 4, from principal axes"  # minilm-narrow
 PAPERS = "paper's, random"
+RECIPE_SEARCHED, PAPERS_SEARCHED = f"{RECIPE}, searched texts too", f"{PAPERS}, searched texts too"
+TUNED = mined(4) | {"temperature": {128: 0.1, 64: 0.1, 32: 0.05}, "lr": 1e-3}
 FULL_WIDTH_BITS = "full width, trained for bits"
 ENCODER_RECIPE, ENCODER_PAPERS = "encoder: cosine", "encoder: paper's three"
 
@@ -113,8 +120,12 @@ ARMS = [
     Arm("target", "paper's, random, own vector", PAPER, teachers="own"),
     Arm("heads", "neighbourhood, mined, prefix", NEIGHBOURHOOD | mined(), heads="prefix"),
     Arm("heads", "paper's, random, prefix", PAPER, heads="prefix"),
-    Arm("start", RECIPE, NEIGHBOURHOOD | mined(), start="principal", codes=True),
+    Arm("start", "neighbourhood, mined, from principal axes", NEIGHBOURHOOD | mined(), start="principal"),
+    Arm("start", RECIPE, NEIGHBOURHOOD | TUNED, start="principal", codes=True),
     Arm("start", "paper's, random, from principal axes", PAPER, start="principal", codes=True),
+    Arm("searched", RECIPE_SEARCHED, NEIGHBOURHOOD | TUNED, start="principal", codes=True, searched=True),
+    Arm("searched", PAPERS_SEARCHED, PAPER, searched=True),
+    Arm("searched", "paper's, from principal axes, searched texts too", PAPER, start="principal", searched=True),
     Arm("teachers", "neighbourhood, mined, two teachers", NEIGHBOURHOOD | mined(), teachers="two"),
     Arm("codes", "trained for bits", NEIGHBOURHOOD | mined() | {"codes": ["ubinary"]}, codes=True),
     Arm(
@@ -153,8 +164,11 @@ STATEMENTS = [
     ("The paper's losses with very large batches", "paper's, random, 16384", PAPERS),
     ("Which target: the own vector", "neighbourhood, mined, own vector", BEST),
     ("Which heads: prefixes of the widest", "neighbourhood, mined, prefix", BEST),
-    ("Beginning at principal axes", RECIPE, BEST),
+    ("Beginning at principal axes", "neighbourhood, mined, from principal axes", BEST),
+    ("The recipe against the paper's losses", RECIPE, PAPERS),
     ("Both from principal axes", RECIPE, "paper's, random, from principal axes"),
+    ("Are the documents that will be searched worth having among the texts", RECIPE_SEARCHED, RECIPE),
+    ("The recipe against the paper's losses, both with them", RECIPE_SEARCHED, PAPERS_SEARCHED),
     ("A lexical second teacher, concatenated", "neighbourhood, mined, two teachers", BEST),
     ("Training for codes, judged by the floats", "trained for int8 and bits", BEST),
     ("At full width: the paper's three losses", ENCODER_PAPERS, ENCODER_RECIPE),

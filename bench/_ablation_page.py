@@ -23,6 +23,7 @@ QUESTIONS = {
     "target": "Own vector as target",
     "heads": "Prefix heads",
     "start": "Where narrow heads begin",
+    "searched": "The documents that are searched, among the texts",
     "teachers": "Two teachers",
     "codes": "Trained for codes",
     "encoder": "Full width, where the encoder trains",
@@ -74,8 +75,9 @@ def _intro(results: Mapping[str, Any]) -> str:
     environment = results["environment"]
     return (
         "Written by `python -m bench ablation` from [ablation.json](../bench/results/ablation.json). Every arm trains "
-        f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts: once for "
-        f"{budgets['seconds']:g} seconds, once on {budgets['texts']:,} texts, with seeds "
+        f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts (where an arm says "
+        f"so, also for the {facts['searched']:,} documents that the retrieval sets search, without questions or "
+        f"judgements): once for {budgets['seconds']:g} seconds, once on {budgets['texts']:,} texts, with seeds "
         f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds. Per cent, "
         "mean ± standard deviation over seeds, which draw the narrow heads' beginnings and the order of batches, on "
         "one and the same encoder (in the encoder arms a seed is a run of its own); a difference counts as one where "

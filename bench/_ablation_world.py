@@ -35,18 +35,26 @@ class Target:
 
 
 class World:
-    """See the module. ``states`` is (n, H), ``evals`` holds each set with its groups' states."""
+    """See the module.
+
+    Args:
+        states: (n, H), of the training texts and, after them, of the documents that the retrieval sets search.
+        texts: how many of them are training texts.
+        evals: each set with its groups' states.
+        teachers: their vectors, of all states or of the training texts alone.
+    """
 
     def __init__(
         self,
         config: Config,
         states: Tensor,
+        texts: int,
         evals: list[tuple[EvalSet, dict[str, Tensor]]],
         head: nn.Linear,
         teachers: dict[str, Target],
         encoder: str,
     ) -> None:
-        self.config, self.states, self.evals, self.teachers = config, states, evals, teachers
+        self.config, self.states, self.texts, self.evals, self.teachers = config, states, texts, evals, teachers
         self.cache = config.data.cache
         self.width = head.out_features
         self._head = head
@@ -55,7 +63,7 @@ class World:
             "teachers": {name: target.fingerprint for name, target in teachers.items()},
             "sets": [[evalset.name, len(list(evalset.texts()))] for evalset, _ in evals],
         }
-        self.facts = {"texts": len(states), "states": states.shape[1]}
+        self.facts = {"texts": texts, "searched": len(states) - texts, "states": states.shape[1]}
 
     def widest_head(self) -> nn.Linear:
         """A copy of full width's head as the encoder's training left it."""
@@ -72,10 +80,10 @@ class World:
         teacher = teacher_encoder(self.config.teachers, self.cache, self.config.precision)
         rows = []
         if teacher is not None:
-            reduces = teacher_floors(plain.read(np.arange(min(len(self.states), PCA_ROWS))).numpy(), widths)
+            reduces = teacher_floors(plain.read(np.arange(min(self.texts, PCA_ROWS))).numpy(), widths)
             rows += score_rows([evalset for evalset, _ in self.evals], {TEACHER: teacher}, reduces)
         with torch.no_grad():
-            train = normalise(self._head(self.states[:PCA_ROWS]).numpy())
+            train = normalise(self._head(self.states[: min(self.texts, PCA_ROWS)]).numpy())
             own = {e.name: {g: normalise(self._head(s).numpy()) for g, s in states.items()} for e, states in self.evals}
         forms = {f"{STUDENT}{name.removeprefix(TEACHER)}": by for name, by in teacher_floors(train, widths).items()}
         for name, by_width in {STUDENT: {self.width: lambda vectors: vectors}, **forms}.items():
@@ -139,14 +147,20 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
         evals.append((evalset, {g: torch.from_numpy(read(list(part), role)) for g, (part, role) in groups.items()}))
     kept = ensure_teachers(config, texts)
     one = kept.read(np.arange(len(words)))
+    searched = [(list(e.groups()["documents"][0]), of["documents"]) for e, of in evals if "documents" in of]
+    teacher = teacher_encoder(config.teachers, config.data.cache, config.precision)
+    if teacher is not None and searched:  # their texts alone: no question, and no judgement of what answers one
+        found = [torch.from_numpy(next(iter(teacher(documents, "document").values()))) for documents, _ in searched]
+        one = torch.cat([one, *found])
+        states = np.concatenate([states, *(of.numpy() for _, of in searched)])
     lexical = torch.from_numpy(_lexical(words, kept.fingerprint, work))
-    both = torch.nn.functional.normalize(torch.cat([one, lexical], dim=1), dim=1)
+    both = torch.nn.functional.normalize(torch.cat([one[: len(words)], lexical], dim=1), dim=1)
     targets = {"one": Target(one, kept.fingerprint), "two": Target(both, f"{kept.fingerprint}+lexical")}
     head = heads[config.student.heads[0]][0].linear.cpu()
     with torch.no_grad():
         own = torch.nn.functional.normalize(head(torch.from_numpy(states)), dim=1)
     targets["own"] = Target(own, f"{kept.fingerprint}+{encoder}")
-    return World(config, torch.from_numpy(states), evals, head, targets, encoder)
+    return World(config, torch.from_numpy(states), len(words), evals, head, targets, encoder)
 
 
 def _lexical(words: list[str], fingerprint: str, work: Path) -> np.ndarray:

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--groups", nargs="+", default=groups, choices=groups)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32], help="of the narrow heads")
     parser.add_argument("--seconds", type=float, default=8.0, help="of training, for an arm's first run")
-    parser.add_argument("--texts", type=int, default=262_144, help="texts of its second run, repeats counted")
+    parser.add_argument("--texts", type=int, default=131_072, help="texts of its second run, repeats counted")
     parser.add_argument("--work", default="runs/bench-ablation", help="the encoder and the results of single arms")
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--page-out", default=str(PAGE))
@@ -82,6 +82,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     found: list[dict[str, Any]] = []
     for seed in _seeds(work, options.seeds):
         for arm in ARMS:
+            if arm.searched and world.texts == len(world.states):
+                continue  # nothing is searched, or the teacher cannot read it
             asked = seed in options.seeds and arm.group in options.groups
             for budget, amount in budgets:
                 settings = {
@@ -142,14 +144,14 @@ def train_heads(
     The learning rate rises and falls over the budget, whichever it is counted in.
     """
     torch.manual_seed(seed)
-    teachers = world.teachers[arm.teachers]
+    teachers, texts = world.teachers[arm.teachers], _texts(world, arm)
     if arm.heads != "independent":
         linears = {world.width: world.widest_head()}
     else:
         linears = {width: nn.Linear(world.states.shape[1], width) for width in stage.heads}
     if arm.start == "principal":
         widest = world.widest_head()
-        axes = principal_heads(world.states, widest.weight.detach(), widest.bias.detach(), stage.heads, seed)
+        axes = principal_heads(world.states[:texts], widest.weight.detach(), widest.bias.detach(), stage.heads, seed)
         for width, (weight, bias) in axes.items():
             linears[width].load_state_dict({"weight": weight, "bias": bias})
     parameters = [p for linear in linears.values() for p in linear.parameters()]
@@ -215,8 +217,12 @@ def _seeds(work: Path, asked: list[int]) -> list[int]:
     return sorted({*asked, *(int(seed) for seed in known if seed.isdigit())})
 
 
+def _texts(world: World, arm: Arm) -> int:
+    return len(world.states) if arm.searched else world.texts
+
+
 def _plan(world: World, arm: Arm, stage: StageConfig, seed: int) -> BatchPlan:
-    n = len(world.states)
+    n = _texts(world, arm)
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, seed, 0)
     graph = kept_graph(world.cache, world.teachers[arm.teachers], n, stage.neighbours, print)

@@ -23,9 +23,21 @@ def tiny_arms():
         Arm("teachers", "neighbourhood, mined, two teachers", near | mined(4, 0.5), teachers="two"),
         Arm("target", "paper's, random, own vector", paper, teachers="own"),
         Arm("start", RECIPE, near, start="principal"),
+        Arm("searched", "all texts", near | mined(4), start="principal", searched=True),
         Arm("codes", FULL_WIDTH_BITS, near | {"codes": ["ubinary"]}, heads="widest", codes=True),
         Arm("codes", "trained for int8 and bits", near | {"codes": ["int8", "ubinary"]}, codes=True),
     ]
+
+
+def write_retrieval(folder, texts):
+    """A BEIR folder whose questions are the beginnings of its documents."""
+    (folder / "qrels").mkdir(parents=True)
+    lines = {"corpus": [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]}
+    lines["queries"] = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[:5])]
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(5))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +47,8 @@ def done(tmp_path_factory, tiny_bert, tiny_texts):
     tree = settings(folder, tiny_bert)
     tree["student"]["heads"] = [32]
     tree["stages"] = tree["stages"][:2]
+    write_retrieval(folder / "found", tiny_texts[:30])
+    tree["evaluate"].append({"path": str(folder / "found")})
     (folder / "config.yaml").write_text(json.dumps(tree))  # JSON is YAML
     encoder_arms = {"encoder: cosine": {"cosine": 10, "similarity": 0, "relative_similarity": 0}}
     patch = pytest.MonkeyPatch()
@@ -55,7 +69,7 @@ def test_every_arm_has_both_budgets_and_every_width(done):
     assert len(runs) == 2 * (2 * len(tiny_arms()) + 1)
     for (arm, budget, _), run in runs.items():
         if budget == "texts" and not arm.startswith("encoder"):
-            assert run["texts"] == 160 and run["steps"] == 10
+            assert run["texts"] == 130 and run["steps"] == 10
         if budget == "seconds":
             assert 0.1 <= run["seconds"] < 5 and run["steps"] >= 1
         alone = arm.startswith("encoder") or arm == FULL_WIDTH_BITS
@@ -97,6 +111,14 @@ def test_nothing_is_trained_that_was_not_asked_for(done, tmp_path):
     encoders = {("encoder: cosine", 0), ("encoder: cosine", 1)}  # these have the configuration's own number of texts
     assert by_texts == {(arm.name, 1) for arm in tiny_arms() if arm.group == "losses"} | encoders
     assert {run["seed"] for run in results["runs"] if run["budget"] == "seconds"} == {0, 1} == set(results["seeds"])
+
+
+def test_searched_documents_are_texts_of_the_arms_that_say_so_alone(done):
+    folder, _ = done
+    results = json.loads((folder / "ablation.json").read_text())
+    assert results["facts"]["texts"] == 130 and results["facts"]["searched"] == 30
+    (known,) = {json.loads(file.read_text())["settings"]["arm"]["searched"] for file in (folder / "work").glob("all*")}
+    assert known is True
 
 
 def test_an_arm_learns(done):
