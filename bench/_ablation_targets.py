@@ -46,7 +46,8 @@ def targets(results: Mapping[str, Any], scores: Scores) -> str:
         return ""
     text = (
         f"The recipe is *{RECIPE}*; the paper's losses are *{PAPERS}*. Means over seeds, equal seconds. The last "
-        "columns are those of arms that both had the searched documents, without questions or judgements, among their texts."
+        "columns are those of arms that both had the searched documents, without questions or judgements, among their "
+        "texts."
     )
     beside = {what: [found, _yes(reached)] for what, _, found, reached in searched}
     table = [[what, asked, found, _yes(reached), *beside.get(what, ["", ""])] for what, asked, found, reached in rows]

@@ -69,7 +69,7 @@ def test_every_arm_has_both_budgets_and_every_width(done):
     assert len(runs) == 2 * (2 * len(tiny_arms()) + 1)
     for (arm, budget, _), run in runs.items():
         if budget == "texts" and not arm.startswith("encoder"):
-            assert run["texts"] == 130 and run["steps"] == 10
+            assert run["texts"] == 160 and run["steps"] == 10
         if budget == "seconds":
             assert 0.1 <= run["seconds"] < 5 and run["steps"] >= 1
         alone = arm.startswith("encoder") or arm == FULL_WIDTH_BITS
@@ -139,7 +139,7 @@ def test_the_page_says_what_the_figures_say(done, tmp_path):
             row["scores"] = {name: value for name in row["scores"]}
     write_page(results, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert f"- **Which losses.** *{BEST}* against *{PAPERS}*: similarity at 8 better by 10.00 (80.05 ± 0.07" in text
+    assert f"- **Which losses.** *{BEST}* against *{PAPERS}*: retrieval at 8 better by 10.00 (80.05 ± 0.07" in text
     assert "## Width × precision" in text and "| trained for int8 and bits | 4 | similarity |" in text
     assert (tmp_path / "page" / "arms-4.png").stat().st_size > 1000 and "(page/arms-4.png)" in text
 
