@@ -213,6 +213,7 @@ class EvalConfig(Section):
     path: str
     name: str | None = None
     limit: PositiveInt | None = None
+    transductive: bool = False  # a retrieval set's documents may be trained on, its questions never; the report says so
 
 
 class LossWeights(Section):

@@ -95,18 +95,21 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
     """A run's training texts without the texts of its evaluation sets and the captions of held-out pictures.
 
     Returns:
-        (texts, names of evaluation sets of which some text is among them all the same: normally none).
+        (texts, names of evaluation sets of which some text is among them all the same: normally none but those that
+        are ``transductive``).
     """
     from jasper_fast.evalsets import load_evals
     from jasper_fast.image_data import prepare_images
 
-    forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in load_evals(config.evaluate)}
-    barred = frozenset[str]().union(*forms.values())
+    evalsets = load_evals(config.evaluate)
+    forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in evalsets}
+    barred = frozenset(normal_form(t) for evalset in evalsets for t in evalset.kept_apart())
     if config.images is not None:
         _, kept = prepare_images(config)
         barred |= {normal_form(caption) for captions in kept.captions() for caption in captions}
     texts = build_texts(config.data, config.data.seed, barred)
-    found = {form for text in _column(texts, "text") if (form := normal_form(text)) in barred} if barred else set()
+    known = barred.union(*forms.values())
+    found = {form for text in _column(texts, "text") if (form := normal_form(text)) in known} if known else set()
     return texts, [name for name, kept in forms.items() if not kept.isdisjoint(found)]
 
 

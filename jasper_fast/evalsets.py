@@ -40,6 +40,7 @@ class RetrievalSet:
     # Per query the document that is the query itself, else -1; it is no answer. Empty: none is. BEIR drops what shares
     # the query's id; here the text must be the same as well, since many sets merely count both from 1.
     itself: list[int] = field(default_factory=list)
+    transductive: bool = False  # the documents may be trained on: the corpus that will be searched is known by then
     metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
@@ -51,6 +52,10 @@ class RetrievalSet:
         yield from self.queries
         yield from self.documents
         yield from self.parts
+
+    def kept_apart(self) -> Iterator[str]:
+        """What training must not see."""
+        yield from self.queries if self.transductive else self.texts()
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class SimilaritySet:
         """Every sentence of the set."""
         yield from self.left
         yield from self.right
+
+    kept_apart = texts  # from training
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class ClassificationSet:
         yield from self.train_texts
         yield from self.test_texts
 
+    kept_apart = texts  # from training
+
 
 EvalSet = RetrievalSet | SimilaritySet | ClassificationSet
 
@@ -112,6 +121,16 @@ def load_eval(config: EvalConfig) -> EvalSet:
     """
     if config.path == DOCSTRINGS:
         return _docstrings(config)
+    found = _load_files(config)
+    if config.transductive and not isinstance(found, RetrievalSet):
+        raise JasperError(
+            f"evaluation set {config.path!r}: `transductive` lets a retrieval set's documents be trained on; this is a "
+            f"set of {found.kind}: leave it out"
+        )
+    return found
+
+
+def _load_files(config: EvalConfig) -> EvalSet:
     path = Path(config.path).expanduser()
     if not path.exists():
         raise JasperError(f"evaluation set {config.path!r}: no such file or folder (or the word {DOCSTRINGS!r})")
@@ -153,6 +172,8 @@ def load_evals(configs: Sequence[EvalConfig]) -> list[EvalSet]:
 def _docstrings(config: EvalConfig) -> RetrievalSet:
     from jasper_fast.docstrings import split_docstrings  # reads every installed package: only when asked for
 
+    if config.transductive:
+        raise JasperError("evaluation set 'docstrings': what is kept is never trained on; leave `transductive` out")
     _, held_out = split_docstrings(config.limit or DOCSTRING_PAIRS)
     if not held_out:
         raise JasperError("evaluation set 'docstrings': the installed packages hold no docstrings that could be kept")
@@ -205,6 +226,7 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
         [relevant[query] for query in kept],
         parts=parts,
         itself=found if max(found) >= 0 else [],
+        transductive=config.transductive,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_evaluate import write_beir
 from test_train import settings, write_data
 
 from bench import ablation
@@ -29,17 +30,6 @@ def tiny_arms():
     ]
 
 
-def write_retrieval(folder, texts):
-    """A BEIR folder whose questions are the beginnings of its documents."""
-    (folder / "qrels").mkdir(parents=True)
-    lines = {"corpus": [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]}
-    lines["queries"] = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[:5])]
-    for name, rows in lines.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(5))
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, tiny_bert, tiny_texts):
     folder = tmp_path_factory.mktemp("ablation")
@@ -47,7 +37,8 @@ def done(tmp_path_factory, tiny_bert, tiny_texts):
     tree = settings(folder, tiny_bert)
     tree["student"]["heads"] = [32]
     tree["stages"] = tree["stages"][:2]
-    write_retrieval(folder / "found", tiny_texts[:30])
+    (folder / "found").mkdir()
+    write_beir(folder / "found", tiny_texts[:30])
     tree["evaluate"].append({"path": str(folder / "found")})
     (folder / "config.yaml").write_text(json.dumps(tree))  # JSON is YAML
     encoder_arms = {"encoder: cosine": {"cosine": 10, "similarity": 0, "relative_similarity": 0}}

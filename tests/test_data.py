@@ -14,9 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_evaluate import write_beir
 
 from jasper_fast import data as data_module
-from jasper_fast.config import Config, DataConfig, SourceConfig
+from jasper_fast.config import Config, DataConfig, EvalConfig, SourceConfig
 from jasper_fast.data import (
     build_texts,
     normal_form,
@@ -27,6 +28,7 @@ from jasper_fast.data import (
     with_trained_piece,
 )
 from jasper_fast.errors import JasperError
+from jasper_fast.evalsets import load_evals
 from jasper_fast.treatment import Exchanges, sentences, treat
 
 pa = pytest.importorskip("pyarrow")
@@ -278,6 +280,41 @@ def test_run_texts_leave_out_its_evaluation_sets(tmp_path: Path, monkeypatch: py
     everything = build_texts(config.data, config.seed)
     monkeypatch.setattr(data_module, "build_texts", lambda *_: everything)
     assert prepare_texts(config)[1] == ["near"]
+
+
+def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_not(tmp_path: Path) -> None:
+    rows = [{"text": f"A sentence about {i}."} for i in range(20)]
+    (tmp_path / "searched").mkdir()
+    folder = write_beir(tmp_path / "searched", [row["text"] for row in rows[:5]], queries=1)
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q0", "text": "a Sentence  about 7."}) + "\n")
+
+    def prepared(**chosen: object) -> tuple[set[str], list[str]]:
+        config = Config.model_validate(
+            {
+                "name": "t",
+                "student": {"model": "m", "heads": [8]},
+                "teachers": [{"model": "m"}],
+                "data": settings(tmp_path, source(jsonl(tmp_path / "rows.jsonl", rows)), cut_share=0.0).model_dump(),
+                "evaluate": [{"path": str(folder), **chosen}],
+                "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
+            }
+        )
+        texts, told = prepare_texts(config)
+        return set(texts["text"]), told
+
+    texts = [row["text"] for row in rows]
+    assert prepared() == ({*texts[5:7], *texts[8:]}, [])
+    assert prepared(transductive=True) == ({*texts[:7], *texts[8:]}, ["searched"])
+
+
+def test_transductive_is_for_retrieval_sets(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("score\tsentence1\tsentence2\n0.5\tone\ttwo\n0.1\tthree\tfour\n")
+    with pytest.raises(
+        JasperError, match="`transductive` lets a retrieval set's documents be trained on; this is a set"
+    ):
+        load_evals([EvalConfig(path=str(tmp_path / "pairs.tsv"), transductive=True)])
+    with pytest.raises(JasperError, match="'docstrings': what is kept is never trained on"):
+        load_evals([EvalConfig(path="docstrings", transductive=True)])
 
 
 def test_held_out_texts_with_a_trained_piece_are_counted(tmp_path: Path) -> None:
