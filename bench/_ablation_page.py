@@ -81,8 +81,8 @@ def _intro(results: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds. Per cent, "
         "mean ± standard deviation over seeds, which draw the narrow heads' beginnings and the order of batches, on "
         "one and the same encoder (in the encoder arms a seed is a run of its own); a difference counts as one where "
-        f"Student's t says so at {100 * SURE:.0f} %. {sets[:1].upper() + sets[1:]}. {environment.get('cpu', 'CPU')}, "
-        f"{environment['threads']} threads, commit {environment.get('commit')}."
+        f"Student's t says so at {100 * SURE:.0f} %. {sets[:1].upper() + sets[1:]}. {environment['cpu']['model']}, "
+        f"threads of an arm: {environment['threads']}, commit {environment.get('commit')}."
     )
 
 

@@ -15,7 +15,7 @@ from jasper_fast.codes import PRECISIONS
 from jasper_fast.config import Config
 from jasper_fast.encoders import cached, load_model, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError
-from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, load_evals, score_rows, teacher_floors
+from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, embed, load_evals, score_rows, teacher_floors
 from jasper_fast.metrics import score_codes, score_vectors
 from jasper_fast.models import prompt_of
 
@@ -147,11 +147,11 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
         evals.append((evalset, {g: torch.from_numpy(read(list(part), role)) for g, (part, role) in groups.items()}))
     kept = ensure_teachers(config, texts)
     one = kept.read(np.arange(len(words)))
-    searched = [(list(e.groups()["documents"][0]), of["documents"]) for e, of in evals if "documents" in of]
+    searched = [(evalset, of["documents"]) for evalset, of in evals if "documents" in of]
     teacher = teacher_encoder(config.teachers, config.data.cache, config.precision)
     if teacher is not None and searched:  # their texts alone: no question, and no judgement of what answers one
-        found = [torch.from_numpy(next(iter(teacher(documents, "document").values()))) for documents, _ in searched]
-        one = torch.cat([one, *found])
+        found = [embed(evalset, teacher)[one.shape[1]]["documents"] for evalset, _ in searched]
+        one = torch.cat([one, *map(torch.from_numpy, found)])
         states = np.concatenate([states, *(of.numpy() for _, of in searched)])
     lexical = torch.from_numpy(_lexical(words, kept.fingerprint, work))
     both = torch.nn.functional.normalize(torch.cat([one[: len(words)], lexical], dim=1), dim=1)
