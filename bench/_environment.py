@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast import env, extension
-from jasper_fast.ranks import code_digest
+from jasper_fast.env import code_digest
 
 
 def environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import torch
 
 import jasper_fast
 from jasper_fast.errors import run_cli
+from jasper_fast.extension import extension_path
 
 LIBRARIES = (
     "torch",
@@ -47,6 +49,17 @@ def cpu_features() -> frozenset[str]:
 def cpu_name() -> str:
     """The processor's name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def code_digest() -> str:
+    """A digest of this package's sources, kernels among them, and of the compiled extension in use."""
+    package, extension = Path(__file__).resolve().parent, extension_path()
+    # In a checkout kernels is a link to another folder, which rglob does not follow from above.
+    files = {*package.rglob("*.py"), *(package / "kernels").rglob("*.py")}
+    digest = hashlib.blake2b(digest_size=8)
+    for path in [*sorted(files), *([extension] if extension is not None else [])]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:

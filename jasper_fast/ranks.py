@@ -6,14 +6,12 @@ arrived) go through a gloo group of their own, vectors and gradients through the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor, distributed
 
 from jasper_fast.config import config_difference
 from jasper_fast.errors import JasperError
-from jasper_fast.extension import extension_path
 from jasper_fast.gather import split_rows
 from jasper_fast.roll import Roll
 
@@ -218,17 +215,6 @@ def join_ranks(timeout: float) -> Iterator[Ranks]:
     roll = Roll(distributed.distributed_c10d._get_default_store(), rank, world)
     yield Ranks(rank, world, timeout, distributed.group.WORLD, control, roll)
     distributed.destroy_process_group()  # not after an error: it would wait for ranks that are gone
-
-
-def code_digest() -> str:
-    """A digest of this package's sources, kernels among them, and of the compiled extension in use."""
-    package, extension = Path(__file__).resolve().parent, extension_path()
-    # In a checkout kernels is a link to another folder, which rglob does not follow from above.
-    files = {*package.rglob("*.py"), *(package / "kernels").rglob("*.py")}
-    digest = hashlib.blake2b(digest_size=8)
-    for path in [*sorted(files), *([extension] if extension is not None else [])]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -39,13 +39,14 @@ from jasper_fast.config import (
     recipe_names,
 )
 from jasper_fast.encode import pick_device
+from jasper_fast.env import code_digest
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.image_data import Images
 from jasper_fast.log import RunLog, SilentLog, Tracker, memory_gb, start_trackers
 from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
 from jasper_fast.prepare import build_student, check_disk, describe_plan, describe_stage, prepare
-from jasper_fast.ranks import Ranks, code_digest, join_ranks
+from jasper_fast.ranks import Ranks, join_ranks
 from jasper_fast.run_folder import RunFolder, open_run, what_decides
 from jasper_fast.sharding import collect, is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names

@@ -21,10 +21,11 @@ from test_train import fork_server, settings, write_data
 from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig, StudentConfig
 from jasper_fast.encode import MicroBatches
+from jasper_fast.env import code_digest
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks, code_digest, join_ranks
+from jasper_fast.ranks import Ranks, join_ranks
 from jasper_fast.sharding import is_sharded, shard, whole
 from jasper_fast.stages import StageLoss, set_trained, trained_names
 from jasper_fast.step import dropout_factors, take_gradients
