@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench._budget import Budget
 from bench._targets import Target, judged, print_judged
 from jasper_fast.mips import FlatIPIndex
 
@@ -53,7 +54,11 @@ TARGETS = {
 
 
 def measure(
-    device: str, repeats: int, quick: bool = False, keep: Callable[[dict[str, Any]], None] = lambda found: None
+    device: str,
+    repeats: int,
+    quick: bool = False,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Seconds of every shape by every method, the ratios that the targets are about, and whether they are met.
 
@@ -62,7 +67,9 @@ def measure(
         repeats: of which the median is taken.
         quick: far smaller shapes, of which no target speaks.
         keep: called with all that was found so far, after each shape.
+        budget: shapes that would begin after it are left out.
     """
+    budget = budget or Budget()
     shrink = 16 if quick else 1
     found: dict[str, Any] = {"device": device, "cases": []}
     found["read_gb_s"] = bandwidth(device, (1 << 30) // shrink**2, repeats)
@@ -71,10 +78,15 @@ def measure(
         targets = () if quick else TARGETS.get((size, rows, width, k), ())
         size, rows, width = max(1, size // shrink**2), rows // shrink, width // shrink
         entry: dict[str, Any] = {"queries": size, "rows": rows, "width": width, "k": k}
+        begin = time.perf_counter()
         try:
-            entry |= case(device, size, rows, width, k, dtypes, repeats, found["read_gb_s"])
+            if left_out := budget.spent():
+                entry |= {"seconds": {}, "errors": {"all": left_out}, "share_of_bandwidth": {}}
+            else:
+                entry |= case(device, size, rows, width, k, dtypes, repeats, found["read_gb_s"])
         except Exception as error:  # a device that failed: what was found before it is kept
             entry |= {"seconds": {}, "errors": {"all": _told(error)}, "share_of_bandwidth": {}}
+        entry["took_s"] = time.perf_counter() - begin
         entry["targets"] = judged(targets, entry)
         found["cases"].append(entry)
         keep(found)

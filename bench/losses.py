@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench._budget import Budget
 from bench._check import Method, check, known
 from bench._environment import environment
 from bench._targets import Target, judged, print_judged
@@ -59,10 +60,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/losses-DEVICE.json)")
     parser.add_argument("--repeats", type=int, default=7, help="median of this many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="leave out what takes gigabytes or many seconds")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: leave out what would begin later")
     options = parser.parse_args(argv)
     options.out = options.out or Path(f"bench/results/losses-{options.device}.json")
     if options.device == "cuda":
-        return on_cuda(options.out, options.repeats, options.quick)
+        return on_cuda(options.out, options.repeats, options.quick, options.budget)
     threads = torch.get_num_threads()
     results: dict[str, Any] = {"environment": environment(), "published": [], "similarity": []}
     for rows in (64,) if options.quick else (64, 128):
@@ -98,14 +100,14 @@ def _write(out: Path, results: dict[str, Any]) -> None:
     out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def on_cuda(out: Path, repeats: int, quick: bool) -> int:
+def on_cuda(out: Path, repeats: int, quick: bool, budget: float | None = None) -> int:
     """The GPU suite; needs nothing but torch, Triton and a device."""
     from bench import _losses_cuda
 
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device is in use here; python -m jasper_fast.env says why. For a CPU: --device cpu")
     about = {"environment": environment()}
-    _losses_cuda.measure("cuda", repeats, quick, lambda found: _write(out, about | found))
+    _losses_cuda.measure("cuda", repeats, quick, lambda found: _write(out, about | found), Budget(budget))
     print(f"written to {out}")
     return 0
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench._budget import Budget
 from bench._environment import environment
 from bench.losses import _in_new_process, _peak_mib, medians
 from jasper_fast.mips import FlatIPIndex
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU kernels (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="median of this many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: leave out what would begin later")
     parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="only cases of so many queries")
     parser.add_argument("--memory", action="store_true", help="only: extra memory of a search of 1,000,000 x 1024 bf16")
     parser.add_argument(
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
             results["search"] = found
             keep()
 
-        _mips_cuda.measure(options.device, options.repeats, options.quick, keep_search)
+        _mips_cuda.measure(options.device, options.repeats, options.quick, keep_search, Budget(options.budget))
         print(f"written to {options.out}")
         return 0
     if options.memory:

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from bench import _losses_cuda, losses
+from bench import _losses_cuda, _published, losses
+from bench._budget import Budget
 from bench._targets import Target
+from jasper_fast import reference
 from jasper_fast.losses import similarity_loss
 
 SHAPES = {
@@ -38,7 +40,8 @@ def test_the_gpu_benchmark_measures_what_its_targets_name(small, capsys):
     assert {"published", "eager", "chunked"} <= set(wide["methods"])
     assert [target["what"] for target in wide["targets"]] == ["x the speed of eager", "of eager's extra memory"]
     assert wide["targets"][0]["met"] in (True, False) and wide["targets"][1]["met"] is None  # memory is a GPU's
-    assert published["targets"][0]["value"] > 0
+    assert published["targets"][0]["value"] > 0 and set(published["methods"]) == {"jasper_fast", "binned", "published"}
+    assert found["read_gb_s"] > 0 and all(case["took_s"] > 0 for case in cases)
     (share,) = whole["targets"]
     assert share["value"] == pytest.approx(100 * whole["methods"]["jasper_fast"]["both_s"] / whole["step_s"])
     assert "x the speed of eager, at least 1.4" in capsys.readouterr().out
@@ -56,8 +59,8 @@ def test_what_is_wrong_is_written_down_and_not_timed(small, monkeypatch, capsys)
     def refuse(heads, teacher):
         raise ZeroDivisionError("no kernel")
 
-    def methods(loss, device, rows):
-        ours = plain(loss, device, rows)["jasper_fast"]
+    def methods(loss, device, rows, name):
+        ours = plain(loss, device, rows, name)["jasper_fast"]
         return {
             "broken": refuse,
             "wrong": lambda heads, teacher: 2.0 * ours(heads, teacher),
@@ -76,6 +79,52 @@ def test_what_is_wrong_is_written_down_and_not_timed(small, monkeypatch, capsys)
             assert figures["jasper_fast"]["both_s"] > 0
     assert found["similarity"][0]["targets"][0]["value"] is None  # eager was not measured
     assert "target: not measured x the speed of eager" in capsys.readouterr().out
+
+
+def test_what_would_begin_after_the_budget_is_left_out(small):
+    found = _losses_cuda.measure("cpu", 1, budget=Budget(0))
+    cases = [case for loss in SHAPES for case in found[loss]]
+    assert all(case["error"] == "left out: the budget of 0 s is spent" and not case["methods"] for case in cases)
+    assert all(target["met"] is None for case in cases for target in case["targets"])
+
+
+def test_a_slow_method_is_measured_twice(small, monkeypatch):
+    calls = []
+
+    def method(heads, teacher):
+        calls.append(1)
+        return similarity_loss(heads[0], teacher)
+
+    monkeypatch.setattr(_losses_cuda, "METHOD_S", 0.0)
+    _losses_cuda._timed(method, [torch.randn(5, 4)], torch.randn(5, 4), 7)
+    assert len(calls) == 2
+
+
+def test_compiled_forms_are_measured_where_they_are_worth_their_minute(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    have = {
+        (loss, name): _losses_cuda._methods(loss, "cuda", 64, name) for loss in SHAPES for name in ("wide", "usual")
+    }
+    assert {key for key, methods in have.items() if "torch.compile" in methods} == set(_losses_cuda.COMPILED)
+    shapes = {(loss, shape[0]) for loss, shapes in _losses_cuda.SHAPES.items() for shape in shapes}
+    assert set(_losses_cuda.COMPILED) <= shapes
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_published_formulation_is_the_reference(ties):
+    student, teacher = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    if ties:  # the same texts twice: pairs whose teacher scores are the same bits, or a rounding apart
+        teacher = torch.eye(5, dtype=torch.float64)[[0, 1, 0, 1, 2, 2, 3, 4, 4]]
+    found = []
+    for loss in (
+        _published.relative_similarity_loss,
+        lambda s, t: reference.relative_similarity_loss(s, t, ties="label"),
+    ):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(*found)
 
 
 def test_a_device_that_fails_leaves_what_was_found_before(small, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import _mips_cuda, mips
+from bench._budget import Budget
 from bench._targets import Target
 from jasper_fast.mips import FlatIPIndex
 
@@ -55,7 +56,7 @@ def test_the_gpu_benchmark_measures_what_its_targets_name(tmp_path, capsys, monk
     assert (case["queries"], case["rows"], case["width"]) == (2, 4096, 16) and found["read_gb_s"] > 0
     assert {"certified, bfloat16", "fast, int8", "bare bf16 product", "bf16 matmul + topk"} <= set(case["seconds"])
     assert "x the bare product's time" in capsys.readouterr().out
-    monkeypatch.setattr(_mips_cuda, "measure", lambda device, repeats, quick, keep: keep({"device": device}))
+    monkeypatch.setattr(_mips_cuda, "measure", lambda device, repeats, quick, keep, budget: keep({"device": device}))
     assert mips.main(["--device", "cuda", "--out", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["search"] == {"device": "cuda"} and {"commit", "gpus", "libraries"} <= set(written["environment"])
@@ -99,6 +100,12 @@ def test_the_gpu_benchmark_goes_on_after_an_error_and_judges_its_targets(capsys,
     printed = capsys.readouterr().out
     assert "x the bare product's time, at most 0: NOT met" in printed and "ms fast, at most 1e+09: met" in printed
     assert "target: not measured ms, at most 1" in printed and "the device fell off" in printed
+
+
+def test_what_would_begin_after_the_budget_is_left_out(monkeypatch):
+    monkeypatch.setattr(_mips_cuda, "SHAPES", [(512, 65_536, 256, 16, ("bfloat16",))])
+    (case,) = _mips_cuda.measure("cpu", 1, quick=True, budget=Budget(0))["cases"]
+    assert case["errors"] == {"all": "left out: the budget of 0 s is spent"} and not case["seconds"]
 
 
 @pytest.mark.parametrize("in_bf16", [True, False])
