@@ -2,7 +2,7 @@
 
     python -m bench train                     texts/s, tokens/s, MFU, memory and shares of time on this machine's CPU
     python -m bench train --memory            peak memory of one large batch against a small one, with gradient caching
-    python -m bench train --device cuda       a 1.5 B-parameter Qwen2-shaped student of random weights on one GPU
+    python -m bench train --device cuda       a 1.5 B-parameter student of random weights on one GPU (_train_cuda.py)
 
 Each side is measured in a process of its own, on the same texts, which all sides but the one that groups by length take
 in the same batches. The student is all-MiniLM-L6-v2 with one head; the targets are random, since no speed depends on
@@ -23,18 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench._budget import Budget
 from bench._environment import environment
 from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
 from bench.losses import _in_new_process, _peak_mib
 from jasper_fast.batches import Batch, stage_batches
 from jasper_fast.config import StageConfig, StudentConfig
-from jasper_fast.encode import MicroBatches
 from jasper_fast.model import Student
 from jasper_fast.ranks import Ranks
 from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
 from jasper_fast.step import Shares, take_gradients
 
-H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
 PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
 
 
@@ -47,19 +46,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="peak memory of a large batch against a small one")
     parser.add_argument("--batch", type=int, help="texts per step (default 64; 2048 on a GPU, 8192 with --memory)")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps on a CPU (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="layers of all-MiniLM-L6-v2 (default: %(default)s)")
     parser.add_argument("--length", type=int, help="tokens of a text at most (default 128; 512 on a GPU)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: leave out what would begin later")
     options = parser.parse_args(argv)
-    if options.memory:
-        name, results = "train-memory", memory(options.batch or 8192)
-    elif options.device == "cuda":
-        name, results = "train-cuda", on_gpu(options.batch or 2048, options.length or 512, options.steps)
-    else:
-        name, results = "train-cpu", on_cpu(options.batch or 64, options.length or 128, options.layers, options.steps)
+    name = "train-memory" if options.memory else f"train-{options.device}"
     out = options.out or Path(f"bench/results/{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
+    about = environment()
+
+    def keep(results: dict[str, Any]) -> None:
+        out.write_text(json.dumps({"environment": about, **results}, indent=2) + "\n")
+
+    if options.memory:
+        keep(memory(options.batch or 8192))
+    elif options.device == "cuda":
+        from bench import _train_cuda
+
+        if not torch.cuda.is_available():
+            raise SystemExit(
+                "no CUDA device is in use here; python -m jasper_fast.env says why. For a CPU: --device cpu"
+            )
+        batch, length = options.batch or 2048, options.length or 512
+        student = _train_cuda.qwen2_student(length, _train_cuda.HEADS)
+        _train_cuda.measure(student, torch.device("cuda"), batch, length, keep, Budget(options.budget))
+    else:
+        keep(on_cpu(options.batch or 64, options.length or 128, options.layers, options.steps))
     print(f"written to {out}")
     return 0
 
@@ -102,74 +115,6 @@ def memory(large: int, small: int = 256) -> dict[str, Any]:
     return {"ratio": ratio, "peaks": {str(rows): peak for rows, peak in peaks.items()}}
 
 
-def on_gpu(batch: int, length: int, steps: int) -> dict[str, Any]:
-    """A Qwen2-shaped student of 1.5 B parameters, with and without gradient caching, full checkpointing, bf16."""
-    device = torch.device("cuda")
-    results: dict[str, Any] = {}
-    for name, settings in {
-        "cached, checkpointed": {"gradient_caching": True, "gradient_checkpointing": True, "micro_batch": 64},
-        "checkpointed": {"gradient_checkpointing": True, "micro_batch": 64},
-        "checkpointed, batch of one pass": {"gradient_checkpointing": True, "micro_batch": 64, "batch_size": 64},
-        "batch of one pass": {"micro_batch": 16, "batch_size": 16},
-    }.items():
-        torch.cuda.reset_peak_memory_stats()
-        stage = _stage(
-            [12288, 1024, 512, 256], **{"batch_size": batch, "max_length": length, "steps": steps, **settings}
-        )
-        student = qwen2_student(length, [12288, 1024, 512, 256]).to(device)
-        texts = Texts([" ".join(["7"] * length)] * stage.batch_size)
-        try:
-            found = _loop(student, stage, texts, 12288, device, "bf16", H100_FLOPS)
-        except torch.OutOfMemoryError:
-            results[name] = {"out_of_memory": True}
-            print(f"{name}: a batch of {stage.batch_size} does not fit")
-        else:
-            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            shares = ", ".join(f"{part} {100 * share:.1f} %" for part, share in found["shares"].items())
-            print(f"{name}: MFU {100 * found['mfu']:.1f} %, {found['texts_per_s']:.0f} texts/s", end=", ")
-            print(f"{found['peak_gb']:.1f} GB; {shares}")
-            results[name] = found
-        del student
-        torch.cuda.empty_cache()
-    student = qwen2_student(length, [12288]).to(device)
-    results["stage 1"] = stage_one(student, Texts([" ".join(["7"] * length)] * batch), steps, device, "bf16")
-    return {"batch": batch, "length": length, "configurations": results}
-
-
-def stage_one(student: Student, texts: Texts, steps: int, device: torch.device, precision: Any) -> dict[str, float]:
-    """Seconds that stage 1 takes for a text, on states pooled once, against encoding it in every step without a graph.
-
-    Args:
-        student: with one head, which alone trains.
-        texts: of one batch.
-        steps: measured.
-    """
-    (width,), count = student.widths, len(texts)
-    stage = _stage([width], train=[f"heads.{width}.*"], batch_size=count, steps=steps)
-    set_trained(student, trained_names(student, stage))
-    optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, width)
-    teacher = RandomTeachers(count, width).read(np.arange(count))
-    micro = MicroBatches.of(student.tokenize(texts.texts, "document", student.max_length), 64)
-    with torch.no_grad():
-        pooled = micro.pool(student, device, precision).cpu()
-    seconds = []
-    for given, states in ((None, pooled), (micro, None)):
-        batch = Batch(np.arange(count), teacher, given, states, 0, 0, 0.0)
-        times = []
-        for _ in range(WARM_UP + steps):
-            started = time.perf_counter()
-            output, _ = take_gradients(student, batch, stage, loss_of, device, precision)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            float(output.loss.detach())  # which waits for the device
-            times.append(time.perf_counter() - started)
-        seconds.append(statistics.median(times[WARM_UP:]) / count)
-    cached, plain = seconds
-    print(f"stage 1: {plain / cached:.0f} x faster per text on cached states than encoding in each step", end=" ")
-    print(f"({cached * 1e6:.1f} us against {plain * 1e6:.1f})")
-    return {"ratio": plain / cached, "cached_s_per_text": cached, "plain_s_per_text": plain}
-
-
 class Texts:
     """Texts as `stage_batches` reads them, without a dataset."""
 
@@ -204,8 +149,14 @@ def _loop(
     precision: Any,
     peak_flops: float,
     warm_up: int = WARM_UP,
+    warm_up_texts: int | None = None,
 ) -> dict[str, Any]:
-    """Steps as the training loop takes them; medians over those after the warm-up."""
+    """Steps as the training loop takes them; figures of those after the warm-up.
+
+    Args:
+        warm_up: steps before those that count.
+        warm_up_texts: of each such step; None: a whole batch. The loss is then tried on a whole batch all the same.
+    """
     stage = stage.model_copy(update={"steps": stage.steps + warm_up})
     set_trained(student, trained_names(student, stage))
     student.train()
@@ -215,7 +166,16 @@ def _loop(
     ranks = Ranks()
 
     def plan(step: int) -> np.ndarray:
-        return np.arange(step * stage.batch_size, (step + 1) * stage.batch_size) % len(texts)
+        size = warm_up_texts if warm_up_texts and step < warm_up else stage.batch_size
+        return np.arange(step * stage.batch_size, step * stage.batch_size + size) % len(texts)
+
+    if warm_up_texts:  # kernels are chosen, and compiled, by the number of rows
+        rows = np.arange(stage.batch_size) % len(texts)
+        pooled = torch.randn(len(rows), student.hidden_size)
+        take_gradients(
+            student, Batch(rows, teachers.read(rows), None, pooled, 0, 0, 0.0), stage, loss_of, device, precision
+        )
+        optimizer.zero_grad(set_to_none=True)
 
     taken: list[dict[str, float]] = []
     clock = time.perf_counter()
@@ -241,6 +201,8 @@ def _loop(
         "texts_per_s": stage.batch_size * len(taken) / seconds,
         "tokens_per_s": tokens / seconds,
         "tokens": tokens,
+        "steps": len(taken),
+        "parameters": parameters,
         "seconds_median": statistics.median(t["seconds"] for t in taken),
         "padding": 1.0 - tokens / sum(t["padded"] for t in taken),
         "mfu": 6 * parameters * tokens / seconds / peak_flops,
@@ -289,27 +251,6 @@ class NumberTokenizer:
 
     def __call__(self, texts: list[str], *, max_length: int, **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()][:max_length] for text in texts]}
-
-
-def qwen2_student(length: int, heads: list[int]) -> Student:
-    """A student of random weights in the shape of stella_en_1.5B_v5: 28 layers, 1536 wide."""
-    from transformers import Qwen2Config, Qwen2Model
-
-    from jasper_fast.pretrained import make_bidirectional
-
-    config = Qwen2Config(
-        vocab_size=151_646,
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        max_position_embeddings=length,
-    )
-    with torch.device("cuda"):
-        encoder = Qwen2Model(config)
-    make_bidirectional(encoder)
-    return Student(encoder, NumberTokenizer(), StudentConfig(model="random", heads=heads, max_length=length))
 
 
 def cpu_flops(side: int = 1024) -> float:

@@ -1,0 +1,174 @@
+"""Training steps of a 1.5 B-parameter student on a GPU, for ``python -m bench train --device cuda``: about 100 s.
+
+Random weights in the shape of stella_en_1.5B_v5, full batches of texts of full length, bf16, the paper's four heads. A
+full batch of 2,048 texts takes half a minute, so one step of it is measured, after a small one that warms up. MFU is
+6 x parameters (without embeddings) x tokens / seconds, of 989 TFLOP/s: what is computed twice does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench._budget import Budget
+from bench._targets import Target, judged, print_judged
+from bench._train_sides import RandomTeachers
+from bench.train import NumberTokenizer, Texts, _loop, _stage
+from jasper_fast.batches import Batch
+from jasper_fast.config import StudentConfig
+from jasper_fast.encode import MicroBatches
+from jasper_fast.model import Student
+from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
+from jasper_fast.step import take_gradients
+
+H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
+HEADS = [12288, 1024, 512, 256]
+CACHED, PLAIN, SMALL, STAGE_ONE = "cached, checkpointed", "checkpointed", "neither", "stage 1"
+# Texts (None: the whole batch) and steps measured. Without gradient caching the graph of 256 texts takes 23 GB.
+CONFIGURATIONS: dict[str, tuple[int | None, int, dict[str, Any]]] = {
+    CACHED: (None, 1, {"gradient_caching": True, "gradient_checkpointing": True, "micro_batch": 64}),
+    PLAIN: (256, 3, {"gradient_checkpointing": True, "micro_batch": 64}),
+    SMALL: (16, 4, {"micro_batch": 16}),
+}
+TARGETS: dict[str, list[Target]] = {
+    CACHED: [
+        Target("% MFU", lambda found: 100 * found["mfu"], 30.0),
+        Target("% of the step is the loss", lambda found: 100 * found["shares"]["loss"], 0.2, at_most=True),
+        Target("GB at most in use", lambda found: found["peak_gb"], 45.0, at_most=True),
+    ],
+    PLAIN: [Target("% MFU", lambda found: 100 * found["mfu"], 45.0)],
+    STAGE_ONE: [Target("x faster per text than a plain forward step", lambda found: found["ratio"], 100.0)],
+}
+
+
+def measure(
+    student: Student,
+    device: torch.device,
+    batch: int,
+    length: int,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    budget: Budget | None = None,
+) -> dict[str, Any]:
+    """Every configuration, then stage 1: speed, memory, shares of the time, and the targets.
+
+    Args:
+        student: with heads; its widest one alone is trained in stage 1.
+        device: of a CPU, peak memory is left out.
+        batch: texts of a full batch.
+        length: tokens of a text.
+        keep: called with all that was found so far, after each configuration.
+        budget: configurations that would begin after it are left out.
+    """
+    budget = budget or Budget()
+    texts = Texts([" ".join(["7"] * length)] * batch)
+    configurations: dict[str, dict[str, Any]] = {}
+    found = {"batch": batch, "length": length, "peak_tflops": H100_FLOPS / 1e12, "configurations": configurations}
+
+    def step(name: str) -> dict[str, Any]:
+        size, steps, settings = CONFIGURATIONS[name]
+        stage = _stage(student.widths, batch_size=min(size or batch, batch), max_length=length, steps=steps, **settings)
+        warm = min(2 * stage.micro_batch, stage.batch_size)
+        return {"texts": stage.batch_size} | _loop(
+            student, stage, texts, student.widths[0], device, "bf16", H100_FLOPS, warm_up=1, warm_up_texts=warm
+        )
+
+    student.to(device)
+    for name in (*CONFIGURATIONS, STAGE_ONE):
+        begin = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            if left_out := budget.spent():
+                own = {"error": left_out}
+            else:
+                own = stage_one(student, texts, device, "bf16") if name == STAGE_ONE else step(name)
+        except torch.OutOfMemoryError:
+            own = {"error": "out of memory"}
+        except Exception as error:  # the others are measured all the same
+            own = {"error": repr(error)}
+        if device.type == "cuda" and "error" not in own:
+            own["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        own |= {"took_s": time.perf_counter() - begin, "targets": judged(TARGETS.get(name, ()), own)}
+        configurations[name] = own
+        keep(found)
+        _print(name, own)
+        student.zero_grad(set_to_none=True)
+    return found
+
+
+def _print(name: str, own: dict[str, Any]) -> None:
+    if "error" in own:
+        print(f"{name}: {own['error']}")
+    elif "mfu" in own:
+        shares = ", ".join(f"{part} {100 * share:.2f} %" for part, share in own["shares"].items())
+        memory = f", {own['peak_gb']:.1f} GB" if "peak_gb" in own else ""
+        print(f"{name}: MFU {100 * own['mfu']:.1f} %, {own['texts_per_s']:.0f} texts/s{memory}; {shares}")
+    print_judged(own["targets"])
+
+
+def stage_one(
+    student: Student, texts: Texts, device: torch.device, precision: Any, plain_texts: int = 256, steps: int = 2
+) -> dict[str, Any]:
+    """Seconds that stage 1 takes for a text, on states pooled once, against encoding it in every step without a graph.
+
+    Args:
+        student: its widest head alone trains.
+        texts: of one batch, which the cached steps take whole.
+        plain_texts: those of a step that encodes, where all would take half a minute, and each as long.
+        steps: measured of the steps that encode; three times as many of the cached ones.
+    """
+    width, count = student.widths[0], len(texts)
+    stage = _stage([width], train=[f"heads.{width}.*"], batch_size=count)
+    set_trained(student, trained_names(student, stage))
+    student.eval()
+    optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, width)
+    teachers = RandomTeachers(count, width)
+    plain_texts = min(plain_texts, count)
+    micro = MicroBatches.of(student.tokenize(texts.texts[:plain_texts], "document", student.max_length), 64)
+    with torch.no_grad():
+        pooled = micro.pool(student, device, precision).cpu()
+    states = pooled.repeat(-(-count // plain_texts), 1)[:count]
+
+    def seconds(rows: np.ndarray, given: MicroBatches | None, states: torch.Tensor | None, steps: int) -> float:
+        batch, times = Batch(rows, teachers.read(rows), given, states, 0, 0, 0.0), []
+        for _ in range(1 + steps):  # the first warms up
+            started = time.perf_counter()
+            output, _ = take_gradients(student, batch, stage, loss_of, device, precision)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            float(output.loss.detach())  # which waits for the device
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:]) / len(rows)
+
+    cached = seconds(np.arange(count), None, states, 3 * steps)
+    plain = seconds(np.arange(plain_texts), micro, None, steps)
+    print(f"stage 1: {plain / cached:.0f} x faster per text on cached states than encoding in each step", end=" ")
+    print(f"({cached * 1e6:.1f} us against {plain * 1e6:.1f})")
+    return {"ratio": plain / cached, "texts": count, "cached_s_per_text": cached, "plain_s_per_text": plain}
+
+
+def qwen2_student(length: int, heads: list[int]) -> Student:
+    """A student of random weights in the shape of stella_en_1.5B_v5, made on the GPU: 28 layers, 1536 wide."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    from jasper_fast.pretrained import make_bidirectional
+
+    config = Qwen2Config(
+        vocab_size=151_646,
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        max_position_embeddings=length,
+    )
+    with torch.device("cuda"):
+        encoder = Qwen2Model(config)
+    make_bidirectional(encoder)
+    return Student(encoder, NumberTokenizer(), StudentConfig(model="random", heads=heads, max_length=length))
