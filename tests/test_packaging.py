@@ -103,9 +103,22 @@ def test_without_a_name_the_suite_runs(monkeypatch):
     monkeypatch.setattr(
         command.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: ran.append((name, argv)))
     )
-    assert command.main(["--device", "cuda"]) == 0 and command.main(["binned", "--rows", "3"]) == 0
-    assert ran[:3] == [(f"bench.{name}", ["--device", "cuda"]) for name in ("losses", "mips", "train")]
-    assert ran[3:] == [("bench.binned", ["--rows", "3"])]
+    assert command.main(["binned", "--rows", "3"]) == 0 and ran == [("bench.binned", ["--rows", "3"])]
+    asked = []
+
+    def run(line, timeout):
+        asked.append((line[3:], timeout))
+        if line[3] == "losses":
+            raise subprocess.TimeoutExpired(line, timeout)
+        return SimpleNamespace(returncode=-11 if line[3] == "mips" else 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    assert command.main(["--device", "cuda"]) == 11
+    assert asked == [([name, "--device", "cuda"], None) for name in ("losses", "mips", "train")]
+    asked.clear()
+    command.main(["--device", "cuda", "--budget", "300"])  # the first one's hundred seconds are not taken here
+    assert asked[0] == (["losses", "--device", "cuda", "--budget", "100"], pytest.approx(160, abs=0.5))
+    assert [line[-1] for line, _ in asked[1:]] == ["150", "300"]
 
 
 @pytest.mark.soak
