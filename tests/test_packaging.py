@@ -21,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 EXTRAS = PROJECT["optional-dependencies"]
+# What a machine with a GPU and little else may lack.
+ABSENT = (
+    *("accelerate", "datasets", "faiss", "hypothesis", "mteb", "onnx", "pyarrow", "pydantic", "pytrec_eval", "scipy"),
+    *("sentence_transformers", "sklearn", "usearch"),
+)
 
 
 def requirements(*groups):
@@ -161,11 +166,12 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tmp_path):
-    """Other files may be skipped; none may stop pytest."""
+@pytest.mark.parametrize("gpu", [False, True])
+def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tmp_path, gpu):
+    """Other files may be skipped; none may stop pytest. With a GPU, all of the kernels' tests are GPU tests."""
     pytest.importorskip("triton")
-    absent = ("datasets", "hypothesis", "mteb", "pyarrow", "sklearn", "sentence_transformers")
-    (tmp_path / "lacking.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
+    pretend = f"import sys, torch\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+    (tmp_path / "lacking.py").write_text(pretend + f"torch.cuda.is_available = lambda: {gpu}\n")
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
     command += ["-p", "lacking", "-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -173,3 +179,10 @@ def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tm
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("test_each_tile_alone", "test_millions_of_pairs_on_a_gpu", "test_the_order_of_fp64_of_drawn_cases"):
         assert name in done.stdout
+    assert ("test_dealing_counts_as_brute_force_does" in done.stdout) == gpu
+
+
+def test_losses_search_and_their_benchmarks_need_none_of_what_a_gpu_machine_may_lack():
+    modules = "jasper_fast.losses, jasper_fast.mips, bench._losses_cuda, bench._mips_cuda, bench.losses, bench.mips"
+    command = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); import bench.__main__, bench.gpu, {modules}"
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
