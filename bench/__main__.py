@@ -35,7 +35,7 @@ def suite(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     begin, worst = time.monotonic(), 0
     for n, name in enumerate(SUITE):
-        command, most = [sys.executable, "-m", "bench", name, *rest], None
+        command, most = [sys.executable, "-u", "-m", "bench", name, *rest], None
         if options.budget is not None:
             share = max(0.0, options.budget - (time.monotonic() - begin)) / (len(SUITE) - n)
             command, most = [*command, "--budget", f"{share:.0f}"], share + 60

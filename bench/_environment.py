@@ -13,10 +13,11 @@ from jasper_fast.env import code_digest
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPUs, threads, the commit, and whether the compiled extension is in use; no paths."""
+    """Versions, processor, GPUs, threads, commit and digest of the code, whether the extension is in use; no paths."""
     found = env.environment()
     return {
         "commit": commit(),
+        "digest": code_digest(),  # a copy without its git history has no commit
         **{key: found[key] for key in ("python", "libraries", "cpu", "gpus")},
         "extension": extension.extension_error() or "in use",
     }

@@ -112,10 +112,10 @@ def test_without_a_name_the_suite_runs(monkeypatch):
     asked = []
 
     def run(line, timeout):
-        asked.append((line[3:], timeout))
-        if line[3] == "losses":
+        asked.append((line[4:], timeout))
+        if line[4] == "losses":
             raise subprocess.TimeoutExpired(line, timeout)
-        return SimpleNamespace(returncode=-11 if line[3] == "mips" else 0)
+        return SimpleNamespace(returncode=-11 if line[4] == "mips" else 0)
 
     monkeypatch.setattr(command.subprocess, "run", run)
     assert command.main(["--device", "cuda"]) == 11

@@ -1,0 +1,260 @@
+"""``python -m bench gpu``: docs/gpu.md and its roofline plots, from what ``python -m bench --device cuda`` wrote.
+
+Reads bench/results/{losses,mips,train}-cuda.json; says so where no GPU has written one. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench._roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
+
+RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
+LOSSES = ("similarity", "relative_similarity", "neighbourhood", "jasper_loss")
+Results = dict[str, Any]
+HEAD = """# On a GPU
+
+Written by `python -m bench gpu`. On a machine with a GPU, from a checkout, in this order:
+
+```
+pytest -m gpu -n 12              # the kernels against float64 (-n: pytest-xdist)
+python -m bench --device cuda    # losses, search and training: bench/results/*-cuda.json; --budget SECONDS ends earlier
+python -m bench gpu              # this page, from those files
+```
+
+Every method's result is compared with float64 before it is timed. Ratios above 1 mean that ours is faster; memory is
+beyond inputs and gradient. *binned* is ours as well: the form of relative similarity for large batches. What useful
+FLOP and least bytes are, `bench/_roofline.py` says."""
+
+
+def main(argv: list[str]) -> int:
+    """Write the page and the plots."""
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to write (default: %(default)s)")
+    options = parser.parse_args(argv)
+    write_page(options.results, options.page)
+    print(f"written to {options.page}")
+    return 0
+
+
+def write_page(folder: Path, page: Path) -> None:
+    """The page, and its plots in a folder beside it."""
+    parts, judged, slower = [], [], []
+    for name, (title, section) in SECTIONS.items():
+        file = folder / f"{name}-cuda.json"
+        parts.append(f"## {title}")
+        if not file.is_file():
+            parts.append(f"No GPU has run this: there is no `{file.name}`.")
+            continue
+        found = json.loads(file.read_text())
+        parts.append(f"`{file.name}`: {about(found['environment'])}.")
+        text, points, roof, lost = section(found)
+        parts.append(text)
+        judged += list(targets(name, found))
+        slower += lost
+        if points:
+            plot(points, roof, title, page.with_suffix("") / f"{name}.png")
+            parts.append(f"![{title}: roofline]({page.stem}/{name}.png)")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join([HEAD, *verdict(judged, slower), *parts]) + "\n")
+
+
+def about(environment: Results) -> str:
+    """GPU, versions and code of one file."""
+    gpus, libraries = environment["gpus"]["devices"], environment["libraries"]
+    device = ", ".join(f"{gpu['name']} ({gpu['capability']}, {gpu['memory_gb']} GB)" for gpu in gpus)
+    versions = ", ".join(
+        f"{name} {libraries[name]}" for name in ("torch", "triton", "transformers") if libraries.get(name)
+    )
+    code = f"commit {environment['commit']}" if environment["commit"] else "commit not recorded"
+    return f"{device or 'no GPU'}; Python {environment['python']}, {versions}; {code}, code {environment['digest']}"
+
+
+def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
+    """Targets and losses in plain words, before any table."""
+    if not judged:
+        return ["**No GPU has run the benchmarks yet**, so there is no figure here."]
+    met = sum(target["met"] is True for _, target in judged)
+    lines = [
+        f"**{met} of {len(judged)} targets are met.**",
+        "",
+        "| case | figure | target | |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for where, target in judged:
+        figure = "not measured" if target["value"] is None else f"{target['value']:,.3g}"
+        bound = f"at most {target['at_most']:g}" if "at_most" in target else f"at least {target['at_least']:g}"
+        word = {True: "met", False: "**not met**", None: "**not measured**"}[target["met"]]
+        lines.append(f"| {where} | {figure} {target['what']} | {bound} | {word} |")
+    lost = "\n".join(f"- {line}" for line in slower) or "In no case that was measured."
+    return ["\n".join(lines), "**Where ours is slower or takes more memory:**\n\n" + lost]
+
+
+def targets(name: str, found: Results) -> Iterator[tuple[str, Results]]:
+    """Every target of a file, with the case that it is about."""
+    if name == "losses":
+        cases = [(f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in found.get(loss, [])]
+    elif name == "mips":
+        cases = [(f"search, {searched(case)}", case) for case in found["search"]["cases"]]
+    else:
+        cases = [(f"training, {name}", own) for name, own in found["configurations"].items()]
+    for where, case in cases:
+        for target in case["targets"]:
+            yield where, target
+
+
+Section = tuple[str, list[Point], Roof, list[str]]  # text, points, roof, where ours loses
+
+
+def losses(found: Results) -> Section:
+    """A table for each loss: ours beside every other method."""
+    roof = Roof(found["product_tflops"], found["read_gb_s"])
+    parts = [
+        f"Forward and backward, medians. A bfloat16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at "
+        f"{roof.gb_s:,.0f} GB/s. *roof*: ours, as a share of what these two allow."
+    ]
+    points, lost = [], []
+    for loss in LOSSES:
+        lines = [
+            f"### {loss.replace('_', ' ')}",
+            "",
+            "| case | beside | ours is | of its memory | ours | the other | roof |",
+        ]
+        lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+        for case in found.get(loss, []):
+            widths = "/".join(map(str, case["widths"]))
+            label = f"{case['name']}: {case['rows']:,} x {widths} on {case['teacher_width']}, {case['dtype']}"
+            ours = case["methods"].get("jasper_fast", {"error": case.get("error", "not measured")})
+            if "error" in case or "error" in ours:
+                lines.append(f"| {label} | | | | {case.get('error') or ours['error']} | | |")
+                ours = {}
+            else:
+                point = loss_point(loss, case, "jasper_fast")
+                points.append(point)
+                lines.append(f"| {label} | | | | {figures(ours)} | | {100 * point.share(roof):.0f} % |")
+            for method, other in case["methods"].items():
+                if method == "jasper_fast":
+                    continue
+                if "error" in other or not ours:
+                    lines.append(f"| | {method} | | | | {other.get('error') or figures(other)} | |")
+                    continue
+                ratio = other["both_s"] / ours["both_s"]
+                memory = memory_ratio(ours, other)
+                lines.append(f"| | {method} | {times(ratio)} | {memory} | | {figures(other)} | |")
+                where = f"{loss.replace('_', ' ')}, {case['name']}"
+                if method == "binned":  # ours as well
+                    continue
+                if ratio < 1:
+                    lost.append(f"{where}: {1 / ratio:.2f} × the time of {method}")
+                if ours.get("extra_bytes", 0) > other.get("extra_bytes", float("inf")):
+                    lost.append(f"{where}: {mib(ours)} against {mib(other)} of {method}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts), points, roof, lost
+
+
+def mips(found: Results) -> Section:
+    """Each search beside bf16 matmul and topk, which is not exact."""
+    cases, gb_s = found["search"]["cases"], found["search"]["read_gb_s"]
+    bare = [2e-12 * c["queries"] * c["rows"] * c["width"] / c["seconds"]["bare bf16 product"]
+            for c in cases if "bare bf16 product" in c["seconds"]]  # fmt: skip
+    roof = Roof(max(bare, default=float("nan")), gb_s)
+    lines = [
+        f"Medians. The fastest bare bf16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at {gb_s:,.0f} GB/s. "
+        "*certified* is the fp64 order, proven; *fast*, as matmul + topk, is not.",
+        "",
+        "| case | search | ours is, beside matmul + topk | ours | matmul + topk | x the bare product's time | roof |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    points, lost = [], []
+    for case in cases:
+        label = where = searched(case)
+        seconds = case["seconds"]
+        other, product = seconds.get("bf16 matmul + topk"), seconds.get("bare bf16 product")
+        for search in (name for name in seconds if name.startswith(("certified", "fast"))):
+            point = search_point(case, search)
+            points += [point] if search.startswith("certified") and bare else []
+            ratio = None if other is None else other / seconds[search]
+            cells = [times(ratio) if ratio else "", milliseconds(seconds[search]), milliseconds(other) if other else ""]
+            cells += [f"{seconds[search] / product:.2f}" if product else "", f"{100 * point.share(roof):.0f} %"]
+            lines.append(f"| {label} | {search} | {' | '.join(cells)} |")
+            if ratio is not None and ratio < 1:
+                lost.append(f"search, {where}, {search}: {1 / ratio:.2f} × the time of bf16 matmul + topk")
+            label = ""
+        for method, error in case["errors"].items():
+            lines.append(f"| {label} | {method} | {error} | | | | |")
+            label = ""
+    return "\n".join(lines), points, roof, lost
+
+
+def train(found: Results) -> Section:
+    """Speed, memory and shares of the time by configuration; stage 1 apart."""
+    gpus = found["environment"]["gpus"]["devices"]
+    roof = Roof(found["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
+    lines = [
+        f"A student of 1.5 B parameters, random weights, bf16, texts of {found['length']} tokens; MFU of "
+        f"{roof.tflops:,.0f} TFLOP/s. What gradient caching and checkpointing compute twice does not count.",
+        "",
+        "| configuration | MFU | peak memory | texts a step | texts/s | loss | encoder | optimiser |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    points, after = [], ""
+    for name, own in found["configurations"].items():
+        if "error" in own:
+            lines.append(f"| {name} | {own['error']} | | | | | | |")
+        elif "mfu" in own:
+            points.append(train_point(name, own, roof.tflops))
+            memory = f"{own['peak_gb']:.1f} GB" if "peak_gb" in own else ""
+            cells = [f"{100 * own['mfu']:.1f} %", memory, f"{own['texts']:,}", f"{own['texts_per_s']:,.1f}"]
+            cells += [f"{100 * own['shares'][part]:.2f} %" for part in ("loss", "encoder", "optimiser")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        else:
+            after = (
+                f"\n\nStage 1: a text takes {own['cached_s_per_text'] * 1e6:,.1f} µs on cached states, "
+                f"{own['ratio']:,.0f} × faster than encoding it in each step "
+                f"({own['plain_s_per_text'] * 1e6:,.0f} µs); batches of {own['texts']:,}."
+            )
+    return "\n".join(lines) + after, points, roof, []
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Results], Section]]] = {
+    "losses": ("Losses", losses),
+    "mips": ("Search", mips),
+    "train": ("Training", train),
+}
+
+
+def searched(case: Results) -> str:
+    """A search's shape."""
+    return f"{case['queries']:,} of {case['rows']:,} x {case['width']}, k {case['k']}"
+
+
+def times(ratio: float) -> str:
+    """A ratio of speeds, slower ones in bold."""
+    return f"{ratio:,.2f} × as fast" if ratio >= 1 else f"**{ratio:,.2f} × as fast**"
+
+
+def memory_ratio(ours: Results, other: Results) -> str:
+    """Of the other's memory; nothing where a device does not count it, or the other needs none."""
+    if "extra_bytes" not in ours or not other.get("extra_bytes"):
+        return ""
+    return f"{100 * ours['extra_bytes'] / other['extra_bytes']:.1f} %"
+
+
+def figures(own: Results) -> str:
+    """Time and memory."""
+    return milliseconds(own["both_s"]) + (f", {mib(own)}" if "extra_bytes" in own else "")
+
+
+def mib(own: Results) -> str:
+    """Memory beyond inputs and gradient."""
+    return f"{own['extra_bytes'] / 2**20:,.0f} MiB"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
