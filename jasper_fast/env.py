@@ -38,8 +38,8 @@ FAST_BF16 = "amx_bf16"
 def cpu_bf16_is_fast() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones: only AMX does.
 
-    AVX-512's own bf16 instructions do not pay: on a Sapphire Rapids without AMX, products reach 174 GFLOP/s against 298 in
-    fp32, and a training step takes twice as long. Elsewhere bf16 is emulated, up to 300 times slower.
+    AVX-512's own bf16 instructions do not pay: on a Sapphire Rapids without AMX, products reach 174 GFLOP/s against 298
+    in fp32, and a training step takes twice as long. Elsewhere bf16 is emulated, up to 300 times slower.
     """
     return FAST_BF16 in cpu_features()
 
