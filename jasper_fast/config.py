@@ -176,6 +176,8 @@ class ImageSourceConfig(Section):
     split: str = "train"
     revision: str | None = None
     limit: PositiveInt | None = None  # the first so many pictures
+    font: str = "DejaVuSans"  # of the glyphs: any that matplotlib ships, by its file's name
+    train_only: bool = False  # none is held out; those that share a caption or pixels with a held-out one are left out
 
 
 class ImagesConfig(Section):
@@ -203,7 +205,8 @@ class AugmentConfig(Section):
 class VisionStageConfig(Section):
     """What a vision stage (the paper's stage 4) has beside the others. The contrastive term and views are ours."""
 
-    contrastive: NotNegative = 0.0  # weight of: each picture finds its caption in the batch, and back
+    contrastive: NotNegative = 0.0  # weight of: each picture finds its caption, and each caption its picture
+    among: Literal["batch", "all"] = "batch"  # where a picture finds it: the batch's captions, or all of the stage's
     augment: AugmentConfig = AugmentConfig()
 
 

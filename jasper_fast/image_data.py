@@ -31,7 +31,7 @@ from jasper_fast.images import BadImage, decode, need_pillow, resize
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 2  # raised when the same settings would give other pictures
+FORMAT = 3  # raised when the same settings would give other pictures
 KEPT_PIXELS = 1 << 29  # bytes of decoded pictures held in memory
 TOLD = 5  # broken pictures named one by one
 
@@ -111,7 +111,7 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     table = load_from_disk(str(folder / "table"))
     held = np.array(facts["held_out"], dtype=np.int64)
-    train = np.setdiff1d(np.arange(len(table)), held)
+    train = np.setdiff1d(np.arange(len(table)), [*facts["held_out"], *facts["beside_held_out"]])
     return tuple(Images(table.select(rows), facts["fingerprint"] + part) for part, rows in (("t", train), ("h", held)))  # type: ignore[return-value]
 
 
@@ -156,6 +156,7 @@ def _build(config: ImagesConfig, folder: Path) -> None:
     broken: list[str] = []
     digest = hashlib.blake2b(digest_size=16)
     groups: list[list[str]] = []  # per picture: what ties it to others
+    extra: list[bool] = []  # per picture: only for training
     table = folder / "table"
     table.mkdir()
     with pa.OSFile(str(table / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -164,30 +165,55 @@ def _build(config: ImagesConfig, folder: Path) -> None:
                 content = hashlib.blake2b(data, digest_size=16).hexdigest()
                 digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
                 groups.append([content, *(" ".join(c.split()).casefold() for c in captions)])
+                extra.append(source.train_only)
                 writer.write_batch(pa.record_batch([[data], [captions], [where]], schema=schema))
     write_index(table, ["pictures.arrow"], features, digest.hexdigest()[:16])
     if broken:
         print(f"left out {len(broken)} pictures:\n  - " + "\n  - ".join(broken[:TOLD]), flush=True)
         if len(broken) > TOLD:
             print(f"  - and {len(broken) - TOLD} more")
-    if len(groups) <= config.held_out:
+    own = extra.count(False)
+    if own <= config.held_out:
         raise JasperError(
-            f"{len(groups)} pictures can be used and {config.held_out} are to be held out; give more pictures, or a "
-            "smaller images.held_out"
+            f"{own} pictures can be used and {config.held_out} are to be held out; give more pictures, or a smaller "
+            "images.held_out"
         )
-    held = hold_out(groups, config.held_out, config.seed)
-    facts = {"fingerprint": digest.hexdigest(), "held_out": held, "left_out": broken, "settings": config.model_dump()}
+    held, beside = hold_out(groups, config.held_out, config.seed, extra)
+    facts = {"fingerprint": digest.hexdigest(), "held_out": held, "beside_held_out": beside, "left_out": broken}
+    facts["settings"] = config.model_dump()
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def hold_out(groups: Sequence[Sequence[str]], count: int, seed: int) -> list[int]:
-    """Rows to hold out, ascending: whole groups of what is tied together, in an order that a hash with the seed gives.
+def hold_out(
+    groups: Sequence[Sequence[str]], count: int, seed: int, extra: Sequence[bool] = ()
+) -> tuple[list[int], list[int]]:
+    """Rows to hold out: whole groups of what is tied together, in an order that a hash with the seed gives.
 
     Args:
         groups: per row its ties; rows that share one (the same bytes, the same caption) stay together.
         count: at most so many rows; groups that would exceed it are passed over.
+        extra: per row, whether it is only for training; such rows change nothing about the others.
+
+    Returns:
+        those rows, and the extra ones that are tied to them and may not be trained on either; both ascending.
     """
-    parent = list(range(len(groups)))
+    own = [row for row in range(len(groups)) if not extra or not extra[row]]
+    members = tied(groups, own)
+    place = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
+    held: set[int] = set()
+    for group in sorted(members, key=lambda r: place[r]):
+        if len(held) + len(members[group]) <= count:
+            held.update(members[group])
+    beside = [
+        row for rows in tied(groups).values() if not held.isdisjoint(rows) for row in rows if extra and extra[row]
+    ]
+    return sorted(held), sorted(beside)
+
+
+def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> dict[int, list[int]]:
+    """These rows, or all, by the one that stands for all they are tied to, near or far; ``groups`` as in `hold_out`."""
+    rows = range(len(groups)) if rows is None else rows
+    parent = {row: row for row in rows}
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -195,18 +221,13 @@ def hold_out(groups: Sequence[Sequence[str]], count: int, seed: int) -> list[int
         return row
 
     first: dict[str, int] = {}
-    for row, ties in enumerate(groups):
-        for tie in ties:
+    for row in rows:
+        for tie in groups[row]:
             parent[root(row)] = root(first.setdefault(tie, row))
     members: dict[int, list[int]] = {}
-    for row in range(len(groups)):
+    for row in rows:
         members.setdefault(root(row), []).append(row)
-    place = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
-    held: list[int] = []
-    for group in sorted(members, key=lambda r: place[r]):
-        if len(held) + len(members[group]) <= count:
-            held += members[group]
-    return sorted(held)
+    return members
 
 
 def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[tuple[str, bytes, list[str]]]:

@@ -6,10 +6,12 @@ A picture that cannot be read, or whose captions cannot, comes with what is wron
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import lzma
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ from typing import Any
 
 from jasper_fast.config import ImageSourceConfig, SourceConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.glyphs import GLYPHS, draw_glyphs, glyph_names
+from jasper_fast.glyphs import GLYPHS, draw_glyphs, font_file
 from jasper_fast.images import BadImage
 from jasper_fast.models import first_line, looks_like_path
 from jasper_fast.sources import file_rows, half_character, numbered
@@ -46,9 +48,10 @@ def read_images(source: ImageSourceConfig) -> Iterator[Item]:
 
 
 def source_stamp(source: ImageSourceConfig) -> list[Any]:
-    """What changes when a source's content does: file sizes and times, or the glyphs' names."""
+    """What changes when a source's content does: file sizes and times, or the font's bytes and who names them."""
     if source.path == GLYPHS:
-        return [glyph_names()]
+        font = font_file(source.font).read_bytes()
+        return [hashlib.blake2b(font, digest_size=8).hexdigest(), unicodedata.unidata_version]
     path = Path(source.path).expanduser()
     files = [path, *([Path(source.captions).expanduser()] if source.captions else [])]
     files += sorted(path.rglob("*")) if path.is_dir() else []
@@ -60,7 +63,7 @@ def _read(source: ImageSourceConfig) -> Iterator[Item]:
     path = Path(source.path).expanduser()
     try:
         if source.path == GLYPHS:
-            yield from _glyphs()
+            yield from _glyphs(source.font)
         elif path.is_dir():
             yield from _folder(path, source)
         elif not path.exists():
@@ -84,13 +87,13 @@ def _read(source: ImageSourceConfig) -> Iterator[Item]:
         raise JasperError(f"{source.path}: cannot be read to its end ({error}); is it complete?") from error
 
 
-def _glyphs() -> Iterator[Item]:
+def _glyphs(font: str) -> Iterator[Item]:
     from PIL import Image
 
-    for number, (pixels, names) in enumerate(draw_glyphs()):
+    for number, (pixels, names) in enumerate(draw_glyphs(font=font)):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "png")
-        yield f"glyph {number}", file.getvalue(), names
+        yield f"glyph {number} of {font}", file.getvalue(), names
 
 
 def _folder(path: Path, source: ImageSourceConfig) -> Iterator[Item]:

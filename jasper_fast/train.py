@@ -202,7 +202,6 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     together = config.losses.scope == "global"
     mine, counts = ranks.rows(stage.batch_size), ranks.counts(stage.batch_size)
     shared = (ranks.group, counts) if together else (None, None)
-    loss_of = StageLoss(stage, student.widths[0], *shared) if stage.vision is None else VisionLoss(stage, *shared)
     frozen = frozen_digest(student)
 
     started = time.perf_counter()
@@ -223,6 +222,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
                 folder, student, stage, images, captions, work.device, config.precision, _counter(work), ranks
             )
             pooled = targets.states
+            told_from = targets.every(images) if stage.vision.among == "all" else None
         elif not any(name.startswith("encoder.") for name in names):  # frozen for the whole stage: pool each text once
             log.bar.set_description(f"{stage.name}: pooling once")
             pooled = pooled_states(
@@ -249,7 +249,9 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
     if stage.vision is not None:
         seeds = (config.seed, index)
         batches = vision_batches(stage, seeds, start.stage_step, plan, images, targets, student, ranks)
+        loss_of: Any = VisionLoss(stage, *shared, told_from)
     else:
+        loss_of = StageLoss(stage, student.widths[0], *shared)
         batches = stage_batches(stage, start.stage_step, plan, work.texts, work.teachers, student, pooled, ranks)
     telemetry, unread, clock = Telemetry(work.device), 0, time.perf_counter()
     for step, batch in batches:

@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from jasper_fast.batches import POOL_CHUNK, Batch, PooledStates, ahead_of_time
 from jasper_fast.config import AugmentConfig, StageConfig
 from jasper_fast.encode import EVAL_MICRO_BATCH, autocast, pool_texts
-from jasper_fast.image_data import Images
+from jasper_fast.image_data import Images, tied
 from jasper_fast.model import Student
 from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
+from jasper_fast.vision_loss import Captions
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ class CaptionTargets:
         whole = torch.ones((), device=self.device)  # no dropout on what teaches
         vectors = self.student.project(pooled, self.heads, whole)
         return torch.cat([F.normalize(vectors[width].float(), dim=1) for width in self.heads], dim=1).cpu()
+
+    def every(self, images: Images) -> Captions:
+        """All distinct captions that the stage will ask for. Pictures that share a caption count as one."""
+        numbers = self.states.rows
+        pictures = np.searchsorted(images.starts, numbers, side="right") - 1
+        texts = images.caption_texts(numbers)
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        chosen = sorted(first.values())
+        groups = tied([[f"{picture}", f" {text}"] for picture, text in zip(pictures, texts, strict=True)])
+        group = {row: number for number, rows in groups.items() for row in rows}
+        return Captions(self.read(numbers[chosen]), torch.tensor([group[row] for row in chosen]))
 
 
 def caption_plan(images: Images, plan: BatchPlan, seed: int, stage: int) -> BatchPlan:

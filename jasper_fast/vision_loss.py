@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 SAME = 1e-4  # captions whose cosine is nearer to 1 count as one caption
 
 
+class Captions(NamedTuple):
+    """Every distinct caption that a stage may ask for: unit vectors of each head side by side, (n, sum of the heads'
+    widths), and which captions are of one picture, (n,) int64: those of equal number."""
+
+    vectors: Tensor
+    pictures: Tensor
+
+
 class VisionLoss(nn.Module):
     """Three losses per head, averaged over the heads (arXiv 2412.19048, stage 4), and a contrastive term if weighted.
 
@@ -27,17 +35,22 @@ class VisionLoss(nn.Module):
         stage: weights, margin, temperature, heads.
         group: whose ranks' batches make one batch; None: this process's alone.
         rows: how many of the stage's ``batch_size`` pictures each rank of the group has.
+        captions: what a picture's caption is told from; None: the batch's.
     """
 
     def __init__(
-        self, stage: StageConfig, group: ProcessGroup | None = None, rows: Sequence[int] | None = None
+        self,
+        stage: StageConfig,
+        group: ProcessGroup | None = None,
+        rows: Sequence[int] | None = None,
+        captions: Captions | None = None,
     ) -> None:
         super().__init__()
         assert stage.vision is not None
         self.heads = stage.heads
         self.contrastive, temperature = stage.vision.contrastive, temperature_of(stage)
         self.temperatures = temperature if isinstance(temperature, dict) else dict.fromkeys(stage.heads, temperature)
-        self.group, self.rows = group, rows
+        self.group, self.rows, self.captions = group, rows, captions
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
@@ -57,27 +70,40 @@ class VisionLoss(nn.Module):
             return output
         pictures = F.normalize(pictures.float(), dim=1)
         captions = captions.to(pictures.dtype)
-        temperature = self.temperatures[width]
+        temperature, others = self.temperatures[width], None
         if self.group is not None:
             pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
-        return output._replace(loss=output.loss + self.contrastive * contrastive_loss(pictures, captions, temperature))
+        if self.captions is not None:
+            own = self.captions.vectors.split(self.heads, dim=1)[self.heads.index(width)]
+            others = Captions(own.to(pictures), self.captions.pictures.to(pictures.device))
+        term = contrastive_loss(pictures, captions, temperature, others)
+        return output._replace(loss=output.loss + self.contrastive * term)
 
 
-def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
-    """How badly each picture finds its caption among the batch's, and each caption its picture; the mean of both.
+def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float, others: Captions | None = None) -> Tensor:
+    """How badly each picture finds its caption, and each caption its picture among the batch's; the mean of both.
 
     A caption that equals another picture's is no wrong answer for it and is left out there.
 
     Args:
         pictures, captions: (B, D) unit vectors, row by row of one another.
         temperature: by which cosines are divided.
+        others: (n, D) captions that a picture's is told from, the batch's among them, but for those of the same
+            picture; None: the batch's alone.
 
     Returns:
-        a scalar; 0 for a batch of one.
+        a scalar; 0 for a batch of one without others.
     """
     scores = pictures @ captions.T / temperature  # (B, B)
     same = captions @ captions.T > 1.0 - SAME
     same.fill_diagonal_(False)
     scores = scores.masked_fill(same, -torch.inf)
     own = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    back = F.cross_entropy(scores.T, own)
+    if others is None:
+        return (F.cross_entropy(scores, own) + back) / 2
+    known = others.pictures[(captions @ others.vectors.T).argmax(dim=1)]  # (B,)
+    right = known[:, None] == others.pictures[None, :]  # (B, n)
+    wrong = (pictures @ others.vectors.T / temperature).masked_fill(right, -torch.inf)
+    found = torch.cat([scores.diagonal()[:, None], wrong], dim=1)  # (B, 1 + n), its own first
+    return (F.cross_entropy(found, torch.zeros_like(own)) + back) / 2

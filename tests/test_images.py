@@ -395,12 +395,46 @@ def test_captions_and_pixels_by_number(folder):
 def test_held_out_pictures_share_nothing_with_the_others():
     generator = np.random.default_rng(1)
     groups = [[f"p{generator.integers(80)}", f"c{generator.integers(120)}"] for _ in range(100)]
-    held = hold_out(groups, 20, seed=0)
+    held, beside = hold_out(groups, 20, seed=0)
     ties = {tie for row in held for tie in groups[row]}
     assert 0 < len(held) <= 20 and held == sorted(held)
     assert all(ties.isdisjoint(groups[row]) for row in set(range(100)) - set(held))
-    assert held == hold_out(groups, 20, seed=0) != hold_out(groups, 20, seed=1)
-    assert hold_out([[str(i)] for i in range(50)], 7, 0) != list(range(7)) and len(hold_out([["a"], ["b"]], 1, 0)) == 1
+    assert beside == [] and held == hold_out(groups, 20, seed=0)[0] != hold_out(groups, 20, seed=1)[0]
+    assert hold_out([[str(i)] for i in range(50)], 7, 0)[0] != list(range(7))
+    assert len(hold_out([["a"], ["b"]], 1, 0)[0]) == 1
+
+
+def test_extra_pictures_are_never_held_out_nor_trained_on_beside_one_that_is():
+    groups = [
+        ["p0", "a"],
+        ["p1", "b"],
+        ["p2", "c"],
+        ["p3", "a"],
+        ["p4", "b", "d"],
+        ["p5", "d"],
+        ["p0", "e"],
+        ["p6", "f"],
+    ]
+    extra = [False] * 3 + [True] * 5
+    alone, _ = hold_out(groups[:3], 1, 0)
+    held, beside = hold_out(groups, 1, 0, extra)
+    assert held == alone  # which pictures are held out does not depend on the extra ones
+    assert beside == {0: [3, 6], 1: [4, 5], 2: []}[held[0]]
+    assert hold_out(groups, 3, 0, extra) == ([0, 1, 2], [3, 4, 5, 6])
+
+
+def test_other_fonts_draw_the_same_names_for_training_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    glyphs = {"path": "glyphs", "limit": 300}
+    bold = {**glyphs, "font": "DejaVuSans-Bold", "train_only": True}
+    train, kept = build_images(ImagesConfig(sources=[glyphs], held_out=40), tmp_path)
+    more, same = build_images(ImagesConfig(sources=[glyphs, bold], held_out=40), tmp_path)
+    assert same.captions() == kept.captions() and len(kept) == 40
+    names = {name for captions in kept.captions() for name in captions}
+    assert names.isdisjoint(name for captions in more.captions() for name in captions)
+    assert len(train) + 200 < len(more) < len(train) + 300
+    with pytest.raises(JasperError, match="no font 'Comic'; choose one of .*DejaVuSans,"):
+        build_images(ImagesConfig(sources=[{**glyphs, "font": "Comic"}]), tmp_path)
 
 
 def test_glyphs_are_distinct_drawings_with_their_names():

@@ -213,6 +213,48 @@ def test_the_contrastive_term_by_hand():
     assert float(contrastive_loss(pictures[:1], captions[:1], 0.2)) == 0.0
 
 
+def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
+    from jasper_fast.vision_loss import Captions, VisionLoss, contrastive_loss
+
+    every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
+    pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
+    groups = torch.tensor([5, 9, 5, 1, 2, 3, 4])  # the first and the third are of one picture
+    captions, others = every[[0, 1, 3]], Captions(every, groups)
+    expected = 0.0
+    for i, (own, left) in enumerate(((0, [1, 3, 4, 5, 6]), (1, [0, 2, 3, 4, 5, 6]), (3, [0, 1, 2, 4, 5, 6]))):
+        scores = torch.stack([pictures[i] @ every[j] / 0.2 for j in (own, *left)])
+        expected += float(torch.logsumexp(scores, 0) - scores[0]) / 6
+        back = captions[i] @ pictures.T / 0.2
+        expected += float(torch.logsumexp(back, 0) - back[i]) / 6
+    assert abs(float(contrastive_loss(pictures, captions, 0.2, others)) - expected) < 1e-10
+    plan = stage(heads=[4], vision={"contrastive": 2.0, "among": "all"}, temperature=0.2)
+    losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions).loss) for known in (None, others)]
+    plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
+    assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
+    with pytest.raises(ValueError, match="vision.among is about the contrastive term"):
+        stage(vision={"among": "all"})
+
+
+def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert, tmp_path):
+    from datasets import Dataset
+
+    from jasper_fast.batches import PooledStates
+    from jasper_fast.image_data import Images
+    from jasper_fast.vision_batches import CaptionTargets
+
+    table = Dataset.from_dict(
+        {"image": [b""] * 4, "captions": [["a", "b"], ["c"], ["b", "d"], ["e"]], "name": list("wxyz")}
+    )
+    student = Student.build(config_of(tiny_bert))
+    states = PooledStates(tmp_path / "states", np.arange(5), "key")  # "e" is never asked for
+    states.compute(lambda rows: np.eye(6, 32, dtype=np.float32)[rows], lambda more: None)
+    targets = CaptionTargets(student, [32, 8], states, lambda step: np.arange(4), torch.device("cpu"))
+    vectors, pictures = targets.every(Images(table, "of a test"))
+    assert torch.equal(vectors, targets.read(np.array([0, 1, 2, 4])))  # a, b, c, d
+    a, b, c, d = pictures.tolist()
+    assert a == b == d != c  # the first picture and the third share a caption
+
+
 def test_views_are_a_function_of_the_step_and_leave_what_they_should():
     from jasper_fast.vision_batches import draw_views, other_views
 
