@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     faults = [fault for entry in found["forms"] for fault in entry["faults"]]
     if options.write or not (options.quick or options.kernel):
         if options.kernel:
-            found = _beside(json.loads(OUT.read_text()), found)
+            found = _beside(json.loads(OUT.read_text()), found, options.quick)
         OUT.write_text(dump(found))
         TABLE.write_text(table(found))
         print(f"written to {OUT} and {TABLE}")
@@ -74,11 +74,12 @@ def compile_all(quick: bool, *names: str) -> dict[str, Any]:
     return {"triton": triton.__version__, "whole": not quick and not names, "forms": entries}
 
 
-def _beside(older: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The older result with some kernels compiled anew."""
+def _beside(older: dict[str, Any], found: dict[str, Any], quick: bool) -> dict[str, Any]:
+    """The older result with some kernels compiled anew; as whole as it was, unless only ``quick`` forms are new."""
     kernels = {entry["kernel"] for entry in found["forms"]}
     kept = [entry for entry in older["forms"] if entry["kernel"] not in kernels]
-    return {**found, "whole": False, "forms": [*kept, *found["forms"]]}
+    whole = older["whole"] and not quick and older["triton"] == found["triton"]
+    return {**found, "whole": whole, "forms": [*kept, *found["forms"]]}
 
 
 def compile_form(form: Any, sm: int) -> dict[str, Any]:

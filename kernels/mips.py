@@ -5,7 +5,8 @@ tensor core, bandwidth-bound) and thousands. Programs stay, one or two on each m
 in an order in which a few corpus tiles meet all queries while they are in the L2 cache.
 
 `lower_bounds` keeps, of every bin of 64 rows, the highest proven lower bound of a true score; `collect` keeps each row
-whose upper bound reaches a query's threshold; `rescore` gives fp64 products of pairs. See `jasper_fast.mips.device`.
+whose upper bound reaches a query's threshold; `rescore` gives fp64 products of pairs. See `jasper_fast.mips.device`;
+what comes before and after is in `mips_start` and `mips_finish`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 BIN = tl.constexpr(64)  # as in jasper_fast.mips.pieces
 GROUP = 16  # corpus tiles that meet all queries together
+PAIRS, DEPTH = 8, 128  # products at once, elements of each
+LEVELS = tl.constexpr(7)  # DEPTH is 2 to this power
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -203,6 +206,40 @@ def collect_kernel(
 
 
 @triton.jit
+def exact_products(
+    QUERIES,  # pointers to queries of D fp64, (PAIRS, 1), or (1, 1) to one for all
+    CORPUS,  # (N, D)
+    ROW_SCALES,  # (N,) fp32, or None
+    row,
+    inside,
+    D,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """fp64 products with rows (PAIRS,) int64. The order of a sum depends on D alone, in any kernel: equal rows tie.
+
+    Columns first add up what lies BLOCK_K apart, then fold pair by pair: a sum over an axis would add in an order that
+    follows from how the compiler spreads it over threads.
+    """
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((PAIRS, BLOCK_K), tl.float64)
+    for start in range(0, D, BLOCK_K):
+        there = start + k[None, :] < D
+        c = tl.load(CORPUS + row[:, None] * D + (start + k)[None, :], mask=inside[:, None] & there, other=0)
+        q = tl.load(QUERIES + (start + k)[None, :], mask=there, other=0.0)
+        if CORPUS.dtype.element_ty == tl.int8:
+            c = c.to(tl.float32)
+        acc = tl.fma(c.to(tl.float64), tl.broadcast_to(q, (PAIRS, BLOCK_K)), acc)
+    for level in tl.static_range(LEVELS):
+        even, uneven = tl.split(tl.reshape(acc, (PAIRS, BLOCK_K >> (level + 1), 2)))
+        acc = even + uneven
+    total = tl.reshape(acc, (PAIRS,))
+    if ROW_SCALES is not None:
+        total *= tl.load(ROW_SCALES + row, mask=inside, other=0.0).to(tl.float64)
+    return total
+
+
+@triton.jit
 def rescore_kernel(
     QUERIES,  # (Q, D) fp64
     CORPUS,  # (N, D)
@@ -215,22 +252,11 @@ def rescore_kernel(
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """fp64 products of pairs, -inf where there is none. The order of a sum depends on D alone: equal rows tie."""
+    """fp64 products of pairs, -inf where there is none."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     query = tl.load(QUERY + pair, mask=pair < P, other=0)
     row = tl.load(ROW + pair, mask=pair < P, other=-1)
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((PAIRS, BLOCK_K), tl.float64)
-    for start in range(0, D, BLOCK_K):
-        inside = (row[:, None] >= 0) & (start + k[None, :] < D)
-        c = tl.load(CORPUS + row[:, None] * D + (start + k)[None, :], mask=inside, other=0)
-        q = tl.load(QUERIES + query[:, None] * D + (start + k)[None, :], mask=inside, other=0.0)
-        if CORPUS.dtype.element_ty == tl.int8:
-            c = c.to(tl.float32)
-        acc += c.to(tl.float64) * q
-    total = tl.sum(acc, axis=1)
-    if ROW_SCALES is not None:
-        total *= tl.load(ROW_SCALES + row, mask=row >= 0, other=0.0).to(tl.float64)
+    total = exact_products(QUERIES + query[:, None] * D, CORPUS, ROW_SCALES, row, row >= 0, D, PAIRS, BLOCK_K)
     tl.store(OUT + pair, tl.where(row >= 0, total, float("-inf")), mask=pair < P)
 
 
@@ -238,7 +264,6 @@ def rescore_kernel(
 TILES_16_BIT = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 16, 128, 4, 3))
 TILES_8_BIT = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 8, 3), Tile(128, 16, 128, 4, 4))
 TILES_32_BIT = (Tile(128, 64, 32, 8, 3), Tile(128, 16, 64, 4, 3))
-PAIRS, DEPTH = 8, 128
 
 
 def tiles(dtype: torch.dtype, masked: bool) -> tuple[Tile, ...]:
@@ -325,20 +350,21 @@ def collect(
     norms: Tensor,
     limits: tuple[Tensor, Tensor],
     thresholds: Tensor,
+    counts: Tensor,
     capacity: int,
     descriptors: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with score + error >= threshold: how many (Q,), their scores and row numbers (Q, capacity), unordered.
+) -> tuple[Tensor, Tensor]:
+    """Scores and numbers of rows with score + error >= threshold, (Q, capacity) each, unordered.
 
     Args:
         thresholds: (Q,) float32.
+        counts: (Q,) int32, zeros, in which the rows are counted.
         capacity: room for each query; beyond it rows are counted and not kept. Q times capacity is below 2^31.
 
     The others are those of `lower_bounds`, with one norm for each 64 rows.
     """
     size = len(queries)
     assert size * capacity < 2**31
-    counts = torch.zeros(size, dtype=torch.int32, device=rows.device)
     scores = torch.empty(size, capacity, dtype=torch.float32, device=rows.device)
     numbers = torch.empty(size, capacity, dtype=torch.int32, device=rows.device)
     tile = choose(rows.dtype, size, valid is not None)
@@ -348,7 +374,7 @@ def collect(
         corpus, asked, *scales, mask, norms, *limits, thresholds, counts, scores, numbers, len(rows), size,
         rows.shape[1], capacity, rows.stride(0), queries.stride(0), _mask_stride(valid), **options,
     )  # fmt: skip
-    return counts, scores, numbers
+    return scores, numbers
 
 
 def rescore(queries: Tensor, rows: Tensor, scales: Tensor | None, query: Tensor, row: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-MODULES = ("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned", "mips")
+MODULES = (
+    *("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned"),
+    *("mips", "mips_start", "mips_finish"),
+)
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names, and Triton's
 
 

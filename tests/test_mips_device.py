@@ -198,7 +198,7 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     queries = Queries.of(torch.randn(size, width).to(DEVICE))
     valid = torch.rand(rows, device=DEVICE) < 0.9
     valid[64:128] = False
-    asked, scale, limits = device._operands(piece, piece.rows, queries, True)
+    asked, scale, limits = device.operands(piece, piece.rows, queries, True)
     scales = (piece.scales if scale is not None else None, scale)
     norms = piece.norms.float()
     lower = kernels.lower_bounds(piece.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
@@ -210,8 +210,9 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     assert (lower[:, 1] == -torch.inf).all() and (lower <= best).all()
     assert (best - lower)[:, [0, 2, 3]].le(2 * error[:, [0, 2, 3]]).all()
     threshold = true.topk(20, dim=1).values[:, -1].float().to(DEVICE)
-    counts, scores, numbers = kernels.collect(
-        piece.rows, asked, scales, valid, norms, limits, threshold, 64, descriptors
+    counts = torch.zeros(size, dtype=torch.int32, device=DEVICE)
+    scores, numbers = kernels.collect(
+        piece.rows, asked, scales, valid, norms, limits, threshold, counts, 64, descriptors
     )
     for q in range(size):
         count = min(int(counts[q]), 64)
@@ -222,7 +223,8 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
         assert ((scores[q, :count].cpu() - true[q][got]).abs() <= spread).all()
         assert (scores[q, count:].isnan()).all()
     everything = torch.full_like(threshold, -torch.inf)
-    counts, _, _ = kernels.collect(piece.rows, asked, scales, valid, norms, limits, everything, 16, descriptors)
+    counts.zero_()
+    kernels.collect(piece.rows, asked, scales, valid, norms, limits, everything, counts, 16, descriptors)
     assert (counts == valid.sum()).all()
     query, row = torch.arange(size, device=DEVICE), torch.arange(size, device=DEVICE) % 7 - 1
     exact = kernels.rescore(queries.exact, piece.rows, scales[0], query, row).cpu()
@@ -276,16 +278,20 @@ def test_two_gpus_share_the_pieces(dtype, monkeypatch):
 
 
 @on_gpu
-def test_the_device_is_waited_for_once():
+@pytest.mark.parametrize("k", [10, 200, 300])
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("proven", [False, True])
+def test_the_device_is_waited_for_once(k, lasting, proven):
+    """With a sample that is kept, one that an index draws again, and none."""
     corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
-    piece = Piece(corpus.bfloat16())
+    piece = Piece(corpus.bfloat16(), lasting=lasting)
     piece.norms = bin_norms(piece)
-    asked, state = Queries.of(queries), State(500, 10, corpus.device)
-    device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, True)
+    asked, state = Queries.of(queries), State(500, k, corpus.device)
+    device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, True)
+        device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

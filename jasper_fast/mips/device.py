@@ -17,13 +17,16 @@ from torch import Tensor
 
 from jasper_fast.mips import pieces
 from jasper_fast.mips.pieces import BIN, UNIT, Piece
-from jasper_fast.mips.scan import Queries, accumulation, bounds
+from jasper_fast.mips.sample import KEPT_STEP, sample, short_norms
+from jasper_fast.mips.scan import UNDERFLOW, Queries, accumulation
+from jasper_fast.mips.settle import bytes_of_query, just_below, settle
 from jasper_fast.mips.state import State
 
 LOW = torch.bfloat16  # in which float32 rows are scanned
 FEW = 16  # queries whose scan is bound by memory: a thinner sample costs less of it
 OWN_PRECISION = 64  # queries up to which converting float32 rows would cost more than it saves
 ROOM, ROOM_OF_FEW = 1024, 8192  # candidates of a query, for small k
+MOST_BINS = 16_384  # of a query whose threshold a program finds; kernels/mips_start.py has blocks up to it
 MOST_ROWS = 1 << 23  # of a slice: places in a tile's mask fit 32 bits
 STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # one row in so many is sampled
 TENSOR_CORE = 4  # times the rounding of ordinary sums: tensor cores cut off where others round
@@ -66,10 +69,14 @@ def plan(rows: int, k: int, size: int) -> Plan:
 
 
 def rows_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
-    """Rows, a multiple of 64, whose low-precision copy and sample fit an eighth of the scratch memory each."""
+    """Rows, a multiple of 64, whose low-precision copy and sample fit an eighth of the scratch memory each.
+
+    What a lasting piece keeps of its sample is part of the piece.
+    """
     width = piece.rows.shape[1]
     step = plan(len(piece), k, size).step
-    sample = piece.rows.element_size() * width / step if step > 1 else 0
+    kept = step == 1 or (piece.lasting and step >= KEPT_STEP)
+    sample = 0 if kept else piece.rows.element_size() * width / step
     copied = 2 * width if _converts(piece, size) else 0
     fits = int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN
     return min(max(64 * BIN, fits), MOST_ROWS)
@@ -78,7 +85,8 @@ def rows_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
 def queries_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
     """Queries whose bins and candidates fit three eighths of the scratch memory."""
     chosen = plan(len(piece), k, size)
-    each = 12 * (len(piece) // chosen.step // BIN + 1) + 48 * chosen.capacity
+    bins = len(piece) // chosen.step // BIN + 1
+    each = (4 if bins <= MOST_BINS else 12) * bins + bytes_of_query(k, chosen.capacity)
     most = min(3 * scratch // 8 // each, 2**30 // chosen.capacity)
     return max(1, most // 128 * 128 or most)
 
@@ -104,82 +112,45 @@ def search_device(
         valid: bool (N,) or (Q, N), contiguous; empty where all rows are valid.
     """
     from jasper_fast.kernels import mips as kernels
+    from jasper_fast.kernels.mips_finish import Collected
 
-    size, k, device = len(queries), state.k, plane.device
-    how = plan(len(piece), k, size)
-    asked, query_scales, limits = _operands(piece, plane, queries, proven)
+    how = plan(len(piece), state.k, len(queries))
+    asked, query_scales, limits = operands(piece, plane, queries, proven)
     scales = (piece.scales if query_scales is not None else None, query_scales)
-    assert piece.norms is not None
-    norms = (piece.norms * (1 + 2 * UNIT)).float()  # the factor makes rounding go up
+    norms = short_norms(piece)
     mask = valid if valid.numel() else None
     if how.step == 1:
         lower = kernels.lower_bounds(plane, asked, scales, mask, norms, limits, BIN)
     else:
-        rows = _sample(len(piece), how.step, device)
-        shown = None if mask is None else mask[..., rows].contiguous()
-        own = (None if scales[0] is None else scales[0][rows], query_scales)
-        lower = kernels.lower_bounds(plane[rows], asked, own, shown, norms[rows // BIN], limits, 1)
-    known = torch.nextafter(state.cutoffs.float(), torch.full((), -torch.inf, device=device))
-    threshold = torch.maximum(lower.topk(how.rank, dim=1).values[:, -1], known)
+        drawn = sample(piece, plane, how.step)
+        shown = None if mask is None else mask[..., drawn.numbers].contiguous()
+        lower = kernels.lower_bounds(drawn.plane, asked, (drawn.scales, query_scales), shown, drawn.norms, limits, 1)
+    threshold, counts = _thresholds(lower, how.rank, state)
     del lower
-    counts, scores, numbers = kernels.collect(plane, asked, scales, mask, norms, limits, threshold, how.capacity)
-
-    # Of what was collected, the k-th best lower bound is proven; most candidates fall below it.
-    there = torch.arange(how.capacity, device=device) < counts[:, None]
-    numbers = numbers.where(there, 0)
-    error = norms[numbers // BIN] * limits[0][:, None] + limits[1][:, None]
-    cutoff = torch.maximum((scores - error).where(there, -torch.inf).topk(k, dim=1).values[:, -1], known)
-    upper = (scores + error).where(there, -torch.inf)
-    few = min(how.capacity, 2 * k + BIN)
-    best, place = upper.topk(few, dim=1)
-    kept = (best >= cutoff[:, None]) & (best > -torch.inf)
-    crowded = (upper >= cutoff[:, None]).logical_and_(there).sum(dim=1) > few
-    missed = (counts > how.capacity) | (threshold > cutoff) | crowded
-    kept &= ~missed[:, None]
-    numbers, scores = numbers.gather(1, place).long(), scores.gather(1, place).double()
-    if proven:
-        query = torch.arange(size, device=device)[:, None].expand(size, few).reshape(-1)
-        row = numbers.where(kept, -1).view(-1)
-        row_scales = piece.scales if piece.rows.dtype == torch.int8 else None
-        true = kernels.rescore(queries.exact, piece.rows, row_scales, query, row).view(size, few)
-        wrong = ((true - scores).abs() > error.gather(1, place)) & kept
-        state.broken |= wrong.any(dim=1)
-    else:
-        true = scores.masked_fill(~kept, -torch.inf)
-    state.missed |= missed
-    state.merge_table(true, numbers + first_id)
+    scores, rows = kernels.collect(plane, asked, scales, mask, norms, limits, threshold, counts, how.capacity)
+    settle(Collected(counts, scores, rows, threshold, norms, limits), piece, first_id, queries, state, proven)
 
 
-def _operands(
+def operands(
     piece: Piece, plane: Tensor, queries: Queries, proven: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
     """Queries as the scan multiplies them, their scales if they are integers, and (relative, absolute) errors."""
+    from jasper_fast.kernels import mips_start
+
     width = plane.shape[1]
-    query_scales = None
-    if plane.dtype == torch.int8:
-        query_scales = (queries.exact.abs().amax(dim=1) / 127).float()
-        query_scales = torch.where(query_scales > 0, query_scales, torch.ones_like(query_scales))
-        codes = (queries.exact / query_scales.double()[:, None]).round_().clamp_(-127, 127)
-        asked, scanned = codes.to(torch.int8), codes * query_scales.double()[:, None]
-        product = 8 * UNIT  # sums of codes are exact
-    else:
-        asked = queries.scan.to(plane.dtype)
-        scanned = asked.double()
-        product = TENSOR_CORE * accumulation(width)
+    # Sums of codes are exact.
+    product = 8 * UNIT if plane.dtype == torch.int8 else TENSOR_CORE * accumulation(width)
     product += SLACK
     if plane.dtype != piece.rows.dtype:  # float32 rows, each element rounded to the plane's dtype
         product += torch.finfo(plane.dtype).eps / 2 * (1 + product)
-    limits = bounds(scanned, queries, product)
-    if not proven:
-        limits = torch.zeros_like(limits)
-    limits = (limits * (1 + 2.0**-20)).float()
-    return asked.contiguous(), query_scales, (limits[:, 0].contiguous(), limits[:, 2].contiguous())
+    return mips_start.operands(queries.exact, plane.dtype, product, width * UNDERFLOW, proven)
 
 
-def _sample(rows: int, step: int, device: torch.device) -> Tensor:
-    """One row in every ``step``, at random; the same ones each time. (rows // step,)"""
-    generator = torch.Generator(device).manual_seed(0)
-    count = rows // step
-    return torch.arange(count, device=device) * step + torch.randint(
-        0, step, (count,), generator=generator, device=device
-    )
+def _thresholds(lower: Tensor, rank: int, state: State) -> tuple[Tensor, Tensor]:
+    """What to collect by, (Q,) float32, and counters for what will be, (Q,) int32."""
+    from jasper_fast.kernels import mips_start
+
+    if lower.shape[1] <= MOST_BINS:
+        return mips_start.thresholds(lower, rank, state.cutoffs)
+    found = torch.maximum(lower.topk(rank, dim=1).values[:, -1], just_below(state.cutoffs))
+    return found, torch.zeros_like(found, dtype=torch.int32)

@@ -158,7 +158,9 @@ class FlatIPIndex:
         index = cls(dim, device=device, dtype=dtype, scratch=scratch)  # type: ignore[arg-type]
         for piece in pieces:
             place = index._next_device()
-            index._full.append(piece if place.type == "cpu" else piece.to(place))
+            kept = piece if place.type == "cpu" else piece.to(place)
+            kept.lasting = True
+            index._full.append(kept)
         index._rows = sum(map(len, pieces))
         return index
 
@@ -171,6 +173,7 @@ class _Growing:
         if device.type == "cuda":  # where every piece costs a search its launches, what comes at once stays together
             capacity = max(capacity, -(-coming // BIN) * BIN)
         self.filled, self.room = 0, capacity
+        self.made: Piece | None = None  # of what is filled
         self.rows = torch.empty(capacity, dim, dtype=dtype, device=device)
         self.norms = torch.empty(capacity // BIN, dtype=torch.float64, device=device)
         self.scales = torch.empty(capacity if dtype == torch.int8 else 0, device=device)
@@ -207,11 +210,18 @@ class _Growing:
         begun = start // BIN * BIN
         self.norms[begun // BIN : -(-stop // BIN)] = bin_norms(self._view(begun, stop))
         self.filled, self.room = stop, self.room - count
+        self.made = None
         return count
 
     def piece(self) -> Piece:
-        """What is filled, as views."""
+        """What is filled, as views; the same piece until rows come."""
+        if self.made is None:
+            self.made = self._filled()
+        return self.made
+
+    def _filled(self) -> Piece:
         piece = self._view(0, self.filled)
+        piece.lasting = True
         bins = -(-self.filled // BIN)
         piece.norms = self.norms[:bins]
         if self.plane is not None:

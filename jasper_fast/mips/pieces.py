@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,16 @@ class Piece:
         scales: (N,) float32 for int8 rows, whose value is code · scale; else empty.
         norms: (ceil(N / 64),) float64, the longest row of each bin, rounded up; None: not known yet.
         plane: of float32 rows, or None.
+        lasting: whether it is searched again, so that what a search derives from it may stay.
     """
 
     rows: Tensor
     scales: Tensor = field(default_factory=lambda: _none(torch.float32))
     norms: Tensor | None = None
     plane: Plane | None = None
+    lasting: bool = False
     longest: float | None = None  # of norms, once it was asked for
+    derived: dict[object, Any] = field(default_factory=dict, repr=False)  # see sample.py
 
     def __len__(self) -> int:
         return self.rows.shape[0]

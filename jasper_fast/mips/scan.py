@@ -47,7 +47,7 @@ class Queries:
     def largest_norm(self) -> float:
         """Of the scaled queries; waits for the device once."""
         if self.longest is None:
-            self.longest = float(self.exact.norm(dim=1).max())
+            self.longest = float(self.exact.norm(dim=1).max()) if len(self) else 0.0
         return self.longest
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,12 +129,13 @@ def search(
         raise ValueError(f"k must be at least 1; got {k}")
     k, missing = min(int(k), total), max(0, int(k) - total)
     mask = _mask(valid, len(queries), total, queries.device)
-    bad = (~queries.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        raise ValueError(f"queries: row {int(bad[0])} holds NaN or infinity")
+    asked = Queries.of(queries)
+    if not math.isfinite(asked.largest_norm()):  # which is asked for anyway, and waits for the device
+        bad = (~queries.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            raise ValueError(f"queries: row {int(bad[0])} holds NaN or infinity")
     if total == 0:
         return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
-    asked = Queries.of(queries)
     if len(shards) == 1:
         state = _complete(pieces, asked, mask, k, precision, scratch)
     else:
@@ -174,6 +176,8 @@ def _complete(
     if not len(queries):
         return state
     _scan(pieces, queries, mask, state, precision, scratch)
+    if not bool((state.missed | state.broken).any()):
+        return state
     missed = state.missed.nonzero()[:, 0]
     if len(missed):  # too many near-ties for the room there was: the same proof, without that limit
         _again(pieces, queries, mask, state, missed, precision, scratch)
@@ -253,7 +257,7 @@ def _device(
     """By the GPU kernels, in slices and groups that fit the scratch memory."""
     rows = rows_at_once(piece, len(queries), state.k, scratch)
     for begin in range(0, len(piece), rows):
-        part = piece.slice(begin, begin + rows)
+        part = piece.slice(begin, begin + rows) if rows < len(piece) else piece
         shown = mask[..., begin : begin + rows].contiguous() if mask.numel() else mask
         if not serves(part, state.k):  # the end is too short for them
             _library(part, first_id + begin, queries, shown, state, precision, scratch)
@@ -293,6 +297,7 @@ def _check(piece: Piece, norms: Tensor, first_id: int) -> None:
     if bad is not None:
         raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
     piece.norms, piece.longest = norms, None
+    piece.derived.clear()
 
 
 def _in_range(piece: Piece, queries: Queries) -> bool:

@@ -17,7 +17,7 @@ class State:
     ``broken`` marks queries for which a score lay outside its bound, ``missed`` those of which not everything that
     matters could be collected. ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with
     the worst on top in its first ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is
-    such a heap.
+    such a heap, and what all but that file leave here.
     """
 
     def __init__(self, size: int, k: int, device: torch.device) -> None:
@@ -30,12 +30,21 @@ class State:
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Scores (Q, k) float64 and ids (Q, k), best first; −inf and −1 where there are fewer than k."""
+        if self.best.is_cuda:
+            return self.turned()
         scores, ids = self.best[..., 0].view(torch.float64), self.best[..., 1]
         empty = torch.arange(self.k, device=ids.device) >= self.counts[:, None]
         scores, ids = scores.masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
         ids, order = ids.sort(dim=1)
         scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
         return scores, ids.gather(1, by_score)
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """`sorted`, where no heap of a CPU's loops is among these: from worst to best it is that already."""
+        place = (self.counts[:, None] - 1) - torch.arange(self.k, device=self.best.device)
+        empty, place = place < 0, place.clamp(min=0)
+        scores, ids = self.best[..., 0].gather(1, place), self.best[..., 1].gather(1, place)
+        return scores.view(torch.float64).masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
 
     def merge(self, queries: Tensor, scores: Tensor, ids: Tensor) -> None:
         """Takes in M exactly scored rows, each of a query: query numbers, float64 scores and ids, (M,) each."""
