@@ -22,7 +22,7 @@ class Known(NamedTuple):
 
 def known(method: Method, heads: Heads, teacher: Tensor) -> Known:
     """The values of a method in float64, where the losses are plain torch and no kernel that is to be checked."""
-    loss, gradients = _value_and_gradients(method, [head.double() for head in heads], teacher.double())
+    loss, gradients = value_and_gradients(method, [head.double() for head in heads], teacher.double())
     return Known(float(loss), gradients)
 
 
@@ -32,7 +32,7 @@ def check(method: Method, heads: Heads, teacher: Tensor, wanted: Known | None, a
     Raises:
         AssertionError: they are not finite, or further away than allowed.
     """
-    loss, gradients = _value_and_gradients(method, heads, teacher)
+    loss, gradients = value_and_gradients(method, heads, teacher)
     if not all(bool(tensor.isfinite().all()) for tensor in (loss, *gradients)):
         raise AssertionError("the loss or its gradient is not finite")
     if wanted is None:
@@ -49,7 +49,7 @@ def check(method: Method, heads: Heads, teacher: Tensor, wanted: Known | None, a
     return found
 
 
-def _value_and_gradients(method: Method, heads: Heads, teacher: Tensor) -> tuple[Tensor, Heads]:
+def value_and_gradients(method: Method, heads: Heads, teacher: Tensor) -> tuple[Tensor, Heads]:
     leaves = [head.detach().requires_grad_() for head in heads]
     loss = method(leaves, teacher)
     gradients = torch.autograd.grad(loss, leaves)

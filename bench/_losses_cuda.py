@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bench import _published
 from bench._budget import Budget
-from bench._check import Heads, Known, Method, check, known
+from bench._check import Heads, Known, Method, check, known, value_and_gradients
+from bench._kernels import kernels
 from bench._mips_cuda import bandwidth
 from bench._targets import Target, judged, print_judged
 from jasper_fast import reference
@@ -274,7 +276,10 @@ def _one(
     """The figures of one method, or what was wrong with it."""
     try:
         errors = check(method, heads, teacher, wanted, allowed)  # compiles, and fills the allocator
-        return _timed(method, heads, teacher, repeats) | errors
+        found = _timed(method, heads, teacher, repeats) | errors
+        if allowed == OURS:  # where our time goes; the others' is theirs
+            found["kernels"] = kernels(partial(value_and_gradients, method, heads, teacher))
+        return found
     except torch.OutOfMemoryError:
         error = "out of memory"
     except Exception as problem:  # one method's failure takes nothing from the others

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench._budget import Budget
+from bench._kernels import kernels
 from bench._targets import Target, judged, print_judged
 from jasper_fast.mips import FlatIPIndex
 
@@ -114,6 +115,7 @@ def case(
     seconds: dict[str, float] = {}
     shares: dict[str, float] = {}
     errors: dict[str, str] = {}
+    launched: dict[str, dict[str, Any]] = {}
     for name, function in (("bare bf16 product", bare), ("bf16 matmul + topk", chunked)):
         try:
             seconds[name] = timed(function, device, repeats)
@@ -127,13 +129,15 @@ def case(
             verify(index, queries, k)
             for precision in ("certified", "fast"):
                 name = f"{precision}, {dtype}"
-                seconds[name] = timed(partial(index.search, queries, k, precision=precision), device, repeats)
+                search = partial(index.search, queries, k, precision=precision)
+                seconds[name], launched[name] = timed(search, device, repeats), kernels(search)
                 each = {"bfloat16": 2, "float32": 2, "int8": 1}[dtype]  # a float32 index is scanned in bfloat16
                 shares[name] = rows * width * each / seconds[name] / (gb_s * 1e9)
         except Exception as error:
             errors[name] = _told(error)
         index = None
     found: dict[str, Any] = {"seconds": seconds, "errors": errors, "share_of_bandwidth": shares}
+    found["kernels"] = launched
     ours = seconds.get(f"certified, {dtypes[0]}")
     if ours is not None:
         found["teraflops"] = 2e-12 * size * rows * width / ours

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench._kernels import told
 from bench._roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
@@ -154,7 +155,14 @@ def losses(found: Results) -> Section:
                 if ours.get("extra_bytes", 0) > other.get("extra_bytes", float("inf")):
                     lost.append(f"{where}: {mib(ours)} against {mib(other)} of {method}")
         parts.append("\n".join(lines))
-    return "\n\n".join(parts), points, roof, lost
+    spent = {
+        f"{loss.replace('_', ' ')}, {case['name']}, {method}": (own["kernels"], own["both_s"])
+        for loss in LOSSES
+        for case in found.get(loss, [])
+        for method, own in case["methods"].items()
+        if "kernels" in own
+    }
+    return "\n\n".join(filter(None, [*parts, told(spent)])), points, roof, lost
 
 
 def mips(found: Results) -> Section:
@@ -188,7 +196,12 @@ def mips(found: Results) -> Section:
         for method, error in case["errors"].items():
             lines.append(f"| {label} | {method} | {error} | | | | |")
             label = ""
-    return "\n".join(lines), points, roof, lost
+    spent = {
+        f"{searched(case)}, {search}": (own, case["seconds"][search])
+        for case in cases
+        for search, own in case.get("kernels", {}).items()
+    }
+    return "\n\n".join(filter(None, ["\n".join(lines), told(spent)])), points, roof, lost
 
 
 def train(found: Results) -> Section:
