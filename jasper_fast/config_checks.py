@@ -44,7 +44,7 @@ def stage_problems(stage: StageConfig) -> list[str]:
             )
             break  # without narrow weights both are the same
     if stage.vision is not None and stage.vision.among == "all" and not stage.vision.contrastive:
-        problems.append("vision.among is about the contrastive term, whose weight is 0; give vision.contrastive one")
+        problems.append("vision.among is about the contrastive term, whose weight is 0; set it to batch")
     if stage.vision is not None and (stage.codes or stage.narrow_start != "as_is"):
         problems.append("codes and narrow_start are for stages of texts; leave them out here")
     if stage.vision is not None and (stage.batches != "random" or stage.narrow_target != "teacher"):

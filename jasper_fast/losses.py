@@ -179,8 +179,8 @@ class JasperLoss(nn.Module):
         rows: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if len(weights) != 3:
-            raise ValueError(f"weights: expected three (cosine, similarity, relative similarity), got {len(weights)}")
+        if not hasattr(weights, "__len__") or len(weights) != 3:
+            raise ValueError(f"weights: expected three (cosine, similarity, relative similarity), got {weights!r}")
         for name, weight in (*((f"weights[{i}]", w) for i, w in enumerate(weights)), ("neighbourhood", neighbourhood)):
             if _number(name, weight) < 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
@@ -406,20 +406,27 @@ def _heads(student: Tensor | Mapping[int, Tensor], teacher: Tensor) -> list[Tens
     for width, head in student.items():
         _check_pair(head, teacher, f"student[{width!r}]")
         if head.shape[1] != width:
-            raise ValueError(f"student[{width!r}]: expected (B, {width}) vectors, got shape {tuple(head.shape)}")
+            raise ValueError(
+                f"student[{width!r}]: expected vectors of that width, got shape {tuple(head.shape)}; make its key "
+                f"{head.shape[1]}"
+            )
     return list(student.values())
 
 
 def _check_pair(student: Tensor, teacher: Tensor, name: str = "student") -> None:
     for label, tensor in ((name, student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{label}: expected a tensor of shape (B, D), got {type(tensor).__name__}")
+            raise TypeError(
+                f"{label}: expected a tensor of shape (B, D), got {type(tensor).__name__}; use torch.as_tensor"
+            )
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(
                 f"{label}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}; convert with .float()"
             )
         if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(f"{label}: expected shape (B, D) with B, D >= 1, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{label}: expected shape (B, D) with B, D >= 1, got {tuple(tensor.shape)}; a single vector is v[None]"
+            )
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"{name} has {student.shape[0]} rows and teacher {teacher.shape[0]}: expected one to one")
     if student.device != teacher.device:

@@ -72,7 +72,7 @@ def similarity(
         if method == "auto" and bool(total < cost.CANCELLATION * (own + other)):
             by_tile.append(h)
             continue
-        losses[h] = total / rows**2
+        losses[h] = total.clamp(min=0.0) / rows**2  # a mean of squares, also where the sums cancel
         if gradient:
             gradients[h] = (unit @ gram).addmm_(target.rows, cross, alpha=-1.0).mul_(4.0 / rows**2)
         if teacher_gradient:

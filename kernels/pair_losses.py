@@ -313,7 +313,7 @@ def _feature(
         sums = _difference(head, gram, target, cross)
     if teacher_gradient:
         teacher_sums = _difference(head, cross.T, target, teacher_gram)
-    return total, _Feature(sums, teacher_sums, cancelled)
+    return total.clamp(min=0.0), _Feature(sums, teacher_sums, cancelled)
 
 
 def _difference(head: Vectors, first: Tensor, target: Vectors, second: Tensor) -> Tensor:

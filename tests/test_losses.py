@@ -315,6 +315,7 @@ def ones(*shape: int, **options) -> torch.Tensor:
         (lambda: relative_similarity_loss(ones(4, 3), ones(4, 3), margin=ones(1)), TypeError, "a number"),
         (lambda: neighbourhood_loss(ones(4, 3), ones(4, 3), temperature=0.0), ValueError, "> 0"),
         (lambda: JasperLoss(weights=(1.0, 2.0)), ValueError, "three"),
+        (lambda: JasperLoss(weights=5), ValueError, "three"),
         (lambda: JasperLoss(weights=(1.0, -2.0, 0.0)), ValueError, r"weights\[1\]"),
         (lambda: JasperLoss(reduction="max"), ValueError, "'sum', 'mean'"),
         (lambda: JasperLoss()({}, ones(4, 3)), ValueError, "at least one head"),
@@ -450,3 +451,10 @@ def test_each_head_may_have_its_own_temperature():
         JasperLoss(neighbourhood=1.0, temperature={8: 0.1, 5: 0.1})(heads, teacher)
     with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         JasperLoss(neighbourhood=1.0, temperature={8: 0.1, 5: 0})
+
+
+def test_the_feature_form_of_one_row_is_no_less_than_zero():
+    """Its sums cancel there: what is left over may have either sign."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert similarity_loss(torch.randn(1, 5), torch.randn(1, 3), method="feature") >= 0.0

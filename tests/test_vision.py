@@ -231,7 +231,9 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions).loss) for known in (None, others)]
     plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
     assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
-    with pytest.raises(ValueError, match="vision.among is about the contrastive term"):
+    with pytest.raises(
+        ValueError, match="vision.among is about the contrastive term, whose weight is 0; set it to batch"
+    ):
         stage(vision={"among": "all"})
 
 

@@ -330,9 +330,11 @@ def as_tensor(array: Any, name: str) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}")
+        raise TypeError(
+            f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}: convert it with numpy.asarray"
+        )
     if array.dtype.kind not in "fb":
-        raise TypeError(f"{name} must hold floats, got {array.dtype}")
+        raise TypeError(f"{name} must hold floats, got {array.dtype}: convert them with .astype(numpy.float32)")
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     with warnings.catch_warnings():

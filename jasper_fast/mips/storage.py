@@ -51,7 +51,7 @@ def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> t
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise JasperError(f"{path}: no index here ({MANIFEST} is missing)") from None
+        raise JasperError(f"{path}: no index here ({MANIFEST} is missing); FlatIPIndex.save makes one") from None
     except (OSError, ValueError) as error:
         raise JasperError(f"{path / MANIFEST}: not readable ({error}); build the index again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
