@@ -179,8 +179,13 @@ def _build(config: ImagesConfig, folder: Path) -> None:
             "images.held_out"
         )
     held, beside = hold_out(groups, config.held_out, config.seed, extra)
-    facts = {"fingerprint": digest.hexdigest(), "held_out": held, "beside_held_out": beside, "left_out": broken}
-    facts["settings"] = config.model_dump()
+    facts = {
+        "fingerprint": digest.hexdigest(),
+        "held_out": held,
+        "beside_held_out": beside,
+        "left_out": broken,
+        "settings": config.model_dump(),
+    }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
