@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast import env, extension
-from jasper_fast.env import code_digest
 
 
 def environment() -> dict[str, Any]:
@@ -17,7 +16,7 @@ def environment() -> dict[str, Any]:
     found = env.environment()
     return {
         "commit": commit(),
-        "digest": code_digest(),  # a copy without its git history has no commit
+        "digest": env.code_digest(),  # a copy without its git history has no commit
         **{key: found[key] for key in ("python", "libraries", "cpu", "gpus")},
         "extension": extension.extension_error() or "in use",
     }
@@ -31,7 +30,7 @@ def commit() -> str | None:
 
 def code(files: Iterable[Path]) -> dict[str, str | None]:
     """What code a figure comes from: the commit, and a digest of the package and of the benchmark's own files."""
-    digest = hashlib.blake2b(code_digest().encode(), digest_size=8)
+    digest = hashlib.blake2b(env.code_digest().encode(), digest_size=8)
     for file in files:
         digest.update(file.read_bytes())
     return {"commit": commit(), "digest": digest.hexdigest()}

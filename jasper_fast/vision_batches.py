@@ -99,7 +99,8 @@ class CaptionTargets:
         chosen = sorted(first.values())
         groups = tied([[f"{picture}", f" {text}"] for picture, text in zip(pictures, texts, strict=True)])
         group = {row: number for number, rows in groups.items() for row in rows}
-        return Captions(self.read(numbers[chosen]), torch.tensor([group[row] for row in chosen]))
+        pictures_of = torch.tensor([group[row] for row in chosen], device=self.device)
+        return Captions(self.read(numbers[chosen]).to(self.device), pictures_of)  # once: every step compares with them
 
 
 def caption_plan(images: Images, plan: BatchPlan, seed: int, stage: int) -> BatchPlan:

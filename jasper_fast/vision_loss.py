@@ -35,7 +35,7 @@ class VisionLoss(nn.Module):
         stage: weights, margin, temperature, heads.
         group: whose ranks' batches make one batch; None: this process's alone.
         rows: how many of the stage's ``batch_size`` pictures each rank of the group has.
-        captions: what a picture's caption is told from; None: the batch's.
+        captions: what a picture's caption is told from, float32 where the pictures' vectors are; None: the batch's.
     """
 
     def __init__(
@@ -50,7 +50,11 @@ class VisionLoss(nn.Module):
         self.heads = stage.heads
         self.contrastive, temperature = stage.vision.contrastive, temperature_of(stage)
         self.temperatures = temperature if isinstance(temperature, dict) else dict.fromkeys(stage.heads, temperature)
-        self.group, self.rows, self.captions = group, rows, captions
+        self.group, self.rows = group, rows
+        self.captions: dict[int, Captions] = {}  # by head
+        if captions is not None:
+            parts = captions.vectors.split(stage.heads, dim=1)
+            self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
@@ -70,13 +74,9 @@ class VisionLoss(nn.Module):
             return output
         pictures = F.normalize(pictures.float(), dim=1)
         captions = captions.to(pictures.dtype)
-        temperature, others = self.temperatures[width], None
         if self.group is not None:
             pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
-        if self.captions is not None:
-            own = self.captions.vectors.split(self.heads, dim=1)[self.heads.index(width)]
-            others = Captions(own.to(pictures), self.captions.pictures.to(pictures.device))
-        term = contrastive_loss(pictures, captions, temperature, others)
+        term = contrastive_loss(pictures, captions, self.temperatures[width], self.captions.get(width))
         return output._replace(loss=output.loss + self.contrastive * term)
 
 

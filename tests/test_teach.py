@@ -456,9 +456,11 @@ def test_texts_of_another_set_are_not_read_again(
     errors = cache.header["cosine_distance_of_storing"], other.header["cosine_distance_of_storing"]
     assert errors[0]["mean"] == pytest.approx(errors[1]["mean"], rel=0.2) and errors[0]["max"] >= errors[1]["max"]
     fresh = ensure_teachers(config_of({"model": str(tiny_bert)}, cache="new", cache_dtype=dtype), texts.select(turned))
-    # Read in other batches, a vector may round to the next float16.
-    step = 2**-10 if dtype == "float16" else 0.0
-    torch.testing.assert_close(second.read(np.arange(200)), fresh.read(np.arange(200)), atol=1e-5, rtol=step)
+    # Read in other batches, one number in a thousand may round to the next float16; no other differs.
+    again, anew = second.read(np.arange(200)), fresh.read(np.arange(200))
+    other = (again - anew).abs() > 1e-5
+    assert other.float().mean() <= (1e-3 if dtype == "float16" else 0.0)
+    torch.testing.assert_close(again[other], anew[other], atol=0, rtol=2**-10)
 
 
 def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, config_of) -> None:
