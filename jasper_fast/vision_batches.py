@@ -1,4 +1,4 @@
-"""Batches of a vision stage: pictures decoded ahead of time, other views of them, and their captions' vectors.
+"""Batches of a vision stage: decoded pictures, other views of them, and their captions' vectors.
 
 Which pictures, which of their captions and which views come when is a function of (seed, stage, step) alone, so a
 resumed run, or one of several processes, sees the same.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jasper_fast.batches import POOL_CHUNK, Batch, PooledStates, ahead_of_time
+from jasper_fast.batches import POOL_CHUNK, Batch, PooledStates, batches_of
 from jasper_fast.config import AugmentConfig, StageConfig
 from jasper_fast.encode import EVAL_MICRO_BATCH, autocast, pool_texts
 from jasper_fast.image_data import Images, tied
@@ -155,7 +155,7 @@ def vision_batches(
     student: Student,
     ranks: Ranks,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (stage step, this rank's batch) from ``first_step`` to the end; the next ones are prepared meanwhile.
+    """Yield (stage step, this rank's batch) from ``first_step`` to the end.
 
     Args:
         place: the run's seed and the stage's position.
@@ -172,7 +172,7 @@ def vision_batches(
         micro = ImageBatches(list(pixels.split(stage.micro_batch)), each)
         return Batch(rows, targets.read(targets.captions(step)[mine]), micro, None, micro.tokens, micro.padded, 0.0)
 
-    return ahead_of_time(prepare, first_step, stage.steps)
+    return batches_of(prepare, first_step, stage.steps, student.device)
 
 
 def draw_views(views: AugmentConfig, place: tuple[int, int, int], total: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Batches are a pure function of (seed, step)."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,25 @@ def test_a_step_does_not_depend_on_the_steps_before():
     assert np.array_equal(random_batches(101, 10, seed=3, stage=1)(37), expected)
     assert not np.array_equal(random_batches(101, 10, seed=4, stage=1)(37), expected)
     assert not np.array_equal(random_batches(101, 10, seed=3, stage=2)(37), expected)
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", {"MainThread"}), ("cuda", {"batches_0"})])
+def test_batches_come_in_order_and_only_a_gpu_has_them_prepared_by_a_thread(device, threads):
+    from jasper_fast.batches import Batch, batches_of
+
+    by = set()
+
+    def prepare(step):
+        by.add(threading.current_thread().name)
+        if step == 9:
+            raise ValueError("no step 9")
+        return Batch(np.array([step]), torch.zeros(1, 1), None, None, 0, 0, -1.0)
+
+    found = list(batches_of(prepare, 3, 8, torch.device(device)))
+    assert [(step, *batch.rows) for step, batch in found] == [(step, step) for step in range(3, 8)] and by == threads
+    assert all(batch.wait >= 0 for _, batch in found)
+    with pytest.raises(ValueError, match="no step 9"):
+        list(batches_of(prepare, 7, 12, torch.device(device)))
 
 
 def test_too_few_rows():
