@@ -77,6 +77,7 @@ def mined(k: int = 8, share: float = 0.0) -> dict[str, Any]:
 BEST = "neighbourhood, mined"
 RECIPE = "recipe: groups of 4, from principal axes"  # minilm-narrow
 PAPERS = "paper's, random"
+RECIPE_OWN = f"{RECIPE}, own vector"
 RECIPE_SEARCHED, PAPERS_SEARCHED = f"{RECIPE}, searched texts too", f"{PAPERS}, searched texts too"
 TUNED = mined(4) | {"temperature": {128: 0.1, 64: 0.1, 32: 0.05}, "lr": 1e-3}
 FULL_WIDTH_BITS = "full width, trained for bits"
@@ -117,6 +118,7 @@ ARMS = [
         for batch in sizes
     ),
     Arm("target", "neighbourhood, mined, own vector", NEIGHBOURHOOD | mined(), teachers="own"),
+    Arm("target", RECIPE_OWN, NEIGHBOURHOOD | TUNED, teachers="own", start="principal", codes=True),
     Arm("target", "paper's, random, own vector", PAPER, teachers="own"),
     Arm("heads", "neighbourhood, mined, prefix", NEIGHBOURHOOD | mined(), heads="prefix"),
     Arm("heads", "paper's, random, prefix", PAPER, heads="prefix"),
@@ -166,6 +168,8 @@ STATEMENTS = [
     ("Which heads: prefixes of the widest", "neighbourhood, mined, prefix", BEST),
     ("Beginning at principal axes", "neighbourhood, mined, from principal axes", BEST),
     ("The recipe against the paper's losses", RECIPE, PAPERS),
+    ("The recipe taught by the own vector", RECIPE_OWN, RECIPE),
+    ("The recipe taught by the own vector against the paper's losses", RECIPE_OWN, PAPERS),
     ("Both from principal axes", RECIPE, "paper's, random, from principal axes"),
     ("Are the documents that will be searched worth having among the texts", RECIPE_SEARCHED, RECIPE),
     ("The recipe against the paper's losses, both with them", RECIPE_SEARCHED, PAPERS_SEARCHED),

@@ -13,6 +13,7 @@ from bench._ablation_arms import (
     PAPERS,
     PAPERS_SEARCHED,
     RECIPE,
+    RECIPE_OWN,
     RECIPE_SEARCHED,
 )
 from bench._ablation_scores import Key, kind_means, kinds_of, markdown, verdict
@@ -31,28 +32,34 @@ Row = tuple[str, str, str, bool]  # what, asked, found, whether it is reached
 def targets(results: Mapping[str, Any], scores: Scores) -> str:
     """A table of every target that the results speak of; means over seeds, of arms of equal seconds."""
     rows = [
-        *_above_papers(scores, RECIPE, PAPERS),
-        *_above_floors(results, scores, RECIPE),
-        *_kept(results, scores, RECIPE),
+        *_of(results, scores, RECIPE, PAPERS),
         *_at_full_width(results, scores),
         *_costs(results, scores),
     ]
-    searched = [
-        *_above_papers(scores, RECIPE_SEARCHED, PAPERS_SEARCHED),
-        *_above_floors(results, scores, RECIPE_SEARCHED),
-        *_kept(results, scores, RECIPE_SEARCHED),
-    ]
     if not rows:
         return ""
+    others = {
+        "taught by the own vector": (RECIPE_OWN, PAPERS),
+        "with the searched texts": (RECIPE_SEARCHED, PAPERS_SEARCHED),
+    }
     text = (
-        f"The recipe is *{RECIPE}*; the paper's losses are *{PAPERS}*. Means over seeds, equal seconds. The last "
-        "columns are those of arms that both had the searched documents, without questions or judgements, among their "
-        "texts."
+        f"The recipe is *{RECIPE}*; the paper's losses are *{PAPERS}*. Means over seeds, equal seconds. Taught by the "
+        "own vector: the same but for what teaches it. The last columns are those of arms that both had the searched "
+        "documents, without questions or judgements, among their texts."
     )
-    beside = {what: [found, _yes(reached)] for what, _, found, reached in searched}
-    table = [[what, asked, found, _yes(reached), *beside.get(what, ["", ""])] for what, asked, found, reached in rows]
-    heads = ["target", "asked", "found", "reached", "with the searched texts", "reached"]
+    heads, table = ["target", "asked", "found", "reached"], [[*row[:3], _yes(row[3])] for row in rows]
+    for name, (recipe, papers) in others.items():
+        found = {row[0]: [row[2], _yes(row[3])] for row in _of(results, scores, recipe, papers)}
+        heads += [name, "reached"]
+        table = [row + found.get(row[0], ["", ""]) for row in table]
     return f"## Targets\n\n{text}\n\n" + markdown(heads, table)
+
+
+def _of(results: Mapping[str, Any], scores: Scores, recipe: str, papers: str) -> Iterator[Row]:
+    """What a recipe of narrow heads is asked for."""
+    yield from _above_papers(scores, recipe, papers)
+    yield from _above_floors(results, scores, recipe)
+    yield from _kept(results, scores, recipe)
 
 
 def _yes(reached: bool) -> str:

@@ -225,5 +225,6 @@ def _plan(world: World, arm: Arm, stage: StageConfig, seed: int) -> BatchPlan:
     n = _texts(world, arm)
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, seed, 0)
-    graph = kept_graph(world.cache, world.teachers[arm.teachers], n, stage.neighbours, print)
+    teachers = world.teachers["one" if arm.teachers == "own" else arm.teachers]  # neighbours are the teachers' in a run
+    graph = kept_graph(world.cache, teachers, n, stage.neighbours, print)
     return neighbour_batches(graph, stage.batch_size, seed, 0, stage.random_share)
