@@ -196,10 +196,12 @@ class AugmentConfig(Section):
     scale: Part = 0.0  # by a factor from 1 - scale to 1 + scale, each axis alone
     rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # degrees, at most, either way
     flip: bool = False  # left to right, every other time
+    mix: NotNegative = 0.0  # a of Beta(a, a): which share of each picture is another one of the batch, laid over it
 
     @property
-    def nothing(self) -> bool:
-        return not (self.shift or self.scale or self.rotate or self.flip)
+    def moved(self) -> bool:
+        """Whether pictures are seen through affine maps."""
+        return bool(self.shift or self.scale or self.rotate or self.flip)
 
 
 class VisionStageConfig(Section):

@@ -93,7 +93,8 @@ def take_gradients(
     leaf = states.detach().requires_grad_(trains)  # (B, H)
     with shares.part("loss"):
         vectors = student.project(leaf, stage.heads, keep)
-        output = loss_of(vectors, batch.teacher.to(device))
+        mixed = [] if batch.mixed is None else [batch.mixed.to(device)]
+        output = loss_of(vectors, batch.teacher.to(device), *mixed)
         output.loss.backward()
     if not trains:
         return output, vectors

@@ -26,7 +26,7 @@ from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
-from jasper_fast.vision_loss import Captions
+from jasper_fast.vision_loss import Captions, Mixed
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,28 @@ def vision_batches(
     side, each, views = student.seeing.side, student.seeing.image_tokens + 2, stage.vision.augment
 
     def prepare(step: int) -> Batch:
-        rows = plan(step)[mine]
-        pixels = images.pixels(rows, side)
-        if not views.nothing:
-            pixels = other_views(pixels, draw_views(views, (*place, step), stage.batch_size)[mine])
+        rows, captions, total = plan(step), targets.captions(step), stage.batch_size
+        here, mixed = np.arange(total)[mine], None
+        if views.mix:
+            partners, shares = draw_partners(views.mix, (*place, step), total)
+            other, share = partners[mine], shares[mine]
+            seen, found = np.unique(np.concatenate([here, other]), return_inverse=True)
+            pixels = see(rows[seen], step, seen)
+            whole = share.view(-1, 1, 1, 1)
+            pixels = whole * pixels[found[: len(here)]] + (1 - whole) * pixels[found[len(here) :]]
+            mixed = Mixed(targets.read(captions[other]), share[:, None])
+        else:
+            pixels = see(rows[here], step, here)
         micro = ImageBatches(list(pixels.split(stage.micro_batch)), each)
-        return Batch(rows, targets.read(targets.captions(step)[mine]), micro, None, micro.tokens, micro.padded, 0.0)
+        teacher = targets.read(captions[mine])
+        return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, mixed)
+
+    def see(rows: np.ndarray, step: int, places: np.ndarray) -> Tensor:
+        """Views of the pictures that stand at ``places`` of the whole batch."""
+        pixels = images.pixels(rows, side)
+        return (
+            other_views(pixels, draw_views(views, (*place, step), stage.batch_size)[places]) if views.moved else pixels
+        )
 
     return batches_of(prepare, first_step, stage.steps, student.device)
 
@@ -185,6 +201,16 @@ def draw_views(views: AugmentConfig, place: tuple[int, int, int], total: int) ->
     shift = 2 * views.shift * draws[:, 4:6]  # affine_grid counts from -1 to 1
     rows = [angle.cos() * wide, -angle.sin() * high, shift[:, 0], angle.sin() * wide, angle.cos() * high, shift[:, 1]]
     return torch.stack(rows, dim=1).view(total, 2, 3)
+
+
+def draw_partners(spread: float, place: tuple[int, int, int], total: int) -> tuple[np.ndarray, Tensor]:
+    """Which picture of the batch is laid over each, (total,), and the share that the lower one keeps, (total,) >= 1/2.
+
+    Shares are of Beta(spread, spread) (mixup, arXiv 1710.09412), or one minus it.
+    """
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*place, 2])))
+    share = generator.beta(spread, spread, total)
+    return generator.permutation(total), torch.from_numpy(np.maximum(share, 1.0 - share).astype(np.float32))
 
 
 def other_views(pixels: Tensor, maps: Tensor) -> Tensor:

@@ -28,6 +28,17 @@ class Captions(NamedTuple):
     pictures: Tensor
 
 
+class Mixed(NamedTuple):
+    """Of pictures that others are laid over: the others' captions as the loss takes captions, (B, sum of the heads'
+    widths), and the share of each picture that is its own, (B, 1)."""
+
+    captions: Tensor
+    shares: Tensor
+
+    def to(self, device: torch.device) -> Mixed:
+        return Mixed(self.captions.to(device), self.shares.to(device))
+
+
 class VisionLoss(nn.Module):
     """Three losses per head, averaged over the heads (arXiv 2412.19048, stage 4), and a contrastive term if weighted.
 
@@ -57,53 +68,76 @@ class VisionLoss(nn.Module):
             self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor, mixed: Mixed | None = None) -> AnyOutput:
         """Losses of a batch.
 
         Args:
             students: width -> (B, width) pictures' vectors.
             teacher: (B, sum of the heads' widths) captions' unit vectors of each head, in ``heads``' order.
+            mixed: what is laid over the pictures. The three losses then compare with the captions' weighted means.
         """
-        targets = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
-        outputs = [self._head(width, vectors, targets[width]) for width, vectors in students.items()]
+        shares = None if mixed is None else mixed.shares
+        own = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
+        laid = own if mixed is None else dict(zip(self.heads, mixed.captions.split(self.heads, dim=1), strict=True))
+        outputs = [self._head(width, vectors, own[width], laid[width], shares) for width, vectors in students.items()]
         return type(outputs[0])(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
 
-    def _head(self, width: int, pictures: Tensor, captions: Tensor) -> AnyOutput:
-        output = self.one({width: pictures}, captions)
+    def _head(self, width: int, pictures: Tensor, captions: Tensor, laid: Tensor, shares: Tensor | None) -> AnyOutput:
+        mean = captions if shares is None else F.normalize(shares * captions + (1 - shares) * laid, dim=1)
+        output = self.one({width: pictures}, mean)
         if not self.contrastive:
             return output
         pictures = F.normalize(pictures.float(), dim=1)
-        captions = captions.to(pictures.dtype)
+        rows = [pictures, captions] if shares is None else [pictures, captions, laid, shares]
+        rows = [part.to(pictures.dtype) for part in rows]
         if self.group is not None:
-            pictures, captions = gather_rows([pictures, captions], self.group, self.rows)
-        term = contrastive_loss(pictures, captions, self.temperatures[width], self.captions.get(width))
+            rows = gather_rows(rows, self.group, self.rows)
+        pictures, captions = rows[:2]
+        mixed = Mixed(*rows[2:]) if len(rows) > 2 else None
+        term = contrastive_loss(pictures, captions, self.temperatures[width], self.captions.get(width), mixed)
         return output._replace(loss=output.loss + self.contrastive * term)
 
 
-def contrastive_loss(pictures: Tensor, captions: Tensor, temperature: float, others: Captions | None = None) -> Tensor:
+def contrastive_loss(
+    pictures: Tensor,
+    captions: Tensor,
+    temperature: float,
+    others: Captions | None = None,
+    mixed: Mixed | None = None,
+) -> Tensor:
     """How badly each picture finds its caption, and each caption its picture among the batch's; the mean of both.
 
-    A caption that equals another picture's is no wrong answer for it and is left out there.
+    A caption that equals another picture's is no wrong answer for it and is left out there. Pictures that others are
+    laid over are to find both captions: the mean of what both lose, by their shares.
 
     Args:
         pictures, captions: (B, D) unit vectors, row by row of one another.
         temperature: by which cosines are divided.
         others: (n, D) captions that a picture's is told from, the batch's among them, but for those of the same
             picture; None: the batch's alone.
+        mixed: (B, D) captions of what is laid over the pictures, and the pictures' own shares.
 
     Returns:
         a scalar; 0 for a batch of one without others.
     """
-    scores = pictures @ captions.T / temperature  # (B, B)
-    same = captions @ captions.T > 1.0 - SAME
-    same.fill_diagonal_(False)
-    scores = scores.masked_fill(same, -torch.inf)
-    own = torch.arange(len(scores), device=scores.device)
-    back = F.cross_entropy(scores.T, own)
-    if others is None:
-        return (F.cross_entropy(scores, own) + back) / 2
-    known = others.pictures[(captions @ others.vectors.T).argmax(dim=1)]  # (B,)
-    right = known[:, None] == others.pictures[None, :]  # (B, n)
-    wrong = (pictures @ others.vectors.T / temperature).masked_fill(right, -torch.inf)
-    found = torch.cat([scores.diagonal()[:, None], wrong], dim=1)  # (B, 1 + n), its own first
-    return (F.cross_entropy(found, torch.zeros_like(own)) + back) / 2
+    own = torch.arange(len(pictures), device=pictures.device)
+    scores = pictures @ others.vectors.T / temperature if others is not None else None  # (B, n)
+    sets = [captions] if mixed is None else [captions, mixed.captions]
+    lost = []
+    for asked in sets:
+        mine = pictures @ asked.T / temperature  # (B, B): row by row pictures, column by column captions
+        shown = torch.stack([one @ asked.T > 1.0 - SAME for one in sets]).any(dim=0).fill_diagonal_(False)
+        back = F.cross_entropy(mine.masked_fill(shown, -torch.inf).T, own, reduction="none")
+        if others is None or scores is None:
+            twins = (asked @ asked.T > 1.0 - SAME).fill_diagonal_(False)
+            forth = F.cross_entropy(mine.masked_fill(twins, -torch.inf), own, reduction="none")
+        else:
+            place = (asked @ others.vectors.T).argmax(dim=1)  # (B,): where its caption stands among all
+            right = others.pictures[place][:, None] == others.pictures[None, :]  # (B, n)
+            right.scatter_(1, place[:, None], False)
+            forth = F.cross_entropy(scores.masked_fill(right, -torch.inf), place, reduction="none")
+        lost.append((forth + back) / 2)  # (B,)
+    if mixed is None:
+        return lost[0].mean()
+    shares = mixed.shares[:, 0]
+    return (shares * lost[0] + (1 - shares) * lost[1]).mean()

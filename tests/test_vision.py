@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,35 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
         stage(vision={"among": "all"})
 
 
+@pytest.mark.parametrize("among", ["batch", "all"])
+def test_a_mixed_picture_is_to_find_both_captions(among):
+    from jasper_fast.vision_loss import Captions, Mixed, VisionLoss, contrastive_loss
+
+    every = F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1)
+    pictures = F.normalize(torch.randn(4, 4, dtype=torch.float64), dim=1)
+    own, laid = [0, 1, 2, 3], [1, 2, 0, 3]  # the last is laid over itself
+    shares = torch.tensor([[0.5], [0.7], [1.0], [0.8]], dtype=torch.float64)
+    others = Captions(every, torch.arange(9)) if among == "all" else None
+    expected = 0.0
+    for asked, weights in ((own, shares[:, 0]), (laid, 1 - shares[:, 0])):
+        for i, right in enumerate(asked):
+            forth = pictures[i] @ (every if among == "all" else every[asked]).T / 0.2
+            at = right if among == "all" else i
+            back = every[right] @ pictures.T / 0.2
+            wrong = [k for k in range(4) if k == i or right not in (own[k], laid[k])]
+            terms = torch.logsumexp(forth, 0) - forth[at] + torch.logsumexp(back[wrong], 0) - back[i]
+            expected += float(weights[i] * terms) / 8
+    mixed = Mixed(every[laid], shares)
+    assert abs(float(contrastive_loss(pictures, every[own], 0.2, others, mixed)) - expected) < 1e-10
+
+    plan = stage(heads=[4], vision={"contrastive": 2.0}, temperature=0.2)
+    whole = Mixed(every[laid], torch.ones(4, 1, dtype=torch.float64))
+    found = [VisionLoss(plan)({4: pictures}, every[own], both) for both in (None, whole, mixed)]
+    assert torch.allclose(found[0].cosine, found[1].cosine) and torch.allclose(found[0].similarity, found[1].similarity)
+    mean = F.normalize(shares * every[own] + (1 - shares) * every[laid], dim=1)
+    assert torch.allclose(found[2].cosine, VisionLoss(plan)({4: pictures}, mean).cosine)
+
+
 def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert, tmp_path):
     from datasets import Dataset
 
@@ -274,6 +304,61 @@ def test_views_are_a_function_of_the_step_and_leave_what_they_should():
     assert torch.allclose(moved[..., :-1], pixels.float()[..., 1:], atol=1e-2)  # one pixel to the left
 
 
+@pytest.mark.parametrize("views", [{"mix": 0.4}, {"mix": 0.4, "shift": 0.1}])
+def test_pictures_are_laid_over_others_alike_on_every_rank(views):
+    from jasper_fast.ranks import Ranks
+    from jasper_fast.vision_batches import draw_partners, draw_views, other_views, vision_batches
+
+    class Shown:
+        def pixels(self, rows, side):
+            return pictures(20)[torch.from_numpy(rows)]
+
+    class Targets:
+        captions = staticmethod(lambda step: plan(step) + 100)
+
+        def read(self, numbers):
+            return torch.from_numpy(numbers).float()[:, None]
+
+    class Half(Ranks):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def rows(self, total):
+            return self.part
+
+    def plan(step):
+        return (np.arange(11) * 7 + step) % 20
+
+    plain = stage(vision={"augment": views}, batch_size=11, steps=2)
+    student = SimpleNamespace(seeing=SimpleNamespace(side=SIDE, image_tokens=1), device=torch.device("cpu"))
+    parts = []
+    for part in (slice(0, 11), slice(0, 6), slice(6, 11)):
+        found = vision_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part))
+        parts.append(next(found)[1])
+    whole = parts[0]
+    for name in ("pixels", "captions", "shares", "teacher", "rows"):
+        values = [
+            {
+                "pixels": torch.cat(batch.texts.token_ids),
+                "captions": batch.mixed.captions,
+                "shares": batch.mixed.shares,
+                "teacher": batch.teacher,
+                "rows": torch.from_numpy(batch.rows),
+            }[name]
+            for batch in parts
+        ]
+        assert torch.equal(values[0], torch.cat(values[1:])), name
+    partners, shares = draw_partners(0.4, (3, 1, 1), 11)
+    assert sorted(partners) == list(range(11)) and shares.min() >= 0.5 and shares.max() <= 1 and shares.std() > 0
+    assert torch.equal(whole.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
+    seen = Shown().pixels(plan(1), SIDE)
+    if "shift" in views:
+        seen = other_views(seen, draw_views(plain.vision.augment, (3, 1, 1), 11))
+    share = shares.view(-1, 1, 1, 1)
+    assert torch.allclose(torch.cat(whole.texts.token_ids), share * seen + (1 - share) * seen[partners])
+
+
 def recipe(folder: Path, squares: Path, bert: Path) -> dict:
     """All four stages, in a few seconds."""
     text = {"batch_size": 16, "steps": 6, "lr": 1e-2}
@@ -301,7 +386,7 @@ def recipe(folder: Path, squares: Path, bert: Path) -> dict:
                 "name": "see",
                 "train": ["vision.tower.*"],
                 "heads": [32, 8],
-                "vision": {"contrastive": 5.0, "augment": {"shift": 0.05, "scale": 0.05}},
+                "vision": {"contrastive": 5.0, "augment": {"shift": 0.05, "scale": 0.05, "mix": 0.1}},
                 "batch_size": 18,
                 "micro_batch": 7,
                 "steps": 40,
@@ -578,14 +663,16 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
     from jasper_fast.stages import set_trained, trained_names
     from jasper_fast.step import take_gradients
     from jasper_fast.vision_batches import ImageBatches
-    from jasper_fast.vision_loss import VisionLoss
+    from jasper_fast.vision_loss import Mixed, VisionLoss
 
     torch.manual_seed(3)
     student = Student.build(config_of(Path(bert))).double().train()
     plan = stage(vision={"contrastive": 3.0}, batch_size=11, gradient_caching=True)
     set_trained(student, trained_names(student, plan))
     mine, counts = ranks.rows(11), ranks.counts(11)
-    batch = Batch(np.arange(11)[mine], teacher[mine], ImageBatches(list(pixels[mine].split(4)), 7), None, 0, 0, 0.0)
+    mixed = Mixed(teacher[torch.arange(11).roll(3)][mine], torch.linspace(0.5, 1.0, 11).double()[mine, None])
+    passes = ImageBatches(list(pixels[mine].split(4)), 7)
+    batch = Batch(np.arange(11)[mine], teacher[mine], passes, None, 0, 0, 0.0, mixed)
     loss_of = VisionLoss(plan, ranks.group, counts if ranks.world > 1 else None)
     output, _ = take_gradients(student, batch, plan, loss_of, torch.device("cpu"), "fp32")
     ranks.average_gradients(student.parameters())
