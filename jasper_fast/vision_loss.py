@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +120,25 @@ def contrastive_loss(
     Returns:
         a scalar; 0 for a batch of one without others.
     """
-    own = torch.arange(len(pictures), device=pictures.device)
-    scores = pictures @ others.vectors.T / temperature if others is not None else None  # (B, n)
     sets = [captions] if mixed is None else [captions, mixed.captions]
-    lost = []
+    shares: list[Any] = [1.0] if mixed is None else [mixed.shares[:, 0], 1 - mixed.shares[:, 0]]
+    every = captions if others is None else others.vectors  # (n, D)
+    own = torch.arange(len(pictures), device=pictures.device)
+    left_out = torch.zeros(len(pictures), len(every), dtype=torch.bool, device=pictures.device)
+    places, back = [], []
     for asked in sets:
-        mine = pictures @ asked.T / temperature  # (B, B): row by row pictures, column by column captions
+        near = asked @ every.T  # (B, n)
+        place = near.argmax(dim=1)
+        places.append(place)
+        left_out |= near > 1.0 - SAME if others is None else others.pictures[place][:, None] == others.pictures
         shown = torch.stack([one @ asked.T > 1.0 - SAME for one in sets]).any(dim=0).fill_diagonal_(False)
-        back = F.cross_entropy(mine.masked_fill(shown, -torch.inf).T, own, reduction="none")
-        if others is None or scores is None:
-            twins = (asked @ asked.T > 1.0 - SAME).fill_diagonal_(False)
-            forth = F.cross_entropy(mine.masked_fill(twins, -torch.inf), own, reduction="none")
-        else:
-            place = (asked @ others.vectors.T).argmax(dim=1)  # (B,): where its caption stands among all
-            right = others.pictures[place][:, None] == others.pictures[None, :]  # (B, n)
-            right.scatter_(1, place[:, None], False)
-            forth = F.cross_entropy(scores.masked_fill(right, -torch.inf), place, reduction="none")
-        lost.append((forth + back) / 2)  # (B,)
-    if mixed is None:
-        return lost[0].mean()
-    shares = mixed.shares[:, 0]
-    return (shares * lost[0] + (1 - shares) * lost[1]).mean()
+        scores = (pictures @ asked.T / temperature).masked_fill(shown, -torch.inf)  # (B, B): captions in columns
+        back.append(F.cross_entropy(scores.T, own, reduction="none"))
+    for place in places:
+        left_out.scatter_(1, place[:, None], False)
+    scores = pictures @ every.T / temperature  # (B, n)
+    found = torch.logsumexp(scores.masked_fill(left_out, -torch.inf), dim=1)
+    lost = torch.zeros_like(found)
+    for share, place, missed in zip(shares, places, back, strict=True):
+        lost = lost + share * (found - scores.gather(1, place[:, None])[:, 0] + missed)
+    return lost.mean() / 2
