@@ -248,7 +248,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
 
     if stage.vision is not None:
         seeds = (config.seed, index)
-        batches = vision_batches(stage, seeds, start.stage_step, plan, images, targets, student, ranks)
+        batches = vision_batches(stage, seeds, start.stage_step, plan, images, targets, student, ranks, together)
         loss_of: Any = VisionLoss(stage, shared[0], shared[1], told_from)
     else:
         loss_of = StageLoss(stage, student.widths[0], *shared)

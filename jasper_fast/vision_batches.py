@@ -154,11 +154,14 @@ def vision_batches(
     targets: CaptionTargets,
     student: Student,
     ranks: Ranks,
+    together: bool = True,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (stage step, this rank's batch) from ``first_step`` to the end.
 
     Args:
         place: the run's seed and the stage's position.
+        together: the loss is one over all ranks' pictures; else only this rank's own are laid over its pictures, whose
+            captions are all that its loss knows.
     """
     assert stage.vision is not None
     mine = ranks.rows(stage.batch_size)
@@ -170,6 +173,7 @@ def vision_batches(
         if views.mix:
             partners, shares = draw_partners(views.mix, (*place, step), total)
             other, share = partners[mine], shares[mine]
+            other = other if together else here[np.argsort(other)]
             seen, found = np.unique(np.concatenate([here, other]), return_inverse=True)
             pixels = see(rows[seen], step, seen)
             whole = share.view(-1, 1, 1, 1)
@@ -184,9 +188,9 @@ def vision_batches(
     def see(rows: np.ndarray, step: int, places: np.ndarray) -> Tensor:
         """Views of the pictures that stand at ``places`` of the whole batch."""
         pixels = images.pixels(rows, side)
-        return (
-            other_views(pixels, draw_views(views, (*place, step), stage.batch_size)[places]) if views.moved else pixels
-        )
+        if not views.moved:
+            return pixels
+        return other_views(pixels, draw_views(views, (*place, step), stage.batch_size)[places])
 
     return batches_of(prepare, first_step, stage.steps, student.device)
 

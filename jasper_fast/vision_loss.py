@@ -115,7 +115,7 @@ def contrastive_loss(
         temperature: by which cosines are divided.
         others: (n, D) captions that a picture's is told from, the batch's among them, but for those of the same
             picture; None: the batch's alone.
-        mixed: (B, D) captions of what is laid over the pictures, and the pictures' own shares.
+        mixed: (B, D) captions of what is laid over the pictures, all of them the batch's, and the pictures' own shares.
 
     Returns:
         a scalar; 0 for a batch of one without others.

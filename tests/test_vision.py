@@ -349,6 +349,10 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
             for batch in parts
         ]
         assert torch.equal(values[0], torch.cat(values[1:])), name
+    for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
+        alone = next(vision_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
+        assert sorted(alone.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
+        assert not torch.equal(alone.mixed.captions, alone.teacher)
     partners, shares = draw_partners(0.4, (3, 1, 1), 11)
     assert sorted(partners) == list(range(11)) and shares.min() >= 0.5 and shares.max() <= 1 and shares.std() > 0
     assert torch.equal(whole.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
