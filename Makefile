@@ -28,7 +28,7 @@ train: $(VENV)/.demo  ## set up, then train: the embedded recipe, or ARGS="--con
 	$(BIN)/python -m jasper_fast.train $(ARGS)
 
 test: $(VENV)/.dev  ## set up, then run the tests (ARGS go to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -o faulthandler_exit_on_timeout=true $(ARGS)
 
 soak: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import fork_server
+from processes import exit_code
 
 from jasper_fast.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 from jasper_fast.errors import JasperError
@@ -207,10 +207,7 @@ def save_two(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
 def test_a_file_half_written_when_the_process_was_killed_is_never_loaded(tmp_path, name):
-    child = fork_server().Process(target=save_two, args=(tmp_path, name))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code(save_two, tmp_path, name) == -signal.SIGKILL
     assert any(path.name == name for path in tmp_path.glob(".unfinished-*/*"))
     assert latest_checkpoint(tmp_path).position.step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import exit_code
 from test_evaluate import write_beir
 
 from jasper_fast import data as data_module
@@ -431,14 +432,14 @@ def test_many_texts_pass_through_the_disk_unchanged(tmp_path: Path, monkeypatch:
     ]
 
 
-def test_a_killed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def build_and_die(config: DataConfig) -> None:
+    data_module.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    build_texts(config, seed=0)
+
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(data_module, "write_index", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        build_texts(settings(tmp_path, source(path)), seed=0)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert exit_code(build_and_die, settings(tmp_path, source(path))) == -signal.SIGKILL
     cache = tmp_path / "cache"
     assert [p.name.startswith(".unfinished-texts-") for p in cache.iterdir() if p.name != ".locks"] == [True]
     assert len(build_texts(settings(tmp_path, source(path)), seed=0)) == len(ROWS)

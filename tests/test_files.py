@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 from filelock import FileLock, Timeout
+from processes import exit_code
 from safetensors import SafetensorError
 
 from jasper_fast.errors import JasperError
@@ -56,6 +57,10 @@ def replace_x(folder, at, strike):
         assert len(renames) >= at
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.fixture
 def old_x(tmp_path):
     with publish_dir(tmp_path / "x") as temporary:
@@ -76,13 +81,7 @@ def test_an_interrupted_replacement_leaves_a_whole_folder(old_x, at, left):
 @pytest.mark.parametrize(("at", "left"), [(1, "old"), (2, "old"), (3, "new")])
 @pytest.mark.parametrize("after", ["sweep", "publish"])
 def test_a_replacement_that_was_killed_is_ended(old_x, at, left, after):
-    child = os.fork()
-    if not child:
-        try:
-            replace_x(old_x, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert exit_code(replace_x, old_x, at, die) == -signal.SIGKILL
     assert (old_x / "x").exists() == (at != 2)
     if after == "sweep":
         sweep_unfinished(old_x)

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import fork_server
 from safetensors.torch import load_file
 from test_checkpoint import die_half_way_through
-from test_train import fork_server, settings, write_data
+from test_train import settings, write_data
 
 from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig, StudentConfig

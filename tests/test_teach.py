@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import fork_server
 
 from jasper_fast import teach
 from jasper_fast.cache import TeacherCache
@@ -98,6 +99,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def quiet(config: Config, texts: Dataset):
     return ensure_teachers(config, texts, progress=False, shard_rows=SHARD)
+
+
+def quiet_on_one_thread(config: Config, texts: Dataset) -> None:
+    """Entry point of a process that will be killed."""
+    torch.set_num_threads(1)
+    quiet(config, texts)
 
 
 # the teacher itself
@@ -372,16 +379,14 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tiny_bert: Path, texts: D
     dice = random.Random(5)
     kept: list[int] = []
     for goal in (1, 3, 6, 10):
-        child = os.fork()  # everything is loaded already, so that a kill can hit any part of the work
-        if child == 0:
-            quiet(config, texts)
-            os._exit(0)
+        child = fork_server().Process(target=quiet_on_one_thread, args=(config, texts))
+        child.start()
         while sum(cache.has(shard) for shard in range(cache.shards)) < goal:
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the work ended before the kill"
+            assert child.exitcode is None, "the work ended before the kill"
             time.sleep(0.002)
         time.sleep(dice.random() * 0.03)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
         kept.append(sum(cache.has(shard) for shard in range(cache.shards)))
     assert kept == sorted(kept) and kept[-1] >= 10
     resumed = quiet(config, texts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import exit_code, fork_server
 from safetensors.torch import load_file
 
 from jasper_fast.config import load_config
@@ -282,14 +282,6 @@ def run_in_child(tree: dict, out: str) -> None:
         Path(out, "said").write_text(str(stopped))
 
 
-def fork_server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["jasper_fast.train", "jasper_fast.finish", "datasets", "sentence_transformers", "torch.distributed.fsdp"]
-    )
-    return context
-
-
 def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:
     """Start the run again and again, SIGKILL it at random moments, then let it end. Returns the kills that struck.
 
@@ -305,10 +297,7 @@ def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:
             struck += 1
         child.join()
         bound = max(0.3, bound * 0.8)
-    child = context.Process(target=run_in_child, args=(tree, str(out)))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    assert exit_code(run_in_child, tree, str(out)) == 0
     return struck
 
 
@@ -316,10 +305,7 @@ def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:
 def alone_on_one_thread(world):
     """The undisturbed run under the same number of threads as the killed ones."""
     folder, tree = world
-    child = fork_server().Process(target=run_in_child, args=(tree, str(folder / "one-thread")))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    assert exit_code(run_in_child, tree, str(folder / "one-thread")) == 0
     return folder / "one-thread"
 
 
