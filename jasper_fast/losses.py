@@ -186,6 +186,8 @@ class JasperLoss(nn.Module):
                 raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
         _check_choice("ties", ties, TIES)
         _check_choice("reduction", reduction, REDUCTIONS)
+        if rows is not None and group is None:
+            raise ValueError(f"rows: they are those of a group's ranks; give group as well, or leave out rows={rows!r}")
         self.weights = (float(weights[0]), float(weights[1]), float(weights[2]))
         self.margin = _number("margin", margin)
         self.ties = ties

@@ -69,8 +69,9 @@ class TextIndex:
             self.role = settings.get("role", "query")
             self.texts = read_mapped(path / TEXTS).column("text")
         except FileNotFoundError as error:
+            missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
             raise JasperError(
-                f"{path}: no text index here ({Path(error.filename or SETTINGS).name} is missing); make one with "
+                f"{path}: {missing if path.exists() else 'there is no such folder'}; make an index with "
                 "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
             ) from None
         except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:

@@ -421,6 +421,11 @@ def test_numbers_of_numpy_are_numbers():
         relative_similarity_loss(student, teacher, margin=True)
 
 
+def test_rows_of_ranks_need_their_group():
+    with pytest.raises(ValueError, match=r"rows: they are those of a group's ranks; .*leave out rows=\[2, 1\]"):
+        JasperLoss(rows=[2, 1])
+
+
 def test_only_heads_with_a_cosine_term_are_copied(monkeypatch):
     copied = []
     plain = losses._unit
