@@ -173,14 +173,15 @@ class StageLoss(nn.Module):
 def jasper_loss(
     weights: LossWeights, stage: StageConfig, group: ProcessGroup | None, rows: Sequence[int] | None
 ) -> JasperLoss:
-    """The losses with a stage's margin and temperature; see :class:`StageLoss` for ``group`` and ``rows``."""
+    """The losses with a stage's margin and temperature; see :class:`StageLoss` for ``group`` and ``rows``, which one
+    process alone has no use for."""
     return JasperLoss(
         weights=(weights.cosine, weights.similarity, weights.relative_similarity),
         margin=stage.margin,
         neighbourhood=weights.neighbourhood,
         temperature=temperature_of(stage),
         group=group,
-        rows=rows,
+        rows=rows if group is not None else None,
     )
 
 
