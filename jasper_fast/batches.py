@@ -75,10 +75,15 @@ def check_sizes(config: Config, texts: Any, pictures: int = 0) -> None:
         there = min(there, stage.texts or there)
         if stage.max_chars is not None:
             there, kind = len(rows_up_to(texts, there, stage.max_chars)), f"texts of up to {stage.max_chars} characters"
+        narrow = [width for width in stage.heads if width != max(config.student.heads)]
         if there < stage.batch_size:
             small.append(f"stage {stage.name!r}: a batch of {stage.batch_size} from {there} {kind}")
+        elif stage.narrow_start == "principal" and there < max(narrow, default=0):
+            small.append(f"stage {stage.name!r}: {max(narrow)} principal axes from {there} {kind}")
     if small:
-        raise JasperError(f"too little to train on ({'; '.join(small)}); lower batch_size, or give more")
+        raise JasperError(
+            f"too little to train on ({'; '.join(small)}); give more, or lower batch_size, or leave narrow_start out"
+        )
 
 
 def rows_up_to(texts: Any, n: int, max_chars: int) -> np.ndarray:

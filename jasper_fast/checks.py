@@ -92,8 +92,12 @@ def _principal_problems(config: Config, stage: StageConfig, student: Student, tr
         problems.append("it trains the encoder, whose vectors would move away")
     if not narrow:
         problems.append("it has no narrow head")
-    if stage.batch_size < max(narrow, default=0):
-        problems.append(f"{stage.batch_size} texts are fewer than a head's width")
+    texts = stage.batch_size * (stage.steps if stage.batches == "random" else 1)  # groups of neighbours may come again
+    if texts < max(narrow, default=0):
+        problems.append(
+            f"the head of width {max(narrow)} has more axes than there are texts, {texts}; raise "
+            + ("batch_size or steps" if stage.batches == "random" else "batch_size")
+        )
     return [f"stage {stage.name!r}: narrow_start: principal is not possible, as {problem}" for problem in problems]
 
 

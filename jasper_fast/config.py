@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from jasper_fast.config_checks import run_problems, stage_problems
 from jasper_fast.config_text import override, override_pairs, read_yaml
@@ -39,6 +49,11 @@ Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
 Part = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)]  # never the whole
+# One number, or one for each width. What is wrong is told of the form that was given, not of both.
+ByHead = Annotated[
+    Annotated[Positive, Tag("one-number")] | Annotated[dict[Annotated[int, Field(gt=0)], Positive], Tag("by-head")],
+    Discriminator(lambda given: "by-head" if isinstance(given, dict) else "one-number"),
+]
 
 
 class Section(BaseModel):
@@ -254,7 +269,7 @@ class StageConfig(Section):
     narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
     margin: NotNegative = 0.015
     # of the neighbourhood loss: one, or by head, where those that are not named have the default
-    temperature: Positive | dict[Annotated[int, Field(gt=0)], Positive] = TEMPERATURE
+    temperature: ByHead = TEMPERATURE
     narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
     narrow_start: Literal["as_is", "principal"] = "as_is"  # principal: as full width's principal axes (frozen encoder)
     codes: list[
@@ -441,7 +456,8 @@ def _explain(error: Any) -> list[str]:
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) or error["type"] == "missing" else f", got {given!r}"
-    lines = [f"{line}{'' if repr(given) in line else shown}" for line in message.splitlines()]
+    told = error["type"] == "value_error"  # our own messages may name the value themselves
+    lines = [f"{line}{'' if told and repr(given) in line else shown}" for line in message.splitlines()]
     return [f"{key}: {line}" if key else line for line in lines]
 
 

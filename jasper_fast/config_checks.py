@@ -76,6 +76,8 @@ def run_problems(tree: Mapping[str, Any]) -> list[str]:
     seeing = [stage.get("name") for stage in stages if stage.get("vision") is not None]
     if seeing and student and (student.get("vision") is None or tree.get("images") is None):
         problems.append(f"stage {seeing[0]!r} learns from pictures: it needs `student.vision` and `images`")
+    if stages and not seeing and tree.get("images") is not None:
+        problems.append("`images` are given, but no stage learns from pictures: give one `vision`, or leave images out")
     for stage, found in zip(stages, heads, strict=True):
         if not widths or found is None:
             continue

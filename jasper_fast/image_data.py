@@ -174,9 +174,10 @@ def _build(config: ImagesConfig, folder: Path) -> None:
             print(f"  - and {len(broken) - TOLD} more")
     own = extra.count(False)
     if own <= config.held_out:
+        others = f" beside {len(extra) - own} of sources that are train_only" if own < len(extra) else ""
         raise JasperError(
-            f"{own} pictures can be used and {config.held_out} are to be held out; give more pictures, or a smaller "
-            "images.held_out"
+            f"{own} pictures can be used{others}, and {config.held_out} are to be held out; give more pictures, or a "
+            "smaller images.held_out"
         )
     held, beside = hold_out(groups, config.held_out, config.seed, extra)
     facts = {

@@ -24,7 +24,7 @@ from jasper_fast.files import disk_errors, write_atomic
 LOG = "log.jsonl"
 IDENTITY = "tracking-id"  # the file that keeps a run one run for trackers, however often it goes on
 SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss this many times the median of so many steps before is marked
-PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood")
+PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood", "contrastive")
 
 
 class Tracker(Protocol):

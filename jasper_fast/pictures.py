@@ -53,8 +53,10 @@ class PictureModel:
 
         Raises:
             BadImage: a picture cannot be used; it is named.
-            JasperError: the model has no such width.
+            JasperError: the model has no such width, or what was given is no list.
         """
+        if isinstance(pictures, str | bytes | Path):
+            raise JasperError("expected a list of pictures, got one: put it into brackets, encode([picture])")
         width, side, student = self._width(task), self.student.seeing.side, self.student
         found = [np.zeros((0, width), dtype=np.float32)]
         for start in range(0, len(pictures), batch_size):
@@ -69,6 +71,8 @@ class PictureModel:
         Args:
             role: "document", as captions were in training, or "query".
         """
+        if isinstance(texts, str):
+            raise JasperError("expected a list of texts, got one: put it into brackets, encode_text([text])")
         width, student = self._width(task), self.student
         if not texts:
             return np.zeros((0, width), dtype=np.float32)
@@ -113,8 +117,11 @@ def picture_files(folder: str | Path) -> Iterator[Path]:
     Raises:
         JasperError: there is no such folder, or no picture in it.
     """
-    found = False
-    for file in sorted(Path(folder).expanduser().rglob("*")):
+    root, found = Path(folder).expanduser(), False
+    if not root.is_dir():
+        what = "is a file: give a folder of pictures, unpacked" if root.exists() else "there is no such folder"
+        raise JasperError(f"{folder}: {what}")
+    for file in sorted(root.rglob("*")):
         if file.name.lower().endswith(PICTURES) and file.is_file():
             try:
                 decode(file.read_bytes())

@@ -28,6 +28,7 @@ PARTS = {
     "similarity": ("similarity", "#009E73"),
     "relative_similarity": ("relative similarity", "#CC79A7"),
     "neighbourhood": ("neighbourhood", "#E69F00"),
+    "contrastive": ("contrastive", "#56B4E9"),
 }
 DPI = 150
 PANELS_PER_ROW = 3

@@ -213,6 +213,8 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
         losses = _weights(stage["weights"])
         if stage.get("narrow_weights"):
             losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"
+        if contrastive := (stage.get("vision") or {}).get("contrastive"):
+            losses += f", {contrastive:g} contrastive"
         seconds = sum(stage["batch_size"] / line["texts_per_s"] for line in done if line["texts_per_s"] > 0)
         speed = f"{len(done) * stage['batch_size'] / seconds:.0f}" if seconds else ""
         loss = f"{done[0]['loss']:.3f} → {done[-1]['loss']:.3f}" if done else ""

@@ -13,8 +13,9 @@ from jasper_fast.config import Config, config_difference, dump_config
 from jasper_fast.config_text import read_yaml
 from jasper_fast.errors import ConfigError, JasperError
 from jasper_fast.files import sweep_unfinished, write_atomic
+from jasper_fast.log import LOG
 
-CONFIG, RESULTS = "config.yaml", "results.json"
+CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "results.json", "checkpoints"
 MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not touch the numbers
 
 
@@ -23,7 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.model = path / "model"
 
     @property
@@ -37,11 +38,13 @@ class RunFolder:
 def existing_difference(path: Path, config: Config) -> list[str]:
     """How ``config`` differs from the one the folder was started with, where that would change the numbers.
 
+    A run that was refused before its first line of log has started nothing: its folder takes any configuration.
+
     Raises:
         JasperError: what the folder keeps of it cannot be read.
     """
     old_file = path / CONFIG
-    if not old_file.exists():
+    if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
         return []
     try:
         old = read_yaml(old_file, str(old_file))

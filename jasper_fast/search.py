@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,7 +149,7 @@ def build(
             return {wide: seeing.encode(texts, wide)}
 
     index, kept = FlatIPIndex(width, dtype=dtype), list[str]()
-    with tqdm(total=total, unit="text", desc="encoding") as bar:
+    with tqdm(total=total, unit=" pictures" if pictures else " texts", desc="encoding") as bar:
         for chunk in _chunks(texts):
             try:
                 index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
@@ -207,20 +208,21 @@ def _columns(text: str) -> list[str]:
 
 
 def _build(given: argparse.Namespace) -> None:
+    found: Iterator[str]
     if given.pictures:
-        texts = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
+        found = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
     else:
         source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
-        texts = (" ".join(part for part in row if part) for row in read_source(source))
-    if given.limit is not None:
-        rows = texts
-        texts = (text for _, text in zip(range(given.limit), rows, strict=False))
+        found = (" ".join(part for part in row if part) for row in read_source(source))
+    first = list(islice(found, 1))  # what is wrong with them is told before the model is opened
+    texts = islice(chain(first, found), given.limit)
     begin = time.perf_counter()
     count = build(
         given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
         total=given.limit, pictures=given.pictures, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
-    print(f"{count:,} texts in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
+    kind = "pictures" if given.pictures else "texts"
+    print(f"{count:,} {kind} in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
     print(f"  python -m jasper_fast.search ask {given.out}")
 
 
@@ -302,8 +304,11 @@ def main(argv: list[str]) -> int:
     for command in (make, ask):
         command.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
     given = parser.parse_args(argv)
-    if given.command == "ask" and given.question and given.file:
-        raise JasperError("give a question or --file, not both")
+    if given.command == "ask" and given.question is not None:
+        if given.file:
+            raise JasperError("give a question or --file, not both")
+        if not given.question.strip():
+            raise JasperError("the question is empty; give words, or leave it out to type questions")
     (_build if given.command == "build" else _ask)(given)
     return 0
 

@@ -39,6 +39,17 @@ class Mixed(NamedTuple):
         return Mixed(self.captions.to(device), self.shares.to(device))
 
 
+class ContrastiveOutput(NamedTuple):
+    """A `JasperLoss`' parts and the contrastive term, unweighted; the loss has all of them, weighted."""
+
+    loss: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    relative_similarity: Tensor
+    neighbourhood: Tensor
+    contrastive: Tensor
+
+
 class VisionLoss(nn.Module):
     """Three losses per head, averaged over the heads (arXiv 2412.19048, stage 4), and a contrastive term if weighted.
 
@@ -68,7 +79,9 @@ class VisionLoss(nn.Module):
             self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor, mixed: Mixed | None = None) -> AnyOutput:
+    def forward(
+        self, students: Mapping[int, Tensor], teacher: Tensor, mixed: Mixed | None = None
+    ) -> AnyOutput | ContrastiveOutput:
         """Losses of a batch.
 
         Args:
@@ -82,7 +95,9 @@ class VisionLoss(nn.Module):
         outputs = [self._head(width, vectors, own[width], laid[width], shares) for width, vectors in students.items()]
         return type(outputs[0])(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
 
-    def _head(self, width: int, pictures: Tensor, captions: Tensor, laid: Tensor, shares: Tensor | None) -> AnyOutput:
+    def _head(
+        self, width: int, pictures: Tensor, captions: Tensor, laid: Tensor, shares: Tensor | None
+    ) -> AnyOutput | ContrastiveOutput:
         mean = captions if shares is None else F.normalize(shares * captions + (1 - shares) * laid, dim=1)
         output = self.one({width: pictures}, mean)
         if not self.contrastive:
@@ -95,7 +110,8 @@ class VisionLoss(nn.Module):
         pictures, captions = rows[:2]
         mixed = Mixed(*rows[2:]) if len(rows) > 2 else None
         term = contrastive_loss(pictures, captions, self.temperatures[width], self.captions.get(width), mixed)
-        return output._replace(loss=output.loss + self.contrastive * term)
+        parts = {"neighbourhood": torch.zeros_like(term), **output._asdict(), "contrastive": term}
+        return ContrastiveOutput(**(parts | {"loss": output.loss + self.contrastive * term}))
 
 
 def contrastive_loss(

@@ -130,8 +130,15 @@ def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
         (("data.sources", "[]"), "data.sources"),
         (("student.heads", "[384, 0]"), "student.heads.1"),
         (("student.vector_dropout", "1.0"), "student.vector_dropout"),
-        (("stages.0.temperature", "0"), "stages.0.temperature"),
-        (("stages.0.temperature", "{384: -1}"), "stages.0.temperature"),
+        (
+            ("stages.0.temperature", "0"),
+            "^1 problem in .*\n.*stages.0.temperature: Input should be greater than 0, got 0",
+        ),
+        (
+            ("stages.0.temperature", "{384: -1}"),
+            "^1 problem in .*\n.*stages.0.temperature.384: .* greater than 0, got -1",
+        ),
+        (("images", "{sources: [{path: some}]}"), "`images` are given, but no stage learns from pictures"),
         (("stages.0.temperature", "{9: 0.1}"), r"temperature names \[9\]"),
         (("stages.0.codes", "[int4]"), "stages.0.codes"),
         (("stages.0.random_share", "1.0"), "stages.0.random_share"),

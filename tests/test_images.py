@@ -377,7 +377,7 @@ def test_what_cannot_be_used_is_left_out_and_told_up_to_a_limit(folder, capsys):
     assert capsys.readouterr().out == ""  # found again in the cache
     with pytest.raises(JasperError, match="3 pictures cannot be used, more than images.max_bad"):
         build_images(images(place, max_bad=2), place / "cache")
-    with pytest.raises(JasperError, match="1 pictures can be used and 1 are to be held out"):
+    with pytest.raises(JasperError, match="1 pictures can be used, and 1 are to be held out"):
         build_images(images(place, held_out=1), place / "cache")
 
 

@@ -163,14 +163,30 @@ def test_narrow_heads_may_start_at_the_principal_axes(world, tmp_path):
     for change, says in (
         ({"heads": [32]}, "it has no narrow head"),
         ({"last_layers": 1}, "it trains the encoder"),
-        ({"batch_size": 12}, "12 texts are fewer"),
+        ({"batch_size": 12}, "the head of width 16 has more axes than there are texts, 12; raise batch_size"),
+        ({"batches": "random", "batch_size": 2, "steps": 7}, "the head .* texts, 14; raise batch_size or steps"),
     ):
         bad = json.loads(json.dumps(tree))
         bad["stages"][2] |= change
         if "heads" in change:
             bad["stages"][1]["heads"] = [32, 16, 8]
         with pytest.raises(JasperError, match=f"narrow_start: principal is not possible, as {says}"):
-            train(bad, out=tmp_path / f"bad {says}")
+            train(bad, out=tmp_path / "bad")
+
+
+def test_principal_axes_need_as_many_texts_as_the_widest_of_them(world, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = world
+    stage = tree["stages"][2] | {"train": ["heads.*"], "narrow_start": "principal", "steps": 4}
+    stage |= {"batches": "random", "batch_size": 4, "texts": 12}
+    few = tree | {"stages": [*tree["stages"][:2], stage]}
+    with pytest.raises(JasperError, match=r"16 principal axes from 12 texts\); give more, or lower batch_size"):
+        train(few, out=tmp_path / "run")
+    stage["texts"] = 16  # the folder of a run that was refused takes another configuration
+    train(few, out=tmp_path / "run")
+    with pytest.raises(JasperError, match=r"was started with another configuration:\n  - seed: 0 -> 1"):
+        train(few, out=tmp_path / "run", overrides=[("seed", 1)])
 
 
 def test_stock_quantisation_with_the_ranges_of_a_finished_model(world, tiny_texts):
@@ -501,6 +517,7 @@ def test_a_run_whose_kept_configuration_is_damaged_tells_the_mend(content, world
 
     _, tree = world
     (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "log.jsonl").touch()  # the run had begun
     with pytest.raises(JasperError, match=r"(?s)1 problem in .*config.yaml.*restore it .* or use --out DIR"):
         train(tree, out=tmp_path)
     assert (tmp_path / "config.yaml").read_bytes() == content

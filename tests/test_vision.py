@@ -197,6 +197,8 @@ def test_losses_are_averaged_over_heads_each_against_its_own_width():
     more = VisionLoss(stage(vision={"contrastive": 2.0}, temperature=0.1))(vectors, side_by_side)
     terms = [contrastive_loss(F.normalize(vectors[w], dim=1), targets[w], 0.1) for w in (32, 8)]
     assert torch.allclose(more.loss, plain.loss + 2.0 * (terms[0] + terms[1]) / 2, rtol=1e-5)
+    assert torch.allclose(more.contrastive, ((terms[0] + terms[1]) / 2).to(more.contrastive.dtype), rtol=1e-5)
+    assert torch.equal(more.cosine, plain.cosine) and more.neighbourhood == 0
 
 
 def test_the_contrastive_term_by_hand():
@@ -420,7 +422,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def see_losses(run: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "grad_norm", "lr")
+    keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "contrastive", "grad_norm", "lr")
     return [tuple(x[k] for k in keep) for x in lines if x["event"] == "step" and x["stage"] == "see"]
 
 
@@ -441,6 +443,7 @@ def test_the_report_shows_pictures_and_words(run):
     assert set(rows) == {(model, width) for model in ("student", "floor", "ceiling") for width in (32, 8)}
     assert all(0 <= rows["ceiling", 32][f"{way} R@1"] <= 1 for way in ("text → image", "image → text"))
     report = (folder / "run" / "report.md").read_text()
+    assert ", 5 contrastive |" in report
     assert "## Pictures and words" in report and "plots/pictures.png" in report and "median rank" in report
     from PIL import Image
 
@@ -471,6 +474,10 @@ def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, 
     assert np.allclose(mixed[[0, 2, 3]], apart, atol=1e-5)
     assert np.allclose(mixed[[1, 4]], model.encode_text(words, 8), atol=1e-6)
     assert model.encode([]).shape == (0, 32)
+    with pytest.raises(JasperError, match="expected a list of pictures, got one"):
+        model.encode(str(squares / "0.png"))
+    with pytest.raises(JasperError, match="expected a list of texts, got one"):
+        model.encode_text("a red square")
     with pytest.raises(JasperError, match="no width 7"):
         model.encode(files, 7)
     with pytest.raises(JasperError, match="captions.jsonl: not a picture"):
@@ -548,8 +555,10 @@ def test_too_few_pictures_are_told_before_training(run, tmp_path):
     _, tree = run
     with pytest.raises(JasperError, match=r"a batch of 40 from 36 pictures"):
         train(tree, out=tmp_path / "bad", overrides=[("stages.3.batch_size", 40)])
-    with pytest.raises(JasperError, match="48 pictures can be used and 60 are to be held out"):
+    with pytest.raises(JasperError, match="48 pictures can be used, and 60 are to be held out"):
         train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
+    with pytest.raises(JasperError, match="0 pictures can be used beside 48 of sources that are train_only, and 12"):
+        train(tree, out=tmp_path / "none", overrides=[("images.sources.0.train_only", True)])
 
 
 def test_sources_that_cannot_be_read_are_told_at_once_before_pictures_are(run, tmp_path):
@@ -736,11 +745,19 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     (tmp_path / "some" / "broken.png").write_bytes(b"%PDF-1.4")
     out = str(tmp_path / "index")
     main(["build", str(folder / "run"), str(tmp_path / "some"), "--pictures", "--out", out, "--width", "8"])
-    assert "broken.png: not a picture but a PDF" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "broken.png: not a picture but a PDF" in said and "6 pictures in " in said
     main(["ask", out, "a red square top left, 0", "-k", "6", "--json"])
     hits = json.loads(capsys.readouterr().out)["hits"]
     model = load(folder / "run")
     scores = model.encode([hit["text"] for hit in hits], 8) @ model.encode_text(["a red square top left, 0"], 8)[0]
     assert len(hits) == 6 and np.allclose(scores, [hit["score"] for hit in hits], atol=1e-5)
-    with pytest.raises(JasperError, match="no picture here"):
-        main(["build", str(folder / "run"), str(tmp_path / "index"), "--pictures", "--out", str(tmp_path / "other")])
+    (tmp_path / "some.zip").touch()
+    model = "no-such-model"  # pictures are looked at before it is
+    for place, says in (
+        ("index", "no picture here"),
+        ("absent", "there is no such folder"),
+        ("some.zip", "is a file: give a folder of pictures, unpacked"),
+    ):
+        with pytest.raises(JasperError, match=says):
+            main(["build", model, str(tmp_path / place), "--pictures", "--out", str(tmp_path / "other")])
