@@ -224,6 +224,7 @@ class VisionStageConfig(Section):
 
     contrastive: NotNegative = 0.0  # weight of: each picture finds its caption, and each caption its picture
     among: Literal["batch", "all"] = "batch"  # where a picture finds it: the batch's captions, or all of the stage's
+    balance: NotNegative = 0.0  # weight, within the contrastive term, of: captions are spread evenly over pictures
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -283,6 +284,7 @@ class StageConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: NotNegative = 0.01
     clip: Positive | None = 1.0
+    average: Part = 0.0  # above 0: the stage ends in the weights' moving average, of which so much stays at every step
     max_length: PositiveInt | None = None  # tokens; None: the student's
     micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
     micro_tokens: PositiveInt | None = None  # tokens per forward pass at most, padding included

@@ -45,6 +45,11 @@ def stage_problems(stage: StageConfig) -> list[str]:
             break  # without narrow weights both are the same
     if stage.vision is not None and stage.vision.among == "all" and not stage.vision.contrastive:
         problems.append("vision.among is about the contrastive term, whose weight is 0; set it to batch")
+    if stage.vision is not None and stage.vision.balance and not contrastive:
+        problems.append(
+            "vision.balance is part of the contrastive term, which has weight 0 or a batch of 1; leave it out, or give "
+            "vision.contrastive a weight and more pictures"
+        )
     if stage.vision is not None and (stage.codes or stage.narrow_start != "as_is"):
         problems.append("codes and narrow_start are for stages of texts; leave them out here")
     if stage.vision is not None and (stage.batches != "random" or stage.narrow_target != "teacher"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from jasper_fast.average import keep_average
 from jasper_fast.codes import straight_through
 from jasper_fast.config import TEMPERATURE, LossWeights, StageConfig
 from jasper_fast.errors import JasperError
@@ -90,13 +91,19 @@ def frozen_digest(student: Student) -> str:
 
 
 def make_optimizer(student: Student, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW over what trains; biases and norms (fewer than two dimensions) are not decayed."""
+    """AdamW over what trains; biases and norms (fewer than two dimensions) are not decayed.
+
+    It keeps the moving average of the weights too where the stage asks for one.
+    """
     trained = [p for p in student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": stage.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, fused=True)
+    if stage.average:
+        keep_average(optimizer, stage.average)
+    return optimizer
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:

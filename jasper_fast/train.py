@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from jasper_fast.average import take_average
 from jasper_fast.batches import Batch, Teachers, batch_plan, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.checks import bad_texts, check_frozen, is_finite, not_finite
@@ -308,6 +309,7 @@ def train_stage(work: Work, index: int, start: Position, checkpoint: Checkpoint 
         }
         log.step(stage.name, {"step": done.step, "stage_step": done.stage_step, **numbers, "lr": lr, **speed}, last)
         if last:
+            take_average(optimizer)
             check_frozen(student, stage, frozen)
             done = Position(done.step, index + 1, 0)
         if last or stopping or done.stage_step % config.checkpoint.every == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,7 +71,11 @@ class VisionLoss(nn.Module):
         super().__init__()
         assert stage.vision is not None
         self.heads = stage.heads
-        self.contrastive, temperature = stage.vision.contrastive, temperature_of(stage)
+        self.contrastive, self.balance, temperature = (
+            stage.vision.contrastive,
+            stage.vision.balance,
+            temperature_of(stage),
+        )
         self.temperatures = temperature if isinstance(temperature, dict) else dict.fromkeys(stage.heads, temperature)
         self.group, self.rows = group, rows
         self.captions: dict[int, Captions] = {}  # by head
@@ -109,7 +114,8 @@ class VisionLoss(nn.Module):
             rows = gather_rows(rows, self.group, self.rows)
         pictures, captions = rows[:2]
         mixed = Mixed(*rows[2:]) if len(rows) > 2 else None
-        term = contrastive_loss(pictures, captions, self.temperatures[width], self.captions.get(width), mixed)
+        temperature, others = self.temperatures[width], self.captions.get(width)
+        term = contrastive_loss(pictures, captions, temperature, others, mixed, self.balance)
         parts = {"neighbourhood": torch.zeros_like(term), **output._asdict(), "contrastive": term}
         return ContrastiveOutput(**(parts | {"loss": output.loss + self.contrastive * term}))
 
@@ -120,6 +126,7 @@ def contrastive_loss(
     temperature: float,
     others: Captions | None = None,
     mixed: Mixed | None = None,
+    balance: float = 0.0,
 ) -> Tensor:
     """How badly each picture finds its caption, and each caption its picture among the batch's; the mean of both.
 
@@ -132,6 +139,7 @@ def contrastive_loss(
         others: (n, D) captions that a picture's is told from, the batch's among them, but for those of the same
             picture; None: the batch's alone.
         mixed: (B, D) captions of what is laid over the pictures, all of them the batch's, and the pictures' own shares.
+        balance: above 0, so many times `unevenness` is added: no picture is to be found by captions of all kinds.
 
     Returns:
         a scalar; 0 for a batch of one without others.
@@ -157,4 +165,20 @@ def contrastive_loss(
     lost = torch.zeros_like(found)
     for share, place, missed in zip(shares, places, back, strict=True):
         lost = lost + share * (found - scores.gather(1, place[:, None])[:, 0] + missed)
-    return lost.mean() / 2
+    return lost.mean() / 2 + (balance * unevenness(scores) if balance else 0.0)
+
+
+def unevenness(scores: Tensor) -> Tensor:
+    """How unevenly captions that each choose among a batch's pictures spread over them.
+
+    Pictures that many captions choose are hubs: they come first for captions that are not theirs.
+
+    Args:
+        scores: (B, n) of pictures and captions, in nats; a caption chooses by their softmax over the pictures.
+
+    Returns:
+        the Kullback-Leibler divergence of the shares of captions that pictures get from equal ones; 0 at best.
+    """
+    count, captions = scores.shape
+    share = torch.logsumexp(torch.log_softmax(scores, dim=0), dim=1) - math.log(captions)  # (B,) log of each one's
+    return -share.mean() - math.log(count)

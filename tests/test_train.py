@@ -64,6 +64,7 @@ def settings(folder: Path, bert: Path) -> dict:
                 "steps": 6,
                 "lr": 1e-3,
                 "gradient_checkpointing": True,
+                "average": 0.7,
             },
             {
                 "name": "three",
@@ -72,6 +73,7 @@ def settings(folder: Path, bert: Path) -> dict:
                 "batch_size": 16,
                 "steps": 8,
                 "lr": 1e-3,
+                "average": 0.8,
                 "narrow_target": "self",
                 "batches": "neighbours",
                 "neighbours": 4,

@@ -201,6 +201,30 @@ def test_losses_are_averaged_over_heads_each_against_its_own_width():
     assert torch.equal(more.cosine, plain.cosine) and more.neighbourhood == 0
 
 
+def test_balance_is_how_unevenly_captions_choose_pictures():
+    from jasper_fast.vision_loss import Captions, VisionLoss, contrastive_loss, unevenness
+
+    scores = torch.randn(5, 7, dtype=torch.float64)
+    shares = torch.softmax(scores, dim=0).mean(dim=1)
+    assert torch.allclose(unevenness(scores), (0.2 * (0.2 / shares).log()).sum())
+    assert unevenness(torch.ones(5, 7)).abs() < 1e-6 and unevenness(torch.eye(5) * 100).abs() < 1e-6
+    hub = torch.zeros(5, 7).index_fill_(0, torch.tensor([3]), 9.0)
+    assert unevenness(hub) > 4
+    pictures, every = (F.normalize(torch.randn(n, 4, dtype=torch.float64), dim=1) for n in (3, 9))
+    for others in (None, Captions(every, torch.arange(9))):
+        plain, more = (contrastive_loss(pictures, every[:3], 0.2, others, balance=b) for b in (0.0, 1.5))
+        among = every[:3] if others is None else every
+        assert torch.allclose(more, plain + 1.5 * unevenness(pictures @ among.T / 0.2))
+    told = {"contrastive": 2.0, "balance": 1.5}
+    found = [VisionLoss(stage(heads=[4], vision=v))({4: pictures}, every[:3]) for v in (told, told | {"balance": 0.0})]
+    extra = 1.5 * unevenness(pictures @ every[:3].T / 0.05).float()
+    torch.testing.assert_close(found[0].contrastive - found[1].contrastive, extra, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0].loss - found[1].loss, (2 * extra).to(found[0].loss.dtype), atol=1e-4, rtol=1e-4)
+    for vision, size in (({"balance": 1.0}, 8), (told, 1)):
+        with pytest.raises(ValueError, match="vision.balance is part of the contrastive term, which has weight 0 or a"):
+            stage(vision=vision, batch_size=size)
+
+
 def test_the_contrastive_term_by_hand():
     from jasper_fast.vision_loss import contrastive_loss
 
@@ -392,7 +416,12 @@ def recipe(folder: Path, squares: Path, bert: Path) -> dict:
                 "name": "see",
                 "train": ["vision.tower.*"],
                 "heads": [32, 8],
-                "vision": {"contrastive": 5.0, "augment": {"shift": 0.05, "scale": 0.05, "mix": 0.1}},
+                "vision": {
+                    "contrastive": 5.0,
+                    "balance": 0.5,
+                    "augment": {"shift": 0.05, "scale": 0.05, "mix": 0.1},
+                },
+                "average": 0.8,
                 "batch_size": 18,
                 "micro_batch": 7,
                 "steps": 40,
@@ -680,7 +709,7 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
 
     torch.manual_seed(3)
     student = Student.build(config_of(Path(bert))).double().train()
-    plan = stage(vision={"contrastive": 3.0}, batch_size=11, gradient_caching=True)
+    plan = stage(vision={"contrastive": 3.0, "balance": 0.5}, batch_size=11, gradient_caching=True)
     set_trained(student, trained_names(student, plan))
     mine, counts = ranks.rows(11), ranks.counts(11)
     mixed = Mixed(teacher[torch.arange(11).roll(3)][mine], torch.linspace(0.5, 1.0, 11).double()[mine, None])

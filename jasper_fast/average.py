@@ -1,0 +1,48 @@
+"""A moving average of what a stage trains, in which the stage ends.
+
+It lies in the optimiser's state: checkpoints, other numbers of ranks and sharded weights hold for it as they do for
+Adam's own averages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from jasper_fast.sharding import own_part
+
+AVERAGE = "average"
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """From now on, move the average after every step: ``decay`` of it stays, the rest is the new weights.
+
+    In the first steps less of it stays, n / (n + 9) after step n, so that it forgets where the weights began.
+
+    Args:
+        optimizer: one that counts its steps for each parameter, as AdamW does.
+        decay: 0 < decay < 1.
+    """
+
+    @torch.no_grad()
+    def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            state = optimizer.state[parameter]
+            if not state:
+                continue  # no gradient has reached it yet
+            if AVERAGE not in state:
+                state[AVERAGE] = parameter.detach().clone()
+            average = own_part(state[AVERAGE])
+            share = (9.0 / (9.0 + state["step"])).clamp(min=1.0 - decay)  # of the new weights
+            average.lerp_(own_part(parameter), share.to(average.device, average.dtype))
+
+    optimizer.register_step_post_hook(move)
+
+
+@torch.no_grad()
+def take_average(optimizer: torch.optim.Optimizer) -> None:
+    """Give the weights the values of their average, where one is kept."""
+    for parameter, state in optimizer.state.items():
+        if AVERAGE in state:
+            parameter.copy_(state[AVERAGE])
