@@ -25,17 +25,21 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         decay: 0 < decay < 1.
     """
 
+    steps = 0  # made so far; of an optimiser that was restored, as its state says
+
     @torch.no_grad()
     def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            state = optimizer.state[parameter]
-            if not state:
-                continue  # no gradient has reached it yet
-            if AVERAGE not in state:
-                state[AVERAGE] = parameter.detach().clone()
-            average = own_part(state[AVERAGE])
-            share = (9.0 / (9.0 + state["step"])).clamp(min=1.0 - decay)  # of the new weights
-            average.lerp_(own_part(parameter), share.to(average.device, average.dtype))
+        nonlocal steps
+        moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not moved:
+            return
+        steps = steps + 1 if steps else int(optimizer.state[moved[0]]["step"])
+        for parameter in moved:
+            if AVERAGE not in optimizer.state[parameter]:
+                optimizer.state[parameter][AVERAGE] = parameter.detach().clone()
+        averages = [optimizer.state[p][AVERAGE] for p in moved]
+        share = max(1.0 - decay, 9.0 / (9.0 + steps))  # of the new weights
+        torch._foreach_lerp_([own_part(a) for a in averages], [own_part(p) for p in moved], share)
 
     optimizer.register_step_post_hook(move)
 

@@ -28,7 +28,7 @@ from jasper_fast.stages import frozen_digest
 
 if TYPE_CHECKING:
     from jasper_fast.vision_batches import ImageBatches
-    from jasper_fast.vision_loss import Mixed
+    from jasper_fast.vision_loss import Told
 
 AHEAD = 2  # batches prepared while one trains
 POOL_CHUNK = 4096  # texts per published piece of the pooled states
@@ -56,7 +56,7 @@ class Batch:
     tokens: int
     padded: int
     wait: float  # seconds that training waited for it
-    mixed: Mixed | None = None  # of pictures that others are laid over
+    told: Told | None = None  # to a vision stage's loss, beside the teacher
 
 
 def check_sizes(config: Config, texts: Any, pictures: int = 0) -> None:

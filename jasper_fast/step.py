@@ -93,8 +93,8 @@ def take_gradients(
     leaf = states.detach().requires_grad_(trains)  # (B, H)
     with shares.part("loss"):
         vectors = student.project(leaf, stage.heads, keep)
-        mixed = [] if batch.mixed is None else [batch.mixed.to(device)]
-        output = loss_of(vectors, batch.teacher.to(device), *mixed)
+        told = [] if batch.told is None else [batch.told.to(device)]
+        output = loss_of(vectors, batch.teacher.to(device), *told)
         output.loss.backward()
     if not trains:
         return output, vectors

@@ -26,7 +26,7 @@ from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
-from jasper_fast.vision_loss import Captions, Mixed
+from jasper_fast.vision_loss import Captions, Mixed, Told
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class CaptionTargets:
         self, student: Student, heads: list[int], states: PooledStates, captions: BatchPlan, device: torch.device
     ) -> None:
         self.student, self.heads, self.states, self.captions, self.device = student, heads, states, captions, device
+        self._places: np.ndarray | None = None  # by number
 
     @torch.no_grad()
     def read(self, numbers: np.ndarray) -> Tensor:
@@ -97,10 +98,17 @@ class CaptionTargets:
         texts = images.caption_texts(numbers)
         first = {text: row for row, text in reversed(list(enumerate(texts)))}
         chosen = sorted(first.values())
+        place = {texts[row]: i for i, row in enumerate(chosen)}
+        self._places = np.full(images.starts[-1], -1)
+        self._places[numbers] = [place[text] for text in texts]
         groups = tied([[f"{picture}", f" {text}"] for picture, text in zip(pictures, texts, strict=True)])
         group = {row: number for number, rows in groups.items() for row in rows}
         pictures_of = torch.tensor([group[row] for row in chosen], device=self.device)
         return Captions(self.read(numbers[chosen]).to(self.device), pictures_of)  # once: every step compares with them
+
+    def places(self, numbers: np.ndarray) -> Tensor | None:
+        """(B,) int64, where these captions stand among `every` one; None until those have been asked for."""
+        return None if self._places is None else torch.from_numpy(self._places[numbers])
 
 
 def caption_plan(images: Images, plan: BatchPlan, seed: int, stage: int) -> BatchPlan:
@@ -178,12 +186,13 @@ def vision_batches(
             pixels = see(rows[seen], step, seen)
             whole = share.view(-1, 1, 1, 1)
             pixels = whole * pixels[found[: len(here)]] + (1 - whole) * pixels[found[len(here) :]]
-            mixed = Mixed(targets.read(captions[other]), share[:, None])
+            mixed = Mixed(targets.read(captions[other]), share[:, None], targets.places(captions[other]))
         else:
             pixels = see(rows[here], step, here)
         micro = ImageBatches(list(pixels.split(stage.micro_batch)), each)
         teacher = targets.read(captions[mine])
-        return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, mixed)
+        told = Told(targets.places(captions[here]), mixed)
+        return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, told)
 
     def see(rows: np.ndarray, step: int, places: np.ndarray) -> Tensor:
         """Views of the pictures that stand at ``places`` of the whole batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,29 @@ class Captions(NamedTuple):
 
 class Mixed(NamedTuple):
     """Of pictures that others are laid over: the others' captions as the loss takes captions, (B, sum of the heads'
-    widths), and the share of each picture that is its own, (B, 1)."""
+    widths), the share of each picture that is its own, (B, 1), and the others' `Told.places`."""
 
     captions: Tensor
     shares: Tensor
+    places: Tensor | None = None
 
-    def to(self, device: torch.device) -> Mixed:
-        return Mixed(self.captions.to(device), self.shares.to(device))
+
+class Told(NamedTuple):
+    """What a loss is told of a batch beside its captions' vectors: where they stand among the stage's distinct ones,
+    (B,) int64, None where those are not asked for; and what is laid over the pictures."""
+
+    places: Tensor | None = None
+    mixed: Mixed | None = None
+
+    def to(self, device: torch.device) -> Told:
+        places = None if self.places is None else self.places.to(device)
+        if self.mixed is None:
+            return Told(places)
+        captions, shares, laid = self.mixed
+        return Told(places, Mixed(captions.to(device), shares.to(device), None if laid is None else laid.to(device)))
+
+
+NOTHING = Told()
 
 
 class ContrastiveOutput(NamedTuple):
@@ -85,39 +101,56 @@ class VisionLoss(nn.Module):
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
     def forward(
-        self, students: Mapping[int, Tensor], teacher: Tensor, mixed: Mixed | None = None
+        self, students: Mapping[int, Tensor], teacher: Tensor, told: Told = NOTHING
     ) -> AnyOutput | ContrastiveOutput:
         """Losses of a batch.
 
         Args:
             students: width -> (B, width) pictures' vectors.
             teacher: (B, sum of the heads' widths) captions' unit vectors of each head, in ``heads``' order.
-            mixed: what is laid over the pictures. The three losses then compare with the captions' weighted means.
+            told: its places, where ``captions`` were given. Of pictures that others are laid over, the three losses
+                compare with the captions' weighted means.
         """
-        shares = None if mixed is None else mixed.shares
-        own = dict(zip(self.heads, teacher.split(self.heads, dim=1), strict=True))
-        laid = own if mixed is None else dict(zip(self.heads, mixed.captions.split(self.heads, dim=1), strict=True))
-        outputs = [self._head(width, vectors, own[width], laid[width], shares) for width, vectors in students.items()]
+        own = self._by_head(teacher)
+        laid = own if told.mixed is None else self._by_head(told.mixed.captions)
+        outputs = []
+        for width, vectors in students.items():
+            mixed = None if told.mixed is None else told.mixed._replace(captions=laid[width])
+            outputs.append(self._head(width, vectors, own[width], told.places, mixed))
         return type(outputs[0])(*(torch.stack(parts).mean() for parts in zip(*outputs, strict=True)))
 
+    def _by_head(self, vectors: Tensor) -> dict[int, Tensor]:
+        return dict(zip(self.heads, vectors.split(self.heads, dim=1), strict=True))
+
     def _head(
-        self, width: int, pictures: Tensor, captions: Tensor, laid: Tensor, shares: Tensor | None
+        self, width: int, pictures: Tensor, captions: Tensor, places: Tensor | None, mixed: Mixed | None
     ) -> AnyOutput | ContrastiveOutput:
-        mean = captions if shares is None else F.normalize(shares * captions + (1 - shares) * laid, dim=1)
+        mean = captions
+        if mixed is not None:
+            mean = F.normalize(mixed.shares * captions + (1 - mixed.shares) * mixed.captions, dim=1)
         output = self.one({width: pictures}, mean)
         if not self.contrastive:
             return output
-        pictures = F.normalize(pictures.float(), dim=1)
-        rows = [pictures, captions] if shares is None else [pictures, captions, laid, shares]
-        rows = [part.to(pictures.dtype) for part in rows]
+        parts = {"pictures": F.normalize(pictures.float(), dim=1), "captions": captions, "places": places}
+        if mixed is not None:
+            parts |= {"laid": mixed.captions, "shares": mixed.shares, "laid places": mixed.places}
+        # places as floats as well: exact below 2**24
+        rows = {name: part.float().view(len(pictures), -1) for name, part in parts.items() if part is not None}
         if self.group is not None:
-            rows = gather_rows(rows, self.group, self.rows)
-        pictures, captions = rows[:2]
-        mixed = Mixed(*rows[2:]) if len(rows) > 2 else None
-        temperature, others = self.temperatures[width], self.captions.get(width)
-        term = contrastive_loss(pictures, captions, temperature, others, mixed, self.balance)
-        parts = {"neighbourhood": torch.zeros_like(term), **output._asdict(), "contrastive": term}
-        return ContrastiveOutput(**(parts | {"loss": output.loss + self.contrastive * term}))
+            rows = dict(zip(rows, gather_rows([*rows.values()], self.group, self.rows), strict=True))
+        places, laid = (rows[name][:, 0].long() if name in rows else None for name in ("places", "laid places"))
+        mixed = None if mixed is None else Mixed(rows["laid"], rows["shares"], laid)
+        term = contrastive_loss(
+            rows["pictures"],
+            rows["captions"],
+            self.temperatures[width],
+            self.captions.get(width),
+            places,
+            mixed,
+            self.balance,
+        )
+        known = {"neighbourhood": torch.zeros_like(term), **output._asdict(), "contrastive": term}
+        return ContrastiveOutput(**(known | {"loss": output.loss + self.contrastive * term}))
 
 
 def contrastive_loss(
@@ -125,6 +158,7 @@ def contrastive_loss(
     captions: Tensor,
     temperature: float,
     others: Captions | None = None,
+    places: Tensor | None = None,
     mixed: Mixed | None = None,
     balance: float = 0.0,
 ) -> Tensor:
@@ -138,33 +172,40 @@ def contrastive_loss(
         temperature: by which cosines are divided.
         others: (n, D) captions that a picture's is told from, the batch's among them, but for those of the same
             picture; None: the batch's alone.
-        mixed: (B, D) captions of what is laid over the pictures, all of them the batch's, and the pictures' own shares.
+        places: (B,) where the captions stand among the others.
+        mixed: (B, D) captions of what is laid over the pictures, all of them the batch's, the pictures' own shares, and
+            the places of those captions.
         balance: above 0, so many times `unevenness` is added: no picture is to be found by captions of all kinds.
 
     Returns:
         a scalar; 0 for a batch of one without others.
     """
-    sets = [captions] if mixed is None else [captions, mixed.captions]
-    shares: list[Any] = [1.0] if mixed is None else [mixed.shares[:, 0], 1 - mixed.shares[:, 0]]
+    sets: list[tuple[Tensor, Tensor | None, Tensor | float]] = [(captions, places, 1.0)]
+    if mixed is not None:
+        share = mixed.shares[:, 0]
+        sets = [(captions, places, share), (mixed.captions, mixed.places, 1 - share)]
     every = captions if others is None else others.vectors  # (n, D)
     own = torch.arange(len(pictures), device=pictures.device)
     left_out = torch.zeros(len(pictures), len(every), dtype=torch.bool, device=pictures.device)
-    places, back = [], []
-    for asked in sets:
-        near = asked @ every.T  # (B, n)
-        place = near.argmax(dim=1)
-        places.append(place)
-        left_out |= near > 1.0 - SAME if others is None else others.pictures[place][:, None] == others.pictures
-        shown = torch.stack([one @ asked.T > 1.0 - SAME for one in sets]).any(dim=0).fill_diagonal_(False)
-        scores = (pictures @ asked.T / temperature).masked_fill(shown, -torch.inf)  # (B, B): captions in columns
-        back.append(F.cross_entropy(scores.T, own, reduction="none"))
-    for place in places:
-        left_out.scatter_(1, place[:, None], False)
+    asked = []  # of each set: its captions' places, the shares by which pictures are to find them, what they lose
+    for each, place, weight in sets:
+        if others is None:
+            near = each @ every.T  # (B, B)
+            place = near.argmax(dim=1)
+            left_out |= near > 1.0 - SAME
+        else:
+            assert place is not None
+            left_out |= others.pictures[place][:, None] == others.pictures
+        shown = torch.stack([one @ each.T > 1.0 - SAME for one, _, _ in sets]).any(dim=0).fill_diagonal_(False)
+        scores = (pictures @ each.T / temperature).masked_fill(shown, -torch.inf)  # (B, B): captions in columns
+        asked.append((place[:, None], weight, F.cross_entropy(scores.T, own, reduction="none")))
+    for place, _, _ in asked:
+        left_out.scatter_(1, place, False)
     scores = pictures @ every.T / temperature  # (B, n)
     found = torch.logsumexp(scores.masked_fill(left_out, -torch.inf), dim=1)
     lost = torch.zeros_like(found)
-    for share, place, missed in zip(shares, places, back, strict=True):
-        lost = lost + share * (found - scores.gather(1, place[:, None])[:, 0] + missed)
+    for place, weight, missed in asked:
+        lost = lost + weight * (found - scores.gather(1, place)[:, 0] + missed)
     return lost.mean() / 2 + (balance * unevenness(scores) if balance else 0.0)
 
 

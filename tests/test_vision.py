@@ -212,7 +212,8 @@ def test_balance_is_how_unevenly_captions_choose_pictures():
     assert unevenness(hub) > 4
     pictures, every = (F.normalize(torch.randn(n, 4, dtype=torch.float64), dim=1) for n in (3, 9))
     for others in (None, Captions(every, torch.arange(9))):
-        plain, more = (contrastive_loss(pictures, every[:3], 0.2, others, balance=b) for b in (0.0, 1.5))
+        at = torch.arange(3)
+        plain, more = (contrastive_loss(pictures, every[:3], 0.2, others, at, balance=b) for b in (0.0, 1.5))
         among = every[:3] if others is None else every
         assert torch.allclose(more, plain + 1.5 * unevenness(pictures @ among.T / 0.2))
     told = {"contrastive": 2.0, "balance": 1.5}
@@ -241,7 +242,7 @@ def test_the_contrastive_term_by_hand():
 
 
 def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
-    from jasper_fast.vision_loss import Captions, VisionLoss, contrastive_loss
+    from jasper_fast.vision_loss import Captions, Told, VisionLoss, contrastive_loss
 
     every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
@@ -253,10 +254,12 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
         expected += float(torch.logsumexp(scores, 0) - scores[0]) / 6
         back = captions[i] @ pictures.T / 0.2
         expected += float(torch.logsumexp(back, 0) - back[i]) / 6
-    assert abs(float(contrastive_loss(pictures, captions, 0.2, others)) - expected) < 1e-10
+    places = torch.tensor([0, 1, 3])
+    assert abs(float(contrastive_loss(pictures, captions, 0.2, others, places)) - expected) < 1e-10
     single = others._replace(vectors=others.vectors.float())
     plan = stage(heads=[4], vision={"contrastive": 2.0, "among": "all"}, temperature=0.2)
-    losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions).loss) for known in (None, single)]
+    told = Told(places)
+    losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions, told).loss) for known in (None, single)]
     plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
     assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
     with pytest.raises(
@@ -267,7 +270,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
 
 @pytest.mark.parametrize("among", ["batch", "all"])
 def test_a_mixed_picture_is_to_find_both_captions(among):
-    from jasper_fast.vision_loss import Captions, Mixed, VisionLoss, contrastive_loss
+    from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss, contrastive_loss
 
     every = F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(4, 4, dtype=torch.float64), dim=1)
@@ -283,12 +286,12 @@ def test_a_mixed_picture_is_to_find_both_captions(among):
             wrong = [k for k in range(4) if k == i or right not in (own[k], laid[k])]
             terms = torch.logsumexp(forth, 0) - forth[at] + torch.logsumexp(back[wrong], 0) - back[i]
             expected += float(weights[i] * terms) / 8
-    mixed = Mixed(every[laid], shares)
-    assert abs(float(contrastive_loss(pictures, every[own], 0.2, others, mixed)) - expected) < 1e-10
+    mixed = Mixed(every[laid], shares, torch.tensor(laid))
+    assert abs(float(contrastive_loss(pictures, every[own], 0.2, others, torch.tensor(own), mixed)) - expected) < 1e-10
 
     plan = stage(heads=[4], vision={"contrastive": 2.0}, temperature=0.2)
     whole = Mixed(every[laid], torch.ones(4, 1, dtype=torch.float64))
-    found = [VisionLoss(plan)({4: pictures}, every[own], both) for both in (None, whole, mixed)]
+    found = [VisionLoss(plan)({4: pictures}, every[own], Told(mixed=both)) for both in (None, whole, mixed)]
     assert torch.allclose(found[0].cosine, found[1].cosine) and torch.allclose(found[0].similarity, found[1].similarity)
     mean = F.normalize(shares * every[own] + (1 - shares) * every[laid], dim=1)
     assert torch.allclose(found[2].cosine, VisionLoss(plan)({4: pictures}, mean).cosine)
@@ -308,7 +311,9 @@ def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert,
     states = PooledStates(tmp_path / "states", np.arange(5), "key")  # "e" is never asked for
     states.compute(lambda rows: np.eye(6, 32, dtype=np.float32)[rows], lambda more: None)
     targets = CaptionTargets(student, [32, 8], states, lambda step: np.arange(4), torch.device("cpu"))
+    assert targets.places(np.array([0])) is None  # not before they are asked for
     vectors, pictures = targets.every(Images(table, "of a test"))
+    assert targets.places(np.array([4, 1, 3, 0, 2])).tolist() == [3, 1, 1, 0, 2]  # "b" is one caption
     assert torch.equal(vectors, targets.read(np.array([0, 1, 2, 4])))  # a, b, c, d
     a, b, c, d = pictures.tolist()
     assert a == b == d != c  # the first picture and the third share a caption
@@ -341,6 +346,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
 
     class Targets:
         captions = staticmethod(lambda step: plan(step) + 100)
+        places = staticmethod(torch.from_numpy)
 
         def read(self, numbers):
             return torch.from_numpy(numbers).float()[:, None]
@@ -367,21 +373,24 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         values = [
             {
                 "pixels": torch.cat(batch.texts.token_ids),
-                "captions": batch.mixed.captions,
-                "shares": batch.mixed.shares,
+                "captions": batch.told.mixed.captions,
+                "shares": batch.told.mixed.shares,
                 "teacher": batch.teacher,
                 "rows": torch.from_numpy(batch.rows),
             }[name]
             for batch in parts
         ]
         assert torch.equal(values[0], torch.cat(values[1:])), name
+    for batch in parts:  # places are those of the captions whose vectors stand there
+        assert torch.equal(batch.told.places, batch.teacher[:, 0].long())
+        assert torch.equal(batch.told.mixed.places, batch.told.mixed.captions[:, 0].long())
     for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
         alone = next(vision_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
-        assert sorted(alone.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
-        assert not torch.equal(alone.mixed.captions, alone.teacher)
+        assert sorted(alone.told.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
+        assert not torch.equal(alone.told.mixed.captions, alone.teacher)
     partners, shares = draw_partners(0.4, (3, 1, 1), 11)
     assert sorted(partners) == list(range(11)) and shares.min() >= 0.5 and shares.max() <= 1 and shares.std() > 0
-    assert torch.equal(whole.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
+    assert torch.equal(whole.told.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
     seen = Shown().pixels(plan(1), SIDE)
     if "shift" in views:
         seen = other_views(seen, draw_views(plain.vision.augment, (3, 1, 1), 11))
@@ -705,17 +714,20 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
     from jasper_fast.stages import set_trained, trained_names
     from jasper_fast.step import take_gradients
     from jasper_fast.vision_batches import ImageBatches
-    from jasper_fast.vision_loss import Mixed, VisionLoss
+    from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss
 
     torch.manual_seed(3)
     student = Student.build(config_of(Path(bert))).double().train()
-    plan = stage(vision={"contrastive": 3.0, "balance": 0.5}, batch_size=11, gradient_caching=True)
+    among = {"contrastive": 3.0, "balance": 0.5, "among": "all"}
+    plan = stage(vision=among, batch_size=11, gradient_caching=True)
     set_trained(student, trained_names(student, plan))
     mine, counts = ranks.rows(11), ranks.counts(11)
-    mixed = Mixed(teacher[torch.arange(11).roll(3)][mine], torch.linspace(0.5, 1.0, 11).double()[mine, None])
+    places, partners, shares = torch.arange(11).flip(0), torch.arange(11).roll(3), torch.linspace(0.5, 1.0, 11).double()
+    mixed = Mixed(teacher[partners][mine], shares[mine, None], places[partners][mine])
+    others = Captions(torch.cat([teacher.flip(0), -teacher]).float(), torch.arange(22))
     passes = ImageBatches(list(pixels[mine].split(4)), 7)
-    batch = Batch(np.arange(11)[mine], teacher[mine], passes, None, 0, 0, 0.0, mixed)
-    loss_of = VisionLoss(plan, ranks.group, counts if ranks.world > 1 else None)
+    batch = Batch(np.arange(11)[mine], teacher[mine], passes, None, 0, 0, 0.0, Told(places[mine], mixed))
+    loss_of = VisionLoss(plan, ranks.group, counts if ranks.world > 1 else None, others)
     output, _ = take_gradients(student, batch, plan, loss_of, torch.device("cpu"), "fp32")
     ranks.average_gradients(student.parameters())
     found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
