@@ -92,6 +92,8 @@ def finish(
         ).to(device)
         results["pictures"], sheet = evaluate_pictures(seeing, *pictures, device, config.precision)
         write_sheet(folder.path / "plots" / SHEET, sheet, pictures[1])
+    if pictures is not None and pictures[0].left_out:
+        results["facts"]["pictures_left_out"] = pictures[0].left_out
     results["facts"]["seconds"] = _seconds(folder, time.perf_counter() - began)
     card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)
     export_student(student, folder.model, card=card, ranges=ranges, replace=True)

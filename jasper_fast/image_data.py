@@ -43,10 +43,12 @@ class Images:
     Args:
         table: columns ``image`` (bytes), ``captions`` (list of text), ``name``.
         fingerprint: of pictures and captions in order.
+        left_out: pictures of the sources that could not be used, and why.
     """
 
     table: Dataset
     fingerprint: str
+    left_out: list[str] = field(default_factory=list)
     starts: np.ndarray = field(init=False)  # (n + 1,) int64: captions of picture i are starts[i] .. starts[i + 1]
     _decoded: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, repr=False)
 
@@ -112,7 +114,8 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     table = load_from_disk(str(folder / "table"))
     held = np.array(facts["held_out"], dtype=np.int64)
     train = np.setdiff1d(np.arange(len(table)), [*facts["held_out"], *facts["beside_held_out"]])
-    return tuple(Images(table.select(rows), facts["fingerprint"] + part) for part, rows in (("t", train), ("h", held)))  # type: ignore[return-value]
+    kept = Images(table.select(train), facts["fingerprint"] + "t", facts["left_out"])
+    return kept, Images(table.select(held), facts["fingerprint"] + "h")
 
 
 def images_built(config: ImagesConfig, cache: str | Path) -> bool:

@@ -18,6 +18,7 @@ from jasper_fast.files import write_atomic
 from jasper_fast.models import resolve_model
 from jasper_fast.vision_eval import SHEET, pictures_line, scores_markdown
 
+TOLD = 20  # of a list, as of what was left out, so many entries
 NO_PLOTS = (
     "There are no pictures because matplotlib is not installed: `pip install matplotlib`, then write the report again."
 )
@@ -316,6 +317,11 @@ def _plain(value: Any) -> str:
         return f"{value:,.1f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        rest = len(value) - TOLD
+        return "; ".join(
+            [*map(_plain, value[:TOLD]), *([f"and {rest} more (results.json has them)"] if rest > 0 else [])]
+        )
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

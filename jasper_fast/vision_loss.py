@@ -87,11 +87,8 @@ class VisionLoss(nn.Module):
         super().__init__()
         assert stage.vision is not None
         self.heads = stage.heads
-        self.contrastive, self.balance, temperature = (
-            stage.vision.contrastive,
-            stage.vision.balance,
-            temperature_of(stage),
-        )
+        self.contrastive, self.balance = stage.vision.contrastive, stage.vision.balance
+        temperature = temperature_of(stage)
         self.temperatures = temperature if isinstance(temperature, dict) else dict.fromkeys(stage.heads, temperature)
         self.group, self.rows = group, rows
         self.captions: dict[int, Captions] = {}  # by head

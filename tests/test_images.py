@@ -373,8 +373,9 @@ def test_what_cannot_be_used_is_left_out_and_told_up_to_a_limit(folder, capsys):
     told = capsys.readouterr().out
     assert "left out 3 pictures" in told and "b.png: not a picture but a PDF" in told and "has no caption" in told
     assert len(train) == 1 and len(kept) == 0 and train.captions() == [["first", "first again"]]
-    build_images(images(place), place / "cache")
-    assert capsys.readouterr().out == ""  # found again in the cache
+    assert len(train.left_out) == 3 and not kept.left_out
+    again, _ = build_images(images(place), place / "cache")
+    assert capsys.readouterr().out == "" and again.left_out == train.left_out  # found again in the cache
     with pytest.raises(JasperError, match="3 pictures cannot be used, more than images.max_bad"):
         build_images(images(place, max_bad=2), place / "cache")
     with pytest.raises(JasperError, match="1 pictures can be used, and 1 are to be held out"):

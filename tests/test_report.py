@@ -125,6 +125,7 @@ def test_report_has_the_gpus_readings_where_there_are_any(tmp_path: Path) -> Non
 
 def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
     content = results() | {"transductive": ["pairs"]}
+    content["facts"] = content["facts"] | {"pictures_left_out": [f"{i}.png: torn" for i in range(22)]}
     report = write_report(write_run(tmp_path / "run", content)).read_text(encoding="utf-8")
     head = table_row(report, "head")
     assert head[1:4] == ["`heads.64.*`", "64", "10 cosine, 200 similarity, 20 relative similarity"]
@@ -138,6 +139,8 @@ def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
         "seed: 7",
         "texts: 12,345",
         "seconds: 61.2",
+        "- pictures left out: 0.png: torn; 1.png: torn; ",
+        "; 19.png: torn; and 2 more (results.json has them)",
         "versions: torch 2.13.0",
         "*Transductive*: texts of pairs were among the training texts",
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,13 +41,15 @@ def draw(colour: str, place: str, shade: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory) -> Path:
-    """48 pictures of 16 kinds in a folder; each has two captions."""
+    """48 pictures of 16 kinds in a folder; each has two captions. One more cannot be read."""
     folder = tmp_path_factory.mktemp("squares")
     with open(folder / "captions.jsonl", "w") as rows:
         for number, (colour, place, shade) in enumerate((c, p, s) for s in range(3) for c in COLOURS for p in PLACES):
             (folder / f"{number}.png").write_bytes(draw(colour, place, shade))
             words = [f"a {colour} square {place}, {shade}", f"{place} {shade} is {colour}"]
             rows.write(json.dumps({"image": f"{number}.png", "caption": words}) + "\n")
+        rows.write(json.dumps({"image": "torn.png", "caption": words}) + "\n")
+    (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:60])
     return folder
 
 
@@ -482,6 +485,7 @@ def test_the_report_shows_pictures_and_words(run):
     assert all(0 <= rows["ceiling", 32][f"{way} R@1"] <= 1 for way in ("text → image", "image → text"))
     report = (folder / "run" / "report.md").read_text()
     assert ", 5 contrastive |" in report
+    assert re.search(r"- pictures left out: .*torn.png: ", report)
     assert "## Pictures and words" in report and "plots/pictures.png" in report and "median rank" in report
     from PIL import Image
 
