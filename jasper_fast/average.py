@@ -25,7 +25,9 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         decay: 0 < decay < 1.
     """
 
-    steps = 0  # made so far; of an optimiser that was restored, as its state says
+    # Made so far; first read from the state, since the optimiser may have been restored, then counted: on a GPU every
+    # reading waits.
+    steps = 0
 
     @torch.no_grad()
     def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:

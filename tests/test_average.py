@@ -1,5 +1,5 @@
-"""The weights' moving average: what it is, and that a stage ends in it. That restarts, ranks and shards keep it is seen
-where whole runs are: the stages of tests/test_train.py, tests/test_ranks.py and tests/test_vision.py have one."""
+"""The weights' moving average. That a stage ends in it, and that restarts, ranks and shards keep it, is seen where
+whole runs are: stages of tests/test_train.py, tests/test_ranks.py and tests/test_vision.py have one."""
 
 from __future__ import annotations
 

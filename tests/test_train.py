@@ -176,6 +176,28 @@ def test_narrow_heads_may_start_at_the_principal_axes(world, tmp_path):
             train(bad, out=tmp_path / "bad")
 
 
+def test_a_stage_ends_in_the_average_of_its_weights(world, tmp_path):
+    from jasper_fast.train import train
+
+    _, tree = world
+    only = tree["stages"][0] | {"steps": 6}
+    tree = tree | {"student": tree["student"] | {"heads": [32]}, "checkpoint": {"every": 1, "keep": 10}, "evaluate": []}
+    for average in (0.0, 0.7):
+        train(tree | {"stages": [only | {"average": average}]}, out=tmp_path / str(average))
+    plain, averaged = (
+        [load_file(path / "model.safetensors") for path in sorted((tmp_path / name / "checkpoints").iterdir())]
+        for name in ("0.0", "0.7")
+    )
+    assert losses_in(tmp_path / "0.7") == losses_in(tmp_path / "0.0")  # it teaches nothing on the way
+    for name in ("heads.32.weight", "heads.32.bias"):
+        expected = plain[0][name]
+        for n, weights in enumerate(plain[1:], 2):
+            expected = expected.lerp(weights[name], max(0.3, 9 / (9 + n)))
+            assert n == 6 or torch.equal(averaged[n - 1][name], weights[name])
+        torch.testing.assert_close(averaged[-1][name], expected)
+        assert not torch.allclose(averaged[-1][name], plain[-1][name], atol=1e-4)
+
+
 def test_principal_axes_need_as_many_texts_as_the_widest_of_them(world, tmp_path):
     from jasper_fast.train import train
 
