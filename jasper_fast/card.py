@@ -13,6 +13,7 @@ import yaml
 from jasper_fast.codes import ranges_file
 from jasper_fast.config import Config, StudentConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.files import write_atomic
 from jasper_fast.models import looks_like_path, resolve_model
 
 FACTS_FILE = "training.json"  # beside the card, so that other forms of the model can say the same
@@ -104,18 +105,18 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False) -> None:
-    """Write README.md and the facts behind it into an exported folder.
+    """Write README.md and the facts behind it into an exported folder, each file whole or not at all.
 
     Args:
-        folder: being written, not yet published.
+        folder: exported model.
         facts: as from run_facts; what is missing is left out of the card.
         widths: of the vectors that the folder gives, widest first.
         flat: whether the folder has the one head and no Router.
     """
     folder = Path(folder)
     coded = (folder / ranges_file(widths[-1])).is_file()
-    (folder / "README.md").write_text(render_card(facts, widths, flat=flat, coded=coded), encoding="utf-8")
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "README.md", render_card(facts, widths, flat=flat, coded=coded))
 
 
 def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, coded: bool = False) -> str:

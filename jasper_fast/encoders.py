@@ -16,7 +16,8 @@ import torch
 from jasper_fast.config import TeacherConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
-from jasper_fast.models import prompt_of
+from jasper_fast.models import CANNOT_LOAD, OWN_CODE, first_line, prompt_of, resolve_model
+from jasper_fast.stock import encode_role, load_stock, model_batching, set_length
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,21 +45,17 @@ def load_model(
         trust_remote_code: whether code that the model brings may run.
 
     Raises:
-        JasperError: there is no such model, it is damaged, or it brings code of its own that was not allowed.
+        JasperError: the model is missing, damaged or incomplete, brings code of its own that was not allowed, or has
+            fewer positions than ``max_length``.
     """
-    from sentence_transformers import SentenceTransformer
-
-    from jasper_fast.models import CANNOT_LOAD, OWN_CODE, first_line, resolve_model
-
     path = Path(resolve_model(name))
     if (path / "model" / "modules.json").is_file():
         path = path / "model"
     elif path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
         raise JasperError(f"{name}: the folder holds no model (modules.json or config.json); is the run finished?")
     try:
-        model = SentenceTransformer(
-            str(path) if path.exists() else resolve_model(name), device=device, trust_remote_code=trust_remote_code
-        )
+        where = str(path) if path.exists() else resolve_model(name)
+        model = load_stock(name, where, device=device, trust_remote_code=trust_remote_code)
     except CANNOT_LOAD as error:
         if "trust_remote_code" in str(error):
             told = OWN_CODE
@@ -70,7 +67,7 @@ def load_model(
             told = f"no such model on this machine or its hub ({first_line(error)})"
         raise JasperError(f"{name}: {told}") from error
     if max_length is not None:
-        model.max_seq_length = max_length
+        set_length(model, max_length, name)
     return model
 
 
@@ -105,22 +102,27 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
     if width not in heads:
         raise JasperError(f"the model has no head of width {width}; it has {', '.join(map(str, sorted(heads)))}")
     modules = [*list(model)[:position], *heads[width], *list(model)[position + 1 :]]
-    flat = SentenceTransformer(modules=modules, prompts=dict(model.prompts), device=str(model.device))
+    flat = SentenceTransformer(
+        modules=modules, prompts=dict(model.prompts), device=str(model.device), truncate_dim=model.truncate_dim
+    )
     return flat.eval()
 
 
 def model_encoder(
-    model: SentenceTransformer, widths: Sequence[int] | None = None, batch_size: int = 32
+    model: SentenceTransformer, widths: Sequence[int] | None = None, batch_size: int = 32, name: str = "the model"
 ) -> EncodeWidths:
-    """An encoder over a sentence-transformers model that reads each text once for all widths.
+    """Make an encoder of a sentence-transformers model that reads each text once for all widths.
+
+    Queries and documents get the embeddings of stock ``encode_query`` and ``encode_document``, in any batch.
 
     Args:
         model: with a Router of heads each width is a head; without one, a narrower width is the first coordinates.
         widths: which; None takes all heads, or the model's own width.
         batch_size: texts per forward pass.
+        name: model, for messages.
 
     Raises:
-        JasperError: the model has no such width.
+        JasperError: the model has no such width, or its embeddings depend on other texts in every batch.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -134,16 +136,11 @@ def model_encoder(
     # the modules before the Router are what costs: they run once per text, as a model of their own
     stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)) if heads else model
     tail = list(model)[position + 1 :]
+    batching = model_batching(model, name)
 
     @torch.inference_mode()
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
-        features = stem.encode(
-            texts,
-            prompt=prompt_of(model.prompts, role),  # "" keeps the model from adding its default prompt
-            batch_size=batch_size,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
+        features = encode_role(stem, texts, role, prompt_of(model.prompts, role), batch_size, batching)
         if not heads:
             vectors = features.float().cpu().numpy()
             return {w: normalise(vectors[:, :w]) for w in wanted}

@@ -21,6 +21,7 @@ from jasper_fast.codes import ranges_file
 from jasper_fast.encoders import load_model
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
+from jasper_fast.parity import check_export, check_same
 
 if TYPE_CHECKING:
     from jasper_fast.model import Student
@@ -42,6 +43,8 @@ def export_student(
 ) -> Path:
     """Write a folder that stock sentence-transformers loads: Transformer, Pooling, a Router of Dense heads, Normalize.
 
+    Before it is published, stock sentence-transformers loads it and must give the student's embeddings.
+
     ``encode(texts, task="128")`` takes the 128-wide head; without a task the widest answers; an unknown width raises.
 
     Args:
@@ -55,7 +58,7 @@ def export_student(
         ``path``.
 
     Raises:
-        JasperError: the place is taken or cannot be written.
+        JasperError: the place is taken or cannot be written, or the export's embeddings are not the student's.
     """
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
 
@@ -93,24 +96,27 @@ def export_student(
             np.save(folder / ranges_file(width), pair)
         facts = dict(card) if card is not None else {"student": student_facts(student.config)}
         write_card(folder, facts, student.widths)
+        check_export(student, folder, trust_remote_code=student.config.trust_remote_code)
     return Path(path)
 
 
-def export_flat(model: str | Path, width: int | None, out: str | Path) -> Path:
-    """Write one width as Transformer, Pooling, Dense, Normalize, under the names that servers and old versions know.
+def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Write one width as Transformer, Pooling, Dense, Normalize, under the names that servers know.
 
     Args:
         model: a folder that export_student wrote, or the run folder around it.
-        width: of the vectors; None: the widest.
-        out: where the folder appears.
+        width: of the embeddings; None: the widest.
+        out: the new folder.
+        trust_remote_code: permission to run code that the model brings, to check the export.
 
     Raises:
-        JasperError: no such model or width, or ``out`` is taken.
+        JasperError: no such model or width, ``out`` is taken, or the embeddings are not those of ``model``.
     """
     source = model_folder(model)
     width = _known_width(source, width)
     with publish_dir(out) as folder:
         _write_flat(source, width, folder)
+        check_same(source, folder, width, trust_remote_code=trust_remote_code)
     return Path(out)
 
 
@@ -172,7 +178,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--onnx", action="store_true", help="with an ONNX graph, checked with onnxruntime")
     parser.add_argument("--out", help="the new folder (default: beside the model, named after the width)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="for --onnx: run code that the model brings, if you trust it"
+        "--trust-remote-code", action="store_true", help="run code that the model brings, if you trust it"
     )
     arguments = parser.parse_args(argv)
     source = model_folder(arguments.run)
@@ -182,7 +188,7 @@ def main(argv: list[str]) -> int:
     if arguments.onnx:
         written = export_onnx(source, width, out, trust_remote_code=arguments.trust_remote_code)
     else:
-        written = export_flat(source, width, out)
+        written = export_flat(source, width, out, trust_remote_code=arguments.trust_remote_code)
     print(f"wrote {written}: vectors {width} wide" + (f", graph in {ONNX_FILE}" if arguments.onnx else ""))
     return 0
 
@@ -299,8 +305,8 @@ def _transformer_settings(student: Student) -> dict[str, Any]:
         "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         "module_output_name": "token_embeddings",
     }
-    if hasattr(student.encoder, "pooler"):
-        settings["model_args"] = {"add_pooling_layer": False}  # or loading would make one up and warn of it
+    if getattr(student.encoder, "pooler", True) is None:
+        settings["model_args"] = {"add_pooling_layer": False}  # loading would add one with random weights
     return settings
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jasper_fast.batches import Teachers
-from jasper_fast.card import run_facts
+from jasper_fast.card import run_facts, write_card
 from jasper_fast.codes import CALIBRATION_TEXTS, int8_ranges
 from jasper_fast.config import Config
 from jasper_fast.data import with_trained_piece
@@ -96,7 +96,7 @@ def finish(
         results["facts"]["pictures_left_out"] = pictures[0].left_out
     results["facts"]["seconds"] = _seconds(folder, time.perf_counter() - began)
     card = run_facts(config, results=results, texts=len(texts), revisions=teachers.revisions)
-    export_student(student, folder.model, card=card, ranges=ranges, replace=True)
+    write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
     write_report(folder.path, results)
     folder.write_json(RESULTS, results)
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")

@@ -20,13 +20,16 @@ from jasper_fast.config import StudentConfig
 from jasper_fast.config_checks import prompt_problem
 from jasper_fast.errors import JasperError
 from jasper_fast.pretrained import (
+    OTHER_STUDENT,
     check_max_length,
     keep_layers,
     layer_list,
     load_encoder,
     make_bidirectional,
     no_layers,
+    token_type_template,
 )
+from jasper_fast.probes import explained, find_batching
 from jasper_fast.vision import VisionTower
 
 FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # what architectures call the norm after their last layer
@@ -54,6 +57,7 @@ class Student(nn.Module):
             "query": prompt_prefix(config.prompts.query),
             "document": prompt_prefix(config.prompts.document),
         }
+        self.token_types = token_type_template(tokenizer, encoder)
         self._layers = layer_list(encoder)
         owned = self.widths if config.head_type == "independent" else self.widths[:1]
         self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in owned})
@@ -85,9 +89,27 @@ class Student(nn.Module):
         tokenizer.model_max_length = config.max_length
         encoder.train()  # from_pretrained gives evaluation mode, which would switch gradient checkpointing off
         student = cls(encoder, tokenizer, config)
+        student._check_encoder()
         if config.vision is not None:
             student.vision = VisionTower.build(config.vision, encoder, tokenizer)
         return student
+
+    def _check_encoder(self) -> None:
+        """Reject an encoder that cannot run, or whose embeddings depend on padding.
+
+        Raises:
+            JasperError: either, or embeddings that are not finite.
+        """
+        name, architecture, training = self.config.model, type(self.encoder).__name__, self.training
+        self.eval()
+        with torch.random.fork_rng(devices=[]), explained(name, architecture, OTHER_STUDENT):
+            batching = find_batching(lambda texts: self.pool(self.tokenize(texts)), name)
+        self.train(training)
+        if batching != "padded":
+            raise JasperError(
+                f"{name}: {architecture} does not honour the attention mask, so a text's embedding changes with the "
+                f"padding beside it and training would learn the batches. Fix: {OTHER_STUDENT}"
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -134,16 +156,19 @@ class Student(nn.Module):
         """
         device = torch.device(device) if device is not None else self.device
         if isinstance(token_ids, Tensor):
-            inputs = self.seeing(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
-            states = self.encoder(inputs_embeds=inputs).last_hidden_state
+            embeddings = self.seeing(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
+            states = self.encoder(inputs_embeds=embeddings).last_hidden_state
             return _at_least_fp32(states[:, 1:-1]).mean(dim=1)  # (B, H)
         ids, mask = pad(token_ids, self.tokenizer.pad_token_id)
-        ids = ids.to(device, non_blocking=True)
+        inputs = {"input_ids": ids.to(device, non_blocking=True)}
+        if self.token_types is not None:
+            types, _ = pad([self.token_types.of(len(row)) for row in token_ids], 0)
+            inputs["token_type_ids"] = types.to(device, non_blocking=True)
         if mask is None:  # nothing is padded: no mask to build, and attention takes its fastest path
-            states = self.encoder(input_ids=ids).last_hidden_state  # (B, L, H)
+            states = self.encoder(**inputs).last_hidden_state  # (B, L, H)
             return _at_least_fp32(states).mean(dim=1)  # (B, H)
         mask = mask.to(device, non_blocking=True)
-        states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (B, L, H)
+        states = self.encoder(**inputs, attention_mask=mask.long()).last_hidden_state  # (B, L, H)
         states = _at_least_fp32(states)
         share = (mask / mask.sum(dim=1, keepdim=True, dtype=states.dtype)).unsqueeze(1)  # (B, 1, L): of the mean
         with torch.autocast(device.type, enabled=False):

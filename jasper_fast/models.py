@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,6 +27,7 @@ PUBLISHED = {  # SHA-256 of the weights that a package should carry
 CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a model's prompts
+ROUTER = "router_config.json"
 OWN_CODE = (
     "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
     "trust_remote_code=True, or to the command --trust-remote-code"
@@ -93,7 +95,7 @@ def model_revision(name: str, revision: str | None = None) -> str:
 
 
 def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
-    """What a model itself puts before a query and before a document, without loading it; "" where it has no prompt.
+    """Read a model's own prompts for queries and documents without loading it; "" where it has none.
 
     Args:
         name: as in a configuration.
@@ -102,33 +104,62 @@ def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
     Raises:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
+    try:
+        prompts = _settings(name, revision, PROMPTS).get("prompts") or {}
+        return {role: prompt_of(prompts, role) for role in ("query", "document")}
+    except AttributeError as error:
+        raise JasperError(f"{name}: {PROMPTS} is damaged ({error}); copy or download the model again") from error
+
+
+def routes_by_role(name: str, revision: str | None = None) -> bool:
+    """Tell whether a model reads queries through other modules than documents.
+
+    Args:
+        name: as in a configuration.
+        revision: branch, tag or commit, for a name on the hub.
+
+    Raises:
+        JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
+    """
+    try:
+        listed = _settings(name, revision, "modules.json")
+        places = [module["path"] for module in listed if module["type"].endswith((".Router", ".Asym"))]
+        routers = [_settings(name, revision, f"{place}/{ROUTER}".lstrip("/")) for place in places]
+        return any("query" in router["structure"] for router in routers if router)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise JasperError(f"{name}: modules.json is damaged ({error}); copy or download the model again") from error
+
+
+def _settings(name: str, revision: str | None, file: str) -> Any:
+    """The content of one of a model's JSON files, without loading the model; empty where it has none."""
     folder = Path(resolve_model(name)).expanduser()
-    file: Path | None = folder / PROMPTS
+    path: Path | None = folder / file
     if not folder.is_dir():
         from transformers.utils.hub import cached_file
 
         found = cached_file(
             name,
-            PROMPTS,
+            file,
             revision=_hub_revision(name, revision),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        file = Path(found) if found else None
-    if file is None or not file.is_file():
-        return {"query": "", "document": ""}
+        path = Path(found) if found else None
+    if path is None or not path.is_file():
+        return {}
     try:
-        prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {}
-        return {role: prompt_of(prompts, role) for role in ("query", "document")}
-    except (ValueError, AttributeError) as error:
-        raise JasperError(f"{file} is damaged ({error}); copy or download the model again") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JasperError(f"{path} is damaged ({error}); copy or download the model again") from error
 
 
 def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
-    """A model's prompt for a role, by the names that sentence-transformers knows; "" where there is none."""
-    names = ("query",) if role == "query" else ("document", "passage", "corpus")
-    return next((prompt for name in names if (prompt := prompts.get(name))), "")
+    """The prompt that stock ``encode_query`` or ``encode_document`` uses, or "".
+
+    sentence-transformers 6 fills in an empty `document` prompt, so encode_document never reads `passage` or `corpus`.
+    """
+    return prompts.get(role) or ""
 
 
 def looks_like_path(name: str) -> bool:

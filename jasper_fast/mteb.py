@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from jasper_fast.encoders import flat_model, load_model
 from jasper_fast.errors import JasperError
 from jasper_fast.models import resolve_model
+from jasper_fast.stock import model_batching
 
 if TYPE_CHECKING:
     from mteb.models import SentenceTransformerEncoderWrapper
@@ -39,14 +40,20 @@ def load(
         mteb's own wrapper. Its name ends with the width, so that mteb keeps the results of every width apart.
 
     Raises:
-        JasperError: mteb is not installed, or there is no such model or width.
+        JasperError: mteb is not installed, the model or width is missing, or its embeddings depend on padding.
     """
     try:
         from mteb.models import SentenceTransformerEncoderWrapper
     except ModuleNotFoundError as error:
         raise JasperError(f"{error.name} is not installed; type `pip install mteb`") from None
 
-    flat = flat_model(load_model(str(model), max_length, device, trust_remote_code=trust_remote_code), width)
+    loaded = load_model(str(model), max_length, device, trust_remote_code=trust_remote_code)
+    if model_batching(loaded, str(model)) != "padded":
+        raise JasperError(
+            f"{model}: its embeddings depend on padding, and mteb pads its batches. Fix: score it with "
+            "`python -m jasper_fast.evaluate`, which encodes one length at a time"
+        )
+    flat = flat_model(loaded, width)
     wrapper = SentenceTransformerEncoderWrapper(flat)
     path = Path(resolve_model(str(model)))
     folder = path.resolve() if path.exists() else path

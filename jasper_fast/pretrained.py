@@ -3,49 +3,76 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from jasper_fast.config import StudentConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.loading import check_tokenizer, embedding_rows, load_checked
+from jasper_fast.models import CANNOT_LOAD, first_line, resolve_model
+from jasper_fast.probes import FAILURES, explained
+
+NOT_PER_LAYER = ("architectures", "token_id", "tokens", "token_ids")  # endings of lists that are as long by chance
+POSITION_TABLES = ("position_embeddings", "wpe")  # names that architectures give the table
+OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT, Qwen and their kin work)"
 
 
 def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
-    """The Hugging Face model (float32, its dropout off, no pooler) and tokenizer that a configuration names.
+    """Load the Hugging Face model (float32, dropout off, no optional pooler) and tokenizer of a configuration.
 
     Raises:
-        JasperError: neither a folder nor a model that can be fetched, or it needs code of its own.
+        JasperError: the model is missing or needs code of its own, its weights or tokenizer do not belong to it, or its
+            architecture cannot be a student.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-
-    from jasper_fast.models import CANNOT_LOAD, resolve_model
+    from transformers import AutoConfig, AutoTokenizer
 
     source = transformer_folder(resolve_model(config.model))
+    if (Path(source) / "adapter_config.json").is_file():
+        raise JasperError(
+            f"{config.model}: the folder holds an adapter (adapter_config.json) beside or instead of a whole model. "
+            "Fix: merge it with PEFT's merge_and_unload() and save the result"
+        )
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         settings = AutoConfig.from_pretrained(source, **options)
         switch_dropout_off(settings)
         if hasattr(settings, "use_cache"):
             settings.use_cache = False  # a cache of keys and values is for generating text
-        factory = AutoModelForTextEncoding if getattr(settings, "is_encoder_decoder", False) else AutoModel
         arguments = options | exported_arguments(source)
-        encoder = factory.from_pretrained(source, config=settings, dtype=torch.float32, **arguments)
+
+        def load(more: dict[str, Any]) -> Any:
+            return encoder_factory(settings).from_pretrained(
+                source, config=settings, dtype=torch.float32, **arguments, **more
+            )
+
+        encoder = load_checked(load, config.model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except CANNOT_LOAD as error:
         raise JasperError(_cannot_load(config, source, error)) from error
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`; choose a text encoder")
     drop_pooler(encoder)
+    check_tokenizer(tokenizer, encoder, config.model)
     if was_lowercased(source):
         lowercase(tokenizer)
     give_pad_token(tokenizer, encoder, config.model)
     tokenizer.padding_side = "right"
     return encoder, tokenizer
+
+
+def encoder_factory(settings: Any) -> Any:
+    """The auto class that gives a text encoder alone: T5 and its kin would bring their decoder, with random weights."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING or getattr(settings, "is_encoder_decoder", False)
+    return AutoModelForTextEncoding if encodes else AutoModel
 
 
 def transformer_folder(source: str) -> str:
@@ -78,8 +105,9 @@ def switch_dropout_off(settings: Any) -> None:
 
 
 def drop_pooler(encoder: Any) -> None:
-    """Remove BERT's pooler: mean pooling never uses it, so it would be saved and counted but not trained."""
-    if isinstance(getattr(encoder, "pooler", None), nn.Module):
+    """Remove a pooler where the architecture allows it. Mean pooling never uses it, so it would never be trained."""
+    optional = "add_pooling_layer" in inspect.signature(type(encoder).__init__).parameters
+    if optional and isinstance(getattr(encoder, "pooler", None), nn.Module):
         encoder.pooler = None
 
 
@@ -115,8 +143,8 @@ def give_pad_token(tokenizer: Any, encoder: Any, name: str) -> None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
             raise JasperError(
-                f"the tokenizer of {name} has no padding, end-of-text or unknown token; set one in its "
-                'tokenizer_config.json, e.g. "pad_token": "<|endoftext|>"'
+                f"{name}: its tokenizer has no padding, end-of-text or unknown token, so texts cannot be batched. Fix: "
+                'set one in tokenizer_config.json, e.g. "pad_token": "<|endoftext|>"'
             )
         tokenizer.pad_token = substitute
     encoder.config.pad_token_id = tokenizer.pad_token_id
@@ -151,8 +179,8 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     settings = copy.deepcopy(encoder.config)
     settings.num_hidden_layers = len(chosen)
     for name, value in encoder.config.to_dict().items():
-        if "layer" in name and isinstance(value, list) and len(value) == total:
-            setattr(settings, name, [value[i] for i in chosen])  # e.g. layer_types: sliding or full attention
+        if isinstance(value, list) and len(value) == total and not name.endswith(NOT_PER_LAYER):
+            setattr(settings, name, [value[i] for i in chosen])  # e.g. layer_types, attention_window
     position = {str(old): str(new) for new, old in enumerate(chosen)}
     weights = {}
     for name, value in encoder.state_dict().items():
@@ -162,14 +190,14 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
                 continue
             name = f"{path}.{position[index]}.{rest}"
         weights[name] = value
-    shorter = type(encoder)(settings)
-    drop_pooler(shorter)
     try:
+        shorter = type(encoder)(settings)
+        drop_pooler(shorter)
         shorter.load_state_dict(weights)
-    except RuntimeError as error:
+    except FAILURES as error:
         raise JasperError(
-            f"layers {chosen} of {type(encoder).__name__} cannot stand alone, because its layers are built differently "
-            f"by position (often the first one must be layer 0): {error}"
+            f"student.layers: {type(encoder).__name__} cannot keep layers {chosen} alone, because its layers are built "
+            f"differently by position ({first_line(error)}). Fix: begin with layer 0, or leave student.layers out"
         ) from error
     return shorter
 
@@ -196,10 +224,11 @@ def sees_later_tokens(encoder: Any) -> bool:
     """Whether another last token changes the state of the first, as it does without a causal mask."""
     training = encoder.training
     encoder.eval()
-    size = encoder.get_input_embeddings().num_embeddings
+    size = embedding_rows(encoder) or 256
     ids = torch.arange(size // 2, size // 2 + 4).remainder(size).repeat(2, 1)  # (2, 4)
     ids[1, -1] = (size // 2 + 5) % size
-    first = encoder(input_ids=ids.to(encoder.device)).last_hidden_state[:, 0]  # (2, H)
+    with explained("student.model", type(encoder).__name__, OTHER_STUDENT):
+        first = encoder(input_ids=ids.to(encoder.device)).last_hidden_state[:, 0]  # (2, H)
     encoder.train(training)
     return not torch.equal(first[0], first[1])
 
@@ -220,12 +249,54 @@ def check_max_length(encoder: Any, max_length: int, key: str = "student.max_leng
 
 def position_limit(encoder: Any) -> int | None:
     """How many tokens an encoder has positions for; None where it names no limit."""
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    for name, module in encoder.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from after the padding index
-            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    limit = position_table(encoder) or getattr(encoder.config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def position_table(encoder: Any) -> int | None:
+    """Tokens that an encoder's table of learned positions has rows for; None for an encoder without one."""
+    rows = None
+    for name, module in encoder.named_modules():
+        if name.endswith(POSITION_TABLES) and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from after the padding index
+            rows = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return rows
+
+
+def token_type_template(tokenizer: Any, encoder: Any) -> TokenTypes | None:
+    """Find the token types that a tokenizer gives a single text, or None where they are all 0 or not read.
+
+    Raises:
+        JasperError: the types are not the same for every text.
+    """
+    if "token_type_ids" not in inspect.signature(encoder.forward).parameters:
+        return None
+    probes = ["one", "one two three", "a b c d e f g h", ""]
+    encoded = tokenizer(probes, return_token_type_ids=True, return_special_tokens_mask=True)
+    types, special = encoded["token_type_ids"], encoded["special_tokens_mask"]
+    if "token_type_ids" not in tokenizer.model_input_names or not any(map(any, types)):
+        return None
+    inner = [at for at, mark in enumerate(special[0]) if not mark] or [0]
+    template = TokenTypes(types[0][: inner[0]], types[0][inner[0]], types[0][inner[-1] + 1 :])
+    if any(template.of(len(row)) != row for row in types):
+        raise JasperError(
+            f"{type(tokenizer).__name__} gives token types that depend on the text ({types[1]}). Fix: remove "
+            "token_type_ids from model_input_names in tokenizer_config.json, or choose another student.model"
+        )
+    return template
+
+
+class TokenTypes(NamedTuple):
+    """Token types of a single text: those of the special tokens before it, of the text, and of those after it."""
+
+    before: list[int]
+    text: int
+    after: list[int]
+
+    def of(self, length: int) -> list[int]:
+        """The types of ``length`` tokens."""
+        inner = length - len(self.before) - len(self.after)
+        return self.before + [self.text] * inner + self.after
 
 
 def no_layers(encoder: nn.Module) -> str:
@@ -237,8 +308,6 @@ def no_layers(encoder: nn.Module) -> str:
 
 
 def _cannot_load(config: StudentConfig, source: str, error: Exception) -> str:
-    from jasper_fast.models import first_line
-
     reason = first_line(error)
     if "trust_remote_code" in str(error):
         return (

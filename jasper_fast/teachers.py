@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,9 @@ import torch
 from jasper_fast.config import TeacherConfig
 from jasper_fast.encode import autocast, used_precision
 from jasper_fast.errors import JasperError
-from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, own_prompts, resolve_model
+from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, own_prompts, resolve_model, routes_by_role
+from jasper_fast.probes import Batching
+from jasper_fast.stock import encode_role, limit_length, load_stock, model_batching, token_lengths
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,8 +32,9 @@ class Teacher:
         self.config, self.model = config, model
         self.fingerprint = describe_teacher(config)
         self.name: str = self.fingerprint["model"]
+        _check_prompts(model, self.fingerprint["prompts"], self.name)
         self.revision: str = self.fingerprint["revision"]
-        self.max_length = _set_length(model, config.max_length)
+        self.max_length = limit_length(model, config.max_length)
         full = int(model.get_embedding_dimension() or 0)
         if config.truncate_dim is not None and config.truncate_dim > full:
             raise JasperError(
@@ -39,6 +42,7 @@ class Teacher:
             )
         self.width = config.truncate_dim or full
         self.fingerprint["width"] = self.width
+        self.batching = model_batching(model, self.name)
         self.autocast = autocast(model.device, precision)
         self.precision = used_precision(model.device, precision)
 
@@ -63,21 +67,15 @@ class Teacher:
             JasperError: a vector that is not finite or is zero, naming the text's row; or memory does not suffice.
         """
         prompt = self._prompt(role)
-        prompted = [apply_prompt(prompt, text) for text in texts]
-        lengths = self._lengths(prompted)
-        # A prefix is left to the model: some keep theirs out of the mean. "" keeps it from adding its default prompt.
-        given, prefix = (prompted, "") if "{text}" in prompt else (texts, prompt)
+        # A prefix is left to the model, since some keep theirs out of the mean; "" keeps it from adding its default.
+        given, prefix = ([apply_prompt(prompt, text) for text in texts], "") if "{text}" in prompt else (texts, prompt)
+        lengths = token_lengths(self.model, given, role, prefix)
         vectors = np.empty((len(texts), self.width), np.float32)
-        for batch in token_batches(lengths, self.config.batch_tokens):
+        for batch in token_batches(lengths, self.config.batch_tokens, self.batching):
+            chosen = [given[i] for i in batch]
             try:
                 with self.autocast:
-                    found = self.model.encode(
-                        [given[i] for i in batch],
-                        prompt=prefix,
-                        batch_size=len(batch),
-                        convert_to_tensor=True,
-                        show_progress_bar=False,
-                    )
+                    found = encode_role(self.model, chosen, role, prefix, batch_size=len(batch))
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(error, len(batch), int(lengths[batch].max())) from error
             vectors[batch] = found[:, : self.width].float().cpu().numpy()
@@ -98,22 +96,11 @@ class Teacher:
             "made anew)"
         )
 
-    def _lengths(self, texts: list[str]) -> np.ndarray:
-        """Tokens of each text after truncation. (B,) int64"""
-        found = []
-        for start in range(0, len(texts), 4096):
-            chunk = texts[start : start + 4096]
-            encoded = self.model.tokenizer(
-                chunk, truncation=True, max_length=self.max_length, return_attention_mask=False
-            )
-            found += [len(ids) for ids in encoded["input_ids"]]
-        return np.array(found, dtype=np.int64)
-
 
 def load_teacher(
-    config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "auto"
+    config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "fp32"
 ) -> Teacher:
-    """Load a teacher onto the GPU where there is one.
+    """Load a teacher onto the GPU where there is one; its embeddings are those of stock sentence-transformers.
 
     Args:
         config: a teacher with ``model``; a folder or name with ``modules.json`` keeps its own pooling, dense layers and
@@ -122,21 +109,20 @@ def load_teacher(
         precision: of the forward pass; ``auto`` is bf16 autocast where the device is fast at it.
 
     Raises:
-        JasperError: the model is missing, cannot be loaded, or needs code of its own that was not allowed.
+        JasperError: the model is missing, damaged, incomplete, or needs code of its own that was not allowed.
     """
-    from sentence_transformers import SentenceTransformer
-
     if config.model is None:
         raise ValueError("load_teacher needs a teacher with `model`; ready vectors are opened by the cache")
     where = resolve_model(config.model)
     revision = model_revision(config.model, config.revision)
     try:
-        model = SentenceTransformer(
+        model = load_stock(
+            config.model,
             where,
             device=str(device) if device is not None else own_device(),
             revision=None if revision.startswith("sha256:") else revision,
             trust_remote_code=config.trust_remote_code,
-            model_kwargs={"dtype": torch.float32},
+            dtype=torch.float32,
         )
     except CANNOT_LOAD as error:
         hint = (
@@ -149,7 +135,6 @@ def load_teacher(
         _set_pooling(model, POOLINGS[config.pooling], config.model)
     if config.dense is not None:
         _set_dense(model, where, config.dense, revision)
-    _check_tokenizer(model, config.model)
     return Teacher(config, model.eval(), precision)
 
 
@@ -168,16 +153,23 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
         "max_length": config.max_length,
         "truncate_dim": config.truncate_dim,
         **({"dense": config.dense} if config.dense else {}),
+        **({"routes": "by role"} if routes_by_role(config.model, config.revision) else {}),
     }
 
 
 def prompts_of(config: TeacherConfig) -> dict[str, str]:
-    """What a teacher puts before a query and before a document: the configuration's prompts, else the model's own."""
+    """A teacher's prompts by role: the configuration's, else the model's own, without a ``{text}`` at the end."""
     given = config.prompts.model_dump()
-    if config.model is None or None not in given.values():
-        return given
-    own = own_prompts(config.model, config.revision)
-    return {role: prompt if prompt is not None else own[role] for role, prompt in given.items()}
+    if config.model is not None and None in given.values():
+        own = own_prompts(config.model, config.revision)
+        given = {role: prompt if prompt is not None else own[role] for role, prompt in given.items()}
+    return {role: plain_prefix(prompt) for role, prompt in given.items()}
+
+
+def plain_prefix(prompt: str) -> str:
+    """The prompt without a ``{text}`` at its end: both forms say that the text follows."""
+    prefix = prompt.removesuffix("{text}")
+    return prompt if "{text}" in prefix else prefix
 
 
 def check_own_code(config: TeacherConfig) -> None:
@@ -212,18 +204,22 @@ def apply_prompt(prompt: str, text: str) -> str:
     return prompt.replace("{text}", text) if "{text}" in prompt else prompt + text
 
 
-def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Positions in batches of like lengths, longest first; a batch holds at most ``budget`` tokens, padding included.
+def token_batches(lengths: np.ndarray, budget: int, batching: Batching = "padded") -> list[np.ndarray]:
+    """Group positions in batches of like lengths, longest first, of at most ``budget`` tokens, padding included.
 
     Args:
         lengths: (B,) tokens of each text. A text longer than the budget makes a batch alone.
         budget: tokens.
+        batching: "equal lengths" for batches that need no padding.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []
     start = 0
     while start < len(order):
-        size = max(1, budget // max(1, int(lengths[order[start]])))
+        longest = int(lengths[order[start]])
+        size = max(1, budget // max(1, longest))
+        if batching == "equal lengths":
+            size = min(size, int((lengths[order[start:]] == longest).sum()))
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -249,18 +245,17 @@ def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts
     return vectors / norms
 
 
-def _set_length(model: SentenceTransformer, wanted: int) -> int:
-    """Truncate at the wanted length, or at what the model's positions and tokenizer allow if that is less."""
-    settings = getattr(model.transformers_model, "config", None)
-    bounds = [
-        wanted,
-        getattr(model.tokenizer, "model_max_length", None),
-        getattr(settings, "max_position_embeddings", None),
-    ]
-    if getattr(settings, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet") and bounds[2]:
-        bounds[2] -= 2  # these count positions from the padding index on
-    model.max_seq_length = min(int(b) for b in bounds if b)
-    return model.max_seq_length
+def _check_prompts(model: SentenceTransformer, prompts: Mapping[str, str], name: str) -> None:
+    """Reject text inside a prompt of a model that leaves prompts out of its mean: it could not tell them apart."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    leaves_out = any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
+    for role, prompt in prompts.items():
+        if leaves_out and "{text}" in prompt:
+            raise JasperError(
+                f"{name}: its pooling leaves the prompt out, which needs a prompt before the text (got {prompt!r} for "
+                f"{role}). Fix: end the prompt with {{text}}"
+            )
 
 
 def _set_pooling(model: SentenceTransformer, mode: str, name: str) -> None:
@@ -296,13 +291,3 @@ def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: st
             f"{model[places[0]].in_features}"
         )
     model[places[0]] = head.to(model.device)
-
-
-def _check_tokenizer(model: SentenceTransformer, name: str) -> None:
-    tokenizer = getattr(model, "tokenizer", None)
-    if not callable(tokenizer):
-        raise JasperError(f"{name}: has no Hugging Face tokenizer, so its texts cannot be batched by length")
-    if (
-        tokenizer.pad_token is None
-    ):  # many decoders come without; a padded position is masked, so which token is no matter
-        tokenizer.pad_token = tokenizer.eos_token

@@ -23,17 +23,23 @@ def run(code_or_module, *arguments, cwd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "fast"),
+    ("flags", "allowed", "fast"),
     [
-        ("fpu sse2 avx avx2", False),
-        ("avx2 avx512f avx512_vnni amx_tile amx_int8", False),
-        ("avx2 avx512f avx512_bf16", False),
-        ("avx2 avx512f amx_tile amx_bf16", True),
-        ("", False),
+        ("fpu sse2 avx avx2", None, False),
+        ("avx2 avx512f avx512_vnni amx_tile amx_int8", None, False),
+        ("avx2 avx512f avx512_bf16", None, False),
+        ("avx2 avx512f amx_tile amx_bf16", None, True),
+        ("avx2 avx512f amx_tile amx_bf16", "AVX512_CORE_BF16", False),
+        ("avx2 avx512f amx_tile amx_bf16", "avx512_core_amx", True),
+        ("avx2 avx512f amx_tile amx_bf16", "DEFAULT", True),
+        ("", None, False),
     ],
 )
-def test_bf16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch, flags, fast):
+def test_bf16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch, flags, allowed, fast):
     monkeypatch.setattr(env, "cpu_features", lambda: frozenset(flags.split()))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    if allowed is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
     assert env.cpu_bf16_is_fast() is fast
     cpu = env.environment()["cpu"]
     assert cpu["precision"] == ("bf16" if fast else "fp32")

@@ -363,8 +363,9 @@ def test_every_head_equals_what_encode_gives_with_its_task(routed: Path, tiny_te
     model[0].register_forward_hook(lambda module, given, out: passes.append(len(out["attention_mask"])))
     texts = tiny_texts[:40]
     for role, prompt in (("query", "find the story of: "), ("document", None)):
+        encode = model_encoder(model)
         passes.clear()
-        found = model_encoder(model)(texts, role)
+        found = encode(texts, role)
         assert sum(passes) == len(texts), "the encoder is to run once per text for all widths"
         assert list(found) == list(WIDTHS)
         for width in WIDTHS:

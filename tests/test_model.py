@@ -314,7 +314,7 @@ def test_what_cannot_be_built_says_the_mend(fields: dict[str, Any], message: str
     [
         ("model.safetensors", lambda whole: whole[: len(whole) // 2], "could not be loaded"),
         ("model.safetensors", lambda whole: whole.replace(b'"shape":[32]', b'"shape":[16]', 1), "could not be loaded"),
-        ("config.json", lambda whole: whole.replace(b'"hidden_size": 32', b'"hidden_size": 16'), "could not be loaded"),
+        ("config.json", lambda whole: whole.replace(b'"hidden_size": 32', b'"hidden_size": 16'), "another shape"),
         ("config.json", lambda whole: whole[: len(whole) // 2], "could not be loaded"),
         ("modules.json", lambda _: b"[{", "modules.json is damaged"),
         ("modules.json", lambda _: b"[{}]", "modules.json is damaged"),

@@ -26,6 +26,7 @@ from jasper_fast.config import Config, TeacherConfig, load_config
 from jasper_fast.data import build_texts, text_digest
 from jasper_fast.errors import JasperError
 from jasper_fast.models import model_revision, resolve_model
+from jasper_fast.stock import token_lengths
 from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
 from jasper_fast.teachers import apply_prompt, describe_teacher, load_teacher, token_batches
 
@@ -185,12 +186,12 @@ def test_prompts_that_are_left_out_are_the_models_own(tiny_bert: Path, tmp_path:
 
     from jasper_fast.encoders import load_model, model_encoder
 
-    own = {"query": "the old bridge: ", "passage": "apples "}
+    own = {"query": "the old bridge: ", "document": "apples ", "passage": "not read by encode_document "}
     layers = [modules.Transformer(str(tiny_bert)), modules.Pooling(32, "mean", include_prompt=False)]
     folder = tmp_path / "st"
     SentenceTransformer(modules=layers, prompts=own, device="cpu").save_pretrained(str(folder))
     config = TeacherConfig(model=str(folder))
-    assert describe_teacher(config)["prompts"] == {"query": own["query"], "document": own["passage"]}
+    assert describe_teacher(config)["prompts"] == {"query": own["query"], "document": own["document"]}
     some = texts["text"][:9]
     evaluated = model_encoder(load_model(str(folder), 64, "cpu"))
     for role in ("query", "document"):  # what a report calls the teacher is what `evaluate --teacher` does
@@ -227,7 +228,7 @@ def test_long_texts_are_cut_at_the_length_asked_for_or_possible(tiny_bert: Path)
     for asked, effective in ((10, 10), (512, 64)):
         teacher = load_teacher(TeacherConfig(model=str(tiny_bert), max_length=asked))
         assert teacher.max_length == effective
-        assert teacher._lengths([long]).tolist() == [effective]
+        assert token_lengths(teacher.model, [long], "document", "").tolist() == [effective]
         assert teacher.encode([long, "short"]).shape == (2, 32)
 
 
@@ -257,7 +258,7 @@ def test_missing_models_tell_the_mend(tmp_path: Path, tiny_bert: Path) -> None:
         load_teacher(TeacherConfig(model=str(broken)))
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text().replace(": 64", ": 65"))
-    with pytest.raises(JasperError, match="cannot be loaded as a teacher"):  # weights of other shapes
+    with pytest.raises(JasperError, match="another shape than config.json says"):
         load_teacher(TeacherConfig(model=str(other)))
 
 

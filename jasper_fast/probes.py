@@ -1,0 +1,84 @@
+"""Short forward passes on loading: a model runs, gives finite embeddings, and ignores padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jasper_fast.errors import JasperError
+from jasper_fast.models import first_line
+
+Encode = Callable[[list[str]], Tensor]  # texts -> (n, D) embeddings, all in one batch
+Batching = Literal["padded", "equal lengths"]  # the batches in which a text has the embedding that it has alone
+
+SHORT = "seven"
+LONG = "the water of the seven rivers ran past the old road, and nobody knew how far it would go that year"
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the embedding's length
+HALF_TOLERANCE = 5e-2  # the same for weights of 16 bits, whose kernels differ by batch shape
+# Exceptions that encoders raise when they are built or called in a way that they were not written for.
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    AssertionError,
+)
+
+
+@contextmanager
+def explained(name: str, architecture: str, fix: str) -> Iterator[None]:
+    """Turn an encoder's own exception into an error that names the architecture.
+
+    Raises:
+        JasperError: the block failed in the encoder.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise JasperError(f"{name}: {architecture} cannot encode a short text ({reason}). Fix: {fix}") from error
+
+
+@torch.no_grad()
+def find_batching(encode: Encode, name: str) -> Batching:
+    """Compare a text's embedding alone with the one next to a longer text.
+
+    Args:
+        encode: runs the model on all texts in one batch, in evaluation mode and without autocast.
+        name: model, for messages.
+
+    Returns:
+        "padded" for a model that honours the attention mask, "equal lengths" for one that needs batches without it.
+
+    Raises:
+        JasperError: an embedding is not finite, or depends on other texts even without padding.
+    """
+    alone = encode([SHORT])[0]
+    if not bool(alone.isfinite().all()):
+        raise JasperError(f"{name}: its embeddings are not finite. Fix: copy the model again, or use fp32 weights")
+    padded, _ = encode([SHORT, LONG])
+    if _same(alone, padded):
+        return "padded"
+    equal, _ = encode([SHORT, SHORT])
+    if _same(alone, equal):
+        return "equal lengths"
+    raise JasperError(
+        f"{name}: a text's embedding depends on the other texts of its batch (got a difference of "
+        f"{_distance(alone, equal):.3f} of its length, expected none). Fix: choose another model"
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return _distance(a, b) <= TOLERANCE.get(a.dtype, HALF_TOLERANCE)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Length of the difference over the length of ``a``."""
+    return float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-12))
