@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ from jasper_fast.codes import ranges_file
 from jasper_fast.encoders import load_model
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
+from jasper_fast.models import first_line
 from jasper_fast.parity import check_export, check_same
+from jasper_fast.stock import transformers_of
 
 if TYPE_CHECKING:
     from jasper_fast.model import Student
@@ -133,7 +136,8 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
         trust_remote_code: whether code that the model brings may run.
 
     Raises:
-        JasperError: no such model or width, a package is missing, or the graph's vectors differ.
+        JasperError: no such model or width, a package is missing, the architecture has no ONNX form, or the graph's
+            embeddings differ.
     """
     _need_onnx()
     source = model_folder(model)
@@ -143,8 +147,9 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
         loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
-        _write_graph(_Vectors(loaded), loaded, graph)
-        difference = _onnx_difference(loaded, graph)
+        with _explained_onnx(loaded, source):
+            _write_graph(_Vectors(loaded), loaded, graph)
+            difference = _onnx_difference(loaded, graph)
         if not difference <= ONNX_TOLERANCE:
             raise JasperError(
                 f"the ONNX form of {source} differs from PyTorch by {difference:.1e} in a coordinate (at most "
@@ -205,6 +210,22 @@ class _Vectors(nn.Module):
         for step in self.steps:
             features = step(features)
         return features["sentence_embedding"]
+
+
+@contextmanager
+def _explained_onnx(loaded: Any, source: Path) -> Iterator[None]:
+    """Turn what torch's exporter or onnxruntime raises into an error that names the architecture."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as runtime
+
+    failures = tuple(kind for kind in vars(runtime).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    try:
+        yield
+    except (torch.onnx.OnnxExporterError, *failures) as error:
+        architecture = " and ".join(type(module.model).__name__ for module in transformers_of(loaded))
+        raise JasperError(
+            f"{source}: {architecture} has no ONNX form that torch {torch.__version__} can write "
+            f"({first_line(error.__cause__ or error)}); nothing was published. Fix: use the form without --onnx"
+        ) from error
 
 
 def _write_graph(vectors: nn.Module, loaded: Any, path: Path) -> None:

@@ -83,7 +83,8 @@ def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransfo
     from jasper_fast.models import CANNOT_LOAD, first_line
 
     try:
-        return SentenceTransformer(str(folder), device=device, trust_remote_code=trust_remote_code).eval()
+        with torch.random.fork_rng(devices=[]):  # loading draws weights before it reads them
+            return SentenceTransformer(str(folder), device=device, trust_remote_code=trust_remote_code).eval()
     except CANNOT_LOAD as error:
         raise JasperError(
             f"the exported model cannot be loaded by sentence-transformers ({first_line(error)}); nothing was "
@@ -92,6 +93,11 @@ def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransfo
 
 
 def _compare(found: Tensor, expected: Tensor, what: str) -> None:
+    if found.shape != expected.shape:
+        raise JasperError(
+            f"the exported model differs from what was trained: {what} (got a width of {found.shape[1]}, expected "
+            f"{expected.shape[1]}); nothing was published. Fix: report the student's architecture"
+        )
     difference = (found.double() - expected.double()).abs().amax(dim=1)
     difference = torch.where(difference.isfinite(), difference, torch.inf)
     worst = int(difference.argmax())

@@ -67,12 +67,22 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
 
 
 def encoder_factory(settings: Any) -> Any:
-    """The auto class that gives a text encoder alone: T5 and its kin would bring their decoder, with random weights."""
+    """The auto class that gives a text encoder alone: T5 and its kin would bring their decoder, with random weights.
+
+    Raises:
+        JasperError: transformers has no class for the encoder alone.
+    """
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-    encodes = type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING or getattr(settings, "is_encoder_decoder", False)
-    return AutoModelForTextEncoding if encodes else AutoModel
+    if type(settings) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding
+    if getattr(settings, "is_encoder_decoder", False):
+        raise JasperError(
+            f"student.model: {type(settings).__name__} is of an encoder-decoder without an encoder class that can be "
+            f"saved alone. Fix: {OTHER_STUDENT}"
+        )
+    return AutoModel
 
 
 def transformer_folder(source: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from jasper_fast.config import VisionConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.loading import load_checked
 from jasper_fast.pretrained import layer_list, position_limit, switch_dropout_off
 
 FINAL_NORMS = ("post_layernorm", "layernorm", "norm")  # what towers call the norm after their last layer
@@ -228,7 +229,10 @@ def load_tower(config: VisionConfig) -> Any:
             if hasattr(part, "vision_use_head"):
                 part.vision_use_head = False  # the pooler takes all tokens; a head would be saved and not trained
         with torch.random.fork_rng(devices=[]):
-            model = AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **options)
+            model = load_checked(
+                lambda more: AutoModel.from_pretrained(source, config=settings, dtype=torch.float32, **options, **more),
+                f"student.vision.model {config.model!r}",
+            )
     except CANNOT_LOAD as error:
         if "trust_remote_code" in str(error):
             raise JasperError(

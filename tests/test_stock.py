@@ -1,0 +1,281 @@
+"""Queries and documents get stock sentence-transformers' embeddings, alone and in any batch, in every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jasper_fast.config import StudentConfig, TeacherConfig
+from jasper_fast.encoders import flat_model, load_model, model_encoder
+from jasper_fast.errors import JasperError
+from jasper_fast.model import Student
+from jasper_fast.models import routes_by_role
+from jasper_fast.probes import find_batching
+from jasper_fast.teachers import describe_teacher, load_teacher, token_batches
+
+TEXTS = [
+    "forty boxes of apples",
+    "the city council quietly sold the bridge near the station",
+    "one",
+    "a map of the river, although nobody had asked for one",
+]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def stock(folder: Path, role: str) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    return unit((model.encode_query if role == "query" else model.encode_document)(TEXTS))
+
+
+# --- roles ------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, modules: list[Any], **options: Any) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(modules=modules, device="cpu", **options).save_pretrained(str(folder))
+    return folder
+
+
+def transformer(model: Path, **options: Any) -> Any:
+    from sentence_transformers.base.modules import Transformer
+
+    return Transformer(str(model), **options)
+
+
+def router(routes: dict[str, list[Any]], **options: Any) -> Any:
+    from sentence_transformers.base.modules import Router
+
+    return Router(routes, default_route="document" if "document" in routes else None, **options)
+
+
+def dense(seed: int) -> Any:
+    from sentence_transformers.base.modules import Dense
+
+    torch.manual_seed(seed)
+    return Dense(32, 16, activation_function=nn.Identity())
+
+
+def pooling(**options: Any) -> Any:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    return Pooling(32, **{"pooling_mode": "mean", **options})
+
+
+def two_heads(model: Path, folder: Path) -> Path:
+    return save(folder, [transformer(model), pooling(), router({"query": [dense(1)], "document": [dense(2)]})])
+
+
+def two_towers(model: Path, folder: Path) -> Path:
+    query = [transformer(model), pooling(), dense(1)]
+    document = [transformer(model), pooling(pooling_mode="cls"), dense(2)]
+    return save(folder, [router({"query": query, "document": document})])
+
+
+def static_queries(model: Path, folder: Path) -> Path:
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = transformer(model).tokenizer.backend_tokenizer
+    query = StaticEmbedding(tokenizer, embedding_weights=np.random.default_rng(0).normal(size=(200, 32)))
+    return save(folder, [router({"query": [query], "document": [transformer(model), pooling()]})])
+
+
+def mapped_routes(model: Path, folder: Path) -> Path:
+    routes = {"short": [dense(1)], "long": [dense(2)]}
+    mapping = {("query", None): "short", ("document", "text"): "long"}
+    return save(folder, [transformer(model), pooling(), router(routes, route_mappings=mapping)])
+
+
+def prompts_by_role(model: Path, folder: Path) -> Path:
+    prompts = {"query": "the old bridge: ", "document": "apples "}
+    return save(folder, [transformer(model), pooling()], prompts=prompts)
+
+
+def prompt_left_out(model: Path, folder: Path) -> Path:
+    prompts = {"query": "the old bridge: ", "document": "apples and "}
+    return save(folder, [transformer(model), pooling(include_prompt=False)], prompts=prompts)
+
+
+def default_prompt(model: Path, folder: Path) -> Path:
+    prompts = {"task": "apples ", "query": "bridge "}
+    return save(folder, [transformer(model), pooling()], prompts=prompts, default_prompt_name="task")
+
+
+def passage_prompt(model: Path, folder: Path) -> Path:
+    prompts = {"query": "the old bridge: ", "passage": "apples ", "corpus": "boxes "}
+    return save(folder, [transformer(model), pooling()], prompts=prompts)
+
+
+def lengths_by_role(model: Path, folder: Path) -> Path:
+    return save(folder, [transformer(model, query_length=5, document_length=9), pooling()])
+
+
+MODELS: dict[str, Callable[[Path, Path], Path]] = {
+    made.__name__: made
+    for made in (
+        two_heads, two_towers, static_queries, mapped_routes, prompts_by_role, prompt_left_out, default_prompt,
+        passage_prompt, lengths_by_role,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_command_reads_a_role_as_stock_does(name: str, role: str, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = MODELS[name](tiny_bert, tmp_path / "model")
+    expected = stock(folder, role)
+    taught = load_teacher(TeacherConfig(model=str(folder))).encode(TEXTS, role)
+    np.testing.assert_allclose(taught, expected, atol=2e-6)
+    (evaluated,) = model_encoder(load_model(str(folder)))(TEXTS, role).values()
+    np.testing.assert_allclose(evaluated, expected, atol=2e-6)
+    flat = flat_model(load_model(str(folder)), None)  # what mteb runs
+    encode = flat.encode_query if role == "query" else flat.encode_document
+    np.testing.assert_allclose(unit(encode(TEXTS)), expected, atol=2e-6)
+
+
+def test_routes_by_role_are_part_of_a_cache_s_identity(tiny_bert: Path, tmp_path: Path) -> None:
+    asymmetric, plain = two_heads(tiny_bert, tmp_path / "two"), prompts_by_role(tiny_bert, tmp_path / "one")
+    assert routes_by_role(str(asymmetric)) and not routes_by_role(str(plain)) and not routes_by_role(str(tiny_bert))
+    assert describe_teacher(TeacherConfig(model=str(asymmetric)))["routes"] == "by role"
+    assert "routes" not in describe_teacher(TeacherConfig(model=str(plain)))
+
+
+def test_a_prompt_that_is_not_read_is_mentioned(tiny_bert: Path, tmp_path: Path, capsys) -> None:
+    load_model(str(passage_prompt(tiny_bert, tmp_path / "model")))
+    assert "has a prompt 'passage' ('apples '), which encode_document does not use" in capsys.readouterr().err
+
+
+def test_routes_of_different_widths_are_rejected(tiny_bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers.base.modules import Dense
+
+    routes = router({"query": [dense(1)], "document": [Dense(32, 8)]})
+    folder = save(tmp_path / "model", [transformer(tiny_bert), pooling(), routes])
+    with pytest.raises(JasperError, match="differ in width .got 16 and 8"):
+        load_teacher(TeacherConfig(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("the old bridge: ", "the old bridge: {text}"),
+        ("", "{text}"),
+        ("ask: ", "ask: {text}"),
+    ],
+)
+@pytest.mark.parametrize("made", [prompt_left_out, prompts_by_role])
+def test_a_prompt_that_ends_in_text_is_a_prefix(first: str, second: str, made: Any, tiny_bert: Path, tmp_path) -> None:
+    folder = made(tiny_bert, tmp_path / "model")
+    configs = [TeacherConfig(model=str(folder), prompts={"query": prompt}) for prompt in (first, second)]
+    assert describe_teacher(configs[0]) == describe_teacher(configs[1])
+    one, other = (load_teacher(config).encode(TEXTS, "query") for config in configs)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("prompt", ["find {text} now", "{text} is asked", "{text} and {text}"])
+def test_text_inside_a_prompt_needs_a_mean_that_includes_it(prompt: str, tiny_bert: Path, tmp_path: Path) -> None:
+    config = {"prompts": {"query": prompt}}
+    with pytest.raises(JasperError, match="its pooling leaves the prompt out"):
+        load_teacher(TeacherConfig(model=str(prompt_left_out(tiny_bert, tmp_path / "out")), **config))
+    teacher = load_teacher(TeacherConfig(model=str(prompts_by_role(tiny_bert, tmp_path / "in")), **config))
+    assert np.isfinite(teacher.encode(TEXTS, "query")).all()
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Path]:
+    """Encoders that read padding (no mask, convolutions), and one that pads on the left and does not."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0}
+    folders = {}
+    for kind in ("fnet", "convbert", "gpt2"):
+        folder = folders[kind] = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(7)
+        AutoModel.from_config(AutoConfig.for_model(kind, **size)).save_pretrained(folder)
+        tokenizer.padding_side = "left" if kind == "gpt2" else "right"
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["fnet", "convbert"])
+def test_a_teacher_that_pads_badly_encodes_one_length_at_a_time(kind: str, leaky: dict[str, Path], capsys) -> None:
+    teacher = load_teacher(TeacherConfig(model=str(leaky[kind]), max_length=40, pooling="mean"))
+    assert teacher.batching == "equal lengths"
+    texts = [*TEXTS, *(f"{text} again" for text in TEXTS), "one"]
+    together = teacher.encode(texts)
+    for text, vector in zip(texts, together, strict=True):
+        np.testing.assert_allclose(teacher.encode([text])[0], vector, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fnet", "convbert", "gpt2"])
+def test_evaluate_and_search_encode_it_the_same_way(kind: str, leaky: dict[str, Path]) -> None:
+    encode = model_encoder(load_model(str(leaky[kind])))
+    (together,) = encode(TEXTS, "query").values()
+    alone = np.concatenate([next(iter(encode([text], "query").values())) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fnet", "convbert"])
+def test_a_student_that_pads_badly_is_rejected(kind: str, leaky: dict[str, Path]) -> None:
+    with pytest.raises(JasperError, match="does not honour the attention mask"):
+        Student.build(StudentConfig(model=str(leaky[kind]), heads=[8], max_length=32))
+
+
+def test_mteb_rejects_what_it_would_pad(leaky: dict[str, Path]) -> None:
+    from jasper_fast.mteb import load
+
+    with pytest.raises(JasperError, match="mteb pads its batches"):
+        load(leaky["fnet"])
+
+
+def fake(change: Callable[[Tensor, list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
+    """An encoder of letter counts, spoilt by a change to a whole batch."""
+
+    def encode(texts: list[str]) -> Tensor:
+        counts = torch.tensor([[text.count(letter) + 1.0 for letter in "aeioust"] for text in texts])
+        return change(counts, texts)
+
+    return encode
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda v, texts: v, "padded"),
+        (lambda v, texts: v + 1e-5, "padded"),
+        (lambda v, texts: v / max(map(len, texts)), "equal lengths"),
+        (lambda v, texts: v + (len(set(texts)) > 1), "equal lengths"),
+        (lambda v, texts: v - v.sum(dim=0) / 4, "error"),
+        (lambda v, texts: v + len(texts), "error"),
+        (lambda v, texts: v * torch.nan, "error"),
+        (lambda v, texts: v / 0, "error"),
+    ],
+)
+def test_batching_is_found_from_what_an_embedding_depends_on(change: Any, expected: str) -> None:
+    if expected == "error":
+        with pytest.raises(JasperError, match="depends on the other texts|not finite"):
+            find_batching(fake(change), "fake")
+    else:
+        assert find_batching(fake(change), "fake") == expected
+
+
+def test_batches_of_one_length_hold_every_text_once_within_the_budget() -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 300)
+    batches = token_batches(lengths, 200, "equal lengths")
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    assert all(len(set(lengths[batch])) == 1 and lengths[batch].sum() <= 200 for batch in batches)
