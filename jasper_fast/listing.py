@@ -24,6 +24,17 @@ SYSTEM_NAMES = {
 BACKUPS = re.compile(r"~\$.*|#.*#|.*~", re.DOTALL)
 
 
+def user_path(name: str) -> Path:
+    """Return the path that a user means by a name; "~" is the home folder.
+
+    Raises:
+        JasperError: the name is empty, which would be the current folder.
+    """
+    if not name.strip():
+        raise JasperError('the path of a file or folder is empty. Fix: give one; "." is the current folder')
+    return Path(os.path.expanduser(name))
+
+
 def natural_key(name: str | os.PathLike[str]) -> tuple[Any, ...]:
     """Sort key of a name or path that compares numbers by value: part-2 comes before part-10.
 
