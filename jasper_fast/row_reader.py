@@ -32,6 +32,7 @@ MARKS = (  # a byte order mark tells the encoding; UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+STARTS = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 BOM = "\ufeff"
 QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a cell as CSV writes one with quotes in it
 
@@ -130,8 +131,10 @@ def _encoding(start: bytes) -> str:
 
 def _lines(file: Path, newline: str | None) -> Iterator[tuple[int, str]]:
     with reading(file), _open(file) as stream:
-        encoding = _encoding(stream.peek(4))
-        text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=newline)
+        start = stream.peek(8)
+        if suffix := next((suffix for mark, suffix in STARTS.items() if start.startswith(mark)), None):
+            raise JasperError(f"{file}: its content is that of a {suffix} file. Fix: add {suffix} to its name")
+        text = io.TextIOWrapper(stream, _encoding(start), errors="surrogateescape", newline=newline)
         for number, line in enumerate(text, 1):
             yield number, _checked(line, file, number)
 
