@@ -28,8 +28,10 @@ def user_path(name: str) -> Path:
     """Return the path that a user means by a name; "~" is the home folder.
 
     Raises:
-        JasperError: the name is empty, which would be the current folder.
+        JasperError: the name has a NUL, or is empty, which would be the current folder.
     """
+    if "\0" in name:
+        raise JasperError(f"{name!r}: no path has a NUL in it. Fix: correct the path")
     if not name.strip():
         raise JasperError('the path of a file or folder is empty. Fix: give one; "." is the current folder')
     return Path(os.path.expanduser(name))
