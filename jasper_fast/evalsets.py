@@ -8,21 +8,22 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jasper_fast.config import EvalConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.eval_files import SPLITS, find, first_split, json_rows, text_cell
 from jasper_fast.judgements import ENDINGS, Judgements, read_judgements
-from jasper_fast.listing import listed_files, user_path
+from jasper_fast.listing import user_path
 from jasper_fast.row_reader import PACKED, check_text, packed, read_rows
 from jasper_fast.text import normal_form
 
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # kept pairs that are evaluated where no limit is given
-_SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # the first that is there is used
+T = TypeVar("T")
 _JSONL, _TSV = packed(".jsonl"), packed(".tsv")
 
 
@@ -169,12 +170,12 @@ def _load_files(config: EvalConfig) -> EvalSet:
                 f"evaluation set {path}: expected a folder or a .tsv file with score, sentence1, sentence2"
             )
         return _similarity(config, path)
-    if _find(path, "corpus", _JSONL):
+    if find(path, "corpus", _JSONL):
         qrels = path / "qrels"
-        return _beir(config, path, _first_split(qrels, ENDINGS) if qrels.is_dir() else None)
-    if _find(path, "train", _JSONL):
+        return _beir(config, path, first_split(qrels, ENDINGS) if qrels.is_dir() else None)
+    if find(path, "train", _JSONL):
         return _classification(config, path)
-    if file := _first_split(path, _TSV):
+    if file := first_split(path, _TSV):
         return _similarity(config, file, folder=path)
     raise JasperError(
         f"evaluation set {path}: the folder holds none of corpus.jsonl (with queries.jsonl and qrels/test.tsv), "
@@ -212,13 +213,13 @@ def _docstrings(config: EvalConfig) -> RetrievalSet:
 
 
 def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
-    corpus, queries = _find(folder, "corpus", _JSONL), _find(folder, "queries", _JSONL)
+    corpus, queries = find(folder, "corpus", _JSONL), find(folder, "queries", _JSONL)
     if corpus is None or queries is None or qrels is None:
         needed = {"corpus.jsonl": corpus, "queries.jsonl": queries, "qrels/test.tsv": qrels}
         absent = [name for name, file in needed.items() if file is None]
         raise JasperError(f"evaluation set {folder}: {' and '.join(absent)} missing; a BEIR folder has all three")
     pairs, document_at = _read_corpus(corpus)
-    texts, query_at = _read_queries(queries)
+    texts, query_at = _by_id(queries, lambda row, where: text_cell(row, "text", where))
     judgements = read_judgements(qrels)
     unmatched = _unmatched(judgements, query_at, document_at, qrels)
     judged = [name for name in query_at if name in judgements]
@@ -241,21 +242,27 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
 
 def _read_corpus(file: Path) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """Read title and body of each document, and its position by its id."""
-    pairs: list[tuple[str, str]] = []
-    position: dict[str, int] = {}
-    for where, row in _json_rows(file):
-        _new_id(position, row, where)
-        pairs.append((_text(row, "title", where, optional=True), _text(row, "text", where)))
-    return pairs, position
+    return _by_id(
+        file, lambda row, where: (text_cell(row, "title", where, optional=True), text_cell(row, "text", where))
+    )
 
 
-def _read_queries(file: Path) -> tuple[list[str], dict[str, int]]:
-    texts: list[str] = []
+def _by_id(file: Path, content: Callable[[dict[str, Any], str], T]) -> tuple[list[T], dict[str, int]]:
+    """Read the content of each row, and its position by its id; a row that is there again counts once.
+
+    Raises:
+        JasperError: a row is malformed, or two rows with one id differ.
+    """
+    found: list[T] = []
     position: dict[str, int] = {}
-    for where, row in _json_rows(file):
-        _new_id(position, row, where)
-        texts.append(_text(row, "text", where))
-    return texts, position
+    for where, row in json_rows(file):
+        name, one = _id(row, where), content(row, where)
+        if name not in position:
+            position[name] = len(found)
+            found.append(one)
+        elif found[position[name]] != one:
+            raise JasperError(f"{where}: `_id` {name!r} appears twice, with other text. Fix: give each row its own")
+    return found, position
 
 
 def _document(title: str, body: str) -> str:
@@ -316,14 +323,14 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
 
 
 def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
-    train, test = _find(folder, "train", _JSONL), _first_split(folder, _JSONL)
+    train, test = find(folder, "train", _JSONL), first_split(folder, _JSONL)
     if train is None or test is None or test == train:
         raise JasperError(f"evaluation set {folder}: a classification folder has train.jsonl and test.jsonl")
     parts = []
     for file in (train, test):
         texts, labels = [], []
-        for where, row in _json_rows(file):
-            texts.append(_text(row, "text", where))
+        for where, row in json_rows(file):
+            texts.append(text_cell(row, "text", where))
             label = row.get("label")
             if label is None or isinstance(label, (dict, list, float)):
                 raise JasperError(f"{where}: `label` must be text or a whole number, got {label!r}")
@@ -345,44 +352,14 @@ def _choose(texts: Sequence[str], limit: int | None) -> list[int]:
 
 def _file_name(file: Path) -> str:
     stem = file.name[: file.name.lower().index(".tsv")]
-    return f"{file.resolve().parent.name}-{stem}" if stem in _SPLITS else stem
+    return f"{file.resolve().parent.name}-{stem}" if stem in SPLITS else stem
 
 
-def _find(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
-    files = {file.name.lower(): file for file in listed_files(folder, tuple(endings), recursive=False)}
-    return next((files[name] for ending in endings if (name := f"{stem}{ending}") in files), None)
-
-
-def _first_split(folder: Path, endings: Sequence[str]) -> Path | None:
-    return next((file for split in _SPLITS if (file := _find(folder, split, endings))), None)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    empty = True
-    for where, row in read_rows(file):
-        empty = False
-        yield where, row
-    if empty:
-        raise JasperError(f"{file}: the file is empty. Fix: give a file with one JSON object per line")
-
-
-def _text(row: dict[str, Any], key: str, where: str, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise JasperError(f"{where}: `{key}` must be text, got {value!r}")
-    return check_text(value, f"{where}: `{key}`")
-
-
-def _new_id(known: dict[str, int], row: dict[str, Any], where: str) -> None:
+def _id(row: dict[str, Any], where: str) -> str:
     name = row.get("_id")
     if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise JasperError(f"{where}: `_id` must be text, got {name!r}")
-    name = check_text(str(name).strip(), f"{where}: `_id`")
-    if name in known:
-        raise JasperError(f"{where}: `_id` {name!r} appears twice in the file. Fix: give each row its own")
-    known[name] = len(known)
+    return check_text(str(name).strip(), f"{where}: `_id`")
 
 
 def _count(count: int, one: str, several: str, rest: str = "") -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from jasper_fast.errors import JasperError
-from jasper_fast.row_reader import packed, read_lines
+from jasper_fast.row_reader import packed, read_lines, read_rows, unpacked_name
 
-ENDINGS = packed(".tsv", ".txt", ".qrels", ".qrel")
+ENDINGS = packed(".tsv", ".txt", ".jsonl", ".qrels", ".qrel")
+NEEDED = "give query-id, corpus-id and score"
 MAX_GRADE = 1_000_000  # trec_eval keeps a counter for every grade up to the highest
 QUERY = {"query-id", "query_id", "queryid", "qid", "query", "topic", "topic-id", "topic_id"}
 DOCUMENT = {"corpus-id", "corpus_id", "doc-id", "doc_id", "docid", "docno", "did", "pid", "document-id", "document_id"}
@@ -25,29 +26,47 @@ def read_judgements(file: Path) -> Judgements:
 
     Args:
         file: query id, document id and grade with tabs between, with a header or without; or the four columns of TREC,
-            with the iteration second. Cells are separated by white space where the first line has no tab.
+            with the iteration second; or JSONL with such columns. Cells are separated by white space where the first
+            line has no tab.
 
     Raises:
         JasperError: the file is empty or cannot be read, or a line has other columns or no whole number as grade.
     """
+    judged: Judgements = {}
+    for where, (query, document, grade) in _json_rows(file) if _is_json(file) else _table_rows(file):
+        judged.setdefault(query, {})[document] = _grade(grade, where)
+    return judged
+
+
+def _is_json(file: Path) -> bool:
+    return unpacked_name(file).endswith(".jsonl")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    for where, row in read_rows(file):
+        columns = _named_columns(list(row))
+        if columns is None:
+            raise JasperError(f"{where}: not a judgement (got {', '.join(row)}). Fix: {NEEDED}")
+        values = list(row.values())
+        yield where, [str(values[column]).strip() for column in columns]
+
+
+def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     lines = ((number, line) for number, line in read_lines(file) if line.strip())
     first = next(lines, None)
     if first is None:
         raise JasperError(f"{file}: the file is empty. Fix: give a file with a judgement per line")
     tabs = "\t" in first[1].strip()
-    width = len(header := _cells(first[1], tabs))
-    columns = _columns(header)
-    judged: Judgements = {}
+    header = _cells(first[1], tabs)
+    columns = _named_columns(header) or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
     for number, line in lines if _is_header(header, columns) else chain([first], lines):
-        cells = _cells(line, tabs)
-        if len(cells) != width or columns is None:
+        cells, where = _cells(line, tabs), f"{file}, line {number}"
+        if len(cells) != len(header) or columns is None:
+            between = "tabs" if tabs else "white space"
             raise JasperError(
-                f"{file}, line {number}: not a judgement (got {line.strip()!r}, expected "
-                f"{'tabs' if tabs else 'white space'} between query-id, corpus-id and score). Fix: correct the line"
+                f"{where}: not a judgement (got {line.strip()!r}, expected {between} between its cells). Fix: {NEEDED}"
             )
-        query, document, grade = (cells[column] for column in columns)
-        judged.setdefault(query, {})[document] = _grade(grade, f"{file}, line {number}")
-    return judged
+        yield where, [cells[column] for column in columns]
 
 
 def _cells(line: str, tabs: bool) -> list[str]:
@@ -57,14 +76,11 @@ def _cells(line: str, tabs: bool) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def _columns(header: Sequence[str]) -> tuple[int, int, int] | None:
-    """Find query id, document id and grade by the header's names, else by their usual places."""
+def _named_columns(header: Sequence[str]) -> tuple[int, int, int] | None:
+    """Find query id, document id and grade by their usual names; None if one is missing."""
     names = [cell.lower() for cell in header]
-    named = [next((at for at, name in enumerate(names) if name in known), None) for known in (QUERY, DOCUMENT, GRADE)]
-    query, document, grade = named
-    if query is not None and document is not None and grade is not None:
-        return query, document, grade
-    return {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
+    found = [at for known in (QUERY, DOCUMENT, GRADE) for at, name in enumerate(names) if name in known]
+    return (found[0], found[1], found[2]) if len(found) == 3 else None
 
 
 def _is_header(cells: Sequence[str], columns: tuple[int, int, int] | None) -> bool:

@@ -294,7 +294,7 @@ def main(argv: list[str]) -> int:
     commands: Any = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="encode texts and write their index")
     make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    make.add_argument("texts", help=".jsonl[.gz], .parquet, .csv, .txt, a folder of them, a datasets name, docstrings")
+    make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
     make.add_argument("--columns", type=_columns, default=["text"], help="joined to one text (default: text)")
     make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of pictures, to be found by words")

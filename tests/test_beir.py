@@ -201,11 +201,15 @@ def test_every_form_of_qrels_is_read(form: str, tmp_path: Path) -> None:
     assert read_judgements(file) == JUDGED
 
 
-@pytest.mark.parametrize("name", ["test.tsv", "TEST.TSV", "test.tsv.gz", "test.txt", "dev.tsv", "test.tsv.zst"])
+@pytest.mark.parametrize(
+    "name", ["test.tsv", "TEST.TSV", "test.tsv.gz", "test.txt", "dev.tsv", "test.tsv.zst", "test.jsonl.gz"]
+)
 def test_qrels_are_found_under_their_usual_names(name: str, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", "")
     (folder / "qrels" / "test.tsv").unlink()
-    (folder / "qrels" / name).write_bytes(pack(FORMS["BEIR"].encode(), name))
+    rows = [{"query-id": q, "corpus-id": d, "score": n} for q, grades in JUDGED.items() for d, n in grades.items()]
+    content = "".join(json.dumps(row) + "\n" for row in rows) if ".jsonl" in name else FORMS["BEIR"]
+    (folder / "qrels" / name).write_bytes(pack(content.encode(), name))
     (folder / "qrels" / "._test.tsv").write_bytes(b"\0\5\x16\7")
     assert load(folder).relevant == [{0: 1, 1: 2}, {2: 1}]
     assert load(folder / "qrels" / name).relevant == [{0: 1, 1: 2}, {2: 1}]
@@ -216,6 +220,22 @@ def test_ids_may_be_numbers_or_have_spaces_around_them(tmp_path: Path) -> None:
     queries = [{"_id": 7, "text": "x"}, {"_id": "8 ", "text": "y"}]
     evalset = load(write_set(tmp_path / "set", HEADER + "7\t 1\t1\n8\t2\t1\n7\t3\t2\n", corpus, queries))
     assert evalset.relevant == [{0: 1, 2: 2}, {1: 1}] and evalset.documents == ["one", "", "three"]
+
+
+def test_rows_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    evalset = load(write_set(tmp_path / "set", FORMS["BEIR"], [*CORPUS, CORPUS[1], CORPUS[0]], [*QUERIES, QUERIES[0]]))
+    assert len(evalset.documents) == 4 and evalset.relevant == [{0: 1, 1: 2}, {2: 1}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"query": "q0", "score": 1}, {"query-id": "q0", "corpus-id": "d0"}, {"qid": "q0", "did": "d0", "score": None}],
+)
+def test_judgements_in_json_without_their_columns_are_named(row: dict, tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(JasperError, match="test.jsonl, line 1: not a (judgement|grade)"):
+        read_judgements(file)
 
 
 def test_the_limit_draws_from_all_judged_queries(tmp_path: Path) -> None:
