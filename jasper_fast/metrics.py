@@ -111,10 +111,11 @@ def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, 
         for q, (scores, documents) in enumerate(rankings)
     }
     judged = {str(q): {name(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
-    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values()
+    scores = list(pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values())
+    scores += [{"ndcg_cut_10": 0.0, "recall_100": 0.0}] * (len(rankings) - len(scores))  # nothing relevant: left out
     return {
-        "nDCG@10": sum(s["ndcg_cut_10"] for s in scores) / len(rankings),
-        "recall@100": sum(s["recall_100"] for s in scores) / len(rankings),
+        "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
+        "recall@100": float(np.mean([s["recall_100"] for s in scores])),
     }
 
 
