@@ -19,7 +19,8 @@ from jasper_fast.arrow import read_mapped, stream_bytes, write_index
 from jasper_fast.config import Config, DataConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import TEMPORARY, locked, publish_dir, sha256, write_atomic
-from jasper_fast.sources import draw, read_source, source_stamp, try_source
+from jasper_fast.sources import draw, read_source, say_ignored, source_stamp, try_source
+from jasper_fast.text import normal_form
 from jasper_fast.treatment import Exchanges, sentences, treat
 
 if TYPE_CHECKING:
@@ -27,18 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = ["build_texts", "normal_form", "prepare_texts", "read_source", "text_digest", "texts_fingerprint"]
 
-FORMAT = 1  # raised when the same settings would give other texts
+FORMAT = 2  # raised when the same settings would give other texts
 BUCKETS = 256
 BUFFERED = 2**26  # characters held in memory before the buckets are written out
 FILE_CHARACTERS = 2**28  # characters per published file
 EXCHANGE_ROWS = 100_000  # rows of a source whose words are known to its variants
 
 Text = tuple[str, str, str]  # text, role, digest
-
-
-def normal_form(text: str) -> str:
-    """What "the same text" means where evaluation texts are kept out of training: white space and case do not count."""
-    return " ".join(text.split()).casefold()
 
 
 def text_digest(text: str, role: str = "document") -> str:
@@ -138,6 +134,7 @@ def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[s
 
     for source in data.sources:
         try_source(source)
+        say_ignored(source)
     counts: Counter[str] = Counter()
     with publish_dir(folder / "spool") as spool:
         buckets = _Buckets(spool, seed)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jasper_fast.errors import JasperError
+from jasper_fast.text import lone_surrogate, normal_form
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # and the stdlib
 MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; beyond MAX_BODY a docstring is a manual
@@ -33,8 +34,6 @@ def docstring_pairs() -> list[tuple[str, str]]:
 
     No two pairs share a body or a summary (compared by their normal form), so that each summary has one right answer.
     """
-    from jasper_fast.data import normal_form
-
     found = sorted({pair for root in _roots() for file in _sources(root) for pair in _pairs(file)})
     bodies: set[str] = set()
     summaries: set[str] = set()
@@ -62,11 +61,7 @@ def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]]
     Returns:
         (training pairs, held-out pairs); no held-out summary or body is among the training texts.
     """
-    from jasper_fast.data import normal_form
-
-    hashed = sorted(
-        (hashlib.sha256(normal_form(body).encode()).digest(), (head, body)) for head, body in docstring_pairs()
-    )
+    hashed = sorted((_key(body), (head, body)) for head, body in docstring_pairs())
     pool = [pair for key, pair in hashed if _in_pool(key)]
     kept = {normal_form(text) for pair in pool for text in pair}
     train = [p for key, p in hashed if not _in_pool(key) and not any(normal_form(text) in kept for text in p)]
@@ -75,6 +70,11 @@ def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]]
             f"{held_out} held-out docstring pairs were asked for; the installed packages give {len(pool)}"
         )
     return train, pool[:held_out]
+
+
+def _key(body: str) -> bytes:
+    """Hash a body by its case-folded words. Do not change this form: pairs would move between the parts."""
+    return hashlib.sha256(" ".join(body.split()).casefold().encode()).digest()
 
 
 def _in_pool(key: bytes) -> bool:
@@ -103,17 +103,8 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
         return
     for literal in _literals(source):
         pair = _split(_value(literal))
-        if pair is not None and _is_unicode(pair[0] + pair[1]):
+        if pair is not None and lone_surrogate(pair[0] + pair[1]) is None:
             yield pair
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be stored: an escape may have put half a character into it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _literals(source: str) -> Iterator[str]:

@@ -1,46 +1,62 @@
-"""Evaluation sets from files: retrieval (BEIR layout), sentence similarity, classification, and the kept docstrings.
+"""Evaluation sets from files: retrieval (BEIR layout), sentence similarity, classification, and held-out docstrings.
 
-The kind is found from the path; every problem of a file is an error that names the file and the row.
+The path decides the kind. Errors name the file and the line.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import json
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, TypeVar
 
 from jasper_fast.config import EvalConfig
-from jasper_fast.data import normal_form
 from jasper_fast.errors import JasperError
+from jasper_fast.eval_files import SPLITS, find, first_split, json_rows, text_cell
+from jasper_fast.judgements import ENDINGS, Judgements, read_judgements
+from jasper_fast.listing import user_path
+from jasper_fast.row_reader import PACKED, check_text, packed, read_rows
+from jasper_fast.text import normal_form
 
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # kept pairs that are evaluated where no limit is given
-_SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # the first that is there is used
-_JSONL = (".jsonl", ".jsonl.gz")
-_TSV = (".tsv", ".tsv.gz")
+T = TypeVar("T")
+_JSONL, _TSV = packed(".jsonl"), packed(".tsv")
 
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries against a corpus; judgements are positions into both lists, with their grade."""
+    """Queries against a corpus, with the documents that are relevant to each query.
+
+    Args:
+        name: under which scores are reported.
+        queries: texts.
+        documents: texts; documents that are judged but absent from the corpus have the positions after the last.
+        relevant: per query the positions of its relevant documents, with grades above 0; a query without any scores 0.
+        kind: "beir" or "docstrings".
+        parts: titles and bodies of documents, only for exclusion from training.
+        itself: per query the document that is the query itself, else -1. That document is no answer. Empty: no query
+            has one. BEIR drops a document that shares the query's id. Here the text must be the same as well, since
+            many sets merely count both from 1.
+        transductive: whether the documents may be trained on, as the corpus to be searched is known in advance.
+        ids: names of the documents, absent ones included: equal scores rank by them, as in BEIR and mteb. Empty: equal
+            scores rank by position.
+        unmatched: how many judgements name documents, and how many queries, that the set's files do not have.
+    """
 
     name: str
     queries: list[str]
     documents: list[str]
-    relevant: list[dict[int, int]]  # per query: document position -> grade > 0
+    relevant: list[dict[int, int]]
     kind: str = "beir"
-    parts: list[str] = field(default_factory=list)  # titles and bodies apart, for exclusion only
-    # Per query the document that is the query itself, else -1; it is no answer. Empty: none is. BEIR drops what shares
-    # the query's id; here the text must be the same as well, since many sets merely count both from 1.
+    parts: list[str] = field(default_factory=list)
     itself: list[int] = field(default_factory=list)
-    transductive: bool = False  # the documents may be trained on: the corpus that will be searched is known by then
+    transductive: bool = False
+    ids: list[str] = field(default_factory=list)
+    unmatched: tuple[int, int] = (0, 0)
     metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
@@ -56,6 +72,16 @@ class RetrievalSet:
     def kept_apart(self) -> Iterator[str]:
         """What training must not see."""
         yield from self.queries if self.transductive else self.texts()
+
+    def remarks(self) -> str:
+        """Count the judgements without a text and the queries without a relevant document; "" if there are none."""
+        documents, queries = self.unmatched
+        counts = (
+            _count(documents, "judgement of an absent document", "judgements of absent documents"),
+            _count(queries, "judgement of an absent query", "judgements of absent queries"),
+            _count(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
+        )
+        return ", ".join(count for count in counts if count)
 
 
 @dataclass(frozen=True)
@@ -131,26 +157,30 @@ def load_eval(config: EvalConfig) -> EvalSet:
 
 
 def _load_files(config: EvalConfig) -> EvalSet:
-    path = Path(config.path).expanduser()
-    if not path.exists():
-        raise JasperError(f"evaluation set {config.path!r}: no such file or folder (or the word {DOCSTRINGS!r})")
-    if path.is_file():
-        if not path.name.endswith(_TSV):
+    path = user_path(config.path)
+    if not os.path.exists(path):
+        raise JasperError(
+            f"evaluation set {config.path!r}: no such file or folder. Fix: correct the path, or give {DOCSTRINGS!r}"
+        )
+    if os.path.isfile(path):
+        if path.parent.name == "qrels" and path.name.lower().endswith(ENDINGS):
+            return _beir(config, path.parent.parent, path)
+        if not path.name.lower().endswith(_TSV):
             raise JasperError(
                 f"evaluation set {path}: expected a folder or a .tsv file with score, sentence1, sentence2"
             )
-        if path.parent.name == "qrels":
-            return _beir(config, path.parent.parent, path)
         return _similarity(config, path)
-    if _find(path, "corpus", _JSONL):
-        return _beir(config, path, _first_split(path / "qrels", _TSV))
-    if _find(path, "train", _JSONL):
+    if find(path, "corpus", _JSONL):
+        qrels = path / "qrels"
+        return _beir(config, path, first_split(qrels, ENDINGS) if qrels.is_dir() else None)
+    if find(path, "train", _JSONL):
         return _classification(config, path)
-    if file := _first_split(path, _TSV):
+    if file := first_split(path, _TSV):
         return _similarity(config, file, folder=path)
     raise JasperError(
-        f"evaluation set {path}: the folder holds none of corpus.jsonl[.gz] (beside queries.jsonl[.gz] and "
-        "qrels/test.tsv), train.jsonl[.gz] (beside test.jsonl[.gz]), test.tsv or dev.tsv"
+        f"evaluation set {path}: the folder holds none of corpus.jsonl (with queries.jsonl and qrels/test.tsv), "
+        f"train.jsonl (with test.jsonl), test.tsv or dev.tsv, each also with {', '.join(PACKED)}. Fix: give the folder "
+        "that holds them"
     )
 
 
@@ -183,93 +213,108 @@ def _docstrings(config: EvalConfig) -> RetrievalSet:
 
 
 def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
-    corpus, queries = _find(folder, "corpus", _JSONL), _find(folder, "queries", _JSONL)
+    corpus, queries = find(folder, "corpus", _JSONL), find(folder, "queries", _JSONL)
     if corpus is None or queries is None or qrels is None:
-        needed = {"corpus.jsonl[.gz]": corpus, "queries.jsonl[.gz]": queries, "qrels/test.tsv": qrels}
+        needed = {"corpus.jsonl": corpus, "queries.jsonl": queries, "qrels/test.tsv": qrels}
         absent = [name for name, file in needed.items() if file is None]
         raise JasperError(f"evaluation set {folder}: {' and '.join(absent)} missing; a BEIR folder has all three")
-    documents: list[str] = []
-    bodies: list[str] = []
-    parts: list[str] = []
-    document_at: dict[str, int] = {}
-    for where, row in _json_rows(corpus):
-        title, body = _text(row, "title", where, optional=True), _text(row, "text", where)
-        _new_id(document_at, row, where, len(documents))
-        documents.append(f"{title} {body}".strip())
-        bodies.append(body)
-        if title and body:
-            parts += [title, body]
-    texts: list[str] = []
-    query_at: dict[str, int] = {}
-    for where, row in _json_rows(queries):
-        _new_id(query_at, row, where, len(texts))
-        texts.append(_text(row, "text", where))
-    relevant = _judgements(qrels, query_at, document_at)
-    judged = [query for query, grades in enumerate(relevant) if grades]
-    if not judged:
-        raise JasperError(f"{qrels}: no query has a relevant document (a score above 0)")
-    kept = [judged[i] for i in _choose([texts[query] for query in judged], config.limit)]
-    names = list(query_at)
-
-    def itself(query: int) -> int:
-        document = document_at.get(names[query], -1)
-        if document < 0 or document in relevant[query]:
-            return -1
-        same = {normal_form(bodies[document]), normal_form(documents[document])}
-        return document if normal_form(texts[query]) in same else -1
-
-    found = [itself(query) for query in kept]
+    pairs, document_at = _read_corpus(corpus)
+    texts, query_at = _by_id(queries, lambda row, where: text_cell(row, "text", where))
+    judgements = read_judgements(qrels)
+    unmatched = _unmatched(judgements, query_at, document_at, qrels)
+    judged = [name for name in query_at if name in judgements]
+    kept = [judged[i] for i in _choose([texts[query_at[name]] for name in judged], config.limit)]
+    own = [_itself(texts[query_at[name]], pairs, document_at.get(name)) for name in kept]
+    relevant = [_relevant(judgements[name], document_at) for name in kept]
+    itself = [-1 if document in grades else document for document, grades in zip(own, relevant, strict=True)]
     return RetrievalSet(
         config.name or folder.resolve().name,
-        [texts[query] for query in kept],
-        documents,
-        [relevant[query] for query in kept],
-        parts=parts,
-        itself=found if max(found) >= 0 else [],
+        [texts[query_at[name]] for name in kept],
+        [_document(title, body) for title, body in pairs],
+        relevant,
+        parts=[part for pair in pairs if all(pair) for part in pair],
+        itself=itself if max(itself) >= 0 else [],
         transductive=config.transductive,
+        ids=list(document_at),
+        unmatched=unmatched,
     )
 
 
-def _judgements(qrels: Path, query_at: dict[str, int], document_at: dict[str, int]) -> list[dict[int, int]]:
-    relevant: list[dict[int, int]] = [{} for _ in query_at]
-    for number, line in _lines(qrels):
-        where, cells = f"{qrels}, row {number}", line.rstrip("\r\n").split("\t")
-        if number == 1 and cells[-1].strip() == "score":
-            continue
-        if len(cells) != 3:
-            raise JasperError(
-                f"{where}: expected query-id, corpus-id and score with tabs between, got {line.strip()!r}"
-            )
-        query, document, score = (cell.strip() for cell in cells)
-        for what, name, known in (("query", query, query_at), ("document", document, document_at)):
-            if name not in known:
-                raise JasperError(f"{where}: {what} id {name!r} is not among the {len(known)} {what} ids of the set")
-        try:
-            grade = int(score)
-        except ValueError:
-            raise JasperError(f"{where}: the score must be a whole number, got {score!r}") from None
-        if grade > 0:
-            relevant[query_at[query]][document_at[document]] = grade
-    return relevant
+def _read_corpus(file: Path) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Read title and body of each document, and its position by its id."""
+    return _by_id(
+        file, lambda row, where: (text_cell(row, "title", where, optional=True), text_cell(row, "text", where))
+    )
+
+
+def _by_id(file: Path, content: Callable[[dict[str, Any], str], T]) -> tuple[list[T], dict[str, int]]:
+    """Read the content of each row, and its position by its id; a row that is there again counts once.
+
+    Raises:
+        JasperError: a row is malformed, or two rows with one id differ.
+    """
+    found: list[T] = []
+    position: dict[str, int] = {}
+    for where, row in json_rows(file):
+        name, one = _id(row, where), content(row, where)
+        if name not in position:
+            position[name] = len(found)
+            found.append(one)
+        elif found[position[name]] != one:
+            raise JasperError(f"{where}: `_id` {name!r} appears twice, with other text. Fix: give each row its own")
+    return found, position
+
+
+def _document(title: str, body: str) -> str:
+    return f"{title} {body}".strip()
+
+
+def _itself(query: str, pairs: Sequence[tuple[str, str]], document: int | None) -> int:
+    """Return the document of a query's id if it has the query's text, else -1."""
+    if document is None:
+        return -1
+    title, body = pairs[document]
+    same = {normal_form(body), normal_form(_document(title, body))}
+    return document if normal_form(query) in same else -1
+
+
+def _unmatched(
+    judgements: Judgements, queries: dict[str, int], documents: dict[str, int], file: Path
+) -> tuple[int, int]:
+    """Count the judgements of absent documents and of absent queries.
+
+    Raises:
+        JasperError: no document is relevant to a query, or none of those that are is in the corpus.
+    """
+    relevant = {(q, d) for q, grades in judgements.items() for d, grade in grades.items() if grade > 0}
+    if not relevant:
+        raise JasperError(
+            f"{file}: no query has a relevant document (a score above 0). Fix: give judgements with scores above 0"
+        )
+    if not any(query in queries and document in documents for query, document in relevant):
+        query, document = min(relevant)
+        raise JasperError(
+            f"{file}: its judgements are of other files (no relevant document is there together with its query; e.g. "
+            f"query {query!r}, document {document!r}). Fix: put the qrels next to their corpus.jsonl and queries.jsonl"
+        )
+    lost = {query: len(grades) for query, grades in judgements.items() if query not in queries}
+    absent = sum(d not in documents for q, grades in judgements.items() if q not in lost for d in grades)
+    return absent, sum(lost.values())
+
+
+def _relevant(grades: dict[str, int], document_at: dict[str, int]) -> dict[int, int]:
+    """Return positions and grades above 0; absent documents are added to ``document_at``, after the corpus.
+
+    An absent document stays in the ideal ranking, as where BEIR and mteb call pytrec_eval.
+    """
+    return {document_at.setdefault(name, len(document_at)): grade for name, grade in grades.items() if grade > 0}
 
 
 def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> SimilaritySet:
-    with _open(file) as stream:
-        rows = csv.reader((line.rstrip("\r\n") for line in stream), delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            header = next(rows, [])
-            if missing := [column for column in ("score", "sentence1", "sentence2") if column not in header]:
-                raise JasperError(f"{file}, row 1: no column {', '.join(missing)} in the header {header}")
-            at, left, right = (header.index(column) for column in ("score", "sentence1", "sentence2"))
-            triples: list[tuple[float, str, str]] = []
-            for number, row in enumerate(rows, 2):
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise JasperError(f"{file}, row {number}: {len(row)} cells where the header has {len(header)}")
-                triples.append((_number(row[at], f"{file}, row {number}"), row[left], row[right]))
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error, csv.Error) as error:
-            raise JasperError(f"{file}: cannot be read as UTF-8 tab-separated text ({error})") from None
+    triples = [
+        (_number(row["score"], where), row["sentence1"], row["sentence2"])
+        for where, row in read_rows(file, ("score", "sentence1", "sentence2"))
+    ]
     kept = [triples[i] for i in _choose([f"{a}\t{b}" for _, a, b in triples], config.limit)]
     if len({score for score, _, _ in kept}) < 2:
         raise JasperError(f"{file}: {len(kept)} pairs without two different scores; Spearman needs at least two")
@@ -278,18 +323,18 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
 
 
 def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
-    train, test = _find(folder, "train", _JSONL), _first_split(folder, _JSONL)
+    train, test = find(folder, "train", _JSONL), first_split(folder, _JSONL)
     if train is None or test is None or test == train:
-        raise JasperError(f"evaluation set {folder}: a classification folder has train.jsonl[.gz] and test.jsonl[.gz]")
+        raise JasperError(f"evaluation set {folder}: a classification folder has train.jsonl and test.jsonl")
     parts = []
     for file in (train, test):
         texts, labels = [], []
-        for where, row in _json_rows(file):
-            texts.append(_text(row, "text", where))
+        for where, row in json_rows(file):
+            texts.append(text_cell(row, "text", where))
             label = row.get("label")
             if label is None or isinstance(label, (dict, list, float)):
                 raise JasperError(f"{where}: `label` must be text or a whole number, got {label!r}")
-            labels.append(str(label))
+            labels.append(check_text(str(label), f"{where}: `label`"))
         kept = _choose(texts, config.limit)
         parts.append(([texts[i] for i in kept], [labels[i] for i in kept]))
     if len(set(parts[0][1])) < 2:
@@ -301,72 +346,24 @@ def _choose(texts: Sequence[str], limit: int | None) -> list[int]:
     """Positions of at most ``limit`` texts: those of the smallest digests (a set's first rows are often alike)."""
     if limit is None or limit >= len(texts):
         return list(range(len(texts)))
-    digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     return sorted(sorted(range(len(texts)), key=lambda i: (digests[i], i))[:limit])
 
 
 def _file_name(file: Path) -> str:
-    stem = file.name.removesuffix(".gz").removesuffix(".tsv")
-    return f"{file.resolve().parent.name}-{stem}" if stem in _SPLITS else stem
+    stem = file.name[: file.name.lower().index(".tsv")]
+    return f"{file.resolve().parent.name}-{stem}" if stem in SPLITS else stem
 
 
-def _find(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
-    return next((file for ending in endings if (file := folder / f"{stem}{ending}").is_file()), None)
-
-
-def _first_split(folder: Path, endings: Sequence[str]) -> Path | None:
-    return next((file for split in _SPLITS if (file := _find(folder, split, endings))), None)
-
-
-def _open(file: Path) -> TextIO:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8", newline="\n")
-    return open(file, encoding="utf-8", newline="\n")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their number from 1."""
-    empty = True
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    empty = False
-                    yield number, line
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise JasperError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    if empty:
-        raise JasperError(f"{file}: the file is empty")
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in _lines(file):
-        where = f"{file}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise JasperError(f"{where}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise JasperError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        yield where, row
-
-
-def _text(row: dict[str, Any], key: str, where: str, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise JasperError(f"{where}: `{key}` must be text, got {value!r}")
-    return value
-
-
-def _new_id(known: dict[str, int], row: dict[str, Any], where: str, position: int) -> None:
+def _id(row: dict[str, Any], where: str) -> str:
     name = row.get("_id")
     if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise JasperError(f"{where}: `_id` must be text, got {name!r}")
-    if str(name) in known:
-        raise JasperError(f"{where}: `_id` {name!r} stands twice in the file")
-    known[str(name)] = position
+    return check_text(str(name).strip(), f"{where}: `_id`")
+
+
+def _count(count: int, one: str, several: str, rest: str = "") -> str:
+    return f"{count:,} {one if count == 1 else several}{rest}" if count else ""
 
 
 def _number(cell: str, where: str) -> float:

@@ -18,7 +18,7 @@ from jasper_fast.codes import PRECISIONS, known_precisions, read_ranges
 from jasper_fast.config import Config, EvalConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.evalsets import EvalSet, load_eval, load_evals
+from jasper_fast.evalsets import EvalSet, RetrievalSet, load_eval, load_evals
 from jasper_fast.files import write_atomic
 from jasper_fast.metrics import score_codes, score_vectors
 
@@ -163,11 +163,21 @@ def score_rows(
 
 
 def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
-    """The ``primary`` and ``sets`` fields of results.json; the first set's first metric is the primary one."""
+    """Make the ``primary`` and ``sets`` fields of results.json; the first set's first metric is the primary one."""
     return {
         "primary": {"set": evalsets[0].name, "metric": evalsets[0].metrics[0]},
-        "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0]} for s in evalsets],
+        "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0], **_remarks(s)} for s in evalsets],
     }
+
+
+def _remarks(evalset: EvalSet) -> dict[str, str]:
+    remarks = evalset.remarks() if isinstance(evalset, RetrievalSet) else ""
+    return {"remarks": remarks} if remarks else {}
+
+
+def remark_lines(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Make a line for each set of results.json that has remarks, such as judgements of absent documents."""
+    return [f"{s['name']}: {s['remarks']}" for s in sets if s.get("remarks")]
 
 
 def evaluate_run(
@@ -263,10 +273,11 @@ def main(argv: list[str]) -> int:
     else:
         encoders = {"model": student}
     rows = score_rows(evalsets, encoders, None, precisions, read_ranges(given.model))
-    print(scores_table(rows))
+    sets = describe_sets(evalsets)
+    print("\n".join([scores_table(rows), *remark_lines(sets["sets"])]))
     if given.json:
         content = {"model": given.model, "teacher": given.teacher, "max_length": given.max_length, "limit": given.limit}
-        write_atomic(Path(given.json), json.dumps(content | describe_sets(evalsets) | {"rows": rows}, indent=1) + "\n")
+        write_atomic(Path(given.json), json.dumps(content | sets | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -27,11 +27,12 @@ from jasper_fast.files import locked, publish_dir
 from jasper_fast.glyphs import GLYPHS
 from jasper_fast.image_sources import Item, read_images, source_stamp
 from jasper_fast.images import BadImage, decode, need_pillow, resize
+from jasper_fast.text import normal_form
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 3  # raised when the same settings would give other pictures
+FORMAT = 4  # raised when the same settings would give other pictures
 KEPT_PIXELS = 1 << 29  # bytes of decoded pictures held in memory
 TOLD = 5  # broken pictures named one by one
 
@@ -167,7 +168,7 @@ def _build(config: ImagesConfig, folder: Path) -> None:
             for where, data, captions in _sound(read_images(source), broken, config.max_bad):
                 content = hashlib.blake2b(data, digest_size=16).hexdigest()
                 digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
-                groups.append([content, *(" ".join(c.split()).casefold() for c in captions)])
+                groups.append([content, *map(normal_form, captions)])
                 extra.append(source.train_only)
                 writer.write_batch(pa.record_batch([[data], [captions], [where]], schema=schema))
     write_index(table, ["pictures.arrow"], features, digest.hexdigest()[:16])

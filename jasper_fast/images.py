@@ -15,6 +15,8 @@ from jasper_fast.errors import JasperError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+MAX_FILE = 1 << 30  # bytes of one image's file: 100 million pixels of four times 16 bits fit
 MAX_PIXELS = 100_000_000  # more is refused before any of it is decoded
 NO_PILLOW = "pictures are read with Pillow, which is not installed; type `pip install pillow`"
 OTHER_KINDS = (  # what lies among pictures by mistake: first bytes, their place, and what to call it
@@ -43,6 +45,16 @@ DAMAGE = (
 
 class BadImage(JasperError):
     """A picture, or its captions, cannot be used; the message says why."""
+
+
+def check_size(size: int) -> None:
+    """Check the unpacked size of an archive's member before it is read.
+
+    Raises:
+        BadImage: it is more than any image needs.
+    """
+    if size > MAX_FILE:
+        raise BadImage(f"unpacks to {size:,} bytes; at most {MAX_FILE:,} are read")
 
 
 def need_pillow() -> None:

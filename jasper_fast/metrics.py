@@ -1,8 +1,8 @@
-"""Scores of vectors on one evaluation set, as shares from 0 to 1 (Spearman from -1)."""
+"""Score the vectors of one evaluation set, from 0 to 1 (Spearman from -1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
 from jasper_fast.mips import topk
 
 DEPTH = 100  # documents kept per query: what recall@100 needs
+DEEPEST = 1000  # documents kept where several have the score of the last: as many as BEIR and mteb keep
+
+Ranking = tuple[list[float], list[int]]  # scores and positions of a query's documents, best first
 
 
 def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -32,7 +35,7 @@ def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[s
             raise JasperError(f"{evalset.name}: {bad} of {len(array)} vectors of its {group} hold NaN or infinity")
     if isinstance(evalset, RetrievalSet):
         depth = DEPTH + bool(evalset.itself)
-        return _retrieval(evalset, top_documents(vectors["queries"], vectors["documents"], depth))
+        return _retrieval(evalset, _rankings(vectors["queries"], vectors["documents"], depth))
     if isinstance(evalset, ClassificationSet):
         return {"accuracy": _accuracy(evalset, vectors["train"], vectors["test"])}
     return {"Spearman": _spearman(vectors["left"], vectors["right"], evalset.scores)}
@@ -63,7 +66,7 @@ def score_codes(
     fine = coded(vectors, "int8", ranges)["documents"]
     found = top_documents(plain["queries"], plain["documents"], CANDIDATES)
     scores = np.einsum("qd,qkd->qk", vectors["queries"], fine[found])
-    return _retrieval(evalset, np.take_along_axis(found, np.argsort(-scores, axis=1, kind="stable"), axis=1))
+    return _retrieval(evalset, list(zip(scores.tolist(), found.tolist(), strict=True)))
 
 
 def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarray:
@@ -80,18 +83,36 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
     return topk(queries, documents, min(k, len(documents)))[1]
 
 
-def _retrieval(evalset: RetrievalSet, best: np.ndarray) -> dict[str, float]:
-    """Scores of the documents found, (Q, DEPTH or more) best first; a query's own document does not count."""
+def _rankings(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Ranking]:
+    """Rank ``depth`` documents per query, and one more; more still where the score of the last is that of others."""
+    scores, found = topk(queries, documents, min(depth + 1, len(documents)))
+    rankings = list(zip(scores.tolist(), found.tolist(), strict=True))
+    if len(documents) > depth + 1:
+        tied = np.flatnonzero(scores[:, depth] == scores[:, depth - 1])
+        deeper = topk(queries[tied], documents, min(DEEPEST, len(documents))) if len(tied) else ((), ())
+        for query, more, positions in zip(tied, *deeper, strict=True):
+            rankings[query] = more.tolist(), positions.tolist()
+    return rankings
+
+
+def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, float]:
+    """Score rankings with pytrec_eval, as BEIR and mteb call it; a query's own document does not count.
+
+    Absent documents stay in the ideal ranking. Queries without a relevant document score 0.
+    """
     import pytrec_eval
 
-    # trec_eval orders by score alone and breaks ties by name: ranks as scores keep our order
-    itself = evalset.itself or [-1] * len(best)
+    def name(document: int) -> str:  # trec_eval ranks equal scores by name, the last name first
+        return evalset.ids[document] if evalset.ids else f"{2 * 10**9 - document}"
+
+    itself = evalset.itself or [-1] * len(rankings)
     run = {
-        str(q): {str(d): float(-rank) for rank, d in enumerate(row) if d != itself[q]}
-        for q, row in enumerate(best.tolist())
+        str(q): {name(d): score for score, d in zip(scores, documents, strict=True) if d != itself[q]}
+        for q, (scores, documents) in enumerate(rankings)
     }
-    judged = {str(q): {str(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
-    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values()
+    judged = {str(q): {name(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
+    scores = list(pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values())
+    scores += [{"ndcg_cut_10": 0.0, "recall_100": 0.0}] * (len(rankings) - len(scores))  # nothing relevant: left out
     return {
         "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
         "recall@100": float(np.mean([s["recall_100"] for s in scores])),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from jasper_fast.config import StudentConfig
 from jasper_fast.encode import pick_device, student_encoder
 from jasper_fast.errors import JasperError
 from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
-from jasper_fast.image_sources import PICTURES
-from jasper_fast.images import BadImage, decode, resize
+from jasper_fast.image_sources import shown
+from jasper_fast.images import PICTURES, BadImage, decode, resize
+from jasper_fast.listing import all_files, user_path
 from jasper_fast.model import Student
 from jasper_fast.models import OWN_CODE
+from jasper_fast.text import lone_surrogate
 
 
 class PictureModel:
@@ -112,26 +115,38 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PictureModel:
 
 
 def picture_files(folder: str | Path) -> Iterator[Path]:
-    """The pictures in a folder and below that can be used, sorted; others are named and passed over.
+    """Yield the usable images in a folder and below in natural order; others are named and left out.
+
+    Links to folders are followed. Hidden and system files are not listed.
 
     Raises:
-        JasperError: there is no such folder, or no picture in it.
+        JasperError: there is no such folder, or no usable image in it.
     """
-    root, found = Path(folder).expanduser(), False
-    if not root.is_dir():
-        what = "is a file: give a folder of pictures, unpacked" if root.exists() else "there is no such folder"
+    root, found = user_path(str(folder)), False
+    if not os.path.isdir(root):
+        what = "is a file: give a folder of pictures, unpacked" if os.path.exists(root) else "there is no such folder"
         raise JasperError(f"{folder}: {what}")
-    for file in sorted(root.rglob("*")):
-        if file.name.lower().endswith(PICTURES) and file.is_file():
-            try:
-                decode(file.read_bytes())
-            except (OSError, BadImage) as error:
-                print(f"left out {file}: {error}")
-                continue
-            found = True
-            yield file
+    for file in all_files(root):
+        if not file.name.lower().endswith(PICTURES):
+            continue
+        if (problem := _unusable(file)) is not None:
+            print(f"left out {shown(str(file))}: {problem}")
+            continue
+        found = True
+        yield file
     if not found:
         raise JasperError(f"{folder}: no picture here that can be used; known: {', '.join(PICTURES)}")
+
+
+def _unusable(file: Path) -> str | None:
+    """Say why an image cannot be indexed; None if it can."""
+    if lone_surrogate(str(file)):
+        return "its name is not UTF-8, so it cannot be stored; rename it"
+    try:
+        decode(file.read_bytes())
+    except (OSError, BadImage) as error:
+        return str(error)
+    return None
 
 
 def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tower_code: bool | None = None) -> Student:

@@ -13,7 +13,7 @@ import yaml
 
 from jasper_fast.codes import CANDIDATES, PRECISIONS
 from jasper_fast.errors import JasperError
-from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share
+from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share, remark_lines
 from jasper_fast.files import write_atomic
 from jasper_fast.models import resolve_model
 from jasper_fast.vision_eval import SHEET, pictures_line, scores_markdown
@@ -47,6 +47,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         f"# Report of the run {config['name']}",
         f"**{final_line(results)}**",
         _transductive(results),
+        _remarks(results),
         _scores(results),
         pictures.get("sets", ""),
         _widths(results),
@@ -150,6 +151,11 @@ def _transductive(results: Mapping[str, Any]) -> str:
         f"*Transductive*: texts of {', '.join(names)} were among the training texts (without labels), so those scores "
         "say less about new texts."
     )
+
+
+def _remarks(results: Mapping[str, Any]) -> str:
+    """List what an evaluation set's files lack, one line a set."""
+    return "\n".join(f"- {line}" for line in remark_lines(results.get("sets", [])))
 
 
 def _scores(results: Mapping[str, Any]) -> str:

@@ -25,9 +25,11 @@ from jasper_fast.config import SourceConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
+from jasper_fast.listing import user_path
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models import model_revision, resolve_model
-from jasper_fast.sources import read_source
+from jasper_fast.row_reader import BOM, check_text, read_lines
+from jasper_fast.sources import read_source, say_ignored
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -89,8 +91,13 @@ class TextIndex:
         return len(self.texts)
 
     def encode(self, questions: Sequence[str]) -> np.ndarray:
-        """Questions' vectors, (Q, width) float32."""
-        return self._encode(list(questions), self.role)[self.width]
+        """Encode questions, (Q, width) float32.
+
+        Raises:
+            JasperError: a question has a lone surrogate.
+        """
+        checked = [check_text(question, f"question {number}") for number, question in enumerate(questions, 1)]
+        return self._encode(checked, self.role)[self.width]
 
     def ask(self, questions: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The k texts nearest to every question, nearest first."""
@@ -191,10 +198,10 @@ def _weights(model: str) -> str:
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     seen: set[str] = set()
     chunk: list[str] = []
-    for text in texts:
+    for number, text in enumerate(texts, 1):
         if text in seen or not text.strip():
             continue
-        seen.add(text)
+        seen.add(check_text(text, f"text {number}"))
         chunk.append(text)
         if len(chunk) == ENCODED_AT_ONCE:
             yield chunk
@@ -204,7 +211,10 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _columns(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    columns = [name.strip() for name in text.split(",") if name.strip()]
+    if not columns:
+        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
+    return columns
 
 
 def _build(given: argparse.Namespace) -> None:
@@ -213,6 +223,7 @@ def _build(given: argparse.Namespace) -> None:
         found = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
     else:
         source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
+        say_ignored(source)
         found = (" ".join(part for part in row if part) for row in read_source(source))
     first = list(islice(found, 1))  # what is wrong with them is told before the model is opened
     texts = islice(chain(first, found), given.limit)
@@ -227,9 +238,9 @@ def _build(given: argparse.Namespace) -> None:
 
 
 def _ask(given: argparse.Namespace) -> None:
+    questions = [given.question] if given.question else _lines(given.file) if given.file is not None else []
     index = TextIndex(given.index, given.model, verify=not given.no_verify, trust_remote_code=given.trust_remote_code)
-    if given.question or given.file:
-        questions = [given.question] if given.question else _lines(given.file)
+    if questions:
         for start in range(0, len(questions), 256):
             part = questions[start : start + 256]
             for question, hits in zip(part, index.ask(part, given.k), strict=True):
@@ -247,19 +258,18 @@ def _ask(given: argparse.Namespace) -> None:
 
 def _typed() -> str:
     try:
-        return input("? ").strip()
+        return check_text(input("? ").lstrip(BOM).strip(), "the question")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise JasperError(f"the question is not {error.encoding} text ({error.reason}). Fix: type it again") from None
 
 
 def _lines(file: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise JasperError(f"{file}: cannot be read ({error}); give a text file with one question per line") from error
-    if not any(lines):
-        raise JasperError(f"{file}: no questions in it; give a text file with one question per line")
-    return [line for line in lines if line]
+    questions = [text for _, line in read_lines(user_path(file)) if (text := line.strip())]
+    if not questions:
+        raise JasperError(f"{file}: no questions in it. Fix: give a text file with one question per line")
+    return questions
 
 
 def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
@@ -284,7 +294,7 @@ def main(argv: list[str]) -> int:
     commands: Any = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="encode texts and write their index")
     make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    make.add_argument("texts", help=".jsonl[.gz], .parquet, .csv, .txt, a folder of them, a datasets name, docstrings")
+    make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
     make.add_argument("--columns", type=_columns, default=["text"], help="joined to one text (default: text)")
     make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of pictures, to be found by words")
@@ -305,10 +315,11 @@ def main(argv: list[str]) -> int:
         command.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
     given = parser.parse_args(argv)
     if given.command == "ask" and given.question is not None:
-        if given.file:
+        if given.file is not None:
             raise JasperError("give a question or --file, not both")
         if not given.question.strip():
-            raise JasperError("the question is empty; give words, or leave it out to type questions")
+            raise JasperError("the question is empty. Fix: give words, or leave it out to type questions")
+        check_text(given.question, "the question")
     (_build if given.command == "build" else _ask)(given)
     return 0
 

@@ -1,15 +1,13 @@
-"""Reading training texts: files, folders, `datasets` names, and the docstrings of installed packages.
+"""Read training texts: files, folders, `datasets` names, and the docstrings of installed packages.
 
 Every row is checked as it is read; an error names the file and the row.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import json
-import sys
+import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -21,14 +19,19 @@ import numpy as np
 from jasper_fast.config import ImageSourceConfig, SourceConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.glyphs import GLYPHS, glyph_names
+from jasper_fast.listing import all_files, listed_files, user_path
 from jasper_fast.models import looks_like_path
+from jasper_fast.row_reader import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
 
 DOCSTRINGS = "docstrings"
 BUILT_IN = (DOCSTRINGS, GLYPHS)
-SUFFIXES = tuple(f".{kind}{end}" for kind in ("jsonl", "csv", "tsv", "txt") for end in ("", ".gz")) + (".parquet",)
 STREAM_BUFFER = 10_000  # rows among which a hub stream is shuffled before a limit is taken
-
-Row = tuple[str, dict[str, Any]]  # where it stands, and its cells
+NAMED = 5  # files left out of a folder that are named
+# Text files in a folder of data that are no data themselves.
+NOTES = re.compile(
+    r"(?:read[-_ ]?me|licen[cs]es?)(?![a-z]).*"
+    r"|(?:copying|copyright|notice|changelog|contributing|citation|requirements|cmakelists)(?:\.md|\.rst)?\.txt.*"
+)
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
@@ -48,18 +51,18 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     if source.path == GLYPHS:
         yield from ((name,) for name in glyph_names())
         return
-    rows = (row for file in source_files(source) for row in file_rows(file, source))
+    rows = (row for file in source_files(source) for row in read_rows(file, source.columns))
     empty = True
     for where, cells in rows if is_local(source) else _read_hub(source):
         for row in _texts(source, cells, where):
             empty = False
             yield row
     if empty:
-        raise JasperError(f"{source.path}: no rows in it; give a source with at least one text")
+        raise JasperError(f"{source.path}: no rows in it. Fix: give a source with at least one text")
 
 
 def try_source(source: SourceConfig) -> None:
-    """Read the first row of each file, or of the stream: what is wrong with all rows is told before any source is read.
+    """Read the first row of each file, or of the stream, to find what is wrong with all rows before any are read.
 
     Raises:
         JasperError: as `read_source`, of these rows.
@@ -68,7 +71,7 @@ def try_source(source: SourceConfig) -> None:
         return
     next(read_source(source))
     for file in source_files(source)[1:]:
-        for where, cells in islice(file_rows(file, source), 1):
+        for where, cells in islice(read_rows(file, source.columns), 1):
             list(_texts(source, cells, where))
 
 
@@ -102,33 +105,55 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
 
 
 def is_local(source: SourceConfig) -> bool:
-    """Whether a source is read from this machine; otherwise its path is a `datasets` name."""
-    path = Path(source.path).expanduser()
-    return source.path in BUILT_IN or path.exists() or looks_like_path(source.path) or path.name.endswith(SUFFIXES)
+    """Tell whether a source is read from this machine; otherwise its path is a `datasets` name."""
+    path = user_path(source.path)
+    return (
+        source.path in BUILT_IN
+        or os.path.lexists(path)
+        or looks_like_path(source.path)
+        or path.name.lower().endswith(SUFFIXES)
+    )
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files of a local source, sorted; none for docstrings and hub names.
+    """List the files of a local source in natural order; none for docstrings and hub names.
+
+    Links to folders are followed. Hidden files, and texts about data such as README.txt, are left out of folders.
 
     Raises:
-        JasperError: there is no such path, or no file of a known kind.
+        JasperError: there is no such path, no file of a known kind, or a link in the folder is broken.
     """
     if source.path in BUILT_IN or not is_local(source):
         return []
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-    elif not path.exists():
-        raise JasperError(f"{source.path}: no such file or folder (data.sources)")
+    path = user_path(source.path)
+    if os.path.isdir(path):
+        found = [file for file in listed_files(path, SUFFIXES) if not _is_note(file)]
+    elif not os.path.exists(path):
+        raise JasperError(f"{source.path}: no such file or folder. Fix: correct the path in data.sources")
     else:
-        found = [path] if path.name.endswith(SUFFIXES) else []
+        found = [path] if path.name.lower().endswith(SUFFIXES) else []
     if not found:
-        raise JasperError(f"{source.path}: no file of a known kind here; known: {', '.join(SUFFIXES)}")
+        raise JasperError(f"{source.path}: no file of a known kind here. Fix: give one of {KNOWN}")
     return found
 
 
+def say_ignored(source: SourceConfig) -> None:
+    """Print which files in a source's folder are not read: those of other kinds, and texts about data.
+
+    Raises:
+        JasperError: as `source_files`.
+    """
+    read, path = set(source_files(source)), user_path(source.path)
+    if not read or not os.path.isdir(path):
+        return
+    ignored = [file.relative_to(path).as_posix() for file in all_files(path) if file not in read]
+    if ignored:
+        rest = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
+        print(f"{source.path}: left out {', '.join(ignored[:NAMED])}{rest}: not data of a known kind", flush=True)
+
+
 def source_stamp(source: SourceConfig) -> list[Any]:
-    """What changes when a source's content does: file sizes and times, or the digest of the docstrings."""
+    """Return what changes when a source's content does: file sizes and times, or the digest of the docstrings."""
     if source.path in BUILT_IN:
         whole = hashlib.sha256()
         for pair in read_source(source):
@@ -138,123 +163,28 @@ def source_stamp(source: SourceConfig) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
+def _is_note(file: Path) -> bool:
+    return file.name.lower().endswith(packed(".txt")) and NOTES.fullmatch(file.name.lower()) is not None
+
+
 def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[tuple[str, ...]]:
-    """The chosen cells of a row; a list in the only chosen column holds texts of their own."""
+    """Yield the chosen cells of a row; each item of a list in the only chosen column is a row."""
     column = source.columns[0]
     if len(source.columns) == 1 and isinstance(values := cells.get(column), list):
         for number, value in enumerate(values, 1):
-            yield (_text(value, f"column {column!r}, item {number}", where),)
+            yield (_text(value, f"{where}: column {column!r}, item {number}"),)
     else:
         for column in source.columns:
             if column not in cells:
-                raise _no_column(column, cells, where)
-        yield tuple(_text(cells[column], f"column {column!r}", where) for column in source.columns)
+                raise no_column(column, cells, where)
+        yield tuple(_text(cells[column], f"{where}: column {column!r}") for column in source.columns)
 
 
-def _text(value: Any, place: str, where: str) -> str:
+def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
-        given = half_character(value)
-        if given is None:
-            return value
-    else:
-        given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
-    raise JasperError(f"{where}: {place} {given}; remove or mend the row, or choose other `columns`")
-
-
-def half_character(text: str) -> str | None:
-    """What keeps a text from being stored: JSON can escape half a character. None if nothing does."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has half a character ({text[error.start]!a}, a lone surrogate) at position {error.start}"
-    return None
-
-
-def _no_column(column: str, there: Iterable[str], where: str) -> JasperError:
-    return JasperError(
-        f"{where}: no column {column!r}; there are: {', '.join(map(str, there)) or 'none'} (set `columns`)"
-    )
-
-
-def file_rows(file: Path, source: SourceConfig) -> Iterator[Row]:
-    """Each row of one file with where it stands.
-
-    Raises:
-        JasperError: the file is broken; its row is named.
-    """
-    name = file.name.removesuffix(".gz")
-    try:
-        if name.endswith(".parquet"):
-            yield from _parquet(file, source)
-        elif name.endswith(".csv"):
-            yield from _table(file, strict=True)
-        elif name.endswith(".tsv"):  # tabs cannot stand in a cell, so quotes are text
-            yield from _table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif name.endswith(".jsonl"):
-            yield from _jsonl(file)
-        else:
-            column = source.columns[0]  # a text file has one column, whatever it is called
-            yield from ((f"{file}, line {n}", {column: text}) for n, line in _lines(file) if (text := line.strip()))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise JasperError(f"{file}: cannot be read to its end ({error}); is it complete, and UTF-8 text?") from error
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with _open(file) as lines:
-        yield from enumerate(lines, 1)
-
-
-def _open(file: Path, **options: Any) -> Any:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8", **options)
-    return open(file, encoding="utf-8", **options)
-
-
-def _jsonl(file: Path) -> Iterator[Row]:
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise JasperError(f"{file}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise JasperError(
-                f"{file}, line {number}: expected an object with named columns, found {type(row).__name__}"
-            )
-        yield f"{file}, line {number}", row
-
-
-def _table(file: Path, **dialect: Any) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    with _open(file, newline="") as lines:
-        reader = csv.DictReader(lines, **dialect)
-        try:
-            for row in reader:
-                if None in row:
-                    raise JasperError(f"{file}, line {reader.line_num}: more cells than columns ({reader.fieldnames})")
-                yield f"{file}, line {reader.line_num}", row
-        except csv.Error as error:
-            raise JasperError(f"{file}, line {reader.line_num}: not a table ({error})") from None
-
-
-def _parquet(file: Path, source: SourceConfig) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            for column in source.columns:
-                if column not in names:
-                    raise _no_column(column, names, str(file))
-            number = 0
-            for batch in parquet.iter_batches(1024, columns=source.columns):
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", cells
-    except pa.ArrowException as error:
-        raise JasperError(f"{file}: not a readable parquet file ({error})") from error
+        return check_text(value, where)
+    given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
+    raise JasperError(f"{where} {given}. Fix: remove or correct the row, or choose other `columns`")
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:

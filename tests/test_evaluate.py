@@ -145,16 +145,18 @@ def test_qrels_file_chooses_another_split(tmp_path: Path, tiny_texts: list[str])
 @pytest.mark.parametrize(
     ("file", "row", "line", "says"),
     [
-        ("qrels/test.tsv", 4, "q2\td999\t1", "document id 'd999' is not among the 20"),
-        ("qrels/test.tsv", 4, "q999\td2\t1", "query id 'q999' is not among the 7"),
-        ("qrels/test.tsv", 4, "q2\td2\tgood", "whole number, got 'good'"),
-        ("qrels/test.tsv", 4, "q2 d2 1", "with tabs between"),
+        ("qrels/test.tsv", 4, "q2\td2\tgood", "not a grade (got 'good', expected a whole number"),
+        ("qrels/test.tsv", 4, "q2\td2\t0.5", "not a grade (got '0.5', expected a whole number"),
+        ("qrels/test.tsv", 4, "q2\td2\tnan", "not a grade (got 'nan', expected a whole number"),
+        ("qrels/test.tsv", 4, "q2\td2\t99999999999", "expected a whole number up to 1,000,000"),
+        ("qrels/test.tsv", 4, "q2 d2 1", "not a judgement (got 'q2 d2 1', expected tabs between"),
+        ("qrels/test.tsv", 4, "q2\td2", "not a judgement"),
         ("corpus.jsonl", 5, '{"_id": "d4", "title": "x", "text": null}', "`text` must be text, got None"),
-        ("corpus.jsonl", 5, '{"_id": "d0", "text": "again"}', "'d0' stands twice"),
+        ("corpus.jsonl", 5, '{"_id": "d0", "text": "again"}', "'d0' appears twice"),
         ("corpus.jsonl", 5, '{"text": "nameless"}', "`_id` must be text, got None"),
         ("queries.jsonl", 2, '{"_id": "q1", "text": 7}', "`text` must be text, got 7"),
         ("queries.jsonl", 2, '{"_id": "q1", "te', "not JSON"),
-        ("queries.jsonl", 2, '["q1"]', "expected a JSON object, got list"),
+        ("queries.jsonl", 2, '["q1"]', "not a JSON object (got list)"),
     ],
 )
 def test_malformed_beir_row_is_named(
@@ -167,7 +169,7 @@ def test_malformed_beir_row_is_named(
     with pytest.raises(JasperError) as caught:
         load_eval(EvalConfig(path=str(folder)))
     assert says in str(caught.value)
-    assert f"{folder / file}, row {row}" in str(caught.value)
+    assert f"{folder / file}, line {row}" in str(caught.value)
 
 
 def test_unusable_folders_are_refused(tmp_path: Path, tiny_texts: list[str]) -> None:
@@ -183,7 +185,7 @@ def test_unusable_folders_are_refused(tmp_path: Path, tiny_texts: list[str]) -> 
     assert "expected a folder or a .tsv file" in refusal(tmp_path / "notes.txt")
     folder = write_beir(tmp_path / "stories", tiny_texts[:20])
     (folder / "queries.jsonl").unlink()
-    assert "queries.jsonl[.gz] missing" in refusal(folder)
+    assert "queries.jsonl missing" in refusal(folder)
     (folder / "queries.jsonl").write_text("\n")
     assert "the file is empty" in refusal(folder)
     write_beir(folder, tiny_texts[:20])
@@ -209,12 +211,12 @@ def test_similarity_file_and_folder(tmp_path: Path, tiny_texts: list[str]) -> No
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("score\tsentence1\n1\ta\n", "row 1: no column sentence2"),
-        ("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\n", "row 3: 2 cells where the header has 3"),
-        ("score\tsentence1\tsentence2\nhigh\ta\tb\n", "row 2: the score must be a number, got 'high'"),
-        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "row 2: the score must be a number, got 'nan'"),
+        ("score\tsentence1\n1\ta\n", "line 1: no column 'sentence2'"),
+        ("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\n", "line 3: wrong number of cells (got 2, expected 3"),
+        ("score\tsentence1\tsentence2\nhigh\ta\tb\n", "line 2: the score must be a number, got 'high'"),
+        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "line 2: the score must be a number, got 'nan'"),
         ("score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "2 pairs without two different scores"),
-        ("", "row 1: no column score, sentence1, sentence2"),
+        ("", "line 1: no column 'score' (there are: none)"),
     ],
 )
 def test_malformed_similarity_file_is_named(tmp_path: Path, content: str, says: str) -> None:
@@ -233,7 +235,7 @@ def test_classification_folder(tmp_path: Path) -> None:
     assert (evalset.train_labels, evalset.test_texts) == (["0", "1"] * 3, ["s0", "s1", "s2"])
     assert set(evalset.texts()) == {*(f"t{i}" for i in range(6)), "s0", "s1", "s2"}
     write_jsonl(tmp_path / "kinds" / "test.jsonl.gz", [{"text": "s0"}])
-    with pytest.raises(JasperError, match=r"test.jsonl.gz, row 1: `label` must be text or a whole number, got None"):
+    with pytest.raises(JasperError, match=r"test.jsonl.gz, line 1: `label` must be text or a whole number, got None"):
         load_eval(EvalConfig(path=str(tmp_path / "kinds")))
 
 

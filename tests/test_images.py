@@ -174,7 +174,7 @@ def test_a_zip_beside_its_captions(folder):
     with pytest.raises(JasperError, match="no column 'caption'"):
         found(**fields | {"caption_columns": ["caption"]})
     (place / "more.jsonl").write_text("{}")
-    with pytest.raises(JasperError, match="found 2; name it"):
+    with pytest.raises(JasperError, match="found 2. Fix: name it"):
         found(**fields)
     assert found(**fields, captions=str(place / "rows.jsonl.gz"))
     (place / "cut.zip").write_bytes((place / "pictures.zip").read_bytes()[:-30])
@@ -228,7 +228,7 @@ def test_of_a_webdataset_sample_the_plain_picture_counts(tmp_path, folder, monke
     members |= {"3.mask.png": b, "3.jpg": a, "3.png": c, "4.left.png": a, "4.right.png": b}
     items = found(path=str(write_tar(tmp_path / "masks.tar", members)))
     assert items == {"1.jpg": (a, ["x"]), "2.jpg": (a, ["y"]), "3.jpg": (a, []), "4.left.png": (a, [])}
-    monkeypatch.setattr("jasper_fast.image_sources.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
     data, _ = found(path=str(tmp_path / "masks.tar"))["1.jpg"]
     assert data == f"unpacks to {len(a)} bytes; at most 10 are read"
 
@@ -247,11 +247,11 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
     items = [item[:2] for item in read_images(ImageSourceConfig(path=str(place / "in")))]
     bad = [f"{where}: {data}" for where, data in items if isinstance(data, str)]
     for said in (
-        f"nowhere.png: is not there, but {place}/in/captions.jsonl, line 5 names it",
+        f"nowhere.png: is missing, but {place}/in/captions.jsonl, line 5 names it",
         "line 6: column 'image' names no file (None)",
-        r"line 7: column 'caption' has half a character ('\ud83d', a lone surrogate) at position 5",
+        r"line 7: column 'caption' has a lone surrogate ('\ud83d', half a character) at character 6",
         "line 8: column 'caption' is not text but int",
-        "odd ?.png: is not there",
+        "odd ?.png: is missing",
     ):
         assert sum(said in line for line in bad) == 1, said
     train, _ = build_images(images(place), place / "cache")
@@ -271,7 +271,7 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
     content[6] |= 1
     (place / "pictures.zip").write_bytes(content)
     assert "encrypted" in found(**fields)["a.png"][0]
-    monkeypatch.setattr("jasper_fast.image_sources.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
     assert "at most 10 are read" in found(**fields)["c.png"][0]
 
 

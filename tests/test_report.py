@@ -199,3 +199,11 @@ def test_report_without_evaluation_or_before_the_run_ended(tmp_path: Path) -> No
     (run / "results.json").write_text('{"rows": [')
     with pytest.raises(JasperError, match="results.json cannot be read"):
         write_report(run)
+
+
+def test_report_names_what_an_evaluation_set_lacks(tmp_path: Path) -> None:
+    content = results()
+    content["sets"][0]["remarks"] = "2 judgements of absent documents, 1 query without a relevant document (scored 0)"
+    report = write_report(write_run(tmp_path / "run", content)).read_text(encoding="utf-8")
+    assert "- docs: 2 judgements of absent documents, 1 query without a relevant document (scored 0)\n" in report
+    assert "- pairs" not in report

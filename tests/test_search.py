@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packing import pack
 
 from jasper_fast.errors import JasperError
 from jasper_fast.search import TextIndex, build, main
@@ -93,3 +94,77 @@ def test_what_is_wrong_is_said(built, text_file, tiny_bert, tmp_path, tiny_qwen2
     with pytest.raises(JasperError, match="damaged"):
         TextIndex(copy)
     assert not (tmp_path / "i").exists()
+
+
+QUESTIONS = {
+    "byte order mark": ("q.txt", "\ufeffone\ntwo\n".encode()),
+    "UTF-16": ("q.txt", "one\r\ntwo\r\n".encode("utf-16")),
+    "CR": ("q.txt", b"one\rtwo\r"),
+    "blank lines": ("Q", b"\n one \n\n\ttwo"),
+    "gz": ("q.txt.gz", b"one\ntwo"),
+    "zst": ("q.ZST", b"one\ntwo"),
+}
+
+
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_questions_are_read_by_the_rules_of_all_files(case, built, tmp_path, capsys):
+    name, content = QUESTIONS[case]
+    (tmp_path / name).write_bytes(pack(content, f".{name}"))
+    assert main(["ask", str(built), "--file", str(tmp_path / name), "--json", "-k", "1", "--no-verify"]) == 0
+    found = [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()]
+    assert found == ["one", "two"]
+
+
+BAD_QUESTIONS = {
+    "windows": (b"one\ncaf\xe9\n", "q.txt, line 2, character 4: byte 0xe9 is not UTF-8"),
+    "NUL": (b"one\n\0two\n", "q.txt, line 2, character 1: NUL"),
+    "cut UTF-16": ("one".encode("utf-16")[:-1], "q.txt: cannot be read to its end"),
+    "nothing": (b"\xef\xbb\xbf\r\n \n", "q.txt: no questions in it"),
+    "gzip": (pack(b"one", ".gz"), "q.txt: its content is that of a .gz file"),
+    "line separators": ("\u2028\n".encode(), "q.txt: no questions in it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QUESTIONS)
+def test_question_files_that_are_no_text_are_named_before_the_index_is_opened(case, tmp_path):
+    content, says = BAD_QUESTIONS[case]
+    (tmp_path / "q.txt").write_bytes(content)
+    with pytest.raises(JasperError, match=says):
+        main(["ask", str(tmp_path / "no index"), "--file", str(tmp_path / "q.txt")])
+
+
+def test_questions_and_texts_with_lone_surrogates_are_errors(built, tiny_bert, tmp_path, monkeypatch):
+    with pytest.raises(JasperError, match="the question has a lone surrogate .* at character 4"):
+        main(["ask", str(tmp_path / "no index"), "caf\udce9"])  # as a byte that is not UTF-8 arrives
+    with pytest.raises(JasperError, match="question 2 has a lone surrogate"):
+        TextIndex(built, verify=False).ask(["fine", "half \ud83d"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("who \udcff\n"))
+    with pytest.raises(JasperError, match="the question has a lone surrogate"):
+        main(["ask", str(built), "--no-verify"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    with pytest.raises(JasperError, match="the question is not utf-8 text"):
+        main(["ask", str(built), "--no-verify"])
+    with pytest.raises(JasperError, match="text 2 has a lone surrogate"):
+        build(str(tiny_bert), ["fine", "half \ud83d"], tmp_path / "i")
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(JasperError, match="texts.jsonl, line 2: column 'text' has a lone surrogate"):
+        main(["build", str(tiny_bert), str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "i")])
+    assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("columns", ["", " ", ",", " , ", "\t", ",,"])
+def test_columns_without_a_name_are_an_error_of_the_command_line(columns, text_file, tiny_bert, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), "--columns", columns])
+    assert caught.value.code == 2
+    assert "argument --columns: expected names with commas between, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("texts", ["", " ", "x" * 5000 + ".txt", "./a\0b.jsonl", "~nobody here/x.csv"])
+def test_paths_that_cannot_be_are_errors(texts, tiny_bert, tmp_path):
+    with pytest.raises(JasperError):
+        main(["build", str(tiny_bert), texts, "--out", str(tmp_path / "i")])
+    with pytest.raises(JasperError):
+        main(["build", str(tiny_bert), texts, "--pictures", "--out", str(tmp_path / "i")])
+    with pytest.raises(JasperError):
+        main(["ask", str(tmp_path), "--file", texts])
