@@ -61,7 +61,7 @@ def fit_of_order(similarities: np.ndarray, references: Sequence[np.ndarray], see
     """
     pairs = np.triu_indices(len(similarities), 1)
     correlation = float(spearmanr(similarities[pairs], references[-1][pairs]).statistic)
-    given, expected = _profiles(similarities), _unit(sum(_profiles(reference) for reference in references))
+    given, expected = _profiles(similarities), _unit(np.sum([_profiles(reference) for reference in references], axis=0))
     deviations = _deviations(given, expected, np.random.default_rng(seed))
     block, wrong = None, 0.0
     if _is_significant(deviations, len(given)) and len(given) >= FEWEST_FOR_PARTS:

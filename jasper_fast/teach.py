@@ -345,6 +345,8 @@ def main(argv: list[str]) -> int:
                 print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
         if known.texts is not None:
             ranks.lead(lambda: write_texts(texts, Path(known.texts)))
+            if ranks.first:
+                print(f"{known.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
             return 0
         vectors = ensure_teachers(config, texts)
     if ranks.first:

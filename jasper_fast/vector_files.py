@@ -134,7 +134,7 @@ def _keys(batch: Batch, first: int) -> list[Keys]:
         return []
     texts = columns["text"]
     _check(texts, "(?s).*", "text", "a text", place)
-    roles = [ROLES] * len(texts)
+    roles: list[tuple[str, ...]] = [ROLES] * len(texts)
     if "role" in columns:
         _check(columns["role"], "document|query", "role", "'document' or 'query'", place)
         roles = [(role,) for role in columns["role"]]

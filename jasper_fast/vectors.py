@@ -205,9 +205,7 @@ class ReadyVectors:
         )
         wanted = {normal_form(text) for text in missing[:CHUNK]["text"]}
         near = len(wanted.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
-        reason = (
-            f"At least {near} of them are there in another role, Unicode form, case or white space. " if near else ""
-        )
+        reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
         fix = f"add the missing texts. {TEXTS}"
         if not near and (data.cut_share or data.shuffle_share):
             fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0, to train on whole texts only"

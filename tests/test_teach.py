@@ -548,7 +548,9 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
     save_parquet(path, ready, [text_digest("another text"), *texts["digest"][1:]])
-    refused("1 of 200 training texts have no vector among 200 rows: 'The old lighthouse keeper repaired the broken tele")
+    refused(
+        "1 of 200 training texts have no vector among 200 rows: 'The old lighthouse keeper repaired the broken tele"
+    )
     rows = ready.tolist()
     rows[120] = rows[120][:5]
     pq.write_table(pa.table({"embedding": rows}), path)
