@@ -26,7 +26,7 @@ SUFFIXES = (".npy", ".parquet", *packed(".jsonl"))
 KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
 NAMES = ("vector", "embedding")  # of the column of vectors, if several columns hold lists of numbers
 ROLES = ("document", "query")
-BATCH = 4096  # rows
+BATCH = 1024  # rows
 
 
 class Keys(NamedTuple):

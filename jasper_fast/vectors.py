@@ -227,7 +227,9 @@ class ReadyVectors:
             raise JasperError(f"{self.name}: all vectors are the same. Fix: encode the texts again")
 
     def _order_problem(self, fit: Fit, rows: np.ndarray) -> str | None:
-        measured = f"rank correlation with the similarities of the texts {fit.correlation:.2f}"
+        measured = (
+            f"rank correlation with the texts' similarities: got {fit.correlation:.2f}, expected about 0.1 to 0.9"
+        )
         if not fit.is_significant:
             return f"The vectors fit the training texts no better than in a random order ({measured})"
         if fit.block is not None:
