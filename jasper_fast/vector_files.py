@@ -27,6 +27,7 @@ KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
 NAMES = ("vector", "embedding")  # of the column of vectors, if several columns hold lists of numbers
 ROLES = ("document", "query")
 BATCH = 1024  # rows
+LARGEST = 10**38  # what float32 can hold, nearly
 
 
 class Keys(NamedTuple):
@@ -169,6 +170,8 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
             schema = parquet.schema_arrow
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
             name = _vector_column([field.name for field in schema if _is_vector(field.type)], file, described)
+            if len(set(schema.names)) < len(schema.names):
+                raise JasperError(f"{file}: two columns have one name ({described}). Fix: rename one of them")
             keys = [key for key in ("digest", "text", "role") if key in schema.names]
             first, width = 0, 0
             for batch in parquet.iter_batches(BATCH, columns=[name, *keys]):
@@ -226,7 +229,11 @@ def _jsonl_batches(file: Path) -> Iterator[Batch]:
 
 
 def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(number, (int, float)) for number in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
 
 
 def _numbers(value: Any, width: int, place: str) -> list[float]:

@@ -286,6 +286,13 @@ def test_texts_in_another_unicode_form_are_named(vectors: np.ndarray, tmp_path: 
         read(path, dataset(["caf\u00e9 \u2014 ouvert"], ["document"]))
 
 
+def test_columns_of_one_name_are_rejected(vectors: np.ndarray, tmp_path: Path) -> None:
+    columns = [pa.array(vectors.tolist()), pa.array(["a"] * ROWS), pa.array(["b"] * ROWS)]
+    pq.write_table(pa.Table.from_arrays(columns, names=["vector", "text", "text"]), tmp_path / "v.parquet")
+    with pytest.raises(JasperError, match="two columns have one name"):
+        opened(tmp_path / "v.parquet")
+
+
 def test_lists_of_other_lengths_that_add_up_are_rejected(vectors: np.ndarray, tmp_path: Path) -> None:
     rows = vectors.tolist()
     rows[3], rows[4] = rows[3] + [1.0], rows[4][:-1]
@@ -394,6 +401,8 @@ BAD_TABLES: dict[str, tuple[str, Any, str]] = {
     "text as a vector": ("v.jsonl", {"embedding": ["AACAPw=="]}, "got columns embedding"),
     "no rows": ("v.parquet", {"vector": pa.array([], pa.list_(pa.float32()))}, "holds no vectors"),
     "an empty JSONL": ("v.jsonl", {}, "holds no vectors"),
+    "a number without bounds": ("v.jsonl", {"vector": [[1.0], [10**400]]}, "line 2: has no vector"),
+    "booleans": ("v.jsonl", {"vector": [[True, False]]}, "expected one column of vectors"),
     "half a vector": ("v.jsonl", {"vector": [[1.0, 2.0], [1.0, None]]}, "line 2: has no vector"),
 }
 
