@@ -37,12 +37,12 @@ class Lenders:
         others = list(_others(cache))
         if not others:
             return
-        wanted = _keys(digests)
+        wanted = digest_keys(digests)
         order = np.argsort(wanted[:, 0])
         first = wanted[order, 0]
         for other, shard in others:
             try:
-                held = _keys(read_mapped(other.file(shard)).column("digest").to_pylist())
+                held = digest_keys(read_mapped(other.file(shard)).column("digest").to_pylist())
             except (OSError, ValueError, KeyError):
                 continue  # damaged: it is made again by whoever needs that cache
             at = order[np.minimum(np.searchsorted(first, held[:, 0]), len(order) - 1)]
@@ -85,6 +85,6 @@ def _others(cache: TeacherCache) -> Iterator[tuple[TeacherCache, int]]:
         yield from ((other, shard) for shard in range(other.shards) if other.has(shard) and other.file(shard).is_file())
 
 
-def _keys(digests: Sequence[str]) -> np.ndarray:
+def digest_keys(digests: Sequence[str]) -> np.ndarray:
     """BLAKE2b-128 digests in hexadecimal as numbers. (n, 2) uint64"""
     return np.frombuffer(bytes.fromhex("".join(digests)), dtype=">u8").reshape(-1, 2).astype(np.uint64)

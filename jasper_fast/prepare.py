@@ -140,10 +140,17 @@ def describe_stage(student: Student, stage: StageConfig, names: list[str], done:
 
 
 def describe_plan(config: Config, folder: Path) -> str:
-    """What a run would do, stage by stage, with every parameter that trains; prepares all of it, trains nothing."""
+    """Describe what a run would do, stage by stage, with every parameter that trains.
+
+    Raises:
+        JasperError: what a run would reject before its first step. No teacher is run.
+    """
+    from jasper_fast.teach import check_targets
+
     prepared = prepare(config)
     check_disk(config, folder, prepared)
     student, texts, transductive, images, _ = prepared
+    check_targets(config, texts, student)
     pictures = f" and {len(images):,} pictures" if images is not None else ""
     lines = [
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "

@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,21 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
-from jasper_fast.checks import check_losses
 from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, Problems, run_cli
-from jasper_fast.files import TEMPORARY, check_room, disk_errors, locked
+from jasper_fast.files import TEMPORARY, disk_errors, locked
 from jasper_fast.lending import Lenders
 from jasper_fast.ranks import join_ranks
-from jasper_fast.teachers import Teacher, check_own_code, describe_teacher, load_teacher
+from jasper_fast.targets import Opened, Place, open_all, open_teacher, share
+from jasper_fast.teachers import Teacher, check_own_code, describe_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Opened = Teacher | ReadyVectors
-Place = tuple[int, int]  # which of the processes that share the work, and how many there are
+    from jasper_fast.model import Student
 
 SILENCE = 1800.0  # seconds without a new shard after which the other processes are taken for dead
 
@@ -67,21 +66,29 @@ def open_teachers(config: Config, texts: Dataset, *, shard_rows: int = SHARD_ROW
 
 
 def ensure_teachers(
-    config: Config, texts: Dataset, progress: bool = True, *, shard_rows: int = SHARD_ROWS
+    config: Config,
+    texts: Dataset,
+    progress: bool = True,
+    *,
+    shard_rows: int = SHARD_ROWS,
+    student: Student | None = None,
 ) -> TeacherVectors:
-    """The teachers' vectors of these texts; what is missing or damaged is computed, shard by shard.
+    """Return the teachers' vectors of these texts, and compute what is missing or damaged, shard by shard.
 
-    Every teacher is opened, and the stages' losses are held against the teachers' widths, before any text is encoded.
+    Before any text is encoded, every teacher is opened, precomputed vectors are checked, and the stages' losses are
+    compared with the teachers' widths.
 
     Args:
         config: the run.
         texts: columns ``text``, ``role`` and ``digest``.
-        progress: whether to show bars and say what is done.
+        progress: whether to show bars and messages.
         shard_rows: texts per shard.
+        student: before training, for the order of vectors without keys. None: built if it is needed.
 
     Raises:
-        JasperError: a teacher or file of vectors cannot be used or has not the width that a stage needs, a vector is
-            not finite, a cache belongs to something else, or the disk is too small.
+        JasperError: a teacher or file of vectors cannot be used or has another width than a stage needs, a training
+            text has no vector, vectors are in another order, a vector is not finite, a cache belongs to something
+            else, or the disk is too small.
     """
     caches = teacher_caches(config, texts, shard_rows)
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,7 +96,7 @@ def ensure_teachers(
     for cache in caches:
         _drop_damaged(cache, texts, place)
     _meet()  # nobody looks what is missing before everybody has dropped what is damaged
-    opened = _open_all(config, caches, texts, place)
+    opened = open_all(config, caches, texts, place, student, say)
     _meet()  # nobody encodes before everybody has found all teachers sound
     for teacher, cache in zip(config.teachers, caches, strict=True):
         _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), say)
@@ -151,55 +158,34 @@ def _describe(teacher: TeacherConfig) -> dict[str, Any]:
 
 def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
     with _held(cache, place):
-        for shard, reason in _damaged(cache, texts, [s for s in _share(cache, place) if cache.has(s)]).items():
+        for shard, reason in _damaged(cache, texts, [s for s in share(cache, place) if cache.has(s)]).items():
             print_error(f"{reason}; it is made again")
             cache.drop(shard)
 
 
-def _open_all(config: Config, caches: list[TeacherCache], texts: Dataset, place: Place) -> dict[str, Opened]:
-    """Open every teacher that has work left, so that what is wrong with any is told before another one's long work.
+def check_targets(
+    config: Config,
+    texts: Dataset,
+    student: Student,
+    widths: Mapping[int, int] | None = None,
+    *,
+    shard_rows: int = SHARD_ROWS,
+) -> None:
+    """Check what `ensure_teachers` checks before it encodes, without running or loading a teacher.
 
-    Returns:
-        the first of them, which is needed next, by its cache's fingerprint.
+    Args:
+        config: the run.
+        texts: columns ``text``, ``role`` and ``digest``.
+        student: before training, for the order of vectors without keys.
+        widths: of the vectors of loaded teachers, by position. A width that neither this nor the cache has is unknown:
+            then the losses are not compared with the widths.
+        shard_rows: texts per shard.
+
+    Raises:
+        JasperError: as `ensure_teachers`, for vectors, widths and the disk.
     """
-    opened: dict[str, Opened] = {}
-    widths: list[int] = []
-    needed = 0  # bytes
-    for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
-        missing = [shard for shard in range(cache.shards) if not cache.has(shard)]
-        if missing:
-            opened.clear()  # one at a time: all might not fit into memory
-            opened[cache.fingerprint] = _open(config, teacher, cache)
-            width = opened[cache.fingerprint].width
-            _check_width(cache, width)
-            _check_vectors(opened[cache.fingerprint], cache, texts, place)
-            rows = sum(stop - start for start, stop in map(cache.span, missing))
-            needed += rows * (width * (2 if config.data.cache_dtype == "float16" else 1) + 48)
-        else:
-            width = cache.facts(0)["width"]
-        widths.insert(0, width)
-    check_losses(config, widths)
-    check_room(
-        caches[0].folder.parent,
-        needed,
-        "the teachers' vectors",
-        "use another data.cache, or set data.cache_dtype to int8",
-    )
-    return opened
-
-
-def _check_vectors(teacher: Opened, cache: TeacherCache, texts: Dataset, place: Place) -> None:
-    """Read this process's share of vectors that are ready; what a model will give cannot be known."""
-    if isinstance(teacher, ReadyVectors):
-        digests = texts.select_columns(["digest"])
-        for start, stop in (cache.span(shard) for shard in _share(cache, place) if not cache.has(shard)):
-            teacher.read(start, stop, digests[start:stop]["digest"])
-
-
-def _open(config: Config, teacher: TeacherConfig, cache: TeacherCache) -> Opened:
-    if teacher.model is None:
-        return ReadyVectors(teacher, cache.rows)
-    return load_teacher(teacher, precision=config.precision)
+    caches = teacher_caches(config, texts, shard_rows)
+    open_all(config, caches, texts, (0, 1), student, print_error, widths or {})
 
 
 def _fill(
@@ -212,22 +198,16 @@ def _fill(
     say: Callable[[str], None],
 ) -> None:
     with _held(cache, place):
-        missing = [shard for shard in _share(cache, place) if not cache.has(shard)]
+        missing = [shard for shard in share(cache, place) if not cache.has(shard)]
         if missing:
             cache.begin()
-            _compute(opened or _open(config, teacher, cache), cache, texts, missing, say)
+            _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, say)
     if place[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
         if not cache.complete:
             cache.finish()
     else:
         _wait(cache, lambda: cache.complete)
-
-
-def _share(cache: TeacherCache, place: Place) -> range:
-    """The shards that this process looks after."""
-    rank, world = place
-    return range(rank, cache.shards, world)
 
 
 def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
@@ -305,14 +285,6 @@ def _damaged(cache: TeacherCache, texts: Dataset, shards: Any) -> dict[int, str]
         return {shard: reason for shard, reason in pool.map(look, shards) if reason}
 
 
-def _check_width(cache: TeacherCache, width: int) -> None:
-    for shard in range(cache.shards):
-        if cache.has(shard) and (there := cache.facts(shard)["width"]) != width:
-            raise JasperError(
-                f"{cache.folder} holds vectors of width {there}, this teacher gives {width}; delete that folder"
-            )
-
-
 def _meet() -> None:
     """Wait for the other processes, where `join_ranks` has joined them."""
     from torch import distributed
@@ -373,6 +345,8 @@ def main(argv: list[str]) -> int:
                 print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
         if known.texts is not None:
             ranks.lead(lambda: write_texts(texts, Path(known.texts)))
+            if ranks.first:
+                print(f"{known.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
             return 0
         vectors = ensure_teachers(config, texts)
     if ranks.first:

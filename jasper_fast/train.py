@@ -152,7 +152,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     _check_unchanged(checkpoint, facts)
     trackers: list[Tracker] = []  # begun before the long work: they may want a login
     ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
-    teachers = ensure_teachers(config, texts, progress=ranks.first)
+    teachers = ensure_teachers(config, texts, progress=ranks.first, student=student)
     if config.parallel.mode == "fsdp" and ranks.world > 1:
         shard(student, device, ranks.world)
     else:

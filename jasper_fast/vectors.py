@@ -1,174 +1,300 @@
-"""Ready teacher vectors from .npy and .parquet files, one row per training text in order.
+"""Precomputed teacher vectors, matched to the training texts by digest, by text, or by position.
 
-``python -m jasper_fast.teach --texts FILE.parquet`` writes the texts that they are to be of.
+``python -m jasper_fast.teach --texts FILE.parquet`` writes the training texts with their digests.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.config import TeacherConfig
+from jasper_fast.config import DataConfig, TeacherConfig
 from jasper_fast.errors import JasperError
+from jasper_fast.lending import digest_keys
+from jasper_fast.listing import listed_files, user_path
+from jasper_fast.row_order import FEWEST, Fit, centred_similarities, fit_of_order
 from jasper_fast.teachers import normalised
+from jasper_fast.text import normal_form
+from jasper_fast.vector_files import KINDS, SUFFIXES, Keys, open_vectors, texts_of, vector_paths
 
-SUFFIXES = (".npy", ".parquet")
-TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the texts in their order"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT = 2  # raised when the same files would give other vectors
+TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
+ADD_KEYS = f"add a column `digest` or `text` to the vectors. {TEXTS} with both"
+SAME = 0.999  # cosine from which on two vectors of a text count as one
+SAMPLE, LARGEST_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows whose order is checked
+CHUNK = 4096  # rows
 
 
 def describe_vectors(config: TeacherConfig) -> dict[str, Any]:
-    """What decides the vectors: the files by name, size and time, and the coordinates that are kept."""
-    files = _files(config)
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim}
+    """Return what decides the vectors: the files by name, size and time, and the coordinates that are kept.
+
+    Raises:
+        JasperError: there are no files of vectors.
+    """
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(config)]
+    return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim, "format": FORMAT}
 
 
 class ReadyVectors:
-    """Ready vectors, read in pieces.
+    """Precomputed vectors, read in pieces.
+
+    Rows with a ``digest`` or a ``text`` (and ``role``) are matched to the training texts, in any order. Without these
+    columns, row i is the vector of training text i.
 
     Args:
-        config: a teacher with ``vectors``: a .npy or .parquet file, or a folder of either (sorted by name). In parquet
-            the vectors are the only column of lists of numbers, or the one called ``vector`` or ``embedding``; a column
-            ``digest``, if there, must match the texts.
-        rows: how many training texts there are.
+        config: a teacher with ``vectors``: a .npy, .parquet or .jsonl file, or a folder of them in natural order.
+        rows: number of training texts.
+        scratch: folder for temporary copies of .parquet and .jsonl files. None: the system's.
 
     Raises:
-        JasperError: no such file, another form, or another number of rows than texts.
+        JasperError: a file is missing, unreadable or of another form; two rows of a text differ; or, without keys, the
+            order of the files is ambiguous or their rows are not as many as the texts.
     """
 
     precision = "ready"
 
-    def __init__(self, config: TeacherConfig, rows: int) -> None:
+    def __init__(self, config: TeacherConfig, rows: int, scratch: Path | None = None) -> None:
         self.name = str(config.vectors)
-        self.parts = [_Npy(file) if file.suffix == ".npy" else _Parquet(file) for file in _files(config)]
-        widths = sorted({part.width for part in self.parts})
-        if len(widths) > 1:
-            raise JasperError(f"{self.name}: its files have vectors of different widths: {widths}")
-        if config.truncate_dim is not None and config.truncate_dim > widths[0]:
-            raise JasperError(f"{self.name}: truncate_dim {config.truncate_dim} is more than the width {widths[0]}")
-        self.width = config.truncate_dim or widths[0]
-        self.starts = np.cumsum([0, *(part.rows for part in self.parts)]).tolist()
-        if self.starts[-1] != rows:
+        self.files = [open_vectors(file, scratch) for file in _files(config)]
+        self.width = self._width(config.truncate_dim)
+        self.starts = np.cumsum([0, *(len(file.vectors) for file in self.files)]).tolist()
+        self.rows: int = self.starts[-1]
+        keyed = [file.keys is not None for file in self.files]
+        if any(keyed) and not all(keyed):
             raise JasperError(
-                f"{self.name}: {self.starts[-1]} vectors for {rows} training texts; there must be one for each: {TEXTS}"
+                f"{self.name}: {self.files[keyed.index(False)].file.name} has no column `digest` or `text`, and "
+                f"{self.files[keyed.index(True)].file.name} has one. Fix: {ADD_KEYS}"
             )
+        self.keyed = all(keyed)
+        if self.keyed:
+            self._sort_keys()
+        else:
+            _check_names([file.file for file in self.files])
+            self._check_count(rows)
 
-    def read(self, start: int, stop: int, digests: list[str]) -> np.ndarray:
+    def read(self, start: int, stop: int, digests: Sequence[str]) -> np.ndarray:
         """Unit vectors of the texts from ``start`` to before ``stop``. (stop − start, width) float32
 
         Raises:
-            JasperError: a vector that is not finite or is zero, or a digest of another text; the row is named.
+            JasperError: a text has no vector, or its vector is not finite or is zero; the text's row is named.
         """
-        pieces = []
-        at = start
-        while at < stop:
-            number = bisect_right(self.starts, at) - 1
-            part, first = self.parts[number], self.starts[number]
-            end = min(stop, self.starts[number + 1])
-            given = part.digests(at - first, end - first)
-            for offset, digest in enumerate(given or []):
-                if digest != digests[at - start + offset]:
-                    raise JasperError(
-                        f"{part.file}: row {at - first + offset} is the vector of another text (its digest differs); "
-                        + TEXTS
-                    )
-            pieces.append(part.read(at - first, end - first)[:, : self.width])
-            at = end
-        vectors = np.concatenate(pieces).astype(np.float32)
-        return normalised(vectors, self.name, range(start, stop), None)
+        rows = np.arange(start, stop)
+        if self.keyed:
+            rows = self._find(digests)
+            for missing in np.flatnonzero(rows < 0)[:1]:
+                raise JasperError(f"{self.name}: training text {start + missing} has no vector. Fix: {ADD_KEYS}")
+        return normalised(self._gather(rows), self.name, range(start, stop), None)
 
+    def match(self, texts: Dataset, data: DataConfig) -> str:
+        """Check that every training text has a vector, and describe how the rows were matched.
 
-class _Npy:
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        try:
-            self.array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise JasperError(f"{file}: not a readable .npy file ({error})") from error
-        if self.array.ndim != 2 or self.array.dtype.kind != "f":
+        Args:
+            texts: the training texts, with columns ``text``, ``role`` and ``digest``.
+            data: their configuration, for the advice in the error.
+
+        Raises:
+            JasperError: texts have no vector: how many, the first of them, and the likely reason.
+        """
+        if not self.keyed:
+            return f"{self.rows} vectors in the order of the training texts, from {self._listed()}"
+        batches = texts.select_columns(["digest"]).with_format("arrow").iter(65_536)
+        rows = np.concatenate([self._find(batch.column("digest").to_pylist()) for batch in batches])
+        if (rows < 0).any():
+            raise self._missing(texts.select(np.flatnonzero(rows < 0)), len(texts), data)
+        unused = self.rows - len(np.unique(rows))
+        return f"{len(texts)} training texts matched by digest or text; {unused} of {self.rows} rows were not needed"
+
+    def check_order(self, texts: Dataset, reference: Any) -> str:
+        """Check that vectors without keys are in the order of the training texts, and describe the outcome.
+
+        Args:
+            texts: the training texts, with columns ``text`` and ``role``.
+            reference: maps texts and roles to a list of similarity matrices, each (n, n).
+
+        Raises:
+            JasperError: the vectors fit their texts no better than in a random order, everywhere or in a part.
+        """
+        rows = self._sample()
+        vectors = normalised(self._gather(rows), self.name, rows.tolist(), None)
+        self._check_distinct(vectors)
+        if len(rows) < FEWEST:
+            return f"the order of {len(rows)} rows cannot be checked"
+        sampled = texts[rows.tolist()]
+        fit = fit_of_order(centred_similarities(vectors), reference(sampled["text"], sampled["role"]))
+        problem = self._order_problem(fit, rows)
+        if problem:
+            raise JasperError(f"{self.name}: row order? {problem}. Fix: {ADD_KEYS}")
+        return f"their order fits the texts (rank correlation {fit.correlation:.2f} on {len(rows)} texts)"
+
+    def _width(self, wanted: int | None) -> int:
+        widths = sorted({file.vectors.shape[1] for file in self.files})
+        if len(widths) > 1:
             raise JasperError(
-                f"{file}: expected floats of shape (texts, width), got {self.array.dtype} {self.array.shape}"
+                f"{self.name}: its files have vectors of different widths: {widths}. Fix: keep the files of one model"
             )
-        self.rows, self.width = self.array.shape
+        if wanted is not None and wanted > widths[0]:
+            raise JasperError(
+                f"{self.name}: truncate_dim {wanted} is more than the width {widths[0]}. Fix: lower truncate_dim"
+            )
+        return wanted or widths[0]
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.array[start:stop]
+    def _check_count(self, rows: int) -> None:
+        if self.rows != rows:
+            raise JasperError(
+                f"{self.name}: {self.rows} vectors for {rows} training texts (expected one for each text, from "
+                f"{self._listed()}). Fix: {ADD_KEYS}"
+            )
 
-    def digests(self, start: int, stop: int) -> list[str] | None:
+    def _sort_keys(self) -> None:
+        shifted = [
+            Keys(file.keys.digests, file.keys.rows + start, file.keys.exact)
+            for file, start in zip(self.files, self.starts, strict=False)
+            if file.keys is not None
+        ]
+        digests, rows, exact = (np.concatenate(part) for part in zip(*shifted, strict=True))
+        order = np.lexsort((~exact, digests[:, 1], digests[:, 0]))  # exact texts first
+        self._keys = Keys(digests[order], rows[order], exact[order])
+        self._check_duplicates()
+
+    def _check_duplicates(self) -> None:
+        digests, rows, exact = self._keys
+        same = (digests[1:] == digests[:-1]).all(axis=1) & (exact[1:] == exact[:-1])
+        doubles = np.flatnonzero(same)
+        for start in range(0, len(doubles), CHUNK):
+            at = doubles[start : start + CHUNK]
+            one, other = (_unit(self._gather(rows[place])) for place in (at, at + 1))
+            for differs in np.flatnonzero((one * other).sum(axis=1) < SAME)[:1]:
+                raise JasperError(
+                    f"{self.name}: {self._place(rows[at[differs]])} and {self._place(rows[at[differs] + 1])} have the "
+                    "same text and different vectors. Fix: keep one of them, or tell them apart by a column `role` "
+                    "(query or document)"
+                )
+
+    def _find(self, digests: Sequence[str]) -> np.ndarray:
+        """Rows of texts among all files, -1 where there are none. (n,) int64"""
+        wanted, keys = digest_keys(digests), self._keys
+        # Two of a billion texts agree in their first 64 bits with a probability of 3 %; such a text counts as missing.
+        at = np.minimum(np.searchsorted(keys.digests[:, 0], wanted[:, 0]), len(keys.rows) - 1)
+        return np.where((keys.digests[at] == wanted).all(axis=1), keys.rows[at], -1)
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        """Vectors of some rows among all files. (n, width) float32"""
+        out = np.empty((len(rows), self.width), np.float32)
+        owners = np.searchsorted(self.starts, rows, side="right") - 1
+        for owner in np.unique(owners):
+            at = np.flatnonzero(owners == owner)
+            at = at[np.argsort(rows[at], kind="stable")]  # as they are on the disk
+            out[at] = self.files[owner].vectors[rows[at] - self.starts[owner], : self.width]
+        return out
+
+    def _place(self, row: int) -> str:
+        owner = bisect_right(self.starts, int(row)) - 1
+        return f"{self.files[owner].file.name} row {int(row) - self.starts[owner]}"
+
+    def _missing(self, missing: Dataset, count: int, data: DataConfig) -> JasperError:
+        named = ", ".join(
+            f"{row['text'][:50]!r} ({row['role']})" for row in missing.select(range(min(3, len(missing))))
+        )
+        wanted = {normal_form(text) for text in missing[:CHUNK]["text"]}
+        near = len(wanted.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
+        reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
+        fix = f"add the missing texts. {TEXTS}"
+        if not near and (data.cut_share or data.shuffle_share):
+            fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0, to train on whole texts only"
+        return JasperError(
+            f"{self.name}: {len(missing)} of {count} training texts have no vector among {self.rows} rows: {named}. "
+            f"{reason}Fix: {fix}"
+        )
+
+    def _sample(self) -> np.ndarray:
+        """Rows spread over all files, and some of each file."""
+        rows = [np.linspace(0, self.rows - 1, SAMPLE)]
+        rows += [np.linspace(a, b - 1, SAMPLE_OF_FILE) for a, b in zip(self.starts, self.starts[1:], strict=False)]
+        chosen = np.unique(np.concatenate(rows).round().astype(np.int64))
+        thinned = np.linspace(0, len(chosen) - 1, min(len(chosen), LARGEST_SAMPLE)).round().astype(np.int64)
+        return chosen[thinned]
+
+    def _check_distinct(self, vectors: np.ndarray) -> None:
+        if len(vectors) > 1 and np.allclose(vectors, vectors[0], atol=1e-6):
+            raise JasperError(f"{self.name}: all vectors are the same. Fix: encode the texts again")
+
+    def _order_problem(self, fit: Fit, rows: np.ndarray) -> str | None:
+        measured = (
+            f"rank correlation with the texts' similarities: got {fit.correlation:.2f}, expected about 0.1 to 0.9"
+        )
+        if not fit.is_significant:
+            return f"The vectors fit the training texts no better than in a random order ({measured})"
+        if fit.block is not None:
+            first, last = (self._place(rows[at]) for at in (fit.block[0], fit.block[1] - 1))
+            return f"From {first} to {last} the vectors do not fit the training texts ({measured})"
+        if fit.wrong:
+            return f"About {fit.wrong:.0%} of the vectors do not fit the training texts ({measured})"
         return None
 
-
-class _Parquet:
-    def __init__(self, file: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.file = file
-        try:
-            self.parquet = pq.ParquetFile(file, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise JasperError(f"{file}: not a readable parquet file ({error})") from error
-        schema = self.parquet.schema_arrow
-        lists = [field.name for field in schema if _is_vector(field.type)]
-        named = [name for name in lists if name in ("vector", "embedding")] or lists
-        if len(named) != 1:
-            raise JasperError(
-                f"{file}: expected one column of vectors (lists of numbers), called `vector`; columns: "
-                + ", ".join(f"{field.name} ({field.type})" for field in schema)
-            )
-        self.column = named[0]
-        self.has_digests = "digest" in schema.names
-        groups = [self.parquet.metadata.row_group(i).num_rows for i in range(self.parquet.num_row_groups)]
-        self.starts = np.cumsum([0, *groups]).tolist()
-        self.rows = self.starts[-1]
-        self.width = len(self._table(0, 1).column(self.column)[0]) if self.rows else 0
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        column = self._table(start, stop).column(self.column)
-        rows = column.to_pylist() if column.null_count else None
-        for offset, row in enumerate(rows or []):
-            if row is None:
-                raise JasperError(f"{self.file}: row {start + offset} is null")
-        flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
-        if flat.size != (stop - start) * self.width:
-            lengths = [len(row) for row in column.to_pylist()]
-            offset = next(i for i, n in enumerate(lengths) if n != self.width)
-            raise JasperError(
-                f"{self.file}: row {start + offset} has {lengths[offset]} coordinates, the first row {self.width}"
-            )
-        return flat.reshape(stop - start, self.width)
-
-    def digests(self, start: int, stop: int) -> list[str] | None:
-        return self._table(start, stop).column("digest").to_pylist() if self.has_digests else None
-
-    def _table(self, start: int, stop: int):  # type: ignore[no-untyped-def]
-        first, last = bisect_right(self.starts, start) - 1, bisect_right(self.starts, stop - 1)
-        columns = [self.column] if not self.has_digests else [self.column, "digest"]
-        table = self.parquet.read_row_groups(list(range(first, last)), columns=columns)
-        return table.slice(start - self.starts[first], stop - start)
-
-
-def _is_vector(kind: Any) -> bool:
-    """Whether an Arrow type is that of lists of numbers."""
-    from pyarrow import types
-
-    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        return False
-    return types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
+    def _listed(self) -> str:
+        names = [file.file.name for file in self.files]
+        listed = ", ".join(names if len(names) < 4 else [names[0], names[1], "...", names[-1]])
+        return "; ".join([listed, *_oddities(user_path(self.name), [file.file for file in self.files])])
 
 
 def _files(config: TeacherConfig) -> list[Path]:
-    path = Path(str(config.vectors)).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    else:
-        found = [path] if path.is_file() and path.suffix in SUFFIXES else []
+    path, found = user_path(str(config.vectors)), vector_paths(str(config.vectors))
     if not found:
+        nested = ", ".join(_nested(path)[:3]) if path.is_dir() else ""
         raise JasperError(
-            f"{path}: no teacher vectors here; expected a .npy or .parquet file, or a folder of them, with a row for "
-            f"each training text: {TEXTS}"
+            f"{path}: no teacher vectors here (expected a {KINDS} file, or a folder of them"
+            + (f"; folders in it are not read: {nested}" if nested else "")
+            + f"). Fix: write a vector for each training text there. {TEXTS}"
         )
     return found
+
+
+def _nested(folder: Path) -> list[str]:
+    """Folders in a folder that hold files of vectors."""
+    inner = {file.relative_to(folder).parts[0] for file in listed_files(folder, SUFFIXES) if file.parent != folder}
+    return sorted(inner)
+
+
+def _check_names(files: list[Path]) -> None:
+    """Refuse file names that do not say which file comes first, and shards that are not all there."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        stem = re.sub(r"\d+", lambda digits: digits[0].lstrip("0"), _stem(file).casefold())
+        other = seen.setdefault(stem, file)
+        if other != file:
+            raise JasperError(
+                f"{file}: its place is ambiguous, next to {other.name}. Fix: delete one of them, or {ADD_KEYS}"
+            )
+    totals = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)$", _stem(file)))}
+    if totals and totals != {len(files)}:
+        raise JasperError(
+            f"{files[0].parent}: {len(files)} files, whose names say that there are {sorted(totals)}. "
+            "Fix: add the missing files, and remove others"
+        )
+
+
+def _oddities(path: Path, files: list[Path]) -> list[str]:
+    """Describe what is odd about a folder: a gap in the files' numbers, and folders that are not read."""
+    if not path.is_dir():
+        return []
+    numbers = [int(found[-1]) for file in files if (found := re.findall(r"\d+", _stem(file)))]
+    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+    nested = _nested(path)
+    odd = ["their numbers have a gap"] if len(numbers) == len(files) and len(steps) > 1 else []
+    return odd + ([f"folders in it are not read: {', '.join(nested[:3])}"] if nested else [])
+
+
+def _stem(file: Path) -> str:
+    return next(file.name[: -len(suffix)] for suffix in SUFFIXES if file.name.lower().endswith(suffix))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)

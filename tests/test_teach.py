@@ -494,9 +494,14 @@ def test_a_cache_that_is_a_file_is_said(tiny_bert: Path, texts: Dataset, config_
 # ready vectors
 
 
+def narrowed(vectors: np.ndarray) -> np.ndarray:
+    """Six random directions of real vectors: those of alike texts stay alike. (n, 6)"""
+    return vectors @ np.random.default_rng(0).standard_normal((vectors.shape[1], 6)).astype(np.float32)
+
+
 @pytest.fixture
-def ready(tmp_path: Path, texts: Dataset) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
+def ready(reference: np.ndarray) -> np.ndarray:
+    return narrowed(reference)
 
 
 def save_parquet(path: Path, vectors: np.ndarray, digests: list[str] | None = None) -> None:
@@ -528,11 +533,11 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
             quiet(config_of({"vectors": str(path)}), texts)
 
     path = tmp_path / "v.npy"
-    refused("no teacher vectors here; expected a .npy or .parquet file")
+    refused(r"no teacher vectors here \(expected a .npy, .parquet or .jsonl")
     path.write_bytes(b"not an array")
     refused("not a readable .npy file")
     np.save(path, ready[0])
-    refused(r"expected floats of shape \(texts, width\), got float32 \(6,\)")
+    refused(r"got float32 \(6,\), expected floats of shape \(texts, width\)")
     np.save(path, ready[:150])
     refused("150 vectors for 200 training texts")
     for bad, word in ((np.nan, "not finite"), (0, "zero")):
@@ -543,8 +548,10 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
     path = tmp_path / "v.parquet"
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
-    save_parquet(path, ready, [*texts["digest"][1:], texts["digest"][0]])
-    refused("row 0 is the vector of another text")
+    save_parquet(path, ready, [text_digest("another text"), *texts["digest"][1:]])
+    refused(
+        "1 of 200 training texts have no vector among 200 rows: 'The old lighthouse keeper repaired the broken tele"
+    )
     rows = ready.tolist()
     rows[120] = rows[120][:5]
     pq.write_table(pa.table({"embedding": rows}), path)
@@ -555,7 +562,7 @@ def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_o
     for columns in ({"one": rows, "two": rows}, {"vector": [["a", "b"]] * 200}):
         pq.write_table(pa.table(columns), path)
         told = ", ".join(rf"{name} \(list<.*>\)" for name in columns)
-        refused(rf"expected one column of vectors \(lists of numbers\), called `vector`; columns: {told}")
+        refused(rf"expected one column of vectors \(lists of floats; got columns {told}\)")
     path = tmp_path / "both"
     path.mkdir()
     np.save(path / "a.npy", ready)
@@ -589,8 +596,8 @@ def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
     np.save(tmp_path / "v.npy", ready)
     refused(vectors, "text row 101 is not finite", STAGE["weights"])
     vectors = {"vectors": str(tmp_path / "v.parquet")}
-    save_parquet(tmp_path / "v.parquet", ready, [*texts["digest"][1:], texts["digest"][0]])
-    refused(vectors, "row 0 is the vector of another text", STAGE["weights"])
+    save_parquet(tmp_path / "v.parquet", ready, [text_digest("another text"), *texts["digest"][1:]])
+    refused(vectors, "1 of 200 training texts have no vector", STAGE["weights"])
 
 
 # the command
@@ -646,7 +653,7 @@ def test_texts_are_written_for_vectors_that_are_made_elsewhere(
     assert teach.main(command) == 0 and "200 targets are ready, of width 6" in capsys.readouterr().out
     other = vectors.rename(tmp_path / "other.parquet")
     pq.write_table(pq.read_table(other).slice(1), vectors)
-    with pytest.raises(JasperError, match="199 vectors for 200 training texts.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="1 of 200 training texts have no vector.*--texts texts.parquet"):
         teach.main(command)
 
 
@@ -665,8 +672,10 @@ run_cli(teach.main)
 """
 
 
-def test_two_processes_share_the_work(run_file: Path, ready: np.ndarray, tmp_path: Path) -> None:
-    np.save(tmp_path / "vectors.npy", ready)
+def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    given = load_config(run_file)
+    in_order = build_texts(given.data, given.data.seed)["text"][:]
+    np.save(tmp_path / "vectors.npy", narrowed(load_teacher(TeacherConfig(model=str(tiny_bert))).encode(in_order)))
     teachers = json.dumps([{"vectors": str(tmp_path / "vectors.npy")}])
     command = [sys.executable, "-c", SLOW_FIRST, "--config", str(run_file), "--teachers", teachers]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,0 +1,258 @@
+"""Read files of precomputed vectors: .npy, .parquet and .jsonl, with the texts that the rows belong to if they say so.
+
+A row's key is the digest of its training text (`data.text_digest`), from a column ``digest``, or from ``text`` and
+``role``. Vectors stay on disk: .npy files are memory-mapped, others are copied to a temporary file first.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jasper_fast.data import text_digest
+from jasper_fast.errors import JasperError
+from jasper_fast.files import disk_errors
+from jasper_fast.lending import digest_keys
+from jasper_fast.listing import listed_files, user_path
+from jasper_fast.row_reader import packed, read_rows
+
+SUFFIXES = (".npy", ".parquet", *packed(".jsonl"))
+KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
+NAMES = ("vector", "embedding")  # of the column of vectors, if several columns hold lists of numbers
+ROLES = ("document", "query")
+BATCH = 1024  # rows
+LARGEST = 10**38  # what float32 can hold, nearly
+
+
+class Keys(NamedTuple):
+    """The training texts that rows of a file belong to; a row may have several keys."""
+
+    digests: np.ndarray  # (k, 2) uint64
+    rows: np.ndarray  # (k,) int64
+    exact: np.ndarray  # (k,) bool; False: of the row's text without white space at its ends
+
+
+class VectorFile(NamedTuple):
+    """The rows of one file."""
+
+    file: Path
+    vectors: np.ndarray  # (rows, width) float, memory-mapped
+    keys: Keys | None  # None: the file has no column ``digest`` or ``text``
+
+
+class Batch(NamedTuple):
+    """Some rows of a parquet or JSONL file."""
+
+    vectors: np.ndarray  # (B, width) float
+    columns: dict[str, list[Any]]  # those of ``digest``, ``text`` and ``role`` that the file has
+    place: Callable[[int], str]  # where a row of the batch is, for errors
+
+
+def vector_paths(name: str) -> list[Path]:
+    """List a file, or a folder's files in natural order; an empty list if there are none of a known kind."""
+    path = user_path(name)
+    if path.is_dir():
+        return listed_files(path, SUFFIXES, recursive=False)
+    return [path] if path.is_file() and path.name.lower().endswith(SUFFIXES) else []
+
+
+def open_vectors(file: Path, scratch: Path | None = None) -> VectorFile:
+    """Open a file of vectors.
+
+    Args:
+        file: .npy with floats of shape (rows, width); or .parquet or .jsonl (compressed or not) with one column of
+            lists of floats, or with one called ``vector`` or ``embedding``.
+        scratch: folder for the temporary copy of a .parquet or .jsonl file. None: the system's.
+
+    Raises:
+        JasperError: the file cannot be read or has another form, a row has another width or a key is missing.
+    """
+    if file.suffix.lower() == ".npy":
+        return VectorFile(file, _open_npy(file), None)
+    return _copy(file, _batches(file), scratch)
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    """Yield the texts of a parquet or JSONL file that has a column ``text``, else nothing."""
+    if file.suffix.lower() != ".npy":
+        for batch in _batches(file):
+            yield from batch.columns.get("text", ())
+
+
+def _batches(file: Path) -> Iterator[Batch]:
+    return _parquet_batches(file) if file.suffix.lower() == ".parquet" else _jsonl_batches(file)
+
+
+def _open_npy(file: Path) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
+        raise JasperError(f"{file}: not a readable .npy file ({error}). Fix: write it with numpy.save") from error
+    if not isinstance(array, np.ndarray):
+        raise JasperError(f"{file}: holds an .npz archive (expected one array). Fix: write it with numpy.save")
+    if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+        raise JasperError(
+            f"{file}: unusable array (got {array.dtype} {array.shape}, expected floats of shape (texts, width)). "
+            "Fix: save float vectors, one row a text"
+        )
+    return array
+
+
+def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorFile:
+    """Copy the vectors of all batches to a nameless temporary file and map it."""
+    keys: list[Keys] = []
+    rows = width = 0
+    dtype = np.dtype(np.float32)
+    with disk_errors(scratch or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=scratch) as copy:
+        for batch in batches:
+            if rows and batch.vectors.shape[1] != width:
+                raise _other_width(batch.place(0), batch.vectors.shape[1], width)
+            if not rows:
+                width, dtype = batch.vectors.shape[1], batch.vectors.dtype
+            copy.write(batch.vectors.astype(dtype, copy=False).tobytes())
+            keys += _keys(batch, rows)
+            rows += len(batch.vectors)
+        if not rows or not width:
+            raise JasperError(f"{file}: holds no vectors. Fix: write one row a training text")
+        copy.flush()
+        vectors = np.memmap(copy, dtype, "r", shape=(rows, width))
+    return VectorFile(file, vectors, Keys(*map(np.concatenate, zip(*keys, strict=True))) if keys else None)
+
+
+def _keys(batch: Batch, first: int) -> list[Keys]:
+    """Digests of the texts of a batch: as they are given, or of the texts in their roles, or in both roles."""
+    columns, place, rows = batch.columns, batch.place, np.arange(first, first + len(batch.vectors))
+    if "digest" in columns:
+        _check(columns["digest"], r"[0-9a-fA-F]{32}", "digest", "one that `teach --texts` wrote", place)
+        return [Keys(digest_keys(columns["digest"]), rows, np.ones(len(rows), bool))]
+    if "text" not in columns:
+        return []
+    texts = columns["text"]
+    _check(texts, "(?s).*", "text", "a text", place)
+    roles: list[tuple[str, ...]] = [ROLES] * len(texts)
+    if "role" in columns:
+        _check(columns["role"], "document|query", "role", "'document' or 'query'", place)
+        roles = [(role,) for role in columns["role"]]
+    bare = [text.strip() for text in texts]
+    changed = [row for row, text in enumerate(texts) if text != bare[row]]
+    return [_text_keys(texts, roles, rows, range(len(texts)), True), _text_keys(bare, roles, rows, changed, False)]
+
+
+def _text_keys(
+    texts: list[str], roles: Sequence[tuple[str, ...]], rows: np.ndarray, chosen: Sequence[int], exact: bool
+) -> Keys:
+    digests = [text_digest(texts[row], role) for row in chosen for role in roles[row]]
+    owners = np.array([rows[row] for row in chosen for _ in roles[row]], np.int64)
+    return Keys(digest_keys(digests), owners, np.full(len(owners), exact))
+
+
+def _check(values: list[Any], form: str, column: str, expected: str, place: Callable[[int], str]) -> None:
+    for row, value in enumerate(values):
+        if not isinstance(value, str) or re.fullmatch(form, value) is None:
+            raise JasperError(
+                f"{place(row)}: unusable `{column}` (got {str(value)[:60]!r}, expected {expected}). "
+                f"Fix: give every row one, or leave the column `{column}` out"
+            )
+
+
+def _parquet_batches(file: Path) -> Iterator[Batch]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            schema = parquet.schema_arrow
+            described = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            name = _vector_column([field.name for field in schema if _is_vector(field.type)], file, described)
+            if len(set(schema.names)) < len(schema.names):
+                raise JasperError(f"{file}: two columns have one name ({described}). Fix: rename one of them")
+            keys = [key for key in ("digest", "text", "role") if key in schema.names]
+            first, width = 0, 0
+            for batch in parquet.iter_batches(BATCH, columns=[name, *keys]):
+                if not len(batch):
+                    continue
+                column, place = batch.column(name), _placer(f"{file}: row", first)
+                width = width or len(column[0] if column[0].is_valid else ())
+                vectors = _rectangle(column, width, place)
+                yield Batch(vectors, {key: batch.column(key).to_pylist() for key in keys}, place)
+                first += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise JasperError(
+            f"{file}: not a readable parquet file ({error}). Fix: write it again, or check that it is complete"
+        ) from error
+
+
+def _placer(before: str, first: int) -> Callable[[int], str]:
+    return lambda row: f"{before} {first + row}"
+
+
+def _rectangle(column: Any, width: int, place: Callable[[int], str]) -> np.ndarray:
+    """An Arrow column of lists of one length as an array. (B, width) float"""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # NaN: null
+    for row in np.flatnonzero(lengths != width)[:1]:
+        if not np.isfinite(lengths[row]):
+            raise JasperError(f"{place(row)} is null. Fix: give every row a vector")
+        raise _other_width(place(row), int(lengths[row]), width)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _is_vector(kind: Any) -> bool:
+    """Tell whether an Arrow type is that of lists of floats."""
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return is_list and types.is_floating(kind.value_type)
+
+
+def _jsonl_batches(file: Path) -> Iterator[Batch]:
+    rows = read_rows(file)
+    name, keys, width = "", list[str](), 0
+    while batch := list(islice(rows, BATCH)):
+        places, cells = zip(*batch, strict=True)
+        if not name:
+            lists = [key for key, value in cells[0].items() if _is_numbers(value)]
+            name = _vector_column(lists, file, ", ".join(cells[0]))
+            keys = [key for key in ("digest", "text", "role") if key in cells[0]]
+            width = len(cells[0][name])
+        vectors = np.empty((len(cells), width), np.float32)
+        for row, cell in enumerate(cells):
+            vectors[row] = _numbers(cell.get(name), width, places[row])
+        yield Batch(vectors, {key: [cell.get(key) for cell in cells] for key in keys}, places.__getitem__)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
+
+
+def _numbers(value: Any, width: int, place: str) -> list[float]:
+    if not _is_numbers(value):
+        raise JasperError(f"{place}: has no vector (expected a list of numbers). Fix: give every row a vector")
+    if len(value) != width:
+        raise _other_width(place, len(value), width)
+    return value
+
+
+def _vector_column(lists: list[str], file: Path, described: str) -> str:
+    named = [name for name in lists if name in NAMES] or lists
+    if len(named) == 1:
+        return named[0]
+    raise JasperError(
+        f"{file}: expected one column of vectors (lists of floats; got columns {described}). "
+        "Fix: call the column of vectors `vector`"
+    )
+
+
+def _other_width(place: str, got: int, expected: int) -> JasperError:
+    return JasperError(f"{place} has {got} coordinates, the first row {expected}. Fix: give all vectors one width")
