@@ -143,7 +143,7 @@ def describe_plan(config: Config, folder: Path) -> str:
     """Describe what a run would do, stage by stage, with every parameter that trains.
 
     Raises:
-        JasperError: what a run would reject before its first step. No teacher is run.
+        JasperError: what a run would reject before its first step. Teachers are loaded for it, one at a time.
     """
     from jasper_fast.teach import check_targets
 

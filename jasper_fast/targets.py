@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,6 @@ def open_all(
     place: Place,
     student: Student | None,
     say: Callable[[str], None],
-    known: Mapping[int, int] | None = None,
 ) -> dict[str, Opened]:
     """Open every teacher that has work left, so that an error of any is raised before another one's long work.
 
@@ -47,7 +46,6 @@ def open_all(
         place: of this process.
         student: before training, for the order of vectors without keys. None: built if it is needed.
         say: shows a message.
-        known: widths of models by position, which are not loaded then. None: load them.
 
     Returns:
         The first of them, which is needed next, by its cache's fingerprint.
@@ -57,26 +55,22 @@ def open_all(
             widths, or the disk is too small.
     """
     opened: dict[str, Opened] = {}
-    widths: list[int | None] = []
+    widths: list[int] = []
     needed = 0  # bytes
-    for position, (teacher, cache) in reversed([*enumerate(zip(config.teachers, caches, strict=True))]):
+    for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
         missing = [shard for shard in range(cache.shards) if not cache.has(shard)]
         if not missing:
-            width: int | None = cache.facts(0)["width"]
-        elif teacher.model is not None and known is not None:
-            width = known.get(position)
+            width: int = cache.facts(0)["width"]
         else:
             opened.clear()  # one at a time: all might not fit into memory
             opened[cache.fingerprint] = open_teacher(config, teacher, cache)
             width = opened[cache.fingerprint].width
             _check_vectors(opened[cache.fingerprint], config, cache, texts, place, student, say)
-        if missing and width is not None:
             _check_width(cache, width)
             rows = sum(stop - start for start, stop in map(cache.span, missing))
             needed += rows * (width * (2 if config.data.cache_dtype == "float16" else 1) + 48)
         widths.insert(0, width)
-    if None not in widths:
-        check_losses(config, [width for width in widths if width is not None])
+    check_losses(config, widths)
     check_room(
         caches[0].folder.parent,
         needed,

@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -167,25 +167,22 @@ def check_targets(
     config: Config,
     texts: Dataset,
     student: Student,
-    widths: Mapping[int, int] | None = None,
     *,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
-    """Check what `ensure_teachers` checks before it encodes, without running or loading a teacher.
+    """Check what `ensure_teachers` checks before it encodes: load every teacher that has work left, one at a time.
 
     Args:
         config: the run.
         texts: columns ``text``, ``role`` and ``digest``.
         student: before training, for the order of vectors without keys.
-        widths: of the vectors of loaded teachers, by position. A width that neither this nor the cache has is unknown:
-            then the losses are not compared with the widths.
         shard_rows: texts per shard.
 
     Raises:
-        JasperError: as `ensure_teachers`, for vectors, widths and the disk.
+        JasperError: as `ensure_teachers`, for models, vectors, widths and the disk.
     """
     caches = teacher_caches(config, texts, shard_rows)
-    open_all(config, caches, texts, (0, 1), student, print_error, widths or {})
+    open_all(config, caches, texts, (0, 1), student, print_error)
 
 
 def _fill(

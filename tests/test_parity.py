@@ -16,6 +16,7 @@ from jasper_fast.config import StudentConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.export import export_flat, export_onnx, export_student
 from jasper_fast.model import Student
+from jasper_fast.parity import check_export
 
 TEXTS = ["forty boxes of apples", "one", "the city council quietly sold the wooden bridge near the station"]
 PROMPTS = {"query": "the old bridge: ", "document": ""}
@@ -100,9 +101,10 @@ def test_an_export_that_differs_is_not_published(
 
 
 def test_a_check_leaves_the_student_as_it_was(student: Student, tmp_path: Path) -> None:
+    export_student(student, tmp_path / "model")
     student.train()
     state = torch.get_rng_state()
-    export_student(student, tmp_path / "model")
+    check_export(student, tmp_path / "model")
     assert student.training and torch.equal(torch.get_rng_state(), state)
 
 
