@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast.config_text import NOT_YAML, DuplicateKey, parse_yaml
-from jasper_fast.errors import ConfigError, JasperError
+from jasper_fast.errors import ConfigError
 
 CONFIG_FILES = (".yaml", ".yml", ".json")
 
@@ -70,19 +70,6 @@ def override(
             node[last] = value
     except (IndexError, TypeError, DuplicateKey) as error:
         problems.append(f"--{key}: {error}")
-
-
-def refuse_config_file(name: str, command: str) -> None:
-    """Refuse a configuration file where a command takes a model.
-
-    Raises:
-        JasperError: ``name`` is one.
-    """
-    if name.endswith(CONFIG_FILES) and not Path(name).is_dir():
-        raise JasperError(
-            f"{name}: a configuration, not a model; `{command}` takes a run folder or a model. "
-            f"Fix: run `python -m jasper_fast.train --config {name}` and give the folder that it prints"
-        )
 
 
 def _unexpected(argument: str) -> str:

@@ -13,7 +13,7 @@ from jasper_fast.config_checks import run_problems
 
 Location = tuple[int | str, ...]
 LONGEST = 200  # characters of a value that a message repeats
-MOST_MEANT = 3  # keys that a message proposes
+MOST_MEANT = 4  # keys that a message proposes
 # Names that other tools have for a field.
 OTHER_NAMES = {
     "learning_rate": "lr",
@@ -109,7 +109,9 @@ def _explain(error: Any) -> list[str]:
     hidden = isinstance(given, (dict, BaseModel)) or error["type"] == "missing"
     shown = repr(given) if len(repr(given)) <= LONGEST else repr(given)[: LONGEST - 1] + "…"
     ours = error["type"] == "value_error"  # our own messages may contain the value
-    lines = [f"{line}{'' if hidden or ours and repr(given) in line else f', got {shown}'}" for line in message.splitlines()]
+    lines = [
+        f"{line}{'' if hidden or ours and repr(given) in line else f', got {shown}'}" for line in message.splitlines()
+    ]
     return [f"{key}: {line}" if key else line for line in lines]
 
 

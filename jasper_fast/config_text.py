@@ -16,7 +16,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from jasper_fast.errors import ConfigError
 
 MOST_VALUES = 100_000  # of one document, aliases expanded; the longest recipe has a few hundred
-# ruamel.yaml lets Python's own errors through: an impossible date, tag, escape or version, 5,000 digits, 1,000 brackets.
+# ruamel.yaml lets Python's own errors through: an impossible date, tag, escape or version, 5,000 digits, deep nesting.
 NOT_YAML = (YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RecursionError)
 
 

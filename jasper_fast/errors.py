@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from jasper_fast.output import open_standard_streams, output_status, tolerant_output, drop_buffers
+from jasper_fast.output import drop_buffers, open_standard_streams, output_status, tolerant_output
 
 
 class JasperError(Exception):
@@ -23,7 +23,10 @@ class ConfigError(JasperError):
     """
 
     def __init__(
-        self, problems: Sequence[str], where: str = "the configuration", others: Mapping[str, Sequence[str]] | None = None
+        self,
+        problems: Sequence[str],
+        where: str = "the configuration",
+        others: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         places = {where: problems, **(others or {})}
         self.problems = [problem for listed in places.values() for problem in listed]
@@ -64,8 +67,8 @@ class Problems(list[str]):
 def run_cli(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     """Run a command's ``main(argv)`` and end the process: a JasperError becomes one message and exit status 2.
 
-    Output never ends the work: see :mod:`jasper_fast.output`. Where it fails, a command whose product is its output ends
-    with 141 (a closed pipe) or 1; a command that resumes has its product in files and ends as if nothing had failed.
+    Output never ends the work (:mod:`jasper_fast.output`). If it fails, a command whose product is its output exits
+    with 141 (a closed pipe) or 1. A command that resumes writes files and exits as if nothing had failed.
 
     Args:
         resumes: whether the same command resumes after an interruption.

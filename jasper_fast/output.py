@@ -15,8 +15,8 @@ PIPE_CLOSED = 128 + 13  # a shell's status for a command that SIGPIPE ended
 class TolerantStream:
     """A text stream that shows what it can and drops the rest.
 
-    Characters beyond the encoding become backslash escapes. After a failed write (a closed pipe, a full disk) the stream
-    is silent, and ``error`` holds the reason.
+    Characters beyond the encoding become backslash escapes. After a failed write (a closed pipe, a full disk) the
+    stream is silent, and ``error`` holds the reason.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -24,7 +24,7 @@ class TolerantStream:
         self.error: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
-        """Write ``text`` as far as the stream can show it."""
+        """Write ``text``, with escapes for what the stream cannot show."""
         if self.error is None:
             try:
                 self._write(text)
@@ -86,7 +86,7 @@ def output_status(out: TolerantStream) -> int:
     """Return the exit status that a failed standard output deserves, and say on standard error what failed.
 
     Returns:
-        141 if the reader closed the pipe, as for a command that SIGPIPE ends; 1 for another reason; 0 if nothing failed.
+        141 if the reader closed the pipe, as for a command that SIGPIPE ends, 1 for another reason, 0 for no failure.
     """
     if out.error is None:
         return 0
