@@ -1,8 +1,8 @@
 """Retrieval scores between pictures and their captions, with a floor and a reference, and a contact sheet.
 
-Floor: a ridge regression from the picture's pixels and their spectrum onto captions' vectors. Reference: a picture whose
-vector is that of its other captions, all but the one that asks; a picture with one caption has none. A student can beat
-the reference, because it sees the picture and not only what others wrote about it.
+Floor: a ridge regression from the picture's pixels and their spectrum onto captions' vectors. Reference: a picture
+whose vector is that of its other captions, all but the one that asks; a picture with one caption has none. A student
+can beat the reference, because it sees the picture and not only what others wrote about it.
 """
 
 from __future__ import annotations

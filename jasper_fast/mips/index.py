@@ -59,6 +59,11 @@ class FlatIPIndex:
     def __len__(self) -> int:
         return self._rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and copy keep: the rows, without the room for more, which a copy must not share."""
+        pieces = [piece.compact() for _, piece in self.pieces()]
+        return {**self.__dict__, "_full": pieces, "_open": None}
+
     def __repr__(self) -> str:
         return f"FlatIPIndex({len(self)} rows, dim={self.dim}, dtype={self.dtype!r}, device={str(self.device)!r})"
 

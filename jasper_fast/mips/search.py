@@ -326,20 +326,48 @@ def _rows_for(scratch: int, piece: Piece, size: int, bytes_each: int) -> int:
 
 
 def as_tensor(array: Any, name: str) -> Tensor:
-    """A tensor that shares memory with a numpy array, or the tensor itself."""
+    """Return a tensor that shares memory with a numpy array, or the tensor itself without its gradient.
+
+    Raises:
+        TypeError: another type, another kind of numbers, or a tensor without ordinary memory.
+        ValueError: a masked array with masked entries.
+    """
     if isinstance(array, Tensor):
-        return array.detach()
+        return _plain_tensor(array, name)
+    _check_mask(array, name)
     if not isinstance(array, np.ndarray):
         raise TypeError(
             f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}: convert it with numpy.asarray"
         )
     if array.dtype.kind not in "fb":
         raise TypeError(f"{name} must hold floats, got {array.dtype}: convert them with .astype(numpy.float32)")
+    if array.dtype.itemsize > 8:
+        raise TypeError(f"{name} must not hold {array.dtype}: convert them with .astype(numpy.float64)")
+    array = np.asarray(array)  # of a subclass the array itself
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we only read it
         return torch.from_numpy(array)
+
+
+def _plain_tensor(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it with torch.nested.to_padded_tensor")
+    if tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: convert it with .to_dense()")
+    if tensor.is_meta:
+        raise TypeError(f"{name} is on the device meta and has no values: load it on a real device, e.g. cpu")
+    return tensor.detach().resolve_neg()
+
+
+def _check_mask(array: Any, name: str) -> None:
+    """Reject masked entries: a search would take what is under the mask."""
+    if np.ma.is_masked(array):
+        raise ValueError(
+            f"{name} has {np.ma.count_masked(array)} masked entries; fill them with .filled(0), or leave out their rows"
+        )
 
 
 def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -356,7 +384,10 @@ def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
     """(N,) or (Q, N) bool on the device; empty where there is none."""
     if valid is None:
         return torch.empty(0, dtype=torch.bool, device=device)
-    if not isinstance(valid, Tensor):
+    if isinstance(valid, Tensor):
+        valid = _plain_tensor(valid, "valid")
+    else:
+        _check_mask(valid, "valid")
         valid = np.asarray(valid)
         if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
             valid = valid.astype(np.int64)
