@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jasper_fast.errors import ConfigError
 
@@ -64,13 +63,13 @@ def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = duplicates
     root = yaml.compose(text)
-    if root is not None and _size(root, {}) > MOST_VALUES:
+    nodes: dict[int, Node] = {}
+    if root is not None and _size(root, {}, nodes) > MOST_VALUES:
         raise ValueError(f"aliases expand to more than {MOST_VALUES:,} values or contain themselves")
-    try:
-        return yaml.load(text)
-    except DuplicateKeyError as error:
-        key = str(error.problem).partition("duplicate key ")[2].partition(" with value")[0].strip('"')
-        raise DuplicateKey(f"line {error.problem_mark.line + 1}: `{key}` is given twice. Fix: keep one") from None
+    if not duplicates:
+        for node in nodes.values():
+            _check_keys(node)
+    return yaml.load(text)
 
 
 def dump_yaml(tree: Any) -> str:
@@ -99,11 +98,17 @@ def yaml_problem(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _size(node: Node, known: dict[int, float]) -> float:
-    """Count the values of a node with its aliases expanded; infinite for a node that contains itself."""
+def _size(node: Node, known: dict[int, float], nodes: dict[int, Node]) -> float:
+    """Count the values of a node with its aliases expanded; infinite for a node that contains itself.
+
+    Args:
+        known: counts by node, filled in.
+        nodes: every node once, in the order of the text, filled in.
+    """
     if id(node) not in known:
+        nodes[id(node)] = node
         known[id(node)] = float("inf")  # until its parts are counted
-        known[id(node)] = 1 + sum(_size(part, known) for part in _parts(node))
+        known[id(node)] = 1 + sum(_size(part, known, nodes) for part in _parts(node))
     return known[id(node)]
 
 
@@ -113,3 +118,14 @@ def _parts(node: Node) -> Iterator[Node]:
     elif isinstance(node, MappingNode):
         for pair in node.value:
             yield from pair
+
+
+def _check_keys(node: Node) -> None:
+    """Reject a key that is there twice; ruamel.yaml misses it where a mapping merges another."""
+    seen = set()
+    for key, _ in node.value if isinstance(node, MappingNode) else ():
+        if not isinstance(key, ScalarNode):
+            continue
+        if (key.tag, key.value) in seen:
+            raise DuplicateKey(f"line {key.start_mark.line + 1}: `{key.value}` is given twice. Fix: keep one")
+        seen.add((key.tag, key.value))

@@ -83,11 +83,11 @@ def run_cli(main: Callable[[list[str]], int | None], resumes: bool = False) -> N
     sys.exit(status)
 
 
-def _status(main: Callable[[list[str]], int | None], resumes: bool) -> int | str | None:
+def _status(main: Callable[[list[str]], int | None], resumes: bool) -> int | str:
     try:
-        return main(sys.argv[1:])
+        return main(sys.argv[1:]) or 0
     except SystemExit as leaving:  # argparse: --help, or a wrong argument
-        return leaving.code
+        return leaving.code or 0
     except JasperError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -189,9 +189,9 @@ def check_place(path: str | Path) -> None:
     Raises:
         JasperError: it cannot.
     """
-    path = Path(path).absolute()
+    path = Path(path)
     with disk_errors(path):
-        there = next(place for place in path.parents if place.exists())
+        there = next(place for place in path.absolute().parents if place.exists())
         tempfile.TemporaryFile(dir=there).close()
 
 
@@ -262,15 +262,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _check_name(path: Path) -> None:
+    """Reject names that safetensors and tokenizers, which take file names as UTF-8, would not find or not write."""
     try:
-        name = os.fsencode(path)
+        readable = os.fsencode(path) == str(path).encode() and "\0" not in str(path)
     except UnicodeEncodeError:
-        encoding = sys.getfilesystemencoding()
+        readable = False
+    if not readable:
         raise JasperError(
-            f"{path}: no name for a file where the system's encoding is {encoding}. Fix: set PYTHONUTF8=1"
-        ) from None
-    if b"\0" in name:
-        raise JasperError(f"{str(path)!r}: no name for a file, because it contains a null character. Fix: remove it")
+            f"{str(path)!r}: not a name in UTF-8, which models need (the system's encoding is "
+            f"{sys.getfilesystemencoding()}). Fix: choose a name of plain letters, or set PYTHONUTF8=1"
+        )
 
 
 def _number(error: Exception) -> int:

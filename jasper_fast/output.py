@@ -29,7 +29,7 @@ class TolerantStream:
             try:
                 self._write(text)
             except (OSError, ValueError) as error:  # ValueError: somebody closed the stream
-                self.error = error
+                self.error = error.with_traceback(None)  # whose frames would keep open files open
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -43,14 +43,14 @@ class TolerantStream:
             try:
                 self.stream.flush()
             except (OSError, ValueError) as error:
-                self.error = error
+                self.error = error.with_traceback(None)
 
     def _write(self, text: str) -> None:
-        try:
+        with suppress(UnicodeEncodeError):
             self.stream.write(text)
-        except UnicodeEncodeError:
-            encoding = getattr(self.stream, "encoding", None) or "ascii"
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            return
+        encoding = getattr(self.stream, "encoding", None) or "ascii"
+        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
