@@ -191,6 +191,7 @@ def check_place(path: str | Path) -> None:
     """
     path = Path(path)
     with disk_errors(path):
+        _temporary(path).exists()  # an error if the name is too long
         there = next(place for place in path.absolute().parents if place.exists())
         tempfile.TemporaryFile(dir=there).close()
 

@@ -366,7 +366,7 @@ def _check_mask(array: Any, name: str) -> None:
     """Reject masked entries: a search would take what is under the mask."""
     if np.ma.is_masked(array):
         raise ValueError(
-            f"{name} has {np.ma.count_masked(array)} masked entries; fill them with .filled(0), or leave out their rows"
+            f"{name}: {np.ma.count_masked(array)} masked entries; fill them with .filled(0), or leave out their rows"
         )
 
 
