@@ -46,7 +46,8 @@ def _number(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # what libraries take
+Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # of a head: a layer of that width must fit memory
 Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # what is made of it with stage and step fits 64 bits
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
@@ -132,7 +133,7 @@ class StudentConfig(Section):
     model: str
     revision: str | None = None
     layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # first n, or which; None: all
-    heads: list[PositiveInt] = Field(min_length=1)  # widths; the widest is FC1
+    heads: list[Width] = Field(min_length=1)  # the widest is FC1
     head_type: Literal["independent", "prefix"] = "independent"
     head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
     max_length: PositiveInt = 512

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from jasper_fast.output import drop_buffers, open_standard_streams, output_status, tolerant_output
+
+# What the system refuses whoever asks, so that the user has to act.
+FIXES = {
+    errno.EACCES: "change its permissions, or run as a user who has them",
+    errno.EPERM: "change its permissions, or run as a user who has them",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "remove the link that leads to itself",
+    errno.EIO: "check the disk",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EROFS: "choose a place that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class JasperError(Exception):
@@ -90,6 +104,11 @@ def _status(main: Callable[[list[str]], int | None], resumes: bool) -> int | str
         return leaving.code or 0
     except JasperError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FIXES:  # a bug of ours may have others, e.g. a missing file
+            raise
+        print(f"error: {error.filename or 'the system'}: {error.strerror}. Fix: {FIXES[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted. Run the same command to resume." if resumes else "interrupted", file=sys.stderr)

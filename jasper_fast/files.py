@@ -192,8 +192,13 @@ def check_place(path: str | Path) -> None:
     path = Path(path)
     with disk_errors(path):
         _temporary(path).exists()  # an error if the name is too long
+        if path.is_symlink() and not path.exists():
+            raise FileExistsError(errno.EEXIST, "a link that leads nowhere")
         there = next(place for place in path.absolute().parents if place.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except FileNotFoundError:  # a file system of the kernel's, such as /proc
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def check_file(path: str | Path) -> None:

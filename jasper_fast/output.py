@@ -61,7 +61,7 @@ def tolerant_output() -> Iterator[TolerantStream]:
     """Let nothing that the block prints, progress bars included, end it with an error; yield its standard output."""
     before = sys.stdout, sys.stderr
     out, err = (_tolerant(stream) for stream in before)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:

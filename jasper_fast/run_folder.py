@@ -44,8 +44,9 @@ def existing_difference(path: Path, config: Config) -> list[str]:
         JasperError: the stored configuration cannot be read, or is of a version that this one does not understand.
     """
     old_file = path / CONFIG
-    if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
-        return []
+    with disk_errors(path):
+        if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
+            return []
     try:
         tree = read_yaml(old_file, str(old_file))
     except ConfigError as error:

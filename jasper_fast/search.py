@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 ENCODED_AT_ONCE = 4096  # texts; sorted by length among themselves
 SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
+SETTING_TYPES: dict[str, Any] = {"model": str, "revision": str, "width": int, "max_length": (int, type(None)), "role": str}
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ class TextIndex:
 
         path = Path(path)
         try:
-            settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-            name, self.width = model or settings["model"], int(settings["width"])
-            self.role = settings.get("role", "query")
+            settings = _read_settings(path / SETTINGS)
+            name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
             self.texts = read_mapped(path / TEXTS).column("text")
         except FileNotFoundError as error:
             missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
@@ -83,7 +83,7 @@ class TextIndex:
                 f"{path}: {missing if path.exists() else 'there is no such folder'}; make an index with "
                 "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
             ) from None
-        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
             raise JasperError(f"{path}: damaged ({error}); build the index again") from error
         self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
         if len(self.vectors) != len(self.texts):
@@ -180,6 +180,25 @@ def build(
         (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(kept, pa.large_string())})))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return len(kept)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Read an index's settings.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a setting is missing or of another type.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file.name} has no settings")
+    settings = {"role": "query", "max_length": None, **settings}  # which the first version lacked
+    for name, kinds in SETTING_TYPES.items():
+        if not isinstance(settings.get(name), kinds):
+            raise ValueError(f"{file.name}: {name} is {settings.get(name)!r}")
+    if settings["role"] not in ("query", "document"):
+        raise ValueError(f"{file.name}: role is {settings['role']!r}")
+    return settings
 
 
 def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidths, int]:

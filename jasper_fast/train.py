@@ -43,6 +43,7 @@ from jasper_fast.config import (
 from jasper_fast.encode import pick_device
 from jasper_fast.env import code_digest
 from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.files import check_place
 from jasper_fast.image_data import Images
 from jasper_fast.log import RunLog, SilentLog, Tracker, memory_gb, start_trackers
 from jasper_fast.losses import AnyOutput
@@ -488,6 +489,7 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         print(dump_config(config), end="")
     elif options.dry_run:
+        check_place(out)
         print(describe_plan(config, out))
     else:
         try:

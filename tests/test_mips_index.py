@@ -353,7 +353,7 @@ REFUSED = {
     "long double": (lambda x: x.astype(np.longdouble), TypeError, "convert them with .astype"),
     "sparse": (lambda x: torch.tensor(x).to_sparse(), TypeError, "dense tensor, got sparse_coo"),
     "sparse rows": (lambda x: torch.tensor(x).to_sparse_csr(), TypeError, "dense tensor, got sparse_csr"),
-    "nested": (lambda x: torch.nested.nested_tensor(list(torch.tensor(x))), TypeError, "dense tensor, got a nested one"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(torch.tensor(x))), TypeError, "got a nested one"),
     "jagged": (
         lambda x: torch.nested.nested_tensor(list(torch.tensor(x)), layout=torch.jagged), TypeError, "a nested one"
     ),

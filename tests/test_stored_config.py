@@ -99,7 +99,7 @@ def test_all_of_them_at_once_and_a_field_that_is_set_now(tmp_path):
 def test_what_this_version_does_not_understand_is_refused(change, problem, tmp_path):
     config = plain()
     tree = config.model_dump(mode="json") | change
-    fix = "of another version of jasper_fast, or was edited. Fix: resume with the version that began the run, or use --out"
+    fix = "of another version of jasper_fast, or was edited. Fix: resume with the version that began the run, or use"
     with pytest.raises(JasperError, match=f"{re.escape(problem)}[^$]*config.yaml is {fix}"):
         existing_difference(started(tmp_path / "run", tree), config)
     with pytest.raises(JasperError, match=f"{re.escape(problem)}[^$]*the checkpoint is {fix}"):
@@ -134,16 +134,16 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
     tree["data"]["min_chars"] = 2  # its default
     module.train(tree, out=tmp_path / "alone")
 
-    def full(*given, **options):
-        raise KeyboardInterrupt
-
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        step = module.take_gradients
-        steps = iter(range(9))  # in the second stage
-        patched.setattr(
-            module, "take_gradients", lambda *a, **k: step(*a, **k) if next(steps, None) is not None else full()
-        )
+        take, steps = module.take_gradients, iter(range(9))  # the last is in the second stage
+
+        def interrupted(*given):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return take(*given)
+
+        patched.setattr(module, "take_gradients", interrupted)
         with pytest.raises(KeyboardInterrupt):
             module.train(tree, out=run)
     outer = [
