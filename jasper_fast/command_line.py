@@ -64,17 +64,17 @@ def check_model_argument(name: str, command: str) -> None:
         )
 
 
-def check_text_argument(text: str, what: str) -> None:
-    """Reject text of the command line that is empty or in another encoding than the terminal's.
+def text_argument(text: str, what: str) -> str:
+    """Return text of the command line; bytes that the terminal's encoding lacks are read as UTF-8.
 
     Raises:
-        JasperError: it is.
+        JasperError: the text is empty, or the bytes are not UTF-8 either.
     """
     if not text.strip():
         raise JasperError(f"{what} is empty. Fix: give words")
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
         raise JasperError(f"{what} is not text in this terminal's encoding (got {text!r}). Fix: use UTF-8") from None
 
 

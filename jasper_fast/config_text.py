@@ -75,9 +75,9 @@ def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
 def dump_yaml(tree: Any) -> str:
     """Write plain values as YAML that :func:`parse_yaml` reads back equal."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False  # type: ignore[assignment]  # declared as None
+    yaml.default_flow_style = False
     yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 1 << 16  # no value is folded
     text = io.StringIO()
     yaml.dump(tree, text)

@@ -25,11 +25,8 @@ class TolerantStream:
 
     def write(self, text: str) -> int:
         """Write ``text``, with escapes for what the stream cannot show."""
-        if self.error is None:
-            try:
-                self._write(text)
-            except (OSError, ValueError) as error:  # ValueError: somebody closed the stream
-                self.error = error.with_traceback(None)  # whose frames would keep open files open
+        with self._caught():
+            self._write(text)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -39,13 +36,23 @@ class TolerantStream:
 
     def flush(self) -> None:
         """Pass on what is buffered."""
-        if self.error is None:
-            try:
+        with self._caught():
+            if self.error is None:
                 self.stream.flush()
-            except (OSError, ValueError) as error:
-                self.error = error.with_traceback(None)
+
+    @contextmanager
+    def _caught(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: somebody closed the stream
+            self.error = error.with_traceback(None)  # whose frames would keep open files open
+        except RuntimeError as error:  # a signal handler prints while a print is under way
+            if "reentrant" not in str(error):
+                raise
 
     def _write(self, text: str) -> None:
+        if self.error is not None:
+            return
         with suppress(UnicodeEncodeError):
             self.stream.write(text)
             return
@@ -73,13 +80,13 @@ def tolerant_output() -> Iterator[TolerantStream]:
 def open_standard_streams() -> None:
     """Open the null device in place of closed standard streams, so that no file of ours gets their descriptors.
 
-    What is typed in another encoding than the terminal's is read with replacement characters.
+    Bytes that standard input's encoding lacks are kept as surrogate escapes, as in arguments.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def output_status(out: TolerantStream) -> int:

@@ -24,8 +24,8 @@ from jasper_fast.arrow import read_mapped, stream_bytes
 from jasper_fast.command_line import (
     check_command,
     check_model_argument,
-    check_text_argument,
     column_names,
+    text_argument,
     whole_number,
 )
 from jasper_fast.config import SourceConfig
@@ -42,7 +42,13 @@ if TYPE_CHECKING:
 
 ENCODED_AT_ONCE = 4096  # texts; sorted by length among themselves
 SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
-SETTING_TYPES: dict[str, Any] = {"model": str, "revision": str, "width": int, "max_length": (int, type(None)), "role": str}
+SETTING_TYPES: dict[str, Any] = {
+    "model": str,
+    "revision": str,
+    "width": int,
+    "max_length": (int, type(None)),
+    "role": str,
+}
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ def _ask(given: argparse.Namespace) -> None:
 
 def _typed() -> str:
     try:
-        return input("? ").strip()
+        return input("? ").encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
     except EOFError:
         return ""
 
@@ -331,7 +337,7 @@ def main(argv: list[str]) -> int:
     if given.command == "ask" and given.question is not None:
         if given.file:
             raise JasperError("give a question or --file, not both")
-        check_text_argument(given.question, "the question")
+        given.question = text_argument(given.question, "the question")
     (_build if given.command == "build" else _ask)(given)
     return 0
 

@@ -153,6 +153,26 @@ def test_real_redirections(redirection, expected, tmp_path):
     assert file.read_text() == "whole"
 
 
+def test_a_print_of_a_signal_handler_ends_nothing(monkeypatch):
+    """Python refuses to write while a write is under way; the next print shows again."""
+
+    class Busy(io.StringIO):
+        refuses = True
+
+        def write(self, text):
+            if self.refuses:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+            return super().write(text)
+
+    stream = Busy()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with tolerant_output() as out:
+        print("lost")
+        stream.refuses = False
+        print("shown")
+        assert out.error is None and stream.getvalue().strip() == "shown"
+
+
 def test_streams_are_the_users_again_and_a_tolerant_one_is_kept():
     before = sys.stdout, sys.stderr
     with tolerant_output() as outer, tolerant_output() as inner:
@@ -161,11 +181,44 @@ def test_streams_are_the_users_again_and_a_tolerant_one_is_kept():
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_questions_typed_in_another_encoding_are_read(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("für …\n".encode()), encoding="ascii"))
-    read = []
-    status(lambda argv: read.append(input("? ")), monkeypatch)
-    assert read[0].startswith("f") and read[0].endswith("\ufffd")
+@pytest.mark.parametrize(
+    ("typed", "encoding", "read"),
+    [
+        ("für …".encode(), "utf-8", "für …"),
+        ("für …".encode(), "ascii", "für …"),
+        ("für".encode("latin-1"), "latin-1", "für"),
+        ("für".encode("latin-1"), "ascii", "f\ufffdr"),
+        ("für".encode("latin-1"), "utf-8", "f\ufffdr"),
+        (b"\xf0\x9f\xa6\x8a", "ascii", "🦊"),
+    ],
+)
+def test_questions_typed_in_another_encoding_are_read(typed, encoding, read, monkeypatch, capsys):
+    from jasper_fast.search import _typed
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed + b"\n"), encoding=encoding))
+    found = []
+    status(lambda argv: found.append(_typed()), monkeypatch)
+    assert found == [read]
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("für", "für"),
+        ("f\udcc3\udcbcr", "für"),
+        ("\udcf0\udc9f\udca6\udc8a", "🦊"),
+        ("f\udcfcr", None),
+        ("\ud800", None),
+    ],
+)
+def test_bytes_of_an_argument_are_read_as_utf_8_where_they_are(argument, read):
+    from jasper_fast.command_line import text_argument
+
+    if read is not None:
+        assert text_argument(argument, "the question") == read
+    else:
+        with pytest.raises(JasperError, match="the question is not text in this terminal's encoding"):
+            text_argument(argument, "the question")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
