@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips import storage
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
 from jasper_fast.mips.pieces import BIN, Piece, Plane, bin_maxima, bin_norms, int8_codes
-from jasper_fast.mips.search import QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
+from jasper_fast.mips.search import SCRATCH, Precision, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 Devices = str | torch.device | Sequence[str | torch.device]
