@@ -30,7 +30,7 @@ from bench._arms import known_settings, result_file
 from bench._environment import environment
 from jasper_fast.codes import PRECISIONS
 from jasper_fast.config import Config, StageConfig, load_config
-from jasper_fast.config_text import parse_overrides
+from jasper_fast.config_overrides import parse_overrides
 from jasper_fast.encoders import normalise
 from jasper_fast.files import write_atomic
 from jasper_fast.metrics import score_codes

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--one", nargs=3, metavar=("ARM", "SEED", "LR"), help=argparse.SUPPRESS)  # a child process
     parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)  # a child's
     options, rest = parser.parse_known_args(argv)
-    from jasper_fast.config_text import parse_overrides
+    from jasper_fast.config_overrides import parse_overrides
 
     if options.page:
         write_page(json.loads(Path(options.out).read_text()), Path(options.page_out))

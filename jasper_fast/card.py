@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jasper_fast.codes import ranges_file
 from jasper_fast.config import Config, StudentConfig
+from jasper_fast.config_text import NOT_YAML, dump_yaml, parse_yaml
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 from jasper_fast.models import looks_like_path, resolve_model
@@ -93,13 +92,17 @@ def model_licence(name: str, revision: str | None = None) -> str:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the two ``---`` lines that a card starts with; empty where there is none or it is broken."""
-    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    """Read the YAML between the two ``---`` lines that a card starts with.
+
+    Other people's cards are read as they are: a broken or missing header gives an empty mapping, of a key that is given
+    twice the first value counts.
+    """
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     if match is None:
         return {}
     try:
-        found = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+        found = parse_yaml(match[1], duplicates=True)
+    except NOT_YAML:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -122,7 +125,7 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
 def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, coded: bool = False) -> str:
     """The card's Markdown with its YAML front matter; ``coded``: the folder has ranges of int8 codes."""
     name = facts.get("name", "student")
-    header = yaml.safe_dump(_header(facts), sort_keys=False, allow_unicode=True)
+    header = dump_yaml(_header(facts))
     listed = ", ".join(str(width) for width in widths)
     teachers = facts.get("teachers", [])
     taught = f", distilled from {' and '.join(_public(t['model']) for t in teachers)}" if teachers else ""

@@ -138,7 +138,7 @@ def _write(path: Path, position: Position, content: Snapshot, facts: dict[str, A
         _save_state(content.state, temporary / STATE)
         files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
         manifest = {"position": asdict(position), "facts": facts, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
@@ -206,7 +206,7 @@ def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
             for bad, reason in damaged.items():  # their steps will be saved anew under the same names
                 say(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
                 shutil.rmtree(bad, ignore_errors=True)
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             return Checkpoint(path, Position(**manifest["position"]), manifest["facts"])
         damaged[path] = problem
     if damaged:
@@ -222,7 +222,7 @@ def _published(folder: Path) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, _, _ = dict(manifest["files"]), dict(manifest["facts"]), Position(**manifest["position"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,7 +29,9 @@ from pydantic import (
 )
 
 from jasper_fast.config_checks import run_problems, stage_problems
-from jasper_fast.config_text import override, override_pairs, read_yaml
+from jasper_fast.config_overrides import CONFIG_FILES, override, override_pairs
+from jasper_fast.config_problems import Problem, as_argument, leaves, problems_of, takes_list
+from jasper_fast.config_text import dump_yaml, read_yaml
 from jasper_fast.errors import ConfigError
 
 DEFAULT_RECIPE = "minilm-docstrings"
@@ -36,14 +39,15 @@ TEMPERATURE = 0.05
 
 
 def _number(value: Any) -> Any:
-    """Numbers may be given as text, since YAML reads 1e-4 as such, but true is not 1.0."""
+    """Accept a number, also as text, but not true for 1.0."""
     if isinstance(value, bool):
         raise ValueError("expected a number")
     return value
 
 
 Number = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # what libraries take
+Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # of a head: a layer of that width must fit memory
 Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # what is made of it with stage and step fits 64 bits
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
@@ -57,6 +61,12 @@ ByHead = Annotated[
 
 
 class Section(BaseModel):
+    """A section of the YAML file.
+
+    A run resumes under a newer version, whose fields its stored configuration lacks. So the default of a new field must
+    mean "as before this field". Otherwise old runs would continue in another way than they began, unnoticed.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -123,7 +133,7 @@ class StudentConfig(Section):
     model: str
     revision: str | None = None
     layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # first n, or which; None: all
-    heads: list[PositiveInt] = Field(min_length=1)  # widths; the widest is FC1
+    heads: list[Width] = Field(min_length=1)  # the widest is FC1
     head_type: Literal["independent", "prefix"] = "independent"
     head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
     max_length: PositiveInt = 512
@@ -374,61 +384,73 @@ def load_config(
     return _load(source, overrides, [])
 
 
-def load_arguments(source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str]) -> Config:
-    """As :func:`load_config`, with overrides as a command line has them; what is wrong with those is told as well."""
-    return _load(source, *override_pairs(arguments))
+def load_arguments(
+    source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str], options: Sequence[str] = ()
+) -> Config:
+    """Read a configuration as :func:`load_config` does, with overrides as a command line has them.
+
+    Args:
+        source: as there.
+        arguments: ``--key.sub value`` pairs.
+        options: names of the command's own options, which a misspelt key may mean.
+
+    Raises:
+        ConfigError: every problem at once, those of the arguments apart from those of the file.
+    """
+    return _load(source, *override_pairs(arguments), options)
 
 
-def _load(source: Any, overrides: Sequence[tuple[str, Any]], problems: list[str]) -> Config:
-    tree, where = _read(source)
-    problems = list(problems)
-    for key, value in overrides:
-        override(tree, key, value, problems)
-    config, found = _validate(tree)
-    if config is None or problems:
-        raise ConfigError(problems + found, where)
+def stored_config(tree: dict[str, Any], where: str) -> Config:
+    """Load a configuration that a run stored, in this version or an older one: a missing field has its default.
+
+    Args:
+        tree: a dumped configuration, or the part of it that decides.
+        where: its place in messages.
+
+    Raises:
+        ConfigError: this version does not know a field or rejects a value.
+    """
+    config, problems = _validate(tree)
+    if config is None:
+        raise ConfigError([problem.line for problem in problems], where)
     return config
 
 
-def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
-    """The configuration, or all that is wrong with it."""
+def _load(
+    source: Any, overrides: Sequence[tuple[str, Any]], problems: list[str], options: Sequence[str] | None = None
+) -> Config:
+    """Read a configuration, with overrides of a command line that has ``options``, or of Python if that is None."""
+    tree, where = _read(source)
+    file, wrong = copy.deepcopy(tree), list(problems)
+    for key, value in overrides:
+        override(tree, key, value, wrong, partial(takes_list, Config))
+    config, found = _validate(tree)
+    if config is not None and not wrong:
+        return config
+    of_file = _validate(file)[1] if overrides else found  # what is wrong without the overrides as well
+    for problem in found:
+        if problem not in of_file:
+            wrong.append(problem.line if options is None else as_argument(Config, problem, options))
+    rest = [problem.line for problem in found if problem in of_file]
+    raise ConfigError(wrong, "the overrides" if options is None else "the command line", {where: rest})
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """Return the configuration, or all that is wrong with it."""
     try:
         return Config.model_validate(tree), []
     except ValidationError as error:
-        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
-    problems = [line for e in unknown for line in _explain(e)]
-    meant = _as_meant(tree, [e["loc"] for e in unknown])
-    try:
-        Config.model_validate(meant)
-    except ValidationError as error:
-        problems += [line for e in error.errors() for line in _explain(e)]
-        if all(e["loc"] for e in error.errors()):  # a field is wrong, so the whole was not looked at
-            problems += run_problems(meant)
-    return None, problems
-
-
-def _as_meant(tree: dict[str, Any], unknown: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
-    """The tree with misspelt keys mended as far as can be guessed: they are not to hide or cause other problems."""
-    tree = copy.deepcopy(tree)
-    for location in unknown:
-        *path, key = location
-        section: Any = tree
-        for step in path:
-            section = section[step]
-        value = section.pop(key)
-        for near in _near(location):
-            section.setdefault(near, value)
-    return tree
+        return None, problems_of(Config, tree, error)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, every field written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Write the resolved configuration as YAML, with every field."""
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines ``key: old -> new`` for every field in which two dumped configurations differ."""
-    a, b = dict(_leaves(old)), dict(_leaves(new))
+    """Return lines ``key: old -> new`` for every field in which two dumped configurations differ."""
+    a, b = dict(leaves(old)), dict(leaves(new))
     return [f"{k}: {a.get(k, '(absent)')!r} -> {b.get(k, '(absent)')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
@@ -440,62 +462,16 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any]
         where = f"recipe {name}"
         return read_yaml(files("jasper_fast") / "recipes" / f"{name}.yaml", where), where
     if not os.path.exists(name):  # False as well for what can be no name
-        raise ConfigError(
-            [f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"], "--config"
-        )
+        raise ConfigError([_no_such_file(name)], "--config")
     return read_yaml(Path(name), name), name
 
 
-def _explain(error: Any) -> list[str]:
-    """One pydantic error as lines: key, what is wrong, what was given, and a near name where there is one."""
-    location = error["loc"]
-    if error["type"] == "extra_forbidden":
-        near = _near(location)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(_known_fields(location[:-1]))}"
-        return [f"{'.'.join(map(str, location))}: unknown key; {hint}"]
-    # of a field with several types the location also names the type that was tried, e.g. constrained-float
-    key = ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier())
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = "" if isinstance(given, (dict, BaseModel)) or error["type"] == "missing" else f", got {given!r}"
-    told = error["type"] == "value_error"  # our own messages may name the value themselves
-    lines = [f"{line}{'' if told and repr(given) in line else shown}" for line in message.splitlines()]
-    return [f"{key}: {line}" if key else line for line in lines]
-
-
-def _near(location: Sequence[int | str]) -> list[str]:
-    """The known field that an unknown one was probably meant to be, or none."""
-    return difflib.get_close_matches(str(location[-1]), _known_fields(location[:-1]), n=1)
-
-
-def _known_fields(path: Iterable[int | str]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        if isinstance(part, int) or not hasattr(model, "model_fields"):
-            continue
-        field = model.model_fields.get(part)
-        if field is None:
-            continue
-        model = _section_in(field.annotation) or model
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_in(inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list) and tree:
-        for position, value in enumerate(tree):
-            yield from _leaves(value, f"{prefix}.{position}")
-    else:
-        yield prefix, tree
+def _no_such_file(name: str) -> str:
+    """Describe a configuration that does not exist, with the file or recipe that was probably meant."""
+    with suppress(OSError, ValueError):
+        beside = [str(file) for file in Path(name).parent.iterdir() if file.name.endswith(CONFIG_FILES)]
+        if near := difflib.get_close_matches(name.removesuffix(".yaml"), recipe_names(), n=1, cutoff=0.8):
+            return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
+        if near := difflib.get_close_matches(name, beside, n=1, cutoff=0.8):
+            return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
+    return f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"

@@ -1,95 +1,131 @@
-"""Configurations as text: YAML files, and ``--key.sub value`` on a command line."""
+"""YAML as configurations use it: YAML 1.2, every key once, one document, and no aliases that explode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jasper_fast.errors import ConfigError
 
+MOST_VALUES = 100_000  # of one document, aliases expanded; the longest recipe has a few hundred
+# ruamel.yaml lets Python's own errors through: an impossible date, tag, escape or version, 5,000 digits, deep nesting.
+NOT_YAML = (YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RecursionError)
+
+
+class DuplicateKey(ValueError):
+    """A mapping that has the same key twice."""
+
 
 def read_yaml(file: Path | Traversable, where: str) -> dict[str, Any]:
-    """The mapping of fields in a YAML file.
+    """Read the mapping of fields in a YAML file.
 
     Args:
-        where: what messages call the file.
+        where: the file's name in messages.
 
     Raises:
-        ConfigError: it cannot be read, is not text, or holds something else.
+        ConfigError: the file is unreadable, not text, not YAML, has a key twice, or holds no mapping.
     """
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = parse_yaml(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror}"], where) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"not text in UTF-8 ({error}); save it in that encoding"], where) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise ConfigError([f"not YAML: {error}"], where) from None
+        raise ConfigError([f"not text in UTF-8 ({error}). Fix: save it as UTF-8"], where) from None
+    except DuplicateKey as error:
+        raise ConfigError([str(error)], where) from None
+    except NOT_YAML as error:
+        raise ConfigError([f"not YAML: {yaml_problem(error)}"], where) from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else type(tree).__name__
         raise ConfigError([f"expected a mapping of fields, found {found}"], where)
+    if strange := [key for key in tree if not isinstance(key, str)]:
+        raise ConfigError([f"{key!r}: a field's name must be text" for key in strange], where)
     return tree
 
 
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Turn ``--key.sub value`` and ``--key.sub=value`` arguments into (key, value) pairs.
+def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
+    """Read one YAML document as plain values.
+
+    Args:
+        duplicates: accept a key that is given twice; the first value counts.
 
     Raises:
-        ConfigError: every argument that is neither.
+        DuplicateKey: a mapping has a key twice.
+        NOT_YAML: any of these for text that is not YAML; :func:`yaml_problem` describes it.
     """
-    pairs, problems = override_pairs(arguments)
-    if problems:
-        raise ConfigError(problems, "the command line")
-    return pairs
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = duplicates
+    root = yaml.compose(text)
+    nodes: dict[int, Node] = {}
+    if root is not None and _size(root, {}, nodes) > MOST_VALUES:
+        raise ValueError(f"aliases expand to more than {MOST_VALUES:,} values or contain themselves")
+    if not duplicates:
+        for node in nodes.values():
+            _check_keys(node)
+    return yaml.load(text)
 
 
-def override_pairs(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The (key, value) pairs among arguments, and what is wrong with the others."""
-    pairs: list[tuple[str, str]] = []
-    problems: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            problems.append(f"unexpected argument {argument!r}; overrides look like --stages.0.lr 1e-4")
-        elif "=" in argument:
-            key, value = argument[2:].split("=", 1)
-            pairs.append((key, value))
-        elif not rest or rest[0].startswith("--"):
-            problems.append(f"{argument} needs a value, e.g. {argument} 1")
-        else:
-            pairs.append((argument[2:], rest.pop(0)))
-    return pairs, problems
+def dump_yaml(tree: Any) -> str:
+    """Write plain values as YAML that :func:`parse_yaml` reads back equal."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 1 << 16  # no value is folded
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
-def override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    """Set the field of a dotted key, text read as YAML; where there is no such place, ``problems`` gets a line."""
-    *parents, last = key.split(".")
-    value = _value(value) if isinstance(value, str) else value
-    node: Any = tree
-    try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        if isinstance(node, list):
-            node[int(last)] = value
-        elif isinstance(node, dict):
-            node[last] = value
-        else:
-            problems.append(f"--{key}: `{parents[-1]}` is a value, not a section")
-    except (ValueError, IndexError):
-        problems.append(f"--{key}: a list is indexed by position from 0 to {len(node) - 1}, e.g. --stages.0.lr 1e-4")
-    except AttributeError:
-        problems.append(f"--{key}: no such section")
+def yaml_problem(error: Exception) -> str:
+    """Describe in one line what is not YAML, with the line number where it is known."""
+    if isinstance(error, MarkedYAMLError):
+        mark, problem = error.problem_mark or error.context_mark, str(error.problem or error.context)
+        if problem.startswith("but "):
+            problem = f"{error.context}, {problem}"
+        return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    if isinstance(error, RecursionError):
+        return "brackets or indents are nested too deeply"
+    if isinstance(error, LookupError):
+        return f"impossible value {error}"
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _value(text: str) -> Any:
-    """An override's value as YAML; text that is not YAML, such as ``*`` or ``Query: ``, stands for itself."""
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
-    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
+def _size(node: Node, known: dict[int, float], nodes: dict[int, Node]) -> float:
+    """Count the values of a node with its aliases expanded; infinite for a node that contains itself.
+
+    Args:
+        known: counts by node, filled in.
+        nodes: every node once, in the order of the text, filled in.
+    """
+    if id(node) not in known:
+        nodes[id(node)] = node
+        known[id(node)] = float("inf")  # until its parts are counted
+        known[id(node)] = 1 + sum(_size(part, known, nodes) for part in _parts(node))
+    return known[id(node)]
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    if isinstance(node, SequenceNode):
+        yield from node.value
+    elif isinstance(node, MappingNode):
+        for pair in node.value:
+            yield from pair
+
+
+def _check_keys(node: Node) -> None:
+    """Reject a key that is there twice; ruamel.yaml misses it where a mapping merges another."""
+    seen = set()
+    for key, _ in node.value if isinstance(node, MappingNode) else ():
+        if not isinstance(key, ScalarNode):
+            continue
+        if (key.tag, key.value) in seen:
+            raise DuplicateKey(f"line {key.start_mark.line + 1}: `{key.value}` is given twice. Fix: keep one")
+        seen.add((key.tag, key.value))

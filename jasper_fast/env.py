@@ -187,7 +187,7 @@ def _cpuinfo(key: str) -> str:
     source = Path("/proc/cpuinfo")
     if not source.is_file():
         return ""
-    for line in source.read_text(errors="replace").splitlines():
+    for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from jasper_fast.codes import PRECISIONS, known_precisions, read_ranges
+from jasper_fast.command_line import check_model_argument, whole_number
 from jasper_fast.config import Config, EvalConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder, normalise, routes, teacher_encoder
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.evalsets import EvalSet, RetrievalSet, load_eval, load_evals
-from jasper_fast.files import write_atomic
+from jasper_fast.files import check_file, write_atomic
 from jasper_fast.metrics import score_codes, score_vectors
 
 __all__ = [
@@ -248,21 +249,26 @@ def main(argv: list[str]) -> int:
     """Evaluate a model on sets from the command line."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    parser.add_argument("data", nargs="+", help="BEIR folder, similarity TSV, classification folder, or: docstrings")
+    parser.add_argument("data", nargs="*", help="BEIR folder, similarity TSV, classification folder, or: docstrings")
     parser.add_argument("--teacher", help="the model to compare with, in the same forms")
-    parser.add_argument("--widths", type=_widths, help="e.g. 384,128; default: every head of the model")
+    parser.add_argument("--widths", metavar="N,N", type=_widths, help="e.g. 384,128; default: every head of the model")
     parser.add_argument("--json", metavar="FILE", help="write the scores there as well")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text; default: each model's own")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N queries or pairs per set")
+    parser.add_argument(
+        "--max-length", type=whole_number, metavar="N", help="tokens per text; default: each model's own"
+    )
+    parser.add_argument("--limit", type=whole_number, metavar="N", help="at most N queries or pairs per set")
     parser.add_argument("--precision", default="float32", help=f"of {', '.join(PRECISIONS)}, with commas between")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that a model brings, where you trust its authors"
     )
     given = parser.parse_args(argv)
+    for model in filter(None, (given.model, given.teacher)):
+        check_model_argument(model, "evaluate")
+    if not given.data:
+        raise JasperError("evaluate: no evaluation set is given. Fix: name one after the model, e.g. docstrings")
     precisions = known_precisions(given.precision)
-    for option in ("max_length", "limit"):
-        if (value := getattr(given, option)) is not None and value < 1:
-            raise JasperError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if given.json is not None:
+        check_file(given.json)
     evalsets = load_evals([EvalConfig(path=path, limit=given.limit) for path in given.data])
     trusted = given.trust_remote_code
     student = model_encoder(load_model(given.model, given.max_length, trust_remote_code=trusted), given.widths)
@@ -283,12 +289,9 @@ def main(argv: list[str]) -> int:
 
 def _widths(text: str) -> list[int]:
     try:
-        widths = [int(part) for part in text.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
-        raise JasperError(f"--widths takes numbers with commas between, e.g. 384,128; got {text!r}")
-    return widths
+        return [whole_number(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise JasperError(f"--widths takes numbers with commas between, e.g. 384,128; got {text!r}") from None
 
 
 if __name__ == "__main__":

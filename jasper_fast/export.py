@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jasper_fast.card import FACTS_FILE, student_facts, write_card
 from jasper_fast.codes import ranges_file
+from jasper_fast.command_line import check_model_argument, whole_number
 from jasper_fast.encoders import load_model
 from jasper_fast.errors import JasperError, run_cli
 from jasper_fast.files import publish_dir
@@ -179,13 +180,14 @@ def model_folder(path: str | Path) -> Path:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m jasper_fast.export", description=__doc__)
     parser.add_argument("run", help="a run folder, or the model folder in it")
-    parser.add_argument("--width", type=int, help="width of the vectors (default: the widest)")
+    parser.add_argument("--width", type=whole_number, metavar="N", help="width of the vectors (default: the widest)")
     parser.add_argument("--onnx", action="store_true", help="with an ONNX graph, checked with onnxruntime")
     parser.add_argument("--out", help="the new folder (default: beside the model, named after the width)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model brings, if you trust it"
     )
     arguments = parser.parse_args(argv)
+    check_model_argument(arguments.run, "export")
     source = model_folder(arguments.run)
     width = _known_width(source, arguments.width)
     ending = "-onnx" if arguments.onnx else ""

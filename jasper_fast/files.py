@@ -1,4 +1,8 @@
-"""Writing that is whole or absent: everything is made under a temporary name beside its place, synced, then renamed."""
+"""Writing that is whole or absent: everything is made under a temporary name next to its place, synced, then renamed.
+
+Published files and folders have the permissions that the user's umask gives to new ones. Without this, files of
+safetensors and ``tempfile`` would be private.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,10 +58,11 @@ def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         if path.exists() and not replace:
             raise JasperError(f"{path} exists already; remove it or choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+        temporary = _temporary(path)
+        temporary.mkdir()
         try:
             yield temporary
-            os.chmod(temporary, 0o755)  # mkdtemp makes it private
+            _share_tree(temporary)
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
                     _sync(file)
@@ -78,18 +85,38 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent)
+        temporary = _temporary(path)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+            with open(temporary, "xb") as file:
+                file.write(_encoded(content) if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            os.replace(temporary, path)
             _sync(path.parent)
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file into a folder that is not published yet."""
+    path.write_bytes(_encoded(content))
+
+
+def _encoded(text: str) -> bytes:
+    """Encode as UTF-8; half characters, as in file names that are not UTF-8, become escapes, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+
+
+def _share_tree(folder: Path) -> None:
+    """Give everything in a folder the permissions of new files and folders, read off the folder, which is new."""
+    of_folder = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(of_folder if path.is_dir() else of_folder & 0o666)
 
 
 def _replace(path: Path, new: Path) -> None:
@@ -156,6 +183,36 @@ def check_writable(folder: str | Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
 
 
+def check_place(path: str | Path) -> None:
+    """Check that a file or folder can be made at ``path``, and make nothing.
+
+    Raises:
+        JasperError: it cannot.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        _temporary(path).exists()  # an error if the name is too long
+        if path.is_symlink() and not path.exists():
+            raise FileExistsError(errno.EEXIST, "a link that leads nowhere")
+        there = next(place for place in path.absolute().parents if place.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except FileNotFoundError:  # a file system of the kernel's, such as /proc
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+def check_file(path: str | Path) -> None:
+    """Check that a file can be written at ``path``, and write nothing.
+
+    Raises:
+        JasperError: it cannot, or a folder is there.
+    """
+    check_place(path)
+    with disk_errors(Path(path)):
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
 def check_room(folder: str | Path, needed: int, what: str, mend: str) -> None:
     """Refuse work whose results would not fit, before it begins.
 
@@ -192,7 +249,12 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or closed disk raises into an error that tells the mend."""
+    """Turn what a full or closed disk raises into an error that says how to fix it.
+
+    Raises:
+        JasperError: the disk is full, or the place cannot be written or named.
+    """
+    _check_name(path)
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -203,6 +265,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         if mend is None:
             raise
         raise JasperError(f"could not write {path}: {mend}; what was there before is untouched") from error
+
+
+def _check_name(path: Path) -> None:
+    """Reject names that safetensors and tokenizers, which take file names as UTF-8, would not find or not write."""
+    try:
+        readable = os.fsencode(path) == str(path).encode() and "\0" not in str(path)
+    except UnicodeEncodeError:
+        readable = False
+    if not readable:
+        raise JasperError(
+            f"{str(path)!r}: not a name in UTF-8, which models need (the system's encoding is "
+            f"{sys.getfilesystemencoding()}). Fix: choose a name of plain letters, or set PYTHONUTF8=1"
+        )
 
 
 def _number(error: Exception) -> int:

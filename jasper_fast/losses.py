@@ -421,6 +421,8 @@ def _check_pair(student: Tensor, teacher: Tensor, name: str = "student") -> None
             raise TypeError(
                 f"{label}: expected a tensor of shape (B, D), got {type(tensor).__name__}; use torch.as_tensor"
             )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{label}: expected a dense tensor, got a sparse or nested one; convert with .to_dense()")
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(
                 f"{label}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}; convert with .float()"

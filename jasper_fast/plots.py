@@ -82,7 +82,7 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.minorticks_off()
         axis.set_xlabel("width of the vectors")
         axis.set_ylabel(f"{evalset['metric']}, %")
-        axis.set_title(evalset["name"], loc="left", fontsize=11)
+        axis.set_title(_shown(evalset["name"]), loc="left", fontsize=11)
     _shared_legend(figure, axes[: len(sets)])
     _save(figure, file)
 
@@ -100,7 +100,7 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
         bars = axis.bar(places, heights, 0.94 * thickness, color=COLOURS[model], label=label)
         texts = ["" if math.isnan(height) else f"{height:.1f}" for height in heights]
         axis.bar_label(bars, texts, fontsize=8, padding=2)
-    axis.set_xticks(range(len(sets)), [f"{s['name']}\n{s['metric']}" for s in sets], fontsize=9)
+    axis.set_xticks(range(len(sets)), [f"{_shown(s['name'])}\n{s['metric']}" for s in sets], fontsize=9)
     axis.tick_params(axis="x", length=0)
     margin = max(0.5, 1.2 - 0.3 * len(sets))  # a single set's bars are not to fill the picture
     axis.set_xlim(-margin, len(sets) - 1 + margin)
@@ -108,6 +108,11 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
     axis.set_title("full width", loc="left", fontsize=11)
     _shared_legend(figure, [axis])
     _save(figure, file)
+
+
+def _shown(name: str) -> str:
+    """Return a user's name as matplotlib can draw it: no formulas, and escapes for half characters."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def _stages(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from jasper_fast.codes import CANDIDATES, PRECISIONS
+from jasper_fast.config_text import NOT_YAML, parse_yaml
 from jasper_fast.errors import JasperError
 from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share, remark_lines
 from jasper_fast.files import write_atomic
@@ -38,7 +37,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         JasperError: one of the files is missing or broken.
     """
     folder = Path(run_dir)
-    config = _read(folder / "config.yaml", yaml.safe_load)
+    config = _read(folder / "config.yaml", parse_yaml)
     if results is None:
         results = dict(_read(folder / "results.json", json.loads))
     steps = _steps(_read(folder / "log.jsonl", str.splitlines))
@@ -93,8 +92,9 @@ def _seen(results: Mapping[str, Any], folder: Path) -> str:
         "## Pictures and words",
         f"{found['pictures']} held-out pictures and their {found['captions']} captions, none of them seen in training; "
         "recall in per cent. Floor: ridge regression from pixels and their spectrum (32 × 32) onto captions' vectors. "
-        "Ceiling: pictures whose vectors are those of their other captions, without the one that asks or is found; of "
-        "pictures with several captions, and without figures where there are none.",
+        "Reference: pictures whose vectors are those of their other captions, without the one that asks or is found; "
+        "of pictures with several captions, and without figures where there are none. A student that sees the picture "
+        "can beat it.",
         scores_markdown(found),
     ]
     if (folder / "plots" / SHEET).is_file():
@@ -109,7 +109,7 @@ def _read(path: Path, parse: Any) -> Any:
         raise JasperError(
             f"{path} is missing: the report is written of a run that ended; is this its folder?"
         ) from None
-    except (ValueError, yaml.YAMLError) as error:
+    except NOT_YAML as error:  # broken JSON is a ValueError
         raise JasperError(f"{path} cannot be read: {error}") from None
 
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.config import Config, config_difference, dump_config
+from jasper_fast.config import Config, config_difference, dump_config, stored_config
 from jasper_fast.config_text import read_yaml
 from jasper_fast.errors import ConfigError, JasperError
-from jasper_fast.files import sweep_unfinished, write_atomic
+from jasper_fast.files import disk_errors, sweep_unfinished, write_atomic
 from jasper_fast.log import LOG
 
 CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "results.json", "checkpoints"
@@ -36,25 +36,47 @@ class RunFolder:
 
 
 def existing_difference(path: Path, config: Config) -> list[str]:
-    """How ``config`` differs from the one the folder was started with, where that would change the numbers.
+    """Describe how ``config`` differs from the one the folder was started with, where that would change the numbers.
 
-    A run that was refused before its first line of log has started nothing: its folder takes any configuration.
+    A run that was rejected before its first line of log has started nothing: its folder takes any configuration.
 
     Raises:
-        JasperError: what the folder keeps of it cannot be read.
+        JasperError: the stored configuration cannot be read, or is of a version that this one does not understand.
     """
     old_file = path / CONFIG
-    if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
-        return []
+    with disk_errors(path):
+        if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
+            return []
     try:
-        old = read_yaml(old_file, str(old_file))
+        tree = read_yaml(old_file, str(old_file))
     except ConfigError as error:
-        raise JasperError(f"{error}\nrestore it as the run wrote it, or use --out DIR for a new run") from None
-    return config_difference({k: v for k, v in old.items() if k not in MAY_CHANGE}, what_decides(config))
+        raise JasperError(f"{error}\nFix: restore it as the run wrote it, or use --out DIR for a new run") from None
+    return stored_difference(tree, config, str(old_file))
+
+
+def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
+    """Describe how a stored configuration differs from ``config``, where that would change the numbers.
+
+    Args:
+        tree: a dumped configuration, or its part that decides, of this version or an older one.
+        config: the configuration to resume with.
+        where: the place of the stored one in messages.
+
+    Raises:
+        JasperError: this version does not know a field of the stored configuration, or rejects a value.
+    """
+    try:
+        old = stored_config(dict(tree), where)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise JasperError(
+            f"{error}\n{where} is of another version of jasper_fast, or was edited. "
+            "Fix: resume with the version that began the run, or use --out DIR for a new run"
+        ) from None
+    return config_difference(what_decides(old), what_decides(config))
 
 
 def what_decides(config: Config) -> dict[str, Any]:
-    """The configuration without the sections that do not touch the numbers."""
+    """Return the configuration without the sections that do not touch the numbers."""
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
 
 
@@ -70,14 +92,15 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
         raise JasperError(
             f"{path} was started with another configuration:\n  - "
             + "\n  - ".join(difference)
-            + "\nuse the old one to go on, or --out DIR for a new run"
+            + "\nFix: use the old one to resume, or --out DIR for a new run"
         )
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - held until the block ends
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the block ends
     except OSError as error:
         raise JasperError(
-            f"the run's folder {path} cannot be written: {error.strerror}; choose another --out"
+            f"the run's folder {path} cannot be written: {error.strerror}. Fix: choose another --out"
         ) from error
     with lock:
         try:

@@ -21,13 +21,21 @@ import numpy as np
 
 import jasper_fast.pictures
 from jasper_fast.arrow import read_mapped, stream_bytes
+from jasper_fast.command_line import (
+    check_command,
+    check_model_argument,
+    column_names,
+    text_argument,
+    whole_number,
+)
 from jasper_fast.config import SourceConfig
 from jasper_fast.encoders import EncodeWidths, load_model, model_encoder
 from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.files import publish_dir
+from jasper_fast.files import check_place, publish_dir
 from jasper_fast.listing import user_path
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models import model_revision, resolve_model
+from jasper_fast.output import output_failed, shows_unicode
 from jasper_fast.row_reader import BOM, check_text, read_lines
 from jasper_fast.sources import read_source, say_ignored
 
@@ -36,6 +44,13 @@ if TYPE_CHECKING:
 
 ENCODED_AT_ONCE = 4096  # texts; sorted by length among themselves
 SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
+SETTING_TYPES: dict[str, Any] = {
+    "model": str,
+    "revision": str,
+    "width": int,
+    "max_length": (int, type(None)),
+    "role": str,
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +82,8 @@ class TextIndex:
 
         path = Path(path)
         try:
-            settings = json.loads((path / SETTINGS).read_text())
-            name, self.width = model or settings["model"], int(settings["width"])
-            self.role = settings.get("role", "query")
+            settings = _read_settings(path / SETTINGS)
+            name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
             self.texts = read_mapped(path / TEXTS).column("text")
         except FileNotFoundError as error:
             missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
@@ -77,7 +91,7 @@ class TextIndex:
                 f"{path}: {missing if path.exists() else 'there is no such folder'}; make an index with "
                 "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
             ) from None
-        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
             raise JasperError(f"{path}: damaged ({error}); build the index again") from error
         self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
         if len(self.vectors) != len(self.texts):
@@ -177,8 +191,27 @@ def build(
     with publish_dir(out, replace=True) as folder:
         index.save(folder / VECTORS)
         (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(kept, pa.large_string())})))
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return len(kept)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Read an index's settings.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a setting is missing or of another type.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file.name} has no settings")
+    settings = {"role": "query", "max_length": None, **settings}  # which the first version lacked
+    for name, kinds in SETTING_TYPES.items():
+        if not isinstance(settings.get(name), kinds):
+            raise ValueError(f"{file.name}: {name} is {settings.get(name)!r}")
+    if settings["role"] not in ("query", "document"):
+        raise ValueError(f"{file.name}: role is {settings['role']!r}")
+    return settings
 
 
 def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidths, int]:
@@ -210,15 +243,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _columns(text: str) -> list[str]:
-    columns = [name.strip() for name in text.split(",") if name.strip()]
-    if not columns:
-        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
-    return columns
-
-
 def _build(given: argparse.Namespace) -> None:
     found: Iterator[str]
+    check_place(given.out)
     if given.pictures:
         found = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
     else:
@@ -242,6 +269,8 @@ def _ask(given: argparse.Namespace) -> None:
     index = TextIndex(given.index, given.model, verify=not given.no_verify, trust_remote_code=given.trust_remote_code)
     if questions:
         for start in range(0, len(questions), 256):
+            if output_failed():
+                break
             part = questions[start : start + 256]
             for question, hits in zip(part, index.ask(part, given.k), strict=True):
                 _show(question, hits, given.json)
@@ -258,7 +287,8 @@ def _ask(given: argparse.Namespace) -> None:
 
 def _typed() -> str:
     try:
-        return check_text(input("? ").lstrip(BOM).strip(), "the question")
+        typed = input("? ").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return check_text(typed.lstrip(BOM).strip(), "the question")
     except EOFError:
         return ""
     except UnicodeDecodeError as error:
@@ -274,18 +304,13 @@ def _lines(file: str) -> list[str]:
 
 def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"question": question, "hits": [vars(hit) for hit in hits]}, ensure_ascii=False))
+        found = {"question": question, "hits": [vars(hit) for hit in hits]}
+        print(json.dumps(found, ensure_ascii=not shows_unicode()))
         return
     print(f"\n{question}")
     for place, hit in enumerate(hits, 1):
         line = " ".join(hit.text.split())
         print(f"{place:3d}. {hit.score:.3f}  {line if len(line) <= 100 else line[:99] + '…'}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def main(argv: list[str]) -> int:
@@ -296,30 +321,31 @@ def main(argv: list[str]) -> int:
     make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
     make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
-    make.add_argument("--columns", type=_columns, default=["text"], help="joined to one text (default: text)")
+    make.add_argument("--columns", type=column_names, default=["text"], help="joined to one text (default: text)")
     make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of pictures, to be found by words")
     make.add_argument("--split", default="train", help="of a datasets name (default: train)")
-    make.add_argument("--width", type=_positive, metavar="N", help="of the vectors; default: the model's widest")
+    make.add_argument("--width", type=whole_number, metavar="N", help="of the vectors; default: the model's widest")
     make.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the vectors")
-    make.add_argument("--max-length", type=_positive, metavar="N", help="tokens per text; default: the model's own")
-    make.add_argument("--limit", type=_positive, metavar="N", help="the first N texts only")
+    make.add_argument("--max-length", type=whole_number, metavar="N", help="tokens per text; default: the model's own")
+    make.add_argument("--limit", type=whole_number, metavar="N", help="the first N texts only")
     ask = commands.add_parser("ask", help="questions on the command line, from a file, or interactively")
     ask.add_argument("index", help="the folder that build wrote")
     ask.add_argument("question", nargs="?")
     ask.add_argument("--file", metavar="FILE", help="one question per line")
-    ask.add_argument("-k", type=_positive, default=10, help="hits per question (default: 10)")
+    ask.add_argument("-k", type=whole_number, default=10, help="hits per question (default: 10)")
     ask.add_argument("--json", action="store_true", help="one JSON object per question")
     ask.add_argument("--model", help="where the model lies now, if it moved")
     ask.add_argument("--no-verify", action="store_true", help="open at once, without comparing checksums")
     for command in (make, ask):
         command.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
+    check_command(argv, ("build", "ask"), "python -m jasper_fast.search", "ask")
     given = parser.parse_args(argv)
+    if given.model is not None:
+        check_model_argument(given.model, f"search {given.command}")
     if given.command == "ask" and given.question is not None:
         if given.file is not None:
             raise JasperError("give a question or --file, not both")
-        if not given.question.strip():
-            raise JasperError("the question is empty. Fix: give words, or leave it out to type questions")
-        check_text(given.question, "the question")
+        given.question = check_text(text_argument(given.question, "the question"), "the question")
     (_build if given.command == "build" else _ask)(given)
     return 0
 

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
+from jasper_fast.command_line import Once
 from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
 from jasper_fast.errors import JasperError, Problems, run_cli
-from jasper_fast.files import TEMPORARY, disk_errors, locked
+from jasper_fast.files import TEMPORARY, check_file, disk_errors, locked
 from jasper_fast.lending import Lenders
 from jasper_fast.ranks import join_ranks
 from jasper_fast.targets import Opened, Place, open_all, open_teacher, share
@@ -324,16 +325,21 @@ def _silent(message: str) -> None:
 def main(argv: list[str]) -> int:
     """Build the texts of a configuration and cache the vectors of all its teachers."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
-    parser.add_argument("--config", help="a YAML file or a recipe's name; default: the embedded recipe")
+    parser.add_argument("--config", action=Once, help="a YAML file or a recipe's name; default: the embedded recipe")
     parser.add_argument(
-        "--texts", metavar="FILE.parquet", help="write the texts there, in the order of ready vectors, and leave"
+        "--texts",
+        metavar="FILE.parquet",
+        action=Once,
+        help="write the texts there, in the order of ready vectors, and leave",
     )
     known, rest = parser.parse_known_args(argv)
-    config = load_arguments(known.config, rest)
+    config = load_arguments(known.config, rest, ("config", "texts"))
     if known.texts is None:
         check_teachers(config)
     elif not known.texts.endswith(".parquet"):
         raise JasperError(f"--texts writes a parquet file; give a name that ends with .parquet, got {known.texts!r}")
+    else:
+        check_file(known.texts)
     with join_ranks(config.parallel.timeout) as ranks:
         texts, remaining = prepare_texts(config)
         if ranks.first:
@@ -352,4 +358,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main, goes_on=True)
+    run_cli(main, resumes=True)

@@ -30,6 +30,7 @@ from jasper_fast.average import take_average
 from jasper_fast.batches import Batch, Teachers, batch_plan, pooled_states, stage_batches
 from jasper_fast.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.checks import bad_texts, check_frozen, is_finite, not_finite
+from jasper_fast.command_line import Once
 from jasper_fast.config import (
     Config,
     StageConfig,
@@ -42,13 +43,15 @@ from jasper_fast.config import (
 from jasper_fast.encode import pick_device
 from jasper_fast.env import code_digest
 from jasper_fast.errors import JasperError, run_cli
+from jasper_fast.files import check_place
 from jasper_fast.image_data import Images
 from jasper_fast.log import RunLog, SilentLog, Tracker, memory_gb, start_trackers
 from jasper_fast.losses import AnyOutput
 from jasper_fast.model import Student
+from jasper_fast.output import tolerant_output
 from jasper_fast.prepare import build_student, check_disk, describe_plan, describe_stage, prepare
 from jasper_fast.ranks import Ranks, join_ranks
-from jasper_fast.run_folder import RunFolder, open_run, what_decides
+from jasper_fast.run_folder import RunFolder, open_run, stored_difference, what_decides
 from jasper_fast.sharding import collect, is_sharded, load_weights, shard, whole
 from jasper_fast.stages import StageLoss, frozen_digest, learning_rate, make_optimizer, set_trained, trained_names
 from jasper_fast.starts import PRINCIPAL_ROWS, start_at_principal_axes
@@ -110,7 +113,7 @@ def train(
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
     path = Path(out) if out is not None else Path("runs") / config.name
     # The first rank holds the run's folder, and its trackers, until the end.
-    with leave_on_sigterm(), ExitStack() as held:
+    with tolerant_output(), leave_on_sigterm(), ExitStack() as held:
         with join_ranks(config.parallel.timeout) as ranks:
             given = config.model_dump(mode="json", exclude={"log"})
             ranks.agree({**given, "code": code_digest(), "torch": torch.__version__, "out": str(path)})
@@ -149,7 +152,7 @@ def _run(config: Config, folder: RunFolder, ranks: Ranks, held: ExitStack) -> Ca
     if config.losses.scope == "local":
         facts["ranks"] = ranks.world  # it decides what a loss compares
     ranks.agree(facts)
-    _check_unchanged(checkpoint, facts)
+    _check_unchanged(checkpoint, facts, config)
     trackers: list[Tracker] = []  # begun before the long work: they may want a login
     ranks.lead(lambda: trackers.extend(held.enter_context(start_trackers(folder.path, config))))
     teachers = ensure_teachers(config, texts, progress=ranks.first, student=student)
@@ -423,15 +426,21 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _check_unchanged(checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
-    """Refuse texts, teachers or settings that are not the checkpoint's: before the teachers' work, not after it."""
+def _check_unchanged(checkpoint: Checkpoint | None, facts: dict[str, Any], config: Config) -> None:
+    """Reject texts, teachers or settings that differ from the checkpoint's, before the teachers' work.
+
+    Raises:
+        JasperError: something differs, or the checkpoint's settings are of a version that this one does not understand.
+    """
     if checkpoint is None:
         return
-    changed = "; ".join(config_difference(checkpoint.facts, facts))
+    before, now = ({key: fact for key, fact in of.items() if key != "config"} for of in (checkpoint.facts, facts))
+    settings = stored_difference(checkpoint.facts.get("config"), config, f"{checkpoint.path} (its settings)")
+    changed = "; ".join(config_difference(before, now) + settings)
     if changed:
         raise JasperError(
-            f"{checkpoint.path} was trained on other texts, teacher vectors or settings ({changed}). Restore them, or "
-            "use --out DIR for a new run"
+            f"{checkpoint.path} was trained on other texts, teacher vectors or settings ({changed}). Fix: restore "
+            "them, or use --out DIR for a new run"
         )
 
 
@@ -470,16 +479,17 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
-    parser.add_argument("--config", metavar="FILE|RECIPE", help="a YAML file or a shipped recipe")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default runs/RECIPE)")
+    parser.add_argument("--config", metavar="FILE|RECIPE", action=Once, help="a YAML file or a shipped recipe")
+    parser.add_argument("--out", metavar="DIR", action=Once, help="the run's folder (default runs/RECIPE)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
     options, rest = parser.parse_known_args(argv)
-    config = load_arguments(options.config, rest)
-    out = Path(options.out) if options.out else Path("runs") / config.name
+    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run"))
+    out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.print_config:
         print(dump_config(config), end="")
     elif options.dry_run:
+        check_place(out)
         print(describe_plan(config, out))
     else:
         try:
@@ -491,4 +501,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main, goes_on=True)
+    run_cli(main, resumes=True)

@@ -5,19 +5,19 @@ import json
 import os
 
 import pytest
-import yaml
 from test_train import settings, write_data
 
 from bench._distil_page import table, write_page
 from bench.distil import PAGE, PEERS, RESULTS, Job, main, peer_student, run_arm, settings_of
 from jasper_fast.config import load_config
+from jasper_fast.config_text import dump_yaml, parse_yaml
 
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory, tiny_bert, tiny_texts):
     folder = tmp_path_factory.mktemp("bench")
     write_data(folder, tiny_texts)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings(folder, tiny_bert)))
+    (folder / "tiny.yaml").write_text(dump_yaml(settings(folder, tiny_bert)))
     config = load_config(str(folder / "tiny.yaml"))
     options = argparse.Namespace(seconds=1.0, peer_batch=16, work=str(folder))
     for arm in ("jasper_fast", "st-mse", "st-cosine-matryoshka"):
@@ -120,9 +120,9 @@ def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
 def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tmp_path, capsys):
     folder, _ = arms
     (tmp_path / "other.tsv").write_text((folder / "pairs.tsv").read_text())
-    tree = yaml.safe_load((folder / "tiny.yaml").read_text())
+    tree = parse_yaml((folder / "tiny.yaml").read_text())
     tree["evaluate"].append({"path": str(tmp_path / "other.tsv")})
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "tiny.yaml").write_text(dump_yaml(tree))
     together = ["--together", "2"] if len(os.sched_getaffinity(0)) > 1 else []
     options = [
         "--config",
@@ -152,5 +152,5 @@ def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tm
 def test_the_shipped_benchmark_recipe_is_valid():
     from pathlib import Path
 
-    tree = yaml.safe_load((Path(__file__).parent.parent / "bench" / "recipes" / "minilm-public.yaml").read_text())
+    tree = parse_yaml((Path(__file__).parent.parent / "bench" / "recipes" / "minilm-public.yaml").read_text())
     assert load_config(tree).student.heads == [384, 128, 64, 32]

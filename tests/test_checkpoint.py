@@ -229,3 +229,15 @@ def test_another_rank_than_the_first_writes_nothing(tmp_path):
     saver.save(Position(1, 0, 1), model, optimizer, {})
     saver.close()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_others_read_a_checkpoint_where_the_umask_lets_them(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(tmp_path / "checkpoints", Position(1, 0, 1), *trained(), {}, keep=2)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (path, path.parent, *path.iterdir())}
+    files = {"model.safetensors", "state.pt", "manifest.json"}
+    assert modes == {name: (0o666 if name in files else 0o777) & ~umask for name in (*files, path.name, "checkpoints")}

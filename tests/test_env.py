@@ -51,7 +51,7 @@ def test_cpuinfo_is_read_by_its_own_keys(monkeypatch):
         "processor\t: 0\nmodel name\t: A CPU: fast\nvmx flags\t: vnmi\nflags\t\t: fpu avx2 amx_bf16\nbugs\t\t: none\n"
     )
     monkeypatch.setattr(env.Path, "is_file", lambda self: True)
-    monkeypatch.setattr(env.Path, "read_text", lambda self, errors: lines)
+    monkeypatch.setattr(env.Path, "read_text", lambda self, encoding, errors: lines)
     env.cpu_features.cache_clear()
     try:
         assert env.cpu_features() == {"fpu", "avx2", "amx_bf16"}

@@ -539,7 +539,13 @@ def test_command_puts_student_beside_teacher(
         (["{cut}", "{pairs}"], "cannot be loaded .* make or copy it again"),
         (["{listless}", "{pairs}"], "cannot be loaded .* make or copy it again"),
         (["{model}", "{pairs}", "--widths", "8,wide"], "--widths takes numbers"),
-        (["{model}", "{pairs}", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["{model}"], "no evaluation set is given"),
+        (["run.yaml", "{pairs}"], "run.yaml is a configuration, and a model is needed here.*train --config run.yaml"),
+        (["run.yml"], "run.yml is a configuration"),
+        ([" ", "{pairs}"], "the model's name is empty"),
+        (["{model}", "{pairs}", "--teacher", "run.yaml"], "run.yaml is a configuration"),
+        (["{model}", "{pairs}", "--json", "{empty}"], "a folder is where a file should be"),
+        (["{model}", "{pairs}", "--json", "{pairs}/deeper/scores.json"], "a file is where a folder should be"),
     ],
 )
 def test_command_refuses_with_a_message(

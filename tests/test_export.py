@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from jasper_fast.card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
 from jasper_fast.config import Config, StudentConfig
+from jasper_fast.config_text import parse_yaml
 from jasper_fast.errors import JasperError
 from jasper_fast.export import export_flat, export_onnx, export_student, main
 from jasper_fast.model import Student
@@ -287,7 +287,7 @@ def test_card_of_the_packaged_model() -> None:
 
 def test_exported_folder_has_its_card(bert: tuple[Student, Path], tmp_path: Path) -> None:
     card = (bert[1] / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["tags"][0] == "sentence-transformers" and "24, 8, 4" in card
+    assert parse_yaml(card.split("---")[1])["tags"][0] == "sentence-transformers" and "24, 8, 4" in card
     export_flat(bert[1], 8, tmp_path / "flat")
     assert "# 8 wide" in (tmp_path / "flat" / "README.md").read_text()
 

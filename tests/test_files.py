@@ -1,18 +1,31 @@
 """What is written is whole or absent."""
 
 import errno
+import json
 import os
 import shutil
 import signal
+import tempfile
 from collections import namedtuple
 
 import pytest
+import torch
 from filelock import FileLock, Timeout
 from processes import exit_code
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from jasper_fast.errors import JasperError
-from jasper_fast.files import check_room, check_writable, locked, publish_dir, sweep_unfinished, write_atomic
+from jasper_fast.files import (
+    check_file,
+    check_place,
+    check_room,
+    check_writable,
+    locked,
+    publish_dir,
+    sweep_unfinished,
+    write_atomic,
+)
 
 
 def test_a_folder_appears_only_when_the_block_ends_well(tmp_path):
@@ -163,3 +176,61 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path):
     (tmp_path / "kept").touch()
     sweep_unfinished(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077, 0o000])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_is_published_has_the_permissions_of_new_files(umask, replaced, tmp_path):
+    """Whatever wrote it: safetensors and tempfile make private files, copies bring others."""
+    before = os.umask(umask)
+    try:
+        for _ in range(1 + replaced):
+            with publish_dir(tmp_path / "out", replace=replaced) as folder:
+                save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+                (folder / "deep" / "er").mkdir(parents=True)
+                (folder / "deep").chmod(0o700)
+                (folder / "deep" / "er" / "plain").write_text("")
+                handle, name = tempfile.mkstemp(dir=folder / "deep")
+                os.close(handle)
+                (folder / "script").write_text("")
+                (folder / "script").chmod(0o755)
+                (folder / "away").symlink_to(tmp_path / "mine")
+        (tmp_path / "mine").write_text("")
+        (tmp_path / "mine").chmod(0o600)
+        write_atomic(tmp_path / "file", "x")
+        write_atomic(tmp_path / "file", "y")
+        write_atomic(tmp_path / "made" / "file", b"z")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"), tmp_path / "file", *(tmp_path / "made").rglob("*")):
+        if not path.is_symlink():
+            expected = (0o777 if path.is_dir() else 0o666) & ~umask
+            assert path.stat().st_mode & 0o777 == expected, (path, oct(path.stat().st_mode))
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600  # what a link leads to is not ours
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("check", [check_place, check_file])
+def test_a_place_is_checked_without_making_anything(check, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for place, problem in (
+        ("file/deeper", "a file is where a folder should be"),
+        ("file/deeper/still", "a file is where a folder should be"),
+        ("x" * 300, "the name is too long"),
+        ("nul\0", "not a name in UTF-8"),
+        ("half\udcff", "not a name in UTF-8"),
+    ):
+        with pytest.raises(JasperError, match=problem):
+            check(tmp_path / place)
+    check(tmp_path / "new")
+    check(tmp_path / "not" / "there" / "yet")
+    check(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    with pytest.raises(JasperError, match="a folder is where a file should be"):
+        check_file(tmp_path / "folder")
+
+
+def test_text_with_half_characters_is_written_with_escapes(tmp_path):
+    write_atomic(tmp_path / "x.json", json.dumps({"name": "p\udcff…"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"name": "p\udcff…"}

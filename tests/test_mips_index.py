@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +15,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import fork_server
 from safetensors.torch import load_file, save_file
 
 from jasper_fast.errors import JasperError
-from jasper_fast.mips import FlatIPIndex, storage, topk
+from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, storage, topk
 from jasper_fast.mips import index as index_module
 from jasper_fast.mips.pieces import Piece, Plane
 
 DTYPES = ("bfloat16", "float32", "int8")
+
+
+def saved(index: FlatIPIndex) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(index, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def in_another_process(index: FlatIPIndex) -> FlatIPIndex:
+    with fork_server().Pool(1) as pool:
+        return pool.apply(copy.copy, (index,))
 
 
 def filled(dtype: str, rows: int = 333, dim: int = 24) -> FlatIPIndex:
@@ -240,3 +257,163 @@ def test_devices_share_the_pieces(dtype, monkeypatch, tmp_path):
                 assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     with pytest.raises(ValueError, match="at least one device"):
         FlatIPIndex(8, device=[])
+
+
+def rows(count: int = 3, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal((count, width)).astype(np.float32)
+
+
+def masked(array: np.ndarray, *places: tuple[int, ...]) -> np.ma.MaskedArray:
+    mask = np.zeros(array.shape, bool)
+    for place in places:
+        mask[place] = True
+    return np.ma.masked_array(array, mask)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda index: pickle.loads(pickle.dumps(index)),
+        lambda index: pickle.loads(pickle.dumps(index, protocol=2)),
+        copy.copy,
+        copy.deepcopy,
+        lambda index: torch.load(saved(index), weights_only=False),
+        in_another_process,
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_holds_the_rows_alone_and_grows_by_itself(take, dtype, tmp_path):
+    index, more, queries = FlatIPIndex(24, dtype=dtype), torch.randn(70, 24), torch.randn(5, 24)
+    for _ in range(10):  # in small portions
+        index.add(torch.randn(13, 24))
+    before = index.search(queries, 5)
+    other = take(index)
+    assert len(pickle.dumps(index)) < 130 * 24 * 10 + 10_000 and len(pickle.dumps(other)) < 130 * 24 * 10 + 10_000
+    assert all(map(torch.equal, before, other.search(queries, 5))) and repr(other) == repr(index)
+    other.add(more)
+    assert (len(index), len(other)) == (130, 200)
+    assert all(map(torch.equal, before, index.search(queries, 5)))  # the rows of the copy are not the original's
+    index.add(more)
+    assert all(map(torch.equal, index.search(queries, 200), other.search(queries, 200)))
+    other.save(tmp_path / "index")
+    assert all(map(torch.equal, index.search(queries, 9), FlatIPIndex.load(tmp_path / "index").search(queries, 9)))
+
+
+def test_an_empty_index_and_a_loaded_one_are_pickled(tmp_path):
+    empty = pickle.loads(pickle.dumps(FlatIPIndex(4)))
+    empty.add(torch.ones(1, 4))
+    assert len(empty) == 1
+    index, queries = filled("float32", 5000), torch.randn(3, 24)
+    index.save(tmp_path / "index")
+    shutil.copytree(tmp_path / "index", tmp_path / "other")
+    loaded = pickle.loads(pickle.dumps(FlatIPIndex.load(tmp_path / "other")))
+    shutil.rmtree(tmp_path / "other")  # the pickle holds the rows, not the place of their file
+    assert all(map(torch.equal, index.search(queries, 9), loaded.search(queries, 9)))
+
+
+ACCEPTED = {
+    "no entry is masked": lambda x: masked(x),
+    "matrix": np.matrix,
+    "record array's base": lambda x: np.rec.array(x),
+    "read-only": lambda x: np.broadcast_to(x, x.shape),
+    "column-major": np.asfortranarray,
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "big-endian": lambda x: x.astype(">f4"),
+    "needs a gradient": lambda x: torch.tensor(x).requires_grad_(),
+    "parameter": lambda x: torch.nn.Parameter(torch.tensor(x)),
+    "negative bit": lambda x: torch.complex(torch.tensor(x), -torch.tensor(x)).conj().imag,
+    "expanded": lambda x: torch.tensor(x)[None].expand(2, *x.shape)[1],
+}
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_other_forms_of_the_same_rows_give_the_same_result(kind):
+    corpus, queries = rows(5), rows(3)
+    form = ACCEPTED[kind]
+    expected = topk(queries, corpus, 2)
+    index = FlatIPIndex(8, dtype="float32")
+    index.add(form(corpus))
+    for found in (topk(form(queries), corpus, 2), topk(queries, form(corpus), 2), index.search(form(queries), 2)):
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+REFUSED = {
+    "masked entries": (lambda x: masked(x, (0, 1), (2, 3)), ValueError, "2 masked entries; fill them"),
+    "a masked row": (lambda x: masked(x, (1,)), ValueError, "8 masked entries; fill them"),
+    "list": (lambda x: x.tolist(), TypeError, "got list: convert it with numpy.asarray"),
+    "objects": (lambda x: x.astype(object), TypeError, "must hold floats, got object"),
+    "structured": (lambda x: np.zeros(x.shape, [("a", "f4")]), TypeError, "must hold floats, got"),
+    "complex": (lambda x: x.astype(complex), TypeError, "must hold floats, got complex128"),
+    "complex tensor": (lambda x: torch.tensor(x).to(torch.complex64), TypeError, "got complex64"),
+    "integers": (lambda x: x.astype(int), TypeError, "must hold floats, got int64"),
+    "bool": (lambda x: x > 0, TypeError, "got bool"),
+    "dates": (lambda x: np.zeros(x.shape, "M8[s]"), TypeError, "must hold floats, got datetime64"),
+    "text": (lambda x: np.full(x.shape, "1.0"), TypeError, "must hold floats"),
+    "long double": (lambda x: x.astype(np.longdouble), TypeError, "convert them with .astype"),
+    "sparse": (lambda x: torch.tensor(x).to_sparse(), TypeError, "dense tensor, got sparse_coo"),
+    "sparse rows": (lambda x: torch.tensor(x).to_sparse_csr(), TypeError, "dense tensor, got sparse_csr"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(torch.tensor(x))), TypeError, "got a nested one"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(torch.tensor(x)), layout=torch.jagged), TypeError, "a nested one"
+    ),
+    "quantised": (lambda x: torch.quantize_per_tensor(torch.tensor(x), 0.1, 0, torch.qint8), TypeError, "got qint8"),
+    "float8": (lambda x: torch.tensor(x).to(torch.float8_e4m3fn), TypeError, "got float8_e4m3fn"),
+    "meta": (lambda x: torch.tensor(x).to("meta"), TypeError, "on the device meta and has no values"),
+    "one row": (lambda x: x[0], ValueError, "must have the shape"),
+    "none": (lambda x: None, TypeError, "got NoneType"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_has_no_rows_of_floats_is_refused(kind):
+    form, error, message = REFUSED[kind]
+    good, bad = rows(3), form(rows(3))
+    index, signs = FlatIPIndex(8), SignIndex(8)
+    index.add(good)
+    signs.add(good)
+    for use in (
+        lambda: topk(bad, good, 2),
+        lambda: topk(good, bad, 2),
+        lambda: index.add(bad),
+        lambda: index.search(bad, 2),
+        lambda: signs.add(bad),
+        lambda: signs.search(bad, 2),
+        lambda: funnel(good, bad, signs, index, 1, shortlist=2),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+    assert len(index) == len(signs) == 3
+
+
+@pytest.mark.parametrize(
+    ("valid", "error", "message"),
+    [
+        (masked(np.array([True, False, True]), (1,)), ValueError, "valid: 1 masked entries"),
+        (masked(np.array([0, 2]), (1,)), ValueError, "valid: 1 masked entries"),
+        (torch.tensor([True, False, True]).to_sparse(), TypeError, "valid must be a dense tensor"),
+        (torch.ones(3, dtype=torch.bool, device="meta"), TypeError, "valid is on the device meta"),
+        (np.array([True, False, True], object), TypeError, "valid must be bool, or row numbers, got object"),
+        ("abc", TypeError, "valid must be bool, or row numbers"),
+    ],
+)
+def test_rows_that_may_be_returned_are_said_plainly(valid, error, message):
+    with pytest.raises(error, match=message):
+        topk(rows(2), rows(3), 2, valid=valid)
+    found = topk(rows(2), rows(3), 3, valid=masked(np.array([True, False, True])))[1]  # nothing is masked
+    assert sorted(found[0].tolist()) == [-1, 0, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["masked entries", "a masked row", "sparse", "sparse rows", "nested", "list", "objects"]
+)
+def test_losses_refuse_them_too(kind):
+    from jasper_fast.losses import cosine_loss, similarity_loss
+
+    bad, good = REFUSED[kind][0](rows(4)), torch.tensor(rows(4))
+    for loss in (cosine_loss, similarity_loss):
+        for pair in ((bad, good), (good, bad)):
+            with pytest.raises(TypeError, match="expected a (dense )?tensor"):
+                loss(*pair)

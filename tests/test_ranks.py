@@ -528,10 +528,10 @@ def test_torchrun_trains_and_goes_on(run, tmp_path):
     import subprocess
     import sys
 
-    import yaml
+    from jasper_fast.config_text import dump_yaml
 
     folder, tree = run
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "tiny.yaml").write_text(dump_yaml(tree))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "jasper_fast.train", "--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -5,9 +5,8 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-
 from jasper_fast.config import load_arguments, load_config, recipe_names
+from jasper_fast.config_text import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_configuration_shown_is_valid():
     (shown,) = blocks("yaml")
-    config = load_config(yaml.safe_load(shown))
+    config = load_config(parse_yaml(shown))
     assert [stage.name for stage in config.stages] == ["head", "distil", "reduce"]
 
 

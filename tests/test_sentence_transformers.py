@@ -36,6 +36,90 @@ def test_labels_that_are_no_teacher_vectors_are_refused():
         JasperLoss(Bag())([{"input_ids": torch.zeros(4, 2, dtype=torch.long)}], torch.zeros(4))
 
 
+TEXTS = {"input_ids": torch.arange(12).reshape(4, 3)}
+ADD = "Fix: put one teacher vector per text, a list of floats, into the dataset's label column"
+
+
+class Tokens(torch.nn.Module):
+    """A transformer without pooling."""
+
+    def forward(self, features):
+        return {"token_embeddings": torch.zeros(4, 3, 8)}
+
+
+class Bare(torch.nn.Module):
+    def forward(self, features):
+        return torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels", "problem"),
+    [
+        (1, None, f"label: expected teacher vectors of shape (4, E), got none. {ADD}"),
+        (2, None, "label: expected teacher vectors of shape (4, E) or (4, 2, E), got none"),
+        (1, torch.zeros(4), f"(4, E), got (4,). {ADD}"),
+        (1, torch.arange(4), f"got (4,) of int64. {ADD}"),
+        (1, torch.zeros(4, 8, dtype=torch.long), "got (4, 8) of int64"),
+        (1, torch.zeros(4, 8) > 0, "got (4, 8) of bool"),
+        (1, torch.zeros(4, 8, dtype=torch.complex64), "got (4, 8) of complex64"),
+        (1, [None] * 4, "as a tensor, got list"),
+        (1, [[1.0] * 8] * 4, "as a tensor, got list"),
+        (1, ["a", "b", "c", "d"], "as a tensor, got list"),
+        (1, torch.zeros(4, 8).numpy(), "as a tensor, got ndarray"),
+        (1, torch.zeros(5, 8), "got (5, 8). Fix: give as many vectors as texts"),
+        (1, torch.zeros(1, 8), "got (1, 8). Fix: give as many vectors as texts"),
+        (2, torch.zeros(4, 3, 8), "(4, E) or (4, 2, E), got (4, 3, 8). Fix: give as many"),
+        (1, torch.zeros(4, 2, 8), "got (4, 2, 8). Fix: give as many"),
+        (1, torch.zeros(4, 1, 1, 8), "got (4, 1, 1, 8)"),
+        (1, torch.zeros(4, 0), "teacher: expected shape (B, D) with B, D >= 1, got (4, 0)"),
+        (0, torch.zeros(4, 8), "expected at least one column of texts, got none"),
+    ],
+)
+def test_wrong_labels_say_what_is_expected(columns, labels, problem):
+    with pytest.raises(ValueError) as error:
+        JasperLoss(Bag())([TEXTS] * columns, labels)
+    assert problem in str(error.value)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match=r"expected shape \(B, D\) with B, D >= 1, got \(0, 8\)"):
+        JasperLoss(Bag())([{"input_ids": torch.zeros(0, 3, dtype=torch.long)}], torch.zeros(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (
+            "sentence-transformers/all-MiniLM-L6-v2",
+            "model: expected a SentenceTransformer, got str. Fix: load it first",
+        ),
+        (None, "model: expected a SentenceTransformer, got NoneType"),
+        (
+            Tokens(),
+            r"expected an output with sentence_embedding, got \['token_embeddings'\]. Fix: add a Pooling module",
+        ),
+        (Bare(), "expected an output with sentence_embedding, got Tensor"),
+    ],
+)
+def test_what_is_no_sentence_transformer_is_refused(model, problem):
+    with pytest.raises(TypeError, match=problem):
+        JasperLoss(model)([TEXTS], torch.zeros(4, 8))
+
+
+@pytest.mark.slow
+def test_a_trainer_without_a_label_column_says_so(tiny_bert: Path, tiny_texts: list[str], tmp_path: Path):
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    arguments = Arguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    texts = Dataset.from_dict({"text": tiny_texts[:8]})
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=texts, loss=JasperLoss(model))
+    with pytest.raises(ValueError, match=r"label: expected teacher vectors of shape \(8, E\), got none"):
+        trainer.train()
+
+
 @pytest.mark.slow
 def test_trainer_trains(tiny_bert: Path, tiny_texts: list[str], tmp_path: Path):
     from datasets import Dataset

@@ -734,7 +734,7 @@ def test_control_c_loses_no_shard_and_says_that_the_command_goes_on(
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in said
-    assert said.endswith("interrupted; the same command goes on\n")
+    assert said.endswith("interrupted. Run the same command to resume.\n")
 
     config = load_config(run_file, [("teachers.0.model", str(tiny_bert))])
     texts = build_texts(config.data, config.data.seed)

@@ -557,15 +557,14 @@ def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
 
 
 def test_print_config_and_dry_run(world, tmp_path, capsys):
-    import yaml
-
+    from jasper_fast.config_text import dump_yaml, parse_yaml
     from jasper_fast.train import main
 
     _, tree = world
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(dump_yaml(tree))
     main(["--config", str(path), "--print-config", "--stages.0.lr", "0.5"])
-    assert load_config(yaml.safe_load(capsys.readouterr().out)).stages[0].lr == 0.5
+    assert load_config(parse_yaml(capsys.readouterr().out)).stages[0].lr == 0.5
     main(["--config", str(path), "--dry-run", "--out", str(tmp_path / "dry")])
     plan = capsys.readouterr().out
     assert "heads.32.weight" in plan and "stage three" in plan and not (tmp_path / "dry").exists()

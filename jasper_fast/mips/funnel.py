@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips.index import FlatIPIndex
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
 from jasper_fast.mips.scan import Queries
-from jasper_fast.mips.search import QUERIES, as_tensor, check_rows
 from jasper_fast.mips.signs import SignIndex
 from jasper_fast.mips.state import State
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips import storage
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
 from jasper_fast.mips.pieces import BIN, Piece, Plane, bin_maxima, bin_norms, int8_codes
-from jasper_fast.mips.search import QUERIES, SCRATCH, Precision, as_tensor, check_rows, search
+from jasper_fast.mips.search import SCRATCH, Precision, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 Devices = str | torch.device | Sequence[str | torch.device]
@@ -58,6 +59,11 @@ class FlatIPIndex:
 
     def __len__(self) -> int:
         return self._rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and copy keep: the rows, without the room for more, which a copy must not share."""
+        pieces = [piece.compact() for _, piece in self.pieces()]
+        return {**self.__dict__, "_full": pieces, "_open": None}
 
     def __repr__(self) -> str:
         return f"FlatIPIndex({len(self)} rows, dim={self.dim}, dtype={self.dtype!r}, device={str(self.device)!r})"

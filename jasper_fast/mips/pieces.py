@@ -101,6 +101,12 @@ class Piece:
             self.longest = float(self.norms.max())
         return self.longest
 
+    def compact(self) -> Piece:
+        """Return the same rows without memory around them, and without what searches derived."""
+        norms = None if self.norms is None else _compact(self.norms)
+        plane = self.plane and Plane(*map(_compact, (self.plane.codes, self.plane.scales, self.plane.residuals)))
+        return Piece(_compact(self.rows), _compact(self.scales), norms, plane, self.lasting)
+
     def slice(self, start: int, stop: int) -> Piece:
         """Rows from ``start``, a multiple of 64, to before ``stop``; views."""
         assert start % BIN == 0
@@ -112,6 +118,11 @@ class Piece:
         )
         scales = self.scales[start:stop] if self.rows.dtype == torch.int8 else self.scales
         return Piece(self.rows[start:stop], scales, None if self.norms is None else self.norms[bins], plane)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Return a tensor, copied if it is a view of larger memory, which pickle would write out whole."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def bin_norms(piece: Piece) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips.device import low_plane, queries_at_once, rows_at_once, search_device, serves
+from jasper_fast.mips.inputs import FLOATS, QUERIES, as_tensor, check_rows, row_mask
 from jasper_fast.mips.pieces import Piece, bin_norms, not_finite
 from jasper_fast.mips.scan import (
     FEW,
@@ -33,8 +34,6 @@ from jasper_fast.mips.stream import chunks
 Precision = Literal["certified", "exact", "fast"]
 PRECISIONS = ("certified", "exact", "fast")
 SCRATCH = 256 << 20  # bytes
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-QUERIES = (*FLOATS, torch.float64)
 
 
 @overload
@@ -128,7 +127,7 @@ def search(
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
     k, missing = min(int(k), total), max(0, int(k) - total)
-    mask = _mask(valid, len(queries), total, queries.device)
+    mask = row_mask(valid, len(queries), total, queries.device)
     asked = Queries.of(queries)
     if not math.isfinite(asked.largest_norm()):  # which is asked for anyway, and waits for the device
         bad = (~queries.isfinite().all(dim=1)).nonzero()
@@ -323,70 +322,3 @@ def _rows_for(scratch: int, piece: Piece, size: int, bytes_each: int) -> int:
     """Corpus rows per product, a multiple of 64: their float copy, the scores, and what is made of the scores."""
     each = bytes_each * piece.rows.shape[1] + 5 * 8 * size
     return max(64, min(1 << 16, scratch // each // 64 * 64))
-
-
-def as_tensor(array: Any, name: str) -> Tensor:
-    """A tensor that shares memory with a numpy array, or the tensor itself."""
-    if isinstance(array, Tensor):
-        return array.detach()
-    if not isinstance(array, np.ndarray):
-        raise TypeError(
-            f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}: convert it with numpy.asarray"
-        )
-    if array.dtype.kind not in "fb":
-        raise TypeError(f"{name} must hold floats, got {array.dtype}: convert them with .astype(numpy.float32)")
-    if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we only read it
-        return torch.from_numpy(array)
-
-
-def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises unless ``rows`` is a matrix of one of the dtypes with at least one column."""
-    if rows.dim() != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must have the shape (rows, width), got {tuple(rows.shape)}")
-    if rows.dtype not in dtypes:
-        named = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        given = str(rows.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be one of {named}; got {given}: convert them, for instance to float32")
-
-
-def _mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
-    """(N,) or (Q, N) bool on the device; empty where there is none."""
-    if valid is None:
-        return torch.empty(0, dtype=torch.bool, device=device)
-    if not isinstance(valid, Tensor):
-        valid = np.asarray(valid)
-        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
-            valid = valid.astype(np.int64)
-        if valid.dtype.kind == "u":  # torch would take the largest for negative ones
-            _check_numbers(valid, total)
-            valid = valid.astype(np.int64)
-        if valid.dtype.kind not in "bi":
-            raise TypeError(f"valid must be bool, or row numbers, got {valid.dtype}")
-        valid = torch.as_tensor(valid)
-    if valid.dtype.is_floating_point or valid.dtype.is_complex:
-        raise TypeError(f"valid must be bool, or row numbers, got {str(valid.dtype).removeprefix('torch.')}")
-    if valid.dtype != torch.bool and valid.dim() != 1:
-        raise TypeError(
-            f"valid of {valid.dim()} dimensions must be bool, got {str(valid.dtype).removeprefix('torch.')}"
-        )
-    if valid.dtype != torch.bool:
-        numbers = valid.cpu().numpy()
-        if len(numbers) == total > 2 and ((numbers == 0) | (numbers == 1)).all():
-            raise TypeError(
-                f"valid holds {total} zeros and ones, which as row numbers would be two rows; give it as bool"
-            )
-        _check_numbers(numbers, total)
-        valid = torch.zeros(total, dtype=torch.bool)
-        valid[torch.as_tensor(numbers.astype(np.int64))] = True
-    if tuple(valid.shape) not in ((total,), (size, total)):
-        raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(valid.shape)}")
-    return valid.to(device)
-
-
-def _check_numbers(numbers: np.ndarray, total: int) -> None:
-    wrong = numbers[(numbers < 0) | (numbers >= total)]
-    if wrong.size:
-        raise ValueError(f"valid: row {wrong.flat[0]} is not in a corpus of {total} rows")

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.search import QUERIES, SCRATCH, as_tensor, check_rows
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
+from jasper_fast.mips.search import SCRATCH
 
 ADDED_AT_ONCE = 4096  # rows
 

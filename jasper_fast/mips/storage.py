@@ -38,7 +38,7 @@ def save(path: str | Path, dim: int, dtype: str, pieces: Sequence[Piece]) -> Non
             files.append({"name": file.name, "rows": len(piece), "sha256": sha256(file)})
         rows = sum(map(len, pieces))
         manifest = {"format": FORMAT, "version": VERSION, "dim": dim, "dtype": dtype, "rows": rows, "files": files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> tuple[int, str, list[Piece]]:
@@ -49,7 +49,7 @@ def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> t
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JasperError(f"{path}: no index here ({MANIFEST} is missing); FlatIPIndex.save makes one") from None
     except (OSError, ValueError) as error:

@@ -1,0 +1,111 @@
+"""What searches take as rows, queries and masks: tensors and arrays of floats whose entries all have a value."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+QUERIES = (*FLOATS, torch.float64)
+
+
+def as_tensor(array: Any, name: str) -> Tensor:
+    """Return a tensor that shares memory with a numpy array, or the tensor itself without its gradient.
+
+    Raises:
+        TypeError: another type, another kind of numbers, or a tensor without ordinary memory.
+        ValueError: a masked array with masked entries.
+    """
+    if isinstance(array, Tensor):
+        return _plain_tensor(array, name)
+    _check_mask(array, name)
+    if not isinstance(array, np.ndarray):
+        raise TypeError(
+            f"{name} must be a torch tensor or a numpy array, got {type(array).__name__}: convert it with numpy.asarray"
+        )
+    if array.dtype.kind not in "fb":
+        raise TypeError(f"{name} must hold floats, got {array.dtype}: convert them with .astype(numpy.float32)")
+    if array.dtype.itemsize > 8:
+        raise TypeError(f"{name} must not hold {array.dtype}: convert them with .astype(numpy.float64)")
+    array = np.asarray(array)  # of a subclass the array itself
+    if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we only read it
+        return torch.from_numpy(array)
+
+
+def _plain_tensor(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it with torch.nested.to_padded_tensor")
+    if tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: convert it with .to_dense()")
+    if tensor.is_meta:
+        raise TypeError(f"{name} is on the device meta and has no values: load it on a real device, e.g. cpu")
+    return tensor.detach().resolve_neg()
+
+
+def _check_mask(array: Any, name: str) -> None:
+    """Reject masked entries: a search would take what is under the mask."""
+    if np.ma.is_masked(array):
+        raise ValueError(
+            f"{name}: {np.ma.count_masked(array)} masked entries; fill them with .filled(0), or leave out their rows"
+        )
+
+
+def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless ``rows`` is a matrix of one of the dtypes with at least one column."""
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have the shape (rows, width), got {tuple(rows.shape)}")
+    if rows.dtype not in dtypes:
+        named = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        given = str(rows.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be one of {named}; got {given}: convert them, for instance to float32")
+
+
+def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
+    """Return rows that may be found, (N,) or (Q, N) bool on the device; empty for all rows."""
+    if valid is None:
+        return torch.empty(0, dtype=torch.bool, device=device)
+    if isinstance(valid, Tensor):
+        valid = _plain_tensor(valid, "valid")
+    else:
+        _check_mask(valid, "valid")
+        valid = np.asarray(valid)
+        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
+            valid = valid.astype(np.int64)
+        if valid.dtype.kind == "u":  # torch would take the largest for negative ones
+            _check_numbers(valid, total)
+            valid = valid.astype(np.int64)
+        if valid.dtype.kind not in "bi":
+            raise TypeError(f"valid must be bool, or row numbers, got {valid.dtype}")
+        valid = torch.as_tensor(valid)
+    if valid.dtype.is_floating_point or valid.dtype.is_complex:
+        raise TypeError(f"valid must be bool, or row numbers, got {str(valid.dtype).removeprefix('torch.')}")
+    if valid.dtype != torch.bool and valid.dim() != 1:
+        raise TypeError(
+            f"valid of {valid.dim()} dimensions must be bool, got {str(valid.dtype).removeprefix('torch.')}"
+        )
+    if valid.dtype != torch.bool:
+        numbers = valid.cpu().numpy()
+        if len(numbers) == total > 2 and ((numbers == 0) | (numbers == 1)).all():
+            raise TypeError(
+                f"valid holds {total} zeros and ones, which as row numbers would be two rows; give it as bool"
+            )
+        _check_numbers(numbers, total)
+        valid = torch.zeros(total, dtype=torch.bool)
+        valid[torch.as_tensor(numbers.astype(np.int64))] = True
+    if tuple(valid.shape) not in ((total,), (size, total)):
+        raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(valid.shape)}")
+    return valid.to(device)
+
+
+def _check_numbers(numbers: np.ndarray, total: int) -> None:
+    wrong = numbers[(numbers < 0) | (numbers >= total)]
+    if wrong.size:
+        raise ValueError(f"valid: row {wrong.flat[0]} is not in a corpus of {total} rows")
