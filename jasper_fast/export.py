@@ -307,9 +307,20 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
 
 
 def routes_of(source: Path) -> dict[int, str]:
-    """{width: folder of its head inside the Router's}, widest first."""
-    structure = json.loads((source / ROUTER / "router_config.json").read_text(encoding="utf-8"))["structure"]
-    return {int(name): places[0] for name, places in sorted(structure.items(), key=lambda item: -int(item[0]))}
+    """Map each width to its head's folder inside the Router's, widest first.
+
+    Raises:
+        JasperError: the Router's settings are damaged, or its routes are not widths.
+    """
+    file = source / ROUTER / "router_config.json"
+    try:
+        structure = json.loads(file.read_text(encoding="utf-8"))["structure"]
+        found = {int(name): str(places[0]) for name, places in structure.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise JasperError(f"{file} is damaged ({first_line(error)}). Fix: export the run again") from error
+    if not found:
+        raise JasperError(f"{file} names no head. Fix: export the run again")
+    return dict(sorted(found.items(), reverse=True))
 
 
 def _known_width(source: Path, width: int | None) -> int:

