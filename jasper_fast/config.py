@@ -88,7 +88,7 @@ class TeacherConfig(Section):
     """One teacher: a model to run, or vectors that are ready."""
 
     model: str | None = None  # name, path, or "package:import_name/folder"
-    vectors: str | None = None  # .npy or .parquet file(s), one row per training text, in order
+    vectors: str | None = None  # .parquet or .jsonl with `digest` or `text`, or .npy with a row for each text in order
     revision: str | None = None
     prompts: TeacherPrompts = TeacherPrompts()
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's own, else mean
@@ -154,7 +154,7 @@ class StudentConfig(Section):
 class SourceConfig(Section):
     """One source of training texts."""
 
-    path: str  # "docstrings", a file or folder (.jsonl, .csv, .tsv, .txt, each [.gz], .parquet), or a `datasets` name
+    path: str  # "docstrings", a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; .gz …), or a `datasets` name
     config: str | None = None  # the `datasets` configuration name
     split: str = "train"
     columns: list[str] = Field(default=["text"], min_length=1)  # a list in the only column: each item is a text

@@ -219,10 +219,11 @@ def _explained_onnx(loaded: Any, source: Path) -> Iterator[None]:
     """Turn what torch's exporter or onnxruntime raises into an error that names the architecture."""
     from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-    failures = tuple(kind for kind in vars(runtime).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    failures: list[type[Exception]] = [torch.onnx.OnnxExporterError]
+    failures += [kind for kind in vars(runtime).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     try:
         yield
-    except (torch.onnx.OnnxExporterError, *failures) as error:
+    except tuple(failures) as error:
         architecture = " and ".join(type(module.model).__name__ for module in transformers_of(loaded))
         raise JasperError(
             f"{source}: {architecture} has no ONNX form that torch {torch.__version__} can write "

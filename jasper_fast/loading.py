@@ -82,7 +82,7 @@ def recorded_loads() -> Iterator[list[LoadedWeights]]:
         return (model, info) if output_loading_info else model
 
     verbosity = logging.get_verbosity()
-    PreTrainedModel.from_pretrained = classmethod(recording)  # type: ignore[assignment]
+    PreTrainedModel.from_pretrained = classmethod(recording)
     logging.set_verbosity_error()
     try:
         yield loads

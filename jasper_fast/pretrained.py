@@ -279,12 +279,13 @@ def token_type_template(tokenizer: Any, encoder: Any) -> TokenTypes | None:
     Raises:
         JasperError: the types are not the same for every text.
     """
-    if "token_type_ids" not in inspect.signature(encoder.forward).parameters:
+    read = "token_type_ids" in inspect.signature(encoder.forward).parameters
+    if not read or "token_type_ids" not in getattr(tokenizer, "model_input_names", ()):
         return None
     probes = ["one", "one two three", "a b c d e f g h", ""]
     encoded = tokenizer(probes, return_token_type_ids=True, return_special_tokens_mask=True)
     types, special = encoded["token_type_ids"], encoded["special_tokens_mask"]
-    if "token_type_ids" not in tokenizer.model_input_names or not any(map(any, types)):
+    if not any(map(any, types)):
         return None
     inner = [at for at, mark in enumerate(special[0]) if not mark] or [0]
     template = TokenTypes(types[0][: inner[0]], types[0][inner[0]], types[0][inner[-1] + 1 :])
