@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Compiling every installed module takes a minute and more; Python compiles the tenth that is used when it is first used,
@@ -27,8 +28,8 @@ help:  ## this list
 train: $(VENV)/.demo  ## set up, then train: the embedded recipe, or ARGS="--config FILE --out DIR ..."
 	$(BIN)/python -m jasper_fast.train $(ARGS)
 
-test: $(VENV)/.dev  ## set up, then run the tests (ARGS go to pytest)
-	$(BIN)/python -m pytest -o faulthandler_exit_on_timeout=true $(ARGS)
+test: $(VENV)/.dev  ## set up, then run the tests in JOBS processes (ARGS go to pytest)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -o faulthandler_exit_on_timeout=true $(ARGS)
 
 soak: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)

