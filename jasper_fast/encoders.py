@@ -45,7 +45,7 @@ def load_model(
         trust_remote_code: whether code that the model brings may run.
 
     Raises:
-        JasperError: the model is missing, damaged or incomplete, brings code of its own that was not allowed, or has
+        JasperError: the model is missing, damaged or incomplete, brings custom code that was not allowed, or has
             fewer positions than ``max_length``.
     """
     path = Path(resolve_model(name))

@@ -27,7 +27,7 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
     """Load the Hugging Face model (float32, dropout off, no optional pooler) and tokenizer of a configuration.
 
     Raises:
-        JasperError: the model is missing or needs code of its own, its weights or tokenizer do not belong to it, or its
+        JasperError: the model is missing or needs custom code, its weights or tokenizer do not belong to it, or its
             architecture cannot be a student.
     """
     from transformers import AutoConfig, AutoTokenizer

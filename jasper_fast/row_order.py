@@ -16,7 +16,7 @@ FEWEST = 8  # rows; fewer prove nothing about their order
 FEWEST_FOR_PARTS = 30  # rows; fewer do not tell a wrong part from a poor reference
 PERMUTATIONS = 200
 SIGNIFICANT = 3.0  # standard deviations above random orders, at least
-ROWS_PER_DEVIATION = 50  # evidence grows with the rows: the right order of 500 texts is 30 to 300 deviations above
+ROWS_PER_DEVIATION = 50  # evidence grows with the rows, so the right order must stand out more
 BINS = 10
 CHARACTERS = 2000  # of a text that are compared
 
@@ -131,8 +131,8 @@ def _wrong_block(percentiles: np.ndarray) -> tuple[int, int] | None:
 def _wrong_fraction(percentiles: np.ndarray) -> float:
     """Estimate the fraction of rows out of place from percentiles below one half, beyond what the rest explain.
 
-    Rows in place have normal deviates with a standard deviation near 1 (measured on ten kinds of texts), so their
-    upper 35 % tell how many of them fall below one half.
+    The model is that rows in place have normal deviates with a standard deviation near 1. Then their upper 35 %
+    determine how many of them fall below one half.
     """
     n = len(percentiles)
     upper = min(float(np.quantile(percentiles, 0.65)), 1 - 0.5 / n)

@@ -163,7 +163,7 @@ def limit_length(model: SentenceTransformer, wanted: int) -> int:
     for module in transformers_of(model):
         bounds = (wanted, module.max_seq_length, position_limit(module.model))
         module.max_seq_length = min(int(bound) for bound in bounds if bound)
-        for role in ("query_length", "document_length"):  # of models that read a role at a length of its own
+        for role in ("query_length", "document_length"):  # per-role lengths
             if getattr(module, role, None):
                 setattr(module, role, min(getattr(module, role), module.max_seq_length))
         lengths.append(module.max_seq_length)

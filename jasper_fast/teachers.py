@@ -109,7 +109,7 @@ def load_teacher(
         precision: of the forward pass; ``auto`` is bf16 autocast where the device is fast at it.
 
     Raises:
-        JasperError: the model is missing, damaged, incomplete, or needs code of its own that was not allowed.
+        JasperError: the model is missing, damaged, incomplete, or needs custom code that was not allowed.
     """
     if config.model is None:
         raise ValueError("load_teacher needs a teacher with `model`; ready vectors are opened by the cache")
