@@ -26,9 +26,8 @@ NESTING = 3  # times that one name may hold a wrapper
 UNUSED = ("pooler",)  # modules whose output mean pooling never reads; checkpoints often lack them
 SHOWN = 3  # weight names that an error lists
 # Rows of an embedding table beyond the vocabulary: padding to a multiple is common, another vocabulary is a mistake.
-SPARE_ROWS, SPARE_FRACTION = 1024, 0.04
-# Words of different scripts: a tokenizer that belongs to a model tells at least two of them apart.
-PROBE_WORDS = ("water", "seven", "the", "Haus", "12", "вода", "水", "नमस्ते", "x", "?")
+SPARE_ROWS, SPARE_FRACTION, SPARE_OF_FEW = 1024, 0.04, 0.25
+PROBE_WORDS = 20  # of a tokenizer's own vocabulary, which it must tell apart
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,9 @@ def text_config(model: Any) -> Any:
 
 
 def _empty_vocabulary(tokenizer: Any) -> str | None:
-    ids = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in PROBE_WORDS}
+    tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens), key=len, reverse=True)
+    words = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:PROBE_WORDS]]
+    ids = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in ("a", "1", *words)}
     if len(ids) > 1:
         return None
     return (
@@ -237,8 +238,7 @@ def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
             f"token {token!r} has id {top}, but the embedding table has {rows} rows. Fix: call "
             f"model.resize_token_embeddings({top + 1}) and save the model again, or copy the model's own tokenizer"
         )
-    spare = rows - 1 - top
-    if spare > SPARE_ROWS and spare > SPARE_FRACTION * rows:
+    if rows - 1 - top > max(SPARE_FRACTION * rows, min(SPARE_ROWS, SPARE_OF_FEW * rows)):
         return (
             f"the tokenizer is of another model (got {top + 1} tokens, expected about {rows}, the rows of the "
             "embedding table). Fix: copy the model's own tokenizer files into its folder"
@@ -260,7 +260,7 @@ def _foreign_types(tokenizer: Any, config: Any) -> str | None:
     known = getattr(config, "type_vocab_size", None)
     if not isinstance(known, int) or known < 1:
         return None
-    highest = max(tokenizer(PROBE_WORDS[0]).get("token_type_ids") or [0])
+    highest = max(tokenizer("a").get("token_type_ids") or [0])
     if highest < known:
         return None
     return (

@@ -50,6 +50,8 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
         # The widest head answers where no width is asked for.
         default = (stock.encode_query if role == "query" else stock.encode_document)(texts, convert_to_tensor=True)
         _compare(default, expected[student.widths[0]], f"encode_{role}")
+    if student.vision is not None:
+        _check_images(student, folder)
 
 
 def check_same(first: Path, second: Path, width: int, *, trust_remote_code: bool = False) -> None:
@@ -64,6 +66,28 @@ def check_same(first: Path, second: Path, width: int, *, trust_remote_code: bool
         expected = router.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
         found = flat.encode(texts, prompt_name=role, convert_to_tensor=True)
         _compare(found, expected, f"{role} embeddings at width {width}")
+
+
+@torch.no_grad()
+def _check_images(student: Student, folder: Path) -> None:
+    """Compare image embeddings of an export with the student's, at the widest head."""
+    from jasper_fast.pictures import load_student
+
+    vision = student.config.vision
+    reloaded = load_student(
+        folder,
+        trust_remote_code=student.config.trust_remote_code,
+        trust_tower_code=vision is not None and vision.trust_remote_code,
+    ).to(student.device)
+    side, width = student.seeing.side, student.widths[0]
+    images = torch.arange(2 * 3 * side * side).remainder(251).view(2, 3, side, side).to(torch.uint8)
+    training = student.training
+    student.eval()
+    found, expected = (
+        F.normalize(model.project(model.pool(images), [width])[width], dim=1) for model in (reloaded, student)
+    )
+    student.train(training)
+    _compare(found, expected, "image embeddings")
 
 
 @torch.no_grad()
@@ -103,7 +127,7 @@ def _compare(found: Tensor, expected: Tensor, what: str) -> None:
     worst = int(difference.argmax())
     if float(difference[worst]) > TOLERANCE:
         raise JasperError(
-            f"the exported model differs from what was trained: {what}, text with {list(PROBES)[worst]} (got a "
+            f"the exported model differs from what was trained: {what}, probe {list(PROBES)[worst]!r} (got a "
             f"difference of {float(difference[worst]):.1e} in a coordinate, expected at most {TOLERANCE:.0e}); nothing "
             "was published. Fix: report the student's architecture, or choose another student.model"
         )

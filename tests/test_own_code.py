@@ -41,6 +41,11 @@ class EyesConfig(SiglipVisionConfig):
 
 class EyesModel(SiglipVisionModel):
     config_class = EyesConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        with open({marker!r}, "a") as file:  # the module itself is imported once in a process
+            file.write("it ran again\\n")
 """
 TOWER = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2}
