@@ -217,7 +217,7 @@ def text_config(model: Any) -> Any:
 
 
 def _empty_vocabulary(tokenizer: Any) -> str | None:
-    tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens), key=len, reverse=True)
+    tokens = sorted(set(_vocabulary(tokenizer)) - set(tokenizer.all_special_tokens), key=len, reverse=True)
     words = [tokenizer.convert_tokens_to_string([token]) for token in tokens[:PROBE_WORDS]]
     ids = {tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in ("a", "1", *words)}
     if len(ids) > 1:
@@ -228,8 +228,15 @@ def _empty_vocabulary(tokenizer: Any) -> str | None:
     )
 
 
+def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
+    try:
+        return tokenizer.get_vocab()
+    except NotImplementedError:  # optional for a tokenizer that a model brings
+        return {}
+
+
 def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    vocabulary = _vocabulary(tokenizer)
     if rows is None or not vocabulary:
         return None
     token, top = max(vocabulary.items(), key=lambda item: item[1])
@@ -248,7 +255,7 @@ def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
 
 def _foreign_padding(tokenizer: Any, config: Any) -> str | None:
     own, expected = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
-    if own is None or expected is None or own == expected:
+    if own is None or expected is None or expected < 0 or own == expected:
         return None
     return (
         f"tokenizer and config.json name different padding ids (got {own} and {expected}). Fix: set pad_token_id in "

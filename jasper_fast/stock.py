@@ -188,7 +188,7 @@ def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
 def _check_modules_file(name: str, where: str) -> None:
     """Reject a sentence-transformers folder that lost its list of modules: it would load with mean pooling alone."""
     folder = Path(where)
-    parts = sorted(path.name for path in folder.glob("[0-9]_*") if path.is_dir()) if folder.is_dir() else []
+    parts = sorted(path.name for path in folder.glob("[0-9]_[A-Z]*") if path.is_dir()) if folder.is_dir() else []
     if parts and not (folder / "modules.json").is_file():
         raise JasperError(
             f"{name}: modules.json is missing, but the folder has parts of a sentence-transformers model "
