@@ -79,9 +79,15 @@ def routes(model: SentenceTransformer) -> tuple[int, dict[int, Any]]:
     from sentence_transformers.base.modules import Router
 
     for position, module in enumerate(model):
-        if isinstance(module, Router) and all(name.isdigit() for name in module.sub_modules):
+        if isinstance(module, Router) and all(_is_head(name, head) for name, head in module.sub_modules.items()):
             return position, {int(name): head for name, head in module.sub_modules.items()}
     return len(model), {}
+
+
+def _is_head(name: str, route: Any) -> bool:
+    """Tell whether a route is named after the width that it gives."""
+    given = getattr(route[-1], "get_embedding_dimension", lambda: None)()
+    return name.isdigit() and given == int(name)
 
 
 def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransformer:

@@ -76,7 +76,7 @@ def decode(data: bytes) -> Image:
     Raises:
         BadImage: not a picture, broken, cut short, or of more than 100 million pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise BadImage("the file is empty")
@@ -88,8 +88,7 @@ def decode(data: bytes) -> Image:
                 raise BadImage(
                     f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; shrink the picture"
                 )
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except (Image.DecompressionBombError, MemoryError):
         raise BadImage(f"it would unpack to more than {MAX_PIXELS:,} pixels; shrink the picture") from None
     except UnidentifiedImageError:
@@ -98,6 +97,14 @@ def decode(data: bytes) -> Image:
         raise BadImage(
             f"broken or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
+
+
+def upright(image: Image) -> Image:
+    """An opened image as RGB, turned upright by its EXIF orientation, with transparency over white."""
+    from PIL import ImageOps
+
+    image.load()
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def resize(image: Image, size: int) -> np.ndarray:

@@ -48,6 +48,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
         if columns is None:
             raise JasperError(f"{where}: not a judgement (got {', '.join(row)}). Fix: {NEEDED}")
         values = list(row.values())
+        if any(values[column] is None for column in columns):
+            raise JasperError(f"{where}: a judgement without an id or a grade. Fix: {NEEDED}")
         yield where, [str(values[column]).strip() for column in columns]
 
 
@@ -58,7 +60,10 @@ def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
         raise JasperError(f"{file}: the file is empty. Fix: give a file with a judgement per line")
     tabs = "\t" in first[1].strip()
     header = _cells(first[1], tabs)
-    columns = _named_columns(header) or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
+    columns = _named_columns(header)
+    if columns is None and any(cell.lower() in QUERY | DOCUMENT | GRADE for cell in header):
+        raise JasperError(f"{file}, line {first[0]}: unknown columns (got {', '.join(header)}). Fix: {NEEDED}")
+    columns = columns or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
     for number, line in lines if _is_header(header, columns) else chain([first], lines):
         cells, where = _cells(line, tabs), f"{file}, line {number}"
         if len(cells) != len(header) or columns is None:

@@ -7,6 +7,7 @@ missing or left over, and builds an empty tokenizer where its files are missing;
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     problem = (
         _empty_vocabulary(tokenizer)
         or _foreign_ids(tokenizer, embedding_rows(model))
-        or _foreign_padding(tokenizer, text_config(model))
+        or _foreign_padding(tokenizer, model, name)
         or _foreign_types(tokenizer, text_config(model))
     )
     if problem:
@@ -253,13 +254,28 @@ def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
     return None
 
 
-def _foreign_padding(tokenizer: Any, config: Any) -> str | None:
-    own, expected = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
+def _foreign_padding(tokenizer: Any, model: Any, name: str) -> str | None:
+    """Describe a padding id that shifts positions. Elsewhere padding is masked, and a note is enough."""
+    own, expected = tokenizer.pad_token_id, getattr(text_config(model), "pad_token_id", None)
     if own is None or expected is None or expected < 0 or own == expected:
         return None
-    return (
-        f"tokenizer and config.json name different padding ids (got {own} and {expected}). Fix: set pad_token_id in "
-        "config.json to the tokenizer's, if the model was trained with this tokenizer"
+    differ = f"tokenizer and config.json name different padding ids (got {own} and {expected})"
+    if counts_from_padding(model):
+        return (
+            f"{differ}, and positions are counted from the padding. Fix: set pad_token_id in config.json to the "
+            "tokenizer's, if the model was trained with this tokenizer"
+        )
+    print(f"note: {name}: {differ}; padding is masked, so embeddings do not depend on it", file=sys.stderr)
+    return None
+
+
+def counts_from_padding(model: Any) -> bool:
+    """Tell whether an encoder counts positions from behind its padding id, as RoBERTa and its kin do."""
+    return any(
+        isinstance(module, torch.nn.Embedding)
+        and name.endswith("position_embeddings")
+        and module.padding_idx is not None
+        for name, module in model.named_modules()
     )
 
 

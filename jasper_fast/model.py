@@ -29,7 +29,7 @@ from jasper_fast.pretrained import (
     no_layers,
     token_type_template,
 )
-from jasper_fast.probes import explained, find_batching
+from jasper_fast.probes import LONG, SHORT, explained, find_batching
 from jasper_fast.vision import VisionTower
 
 FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # what architectures call the norm after their last layer
@@ -83,13 +83,13 @@ class Student(nn.Module):
             encoder, tokenizer = load_encoder(config)
             if config.layers is not None:
                 encoder = keep_layers(encoder, config.layers)
-            if config.bidirectional:
-                make_bidirectional(encoder)
         check_max_length(encoder, config.max_length)
         tokenizer.model_max_length = config.max_length
         encoder.train()  # from_pretrained gives evaluation mode, which would switch gradient checkpointing off
         student = cls(encoder, tokenizer, config)
         student._check_encoder()
+        if config.bidirectional and make_bidirectional(encoder):
+            student._check_encoder()
         if config.vision is not None:
             student.vision = VisionTower.build(config.vision, encoder, tokenizer)
         return student
@@ -105,6 +105,13 @@ class Student(nn.Module):
         with torch.random.fork_rng(devices=[]), explained(name, architecture, OTHER_STUDENT):
             batching = find_batching(lambda texts: self.pool(self.tokenize(texts)), name)
         self.train(training)
+        for role, prefix in self.prefixes.items():
+            first, second = self.tokenize([SHORT, LONG], role)
+            if first == second:
+                raise JasperError(
+                    f"student.max_length: no room for a text within {self.max_length} tokens (the {role} prompt is "
+                    f"{prefix!r}). Fix: raise student.max_length, or shorten the prompt"
+                )
         if batching != "padded":
             raise JasperError(
                 f"{name}: {architecture} does not honour the attention mask, so a text's embedding changes with the "

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import sha256
+from jasper_fast.listing import all_files
 from jasper_fast.text import lone_surrogate
 
 PACKAGES = {
@@ -31,6 +32,8 @@ CANNOT_LOAD = (
     *(SafetensorError, StrictDataclassError),
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.bpe", "*.tiktoken", "*.spm", "*.vocab")
+DECIDING = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that decide a model's embeddings
 PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a model's prompts
 ROUTER = "router_config.json"
 OWN_CODE = (
@@ -40,7 +43,7 @@ OWN_CODE = (
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:import_name/folder`` into the folder inside the installed package. Other names are kept.
+    """Turn ``package:import_name/folder``, a run folder or ``~`` into the model's folder. Other names are kept.
 
     Raises:
         JasperError: the package is not installed or has no such folder, or the name is not UTF-8 text.
@@ -48,7 +51,10 @@ def resolve_model(name: str) -> str:
     if problem := lone_surrogate(name):
         raise JasperError(f"{name!a}: the model's name {problem}. Fix: rename the folder to UTF-8 text")
     if not name.startswith("package:"):
-        return name
+        path = Path(name).expanduser() if name.startswith("~") else Path(name)
+        if (path / "model" / "modules.json").is_file():  # a run folder
+            return str(path / "model")
+        return str(path) if name.startswith("~") else name
     package, _, inner = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", package) else None
     if spec is None or not spec.submodule_search_locations:
@@ -112,7 +118,7 @@ def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
     try:
-        prompts = _settings(name, revision, PROMPTS).get("prompts") or {}
+        prompts = settings_of(name, revision, PROMPTS).get("prompts") or {}
         return {role: prompt_of(prompts, role) for role in ("query", "document")}
     except AttributeError as error:
         raise JasperError(f"{name}: {PROMPTS} is damaged ({error}); copy or download the model again") from error
@@ -129,15 +135,15 @@ def routes_by_role(name: str, revision: str | None = None) -> bool:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
     try:
-        listed = _settings(name, revision, "modules.json")
+        listed = settings_of(name, revision, "modules.json")
         places = [module["path"] for module in listed if module["type"].endswith((".Router", ".Asym"))]
-        routers = [_settings(name, revision, f"{place}/{ROUTER}".lstrip("/")) for place in places]
+        routers = [settings_of(name, revision, f"{place}/{ROUTER}".lstrip("/")) for place in places]
         return any("query" in router["structure"] for router in routers if router)
     except (KeyError, TypeError, AttributeError) as error:
         raise JasperError(f"{name}: modules.json is damaged ({error}); copy or download the model again") from error
 
 
-def _settings(name: str, revision: str | None, file: str) -> Any:
+def settings_of(name: str, revision: str | None, file: str) -> Any:
     """The content of one of a model's JSON files, without loading the model; empty where it has none."""
     folder = Path(resolve_model(name)).expanduser()
     path: Path | None = folder / file
@@ -176,7 +182,7 @@ def looks_like_path(name: str) -> bool:
 
 def _folder_revision(folder: Path) -> str:
     """Every file that decides the vectors: weights, settings and tokenizer, by name and content."""
-    found = {p for glob in (*WEIGHTS, "*.json", "*.txt", "*.model", "*.py") for p in folder.rglob(glob) if p.is_file()}
+    found = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in DECIDING)]
     if not any(p.match(glob) for p in found for glob in WEIGHTS):
         raise JasperError(f"{folder}: no weights here ({', '.join(WEIGHTS)}); give the folder of a saved model")
     whole = hashlib.sha256()

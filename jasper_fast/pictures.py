@@ -6,7 +6,6 @@ vectors = model.encode(["a.jpg", "b.png"])
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,10 @@ from jasper_fast.encode import pick_device, student_encoder
 from jasper_fast.errors import JasperError
 from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
 from jasper_fast.image_sources import shown
-from jasper_fast.images import PICTURES, BadImage, decode, resize
+from jasper_fast.images import DAMAGE, PICTURES, BadImage, decode, resize, upright
 from jasper_fast.listing import all_files, user_path
 from jasper_fast.model import Student
-from jasper_fast.models import OWN_CODE
+from jasper_fast.models import OWN_CODE, first_line
 from jasper_fast.text import lone_surrogate
 
 
@@ -194,9 +193,13 @@ def _square(picture: Any, side: int) -> np.ndarray:
             return resize(decode(Path(picture).expanduser().read_bytes()), side)
         except (OSError, BadImage) as error:
             raise BadImage(f"{picture}: {error.strerror if isinstance(error, OSError) else error}") from None
-    file = io.BytesIO()
-    picture.save(file, "png")  # by the one way that knows all modes
-    return resize(decode(file.getvalue()), side)
+    try:
+        return resize(upright(picture), side)
+    except (*DAMAGE, AttributeError) as error:
+        raise BadImage(
+            f"not an image that can be used (got {type(picture).__name__}: {first_line(error)}). Fix: give a path, "
+            "bytes or a PIL image"
+        ) from error
 
 
 def _names_a_file(text: str) -> bool:

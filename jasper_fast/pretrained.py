@@ -39,12 +39,13 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
             "Fix: merge it with PEFT's merge_and_unload() and save the result"
         )
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    saved = saved_settings(source)
     try:
-        settings = AutoConfig.from_pretrained(source, **options)
+        settings = AutoConfig.from_pretrained(source, **saved["config_args"], **options)
         switch_dropout_off(settings)
         if hasattr(settings, "use_cache"):
             settings.use_cache = False  # a cache of keys and values is for generating text
-        arguments = options | exported_arguments(source)
+        arguments = options | {key: value for key, value in saved["model_args"].items() if key == "add_pooling_layer"}
 
         def load(more: dict[str, Any]) -> Any:
             return encoder_factory(settings).from_pretrained(
@@ -52,15 +53,15 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
             )
 
         encoder = load_checked(load, config.model)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **saved["tokenizer_args"], **options)
     except CANNOT_LOAD as error:
         raise JasperError(_cannot_load(config, source, error)) from error
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`; choose a text encoder")
     drop_pooler(encoder)
     check_tokenizer(tokenizer, encoder, config.model)
-    if was_lowercased(source):
-        lowercase(tokenizer)
+    if saved["do_lower_case"]:
+        lowercase(tokenizer, config.model)
     give_pad_token(tokenizer, encoder, config.model)
     tokenizer.padding_side = "right"
     return encoder, tokenizer
@@ -121,23 +122,46 @@ def drop_pooler(encoder: Any) -> None:
         encoder.pooler = None
 
 
-def exported_arguments(source: str) -> dict[str, Any]:
-    """What an exported student's folder says it must be loaded with: no pooler that would be made up."""
-    settings = Path(source) / "sentence_bert_config.json"
-    saved = json.loads(settings.read_text(encoding="utf-8")).get("model_args") if settings.is_file() else None
-    return {key: value for key, value in (saved or {}).items() if key == "add_pooling_layer"}
+def saved_settings(source: str) -> dict[str, Any]:
+    """What a sentence-transformers folder asks of its transformer, under any name that stock reads it by.
+
+    Returns:
+        ``config_args``, ``model_args``, ``tokenizer_args`` (dicts) and ``do_lower_case``.
+
+    Raises:
+        JasperError: the settings are damaged.
+    """
+    from sentence_transformers.base.modules import Transformer
+
+    found: dict[str, Any] = {}
+    if Path(source).is_dir():
+        try:
+            found = Transformer.load_config(source)
+        except CANNOT_LOAD as error:
+            raise JasperError(
+                f"{source}: its settings are damaged ({first_line(error)}). Fix: copy it again"
+            ) from error
+    new_names = {"config_args": "config_kwargs", "model_args": "model_kwargs", "tokenizer_args": "processor_kwargs"}
+    given = {old: {**(found.get(old) or {}), **(found.get(new) or {})} for old, new in new_names.items()}
+    for options in given.values():
+        for name in ("trust_remote_code", "revision"):  # the configuration decides these
+            options.pop(name, None)
+    return {**given, "do_lower_case": bool(found.get("do_lower_case"))}
 
 
-def was_lowercased(source: str) -> bool:
-    """Whether a sentence-transformers folder asks for lower-casing beside its tokenizer."""
-    settings = Path(source) / "sentence_bert_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case"))
+def lowercase(tokenizer: Any, name: str) -> None:
+    """Make lower-casing part of the tokenizer itself, so that it is saved with it.
 
-
-def lowercase(tokenizer: Any) -> None:
-    """Make lower-casing part of the tokenizer itself, so that it is saved with it."""
+    Raises:
+        JasperError: a tokenizer in pure Python, which has no place for it.
+    """
     from tokenizers import normalizers
 
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise JasperError(
+            f"{name}: do_lower_case is not possible with {type(tokenizer).__name__}, a tokenizer in pure Python. Fix: "
+            "choose a model with a fast tokenizer (tokenizer.json)"
+        )
     backend = tokenizer.backend_tokenizer
     steps = [normalizers.Lowercase()] + ([backend.normalizer] if backend.normalizer is not None else [])
     backend.normalizer = normalizers.Sequence(steps)
@@ -212,14 +236,19 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     return shorter
 
 
-def make_bidirectional(encoder: Any) -> None:
+def make_bidirectional(encoder: Any) -> bool:
     """Take the causal mask from a decoder through its configuration, which sentence-transformers honours on loading.
+
+    Returns:
+        whether there was a mask to take.
 
     Raises:
         JasperError: the architecture keeps its causal mask nevertheless.
     """
-    if sees_later_tokens(encoder):
-        return
+    with torch.random.fork_rng(devices=[]):
+        causal = not sees_later_tokens(encoder)
+    if not causal:
+        return False
     encoder.config.is_causal = False
     if not sees_later_tokens(encoder):
         raise JasperError(
@@ -227,6 +256,7 @@ def make_bidirectional(encoder: Any) -> None:
             "configuration; set student.bidirectional: false, or choose another model (Qwen2, Qwen3, Llama, Mistral "
             "and Gemma can)"
         )
+    return True
 
 
 @torch.no_grad()

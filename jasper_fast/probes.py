@@ -16,6 +16,9 @@ Encode = Callable[[list[str]], Tensor]  # texts -> (n, D) embeddings, all in one
 Batching = Literal["padded", "equal lengths"]  # the batches in which a text has the embedding that it has alone
 
 SHORT = "seven"
+LONGEST = (
+    "the water ran past the old road and nobody knew how far it would go. " * 60
+)  # truncated at the model's length
 LONG = "the water of the seven rivers ran past the old road, and nobody knew how far it would go that year"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the embedding's length
 HALF_TOLERANCE = 5e-2  # the same for weights of 16 bits, whose kernels differ by batch shape
@@ -60,9 +63,15 @@ def find_batching(encode: Encode, name: str) -> Batching:
     Raises:
         JasperError: an embedding is not finite, or depends on other texts even without padding.
     """
+    longest = encode([LONGEST])[0]
     alone = encode([SHORT])[0]
     if not bool(alone.isfinite().all()):
         raise JasperError(f"{name}: its embeddings are not finite. Fix: copy the model again, or use fp32 weights")
+    if not _same(longest, encode([LONGEST])[0]):
+        raise JasperError(
+            f"{name}: a long text's embedding depends on the texts encoded before it, as with BigBird's block-sparse "
+            'attention. Fix: set "attention_type": "original_full" in config.json, or choose another model'
+        )
     padded, _ = encode([SHORT, LONG])
     if _same(alone, padded):
         return "padded"

@@ -241,6 +241,8 @@ def _parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
             for column in columns or ():
                 if column not in names:
                     raise no_column(column, names, str(file))
+                if names.count(column) > 1:
+                    raise JasperError(f"{file}: {names.count(column)} columns are named {column!r}. Fix: rename them")
             number = 0
             for batch in parquet.iter_batches(1024, columns=columns):
                 for cells in batch.to_pylist():

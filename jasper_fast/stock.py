@@ -13,9 +13,9 @@ from torch import Tensor
 
 from jasper_fast.errors import JasperError
 from jasper_fast.loading import check_tokenizer, load_checked
-from jasper_fast.models import prompt_of
+from jasper_fast.models import PROMPTS, prompt_of, settings_of
 from jasper_fast.pretrained import give_pad_token, position_limit, position_table
-from jasper_fast.probes import Batching, explained, find_batching
+from jasper_fast.probes import LONG, SHORT, Batching, explained, find_batching
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,12 +63,23 @@ def load_stock(
         )
 
     model = load_checked(load, name).eval()
+    kind = settings_of(where, revision, PROMPTS).get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise JasperError(
+            f"{name}: the model is a {kind}, whose modules would be left out (expected a SentenceTransformer). "
+            "Fix: choose a model that gives one embedding per text"
+        )
     for module in transformers_of(model):
         if module.tokenizer is not None:
             check_tokenizer(module.tokenizer, module.model, name)
             give_pad_token(module.tokenizer, module.model, name)
             _check_length(module, name)
     _report_ignored_prompt(model.prompts, name)
+    if model.similarity_fn_name not in (None, "cosine"):
+        print(
+            f"note: {name} was made for {model.similarity_fn_name} scores; here it is compared by cosine",
+            file=sys.stderr,
+        )
     return model
 
 
@@ -144,6 +155,7 @@ def model_batching(model: SentenceTransformer, name: str) -> Batching:
             return vectors
 
         with explained(name, architecture, OTHER_MODEL):
+            check_room(model, role, prompt_of(model.prompts, role), name)
             found.add(find_batching(encode, name))
     if len(set(widths.values())) > 1:
         raise JasperError(
@@ -182,7 +194,23 @@ def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
             raise JasperError(
                 f"{name}: max length {tokens} is beyond the model's {limit} positions. Fix: give at most {limit}"
             )
+        module.max_seq_length = tokens
     limit_length(model, tokens)
+
+
+def check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
+    """Reject a length that the prompt and special tokens fill: all texts would have one embedding.
+
+    Raises:
+        JasperError: two different texts have the same tokens.
+    """
+    features = model.preprocess([SHORT, LONG], prompt=prompt, task=role)
+    ids, mask = features.get("input_ids"), features.get("attention_mask")
+    if mask is not None and torch.equal(ids[0], ids[1]) and torch.equal(mask[0], mask[1]):
+        raise JasperError(
+            f"{name}: no room for a text within its maximum length of {int(mask[0].sum())} tokens (the {role} prompt "
+            f"is {prompt!r}). Fix: raise max_length, or shorten the prompt"
+        )
 
 
 def _check_modules_file(name: str, where: str) -> None:

@@ -224,6 +224,8 @@ def _jsonl_batches(file: Path) -> Iterator[Batch]:
             width = len(cells[0][name])
         vectors = np.empty((len(cells), width), np.float32)
         for row, cell in enumerate(cells):
+            if strange := [key for key in ("digest", "text", "role") if key in cell and key not in keys]:
+                raise JasperError(f"{places[row]}: has {strange[0]!r}, the first row has not. Fix: give it to all rows")
             vectors[row] = _numbers(cell.get(name), width, places[row])
         yield Batch(vectors, {key: [cell.get(key) for cell in cells] for key in keys}, places.__getitem__)
 

@@ -515,7 +515,7 @@ def test_command_puts_student_beside_teacher(
     pairs = write_sts(tmp_path / "pairs.tsv", tiny_texts[:30])
     out = tmp_path / "scores.json"
     given = [str(routed), str(stories), str(pairs), "--teacher", str(tiny_bert), "--limit", "10", "--json", str(out)]
-    assert main([*given, "--max-length", "12"]) == 0
+    assert main([*given, "--max-length", "40"]) == 0
     printed = capsys.readouterr().out
     content = json.loads(out.read_text())
     assert [(row["model"], row["width"]) for row in content["rows"]] == [
@@ -526,7 +526,7 @@ def test_command_puts_student_beside_teacher(
     teacher, student, _ = (row["scores"]["stories/nDCG@10"] for row in content["rows"])
     assert f"{100 * student:.2f} ({100 * student / teacher:.1f} %)" in printed
     assert "pairs/Spearman" in printed.splitlines()[0]
-    assert (content["max_length"], content["limit"]) == (12, 10)
+    assert (content["max_length"], content["limit"]) == (40, 10)
     assert main([str(routed), str(pairs), "--widths", "8"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:3]] == [["model", "8"]]
 

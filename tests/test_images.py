@@ -452,3 +452,44 @@ def test_glyphs_are_distinct_drawings_with_their_names():
     assert comma > apostrophe + 10  # they stand where they stand on a line
     edges = [min(p[0].min(), p[-1].min()) for p, _ in drawn]
     assert np.mean(np.array(edges) < 255) < 0.01  # hardly any is cut above or below
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "F", "PA", "RGBX", "1", "L", "RGBA"])
+def test_an_image_in_memory_is_read_as_its_file_is(mode: str) -> None:
+    from PIL import Image
+
+    from jasper_fast.pictures import _square
+
+    image = Image.new("RGB", (8, 4), (200, 60, 60))
+    assert _square(
+        image.convert("RGB").convert("L").convert("F")
+        if mode == "F"
+        else image.convert({"LAB": "RGB", "PA": "RGBA"}.get(mode, mode)),
+        4,
+    ).shape == (4, 4, 3)
+
+
+def test_an_image_in_memory_is_turned_upright() -> None:
+    import io
+
+    from PIL import Image
+
+    from jasper_fast.pictures import _square
+
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    image.save(content, "png", exif=exif)
+    content.seek(0)
+    np.testing.assert_array_equal(_square(Image.open(content), 8), _square(content.getvalue(), 8))
+
+
+@pytest.mark.parametrize("given", [None, 3, object()])
+def test_what_is_no_image_is_an_error(given: object) -> None:
+    from jasper_fast.images import BadImage
+    from jasper_fast.pictures import _square
+
+    with pytest.raises(BadImage, match="not an image that can be used"):
+        _square(given, 8)

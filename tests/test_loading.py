@@ -133,7 +133,6 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "no tokenizer": (no_tokenizer, "reads all words alike"),
     "a token without a row": (tokenizer(lambda t: t.add_tokens(["bridge2"])), "token 'bridge2' has id"),
     "a padding token without a row": (tokenizer(lambda t: t.add_special_tokens({"pad_token": "<p>"})), "'<p>' has id"),
-    "another padding id": (settings("config.json", pad_token_id=3), "different padding ids .got 0 and 3"),
     "token types beyond the table": (
         both(tokenizer(type_one), settings("tokenizer_config.json", model_input_names=["input_ids", "token_type_ids"])),
         "token type 3, but config.json has type_vocab_size 2",
@@ -247,6 +246,34 @@ def test_an_incomplete_sentence_transformers_folder_is_rejected(case: str, stock
     edit(folder)
     with pytest.raises(JasperError, match=message):
         build_teacher(folder)
+
+
+def roberta(folder: Path, tiny_bert: Path, padding: int) -> Path:
+    """Positions are counted from the padding id of config.json."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    loaded = AutoTokenizer.from_pretrained(tiny_bert)
+    config = RobertaConfig(
+        vocab_size=len(loaded), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=66, pad_token_id=padding, type_vocab_size=2,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(folder)
+    loaded.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_another_padding_id_matters_where_positions_are_counted_from_it(
+    loader: str, tiny_bert: Path, tmp_path: Path, capsys
+) -> None:
+    LOADERS[loader](roberta(tmp_path / "same", tiny_bert, 0))
+    assert "padding" not in capsys.readouterr().err
+    with pytest.raises(JasperError, match="different padding ids .got 0 and 3., and positions are counted"):
+        LOADERS[loader](roberta(tmp_path / "other", tiny_bert, 3))
+    masked = shutil.copytree(tiny_bert, tmp_path / "masked")
+    settings("config.json", pad_token_id=3)(masked)
+    LOADERS[loader](masked)  # as multilingual MiniLM models are published
+    assert "different padding ids (got 0 and 3); padding is masked" in capsys.readouterr().err
 
 
 def test_an_adapter_is_not_a_student(tiny_bert: Path, tmp_path: Path) -> None:

@@ -279,3 +279,102 @@ def test_batches_of_one_length_hold_every_text_once_within_the_budget() -> None:
     batches = token_batches(lengths, 200, "equal lengths")
     assert sorted(np.concatenate(batches)) == list(range(300))
     assert all(len(set(lengths[batch])) == 1 and lengths[batch].sum() <= 200 for batch in batches)
+
+
+# --- what a model asks of its reader ----------------------------------------------------------------------------------
+
+
+def test_routes_named_by_numbers_are_widths_only_if_they_are(tiny_bert: Path, tmp_path: Path) -> None:
+    mapping = {("query", None): "0", ("document", None): "1"}
+    routes = router({"0": [dense(1)], "1": [dense(2)]}, route_mappings=mapping)
+    folder = save(tmp_path / "model", [transformer(tiny_bert), pooling(), routes])
+    for role in ("query", "document"):
+        (found,) = model_encoder(load_model(str(folder)))(TEXTS, role).values()
+        np.testing.assert_allclose(found, stock(folder, role), atol=2e-6)
+
+
+LONG_PROMPT = "the old keeper repaired the bridge and sold forty boxes of apples: "
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(8, LONG_PROMPT), (2, "")])
+def test_a_length_without_room_for_a_text_is_rejected(length: int, prompt: str, tiny_bert: Path) -> None:
+    prompts = {"query": prompt}
+    with pytest.raises(JasperError, match="no room for a text within its maximum length"):
+        load_teacher(TeacherConfig(model=str(tiny_bert), max_length=length, prompts=prompts))
+    with pytest.raises(JasperError, match=f"student.max_length: no room for a text within {length} tokens"):
+        Student.build(StudentConfig(model=str(tiny_bert), heads=[8], max_length=length, prompts=prompts))
+
+
+@pytest.mark.parametrize("kind", ["SparseEncoder", "CrossEncoder", "MultiVectorEncoder"])
+def test_models_of_another_kind_are_rejected(kind: str, tiny_bert: Path, tmp_path: Path) -> None:
+    import json
+
+    folder = prompts_by_role(tiny_bert, tmp_path / "model")
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": kind}))
+    with pytest.raises(JasperError, match=f"the model is a {kind}|{kind}"):
+        load_teacher(TeacherConfig(model=str(folder)))
+
+
+def test_a_longer_length_than_the_saved_one_is_used(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", [transformer(tiny_bert, max_seq_length=8), pooling()])
+    assert load_model(str(folder)).max_seq_length == 8
+    assert load_model(str(folder), 32).max_seq_length == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sentence_roberta_config.json", {"max_seq_length": 64, "do_lower_case": True}),
+        ("sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": True}),
+        ("sentence_bert_config.json", {"max_seq_length": 64, "config_args": {"hidden_act": "relu"}}),
+        ("sentence_bert_config.json", {"max_seq_length": 64, "tokenizer_args": {"truncation_side": "left"}}),
+    ],
+)
+def test_a_student_reads_the_settings_that_stock_reads(name: str, settings: dict, tiny_bert: Path, tmp_path) -> None:
+    import json
+
+    from sentence_transformers import SentenceTransformer
+
+    folder = save(tmp_path / "model", [transformer(tiny_bert), pooling()])
+    cased = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**cased, "normalizer": None}))
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / name).write_text(json.dumps(settings))
+    texts = ["the OLD bridge", "one two three " * 40]
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    student = Student.build(StudentConfig(model=str(folder), heads=[8], max_length=64)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student.pool(student.tokenize(texts)), expected, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_that_changes_for_good_is_rejected(tiny_bert: Path, tmp_path: Path) -> None:
+    """BigBird leaves its sparse attention at the first short text, so long texts depend on what came before."""
+    from transformers import AutoTokenizer, BigBirdConfig, BigBirdModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.model_max_length = 128
+    config = BigBirdConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=128, block_size=4, num_random_blocks=1, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    BigBirdModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(JasperError, match="depends on the texts encoded before it"):
+        load_teacher(TeacherConfig(model=str(tmp_path), max_length=128))
+    with pytest.raises(JasperError, match="depends on the texts encoded before it"):
+        Student.build(StudentConfig(model=str(tmp_path), heads=[8], max_length=128))
+
+
+def test_a_run_folder_and_a_home_folder_are_models(tiny_bert: Path, tmp_path: Path, monkeypatch) -> None:
+    from jasper_fast.models import model_revision, resolve_model
+
+    folder = prompts_by_role(tiny_bert, tmp_path / "run" / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model(str(tmp_path / "run")) == resolve_model("~/run") == str(folder)
+    assert load_teacher(TeacherConfig(model="~/run")).encode(TEXTS).shape == (4, 32)
+    before = model_revision(str(folder))
+    (tmp_path / "far").mkdir()
+    (folder / "2_Far").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "model.safetensors").write_bytes(b"other weights")
+    assert model_revision(str(folder)) != before, "files behind a linked folder decide as well"
