@@ -174,15 +174,16 @@ def section(results: dict[str, Any]) -> str:
     teacher_width = facts["teacher_width"]
     teacher = rows[TEACHER, teacher_width]
     parameters = facts["student_parameters"] / 1e6
-    seen = "They are among the training texts." if results["transductive"] else "They were not trained on."
+    seen = "These are among the training texts." if results["transductive"] else "These were not trained on."
     if held := facts.get("held_out_docstrings"):
-        seen = "They were never trained on as a whole. "
+        seen = "These docstrings were never trained on as a whole. "
         seen += f"Of {held['all']:,}, {held['with a trained piece']} contain a sentence that was trained on."
     lines = [
         f"`make train` on {facts['threads']} CPU cores{_took(facts, ' takes {} after set-up')}.",
         f"The student has {parameters:.1f} M parameters and learns from {facts['texts']:,} texts.",
         f"The score is the {results['primary']['metric']} of finding a held-out docstring's body by its summary.",
-        f"{seen} The [report](runs/{DEFAULT}/report.md) has everything else.",
+        seen,
+        f"The [report](runs/{DEFAULT}/report.md) has everything else.",
         "",
         "| | " + " | ".join(f"{w} wide" for w in widths) + " |",
         "| --- |" + " ---: |" * len(widths),
