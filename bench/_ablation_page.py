@@ -163,7 +163,7 @@ def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str
                 rows.append([arm, str(width), kind, *cells])
     if not rows:
         return ""
-    text = "Equal seconds; in brackets the change against the same arm's float32."
+    text = "Equal seconds. In brackets is the change from the same arm's float32."
     return f"## Width × precision\n\n{text}\n\n" + markdown(["arm", "width", "", *PRECISIONS], rows)
 
 

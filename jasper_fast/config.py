@@ -71,14 +71,14 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """Prompts put before each query or document. Write ``{text}`` where the text goes; by default it follows."""
+    """Prompts put before each query or document. ``{text}`` marks where the text goes. Without it, the text follows."""
 
     query: str = ""  # prompt of queries
     document: str = ""  # prompt of documents
 
 
 class TeacherPrompts(Section):
-    """Prompts of a teacher. A missing field means the model's own prompt; an empty string disables it."""
+    """Prompts of a teacher. A missing field means the model's own prompt. An empty string disables it."""
 
     query: str | None = None  # prompt of queries
     document: str | None = None  # prompt of documents
@@ -255,7 +255,7 @@ class EvalConfig(Section):
 
 
 class LossWeights(Section):
-    """Weights of the losses; 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
+    """Weights of the losses. 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
 
     cosine: NotNegative = 10.0  # distance to the teacher's embedding; needs equal widths
     similarity: NotNegative = 200.0  # difference of the similarity matrices
