@@ -51,6 +51,8 @@ def suite(arguments: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one benchmark, or without a name the suite, arguments passed on; with a wrong name list them and return 2."""
+    if argv and not argv[0].startswith("-"):
+        argv = [argv[0].replace("-", "_"), *argv[1:]]  # config-page is config_page.py
     wanted_help = bool(argv) and argv[0] in ("-h", "--help")
     if wanted_help or (argv and not argv[0].startswith("-") and argv[0] not in names()):
         if not wanted_help:

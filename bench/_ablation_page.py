@@ -35,9 +35,10 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
     scores = collect(results)
     pictures = _pictures(results, scores, path)
     sections = [
-        "# What is worth what, for narrow vectors",
+        "# What each choice is worth, for narrow embeddings",
         _intro(results),
-        "## In plain words\n\n" + "\n".join(statements(results, scores)),
+        "## Summary\n\nDifferences in points, of arms with equal seconds (encoders: equal texts).\n\n"
+        + statements(results, scores),
         "\n".join([BY_HAND[0], _by_hand(path), BY_HAND[1]]),
         targets(results, scores),
         *pictures,
@@ -48,26 +49,29 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> list[str]:
-    """One line per question: by how much one arm is better than the other, and whether that is more than noise."""
-    lines = []
+def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
+    """A row per question: by how much one arm is better than the other, and whether that is more than noise."""
+    shown = [(width, kind) for width in results["widths"] for kind in kinds_of(results)]
+    rows = []
     for question, first, second in STATEMENTS:
-        parts = []
-        for width in results["widths"] if first.startswith("encoder") else results["widths"][-2:]:
-            for kind in kinds_of(results):
-                budget = "texts" if first.startswith("encoder") else "seconds"
-                a, b = (scores.get((arm, budget, width, "float32", kind)) for arm in (first, second))
-                if a and b:
-                    parts.append(f"{kind} at {width} {verdict(a, b)} ({spread(a)} against {spread(b)})")
-        if parts:
-            lines.append(f"- **{question}.** *{first}* against *{second}*: {'; '.join(parts)}.")
-    return lines
+        encoder = first.startswith("encoder")
+        cells = []
+        for width, kind in shown:
+            budget = "texts" if encoder else "seconds"
+            a, b = (scores.get((arm, budget, width, "float32", kind)) for arm in (first, second))
+            wanted = encoder or width in results["widths"][-2:]
+            cells.append(verdict(a, b) if a and b and wanted else "")
+        if any(cells):
+            rows.append([question, f"*{first}*", f"*{second}*", *cells])
+    used = [column for column in range(len(shown)) if any(row[3 + column] for row in rows)]
+    heads = ["question", "arm", "against", *(f"{kind} {width}" for width, kind in (shown[column] for column in used))]
+    return markdown(heads, [[*row[:3], *(row[3 + column] for column in used)] for row in rows])
 
 
 def _intro(results: Mapping[str, Any]) -> str:
     facts, budgets = results["facts"], results["budgets"]
     named = {kind: [s["name"] for s in results["sets"] if KINDS.get(s["kind"]) == kind] for kind in KINDS.values()}
-    sets = "; ".join(
+    sets = " and ".join(
         f"{kind} is the mean {'nDCG@10' if kind == 'retrieval' else 'Spearman'} of {', '.join(names)}"
         for kind, names in named.items()
         if names
@@ -75,14 +79,15 @@ def _intro(results: Mapping[str, Any]) -> str:
     environment = results["environment"]
     return (
         "Written by `python -m bench ablation` from [ablation.json](../bench/results/ablation.json). Every arm trains "
-        f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts (where an arm says "
-        f"so, also for the {facts['searched']:,} documents that the retrieval sets search, without questions or "
-        f"judgements): once for {budgets['seconds']:g} seconds, once on {budgets['texts']:,} texts, with seeds "
-        f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds. Per cent, "
-        "mean ± standard deviation over seeds, which draw the narrow heads' beginnings and the order of batches, on "
-        "one and the same encoder (in the encoder arms a seed is a run of its own); a difference counts as one where "
-        f"Student's t says so at {100 * SURE:.0f} %. {sets[:1].upper() + sets[1:]}. {environment['cpu']['model']}, "
-        f"threads of an arm: {environment['threads']}, commit {environment.get('commit')}."
+        f"linear heads on the states of one frozen, distilled encoder for {facts['texts']:,} texts. Arms with searched "
+        f"texts also have the {facts['searched']:,} documents of the retrieval sets, without queries or judgements. "
+        f"Each arm trains once for {budgets['seconds']:g} seconds and once on {budgets['texts']:,} texts, with seeds "
+        f"{', '.join(map(str, results['seeds']))}. Finding the teacher's neighbours is not in the seconds.\n\n"
+        "Figures are in per cent, mean ± standard deviation over seeds. A seed draws the start of the narrow heads and "
+        "the order of batches, on the same encoder. In the encoder arms, a seed is a separate run. A difference counts "
+        f"if Student's t test finds it at {100 * SURE:.0f} %. {sets[:1].upper() + sets[1:]}.\n\n"
+        f"Machine: {environment['cpu']['model']}, threads of an arm: {environment['threads']}, commit "
+        f"{environment.get('commit')}."
     )
 
 
@@ -136,8 +141,8 @@ def _floors(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> st
         rows.append([model, *("" if cell is None else f"{100 * cell:.2f}" for cell in cells)])
     ran = {run["arm"] for run in results["runs"]}
     rows += [[arm, *_cells(results, scores, arm, "seconds")] for arm in (PAPERS, BEST) if arm in ran]
-    text = "The teacher and the student's full width, and both made narrow by PCA or by keeping the first coordinates."
-    return f"## Beside no training at all\n\n{text}\n\n" + markdown(["", *_heads(results)], rows)
+    text = "The teacher and the student at full width, and both made narrow by PCA or by keeping the first coordinates."
+    return f"## Compared with no training at all\n\n{text}\n\n" + markdown(["", *_heads(results)], rows)
 
 
 def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
@@ -158,7 +163,7 @@ def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str
                 rows.append([arm, str(width), kind, *cells])
     if not rows:
         return ""
-    text = "Equal seconds; in brackets the change against the same arm's float32."
+    text = "Equal seconds. In brackets is the change from the same arm's float32."
     return f"## Width × precision\n\n{text}\n\n" + markdown(["arm", "width", "", *PRECISIONS], rows)
 
 

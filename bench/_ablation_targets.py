@@ -43,9 +43,9 @@ def targets(results: Mapping[str, Any], scores: Scores) -> str:
         "with the searched texts": (RECIPE_SEARCHED, PAPERS_SEARCHED),
     }
     text = (
-        f"The recipe is *{RECIPE}*; the paper's losses are *{PAPERS}*. Means over seeds, equal seconds. Taught by the "
-        "own vector: the same but for what teaches it. The last columns are those of arms that both had the searched "
-        "documents, without questions or judgements, among their texts."
+        f"The recipe is *{RECIPE}*, and the paper's losses are *{PAPERS}*. Figures are means over seeds at equal "
+        "seconds. The arm *taught by the own vector* differs only in its target. In the last columns, both arms had "
+        "the searched documents among their texts, without queries or judgements."
     )
     heads, table = ["target", "asked", "found", "reached"], [[*row[:3], _yes(row[3])] for row in rows]
     for name, (recipe, papers) in others.items():
@@ -97,7 +97,7 @@ def _at_full_width(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
             ours, theirs = (scores[key] for key in keys)
             told = verdict(ours, theirs)
             reached = mean(ours) >= mean(theirs) or told.startswith("no difference")
-            yield f"{kind} at full width, {ENCODER_RECIPE} beside {ENCODER_PAPERS}", "not behind", told, reached
+            yield f"{kind} at full width, {ENCODER_RECIPE} against {ENCODER_PAPERS}", "not behind", told, reached
 
 
 def _kept(results: Mapping[str, Any], scores: Scores, recipe: str) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,10 +14,11 @@ OURS = "jasper_fast"
 TEACHERS = ("teacher", "teacher PCA", "teacher truncated")  # a model twice as deep, made narrow: no peer, but a mark
 START = "student before"
 WHAT_DIFFERS = (
-    "What differs, which was not taken apart arm by arm: at full width ours learns by the cosine alone, as st-cosine "
-    "does; it makes more than twice the steps in the time, since its micro-batches are cut by length and its "
-    "embeddings are frozen (the peers' trainer trains all). The narrow heads begin at the principal axes of the "
-    "student's own vectors and learn by the similarity and neighbourhood losses, from batches that are half neighbours."
+    "These differences were not measured one by one. At full width ours learns by the cosine alone, as st-cosine does. "
+    "It takes more than twice the steps in the time, since its micro-batches are cut by length and its token "
+    "embeddings are frozen. The peers' trainer trains all parameters. Our narrow heads start at the principal axes of "
+    "the student's embeddings, and learn by the similarity and neighbourhood losses. Half of their batches are "
+    "neighbours."
 )
 
 Scores = dict[tuple[str, int], list[dict[str, float]]]  # (model, width) -> scores by seed
@@ -27,21 +28,27 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
     """Write the page."""
     environment = results["environment"]
     texts = [
-        "# Beside sentence-transformers' own distillation",
+        "# Compared with sentence-transformers' own distillation",
         "Written by `python -m bench distil` from [distil.json](../bench/results/distil.json). Every arm starts from "
-        "the same student, trains on the same texts and teacher vectors in fp32 on the same machine "
-        f"(threads of an arm: {environment['threads']}, arms side by side: {environment.get('together', 1)}), and no "
-        "peer gets fewer seconds than ours took; mean ± "
-        f"standard deviation over seeds {', '.join(map(str, environment['seeds']))}. The peers are "
-        "`EmbedDistillLoss` as MSE and as cosine, alone and inside `MatryoshkaLoss`, under "
-        "`SentenceTransformerTrainer`; their warm-up and decay follow the clock. Those without narrow heads are made "
-        "narrow by PCA (axes of their own vectors) and by truncation.",
-        f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs; commit "
+        "the same student, and trains on the same texts and teacher embeddings in fp32 on the same machine. The "
+        f"threads of an arm are {environment['threads']}, and the arms at the same time "
+        f"{environment.get('together', 1)}. No peer gets fewer seconds than ours took. Figures are mean ± standard "
+        f"deviation over seeds {', '.join(map(str, environment['seeds']))}.",
+        "The peers are `EmbedDistillLoss` as MSE and as cosine, alone and inside `MatryoshkaLoss`, under "
+        "`SentenceTransformerTrainer`. Their warm-up and decay follow the clock. Those without narrow heads are made "
+        "narrow by PCA (axes of their embeddings) and by truncation.",
+        f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs. Commit: "
         f"{environment['commit']}.{other_code(results)}",
+        "## Summary",
+        "Gains of ours over the best peer, in points, on the mean of the sets. *Kept aside* are sets that took no part "
+        "in any choice.",
+        summary(results),
+        "Gains over the best peer on each figure, in points, with that peer:",
+        by_figure(results),
+        "## How the settings were chosen",
         chosen(results),
+        "## What differs",
         WHAT_DIFFERS,
-        "## What it comes to",
-        "\n".join(verdicts(results)),
         "## Training",
         training(results),
         "## Every figure",
@@ -82,49 +89,56 @@ def chosen(results: Mapping[str, Any]) -> str:
     tuned = ", ".join(results["tuned_on"])
     search = results["search"]
     means = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in search["means"].items())
-    found = f" (mean of seed {_first_seed(results)} by rate: {means})" if means else ""
+    found = f" Its means with seed {_first_seed(results)} by rate are {means}." if means else ""
     return (
-        f"How the settings were chosen: ours on {tuned} (the distil stage in runs of a few minutes; the narrow heads' "
-        f"as one of some 25 tried on seed 0's encoder). The peers' learning rate, {search['lr']:g}, was searched on "
-        f"the same sets with {search['arm']} for all of them{found}; their batch is ours. The other sets took no part "
-        "in any choice, so their mean is the one to judge by."
+        f"Our settings were chosen on {tuned}. The distil stage was chosen in runs of a few minutes, and the narrow "
+        "heads' settings from some 25 on seed 0's encoder. The peers' learning rate is "
+        f"{search['lr']:g}. It was searched on the same sets with {search['arm']} for all of them.{found} Their batch "
+        "is ours. The other sets took no part in any choice, so their mean is the one to judge by."
     )
 
 
-def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """A line per width: ours against the best peer on both means, and on each figure against the best peer there."""
-    scores = collect(results)
-    kinds = set_kinds(results)
-    lines = []
-    for width in sorted({width for model, width in scores if model == OURS}, reverse=True):
-        ours = scores[OURS, width]
-        peers = {m: s for (m, w), s in scores.items() if w == width and m not in (OURS, START, *TEACHERS)}
-        if not peers:
-            continue
-        parts = []
+def summary(results: Mapping[str, Any]) -> str:
+    """A table with a row per width and kind of sets: ours against the best peer on the mean."""
+    scores, kinds = collect(results), set_kinds(results)
+    lines = [
+        "| width | sets | gain | ours | best peer | its mean | PCA of the teacher |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for width, ours, peers in _widths(scores):
         for kind, sets in kinds.items():
             means = {m: [mean(of_sets(s, sets).values()) for s in found] for m, found in peers.items()}
             best = max(means, key=lambda model: mean(means[model]))
             own = [mean(of_sets(s, sets).values()) for s in ours]
             above = scores.get(("teacher PCA", width))
-            mark = (
-                f"; PCA of the teacher itself {spread([mean(of_sets(s, sets).values()) for s in above])}"
-                if above
-                else ""
-            )
-            parts.append(
-                f"**{100 * (mean(own) - mean(means[best])):+.2f} points on the mean of the sets {kind}**, "
-                f"{spread(own)} against {spread(means[best])} of the best peer, {best}{mark}"
-            )
-        figures = []
-        for key in ours[0]:
+            mark = spread([mean(of_sets(s, sets).values()) for s in above]) if above else ""
+            gain = f"**{100 * (mean(own) - mean(means[best])):+.2f}**"
+            cells = (str(width), kind, gain, spread(own), best, spread(means[best]), mark)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_figure(results: Mapping[str, Any]) -> str:
+    """A table with a row per width and a column per figure: ours against the best peer there."""
+    scores = collect(results)
+    keys = list(next(iter(scores.values()))[0])
+    lines = ["| " + " | ".join(["width", *keys]) + " |", "|---" * (len(keys) + 1) + "|"]
+    for width, ours, peers in _widths(scores):
+        cells = []
+        for key in keys:
             first = max(peers, key=lambda model: mean([s[key] for s in peers[model]]))
             gap = 100 * (mean([s[key] for s in ours]) - mean([s[key] for s in peers[first]]))
-            figures.append(f"{key} {gap:+.2f} ({first})")
-        lines.append(
-            f"- **{width} wide.** {'. '.join(parts)}. Against the best peer on each figure: {'; '.join(figures)}."
-        )
-    return lines
+            cells.append(f"{gap:+.2f} ({first})")
+        lines.append("| " + " | ".join([str(width), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _widths(scores: Scores) -> Iterator[tuple[int, list[dict[str, float]], dict[str, list[dict[str, float]]]]]:
+    """Yield each width at which there are peers, with the scores of ours and of every peer."""
+    for width in sorted({width for model, width in scores if model == OURS}, reverse=True):
+        peers = {m: s for (m, w), s in scores.items() if w == width and m not in (OURS, START, *TEACHERS)}
+        if peers:
+            yield width, scores[OURS, width], peers
 
 
 def set_kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:

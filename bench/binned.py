@@ -128,10 +128,10 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# The binned relative similarity loss",
         "",
-        "Written by `python -m bench binned --docs` from `bench/results/binned-cpu.json`. Errors are relative to the "
-        "exact loss on the same batch: of the gradient with respect to the vectors, and of the loss. Teacher: "
-        "all-MiniLM-L6-v2 on docstrings; students keep a share of the error of the same model without half of its "
-        "layers, so the loss falls from left to right until little but the margin is left of it.",
+        "Written by `python -m bench binned --docs` from `bench/results/binned-cpu.json`. The tables show the errors "
+        "of the gradient of the embeddings, and of the loss, relative to the exact loss on the same batch. The teacher "
+        "is all-MiniLM-L6-v2 on docstrings. The student is the same model without half of its layers, with a fraction "
+        "of its error. The fraction falls from left to right, until the loss is little more than its margin.",
         "",
     ]
     for rows in sorted({entry["rows"] for entry in found}):
@@ -150,10 +150,10 @@ def page(results: dict[str, Any]) -> str:
     lines += [
         "## Time and memory",
         "",
-        f"B = {speeds['rows']}, D = {speeds['width']}, forward and backward on two CPU cores, in one run: "
-        f"{speeds['binned_s'] * 1e3:,.0f} ms and {speeds['binned_mib']:,.0f} MiB above the inputs, against "
-        f"{speeds['exact_s'] * 1e3:,.0f} ms and {speeds['exact_mib']:,.0f} MiB for the exact form. On CUDA the kernels "
-        "are compiled and interpreted, and have not yet run on a GPU.",
+        f"With B = {speeds['rows']} and D = {speeds['width']}, forward and backward on two CPU cores take "
+        f"{speeds['binned_s'] * 1e3:,.0f} ms and {speeds['binned_mib']:,.0f} MiB above the inputs. The exact form "
+        f"takes {speeds['exact_s'] * 1e3:,.0f} ms and {speeds['exact_mib']:,.0f} MiB in the same run. On CUDA the "
+        "kernels are compiled and interpreted, and have not yet run on a GPU.",
         "",
         '`method="auto"` is the exact form until that would need more than '
         f"{binned.EXACT_MEMORY / 2**30:.0f} GiB (`binned.preferred`).",

@@ -151,9 +151,9 @@ def table(found: dict[str, Any]) -> str:
         "# The Triton kernels, compiled",
         "",
         f"Written by `python -m bench compile_matrix` with triton {found['triton']} from "
-        "`bench/results/compile-matrix.json`, which has every form. Compiled for each architecture, not run on one: no "
-        "GPU was at hand.",
-        "All forms are there." if found["whole"] else "Some forms stand for all; `make soak` compiles all.",
+        "`bench/results/compile-matrix.json`, which has every form. The kernels were compiled for each architecture, "
+        "but not run, since no GPU was available.",
+        "All forms are included." if found["whole"] else "Some forms stand for all; `make soak` compiles all.",
         "A form is a dtype, a tile, a layout and whatever else a launch may find: odd strides, counts of 1, a mask.",
         "",
         "| kernel | forms | on sm_80, 90, 100 | registers of a thread | most shared memory of a block | tensor cores |",
@@ -173,7 +173,7 @@ def table(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "What does not fit a thread's registers goes to its stack. These forms have one:",
+        "Values that do not fit a thread's registers go to its stack. These forms have one:",
         "",
         "| kernel | form | bytes of a thread's stack |",
         "| --- | --- | --- |",

@@ -27,9 +27,9 @@ python -m bench --device cuda    # losses, search and training: bench/results/*-
 python -m bench gpu              # this page, from those files
 ```
 
-Every method's result is compared with float64 before it is timed. Ratios above 1 mean that ours is faster; memory is
-beyond inputs and gradient. *binned* is ours as well: the form of relative similarity for large batches. What useful
-FLOP and least bytes are, `bench/_roofline.py` says."""
+Every method's result is compared with float64 before it is timed. Ratios above 1 mean that ours is faster. Memory is in
+addition to inputs and gradient. *binned* is our form of relative similarity for large batches. `bench/_roofline.py`
+defines useful FLOP and least bytes."""
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +79,7 @@ def about(environment: Results) -> str:
 def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
     """Targets and losses in plain words, before any table."""
     if not judged:
-        return ["**No GPU has run the benchmarks yet**, so there is no figure here."]
+        return ["**No GPU has run the benchmarks yet**, so this page has no figures."]
     met = sum(target["met"] is True for _, target in judged)
     lines = [
         f"**{met} of {len(judged)} targets are met.**",
@@ -117,14 +117,14 @@ def losses(found: Results) -> Section:
     roof = Roof(found["product_tflops"], found["read_gb_s"])
     parts = [
         f"Forward and backward, medians. A bfloat16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at "
-        f"{roof.gb_s:,.0f} GB/s. *roof*: ours, as a share of what these two allow."
+        f"{roof.gb_s:,.0f} GB/s. *roof* is ours as a fraction of what these two allow."
     ]
     points, lost = [], []
     for loss in LOSSES:
         lines = [
             f"### {loss.replace('_', ' ')}",
             "",
-            "| case | beside | ours is | of its memory | ours | the other | roof |",
+            "| case | compared with | ours is | of its memory | ours | the other | roof |",
         ]
         lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
         for case in found.get(loss, []):
@@ -173,9 +173,9 @@ def mips(found: Results) -> Section:
     roof = Roof(max(bare, default=float("nan")), gb_s)
     lines = [
         f"Medians. The fastest bare bf16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at {gb_s:,.0f} GB/s. "
-        "*certified* is the fp64 order, proven; *fast*, as matmul + topk, is not.",
+        "*certified* is the proven fp64 order. *fast*, like matmul + topk, is not.",
         "",
-        "| case | search | ours is, beside matmul + topk | ours | matmul + topk | x the bare product's time | roof |",
+        "| case | search | ours is, against matmul + topk | ours | matmul + topk | x the bare product's time | roof |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     points, lost = [], []
@@ -209,8 +209,8 @@ def train(found: Results) -> Section:
     gpus = found["environment"]["gpus"]["devices"]
     roof = Roof(found["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
     lines = [
-        f"A student of 1.5 B parameters, random weights, bf16, texts of {found['length']} tokens; MFU of "
-        f"{roof.tflops:,.0f} TFLOP/s. What gradient caching and checkpointing compute twice does not count.",
+        f"A student of 1.5 B parameters, random weights, bf16, texts of {found['length']} tokens. MFU refers to "
+        f"{roof.tflops:,.0f} TFLOP/s. Work that caching and checkpointing do twice does not count.",
         "",
         "| configuration | MFU | peak memory | texts a step | texts/s | loss | encoder | optimiser |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -227,9 +227,9 @@ def train(found: Results) -> Section:
             lines.append(f"| {name} | {' | '.join(cells)} |")
         else:
             after = (
-                f"\n\nStage 1: a text takes {own['cached_s_per_text'] * 1e6:,.1f} µs on cached states, "
+                f"\n\nIn stage 1, a text takes {own['cached_s_per_text'] * 1e6:,.1f} µs on cached states, "
                 f"{own['ratio']:,.0f} × faster than encoding it in each step "
-                f"({own['plain_s_per_text'] * 1e6:,.0f} µs); batches of {own['texts']:,}."
+                f"({own['plain_s_per_text'] * 1e6:,.0f} µs). Batches have {own['texts']:,} texts."
             )
     return "\n".join(lines) + after, points, roof, []
 

@@ -1,6 +1,7 @@
-"""Write the README's tables from committed results: ``python -m bench readme`` (``--check`` only compares).
+"""Write the tables of README and docs/results.md from committed results: ``python -m bench readme``.
 
-The runs shown are those whose reports lie in ``docs/runs``, copied there with ``--from RUN``: the embedded default, and
+``--check`` only compares. The README gets the six rows of the run on public text and its figure, docs/results.md all
+tables. The runs are those with reports in ``docs/runs``, copied there with ``--from RUN``: the embedded default, and
 the recipe on public text.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
@@ -18,33 +21,47 @@ from jasper_fast.files import write_atomic
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs" / "runs"
 DEFAULT, PUBLIC = "minilm-docstrings", "minilm-public"
+FIGURE = "docs/quality-by-width.png"
 COPIED = ("results.json", "report.md", "config.yaml", "plots")
 FLOORS = {STUDENT: "**student**", PCA: "PCA of the teacher", TRUNCATED: "first coordinates of the teacher"}
 
 
 def main(argv: list[str]) -> int:
-    """Write, or with --check compare; returns 1 where the README is not what the results give."""
+    """Write, or with --check compare; returns 1 if a page is not what the results give."""
     parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="run", metavar="RUN", help="first copy this run's report into docs/")
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only compare the pages with the results")
     options = parser.parse_args(argv)
     if options.run:
         copy_report(Path(options.run))
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    sections = [section(read_results(DEFAULT)), public_section(read_results(PUBLIC))]
+    default, public = read_results(DEFAULT), read_results(PUBLIC)
     losses = json.loads((ROOT / "bench" / "results" / "losses-cpu.json").read_text(encoding="utf-8"))
-    wanted = with_section(text, "results", "\n\n".join(sections))
-    wanted = with_section(wanted, "losses", losses_section(losses))
+    tables = {
+        "README.md": {"results": summary_section(public)},
+        "docs/results.md": {
+            "docstrings": section(default),
+            "public": public_section(public),
+            "losses": losses_section(losses),
+        },
+    }
+    differ = []
+    for name, sections in tables.items():
+        text = wanted = (ROOT / name).read_text(encoding="utf-8")
+        for key, content in sections.items():
+            wanted = with_section(wanted, key, content)
+        if wanted != text:
+            differ.append(name)
+            if not options.check:
+                write_atomic(ROOT / name, wanted)
     if options.check:
-        print("README.md is up to date" if wanted == text else "README.md differs: run python -m bench readme")
-        return int(wanted != text)
-    write_atomic(readme, wanted)
+        print(f"{' and '.join(differ)}: run python -m bench readme" if differ else "the tables are up to date")
+        return int(bool(differ))
+    draw_figure(default, public, ROOT / FIGURE)
     return 0
 
 
 def copy_report(run: Path) -> None:
-    """Put a run's report, scores, configuration and pictures under docs/."""
+    """Put a run's report, scores, configuration and plots under docs/."""
     shown = RUNS / json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
     shown.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
@@ -56,20 +73,100 @@ def copy_report(run: Path) -> None:
 
 
 def read_results(recipe: str) -> dict[str, Any]:
-    """What a recipe's committed run scored."""
+    """Read the scores of a recipe's committed run."""
     return json.loads((RUNS / recipe / "results.json").read_text(encoding="utf-8"))
 
 
 def with_section(readme: str, name: str, text: str) -> str:
-    """The README with what stands between two comments, ``name:start`` and ``name:end``, made anew."""
+    """Return the page with new text between two comments, ``name:start`` and ``name:end``."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     head, rest = readme.split(start)
     _, tail = rest.split(end)
     return head + start + "\n" + text + "\n" + end + tail
 
 
+def summary_section(results: dict[str, Any]) -> str:
+    """Six rows for the README: teacher, student before training, and the student at four widths."""
+    keys, rows = _public(results)
+    teacher_width = results["facts"]["teacher_width"]
+    teacher = rows[TEACHER, teacher_width]
+    widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
+    shown = [("teacher", (TEACHER, teacher_width)), ("student before training", (BEFORE, widths[0]))]
+    shown += [(f"**student**, {width} wide", (STUDENT, width)) for width in widths]
+    lines = [
+        "| | bytes per text | " + " | ".join(one["name"] for one in results["sets"]) + " | kept (mean) |",
+        "| --- |" + " ---: |" * (len(keys) + 2),
+    ]
+    for name, row in shown:
+        scores = [f"{100 * rows[row][key]:.1f}" for key in keys]
+        lines.append(
+            f"| {name} | {4 * row[1]:,} | {' | '.join(scores)} | {100 * kept(rows[row], teacher, keys):.1f} % |"
+        )
+    below = ["", "PCA of the teacher is the cheap alternative.", _against_pca(rows, keys, widths[1:])]
+    return "\n".join(lines + below)
+
+
+def kept(scores: Mapping[str, float], teacher: Mapping[str, float], keys: Sequence[str]) -> float:
+    """Mean over sets of the fraction of the teacher's score."""
+    return mean(scores[key] / teacher[key] for key in keys)
+
+
+def _against_pca(
+    rows: Mapping[tuple[str, int], Mapping[str, float]], keys: Sequence[str], widths: Sequence[int]
+) -> str:
+    """Count the sets on which the student beats the teacher's PCA, by width."""
+    won = {width: sum(rows[STUDENT, width][key] > rows[PCA, width][key] for key in keys) for width in widths}
+    counts = [f"{count} of {len(keys)} sets at {width}" for width, count in won.items()]
+    listed = " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
+    return f"The student beats it on {listed} dimensions."
+
+
+def _public(results: dict[str, Any]) -> tuple[list[str], dict[tuple[str, int], dict[str, float]]]:
+    """Keys of the main figures of a run's sets, and scores by model and width."""
+    keys = [f"{one['name']}/{one['metric']}" for one in results["sets"]]
+    return keys, {(row["model"], row["width"]): row["scores"] for row in results["rows"]}
+
+
+def draw_figure(default: dict[str, Any], public: dict[str, Any], path: Path) -> None:
+    """Draw the quality kept against width: the student compared with PCA of its teacher, on both runs."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
+    titles = ("five public sets, 20 minutes", "docstrings, `make train`, 11 minutes")
+    for axis, results, title in zip(axes, (public, default), titles, strict=True):
+        keys, rows = _public(results)
+        teacher_width = results["facts"]["teacher_width"]
+        teacher = rows[TEACHER, teacher_width]
+        marks: dict[str, dict[str, Any]] = {
+            STUDENT: {"label": "student (3 layers)", "color": "#0072B2", "marker": "o"},
+            PCA: {"label": "PCA of the teacher (6 layers)", "color": "#E69F00", "marker": "s", "linestyle": "--"},
+        }
+        for model, style in marks.items():
+            found = {w: 100 * kept(scores, teacher, keys) for (m, w), scores in rows.items() if m == model}
+            if model == PCA:
+                found[teacher_width] = 100.0
+            widths = sorted(found)
+            axis.plot(widths, [found[width] for width in widths], **style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(widths, [str(width) for width in widths])
+        axis.set_xlabel("numbers per embedding")
+        axis.set_title(title.replace("`", ""), loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("% of the teacher kept")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    write_atomic(path, content.getvalue())
+
+
 def section(results: dict[str, Any]) -> str:
-    """Two tables and a picture of one run: the student beside its teacher, and every width beside its floors."""
+    """A table and a figure of one run: the student, its teacher, and every width compared with PCA and truncation."""
     key = f"{results['primary']['set']}/{results['primary']['metric']}"
     rows = {(row["model"], row["width"]): row["scores"][key] for row in results["rows"]}
     widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
@@ -77,34 +174,35 @@ def section(results: dict[str, Any]) -> str:
     teacher_width = facts["teacher_width"]
     teacher = rows[TEACHER, teacher_width]
     parameters = facts["student_parameters"] / 1e6
-    unseen = "were among the training texts" if results["transductive"] else "were never trained on"
+    seen = "These are among the training texts." if results["transductive"] else "These were not trained on."
     if held := facts.get("held_out_docstrings"):
-        unseen += f" as a whole ({held['with a trained piece']} of {held['all']:,} share a sentence or more with those)"
+        seen = "These docstrings were never trained on as a whole. "
+        seen += f"Of {held['all']:,}, {held['with a trained piece']} contain a sentence that was trained on."
     lines = [
-        f"`make train` on {facts['threads']} CPU cores{_took(facts, ', {} after set-up')} ({facts['texts']:,} texts; "
-        f"{parameters:.1f} M parameters; "
-        f"{results['primary']['metric']} of finding a docstring's body by its summary, on docstrings that {unseen}; "
-        "[report](docs/runs/minilm-docstrings/report.md)):",
+        f"`make train` on {facts['threads']} CPU cores{_took(facts, ' takes {} after set-up')}.",
+        f"The student has {parameters:.1f} M parameters and learns from {facts['texts']:,} texts.",
+        f"The score is the {results['primary']['metric']} of finding a held-out docstring's body by its summary.",
+        seen,
+        f"The [report](runs/{DEFAULT}/report.md) has everything else.",
         "",
         "| | " + " | ".join(f"{w} wide" for w in widths) + " |",
-        "|---" * (len(widths) + 1) + "|",
+        "| --- |" + " ---: |" * len(widths),
         "| teacher | " + " | ".join(f"{100 * teacher:.1f}" if w == teacher_width else "" for w in widths) + " |",
     ]
     before = [f"{100 * rows[BEFORE, w]:.1f}" if (BEFORE, w) in rows else "" for w in widths]
-    lines.append("| student before | " + " | ".join(before) + " |")
+    lines.append("| student before training | " + " | ".join(before) + " |")
     for model, name in FLOORS.items():
         cells = [f"{100 * rows[model, w]:.1f}" if (model, w) in rows else "" for w in widths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    share = [f"{100 * rows[STUDENT, w] / teacher:.1f} %" for w in widths]
-    lines.append("| student's share of the teacher | " + " | ".join(share) + " |")
-    lines += ["", "![quality against width](docs/runs/minilm-docstrings/plots/widths.png)"]
+    fraction = [f"{100 * rows[STUDENT, w] / teacher:.1f} %" for w in widths]
+    lines.append("| kept of the teacher | " + " | ".join(fraction) + " |")
+    lines += ["", f"![Quality against width](runs/{DEFAULT}/plots/widths.png)"]
     return "\n".join(lines)
 
 
 def public_section(results: dict[str, Any]) -> str:
-    """A table of one run on several sets: the student at every width beside its teacher and the teacher's PCA."""
-    keys = [f"{one['name']}/{one['metric']}" for one in results["sets"]]
-    rows = {(row["model"], row["width"]): row["scores"] for row in results["rows"]}
+    """A table of one run on several sets: every width of the student compared with the teacher and its PCA."""
+    keys, rows = _public(results)
     facts = results["facts"]
     teacher = rows[TEACHER, facts["teacher_width"]]
     widest, *narrow = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
@@ -116,18 +214,18 @@ def public_section(results: dict[str, Any]) -> str:
         return line(name, [f"{100 * rows[row][key]:.1f}" for key in keys])
 
     seen = results["transductive"]
-    unseen = f"texts of {', '.join(seen)} were trained on" if seen else "none of their texts was trained on"
+    unseen = f"Texts of {', '.join(seen)} were trained on." if seen else "None of the sets' texts was trained on."
     lines = [
-        f"On public text{_took(facts, ', {}, evaluation included')} (`bench/recipes/{results['recipe']}.yaml`: "
-        f"{facts['texts']:,} texts; "
-        f"{unseen}; [report](docs/runs/{results['recipe']}/report.md)):",
+        f"The recipe `bench/recipes/{results['recipe']}.yaml` trains on {facts['texts']:,} public texts.",
+        f"{_took(facts, 'It takes {}, evaluation included. ')}{unseen}",
+        f"The [report](runs/{results['recipe']}/report.md) has everything else.",
         "",
         line("", [f"{one['name']} {one['metric']}" for one in results["sets"]]),
-        "|---" * (len(keys) + 1) + "|",
+        "| --- |" + " ---: |" * len(keys),
         scores("teacher", (TEACHER, facts["teacher_width"])),
-        scores("student before", (BEFORE, widest)),
+        scores("student before training", (BEFORE, widest)),
         scores(f"**student**, {widest} wide", (STUDENT, widest)),
-        line("its share of the teacher", [f"{100 * rows[STUDENT, widest][k] / teacher[k]:.1f} %" for k in keys]),
+        line("kept of the teacher", [f"{100 * rows[STUDENT, widest][k] / teacher[k]:.1f} %" for k in keys]),
     ]
     for width in narrow:
         lines += [
@@ -138,40 +236,41 @@ def public_section(results: dict[str, Any]) -> str:
 
 
 def losses_section(results: dict[str, Any]) -> str:
-    """A table of ``python -m bench losses``: forward and backward, ours beside the published code and plain PyTorch."""
+    """A table of ``python -m bench losses``: forward and backward, against the published code and plain PyTorch."""
     cpu = results["environment"]["cpu"]
     pairs, gram = results["pairs_per_second"], results["gram_products"]
     rate = pairs["rows"] * (pairs["rows"] - 1) / 2 / pairs["all_threads_s"] / 1e6
     lines = [
-        f"Forward and backward on {cpu['threads']} CPU cores ({', '.join(cpu['isa'])}), each row in one run "
-        "(`python -m bench losses`):",
+        f"Forward and backward on {cpu['threads']} CPU cores ({', '.join(cpu['isa'])}), each row in one run of",
+        "`python -m bench losses`. MiB are above the inputs.",
         "",
-        "| | rows | ours is | ours | the other |",
+        "| | rows | speed-up | ours | the other |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for one in results["published"]:
         lines.append(
-            f"| exact relative similarity, beside the published code | {one['rows']:,} | "
-            f"{one['ratio']:,.0f} × as fast | {one['ours_s'] * 1e3:.1f} ms | {one['published_s'] * 1e3:,.0f} ms |"
+            f"| exact relative similarity, compared with the published code | {one['rows']:,} | "
+            f"{one['ratio']:,.0f} × | {one['ours_s'] * 1e3:.1f} ms | {one['published_s'] * 1e3:,.0f} ms |"
         )
     for one in results["similarity"]:
         ours, other = one["methods"]["auto"], one["methods"]["reference"]
         widths = f"{one['width']} wide, teacher {one['teacher_width']}"
         lines.append(
-            f"| similarity, {widths}, beside plain PyTorch | {one['rows']:,} | "
-            f"{other['seconds'] / ours['seconds']:.1f} × as fast | {ours['seconds'] * 1e3:,.0f} ms, "
+            f"| similarity, {widths}, compared with plain PyTorch | {one['rows']:,} | "
+            f"{other['seconds'] / ours['seconds']:.1f} × | {ours['seconds'] * 1e3:,.0f} ms, "
             f"{ours['peak_mib']:,.0f} MiB | {other['seconds'] * 1e3:,.0f} ms, {other['peak_mib']:,.0f} MiB |"
         )
     lines += [
         "",
         f"Exact relative similarity of {gram['rows']:,} rows takes the time of {gram['products']:.0f} products of the "
-        f"batch with itself; of {pairs['rows']:,} rows, {rate:.1f} million pairs a second, "
-        f"{pairs['speed_up']:.1f} × those of one core. MiB are above inputs.",
+        "batch with itself.",
+        f"With {pairs['rows']:,} rows it processes {rate:.1f} million pairs per second, {pairs['speed_up']:.1f} × the "
+        "rate of one core.",
     ]
     return "\n".join(lines)
 
 
 def _took(facts: dict[str, Any], words: str) -> str:
-    """The minutes of a run put into words; nothing where the run did not note them."""
+    """Put the minutes of a run into words; an empty string if the run did not record them."""
     seconds = facts.get("seconds")
     return words.format(f"{seconds['in all'] / 60:.0f} minutes") if seconds else ""

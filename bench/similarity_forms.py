@@ -78,11 +78,11 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# The two forms of the similarity loss",
         "",
-        f"Written by `python -m bench similarity_forms` from `{OUT}`: forward and gradient in float32 on "
-        f"{found['threads']} CPU threads, against float64 autograd. The gradient's error is relative to "
-        "4/B² (‖S SᵀS‖ + ‖T TᵀS‖), the loss's to the loss. `auto` takes the feature form where "
-        "`jasper_fast.cost.feature_form_is_cheaper` says so, and leaves it again where its sums cancel: below "
-        f"{cost.CANCELLATION:g} of ‖SᵀS‖² + ‖TᵀT‖².",
+        f"Written by `python -m bench similarity_forms` from `{OUT}`. Forward and gradient in float32 on "
+        f"{found['threads']} CPU threads are compared with float64 autograd. The gradient's error is relative to "
+        "4/B² (‖S SᵀS‖ + ‖T TᵀS‖), and the loss's to the loss. `auto` takes the feature form if "
+        "`jasper_fast.cost.feature_form_is_cheaper` says so. It takes the tile form if the sums of the feature form "
+        f"cancel, which is below {cost.CANCELLATION:g} of ‖SᵀS‖² + ‖TᵀT‖².",
         "",
         "| B | D / E" + COLUMNS,
         "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
@@ -100,9 +100,9 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {e['noise']:g} | {e['loss']:.1e} " + _figures(e))
     lines += [
         "",
-        "On CUDA the same model decides, with more weight on the feature form where it needs several products for one: "
-        "3 for bfloat16 vectors, 6 for float16 (`jasper_fast.kernels.pair_losses`). The kernels compute both forms' "
-        "decision on the device. That weight is counted, not measured: no GPU has run it yet.",
+        "On CUDA the same model decides. The feature form has more weight there if it needs several products for one: "
+        "3 for bfloat16 and 6 for float16 (`jasper_fast.kernels.pair_losses`). The kernels decide on the device. That "
+        "weight is counted, not measured, since no GPU has run it yet.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -71,32 +71,33 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """Text put before each query or document. ``{text}`` may stand where the text goes; otherwise the text follows."""
+    """Prompts put before each query or document. ``{text}`` marks where the text goes. Without it, the text follows."""
 
-    query: str = ""
-    document: str = ""
+    query: str = ""  # prompt of queries
+    document: str = ""  # prompt of documents
 
 
 class TeacherPrompts(Section):
-    """The same for a teacher; left out: the model's own prompt for that role. "" is none."""
+    """Prompts of a teacher. A missing field means the model's own prompt. An empty string disables it."""
 
-    query: str | None = None
-    document: str | None = None
+    query: str | None = None  # prompt of queries
+    document: str | None = None  # prompt of documents
 
 
 class TeacherConfig(Section):
-    """One teacher: a model to run, or vectors that are ready."""
+    """One teacher: a model to run, or a file of precomputed embeddings."""
 
-    model: str | None = None  # name, path, or "package:import_name/folder"
-    vectors: str | None = None  # .parquet or .jsonl with `digest` or `text`, or .npy with a row for each text in order
-    revision: str | None = None
+    model: str | None = None  # hub name, path, or `package:import_name/folder`
+    # .parquet or .jsonl file with a `digest` or `text` column, .npy file with one row per text in order, or a folder
+    vectors: str | None = None
+    revision: str | None = None  # branch, tag or commit on the model hub
     prompts: TeacherPrompts = TeacherPrompts()
-    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's own, else mean
-    max_length: PositiveInt = 512
-    dense: str | None = None  # folder inside the model of the Dense head to use, e.g. 2_Dense_8192 (Stella)
-    truncate_dim: PositiveInt | None = None  # keep the first coordinates (Matryoshka teachers)
-    batch_tokens: PositiveInt = 8192
-    trust_remote_code: bool = False
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's setting, or mean if it has none
+    max_length: PositiveInt = 512  # tokens per text; the rest is not read
+    dense: str | None = None  # folder of the Dense head to use inside the model, e.g. 2_Dense_8192 (Stella)
+    truncate_dim: PositiveInt | None = None  # keep only the first coordinates (Matryoshka teachers)
+    batch_tokens: PositiveInt = 8192  # tokens per forward pass, padding included
+    trust_remote_code: bool = False  # permission to run code that the model brings
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
@@ -108,15 +109,15 @@ class TeacherConfig(Section):
 
 
 class VisionConfig(Section):
-    """The student's eyes: a vision tower whose tokens, resampled, enter the text encoder as input embeddings."""
+    """Vision tower of the student. Its tokens, resampled, enter the text encoder as input embeddings."""
 
-    model: str | None = None  # a Hugging Face vision tower, by name or path; SigLIP and SigLIP 2 first
-    tower: dict[str, Number] | None = None  # or a SiglipVisionConfig's fields: a tower from scratch
-    revision: str | None = None
-    image_tokens: PositiveInt = 300  # what a picture becomes for the text encoder
-    start_token: str = "<|image_start|>"  # around the picture's tokens; added where the tokenizer lacks them
-    end_token: str = "<|image_end|>"
-    trust_remote_code: bool = False
+    model: str | None = None  # Hugging Face vision tower of a fixed image size, SigLIP first
+    tower: dict[str, Number] | None = None  # fields of a SiglipVisionConfig: a tower trained from scratch
+    revision: str | None = None  # branch, tag or commit on the model hub
+    image_tokens: PositiveInt = 300  # input embeddings that the text encoder gets for one image
+    start_token: str = "<|image_start|>"  # token before an image; added if the tokenizer lacks it
+    end_token: str = "<|image_end|>"  # token after an image; added if the tokenizer lacks it
+    trust_remote_code: bool = False  # permission to run code that the tower brings
 
     @model_validator(mode="after")
     def _one_origin(self) -> VisionConfig:
@@ -128,20 +129,22 @@ class VisionConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that is trained: a text encoder, mean pooling, and linear heads."""
+    """Model to train: a text encoder, mean pooling, and one linear head per width."""
 
-    model: str
-    revision: str | None = None
-    layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None  # first n, or which; None: all
-    heads: list[Width] = Field(min_length=1)  # the widest is FC1
+    model: str  # Hugging Face text encoder: hub name, path, or `package:import_name/folder`
+    revision: str | None = None  # branch, tag or commit on the model hub
+    # layers to keep: the first n, or a list of indices from 0; null keeps all
+    layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    heads: list[Width] = Field(min_length=1)  # widths of the embeddings; the widest is the default of the export
+    # independent: one linear layer per width; prefix: the first rows of the widest head
     head_type: Literal["independent", "prefix"] = "independent"
     head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
-    max_length: PositiveInt = 512
+    max_length: PositiveInt = 512  # tokens per text; the rest is not read
     bidirectional: bool = True  # decoder models lose their causal mask
     prompts: Prompts = Prompts()
-    vector_dropout: Part = 0.0
-    trust_remote_code: bool = False
-    vision: VisionConfig | None = None  # None: it reads text alone
+    vector_dropout: Part = 0.0  # dropout on the pooled state
+    trust_remote_code: bool = False  # permission to run code that the model brings
+    vision: VisionConfig | None = None  # vision tower; null: the student reads text only
 
     @field_validator("heads")
     @classmethod
@@ -154,29 +157,31 @@ class StudentConfig(Section):
 class SourceConfig(Section):
     """One source of training texts."""
 
-    path: str  # "docstrings", a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; .gz …), or a `datasets` name
-    config: str | None = None  # the `datasets` configuration name
-    split: str = "train"
-    columns: list[str] = Field(default=["text"], min_length=1)  # a list in the only column: each item is a text
-    join: bool = False  # True: the columns make one text; False: each column is a text of its own
-    role: Literal["query", "document"] = "document"
-    limit: PositiveInt | None = None  # at most so many texts, drawn by the seed
-    variants: Annotated[int, Field(ge=0, strict=True)] = 0  # so many more of each text, with words exchanged
-    revision: str | None = None
+    # a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; also .gz, .bz2, .xz, .zst), a `datasets` name, `docstrings`
+    # or `glyphs`
+    path: str
+    config: str | None = None  # configuration name of a `datasets` name
+    split: str = "train"  # split of a `datasets` name
+    columns: list[str] = Field(default=["text"], min_length=1)  # columns to read; a list in a cell gives several texts
+    join: bool = False  # true: the columns make one text; false: each column is a separate text
+    role: Literal["query", "document"] = "document"  # decides the prompts
+    limit: PositiveInt | None = None  # largest number of texts, drawn by the seed
+    variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with words exchanged
+    revision: str | None = None  # branch, tag or commit of a `datasets` name
 
 
 class DataConfig(Section):
     """The training texts and their treatment (arXiv 2412.19048, section on data)."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    cut_share: Share = 0.3  # share of documents cut into pieces
-    cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece, from .. to
-    shuffle_share: Share = 0.0008  # share of texts whose words are shuffled
-    min_chars: PositiveInt = 2
-    limit: PositiveInt | None = None  # at most so many texts in total, drawn by the seed
-    seed: Seed = 0  # of draws, cuts and order; runs of other seeds share the texts
-    cache: str = "cache"  # folder for texts and teacher vectors, shared by runs
-    cache_dtype: Literal["float16", "int8"] = "float16"
+    cut_share: Share = 0.3  # fraction of documents that are cut into pieces
+    cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece: smallest and largest number
+    shuffle_share: Share = 0.0008  # fraction of texts whose words are shuffled
+    min_chars: PositiveInt = 2  # shorter texts are left out
+    limit: PositiveInt | None = None  # largest number of texts in total, drawn by the seed
+    seed: Seed = 0  # seed of draws, cuts and order; independent of the run's seed, so that runs use the same texts
+    cache: str = "cache"  # folder of texts and teacher embeddings, used by all runs
+    cache_dtype: Literal["float16", "int8"] = "float16"  # storage of teacher embeddings
 
     @field_validator("cut_sentences")
     @classmethod
@@ -187,41 +192,42 @@ class DataConfig(Section):
 
 
 class ImageSourceConfig(Section):
-    """One source of pictures with captions."""
+    """One source of images with captions."""
 
-    # "glyphs", a folder or .zip of pictures, .tar file(s) of WebDataset, .parquet file(s), a folder that `datasets`
-    # saved, or a `datasets` name
+    # `glyphs`, a folder or .zip of images, WebDataset .tar files, .parquet files, a folder that `datasets` saved, or a
+    # `datasets` name
     path: str
-    captions: str | None = None  # for a folder or zip: the JSONL[.gz] with a row per picture or caption
-    image_column: str = "image"  # there, or in the dataset: the file's name or the picture
-    caption_columns: list[str] = Field(
-        default=["caption"], min_length=1
-    )  # each a caption of its own; lists give several
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    limit: PositiveInt | None = None  # the first so many pictures
-    font: str = "DejaVuSans"  # of the glyphs: any that matplotlib ships, by its file's name
-    train_only: bool = False  # none is held out; those that share a caption or pixels with a held-out one are left out
+    captions: str | None = None  # JSONL file of a folder or zip, with one row per image or caption
+    image_column: str = "image"  # column with the file name or the image
+    # columns with captions; a list in a cell gives several
+    caption_columns: list[str] = Field(default=["caption"], min_length=1)
+    config: str | None = None  # configuration name of a `datasets` name
+    split: str = "train"  # split of a `datasets` name
+    revision: str | None = None  # branch, tag or commit of a `datasets` name
+    limit: PositiveInt | None = None  # the first n images only
+    font: str = "DejaVuSans"  # font of the glyphs: the file name of any font that matplotlib ships
+    # hold out none of these images; leave out those with the caption or pixels of a held-out one
+    train_only: bool = False
 
 
 class ImagesConfig(Section):
-    """The pictures of vision stages, and the part that is kept from training to judge by."""
+    """Images of vision stages, and how many are held out for evaluation."""
 
     sources: list[ImageSourceConfig] = Field(min_length=1)
-    held_out: Annotated[int, Field(ge=0, strict=True)] = 0  # pictures; with all that share their captions or pixels
-    max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # pictures that may be left out because they are broken
-    seed: Seed = 0  # of what is held out
+    # images kept from training, together with all that have the same captions or pixels
+    held_out: Annotated[int, Field(ge=0, strict=True)] = 0
+    max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # broken images that are left out; more of them end the run
+    seed: Seed = 0  # seed of the held-out images
 
 
 class AugmentConfig(Section):
-    """Other views of a training picture, drawn anew each time it is seen. All zero: none."""
+    """Random changes to a training image, drawn each time it is used. By default there are no changes."""
 
-    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(_number)] = 0.0  # of the side, at most
-    scale: Part = 0.0  # by a factor from 1 - scale to 1 + scale, each axis alone
-    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # degrees, at most, either way
-    flip: bool = False  # left to right, every other time
-    mix: NotNegative = 0.0  # a of Beta(a, a): which share of each picture is another one of the batch, laid over it
+    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(_number)] = 0.0  # largest fraction of the side
+    scale: Part = 0.0  # factor between 1 - scale and 1 + scale, separately for each axis
+    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # largest angle in degrees
+    flip: bool = False  # mirror half of the images
+    mix: NotNegative = 0.0  # mixup with another image of the batch: the parameter a of Beta(a, a)
 
     @property
     def moved(self) -> bool:
@@ -230,30 +236,31 @@ class AugmentConfig(Section):
 
 
 class VisionStageConfig(Section):
-    """What a vision stage (the paper's stage 4) has beside the others. The contrastive term and views are ours."""
+    """Settings of a vision stage (stage 4). The paper has neither a contrastive loss nor augmentation."""
 
-    contrastive: NotNegative = 0.0  # weight of: each picture finds its caption, and each caption its picture
-    among: Literal["batch", "all"] = "batch"  # where a picture finds it: the batch's captions, or all of the stage's
-    balance: NotNegative = 0.0  # weight, within the contrastive term, of: captions are spread evenly over pictures
+    contrastive: NotNegative = 0.0  # weight of the contrastive loss between images and captions, in both directions
+    among: Literal["batch", "all"] = "batch"  # captions that an image is compared with: the batch's, or all
+    balance: NotNegative = 0.0  # weight of a term of the contrastive loss that spreads captions over images
     augment: AugmentConfig = AugmentConfig()
 
 
 class EvalConfig(Section):
     """One evaluation set: a BEIR folder, a similarity TSV, a classification folder, or the built-in docstrings."""
 
-    path: str
-    name: str | None = None
-    limit: PositiveInt | None = None
-    transductive: bool = False  # a retrieval set's documents may be trained on, its questions never; the report says so
+    path: str  # folder or file, or `docstrings`; its content decides the kind
+    name: str | None = None  # name in logs and reports; default: the name of the folder or file
+    limit: PositiveInt | None = None  # largest number of queries or pairs
+    # allow training on the documents of a retrieval set, never on its queries; the report says so
+    transductive: bool = False
 
 
 class LossWeights(Section):
-    """The paper's weights; a zero leaves a loss out. ``neighbourhood`` is ours, off unless asked for."""
+    """Weights of the losses. 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
 
-    cosine: NotNegative = 10.0
-    similarity: NotNegative = 200.0
-    relative_similarity: NotNegative = 20.0
-    neighbourhood: NotNegative = 0.0
+    cosine: NotNegative = 10.0  # distance to the teacher's embedding; needs equal widths
+    similarity: NotNegative = 200.0  # difference of the similarity matrices
+    relative_similarity: NotNegative = 20.0  # order of the similarities of all pairs
+    neighbourhood: NotNegative = 0.0  # order of each text's nearest neighbours
 
     @model_validator(mode="after")
     def _some(self) -> LossWeights:
@@ -267,45 +274,46 @@ class LossWeights(Section):
 
 
 class StageConfig(Section):
-    """One stage: what trains, which heads and losses, what teaches the narrow heads, and how long."""
+    """One stage: the parameters to train, heads, losses, batches and number of steps."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # name in logs and reports
+    # parameters to train: globs over their names; all others are frozen
     train: list[str] = Field(default=[], description="globs over parameter names, e.g. heads.384.*")
-    last_layers: Annotated[int, Field(ge=0, strict=True)] = (
-        0  # the encoder's (in vision stages the tower's) last n train
-    )
-    vision: VisionStageConfig | None = None  # given: the stage learns from pictures; only `vision.*` may train
-    heads: list[PositiveInt] = Field(min_length=1)
+    # also train the last n layers of the encoder; in vision stages, of the tower
+    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0
+    vision: VisionStageConfig | None = None  # settings of a vision stage, in which only `vision.*` may train
+    heads: list[PositiveInt] = Field(min_length=1)  # widths that the losses see
     weights: LossWeights = LossWeights()
-    narrow_weights: LossWeights | None = None  # for the heads below FC1; None: the same weights
-    margin: NotNegative = 0.015
-    # of the neighbourhood loss: one, or by head, where those that are not named have the default
+    narrow_weights: LossWeights | None = None  # weights for all heads but the widest; null: the same weights
+    margin: NotNegative = 0.015  # margin of the relative similarity loss
+    # of the neighbourhood loss: one number, or a number per width (the others have the default)
     temperature: ByHead = TEMPERATURE
-    narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's own widest vector
-    narrow_start: Literal["as_is", "principal"] = "as_is"  # principal: as full width's principal axes (frozen encoder)
-    codes: list[
-        Literal["int8", "ubinary"]
-    ] = []  # forms of every head's vectors that the narrow heads' losses train too
-    codes_weight: Positive = 1.0  # of those losses beside those of the floats
-    batch_size: PositiveInt = 128
-    steps: PositiveInt
-    lr: Positive
-    warmup: Share = 0.05  # share of the steps
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: NotNegative = 0.01
-    clip: Positive | None = 1.0
-    average: Part = 0.0  # above 0: the stage ends in the weights' moving average, of which so much stays at every step
-    max_length: PositiveInt | None = None  # tokens; None: the student's
+    narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's widest embedding teaches the others
+    # principal: narrow heads start at the principal axes of the widest embeddings (frozen encoder only)
+    narrow_start: Literal["as_is", "principal"] = "as_is"
+    codes: list[Literal["int8", "ubinary"]] = []  # quantized forms of the embeddings that the narrow losses train too
+    codes_weight: Positive = 1.0  # weight of the losses of `codes`
+    batch_size: PositiveInt = 128  # texts that the losses compare
+    steps: PositiveInt  # optimizer steps
+    lr: Positive  # peak learning rate
+    warmup: Share = 0.05  # fraction of the steps
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # learning rate after the warm-up
+    weight_decay: NotNegative = 0.01  # weight decay of AdamW
+    clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
+    average: Part = 0.0  # decay of the weights' moving average in which the stage ends; 0: off
+    max_length: PositiveInt | None = None  # tokens per text; null: the student's
     micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
-    micro_tokens: PositiveInt | None = None  # tokens per forward pass at most, padding included
-    gradient_caching: bool = False  # batches beyond memory: encode twice, hold the graph of one micro-batch
-    gradient_checkpointing: Annotated[bool, Field(strict=True)] | PositiveInt = False  # true: every layer; or how many
-    activation_offload: bool = False  # keep what a GPU's backward pass needs, weights aside, in the host's memory
-    batches: Literal["random", "neighbours"] = "random"
-    neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group where batches are "neighbours"
-    random_share: Part = 0.0  # of such a batch: texts that are no one's neighbours
+    micro_tokens: PositiveInt | None = None  # largest number of tokens per forward pass, padding included
+    # encode the batch twice and keep the graph of one micro-batch: for batches that do not fit in memory
+    gradient_caching: bool = False
+    # recompute layers in the backward pass: true for all, or how many
+    gradient_checkpointing: Annotated[bool, Field(strict=True)] | PositiveInt = False
+    activation_offload: bool = False  # keep a GPU's activations in host memory
+    batches: Literal["random", "neighbours"] = "random"  # neighbours: groups of the teacher's nearest neighbours
+    neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group of such a batch
+    random_share: Part = 0.0  # fraction of such a batch that is drawn at random
     texts: PositiveInt | None = None  # only the first n training texts
-    max_chars: PositiveInt | None = None  # of these, only texts of at most so many characters
+    max_chars: PositiveInt | None = None  # only texts of at most this many characters
 
     @model_validator(mode="after")
     def _possible(self) -> StageConfig:
@@ -315,35 +323,39 @@ class StageConfig(Section):
 
 
 class LossesConfig(Section):
-    """Over what the losses compare texts when several processes train."""
+    """Scope of the losses when several processes train."""
 
-    scope: Literal["global", "local"] = "global"  # global: the batch of all ranks; local: each rank's own, the paper's
+    scope: Literal["global", "local"] = "global"  # global: all ranks' texts; local: each rank's, as in the paper
 
 
 class ParallelConfig(Section):
-    """How several processes, started by torchrun, share the work. None of it touches the numbers beyond rounding."""
+    """How several processes, started by torchrun, train together. Results change by rounding only."""
 
-    mode: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimiser are sharded over the ranks
-    timeout: Positive = 600.0  # seconds after which a rank that does not arrive ends the run
+    mode: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimizer state are sharded
+    timeout: Positive = 600.0  # seconds to wait for a missing rank before the run ends
 
 
 class LogConfig(Section):
-    every: PositiveInt = 10  # steps
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    project: str = "jasper_fast"
+    """Log and experiment trackers. ``log.jsonl`` always has every step."""
+
+    every: PositiveInt = 10  # steps between printed lines
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []  # each must be installed
+    project: str = "jasper_fast"  # project name in Weights & Biases and trackio
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = 100  # steps; a stage's end is always saved
-    keep: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Checkpoints, from which the same command resumes."""
+
+    every: PositiveInt = 100  # steps between checkpoints; the end of a stage is always saved
+    keep: Annotated[int, Field(ge=2, strict=True)] = 2  # checkpoints that are kept
 
 
 class Config(Section):
-    """A whole run. The README shows one; ``--print-config`` writes out every field."""
+    """A whole run. ``--print-config`` prints every field."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: Seed = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the device is fast at it
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # names the folder of the run: `runs/NAME`
+    seed: Seed = 0  # seed of new weights, batches and dropout
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on devices that are fast at it
     student: StudentConfig
     teachers: list[TeacherConfig] = Field(min_length=1)
     data: DataConfig

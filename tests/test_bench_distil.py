@@ -97,9 +97,10 @@ def test_the_page_says_who_is_ahead_at_every_width(arms, tmp_path):
             row["scores"] = dict.fromkeys(row["scores"], 0.999)
     write_page(results, tmp_path / "peers.md")
     text = (tmp_path / "peers.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("- **8 wide.** **-")]
-    assert "99.90 of the best peer, st-mse + PCA" in line
-    assert "0.001, was searched" in text and "(mean of seed 0 by rate: 0.001: 50.00; 0.01: 25.00)" in text
+    lines = [line for line in text.splitlines() if line.startswith("| 8 |") and "**-" in line]
+    assert lines and all("| st-mse + PCA | 99.90 |" in line for line in lines)
+    assert "learning rate is 0.001. It was searched" in text
+    assert "Its means with seed 0 by rate are 0.001: 50.00; 0.01: 25.00." in text
     assert "| st-mse | 1 |" in text and "| jasper_fast | 32 |" in text
     assert "same code" not in text
     results["arms"]["st-mse"][0]["code"] = {"commit": "def", "digest": "1234"}
@@ -143,7 +144,7 @@ def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tm
     assert found["arm"] == "st-mse" and found["lr"] == float(max(found["means"], key=found["means"].get))
     assert results["arms"]["st-mse"][0]["settings"]["lr"] == found["lr"]
     text = files["--page-out"].read_text()
-    assert "mean of the sets kept aside" in text and "mean of the sets tuned on" in text
+    assert "| kept aside | **" in text and "| tuned on | **" in text
     written = files["--out"].stat().st_mtime_ns, capsys.readouterr()
     assert main(options) == 0 and "===" not in capsys.readouterr().out  # everything is known
     assert files["--out"].stat().st_mtime_ns > written[0]

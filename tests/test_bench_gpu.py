@@ -75,7 +75,7 @@ def test_the_page_says_what_was_measured(results, training, tmp_path):
     assert (
         "search, ," not in text
         and "4 of 3,000 x 16, k 5 | certified, bfloat16 |" in text
-        and "Stage 1: a text takes" in text
+        and "In stage 1, a text takes" in text
     )
 
 

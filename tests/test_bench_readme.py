@@ -1,6 +1,21 @@
-"""The README's tables are what the committed results give."""
+"""The tables of README and docs/results.md are what the committed results give."""
 
-from bench.readme import losses_section, main, public_section, section
+import re
+
+from bench.readme import (
+    DEFAULT,
+    FIGURE,
+    PUBLIC,
+    ROOT,
+    draw_figure,
+    losses_section,
+    main,
+    public_section,
+    read_results,
+    section,
+    summary_section,
+)
+from jasper_fast.report import final_line
 
 RESULTS = {
     "primary": {"set": "s", "metric": "nDCG@10"},
@@ -21,15 +36,15 @@ def test_the_section_holds_every_figure_in_its_place():
     assert "| teacher | 80.0 |  |" in text
     assert "| **student** | 76.0 | 60.0 |" in text
     assert "| PCA of the teacher |  | 55.0 |" in text
-    assert "| student's share of the teacher | 95.0 % | 75.0 % |" in text
+    assert "| kept of the teacher | 95.0 % | 75.0 % |" in text
 
 
-def test_minutes_and_shared_sentences_are_told_where_a_run_noted_them():
+def test_minutes_and_trained_sentences_appear_if_a_run_recorded_them():
     more = {"seconds": {"training": 500.0, "evaluation": 60.0, "in all": 610.0}}
     more["held_out_docstrings"] = {"all": 1000, "with a trained piece": 17}
     text = section(RESULTS | {"facts": RESULTS["facts"] | more})
-    assert "`make train` on 2 CPU cores, 10 minutes after set-up (9,000 texts;" in text
-    assert "never trained on as a whole (17 of 1,000 share a sentence or more with those)" in text
+    assert "`make train` on 2 CPU cores takes 10 minutes after set-up." in text and "from 9,000 texts" in text
+    assert "never trained on as a whole. Of 1,000, 17 contain a sentence that was trained on." in text
     assert "minutes" not in section(RESULTS) and "a whole" not in section(RESULTS)
 
 
@@ -53,19 +68,41 @@ def test_the_losses_ratios_come_first_and_are_of_the_seconds_shown():
             "pairs_per_second": {"rows": 2001, "all_threads_s": 0.2, "speed_up": 1.5},
         }
     )
-    assert "| 64 | 100 × as fast | 1.0 ms | 100 ms |" in text
-    assert "| 2,048 | 2.5 × as fast | 100 ms, 3 MiB | 250 ms, 12 MiB |" in text
-    assert "time of 9 products" in text and "10.0 million pairs a second, 1.5 ×" in text
+    assert "| 64 | 100 × | 1.0 ms | 100 ms |" in text
+    assert "| 2,048 | 2.5 × | 100 ms, 3 MiB | 250 ms, 12 MiB |" in text
+    assert "time of 9 products" in text and "10.0 million pairs per second, 1.5 ×" in text
 
 
 def test_the_public_section_has_a_row_for_every_width_and_floor():
     facts = RESULTS["facts"] | {"teacher_width": 8}
     more = {"recipe": "r", "sets": [{"name": "s", "metric": "nDCG@10"}], "facts": facts}
     text = public_section(RESULTS | more)
-    assert "| teacher | 80.0 |" in text and "| its share of the teacher | 95.0 % |" in text
+    assert "| teacher | 80.0 |" in text and "| kept of the teacher | 95.0 % |" in text
     assert "| **student**, 4 wide | 60.0 |\n| PCA of the teacher, 4 wide | 55.0 |" in text
-    assert "none of their texts was trained on" in text
+    assert "None of the sets' texts was trained on." in text
 
 
-def test_the_readme_is_up_to_date():
+def test_the_summary_has_the_mean_kept_and_counts_wins_over_pca():
+    more = {"sets": [{"name": "s", "metric": "nDCG@10"}]}
+    text = summary_section(RESULTS | more)
+    assert "| **student**, 8 wide | 32 | 76.0 | 95.0 % |\n| **student**, 4 wide | 16 | 60.0 | 75.0 % |" in text
+    assert "The student beats it on 1 of 1 sets at 4 dimensions." in text
+
+
+def test_the_figure_is_drawn_and_committed(tmp_path):
+    draw_figure(read_results(DEFAULT), read_results(PUBLIC), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == (ROOT / FIGURE).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_pages_are_up_to_date():
     assert main(["--check"]) == 0
+
+
+def test_the_output_and_minutes_in_the_readme_are_those_of_the_committed_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- output:start -->\n```\n(.*?)```", readme, flags=re.DOTALL)
+    default, public = read_results(DEFAULT), read_results(PUBLIC)
+    assert shown.splitlines()[-1] == final_line(default)
+    assert f"{default['facts']['student_parameters']:,} parameters" in shown
+    minutes = [round(results["facts"]["seconds"]["in all"] / 60) for results in (default, public)]
+    assert minutes == [11, 20] and "11 minutes on two CPU cores" in readme and "Twenty minutes of training" in readme

@@ -1,0 +1,29 @@
+"""docs/config.md is what the schema gives, and explains every field."""
+
+from bench.__main__ import main as bench
+from bench.config_page import meanings, page, parts, sections
+from jasper_fast.config import StageConfig
+
+
+def test_the_committed_page_is_up_to_date():
+    assert bench(["config-page", "--check"]) == 0, "run python -m bench config-page"
+
+
+def test_every_field_has_a_meaning():
+    for part in parts():
+        comments = meanings(part.model)
+        for name, info in part.model.model_fields.items():
+            assert comments.get(name) or list(sections(info.annotation)), f"{part.model.__name__}.{name}: add a comment"
+
+
+def test_comments_above_a_field_and_on_its_line_are_read():
+    found = meanings(StageConfig)
+    assert found["steps"] == "optimizer steps"
+    assert found["train"].startswith("parameters to train: globs")
+
+
+def test_types_and_defaults_are_shown():
+    text = page()
+    assert "| `lr` | number > 0 | *required* | peak learning rate |" in text
+    assert '| `mode` | `ddp`, `fsdp` | `"ddp"` |' in text
+    assert "| `student` | [section](#student) | *required* |" in text
