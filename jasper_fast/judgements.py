@@ -61,7 +61,7 @@ def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     tabs = "\t" in first[1].strip()
     header = _cells(first[1], tabs)
     columns = _named_columns(header)
-    if columns is None and any(cell.lower() in QUERY | DOCUMENT | GRADE for cell in header):
+    if columns is None and sum(not known.isdisjoint(map(str.lower, header)) for known in (QUERY, DOCUMENT, GRADE)) > 1:
         raise JasperError(f"{file}, line {first[0]}: unknown columns (got {', '.join(header)}). Fix: {NEEDED}")
     columns = columns or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
     for number, line in lines if _is_header(header, columns) else chain([first], lines):

@@ -274,3 +274,19 @@ def test_lone_surrogates_of_classification_sets(text: str, label: Any, tmp_path:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(JasperError, match=r"train.jsonl, line 3: `(text|label)` has a lone surrogate"):
         load_eval(EvalConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("corpus-id\tquery-id\tgain", "1\t2\t1"),
+        ("docid\tquestion\tscore", "1\t2\t1"),
+        ("qid\tdocid\tutility", "1\t2\t1"),
+    ],
+)
+def test_columns_known_in_part_are_not_read_by_position(header: str, rows: str, tmp_path: Path) -> None:
+    from jasper_fast.judgements import read_judgements
+
+    (tmp_path / "test.tsv").write_text(f"{header}\n{rows}\n")
+    with pytest.raises(JasperError, match="line 1: unknown columns"):
+        read_judgements(tmp_path / "test.tsv")
