@@ -49,9 +49,7 @@ def load_model(
             fewer positions than ``max_length``.
     """
     path = Path(resolve_model(name))
-    if (path / "model" / "modules.json").is_file():
-        path = path / "model"
-    elif path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
+    if path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
         raise JasperError(f"{name}: the folder holds no model (modules.json or config.json); is the run finished?")
     try:
         where = str(path) if path.exists() else resolve_model(name)

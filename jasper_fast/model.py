@@ -115,7 +115,7 @@ class Student(nn.Module):
         if batching != "padded":
             raise JasperError(
                 f"{name}: {architecture} does not honour the attention mask, so a text's embedding changes with the "
-                f"padding beside it and training would learn the batches. Fix: {OTHER_STUDENT}"
+                f"padding next to it and training would learn the batches. Fix: {OTHER_STUDENT}"
             )
 
     @property

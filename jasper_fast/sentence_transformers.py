@@ -26,7 +26,7 @@ class JasperLoss(nn.Module):
         options: arguments of `jasper_fast.losses.JasperLoss`, by name.
 
     Raises:
-        TypeError: the model is none, or as `jasper_fast.losses.JasperLoss`.
+        TypeError: ``model`` is not a module, or as `jasper_fast.losses.JasperLoss`.
         ValueError: as there.
     """
 

@@ -63,7 +63,7 @@ def load_stock(
         )
 
     model = load_checked(load, name).eval()
-    kind = settings_of(where, revision, PROMPTS).get("model_type", "SentenceTransformer")
+    kind = _kind(where, revision)
     if kind != "SentenceTransformer":
         raise JasperError(
             f"{name}: the model is a {kind}, whose modules would be left out (expected a SentenceTransformer). "
@@ -138,8 +138,13 @@ def token_lengths(model: SentenceTransformer, texts: Sequence[str], role: str, p
     return np.array(counts, dtype=np.int64)
 
 
-def model_batching(model: SentenceTransformer, name: str) -> Batching:
+def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, str | None] | None = None) -> Batching:
     """Find the batches in which a model's embeddings do not depend on other texts, for both roles.
+
+    Args:
+        model: any sentence-transformers model.
+        name: model, for messages.
+        prompts: prefixes by role; None: the model's own.
 
     Raises:
         JasperError: there are none, the model cannot encode a short text, or queries and documents differ in width.
@@ -148,14 +153,15 @@ def model_batching(model: SentenceTransformer, name: str) -> Batching:
     widths: dict[str, int] = {}
     found = set()
     for role in ROLES:
+        prompt = prompt_of(model.prompts if prompts is None else prompts, role)
 
-        def encode(texts: list[str], role: str = role) -> Tensor:
-            vectors = encode_role(model, texts, role, prompt_of(model.prompts, role))
+        def encode(texts: list[str], role: str = role, prompt: str = prompt) -> Tensor:
+            vectors = encode_role(model, texts, role, prompt)
             widths[role] = vectors.shape[1]
             return vectors
 
         with explained(name, architecture, OTHER_MODEL):
-            check_room(model, role, prompt_of(model.prompts, role), name)
+            _check_room(model, role, prompt, name)
             found.add(find_batching(encode, name))
     if len(set(widths.values())) > 1:
         raise JasperError(
@@ -198,7 +204,7 @@ def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
     limit_length(model, tokens)
 
 
-def check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
+def _check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
     """Reject a length that the prompt and special tokens fill: all texts would have one embedding.
 
     Raises:
@@ -211,6 +217,19 @@ def check_room(model: SentenceTransformer, role: str, prompt: str, name: str) ->
             f"{name}: no room for a text within its maximum length of {int(mask[0].sum())} tokens (the {role} prompt "
             f"is {prompt!r}). Fix: raise max_length, or shorten the prompt"
         )
+
+
+def _kind(where: str, revision: str | None) -> str:
+    """The class that a loaded model was saved by; hub files are in the cache by now, so the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder: Path | None = Path(where)
+    if not Path(where).is_dir():
+        name = where if "/" in where else f"sentence-transformers/{where}"
+        found = try_to_load_from_cache(name, PROMPTS, revision=revision)
+        folder = Path(found).parent if isinstance(found, str) else None
+    settings = settings_of(str(folder), None, PROMPTS) if folder is not None else {}
+    return settings.get("model_type", "SentenceTransformer")
 
 
 def _check_modules_file(name: str, where: str) -> None:

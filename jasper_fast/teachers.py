@@ -14,7 +14,7 @@ from jasper_fast.encode import autocast, used_precision
 from jasper_fast.errors import JasperError
 from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, own_prompts, resolve_model, routes_by_role
 from jasper_fast.probes import Batching
-from jasper_fast.stock import check_room, encode_role, limit_length, load_stock, model_batching, token_lengths
+from jasper_fast.stock import encode_role, limit_length, load_stock, model_batching, token_lengths
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -42,9 +42,9 @@ class Teacher:
             )
         self.width = config.truncate_dim or full
         self.fingerprint["width"] = self.width
-        self.batching = model_batching(model, self.name)
-        for role, prompt in self.fingerprint["prompts"].items():
-            check_room(model, role, "" if "{text}" in prompt else prompt, self.name)
+        prompts = self.fingerprint["prompts"]
+        prefixes = {role: "" if "{text}" in prompt else prompt for role, prompt in prompts.items()}
+        self.batching = model_batching(model, self.name, prefixes)
         self.autocast = autocast(model.device, precision)
         self.precision = used_precision(model.device, precision)
 

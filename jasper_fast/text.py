@@ -26,7 +26,7 @@ def normal_form(text: str) -> str:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Describe the first lone surrogate of a text, which no file can store; None if there is none.
+    """Describe the first lone surrogate of a text, which no file can store, or return None.
 
     JSON escapes such as "\\ud83d" and command lines that are not UTF-8 bring them in.
     """

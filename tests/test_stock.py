@@ -378,3 +378,19 @@ def test_a_run_folder_and_a_home_folder_are_models(tiny_bert: Path, tmp_path: Pa
     (folder / "2_Far").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "model.safetensors").write_bytes(b"other weights")
     assert model_revision(str(folder)) != before, "files behind a linked folder decide as well"
+
+
+def test_a_prompt_that_is_switched_off_takes_no_room(tiny_bert: Path, tmp_path: Path) -> None:
+    prompts = {"query": LONG_PROMPT, "document": ""}
+    folder = save(tmp_path / "model", [transformer(tiny_bert), pooling()], prompts=prompts)
+    with pytest.raises(JasperError, match="no room for a text"):
+        load_teacher(TeacherConfig(model=str(folder), max_length=8))
+    load_teacher(TeacherConfig(model=str(folder), max_length=8, prompts={"query": ""}))
+
+
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "somebody/something"])
+def test_the_kind_of_a_hub_model_is_read_from_the_cache_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jasper_fast import stock as module
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("the network was asked"))
+    assert module._kind(name, None) == "SentenceTransformer"
