@@ -95,9 +95,9 @@ def test_texts_about_data_are_no_data(name: str, tmp_path: Path, capsys: pytest.
     source = SourceConfig(path=str(tmp_path / "data"))
     assert texts(tmp_path / "data") == ["a"]
     build_texts(DataConfig(sources=[source], cut_share=0, cache=str(tmp_path / "cache")), 0)
-    assert f"data: left out deep/{name}, table.xlsx: not data of a known kind" in capsys.readouterr().out
+    assert f"data: skipped deep/{name}, table.xlsx (not data of a supported format)" in capsys.readouterr().out
     (tmp_path / "data" / "a.txt").unlink()
-    with pytest.raises(JasperError, match="no file of a known kind"):
+    with pytest.raises(JasperError, match="no file of a supported format"):
         source_files(source)
     if name.endswith((".txt", ".TXT")):  # asked for by name, it is data
         assert texts(tmp_path / "data" / "deep" / name) == ["MIT License"]
