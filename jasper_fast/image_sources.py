@@ -80,7 +80,7 @@ def _read(source: ImageSourceConfig) -> Iterator[Item]:
             )
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise JasperError(
-            f"{source.path}: cannot be read to its end ({error}). Fix: copy or download it again"
+            f"{source.path}: cannot be read completely ({error}). Fix: copy or download it again"
         ) from error
 
 

@@ -100,7 +100,7 @@ def test_text_files_give_a_text_per_line(tmp_path: Path) -> None:
 BAD = {
     "null": (b'{"text": "good"}\n{"text": null}\n', "bad.jsonl", r"bad.jsonl, line 2: column 'text' is null"),
     "number": (b'{"text": 7}\n', "bad.jsonl", r"line 1: column 'text' is not text but int \(7\)"),
-    "column": (b'{"body": "x", "head": "y"}\n', "bad.jsonl", r"line 1: no column 'text' \(there are: body, head\)"),
+    "column": (b'{"body": "x", "head": "y"}\n', "bad.jsonl", r"line 1: no column 'text' \(got columns: body, head\)"),
     "json": (b'{"text": "good"}\n{"text": \n', "bad.jsonl", r"line 2: not JSON"),
     "surrogate": (
         b'{"text": "good"}\n{"text": "half \\ud83d"}\n',
@@ -112,7 +112,7 @@ BAD = {
     "cut": (
         gzip.compress(b'{"text": "good"}\n' * 999)[:-20],
         "bad.jsonl.gz",
-        r"bad.jsonl.gz: cannot be read to its end",
+        r"bad.jsonl.gz: cannot be read completely",
     ),
     "utf8": (b'{"text": "\xff\xfe"}\n', "bad.jsonl", r"bad.jsonl, line 1, character 11: byte 0xff is not UTF-8"),
     "cells": (
@@ -153,7 +153,7 @@ def test_bad_parquet_columns_are_named_with_their_row(tmp_path: Path) -> None:
         list(read_source(source(path)))
     with pytest.raises(JasperError, match="row 1: column 'n' is not text but int"):
         list(read_source(source(path, columns=["n"])))
-    with pytest.raises(JasperError, match=r"no column 'body' \(there are: text, n\)"):
+    with pytest.raises(JasperError, match=r"no column 'body' \(got columns: text, n\)"):
         list(read_source(source(path, columns=["text", "body"])))
 
 
@@ -318,11 +318,9 @@ def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_no
 
 def test_transductive_is_for_retrieval_sets(tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("score\tsentence1\tsentence2\n0.5\tone\ttwo\n0.1\tthree\tfour\n")
-    with pytest.raises(
-        JasperError, match="`transductive` lets a retrieval set's documents be trained on; this is a set"
-    ):
+    with pytest.raises(JasperError, match=r"`transductive` applies only to retrieval sets \(got kind 'sts'\)"):
         load_evals([EvalConfig(path=str(tmp_path / "pairs.tsv"), transductive=True)])
-    with pytest.raises(JasperError, match="'docstrings': what is kept is never trained on"):
+    with pytest.raises(JasperError, match="'docstrings': held-out docstrings are never used for training"):
         load_evals([EvalConfig(path="docstrings", transductive=True)])
 
 

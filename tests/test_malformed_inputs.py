@@ -274,7 +274,7 @@ CASES = [
     Case("a question that is no text", "search", ["ask", "{w}/index", "\udcff"], nothing, "encoding"),
     Case("a missing file of questions", "search", "ask {w}/index --file {t}/none", nothing, "cannot be read"),
     Case("a folder of questions", "search", "ask {w}/index --file {t}", nothing, "cannot be read"),
-    Case("binary questions", "search", "ask {w}/index --file {t}/q", file("q", JUNK), "NUL, which no text has"),
+    Case("binary questions", "search", "ask {w}/index --file {t}/q", file("q", JUNK), "NUL is not a text character"),
     Case("no hits", "search", "ask {w}/index a -k 0", nothing, "whole number from 1"),
     Case("a configuration to export", "export", "{w}/run.yaml", nothing, "is a configuration"),
     Case("export of nothing", "export", "{t}/none --out {t}/out", nothing, "there is no such folder"),
