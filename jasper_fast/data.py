@@ -38,7 +38,14 @@ Text = tuple[str, str, str]  # text, role, digest
 
 
 def text_digest(text: str, role: str = "document") -> str:
-    """Return the identity of a training text: the BLAKE2b-128 digest of role and text, as 32 hexadecimal digits."""
+    """Return the identity of a training text, as 32 hexadecimal digits.
+
+    It is the BLAKE2b-128 digest of role and text.
+
+    Args:
+        text: the text.
+        role: "document" or "query". The default is "document".
+    """
     return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -29,7 +29,15 @@ def find(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
 
 
 def first_split(folder: Path, endings: Sequence[str]) -> Path | None:
-    """Find the file of the most preferred split in a folder, or return None. Raises as `find`."""
+    """Find the file of the most preferred split in a folder, or return None.
+
+    Args:
+        folder: the folder, without its subfolders.
+        endings: the accepted endings, in order of preference.
+
+    Raises:
+        JasperError: the folder cannot be listed, or a link in it is broken.
+    """
     return next((file for split in SPLITS if (file := find(folder, split, endings))), None)
 
 

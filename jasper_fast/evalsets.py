@@ -159,10 +159,10 @@ def load_eval(config: EvalConfig) -> EvalSet:
     Args:
         config: the settings of the set. Its ``path`` is one of:
 
-            - a BEIR folder, or one of its ``qrels/*.tsv``;
-            - a similarity TSV, or a folder with dev.tsv or test.tsv;
-            - a folder with train and test JSONL files (text, label);
-            - the word ``docstrings``.
+            - a BEIR folder, or one of its ``qrels/*.tsv``
+            - a similarity TSV, or a folder with dev.tsv or test.tsv
+            - a folder with train and test JSONL files (text, label)
+            - the word ``docstrings``
 
             Its ``limit`` is the maximum number of queries, pairs, or texts per classification part. The selection is
             always the same, and the corpus stays complete.

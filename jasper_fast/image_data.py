@@ -194,11 +194,11 @@ def _build(config: ImagesConfig, folder: Path) -> None:
             f"images: too few usable images to hold out {config.held_out} (got {candidates}{others}, expected at least "
             f"{config.held_out + 1}). Fix: add images, or lower images.held_out"
         )
-    held, beside = hold_out(groups, config.held_out, config.seed, extra)
+    held, linked = hold_out(groups, config.held_out, config.seed, extra)
     facts = {
         "fingerprint": fingerprint,
         "held_out": held,
-        "beside_held_out": beside,
+        "beside_held_out": linked,
         "left_out": unusable,
         "settings": config.model_dump(),
     }
@@ -263,10 +263,10 @@ def hold_out(
     for group in sorted(members, key=lambda r: order[r]):
         if len(held) + len(members[group]) <= count:
             held.update(members[group])
-    beside = [
+    linked = [
         row for rows in tied(groups).values() if not held.isdisjoint(rows) for row in rows if extra and extra[row]
     ]
-    return sorted(held), sorted(beside)
+    return sorted(held), sorted(linked)
 
 
 def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> dict[int, list[int]]:

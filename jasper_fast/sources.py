@@ -85,7 +85,7 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
     shuffled in a buffer and cut off at the limit. Without a limit, all texts are drawn in file order.
 
     Args:
-        source: the source. With ``join``, a row is one text; otherwise each of its columns is one.
+        source: the source. With ``join``, a row is one text. Otherwise each of its columns is one.
         seed: the seed of the draw.
 
     Yields:
@@ -233,6 +233,10 @@ def numbered(
     source: SourceConfig | ImageSourceConfig, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a stream, numbered from 1.
+
+    Args:
+        source: the source of the stream, for error messages.
+        stream: the rows, each with its cells by column.
 
     Raises:
         JasperError: reading failed, for example because the network connection was lost.

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 EXCHANGED = 0.3  # fraction of a variant's words that are replaced, if a replacement is available
 
 # A sentence ends at one of three places:
-# - at . ! ? … with closing quotes or brackets, if white space and a possible start of a sentence follow;
-# - at a full-width mark of Chinese or Japanese;
-# - at a blank line.
+# - at . ! ? … with closing quotes or brackets, if white space and a possible start of a sentence follow
+# - at a full-width mark of Chinese or Japanese
+# - at a blank line
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]*[^\W_a-z])|[。！？]+[」』”’]*|\n[ \t]*\n", re.UNICODE)
 _ABBREVIATION = re.compile(  # a full stop after one of these, or after a single capital, rarely ends a sentence
     r"(?:^|[\s(\[\"'])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|cf|al|Fig|Figs|Eq|Eqs|Sec|Ref|No|Nos|Vol|pp|e\.g|i\.e|etc|approx|Gen|Col|Lt)\.$"
@@ -85,7 +85,7 @@ class Exchanges:
 
         Args:
             text: the original text.
-            number: the index of the variant; each number gives another draw.
+            number: the index of the variant. Each index gives another draw.
             seed: the seed of all draws.
         """
         generator = _random(seed, f"variant {number}", text)

@@ -26,7 +26,7 @@ class _Sample:
 
     key: tuple[str, str]  # folder and name
     where: str  # position, for messages
-    picture: bytes | None = None  # content of the image file
+    image: bytes | None = None  # content of the image file
     plain: bool = False  # whether the image is called x.png, not x.mask.png
     captions: list[str] = field(default_factory=list)
     problem: str = ""  # why the sample cannot be used
@@ -38,7 +38,7 @@ class _Sample:
         An image called x.png takes precedence over x.mask.png. Otherwise the first image counts.
         """
         if f".{kind}".endswith(PICTURES):
-            return self.picture is None or (not self.plain and f".{kind}" in PICTURES)
+            return self.image is None or (not self.plain and f".{kind}" in PICTURES)
         return kind in (*TEXT_FILES, "json")
 
     def add(self, kind: str, content: bytes, where: str, source: ImageSourceConfig) -> None:
@@ -48,7 +48,7 @@ class _Sample:
             BadImage: the captions in the file cannot be read.
         """
         if f".{kind}".endswith(PICTURES):
-            self.picture, self.plain, self.where = content, f".{kind}" in PICTURES, where
+            self.image, self.plain, self.where = content, f".{kind}" in PICTURES, where
         elif kind in TEXT_FILES:
             caption = " ".join(_decoded(kind, content).split())
             self.captions += [caption] if caption else []
@@ -73,10 +73,10 @@ class _Sample:
 
     def item(self) -> Iterator[Item]:
         """Yield the image with its captions, or the problem. Yield nothing without an image and captions."""
-        if self.problem or (self.picture is None and self.captions):
+        if self.problem or (self.image is None and self.captions):
             yield self.where, self.problem or "has a caption but no image", []
-        elif self.picture is not None:
-            yield self.where, self.picture, list(dict.fromkeys(self.captions))
+        elif self.image is not None:
+            yield self.where, self.image, list(dict.fromkeys(self.captions))
 
 
 def _decoded(kind: str, content: bytes) -> str:
