@@ -1,4 +1,4 @@
-"""Folders that ``datasets.load_from_disk`` reads, written file by file so that a part can be made again alone."""
+"""Write dataset folders for ``datasets.load_from_disk`` file by file, so that a single part can be rewritten."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def stream_bytes(table: pa.Table) -> bytes:
-    """A table as one Arrow stream, the form `datasets` memory-maps."""
+    """Serialize a table as one Arrow stream, the format that `datasets` memory-maps."""
     import pyarrow as pa
 
     sink = io.BytesIO()
@@ -25,7 +25,10 @@ def stream_bytes(table: pa.Table) -> bytes:
 
 
 def read_mapped(file: Path) -> pa.Table:
-    """The table of an Arrow stream file, memory-mapped; the mapping outlives the descriptor, so files may be many."""
+    """Memory-map the table of an Arrow stream file.
+
+    The mapping outlives the file descriptor, so many files can be mapped at the same time.
+    """
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as source:
@@ -33,7 +36,16 @@ def read_mapped(file: Path) -> pa.Table:
 
 
 def write_index(folder: Path, files: list[str], features: Features, fingerprint: str) -> None:
-    """Write the two JSON files that turn Arrow stream files into a dataset; ``state.json``, last, makes it complete."""
+    """Write the two JSON files that turn Arrow stream files into a dataset.
+
+    ``state.json`` is written last: a folder without it is incomplete.
+
+    Args:
+        folder: the folder of the stream files.
+        files: the names of the stream files, in row order.
+        features: the columns of the dataset.
+        fingerprint: the fingerprint that `datasets` uses for the dataset.
+    """
     info = {"citation": "", "description": "", "features": features.to_dict(), "homepage": "", "license": ""}
     write_atomic(folder / "dataset_info.json", json.dumps(info, indent=2, sort_keys=True))
     state: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""Captions of images: the file that lists them, and the cells of a row that hold them."""
+"""Read image captions: find the caption file, and take the captions from its rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jasper_fast.text import lone_surrogate
 
 CAPTION_FILES = packed(".jsonl")
 
-Item = tuple[str, bytes | str, list[str]]  # an image's place, its file's bytes or what is wrong with it, its captions
+Item = tuple[str, bytes | str, list[str]]  # position of an image, content of its file or the problem, and captions
 
 
 def caption_file(source: ImageSourceConfig, near: Path) -> Path:
-    """Return the file that lists the captions of a folder or zip.
+    """Find the caption file of an image folder or zip.
 
     Args:
-        source: names the file, or leaves it to be found.
-        near: the folder in which it is found if it is the only JSONL file.
+        source: the source. Its ``captions`` is the path of the file.
+        near: the folder to search if ``captions`` is None. It must contain exactly one JSONL file.
 
     Raises:
-        JasperError: there is no such file, or there are several.
+        JasperError: the file is missing, or the folder does not contain exactly one JSONL file.
     """
     if source.captions is not None:
         file = user_path(source.captions)
@@ -35,32 +35,40 @@ def caption_file(source: ImageSourceConfig, near: Path) -> Path:
                 f"{source.path}: its caption file {source.captions} is missing. Fix: correct images.sources.captions"
             )
         return file
-    found = listed_files(near, CAPTION_FILES, recursive=False)
-    if len(found) != 1:
+    files = listed_files(near, CAPTION_FILES, recursive=False)
+    if len(files) != 1:
         raise JasperError(
-            f"{source.path}: expected one JSONL file of captions in {near}, found {len(found)}. Fix: name it with "
-            "`captions`"
+            f"{source.path}: no unique caption file in {near} (got {len(files)} JSONL files, expected 1). Fix: set "
+            "`captions` to the file"
         )
-    return found[0]
+    return files[0]
 
 
 def captions_of(row: dict[str, Any], source: ImageSourceConfig, where: str) -> list[str]:
-    """Return the captions of a row, which may lack some of the columns.
+    """Return the captions in a row, without empty ones and with collapsed white space.
+
+    Args:
+        row: the cells by column. It needs at least one of the caption columns. A cell is a text, null, or a list of
+            these.
+        source: the source, with the names of the caption columns.
+        where: the position of the row, for error messages.
 
     Raises:
-        BadImage: one is not text, or has a lone surrogate.
-        JasperError: the row has none of the columns.
+        BadImage: a caption is not text, or has a lone surrogate.
+        JasperError: the row has none of the caption columns.
     """
     columns = [column for column in source.caption_columns if column in row]
     if not columns:
         wanted = " or ".join(map(repr, source.caption_columns))
-        raise JasperError(f"{where}: no column {wanted}; there are: {', '.join(map(str, row))} (set `caption_columns`)")
-    found = []
+        raise JasperError(
+            f"{where}: no column {wanted} (got columns: {', '.join(map(str, row))}). Fix: set `caption_columns`"
+        )
+    captions = []
     for column in columns:
         for value in row[column] if isinstance(row[column], list) else [row[column]]:
             if value is not None and not isinstance(value, str):
                 raise BadImage(f"column {column!r} is not text but {type(value).__name__}")
             if problem := lone_surrogate(value or ""):
                 raise BadImage(f"column {column!r} {problem}")
-            found.append(" ".join((value or "").split()))
-    return [caption for caption in found if caption]
+            captions.append(" ".join((value or "").split()))
+    return [caption for caption in captions if caption]

@@ -1,7 +1,7 @@
-"""The training texts: read, kept apart from evaluation, treated, made distinct, shuffled, and published as one dataset.
+"""Build the training dataset: read texts, exclude evaluation texts, augment, deduplicate, shuffle and publish.
 
-Memory stays bounded whatever their number: texts go by hash into buckets, and a bucket at a time is sorted in memory.
-The order is that of a hash keyed by the seed, so it depends on the set of texts alone.
+Memory use does not grow with the number of texts. A hash assigns each text to a bucket, and one bucket at a time is
+sorted in memory. The hash is keyed by the seed, so the order depends only on the seed and the set of texts.
 """
 
 from __future__ import annotations
@@ -28,22 +28,33 @@ if TYPE_CHECKING:
 
 __all__ = ["build_texts", "normal_form", "prepare_texts", "read_source", "text_digest", "texts_fingerprint"]
 
-FORMAT = 2  # raised when the same settings would give other texts
+FORMAT = 2  # increment it when a code change makes the same settings give other texts
 BUCKETS = 256
-BUFFERED = 2**26  # characters held in memory before the buckets are written out
+BUFFERED = 2**26  # characters held in memory before the buckets are written to disk
 FILE_CHARACTERS = 2**28  # characters per published file
-EXCHANGE_ROWS = 100_000  # rows of a source whose words are known to its variants
+EXCHANGE_ROWS = 100_000  # rows of a source that supply words for its variants
 
 Text = tuple[str, str, str]  # text, role, digest
 
 
 def text_digest(text: str, role: str = "document") -> str:
-    """BLAKE2b-128 of role and text, in hexadecimal: the identity of a training text."""
+    """Return the identity of a training text, as 32 hexadecimal digits.
+
+    It is the BLAKE2b-128 digest of role and text.
+
+    Args:
+        text: the text.
+        role: "document" or "query". The default is "document".
+    """
     return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def texts_fingerprint(texts: Dataset) -> str:
-    """The identity of a dataset of texts: a hash of its ``digest`` column in order."""
+    """Return the identity of a dataset of texts: a hash of its ``digest`` column, in row order.
+
+    Raises:
+        ValueError: the dataset has no column ``digest``.
+    """
     if "digest" not in texts.column_names:
         raise ValueError(f"expected a dataset with a column `digest`, got {texts.column_names}")
     whole = hashlib.blake2b(digest_size=16)
@@ -53,19 +64,21 @@ def texts_fingerprint(texts: Dataset) -> str:
 
 
 def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> Dataset:
-    """The training texts as a memory-mapped dataset; built once and published at ``{data.cache}/texts-<settings>``.
+    """Build the training texts, or load them from the cache folder ``{data.cache}/texts-<settings>``.
 
     Args:
-        data: sources and treatment. A source's ``limit`` draws from its documents, ``data.limit`` from the final texts.
-        seed: of the draws, the treatment and the order.
-        exclude: normal forms; a document that has one of them, whole or in one of its columns, is dropped before
-            cutting, and so is a piece that turns out to be one.
+        data: the sources and the augmentation. A source's ``limit`` draws from its documents, ``data.limit`` from the
+            final texts.
+        seed: the seed of the draws, the augmentation and the order.
+        exclude: the normal forms of texts to exclude. A document is dropped before cutting if it, or one of its
+            columns, has such a form. A piece of a cut document is dropped if it has one.
 
     Returns:
-        columns ``text``, ``role`` and ``digest``; distinct texts, shuffled.
+        A memory-mapped dataset of distinct texts in random order, with the string columns ``text``, ``role`` and
+        ``digest``.
 
     Raises:
-        JasperError: a source cannot be read, is empty or has a bad row, or no text is left.
+        JasperError: a source is unreadable or empty, a row is malformed, or no text is left.
     """
     from datasets import load_from_disk
 
@@ -79,7 +92,7 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
     }
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = Path(data.cache).expanduser() / f"texts-{key}"
-    with locked(folder):  # other processes of the run wait here for the first
+    with locked(folder):  # the other processes of the run wait here for the first one
         if not (folder / "state.json").is_file() or not _files_whole(folder):
             _remove_unfinished(folder)
             with publish_dir(folder, replace=True) as temporary:
@@ -88,11 +101,14 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
 
 
 def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
-    """A run's training texts without the texts of its evaluation sets and the captions of held-out pictures.
+    """Build the training texts of a run, without its evaluation texts and the captions of its held-out images.
 
     Returns:
-        (texts, names of evaluation sets of which some text is among them all the same: normally none but those that
-        are ``transductive``).
+        The texts, as from `build_texts`, and the names of the evaluation sets that share a text with them. Normally
+        only ``transductive`` sets do.
+
+    Raises:
+        JasperError: a text source, an evaluation set or an image source cannot be used.
     """
     from jasper_fast.evalsets import load_evals
     from jasper_fast.image_data import prepare_images
@@ -101,18 +117,25 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
     forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in evalsets}
     barred = frozenset(normal_form(t) for evalset in evalsets for t in evalset.kept_apart())
     if config.images is not None:
-        _, kept = prepare_images(config)
-        barred |= {normal_form(caption) for captions in kept.captions() for caption in captions}
+        _, held_out = prepare_images(config)
+        barred |= {normal_form(caption) for captions in held_out.captions() for caption in captions}
     texts = build_texts(config.data, config.data.seed, barred)
-    known = barred.union(*forms.values())
-    found = {form for text in _column(texts, "text") if (form := normal_form(text)) in known} if known else set()
-    return texts, [name for name, kept in forms.items() if not kept.isdisjoint(found)]
+    evaluated = barred.union(*forms.values())
+    shared: set[str] = set()
+    if evaluated:
+        shared = {form for text in _column(texts, "text") if (form := normal_form(text)) in evaluated}
+    return texts, [name for name, own_forms in forms.items() if not own_forms.isdisjoint(shared)]
 
 
 def with_trained_piece(held_out: Iterable[str], texts: Dataset, longest: int) -> int:
-    """How many held-out texts have a piece, of up to ``longest`` sentences, that is a training text by its normal form.
+    """Count the held-out texts that contain a training text as a piece.
 
-    Whole texts are kept apart; what two documents say alike, such as an example, may be learnt from the other one.
+    Only whole texts are excluded from training. Two documents can still share a passage, such as an example.
+
+    Args:
+        held_out: the held-out texts.
+        texts: the training texts, with a column ``text``.
+        longest: the maximum number of sentences in a piece.
     """
     pieces: dict[str, set[int]] = {}
     for number, text in enumerate(held_out):
@@ -149,9 +172,10 @@ def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[s
             file.unlink()
     (folder / "spool").rmdir()
     if not counts["texts"]:
-        told = ", ".join(f"{counts[k]} {k}" for k in ("documents", "excluded", "too short"))
+        totals = ", ".join(f"{counts[k]} {k}" for k in ("documents", "excluded", "too short"))
         raise JasperError(
-            f"no training text is left ({told}); give more data, or a smaller `min_chars` ({data.min_chars})"
+            f"data: no training text is left (got {totals}; `min_chars` is {data.min_chars}). Fix: add sources in "
+            "data.sources, or lower data.min_chars"
         )
     facts = {
         "counts": dict(sorted(counts.items())),
@@ -166,12 +190,12 @@ def _source_texts(
     source: SourceConfig, data: DataConfig, seed: int, barred: frozenset[str], counts: Counter[str]
 ) -> Iterator[str]:
     exchanges = _exchanges(source) if source.variants else None
-    for cells, kept in draw(source, seed):
-        for document in ["\n".join(cells)] if source.join else [cells[i] for i in kept]:
+    for cells, drawn in draw(source, seed):
+        for document in ["\n".join(cells)] if source.join else [cells[i] for i in drawn]:
             document = document.strip()
             counts["documents"] += 1
-            same = [document, *cells] if source.join else [document]
-            if barred and any(normal_form(part) in barred for part in same):
+            parts = [document, *cells] if source.join else [document]
+            if barred and any(normal_form(part) in barred for part in parts):
                 counts["excluded"] += 1
                 continue
             pieces = [document]
@@ -185,8 +209,8 @@ def _source_texts(
                     counts["excluded"] += 1
                 else:
                     yield piece
-                    made = (exchanges.variant(piece, n, seed) for n in range(source.variants)) if exchanges else ()
-                    yield from (text for text in made if normal_form(text) not in barred)
+                    variants = (exchanges.variant(piece, n, seed) for n in range(source.variants)) if exchanges else ()
+                    yield from (text for text in variants if normal_form(text) not in barred)
 
 
 def _exchanges(source: SourceConfig) -> Exchanges:
@@ -195,7 +219,15 @@ def _exchanges(source: SourceConfig) -> Exchanges:
 
 
 class _Buckets:
-    """Texts parted by a hash keyed with the seed: equal texts meet in one bucket, and the buckets follow each other."""
+    """External sort of texts by a hash keyed with the seed.
+
+    The first byte of the hash selects the bucket. So equal texts fall into the same bucket, and the sorted buckets in
+    sequence give the total order.
+
+    Args:
+        folder: an existing folder for the texts that do not fit in memory.
+        seed: the key of the hash.
+    """
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.key = folder, f"order {seed}".encode()[:64]
@@ -210,7 +242,7 @@ class _Buckets:
             self._write_out()
 
     def drain(self) -> Iterator[Text]:
-        """All distinct texts in order; ends the collection."""
+        """Yield all distinct texts in order. Add no text afterwards."""
         for bucket, waiting in enumerate(self.waiting):
             rows = set(waiting)
             for file in self.folder.glob(f"{bucket:03d}-*"):
@@ -274,12 +306,14 @@ def _features() -> Features:
 
 
 def _files_whole(folder: Path) -> bool:
-    """Whether the published files are as they were written; a damaged folder is built again."""
+    """Return whether all published files match their checksums. The caller rebuilds a damaged folder."""
     facts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
-    return all((folder / name).is_file() and sha256(folder / name) == kept for name, kept in facts["sha256"].items())
+    return all(
+        (folder / name).is_file() and sha256(folder / name) == digest for name, digest in facts["sha256"].items()
+    )
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left of this folder. The caller holds its lock, so nobody writes there."""
-    for left in folder.parent.glob(f"{TEMPORARY}{folder.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Delete the temporary folders of killed processes. The caller holds the lock, so no process is writing there."""
+    for leftover in folder.parent.glob(f"{TEMPORARY}{folder.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Real text on every machine: (summary, body) pairs from the docstrings of installed packages.
+"""Extract (summary, body) pairs from the docstrings of installed packages: real text without a download.
 
-The sources are read, never imported. A docstring's first paragraph is the summary, the rest its body.
+The packages are parsed, not imported. The first paragraph of a docstring is its summary and the rest its body.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from jasper_fast.errors import JasperError
 from jasper_fast.text import lone_surrogate, normal_form
 
-PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # and the stdlib
-MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; beyond MAX_BODY a docstring is a manual
-POOL_SHARE = 0.1  # of the pairs are kept from training, whatever part of them an evaluation then uses
+PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # plus the stdlib
+MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; a docstring longer than MAX_BODY is a manual
+POOL_SHARE = 0.1  # fraction of the pairs that is held out, even if an evaluation uses fewer
 SKIP = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "__pycache__", "_vendor"}
 
 QUOTES = '"""'
@@ -30,50 +30,63 @@ BREAKS = {ord(c): " " for c in "\n\t\xa0"}
 
 @functools.cache
 def docstring_pairs() -> list[tuple[str, str]]:
-    """Distinct (summary, body) pairs of the standard library and of those ``PACKAGES`` that are installed, sorted.
+    """Extract the pairs of the standard library and of the installed packages of ``PACKAGES``.
 
-    No two pairs share a body or a summary (compared by their normal form), so that each summary has one right answer.
+    No two pairs share a summary or a body by their normal form, so each summary has exactly one correct answer.
+
+    Returns:
+        The (summary, body) pairs, sorted.
+
+    Raises:
+        JasperError: this machine has no sources with docstrings.
     """
-    found = sorted({pair for root in _roots() for file in _sources(root) for pair in _pairs(file)})
+    candidates = sorted({pair for root in _roots() for file in _sources(root) for pair in _pairs(file)})
     bodies: set[str] = set()
     summaries: set[str] = set()
     pairs = []
-    for summary, body in found:
+    for summary, body in candidates:
         keys = normal_form(summary), normal_form(body)
         if keys[0] not in summaries and keys[1] not in bodies:
             pairs.append((summary, body))
         summaries.add(keys[0])
         bodies.add(keys[1])
     if not pairs:
-        raise JasperError("no docstrings found: the sources of the standard library are not on this machine")
+        raise JasperError(
+            "docstrings: no docstrings found; the sources of the standard library are missing. Fix: use a Python that "
+            "has its .py files"
+        )
     return pairs
 
 
 def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Part the pairs into training and held-out ones.
+    """Split the pairs into training pairs and held-out pairs.
 
-    A fixed tenth, chosen by the hash of the body, is never trained on; so the parts do not depend on what else is
-    installed, and asking for fewer held-out pairs does not move any into training.
+    A fixed tenth, selected by the hash of the body, is never used for training. So the split of a pair does not depend
+    on the other installed packages, and fewer held-out pairs do not add any to training.
 
     Args:
-        held_out: how many pairs of that tenth are wanted, in the order of their hashes; None means all.
+        held_out: the number of held-out pairs to return, in the order of their hashes. None returns all of them.
 
     Returns:
-        (training pairs, held-out pairs); no held-out summary or body is among the training texts.
+        The training pairs and the held-out pairs. No held-out summary or body is among the training texts.
+
+    Raises:
+        JasperError: the installed packages have fewer held-out pairs than requested.
     """
     hashed = sorted((_key(body), (head, body)) for head, body in docstring_pairs())
     pool = [pair for key, pair in hashed if _in_pool(key)]
-    kept = {normal_form(text) for pair in pool for text in pair}
-    train = [p for key, p in hashed if not _in_pool(key) and not any(normal_form(text) in kept for text in p)]
+    pool_forms = {normal_form(text) for pair in pool for text in pair}
+    train = [p for key, p in hashed if not _in_pool(key) and not any(normal_form(text) in pool_forms for text in p)]
     if held_out is not None and held_out > len(pool):
         raise JasperError(
-            f"{held_out} held-out docstring pairs were asked for; the installed packages give {len(pool)}"
+            f"docstrings: too few held-out pairs in the installed packages (got {len(pool)}, expected {held_out}). "
+            f"Fix: request at most {len(pool)}"
         )
     return train, pool[:held_out]
 
 
 def _key(body: str) -> bytes:
-    """Hash a body by its case-folded words. Do not change this form: pairs would move between the parts."""
+    """Hash the case-folded words of a body. Do not change this form: pairs would move between the two parts."""
     return hashlib.sha256(" ".join(body.split()).casefold().encode()).digest()
 
 
@@ -82,11 +95,11 @@ def _in_pool(key: bytes) -> bool:
 
 
 def _roots() -> list[Path]:
-    """The standard library and the folders of the packages, found on ``sys.path`` without importing them."""
+    """Find the folders of the standard library and the packages on ``sys.path``, without importing them."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     for package in PACKAGES:
-        places = (Path(entry or ".") / package for entry in sys.path)
-        roots += [next((place for place in places if (place / "__init__.py").is_file()), None)]  # type: ignore[list-item]
+        folders = (Path(entry or ".") / package for entry in sys.path)
+        roots += [next((folder for folder in folders if (folder / "__init__.py").is_file()), None)]  # type: ignore[list-item]
     return [root for root in roots if root is not None]
 
 
@@ -99,7 +112,7 @@ def _sources(root: Path) -> Iterator[Path]:
 def _pairs(file: Path) -> Iterator[tuple[str, str]]:
     try:
         source = file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):  # a file in another encoding, or gone since it was listed
+    except (UnicodeDecodeError, OSError):  # a file in another encoding, or deleted since it was listed
         return
     for literal in _literals(source):
         pair = _split(_value(literal))
@@ -108,14 +121,14 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _literals(source: str) -> Iterator[str]:
-    """The triple-quoted strings that stand first in the file or right after a line that opens a block.
+    """Yield the triple-quoted strings at the start of the file or directly after a line that opens a block.
 
-    ``ast.parse`` finds the same strings, but takes a minute for these packages where this takes seconds.
+    ``ast.parse`` finds the same strings, but takes a minute for these packages instead of seconds.
     """
     end = 0
     while (start := source.find(QUOTES, end)) >= 0:
         end = source.find(QUOTES, start + 3)
-        while end >= 0 and source[end - 1] == "\\" and end > start + 3:  # an escaped quote inside
+        while end >= 0 and source[end - 1] == "\\" and end > start + 3:  # an escaped quote inside the string
             end = source.find(QUOTES, end + 1)
         if end < 0:
             return
@@ -127,7 +140,7 @@ def _literals(source: str) -> Iterator[str]:
 
 
 def _opens_block(source: str, line: int) -> bool:
-    """Whether the code before position ``line`` (a line's start) ends with a colon, or there is none."""
+    """Return whether the code before position ``line``, the start of a line, ends with a colon or is empty."""
     while line > 0:
         previous = source.rfind("\n", 0, line - 1) + 1
         code = source[previous:line].strip()
@@ -142,17 +155,17 @@ def _value(literal: str) -> str:
         return literal[literal.index('"') + 3 : -3]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # unknown escapes in other people's docstrings are not the user's concern
+            warnings.simplefilter("ignore")  # the user cannot fix unknown escapes in the docstrings of other packages
             return ast.literal_eval(literal)
-    except (SyntaxError, ValueError):  # an escape that Python itself refuses
+    except (SyntaxError, ValueError):  # an escape that Python rejects
         return ""
 
 
 def _split(docstring: str) -> tuple[str, str] | None:
-    """First paragraph, collapsed to one line, and the rest; None where either is too short to mean anything."""
+    """Split a docstring into its first paragraph, as one line, and the rest. Return None if it is unsuitable."""
     text = inspect.cleandoc(docstring).replace("\r\n", "\n")
     if not text.translate(BREAKS).isprintable():
-        return None  # control characters: binary examples
+        return None  # control characters come from examples of binary data
     parts = re.split(r"\n[ \t]*\n", text, maxsplit=1)
     if len(parts) < 2:
         return None

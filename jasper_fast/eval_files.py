@@ -1,4 +1,4 @@
-"""Find the files of an evaluation set, and read their JSONL rows."""
+"""Find the files of an evaluation set and read their JSONL rows."""
 
 from __future__ import annotations
 
@@ -10,43 +10,66 @@ from jasper_fast.errors import JasperError
 from jasper_fast.listing import listed_files
 from jasper_fast.row_reader import check_text, read_rows
 
-SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # the first that is there is used
+SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # in order of preference
 
 
 def find(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
-    """Return the first file with this stem and one of the endings; case does not matter."""
+    """Find the file of a folder with a given stem, or return None.
+
+    Args:
+        folder: the folder, without its subfolders.
+        stem: the file name without the ending, in lower case. The case of the file's name does not matter.
+        endings: the accepted endings, in order of preference.
+
+    Raises:
+        JasperError: the folder cannot be listed, or a link in it is broken.
+    """
     files = {file.name.lower(): file for file in listed_files(folder, tuple(endings), recursive=False)}
     return next((files[name] for ending in endings if (name := f"{stem}{ending}") in files), None)
 
 
 def first_split(folder: Path, endings: Sequence[str]) -> Path | None:
-    """Return the file of the split that is preferred among those in a folder."""
+    """Find the file of the most preferred split in a folder, or return None.
+
+    Args:
+        folder: the folder, without its subfolders.
+        endings: the accepted endings, in order of preference.
+
+    Raises:
+        JasperError: the folder cannot be listed, or a link in it is broken.
+    """
     return next((file for split in SPLITS if (file := find(folder, split, endings))), None)
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of a JSONL file with its place.
+    """Yield the rows of a JSONL file, each with its position (file and line) for error messages.
 
     Raises:
-        JasperError: the file is empty, or as `read_rows`.
+        JasperError: the file is empty, or `read_rows` rejects it.
     """
     empty = True
     for where, row in read_rows(file):
         empty = False
         yield where, row
     if empty:
-        raise JasperError(f"{file}: the file is empty. Fix: give a file with one JSON object per line")
+        raise JasperError(f"{file}: the file is empty. Fix: write one JSON object per line")
 
 
 def text_cell(row: dict[str, Any], key: str, where: str, optional: bool = False) -> str:
-    """Return the text in a row's cell; an optional one may be missing or null.
+    """Return the text in a cell of a row.
+
+    Args:
+        row: the cells by column.
+        key: the column.
+        where: the position of the row, for error messages.
+        optional: whether the cell may be missing or null. Such a cell gives an empty text.
 
     Raises:
-        JasperError: the cell is no text.
+        JasperError: the cell is not text, or has a lone surrogate.
     """
     value = row.get(key)
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise JasperError(f"{where}: `{key}` must be text, got {value!r}")
+        raise JasperError(f"{where}: `{key}` is not text (got {value!r}). Fix: correct or remove the row")
     return check_text(value, f"{where}: `{key}`")

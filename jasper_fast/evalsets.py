@@ -1,6 +1,6 @@
-"""Evaluation sets from files: retrieval (BEIR layout), sentence similarity, classification, and held-out docstrings.
+"""Load evaluation sets: retrieval (BEIR layout), sentence similarity, classification, and held-out docstrings.
 
-The path decides the kind. Errors name the file and the line.
+The files at the path determine the kind of set. Errors give the file and the line.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from jasper_fast.row_reader import PACKED, check_text, packed, read_rows
 from jasper_fast.text import normal_form
 
 DOCSTRINGS = "docstrings"
-DOCSTRING_PAIRS = 1000  # kept pairs that are evaluated where no limit is given
+DOCSTRING_PAIRS = 1000  # default number of held-out docstring pairs to evaluate
 T = TypeVar("T")
 _JSONL, _TSV = packed(".jsonl"), packed(".tsv")
 
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries against a corpus, with the documents that are relevant to each query.
+    """Queries, a corpus, and the relevant documents of each query.
 
     Args:
-        name: under which scores are reported.
-        queries: texts.
-        documents: texts; documents that are judged but absent from the corpus have the positions after the last.
-        relevant: per query the positions of its relevant documents, with grades above 0; a query without any scores 0.
+        name: the name of the set in score reports.
+        queries: the texts of the queries.
+        documents: the texts of the corpus. A judged document that is absent from the corpus has a position after the
+            last one.
+        relevant: the positions and grades (above 0) of the relevant documents, for each query. A query without relevant
+            documents scores 0.
         kind: "beir" or "docstrings".
-        parts: titles and bodies of documents, only for exclusion from training.
-        itself: per query the document that is the query itself, else -1. That document is no answer. Empty: no query
-            has one. BEIR drops a document that shares the query's id. Here the text must be the same as well, since
-            many sets merely count both from 1.
-        transductive: whether the documents may be trained on, as the corpus to be searched is known in advance.
-        ids: names of the documents, absent ones included: equal scores rank by them, as in BEIR and mteb. Empty: equal
-            scores rank by position.
-        unmatched: how many judgements name documents, and how many queries, that the set's files do not have.
+        parts: the titles and bodies of the documents, used only to exclude them from training.
+        itself: for each query, the position of the document with the same id and the same text, or -1. This document
+            does not count as a result. BEIR compares only the ids, but many sets simply number queries and documents
+            from 1. An empty list means that no query has such a document.
+        transductive: whether training may use the documents, because the corpus is known in advance.
+        ids: the ids of the documents, including absent ones. Equal scores are ranked by id, as in BEIR and mteb. If the
+            list is empty, they are ranked by position.
+        unmatched: the number of judgements with an absent document, and the number with an absent query.
     """
 
     name: str
@@ -60,21 +62,21 @@ class RetrievalSet:
     metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
-        """What to encode: per group its texts and their role."""
+        """Return the texts to encode and their role, by group."""
         return {"queries": (self.queries, "query"), "documents": (self.documents, "document")}
 
     def texts(self) -> Iterator[str]:
-        """Every text of the set: queries, documents, and the titles and bodies that documents are made of."""
+        """Yield every text of the set: queries, documents, and the titles and bodies of the documents."""
         yield from self.queries
         yield from self.documents
         yield from self.parts
 
     def kept_apart(self) -> Iterator[str]:
-        """What training must not see."""
+        """Yield the texts to exclude from training."""
         yield from self.queries if self.transductive else self.texts()
 
     def remarks(self) -> str:
-        """Count the judgements without a text and the queries without a relevant document; "" if there are none."""
+        """Describe unmatched judgements and queries without a relevant document. Return "" if there are none."""
         documents, queries = self.unmatched
         counts = (
             _count(documents, "judgement of an absent document", "judgements of absent documents"),
@@ -86,7 +88,15 @@ class RetrievalSet:
 
 @dataclass(frozen=True)
 class SimilaritySet:
-    """Pairs of sentences with a human score."""
+    """Pairs of sentences with human similarity scores.
+
+    Args:
+        name: the name of the set in score reports.
+        left: the first sentence of each pair.
+        right: the second sentence of each pair.
+        scores: the finite score of each pair, on any scale.
+        kind: "sts".
+    """
 
     name: str
     left: list[str]
@@ -96,20 +106,29 @@ class SimilaritySet:
     metrics: ClassVar[tuple[str, ...]] = ("Spearman",)
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
-        """What to encode: neither sentence asks for the other, so both are documents."""
+        """Return the texts to encode and their role, by group. Similarity is symmetric, so both are documents."""
         return {"left": (self.left, "document"), "right": (self.right, "document")}
 
     def texts(self) -> Iterator[str]:
-        """Every sentence of the set."""
+        """Yield every sentence of the set."""
         yield from self.left
         yield from self.right
 
-    kept_apart = texts  # from training
+    kept_apart = texts  # training excludes every text
 
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """Labelled texts: a part to fit a linear classifier on, and a part to judge it by."""
+    """Labelled texts, split into a part to fit a linear classifier and a part to test it.
+
+    Args:
+        name: the name of the set in score reports.
+        train_texts: the texts to fit the classifier on.
+        train_labels: the label of each training text.
+        test_texts: the texts to test the classifier on.
+        test_labels: the label of each test text.
+        kind: "classification".
+    """
 
     name: str
     train_texts: list[str]
@@ -120,40 +139,46 @@ class ClassificationSet:
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def groups(self) -> dict[str, tuple[list[str], str]]:
-        """What to encode: the two parts."""
+        """Return the texts to encode and their role, by group."""
         return {"train": (self.train_texts, "document"), "test": (self.test_texts, "document")}
 
     def texts(self) -> Iterator[str]:
-        """Every text of both parts."""
+        """Yield every text of both parts."""
         yield from self.train_texts
         yield from self.test_texts
 
-    kept_apart = texts  # from training
+    kept_apart = texts  # training excludes every text
 
 
 EvalSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load_eval(config: EvalConfig) -> EvalSet:
-    """Read one evaluation set; its kind is found from what lies at the path.
+    """Read an evaluation set. The files at its path determine its kind.
 
     Args:
-        config: ``path`` is a BEIR folder (or one of its ``qrels/*.tsv``), a similarity TSV or a folder with dev.tsv or
-            test.tsv, a folder with train and test JSONL (text, label), or the word ``docstrings``. ``limit`` keeps
-            so many queries or pairs (classification: texts of each part), always the same ones; the corpus stays whole.
+        config: the settings of the set. Its ``path`` is one of:
+
+            - a BEIR folder, or one of its ``qrels/*.tsv``
+            - a similarity TSV, or a folder with dev.tsv or test.tsv
+            - a folder with train and test JSONL files (text, label)
+            - the word ``docstrings``
+
+            Its ``limit`` is the maximum number of queries, pairs, or texts per classification part. The selection is
+            always the same, and the corpus stays complete.
 
     Raises:
-        JasperError: nothing usable at the path, or a malformed row, with file and row.
+        JasperError: the path has no evaluation set, or a row is malformed. The message gives file and row.
     """
     if config.path == DOCSTRINGS:
         return _docstrings(config)
-    found = _load_files(config)
-    if config.transductive and not isinstance(found, RetrievalSet):
+    evalset = _load_files(config)
+    if config.transductive and not isinstance(evalset, RetrievalSet):
         raise JasperError(
-            f"evaluation set {config.path!r}: `transductive` lets a retrieval set's documents be trained on; this is a "
-            f"set of {found.kind}: leave it out"
+            f"evaluation set {config.path!r}: `transductive` applies only to retrieval sets (got kind "
+            f"{evalset.kind!r}). Fix: remove `transductive`"
         )
-    return found
+    return evalset
 
 
 def _load_files(config: EvalConfig) -> EvalSet:
@@ -167,7 +192,8 @@ def _load_files(config: EvalConfig) -> EvalSet:
             return _beir(config, path.parent.parent, path)
         if not path.name.lower().endswith(_TSV):
             raise JasperError(
-                f"evaluation set {path}: expected a folder or a .tsv file with score, sentence1, sentence2"
+                f"evaluation set {path}: not an evaluation set (got {path.suffix or 'no suffix'}, expected a folder or "
+                "a .tsv file with score, sentence1, sentence2). Fix: correct the path"
             )
         return _similarity(config, path)
     if find(path, "corpus", _JSONL):
@@ -178,35 +204,40 @@ def _load_files(config: EvalConfig) -> EvalSet:
     if file := first_split(path, _TSV):
         return _similarity(config, file, folder=path)
     raise JasperError(
-        f"evaluation set {path}: the folder holds none of corpus.jsonl (with queries.jsonl and qrels/test.tsv), "
-        f"train.jsonl (with test.jsonl), test.tsv or dev.tsv, each also with {', '.join(PACKED)}. Fix: give the folder "
-        "that holds them"
+        f"evaluation set {path}: no evaluation files in this folder (expected corpus.jsonl with queries.jsonl and "
+        f"qrels/test.tsv, train.jsonl with test.jsonl, test.tsv or dev.tsv, each also with {', '.join(PACKED)}). Fix: "
+        "give the folder with these files"
     )
 
 
 def load_evals(configs: Sequence[EvalConfig]) -> list[EvalSet]:
-    """Read several sets, whose names must differ because scores are reported by name.
+    """Read several evaluation sets. Their names must differ, because scores are reported by name.
 
     Raises:
-        JasperError: a set cannot be read, or two have one name.
+        JasperError: a set cannot be read, or two sets have the same name.
     """
     evalsets = [load_eval(config) for config in configs]
     names = [s.name for s in evalsets]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
+    if duplicates := sorted({n for n in names if names.count(n) > 1}):
         raise JasperError(
-            f"evaluation sets share the name {', '.join(map(repr, twice))}; give each a `name` of its own"
+            f"evaluation sets share the name {', '.join(map(repr, duplicates))}. Fix: give each set a different `name`"
         )
     return evalsets
 
 
 def _docstrings(config: EvalConfig) -> RetrievalSet:
-    from jasper_fast.docstrings import split_docstrings  # reads every installed package: only when asked for
+    from jasper_fast.docstrings import split_docstrings
 
     if config.transductive:
-        raise JasperError("evaluation set 'docstrings': what is kept is never trained on; leave `transductive` out")
+        raise JasperError(
+            "evaluation set 'docstrings': held-out docstrings are never used for training. Fix: remove `transductive`"
+        )
     _, held_out = split_docstrings(config.limit or DOCSTRING_PAIRS)
     if not held_out:
-        raise JasperError("evaluation set 'docstrings': the installed packages hold no docstrings that could be kept")
+        raise JasperError(
+            "evaluation set 'docstrings': the installed packages have no held-out docstrings. Fix: use another "
+            "evaluation set"
+        )
     queries, documents = [summary for summary, _ in held_out], [body for _, body in held_out]
     relevant = [{position: 1} for position in range(len(queries))]
     return RetrievalSet(config.name or DOCSTRINGS, queries, documents, relevant, kind="docstrings")
@@ -217,19 +248,22 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     if corpus is None or queries is None or qrels is None:
         needed = {"corpus.jsonl": corpus, "queries.jsonl": queries, "qrels/test.tsv": qrels}
         absent = [name for name, file in needed.items() if file is None]
-        raise JasperError(f"evaluation set {folder}: {' and '.join(absent)} missing; a BEIR folder has all three")
+        raise JasperError(
+            f"evaluation set {folder}: incomplete BEIR folder (missing {', '.join(absent)}; expected "
+            f"{', '.join(needed)}). Fix: add the missing files"
+        )
     pairs, document_at = _read_corpus(corpus)
     texts, query_at = _by_id(queries, lambda row, where: text_cell(row, "text", where))
     judgements = read_judgements(qrels)
     unmatched = _unmatched(judgements, query_at, document_at, qrels)
     judged = [name for name in query_at if name in judgements]
-    kept = [judged[i] for i in _choose([texts[query_at[name]] for name in judged], config.limit)]
-    own = [_itself(texts[query_at[name]], pairs, document_at.get(name)) for name in kept]
-    relevant = [_relevant(judgements[name], document_at) for name in kept]
-    itself = [-1 if document in grades else document for document, grades in zip(own, relevant, strict=True)]
+    selected = [judged[i] for i in _choose([texts[query_at[name]] for name in judged], config.limit)]
+    same_text = [_itself(texts[query_at[name]], pairs, document_at.get(name)) for name in selected]
+    relevant = [_relevant(judgements[name], document_at) for name in selected]
+    itself = [-1 if document in grades else document for document, grades in zip(same_text, relevant, strict=True)]
     return RetrievalSet(
         config.name or folder.resolve().name,
-        [texts[query_at[name]] for name in kept],
+        [texts[query_at[name]] for name in selected],
         [_document(title, body) for title, body in pairs],
         relevant,
         parts=[part for pair in pairs if all(pair) for part in pair],
@@ -241,28 +275,30 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
 
 
 def _read_corpus(file: Path) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """Read title and body of each document, and its position by its id."""
+    """Read the title and body of each document, and the position of each id."""
     return _by_id(
         file, lambda row, where: (text_cell(row, "title", where, optional=True), text_cell(row, "text", where))
     )
 
 
 def _by_id(file: Path, content: Callable[[dict[str, Any], str], T]) -> tuple[list[T], dict[str, int]]:
-    """Read the content of each row, and its position by its id; a row that is there again counts once.
+    """Read the content of each row, and the position of each id. A repeated row counts once.
 
     Raises:
-        JasperError: a row is malformed, or two rows with one id differ.
+        JasperError: a row is malformed, or two rows with the same id differ.
     """
-    found: list[T] = []
+    contents: list[T] = []
     position: dict[str, int] = {}
     for where, row in json_rows(file):
-        name, one = _id(row, where), content(row, where)
+        name, value = _id(row, where), content(row, where)
         if name not in position:
-            position[name] = len(found)
-            found.append(one)
-        elif found[position[name]] != one:
-            raise JasperError(f"{where}: `_id` {name!r} appears twice, with other text. Fix: give each row its own")
-    return found, position
+            position[name] = len(contents)
+            contents.append(value)
+        elif contents[position[name]] != value:
+            raise JasperError(
+                f"{where}: `_id` {name!r} appears twice with different text. Fix: give each row a unique `_id`"
+            )
+    return contents, position
 
 
 def _document(title: str, body: str) -> str:
@@ -270,42 +306,43 @@ def _document(title: str, body: str) -> str:
 
 
 def _itself(query: str, pairs: Sequence[tuple[str, str]], document: int | None) -> int:
-    """Return the document of a query's id if it has the query's text, else -1."""
+    """Return the position of the document with the query's id if it also has the query's text, else -1."""
     if document is None:
         return -1
     title, body = pairs[document]
-    same = {normal_form(body), normal_form(_document(title, body))}
-    return document if normal_form(query) in same else -1
+    forms = {normal_form(body), normal_form(_document(title, body))}
+    return document if normal_form(query) in forms else -1
 
 
 def _unmatched(
     judgements: Judgements, queries: dict[str, int], documents: dict[str, int], file: Path
 ) -> tuple[int, int]:
-    """Count the judgements of absent documents and of absent queries.
+    """Count the judgements with an absent document, and those with an absent query.
 
     Raises:
-        JasperError: no document is relevant to a query, or none of those that are is in the corpus.
+        JasperError: no query has a relevant document, or no relevant pair is in the corpus and the queries.
     """
     relevant = {(q, d) for q, grades in judgements.items() for d, grade in grades.items() if grade > 0}
     if not relevant:
         raise JasperError(
-            f"{file}: no query has a relevant document (a score above 0). Fix: give judgements with scores above 0"
+            f"{file}: no query has a relevant document (a score above 0). Fix: add judgements with scores above 0"
         )
     if not any(query in queries and document in documents for query, document in relevant):
         query, document = min(relevant)
         raise JasperError(
-            f"{file}: its judgements are of other files (no relevant document is there together with its query; e.g. "
-            f"query {query!r}, document {document!r}). Fix: put the qrels next to their corpus.jsonl and queries.jsonl"
+            f"{file}: the judgements do not match the corpus and the queries (no relevant pair is in both, e.g. query "
+            f"{query!r}, document {document!r}). Fix: put the qrels next to their corpus.jsonl and queries.jsonl"
         )
-    lost = {query: len(grades) for query, grades in judgements.items() if query not in queries}
-    absent = sum(d not in documents for q, grades in judgements.items() if q not in lost for d in grades)
-    return absent, sum(lost.values())
+    absent_queries = {query: len(grades) for query, grades in judgements.items() if query not in queries}
+    absent = sum(d not in documents for q, grades in judgements.items() if q not in absent_queries for d in grades)
+    return absent, sum(absent_queries.values())
 
 
 def _relevant(grades: dict[str, int], document_at: dict[str, int]) -> dict[int, int]:
-    """Return positions and grades above 0; absent documents are added to ``document_at``, after the corpus.
+    """Return the positions of the documents with grades above 0.
 
-    An absent document stays in the ideal ranking, as where BEIR and mteb call pytrec_eval.
+    Absent documents are added to ``document_at``, after the corpus. They stay in the ideal ranking, as in BEIR and
+    mteb, which call pytrec_eval.
     """
     return {document_at.setdefault(name, len(document_at)): grade for name, grade in grades.items() if grade > 0}
 
@@ -315,17 +352,25 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
         (_number(row["score"], where), row["sentence1"], row["sentence2"])
         for where, row in read_rows(file, ("score", "sentence1", "sentence2"))
     ]
-    kept = [triples[i] for i in _choose([f"{a}\t{b}" for _, a, b in triples], config.limit)]
-    if len({score for score, _, _ in kept}) < 2:
-        raise JasperError(f"{file}: {len(kept)} pairs without two different scores; Spearman needs at least two")
+    selected = [triples[i] for i in _choose([f"{a}\t{b}" for _, a, b in triples], config.limit)]
+    distinct = len({score for score, _, _ in selected})
+    if distinct < 2:
+        raise JasperError(
+            f"{file}: too few different scores for Spearman's correlation (got {distinct} in {len(selected)} pairs, "
+            "expected at least 2). Fix: add pairs with other scores"
+        )
     name = config.name or (folder.resolve().name if folder else _file_name(file))
-    return SimilaritySet(name, [a for _, a, _ in kept], [b for _, _, b in kept], [score for score, _, _ in kept])
+    scores = [score for score, _, _ in selected]
+    return SimilaritySet(name, [a for _, a, _ in selected], [b for _, _, b in selected], scores)
 
 
 def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
     train, test = find(folder, "train", _JSONL), first_split(folder, _JSONL)
     if train is None or test is None or test == train:
-        raise JasperError(f"evaluation set {folder}: a classification folder has train.jsonl and test.jsonl")
+        raise JasperError(
+            f"evaluation set {folder}: incomplete classification folder (expected train.jsonl and test.jsonl). "
+            "Fix: add the missing file"
+        )
     parts = []
     for file in (train, test):
         texts, labels = [], []
@@ -333,17 +378,26 @@ def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
             texts.append(text_cell(row, "text", where))
             label = row.get("label")
             if label is None or isinstance(label, (dict, list, float)):
-                raise JasperError(f"{where}: `label` must be text or a whole number, got {label!r}")
+                raise JasperError(
+                    f"{where}: `label` is not text or a whole number (got {label!r}). Fix: correct or remove the row"
+                )
             labels.append(check_text(str(label), f"{where}: `label`"))
-        kept = _choose(texts, config.limit)
-        parts.append(([texts[i] for i in kept], [labels[i] for i in kept]))
-    if len(set(parts[0][1])) < 2:
-        raise JasperError(f"{train}: a classifier needs two different labels at least")
+        selected = _choose(texts, config.limit)
+        parts.append(([texts[i] for i in selected], [labels[i] for i in selected]))
+    distinct = len(set(parts[0][1]))
+    if distinct < 2:
+        raise JasperError(
+            f"{train}: too few different labels for a classifier (got {distinct}, expected at least 2). Fix: add texts "
+            "with other labels"
+        )
     return ClassificationSet(config.name or folder.resolve().name, *parts[0], *parts[1])
 
 
 def _choose(texts: Sequence[str], limit: int | None) -> list[int]:
-    """Positions of at most ``limit`` texts: those of the smallest digests (a set's first rows are often alike)."""
+    """Return the positions of at most ``limit`` texts: those with the smallest digests.
+
+    The first rows of a file are often similar, so they would not be a fair sample.
+    """
     if limit is None or limit >= len(texts):
         return list(range(len(texts)))
     digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
@@ -358,7 +412,9 @@ def _file_name(file: Path) -> str:
 def _id(row: dict[str, Any], where: str) -> str:
     name = row.get("_id")
     if not isinstance(name, (str, int)) or isinstance(name, bool):
-        raise JasperError(f"{where}: `_id` must be text, got {name!r}")
+        raise JasperError(
+            f"{where}: `_id` is not text or a whole number (got {name!r}). Fix: correct or remove the row"
+        )
     return check_text(str(name).strip(), f"{where}: `_id`")
 
 
@@ -372,5 +428,5 @@ def _number(cell: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise JasperError(f"{where}: the score must be a number, got {cell!r}")
+        raise JasperError(f"{where}: not a score (got {cell!r}, expected a finite number). Fix: correct the line")
     return value

@@ -1,8 +1,8 @@
-"""Real pictures with captions on every machine: the named glyphs of DejaVu Sans, which matplotlib ships.
+"""Draw captioned images without a download: the named glyphs of DejaVu Sans, which matplotlib ships.
 
-A glyph is drawn as it stands on a line: same size, same base line, so that a comma differs from an apostrophe. Letters
-of several alphabets share a drawing (Latin A, Greek Alpha); they are one picture with several captions, so a drawing
-that is kept for evaluation is never seen in training under another name.
+All glyphs are drawn at the same size and on the same base line, so a comma differs from an apostrophe. Some letters of
+different alphabets look identical (Latin A, Greek Alpha). They are one image with several captions, so training never
+sees a held-out drawing under another name.
 """
 
 from __future__ import annotations
@@ -16,63 +16,68 @@ import numpy as np
 from jasper_fast.errors import JasperError
 
 GLYPHS = "glyphs"
-FONTS, FONT = "fonts/ttf", "DejaVuSans"  # matplotlib's folder of fonts; the one whose glyphs are meant
-BASE_LINE = 0.72  # of the picture's height, from above
-SIZE_OF_EM = 0.69  # of the picture's side: the tallest glyphs with their accents still fit
+FONTS, FONT = "fonts/ttf", "DejaVuSans"  # matplotlib's font folder, and the default font
+BASE_LINE = 0.72  # distance of the base line from the top, as a fraction of the image height
+SIZE_OF_EM = 0.69  # font size as a fraction of the image side; the tallest accented glyphs still fit
 
 
 def font_file(font: str = FONT) -> Path:
-    """A font as matplotlib carries it.
+    """Return the file of a font that matplotlib ships.
 
     Args:
-        font: its file's name, without .ttf.
+        font: the file name without .ttf.
 
     Raises:
-        JasperError: matplotlib is not installed, or has no such font.
+        JasperError: matplotlib is not installed, or does not ship this font.
     """
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise JasperError("the glyphs are those of matplotlib's fonts; type `pip install matplotlib`") from None
+        raise JasperError(
+            "glyphs: matplotlib, which ships the fonts, is missing. Fix: `pip install matplotlib`"
+        ) from None
     folder = Path(matplotlib.get_data_path()) / FONTS
-    known = sorted(file.stem for file in folder.glob("*.ttf"))
-    if font not in known:
-        raise JasperError(f"glyphs: matplotlib ships no font {font!r}; choose one of {', '.join(known)}")
+    shipped = sorted(file.stem for file in folder.glob("*.ttf"))
+    if font not in shipped:
+        raise JasperError(f"glyphs: matplotlib does not ship font {font!r}. Fix: use one of {', '.join(shipped)}")
     return folder / f"{font}.ttf"
 
 
 def draw_glyphs(side: int = 64, font: str = FONT) -> list[tuple[np.ndarray, list[str]]]:
-    """Every glyph that has a Unicode name and leaves ink, black on white, in the order of code points.
+    """Draw every visible glyph that has a Unicode name, black on white.
 
     Args:
-        side: of the square pictures, in pixels.
-        font: whose.
+        side: the side of the square images, in pixels.
+        font: the file name of the font, without .ttf.
 
     Returns:
-        ((side, side) uint8, its names) of each distinct drawing.
+        One pair per distinct drawing, in the order of code points: the (side, side) uint8 image and its Unicode names.
+
+    Raises:
+        JasperError: matplotlib is not installed, or does not ship this font.
     """
     path = font_file(font)
     from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
 
-    # The other layout engine shapes text: it draws some lone marks not at all.
+    # The other layout engine shapes text and does not draw some isolated marks.
     face = ImageFont.truetype(str(path), round(side * SIZE_OF_EM), layout_engine=ImageFont.Layout.BASIC)
-    found: dict[bytes, list[str]] = {}
+    names_of: dict[bytes, list[str]] = {}
     for point in sorted(FT2Font(str(path)).get_charmap()):
         name = unicodedata.name(chr(point), "")
         left, top, right, bottom = face.getbbox(chr(point), anchor="ls")
         if not name or right <= left or bottom <= top:
             continue
-        picture = Image.new("L", (side, side), 255)
-        place = (side / 2 - (left + right) / 2, side * BASE_LINE)  # a glyph too wide is cut alike on both sides
-        ImageDraw.Draw(picture).text(place, chr(point), font=face, fill=0, anchor="ls")
-        pixels = np.asarray(picture)
+        image = Image.new("L", (side, side), 255)
+        origin = (side / 2 - (left + right) / 2, side * BASE_LINE)  # centred: a too wide glyph loses both edges equally
+        ImageDraw.Draw(image).text(origin, chr(point), font=face, fill=0, anchor="ls")
+        pixels = np.asarray(image)
         if pixels.min() < 255:
-            found.setdefault(pixels.tobytes(), []).append(name)
-    return [(np.frombuffer(pixels, np.uint8).reshape(side, side), names) for pixels, names in found.items()]
+            names_of.setdefault(pixels.tobytes(), []).append(name)
+    return [(np.frombuffer(pixels, np.uint8).reshape(side, side), names) for pixels, names in names_of.items()]
 
 
 @functools.cache
 def glyph_names() -> list[str]:
-    """The names of all drawn glyphs, the training texts of a student that is to find them by name."""
+    """Return the Unicode names of all drawn glyphs, as training texts."""
     return [name for _, names in draw_glyphs(32) for name in names]

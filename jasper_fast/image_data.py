@@ -1,7 +1,7 @@
-"""The pictures of a run: checked, put together with their captions, parted into training and held-out, published once.
+"""Build the image dataset of a run: check images and captions, split off held-out images, and publish the result.
 
-Their bytes are copied as they are into the cache, so a run depends on no archive that may move, and what is broken is
-known before training. A picture is held out with all that share its bytes or one of its captions.
+The image files are copied unchanged into the cache, so a run does not depend on the original archives. Damaged images
+are found before training. An image is held out together with all images of the same content or with the same caption.
 """
 
 from __future__ import annotations
@@ -32,25 +32,28 @@ from jasper_fast.text import normal_form
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 4  # raised when the same settings would give other pictures
-KEPT_PIXELS = 1 << 29  # bytes of decoded pictures held in memory
-TOLD = 5  # broken pictures named one by one
+FORMAT = 4  # increment it when a code change makes the same settings give other images
+KEPT_PIXELS = 1 << 29  # maximum bytes of decoded images in memory
+TOLD = 5  # maximum number of unusable images to list
 
 
 @dataclass
 class Images:
-    """One part of a run's pictures.
+    """The training images or the held-out images of a run.
 
     Args:
-        table: columns ``image`` (bytes), ``captions`` (list of text), ``name``.
-        fingerprint: of pictures and captions in order.
-        left_out: pictures of the sources that could not be used, and why.
+        table: the images, with the columns ``image`` (bytes), ``captions`` (list of texts) and ``name`` (text).
+        fingerprint: the identity of the images and captions, in order.
+        left_out: the unusable images of the sources, each with the reason.
+
+    Attributes:
+        starts: the offsets of the captions, (n + 1,) int64. Image i has the captions starts[i] to starts[i + 1] - 1.
     """
 
     table: Dataset
     fingerprint: str
     left_out: list[str] = field(default_factory=list)
-    starts: np.ndarray = field(init=False)  # (n + 1,) int64: captions of picture i are starts[i] .. starts[i + 1]
+    starts: np.ndarray = field(init=False)
     _decoded: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,47 +64,71 @@ class Images:
         return len(self.table)
 
     def captions(self, rows: Sequence[int] | np.ndarray | None = None) -> list[list[str]]:
-        """All captions of each picture."""
+        """Return all captions of each image.
+
+        Args:
+            rows: the indices of the images, (B,). None selects all images.
+        """
         table = self.table.select_columns(["captions"])
         return list(table["captions"] if rows is None else table[np.asarray(rows).tolist()]["captions"])
 
     def caption_texts(self, numbers: np.ndarray) -> list[str]:
-        """Captions by their number over all pictures (``starts``)."""
+        """Return captions by their index among the captions of all images, as in ``starts``.
+
+        Args:
+            numbers: the indices of the captions, (B,) int64.
+        """
         rows = np.searchsorted(self.starts, numbers, side="right") - 1
-        found = self.captions(rows)
-        return [found[i][n - self.starts[row]] for i, (n, row) in enumerate(zip(numbers, rows, strict=True))]
+        captions = self.captions(rows)
+        return [captions[i][n - self.starts[row]] for i, (n, row) in enumerate(zip(numbers, rows, strict=True))]
 
     def pixels(self, rows: Sequence[int] | np.ndarray, side: int, workers: int | None = None) -> Tensor:
-        """Decoded squares, (B, 3, side, side) uint8; small sets are kept decoded."""
-        wanted = np.asarray(rows).tolist()
-        kept = self._decoded.setdefault(side, {})
-        missing = [row for row in dict.fromkeys(wanted) if row not in kept]
-        found: dict[int, np.ndarray] = {}
+        """Decode images and resize them to squares. A small dataset is kept in memory decoded.
+
+        Args:
+            rows: the indices of the images, (B,).
+            side: the side of the squares, in pixels.
+            workers: the number of decoder threads. None uses one per CPU core, at most 8.
+
+        Returns:
+            A (B, 3, side, side) uint8 tensor.
+        """
+        indices = np.asarray(rows).tolist()
+        cached = self._decoded.setdefault(side, {})
+        missing = [row for row in dict.fromkeys(indices) if row not in cached]
+        decoded: dict[int, np.ndarray] = {}
         if missing:
             files = self.table.select_columns(["image"])[missing]["image"]
             with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-                found = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
+                decoded = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
             if len(self) * 3 * side * side <= KEPT_PIXELS:
-                kept.update(found)
-        squares = np.stack([found[row] if row in found else kept[row] for row in wanted])  # (B, side, side, 3)
+                cached.update(decoded)
+        squares = np.stack([decoded[row] if row in decoded else cached[row] for row in indices])  # (B, side, side, 3)
         return torch.from_numpy(squares).permute(0, 3, 1, 2)
 
 
 def prepare_images(config: Config) -> tuple[Images, Images]:
-    """The training pictures and the held-out ones of a run; none of both where it has no pictures.
+    """Build the training images and the held-out images of a run with an ``images`` section.
 
     Raises:
-        JasperError: as :func:`build_images`.
+        JasperError: `build_images` fails.
     """
     assert config.images is not None
     return build_images(config.images, config.data.cache)
 
 
 def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Images]:
-    """(training pictures, held-out pictures), built once and published at ``{cache}/images-<settings>``.
+    """Build the images, or load them from the cache folder ``{cache}/images-<settings>``.
+
+    Args:
+        config: the sources and the number of held-out images.
+        cache: the cache folder.
+
+    Returns:
+        The training images and the held-out images.
 
     Raises:
-        JasperError: a source cannot be read, too many pictures are broken, or fewer are left than are to be held out.
+        JasperError: Pillow is missing, a source is unreadable, too many images are unusable, or too few are left.
     """
     from datasets import load_from_disk
 
@@ -115,25 +142,29 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     table = load_from_disk(str(folder / "table"))
     held = np.array(facts["held_out"], dtype=np.int64)
     train = np.setdiff1d(np.arange(len(table)), [*facts["held_out"], *facts["beside_held_out"]])
-    kept = Images(table.select(train), facts["fingerprint"] + "t", facts["left_out"])
-    return kept, Images(table.select(held), facts["fingerprint"] + "h")
+    train_images = Images(table.select(train), facts["fingerprint"] + "t", facts["left_out"])
+    return train_images, Images(table.select(held), facts["fingerprint"] + "h")
 
 
 def images_built(config: ImagesConfig, cache: str | Path) -> bool:
-    """Whether :func:`build_images` has nothing left to do.
+    """Return whether the images are already in the cache, as built by `build_images`.
+
+    Args:
+        config: the sources and the number of held-out images.
+        cache: the cache folder.
 
     Raises:
-        JasperError: Pillow or, for the glyphs, matplotlib is not installed.
+        JasperError: Pillow is not installed, or matplotlib, which the glyphs need.
     """
     need_pillow()
     return (_folder(config, cache) / "facts.json").is_file()
 
 
 def try_images(source: ImageSourceConfig) -> None:
-    """Read the first picture of a source: what is wrong with all of them is told before any source is read.
+    """Read the first image of a source, to find errors that affect all its images. A damaged image is not an error.
 
     Raises:
-        JasperError: as :func:`jasper_fast.image_sources.read_images`; a picture that is broken is no error yet.
+        JasperError: the source cannot be read, as in `jasper_fast.image_sources.read_images`.
     """
     if source.path != GLYPHS:
         next(read_images(source), None)
@@ -150,6 +181,42 @@ def _folder(config: ImagesConfig, cache: str | Path) -> Path:
 
 
 def _build(config: ImagesConfig, folder: Path) -> None:
+    unusable: list[str] = []
+    fingerprint, groups, extra = _write_table(config, folder / "table", unusable)
+    if unusable:
+        print(f"skipped {len(unusable)} images:\n  - " + "\n  - ".join(unusable[:TOLD]), flush=True)
+        if len(unusable) > TOLD:
+            print(f"  - and {len(unusable) - TOLD} more")
+    candidates = extra.count(False)
+    if candidates <= config.held_out:
+        others = f", plus {len(extra) - candidates} of train_only sources" if candidates < len(extra) else ""
+        raise JasperError(
+            f"images: too few usable images to hold out {config.held_out} (got {candidates}{others}, expected at least "
+            f"{config.held_out + 1}). Fix: add images, or lower images.held_out"
+        )
+    held, linked = hold_out(groups, config.held_out, config.seed, extra)
+    facts = {
+        "fingerprint": fingerprint,
+        "held_out": held,
+        "beside_held_out": linked,
+        "left_out": unusable,
+        "settings": config.model_dump(),
+    }
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _write_table(config: ImagesConfig, folder: Path, unusable: list[str]) -> tuple[str, list[list[str]], list[bool]]:
+    """Write the usable images of all sources as a dataset.
+
+    Args:
+        config: the sources, and the maximum number of unusable images.
+        folder: the folder of the dataset. It must not exist.
+        unusable: the list to which unusable images are added, each with the reason.
+
+    Returns:
+        The fingerprint of images and captions, and for each image its ties to other images and whether it is only for
+        training.
+    """
     import pyarrow as pa
     from datasets import Features, Sequence, Value
 
@@ -157,71 +224,61 @@ def _build(config: ImagesConfig, folder: Path) -> None:
         {"image": Value("large_binary"), "captions": Sequence(Value("string")), "name": Value("string")}
     )
     schema = features.arrow_schema
-    broken: list[str] = []
     digest = hashlib.blake2b(digest_size=16)
-    groups: list[list[str]] = []  # per picture: what ties it to others
-    extra: list[bool] = []  # per picture: only for training
-    table = folder / "table"
-    table.mkdir()
-    with pa.OSFile(str(table / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    groups: list[list[str]] = []
+    extra: list[bool] = []
+    folder.mkdir()
+    with pa.OSFile(str(folder / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for source in config.sources:
-            for where, data, captions in _sound(read_images(source), broken, config.max_bad):
+            for where, data, captions in _sound(read_images(source), unusable, config.max_bad):
                 content = hashlib.blake2b(data, digest_size=16).hexdigest()
                 digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
                 groups.append([content, *map(normal_form, captions)])
                 extra.append(source.train_only)
                 writer.write_batch(pa.record_batch([[data], [captions], [where]], schema=schema))
-    write_index(table, ["pictures.arrow"], features, digest.hexdigest()[:16])
-    if broken:
-        print(f"left out {len(broken)} pictures:\n  - " + "\n  - ".join(broken[:TOLD]), flush=True)
-        if len(broken) > TOLD:
-            print(f"  - and {len(broken) - TOLD} more")
-    own = extra.count(False)
-    if own <= config.held_out:
-        others = f" beside {len(extra) - own} of sources that are train_only" if own < len(extra) else ""
-        raise JasperError(
-            f"{own} pictures can be used{others}, and {config.held_out} are to be held out; give more pictures, or a "
-            "smaller images.held_out"
-        )
-    held, beside = hold_out(groups, config.held_out, config.seed, extra)
-    facts = {
-        "fingerprint": digest.hexdigest(),
-        "held_out": held,
-        "beside_held_out": beside,
-        "left_out": broken,
-        "settings": config.model_dump(),
-    }
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_index(folder, ["pictures.arrow"], features, digest.hexdigest()[:16])
+    return digest.hexdigest(), groups, extra
 
 
 def hold_out(
     groups: Sequence[Sequence[str]], count: int, seed: int, extra: Sequence[bool] = ()
 ) -> tuple[list[int], list[int]]:
-    """Rows to hold out: whole groups of what is tied together, in an order that a hash with the seed gives.
+    """Select rows to hold out, as whole groups of connected rows, in a random order given by the seed.
 
     Args:
-        groups: per row its ties; rows that share one (the same bytes, the same caption) stay together.
-        count: at most so many rows; groups that would exceed it are passed over.
-        extra: per row, whether it is only for training; such rows change nothing about the others.
+        groups: the ties of each row. Rows with a common tie (the same content or the same caption) stay together.
+        count: the maximum number of held-out rows. A group that would exceed it is skipped.
+        seed: the seed of the order.
+        extra: for each row, whether it is only for training. Such rows do not affect the selection. An empty sequence
+            means that no row is.
 
     Returns:
-        those rows, and the extra ones that are tied to them and may not be trained on either; both ascending.
+        The held-out rows, and the training-only rows that are connected to them and must not be used either. Both are
+        in ascending order.
     """
-    own = [row for row in range(len(groups)) if not extra or not extra[row]]
-    members = tied(groups, own)
-    place = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
+    candidates = [row for row in range(len(groups)) if not extra or not extra[row]]
+    members = tied(groups, candidates)
+    order = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
     held: set[int] = set()
-    for group in sorted(members, key=lambda r: place[r]):
+    for group in sorted(members, key=lambda r: order[r]):
         if len(held) + len(members[group]) <= count:
             held.update(members[group])
-    beside = [
+    linked = [
         row for rows in tied(groups).values() if not held.isdisjoint(rows) for row in rows if extra and extra[row]
     ]
-    return sorted(held), sorted(beside)
+    return sorted(held), sorted(linked)
 
 
 def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> dict[int, list[int]]:
-    """These rows, or all, by the one that stands for all they are tied to, near or far; ``groups`` as in `hold_out`."""
+    """Group rows that are connected by common ties, directly or through other rows.
+
+    Args:
+        groups: the ties of each row, as in `hold_out`.
+        rows: the rows to group. None groups all rows.
+
+    Returns:
+        The rows of each group, by one row that represents the group.
+    """
     rows = range(len(groups)) if rows is None else rows
     parent = {row: row for row in rows}
 
@@ -240,8 +297,12 @@ def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> 
     return members
 
 
-def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[tuple[str, bytes, list[str]]]:
-    """The pictures that can be decoded and have a caption; the others are noted, up to a limit."""
+def _sound(items: Iterator[Item], unusable: list[str], limit: int) -> Iterator[tuple[str, bytes, list[str]]]:
+    """Yield the images that can be decoded and have a caption. Add the others to ``unusable``.
+
+    Raises:
+        JasperError: more than ``limit`` images are unusable.
+    """
 
     def check(item: Item) -> str | None:
         where, data, captions = item
@@ -255,26 +316,27 @@ def _sound(items: Iterator[Item], broken: list[str], most: int) -> Iterator[tupl
             return f"{where}: {bad}"
         return None
 
-    waiting: list[Item] = []
+    batch: list[Item] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def checked() -> Iterator[tuple[str, bytes, list[str]]]:
-            for (where, data, captions), problem in zip(waiting, pool.map(check, waiting), strict=True):
+            for (where, data, captions), problem in zip(batch, pool.map(check, batch), strict=True):
                 if problem is None:
                     assert isinstance(data, bytes)
                     yield where, data, captions
                     continue
-                broken.append(problem)
-                if len(broken) > most:
+                unusable.append(problem)
+                if len(unusable) > limit:
                     raise JasperError(
-                        f"{len(broken)} pictures cannot be used, more than images.max_bad allows; mend them or raise "
-                        "it:\n  - " + "\n  - ".join(broken[:TOLD])
+                        f"images: too many unusable images (got {len(unusable)}, expected at most {limit}, the value "
+                        "of images.max_bad). Fix: repair or remove these images, or raise images.max_bad:\n  - "
+                        + "\n  - ".join(unusable[:TOLD])
                     )
-            waiting.clear()
+            batch.clear()
 
         for item in items:
-            waiting.append(item)
-            if len(waiting) == 64:
+            batch.append(item)
+            if len(batch) == 64:
                 yield from checked()
         yield from checked()
 

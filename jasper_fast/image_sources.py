@@ -1,7 +1,7 @@
-"""Read images and their captions: folders, zips, WebDataset tars, parquet, `datasets`, the glyphs.
+"""Read images and their captions from folders, zips, WebDataset tars, parquet, hub datasets, and the glyphs.
 
-Each source gives (place, the image's bytes, its captions) one after the other; bytes are not decoded here.
-An image that cannot be read, or whose captions cannot, comes with the reason instead of its bytes.
+A source yields (position, content of the image file, captions) for each image, without decoding it. For an unreadable
+image or caption, the reason replaces the content.
 """
 
 from __future__ import annotations
@@ -34,17 +34,25 @@ from jasper_fast.webdataset import TARS, read_tar
 
 
 def read_images(source: ImageSourceConfig) -> Iterator[Item]:
-    """Yield every picture of a source with its captions, in the source's order; without captions the list is empty.
+    """Yield at most ``limit`` images of a source with their captions, in the order of the source.
+
+    Yields:
+        The position of the image, the content of its file (or, as a string, why it cannot be read), and its captions.
+        The list of captions may be empty.
 
     Raises:
-        JasperError: nothing there, unreadable, no such column, or a column of something else.
+        JasperError: the source is missing or unreadable, or a column is missing or has another type.
     """
     for where, data, captions in islice(_read(source), source.limit):
         yield shown(where), shown(data) if isinstance(data, str) else data, captions
 
 
 def source_stamp(source: ImageSourceConfig) -> list[Any]:
-    """Return what changes when a source's content does: file sizes and times, or the font and its names."""
+    """Return a JSON-serializable value that changes with the content of a source.
+
+    For files it holds their names, sizes in bytes and modification times in nanoseconds. For the glyphs it holds a
+    digest of the font and the version of the Unicode names.
+    """
     if source.path == GLYPHS:
         font = font_file(source.font).read_bytes()
         return [hashlib.blake2b(font, digest_size=8).hexdigest(), unicodedata.unidata_version]
@@ -80,7 +88,7 @@ def _read(source: ImageSourceConfig) -> Iterator[Item]:
             )
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise JasperError(
-            f"{source.path}: cannot be read to its end ({error}). Fix: copy or download it again"
+            f"{source.path}: cannot be read completely ({error}). Fix: copy or download the source again"
         ) from error
 
 
@@ -108,10 +116,10 @@ def _folder(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse parquet files that `datasets` would not find.
+    """Check that no parquet file is in a linked folder, which `datasets` would ignore.
 
     Raises:
-        JasperError: one is in a linked folder.
+        JasperError: a parquet file is in a linked folder.
     """
     for file in listed_files(folder, (".parquet",)):
         if file.parent.resolve() != folder.resolve() / file.parent.relative_to(folder):
@@ -126,8 +134,8 @@ def _zip(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
             name = _plain_name(_member_name(info))
             if info.is_dir() or name.endswith("/") or is_hidden(name):
                 continue
-            other = first.setdefault(name, info)
-            if (other.CRC, other.file_size) != (info.CRC, info.file_size):
+            earlier = first.setdefault(name, info)
+            if (earlier.CRC, earlier.file_size) != (info.CRC, info.file_size):
                 files[name] = partial(_twice, name)
             else:
                 files.setdefault(name, partial(_member, archive, info))
@@ -135,8 +143,8 @@ def _zip(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
 
 
 def _member_name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name; macOS and others write UTF-8 without the mark that says so."""
-    if info.flag_bits & 0x800:  # marked as UTF-8
+    """Return the name of a member. macOS and other systems write UTF-8 names without setting the UTF-8 flag."""
+    if info.flag_bits & 0x800:  # the UTF-8 flag
         return info.filename
     try:
         return info.filename.encode("cp437").decode()
@@ -145,16 +153,16 @@ def _member_name(info: zipfile.ZipInfo) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """Return the one form of a file's name: slashes between folders, composed accents."""
+    """Normalize a file name: forward slashes, composed accents, no leading "./"."""
     return unicodedata.normalize("NFC", name.strip().replace("\\", "/").removeprefix("./"))
 
 
 def _twice(name: str) -> bytes:
-    raise BadImage("is in the archive twice, with different content")
+    raise BadImage("appears twice in the archive, with different content")
 
 
 def _was_saved(folder: Path) -> bool:
-    """Tell whether `datasets`' ``save_to_disk`` wrote a folder."""
+    """Return whether ``save_to_disk`` of `datasets` wrote the folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -164,30 +172,31 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _captioned(source: ImageSourceConfig, files: Mapping[str, Callable[[], bytes]], captions: Path) -> Iterator[Item]:
-    """Yield files in the order in which the caption rows first name them, each with the captions of all its rows."""
-    of_file: dict[str, list[str]] = {}
-    row_of: dict[str, str] = {}  # the first that names it
+    """Yield the files in the order of their first caption row, each with the captions of all its rows."""
+    captions_by_name: dict[str, list[str]] = {}
+    row_of: dict[str, str] = {}  # the position of the first row of a file
     for where, row in read_rows(captions):
         if source.image_column not in row:
             raise JasperError(
-                f"{where}: no file name in column {source.image_column!r}; there are: {', '.join(row)} (`image_column`)"
+                f"{where}: no column {source.image_column!r} with the file name (got columns: {', '.join(row)}). Fix: "
+                "set `image_column`"
             )
         name = row[source.image_column]
         if not isinstance(name, str):
-            yield where, f"column {source.image_column!r} names no file ({str(name)[:40]})", []
+            yield where, f"column {source.image_column!r} is not a file name ({str(name)[:40]})", []
             continue
         name = _plain_name(name)
         row_of.setdefault(name, where)
         try:
-            found = captions_of(row, source, where)
+            row_captions = captions_of(row, source, where)
         except BadImage as bad:
             yield where, str(bad), []
         else:
-            of_file.setdefault(name, []).extend(found)
-    for name, found in of_file.items():
-        data = _content(files[name]) if name in files else f"is missing, but {row_of[name]} names it"
-        yield f"{source.path}: {name}", data, list(dict.fromkeys(found))
-    for name in files:  # an image without a row counts like one with an empty caption
+            captions_by_name.setdefault(name, []).extend(row_captions)
+    for name, all_captions in captions_by_name.items():
+        data = _content(files[name]) if name in files else f"the file is missing (it is listed in {row_of[name]})"
+        yield f"{source.path}: {name}", data, list(dict.fromkeys(all_captions))
+    for name in files:  # an image without a row is treated like one with an empty caption
         if name not in row_of and name.lower().endswith(PICTURES):
             yield f"{source.path}: {name}", b"", []
 
@@ -198,19 +207,23 @@ def _content(read: Callable[[], bytes]) -> bytes | str:
     except BadImage as bad:
         return str(bad)
     except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        return f"cannot be read ({error})"  # RuntimeError: encrypted, or packed in a way that zipfile does not know
+        return f"cannot be read ({error})"  # RuntimeError: encrypted, or a compression that zipfile does not support
 
 
 def _dataset(source: ImageSourceConfig) -> Iterator[Item]:
-    """A column of pictures: a parquet file, a folder of them or of ``save_to_disk``, or a name on the hub."""
+    """Yield the images of a `datasets` column: a parquet file, a folder of them, a saved dataset, or a hub dataset."""
     from datasets import Features, Image
 
     rows = _load_dataset(source)
-    known: Features | None = rows.features
-    if known is not None and source.image_column not in known:
-        raise JasperError(f"{source.path}: no column {source.image_column!r}; there are: {', '.join(known)}")
-    if known is not None and isinstance(known[source.image_column], Image):
-        rows = rows.cast_column(source.image_column, Image(decode=False))  # broken ones are to be told, not raised
+    features: Features | None = rows.features
+    if features is not None and source.image_column not in features:
+        raise JasperError(
+            f"{source.path}: no column {source.image_column!r} (got columns: {', '.join(features)}). Fix: set "
+            "`image_column`"
+        )
+    if features is not None and isinstance(features[source.image_column], Image):
+        # `datasets` must not decode: it would raise at the first damaged image.
+        rows = rows.cast_column(source.image_column, Image(decode=False))
     for number, row in numbered(source, _with_files(rows, source.image_column)):
         where = f"{source.path}, row {number}"
         item: Item
@@ -233,20 +246,22 @@ def _load_dataset(source: ImageSourceConfig) -> Any:
         if path.is_dir() and _was_saved(path):
             saved = load_from_disk(str(path))
             if isinstance(saved, dict) and source.split not in saved:
-                raise JasperError(f"{source.path}: no split {source.split!r}; there are: {', '.join(saved)} (`split`)")
+                raise JasperError(
+                    f"{source.path}: no split {source.split!r} (got splits: {', '.join(saved)}). Fix: set `split`"
+                )
             return saved[source.split] if isinstance(saved, dict) else saved
         if path.is_dir():
             return load_dataset(str(path), source.config, **options)
         return load_dataset(source.path, source.config, **options, revision=source.revision)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise JasperError(
-            f"{source.path}: neither a file or folder here nor a dataset that can be loaded by name "
-            f"(config {source.config}, split {source.split!r}): {first_line(error)}"
+            f"{source.path}: not a local file or folder, and loading it as a hub dataset failed (config "
+            f"{source.config}, split {source.split!r}: {first_line(error)}). Fix: correct the path in images.sources"
         ) from error
 
 
 def _with_files(rows: Iterable[dict[str, Any]], column: str) -> Iterator[dict[str, Any]]:
-    """Rows with the bytes of pictures that lie in files of their own: on the hub, or in an archive there."""
+    """Yield rows in which the path of an image file, local or on the hub, is replaced by the content of the file."""
     from datasets.utils.file_utils import xopen
 
     for row in rows:
@@ -258,23 +273,26 @@ def _with_files(rows: Iterable[dict[str, Any]], column: str) -> Iterator[dict[st
 
 
 def _bytes(cell: Any, where: str) -> bytes:
-    """A picture's file.
+    """Return the content of the image file in a cell.
 
     Raises:
-        BadImage: there is none in this row.
-        JasperError: the column holds something else.
+        BadImage: the cell has no image.
+        JasperError: the column has another type.
     """
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, dict) and ("bytes" in cell or "path" in cell):
         if cell.get("bytes"):
             return cell["bytes"]
-        raise BadImage(f"its file {cell['path']} is not there" if cell.get("path") else "there is no picture")
+        raise BadImage(f"its file {cell['path']} is missing" if cell.get("path") else "the row has no image")
     if cell is None:
-        raise BadImage("there is no picture")
-    raise JasperError(f"{where}: expected a picture (a `datasets` Image, or bytes), found {type(cell).__name__}")
+        raise BadImage("the row has no image")
+    raise JasperError(
+        f"{where}: not an image (got {type(cell).__name__}, expected a `datasets` Image or bytes). Fix: set "
+        "`image_column`"
+    )
 
 
 def shown(text: str) -> str:
-    """Replace what cannot be stored or printed by question marks: file names may hold any bytes."""
+    """Replace characters that cannot be stored as UTF-8 by question marks. File names may contain any bytes."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""Pictures from bytes: decoded to plain RGB whatever they were; refused where broken, too large or no picture."""
+"""Decode image files to RGB, and reject damaged files, too large images and other file types."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
-MAX_FILE = 1 << 30  # bytes of one image's file: 100 million pixels of four times 16 bits fit
-MAX_PIXELS = 100_000_000  # more is refused before any of it is decoded
-NO_PILLOW = "pictures are read with Pillow, which is not installed; type `pip install pillow`"
-OTHER_KINDS = (  # what lies among pictures by mistake: first bytes, their place, and what to call it
-    (b"%PDF", 0, "a PDF; save its pages as pictures"),
-    (b"ftyp", 4, "a video; save a frame as a picture"),
-    (b"\x1aE\xdf\xa3", 0, "a video; save a frame as a picture"),
-    (b"OggS", 0, "a video or sound; save a frame as a picture"),
+MAX_FILE = 1 << 30  # bytes of one image file; 100 million pixels of four 16-bit channels fit
+MAX_PIXELS = 100_000_000  # a larger image is rejected before it is decoded
+NO_PILLOW = "images: Pillow, which reads them, is not installed. Fix: `pip install pillow`"
+OTHER_KINDS = (  # file types often found among images: signature, its byte offset, and description with advice
+    (b"%PDF", 0, "a PDF; save its pages as images"),
+    (b"ftyp", 4, "a video; save a frame as an image"),
+    (b"\x1aE\xdf\xa3", 0, "a video; save a frame as an image"),
+    (b"OggS", 0, "a video or sound; save a frame as an image"),
     (b"<svg", 0, "an SVG drawing; save it as PNG"),
     (b"<?xml", 0, "an XML file; save drawings as PNG"),
 )
-STILL_PICTURES = (b"avif", b"avis", b"heic", b"mif1", b"msf1")  # brands that share their first bytes with videos
-# What Pillow's decoders are known to raise on damaged files.
+STILL_PICTURES = (b"avif", b"avis", b"heic", b"mif1", b"msf1")  # image formats with the signature of a video
+# The exceptions that Pillow's decoders raise for damaged files.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -44,22 +44,27 @@ DAMAGE = (
 
 
 class BadImage(JasperError):
-    """A picture, or its captions, cannot be used; the message says why."""
+    """An image or its captions cannot be used. The message gives the reason."""
 
 
 def check_size(size: int) -> None:
-    """Check the unpacked size of an archive's member before it is read.
+    """Check the unpacked size of an archive member before it is read.
+
+    Args:
+        size: the size in bytes.
 
     Raises:
-        BadImage: it is more than any image needs.
+        BadImage: the size is above the limit for image files.
     """
     if size > MAX_FILE:
-        raise BadImage(f"unpacks to {size:,} bytes; at most {MAX_FILE:,} are read")
+        raise BadImage(f"too large when unpacked (got {size:,} bytes, expected at most {MAX_FILE:,})")
 
 
 def need_pillow() -> None:
-    """Raises:
-    JasperError: Pillow is not installed.
+    """Check that Pillow is installed.
+
+    Raises:
+        JasperError: Pillow is not installed.
     """
     try:
         import PIL.Image  # noqa: F401
@@ -68,13 +73,15 @@ def need_pillow() -> None:
 
 
 def decode(data: bytes) -> Image:
-    """One picture as RGB: upright by its EXIF orientation, transparency over white, of an animation the first frame.
+    """Decode an image file to an upright RGB image, with transparency over white.
+
+    An animation gives its first frame.
 
     Args:
-        data: a whole file of any format that Pillow reads.
+        data: the complete content of an image file, in any format that Pillow reads.
 
     Raises:
-        BadImage: not a picture, broken, cut short, or of more than 100 million pixels.
+        BadImage: the file is not an image, is damaged or truncated, or has more than 100 million pixels.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -82,25 +89,30 @@ def decode(data: bytes) -> Image:
         raise BadImage("the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines refuse, and of odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns about sizes checked here and about unusual metadata
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(
-                    f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; shrink the picture"
+                    f"too large (got {image.width} × {image.height} pixels, expected at most {MAX_PIXELS:,}). Fix: "
+                    "shrink the image"
                 )
             return upright(image)
     except (Image.DecompressionBombError, MemoryError):
-        raise BadImage(f"it would unpack to more than {MAX_PIXELS:,} pixels; shrink the picture") from None
+        raise BadImage(f"too large (expected at most {MAX_PIXELS:,} pixels). Fix: shrink the image") from None
     except UnidentifiedImageError:
         raise BadImage(_what_else(data)) from None
     except DAMAGE as error:
         raise BadImage(
-            f"broken or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"damaged or truncated ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
 
 
 def upright(image: Image) -> Image:
-    """An opened image as RGB, turned upright by its EXIF orientation, with transparency over white."""
+    """Convert an opened image to RGB, rotated by its EXIF orientation, with transparency over white.
+
+    Raises:
+        OSError: the image is truncated. Pillow's decoders raise any of ``DAMAGE`` for damaged files.
+    """
     from PIL import ImageOps
 
     image.load()
@@ -108,14 +120,19 @@ def upright(image: Image) -> Image:
 
 
 def resize(image: Image, size: int) -> np.ndarray:
-    """The whole picture as a square, as SigLIP takes it (the aspect is not kept).
+    """Resize the whole image to a square, as SigLIP does. The aspect ratio is not kept.
+
+    Args:
+        image: an RGB image.
+        size: the side of the square, in pixels.
 
     Returns:
-        (size, size, 3) uint8.
+        A (size, size, 3) uint8 array.
     """
     from PIL import Image
 
-    # A picture of 20,000 × 1 is first brought near the size: bicubic weights over thousands of pixels help nobody.
+    # An extreme shape, such as 20,000 × 1, is first reduced by box filtering. Bicubic filtering over thousands of
+    # pixels would be slow and would not look better.
     if max(image.size) > 32 * size:
         image = image.resize((min(image.width, 32 * size), min(image.height, 32 * size)), Image.Resampling.BOX)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -124,7 +141,7 @@ def resize(image: Image, size: int) -> np.ndarray:
 def _rgb(image: Image) -> Image:
     from PIL import Image
 
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # more than 8 bits: convert() would clip, not scale
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # convert() clips more than 8 bits instead of scaling
         values = np.asarray(image, dtype=np.float32)
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         top = 65535.0 if image.mode.startswith("I") and values.max() <= 65535 else max(1.0, float(values.max()))
@@ -142,5 +159,5 @@ def _what_else(data: bytes) -> str:
     start = data[:512].lstrip()
     for mark, place, kind in OTHER_KINDS:
         if start[place : place + len(mark)].lower() == mark.lower() and start[8:12] not in STILL_PICTURES:
-            return f"not a picture but {kind}"
-    return "not a picture of a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP …)"
+            return f"not an image but {kind}"
+    return "not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP …)"

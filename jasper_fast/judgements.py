@@ -1,4 +1,4 @@
-"""Relevance judgements (qrels) as BEIR, TREC and others publish them."""
+"""Read relevance judgements (qrels) in the formats of BEIR, TREC and others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jasper_fast.errors import JasperError
 from jasper_fast.row_reader import packed, read_lines, read_rows, unpacked_name
 
 ENDINGS = packed(".tsv", ".txt", ".jsonl", ".qrels", ".qrel")
-NEEDED = "give query-id, corpus-id and score"
-MAX_GRADE = 1_000_000  # trec_eval keeps a counter for every grade up to the highest
+NEEDED = "give query-id, corpus-id and score"  # the advice in error messages
+MAX_GRADE = 1_000_000  # trec_eval allocates a counter for every grade up to the highest
 QUERY = {"query-id", "query_id", "queryid", "qid", "query", "topic", "topic-id", "topic_id"}
 DOCUMENT = {"corpus-id", "corpus_id", "doc-id", "doc_id", "docid", "docno", "did", "pid", "document-id", "document_id"}
 DOCUMENT |= {"passage-id", "passage_id", "document", "doc"}
@@ -22,20 +22,25 @@ Judgements = dict[str, dict[str, int]]  # grade by query id and document id
 
 
 def read_judgements(file: Path) -> Judgements:
-    """Read the grade of every judged pair; the last judgement of a pair counts, as in BEIR.
+    """Read the grades of all judged pairs of a query and a document.
+
+    If a pair is judged several times, the last judgement counts, as in BEIR.
 
     Args:
-        file: query id, document id and grade with tabs between, with a header or without; or the four columns of TREC,
-            with the iteration second; or JSONL with such columns. Cells are separated by white space where the first
-            line has no tab.
+        file: the qrels file, in one of three formats. A table has query id, document id and grade, with or without a
+            header. The TREC format has four columns, the second being the iteration. JSONL has named columns. The cells
+            of a table are separated by tabs, or by white space if the first line has no tab.
+
+    Returns:
+        The grade by query id and document id.
 
     Raises:
-        JasperError: the file is empty or cannot be read, or a line has other columns or no whole number as grade.
+        JasperError: the file is empty or unreadable, a line has other columns, or a grade is not a whole number.
     """
-    judged: Judgements = {}
+    judgements: Judgements = {}
     for where, (query, document, grade) in _json_rows(file) if _is_json(file) else _table_rows(file):
-        judged.setdefault(query, {})[document] = _grade(grade, where)
-    return judged
+        judgements.setdefault(query, {})[document] = _grade(grade, where)
+    return judgements
 
 
 def _is_json(file: Path) -> bool:
@@ -49,7 +54,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
             raise JasperError(f"{where}: not a judgement (got {', '.join(row)}). Fix: {NEEDED}")
         values = list(row.values())
         if any(values[column] is None for column in columns):
-            raise JasperError(f"{where}: a judgement without an id or a grade. Fix: {NEEDED}")
+            raise JasperError(f"{where}: a judgement with a null id or grade. Fix: {NEEDED}")
         yield where, [str(values[column]).strip() for column in columns]
 
 
@@ -57,19 +62,20 @@ def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     lines = ((number, line) for number, line in read_lines(file) if line.strip())
     first = next(lines, None)
     if first is None:
-        raise JasperError(f"{file}: the file is empty. Fix: give a file with a judgement per line")
+        raise JasperError(f"{file}: the file is empty. Fix: write one judgement per line")
     tabs = "\t" in first[1].strip()
     header = _cells(first[1], tabs)
     columns = _named_columns(header)
-    if columns is None and sum(not known.isdisjoint(map(str.lower, header)) for known in (QUERY, DOCUMENT, GRADE)) > 1:
+    if columns is None and sum(not names.isdisjoint(map(str.lower, header)) for names in (QUERY, DOCUMENT, GRADE)) > 1:
         raise JasperError(f"{file}, line {first[0]}: unknown columns (got {', '.join(header)}). Fix: {NEEDED}")
     columns = columns or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
     for number, line in lines if _is_header(header, columns) else chain([first], lines):
         cells, where = _cells(line, tabs), f"{file}, line {number}"
         if len(cells) != len(header) or columns is None:
-            between = "tabs" if tabs else "white space"
+            count, separator = len(header) if columns else "3 or 4", "tabs" if tabs else "white space"
             raise JasperError(
-                f"{where}: not a judgement (got {line.strip()!r}, expected {between} between its cells). Fix: {NEEDED}"
+                f"{where}: not a judgement (got {line.strip()!r}, expected {count} cells separated by {separator}). "
+                f"Fix: {NEEDED}"
             )
         yield where, [cells[column] for column in columns]
 
@@ -82,10 +88,10 @@ def _cells(line: str, tabs: bool) -> list[str]:
 
 
 def _named_columns(header: Sequence[str]) -> tuple[int, int, int] | None:
-    """Find query id, document id and grade by their usual names; None if one is missing."""
-    names = [cell.lower() for cell in header]
-    found = [at for known in (QUERY, DOCUMENT, GRADE) for at, name in enumerate(names) if name in known]
-    return (found[0], found[1], found[2]) if len(found) == 3 else None
+    """Find the columns of query id, document id and grade by their usual names. Return None if one is missing."""
+    cells = [cell.lower() for cell in header]
+    columns = [column for names in (QUERY, DOCUMENT, GRADE) for column, cell in enumerate(cells) if cell in names]
+    return (columns[0], columns[1], columns[2]) if len(columns) == 3 else None
 
 
 def _is_header(cells: Sequence[str], columns: tuple[int, int, int] | None) -> bool:

@@ -1,4 +1,4 @@
-"""List the files of a folder: links followed, hidden and system files left out, numbered files in natural order."""
+"""List the files of a folder in natural order, with linked folders and without hidden and system files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from jasper_fast.errors import JasperError
 
-# Names that systems and editors write next to data; a name with a leading dot is hidden as well.
+# Names that operating systems write next to data. Names with a leading dot are hidden too.
 SYSTEM_NAMES = {
     "__macosx",
     "thumbs.db",
@@ -25,22 +25,22 @@ BACKUPS = re.compile(r"~\$.*|#.*#|.*~", re.DOTALL)
 
 
 def user_path(name: str) -> Path:
-    """Return the path that a user means by a name; "~" is the home folder.
+    """Convert a path from the user, in which "~" means the home folder.
 
     Raises:
-        JasperError: the name has a NUL, or is empty, which would be the current folder.
+        JasperError: the name contains a NUL character, or is empty.
     """
     if "\0" in name:
-        raise JasperError(f"{name!r}: no path has a NUL in it. Fix: correct the path")
-    if not name.strip():
-        raise JasperError('the path of a file or folder is empty. Fix: give one; "." is the current folder')
+        raise JasperError(f"{name!r}: the path contains a NUL character. Fix: correct the path")
+    if not name.strip():  # Path("") would be the current folder
+        raise JasperError('the path of a file or folder is empty. Fix: give a path; "." is the current folder')
     return Path(os.path.expanduser(name))
 
 
 def natural_key(name: str | os.PathLike[str]) -> tuple[Any, ...]:
-    """Sort key of a name or path that compares numbers by value: part-2 comes before part-10.
+    """Return a sort key that compares numbers in a name or path by value: part-2 comes before part-10.
 
-    Folders compare one by one, as paths do. Case decides only between names that are otherwise equal.
+    Paths are compared folder by folder. Case matters only between names that are otherwise equal.
     """
     parts = PurePath(name).parts
     return tuple(_part_key(part) for part in parts), parts
@@ -53,11 +53,11 @@ def _part_key(part: str) -> tuple[Any, ...]:
 
 def _number_key(digits: str) -> tuple[int, str]:
     significant = digits.lstrip("0")
-    return len(significant), significant  # as int(digits) compares, without its limit of 4300 digits
+    return len(significant), significant  # orders like int(digits), without its limit of 4300 digits
 
 
 def is_hidden(name: str | os.PathLike[str]) -> bool:
-    """Tell whether any part of a relative path is hidden, or is a system's or an editor's own file."""
+    """Return whether any part of a relative path is hidden, or a file of the operating system or an editor."""
     return any(
         part.startswith(".") or part.casefold() in SYSTEM_NAMES or BACKUPS.fullmatch(part) is not None
         for part in PurePath(name).parts
@@ -66,9 +66,13 @@ def is_hidden(name: str | os.PathLike[str]) -> bool:
 
 
 def all_files(folder: Path, *, recursive: bool = True) -> Iterator[Path]:
-    """Yield the files of a folder in natural order, broken links included, hidden and system files not.
+    """Yield the files of a folder in natural order, with broken links and without hidden and system files.
 
-    Linked folders are followed unless they lead back to a folder above them.
+    Linked folders are followed, except links to a parent folder.
+
+    Args:
+        folder: the folder.
+        recursive: whether to list subfolders too.
 
     Raises:
         JasperError: a folder cannot be listed.
@@ -77,15 +81,16 @@ def all_files(folder: Path, *, recursive: bool = True) -> Iterator[Path]:
 
 
 def listed_files(folder: Path, suffixes: tuple[str, ...], *, recursive: bool = True) -> list[Path]:
-    """List the files of a folder whose names end with one of the suffixes, in natural order.
+    """List the files of a folder with one of the suffixes, in natural order.
 
     Args:
-        folder: the folder; links to folders in it are followed.
-        suffixes: lower-case endings such as ".txt"; the case of a file's name does not matter. ("",) lists all files.
-        recursive: whether folders in the folder are listed too.
+        folder: the folder. Links to folders in it are followed.
+        suffixes: the lower-case endings, such as ".txt". The case of a file's name does not matter. ("",) lists all
+            files.
+        recursive: whether to list subfolders too.
 
     Raises:
-        JasperError: a folder cannot be listed, or a link in it is broken: data may be missing.
+        JasperError: a folder cannot be listed, or a link in it is broken. With a broken link, data may be missing.
     """
     files = list(all_files(folder, recursive=recursive))
     for file in files:

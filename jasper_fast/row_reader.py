@@ -1,7 +1,7 @@
-"""Read rows of text, JSONL, CSV, TSV and Parquet files: one set of rules for all data that users bring.
+r"""Read rows of text, JSONL, CSV, TSV and Parquet files, with the same rules for all user data.
 
-Files are UTF-8 with or without a byte order mark, or UTF-16/32 with one. Only \\n, \\r\\n and \\r end a line. Suffixes
-.gz, .bz2, .xz and .zst mean that a file is compressed. Errors name the file and the line.
+Files are UTF-8 with or without a byte order mark, or UTF-16/32 with one. Only \n, \r\n and \r end a line. A file with
+the suffix .gz, .bz2, .xz or .zst is compressed. Errors give the file and the line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jasper_fast.text import lone_surrogate
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MARKS = (  # a byte order mark tells the encoding; UTF-32's begins with UTF-16's
+MARKS = (  # byte order marks; UTF-32 first, because its mark begins with the mark of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -34,13 +34,13 @@ MARKS = (  # a byte order mark tells the encoding; UTF-32's begins with UTF-16's
 )
 STARTS = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 BOM = "\ufeff"
-QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a cell as CSV writes one with quotes in it
+QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a quoted CSV cell with at least one doubled quote
 
-Row = tuple[str, dict[str, Any]]  # its place in the file, and its cells by column
+Row = tuple[str, dict[str, Any]]  # position (file and line) and cells by column
 
 
 def packed(*endings: str) -> tuple[str, ...]:
-    """Return the endings, plain ones first, and each with the suffixes of compressed files."""
+    """Return the endings, then each ending with each suffix of compressed files."""
     return (*endings, *(ending + suffix for suffix in PACKED for ending in endings))
 
 
@@ -50,14 +50,18 @@ KNOWN = f"{', '.join(KINDS)} (each also with {', '.join(PACKED)}), .parquet"
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield each row of a file with its place; blank lines and table rows without any text are no rows.
+    """Yield the rows of a file, without blank lines and empty table rows.
 
     Args:
-        file: .jsonl, .csv, .tsv or .parquet, and text of any other name, which has a line per row.
-        columns: the columns to read; tables must have them. None reads all. A text's only column takes the first name.
+        file: a .jsonl, .csv, .tsv or .parquet file. Any other file is text with one row per line.
+        columns: the names of the columns to read, all required in tables. None reads all columns. A text file has one
+            column, with the first of these names, or "text".
+
+    Yields:
+        The position of the row (file and line) for error messages, and its cells by column.
 
     Raises:
-        JasperError: the file is damaged or not text, a table lacks a column, or a row is malformed; its line is named.
+        JasperError: the file is damaged or not text, a table lacks a column, or a row is malformed.
     """
     kind = unpacked_name(file).rpartition(".")[2]
     if kind == "parquet":
@@ -72,47 +76,53 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text file without their ends, numbered from 1.
+    """Yield the lines of a text file without line ends, numbered from 1.
 
     Raises:
-        JasperError: the file cannot be read, is damaged, or is not text; the line is named.
+        JasperError: the file is missing, damaged or not text.
     """
     for number, line in _lines(file, newline=None):
         yield number, line.removesuffix("\n")
 
 
 def unpacked_name(file: Path) -> str:
-    """Return a file's name in lower case, without the suffix of a compressed file."""
+    """Return the name of a file in lower case, without the suffix of a compressed file."""
     name = file.name.lower()
     return name.removesuffix(file.suffix.lower()) if file.suffix.lower() in PACKED else name
 
 
 def decode(data: bytes) -> str:
-    """Decode the whole of a text file by the rules of this module.
+    """Decode the content of a text file: UTF-8, or the encoding of its byte order mark.
 
     Raises:
-        UnicodeError: the bytes are not text in the encoding that they begin with.
+        UnicodeError: the bytes are not text in this encoding.
     """
     return data.decode(_encoding(data)).removeprefix(BOM)
 
 
 def no_column(column: str, present: Iterable[str], where: str) -> JasperError:
-    """Make the error about a missing column."""
+    """Return the error for a missing column.
+
+    Args:
+        column: the name of the missing column.
+        present: the names of the columns of the file.
+        where: the position, for the message.
+    """
     names = list(map(str, present))
-    apart = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    fix = f"separate the cells by commas, not by {apart!r}" if apart else "set `columns` to one of them"
-    return JasperError(f"{where}: no column {column!r} (there are: {', '.join(names) or 'none'}). Fix: {fix}")
+    separator = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    fix = f"separate the cells by commas, not by {separator!r}" if separator else "set `columns` to one of these"
+    return JasperError(f"{where}: no column {column!r} (got columns: {', '.join(names) or 'none'}). Fix: {fix}")
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn errors about a file's content into one that names the file."""
+    """Convert errors about the content of a file to a JasperError with the name of the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise JasperError(
-            f"{file}: cannot be read to its end ({reason}). Fix: replace it by a complete, readable file"
+            f"{file}: cannot be read completely ({reason}). Fix: replace it with a complete, readable file"
         ) from error
 
 
@@ -133,27 +143,27 @@ def _lines(file: Path, newline: str | None) -> Iterator[tuple[int, str]]:
     with reading(file), _open(file) as stream:
         start = stream.peek(8)
         if suffix := next((suffix for mark, suffix in STARTS.items() if start.startswith(mark)), None):
-            raise JasperError(f"{file}: its content is that of a {suffix} file. Fix: add {suffix} to its name")
+            raise JasperError(f"{file}: the content is that of a {suffix} file. Fix: add {suffix} to the file name")
         text = io.TextIOWrapper(stream, _encoding(start), errors="surrogateescape", newline=newline)
         for number, line in enumerate(text, 1):
             yield number, _checked(line, file, number)
 
 
 def _checked(line: str, file: Path, number: int) -> str:
-    """A line without the byte order mark that files joined together have inside them.
+    """Return a line without leading byte order marks. Concatenated files have such marks inside them.
 
     Raises:
-        JasperError: a byte of it is not text.
+        JasperError: the line has a byte that is not text.
     """
     if "\0" in line:
-        at = line.index("\0") + 1
+        position = line.index("\0") + 1
         raise JasperError(
-            f"{file}, line {number}, character {at}: NUL, which no text has. Fix: save the file as UTF-8 text"
+            f"{file}, line {number}, character {position}: NUL is not a text character. Fix: save the file as UTF-8"
         )
     try:
         line.encode()
     except UnicodeEncodeError as error:
-        byte = ord(line[error.start]) - 0xDC00  # as surrogateescape decodes it
+        byte = ord(line[error.start]) - 0xDC00  # surrogateescape decodes a byte b to 0xDC00 + b
         raise JasperError(
             f"{file}, line {number}, character {error.start + 1}: byte 0x{byte:02x} is not UTF-8. Fix: save the file "
             "as UTF-8, e.g. with `iconv -f WINDOWS-1252 -t UTF-8`"
@@ -172,30 +182,34 @@ def _jsonl(file: Path) -> Iterator[Row]:
             raise JasperError(f"{where}: not JSON ({error}). Fix: write one JSON object per line") from None
         if not isinstance(row, dict):
             raise JasperError(
-                f"{where}: not a JSON object (got {type(row).__name__}). Fix: write an object with named columns"
+                f"{where}: not a JSON object (got {type(row).__name__}). Fix: write one object per line, with a field "
+                "per column"
             )
         yield where, row
 
 
-Cells = Iterator[tuple[int, list[str]]]  # the line on which a row begins, and its cells
+Cells = Iterator[tuple[int, list[str]]]  # first line of a row, and its cells
 
 
 def _csv(file: Path, delimiter: str = ",") -> Cells:
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader((line for _, line in _lines(file, newline="")), delimiter=delimiter, strict=True)
-    begin = 1
+    first_line = 1
     try:
         for row in rows:
-            yield begin, row
-            begin = rows.line_num + 1
+            yield first_line, row
+            first_line = rows.line_num + 1
     except csv.Error as error:
-        raise JasperError(f"{file}, line {begin}: not a table ({error}). Fix: close and double its quotes") from None
+        raise JasperError(
+            f"{file}, line {first_line}: not a table row ({error}). Fix: close quoted cells and double quotes in them"
+        ) from None
 
 
 def _tsv(file: Path) -> Cells:
-    """Rows of a tab-separated table: quotes are text, except in tables that quote their header.
+    """Yield the rows of a tab-separated table.
 
-    A cell that CSV must have written, with every quote in it doubled, is unquoted as well.
+    If the header is quoted, the table is read like CSV. Otherwise quotes are text, except in a cell that a CSV writer
+    must have quoted: it is in quotes and all quotes in it are doubled.
     """
     lines = read_lines(file)
     number, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))
@@ -214,19 +228,21 @@ def _unquoted(cell: str) -> str:
 
 
 def _table(file: Path, rows: Cells, columns: Sequence[str]) -> Iterator[Row]:
-    full = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
-    number, header = next(full, (1, []))
+    filled = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
+    number, header = next(filled, (1, []))
     names = [name.strip() for name in header]
     for column in columns:
         if column not in names:
             raise no_column(column, names, f"{file}, line {number}")
-    if twice := sorted({name for name in names if name and names.count(name) > 1}):
-        raise JasperError(f"{file}, line {number}: column {twice[0]!r} appears twice. Fix: give each column one name")
-    for number, row in full:
+    if duplicates := sorted({name for name in names if name and names.count(name) > 1}):
+        raise JasperError(
+            f"{file}, line {number}: column {duplicates[0]!r} appears twice. Fix: give each column a different name"
+        )
+    for number, row in filled:
         if len(row) != len(names):
             raise JasperError(
                 f"{file}, line {number}: wrong number of cells (got {len(row)}, expected {len(names)}: "
-                f"{', '.join(names)}). Fix: quote cells with separators or line breaks in them, and save as .csv"
+                f"{', '.join(names)}). Fix: quote cells that contain separators or line breaks, and save as .csv"
             )
         yield f"{file}, line {number}", dict(zip(names, row, strict=True))
 
@@ -242,26 +258,29 @@ def _parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
                 if column not in names:
                     raise no_column(column, names, str(file))
                 if names.count(column) > 1:
-                    raise JasperError(f"{file}: {names.count(column)} columns are named {column!r}. Fix: rename them")
+                    raise JasperError(
+                        f"{file}: {names.count(column)} columns have the name {column!r}. Fix: give each column a "
+                        "different name"
+                    )
             number = 0
             for batch in parquet.iter_batches(1024, columns=columns):
                 for cells in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", cells
     except pa.ArrowException as error:
-        raise JasperError(f"{file}: not a readable parquet file ({error}). Fix: write it again") from error
+        raise JasperError(f"{file}: not a readable parquet file ({error}). Fix: write the file again") from error
 
 
 def check_text(text: str, where: str) -> str:
-    """Return a text that can be stored.
+    """Return the text if it can be stored as UTF-8.
 
     Args:
-        text: the text.
-        where: its place, for the error.
+        text: the text to check.
+        where: the position of the text, for the error message.
 
     Raises:
-        JasperError: it has a lone surrogate.
+        JasperError: the text has a lone surrogate.
     """
     if problem := lone_surrogate(text):
-        raise JasperError(f"{where} {problem}. Fix: remove it or write the whole character")
+        raise JasperError(f"{where} {problem}. Fix: remove it or write the complete character")
     return text

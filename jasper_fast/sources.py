@@ -1,6 +1,6 @@
-"""Read training texts: files, folders, `datasets` names, and the docstrings of installed packages.
+"""Read training texts from files, folders, hub datasets, the docstrings of installed packages, and glyph names.
 
-Every row is checked as it is read; an error names the file and the row.
+Every row is checked when it is read. Errors give the file and the row.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jasper_fast.row_reader import KNOWN, SUFFIXES, Row, check_text, no_column, 
 
 DOCSTRINGS = "docstrings"
 BUILT_IN = (DOCSTRINGS, GLYPHS)
-STREAM_BUFFER = 10_000  # rows among which a hub stream is shuffled before a limit is taken
-NAMED = 5  # files left out of a folder that are named
-# Text files in a folder of data that are no data themselves.
+STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit
+NAMED = 5  # maximum number of skipped files to list by name
+# Text files about the data in a folder. They are not data themselves.
 NOTES = re.compile(
     r"(?:read[-_ ]?me|licen[cs]es?)(?![a-z]).*"
     r"|(?:copying|copyright|notice|changelog|contributing|citation|requirements|cmakelists)(?:\.md|\.rst)?\.txt.*"
@@ -35,13 +35,16 @@ NOTES = re.compile(
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
-    """Yield the chosen columns of each row, in file order, all of them text.
+    """Yield the selected columns of each row, in file order.
 
-    Where the only column holds a list of texts, each of them is a row of its own.
-    Docstrings give (summary, body). Text files give one text per line; blank lines are left out.
+    If a single column is selected and holds a list of texts, each item becomes a row. Docstrings give (summary, body).
+    A text file gives one text per line, without blank lines.
+
+    Yields:
+        One string per column.
 
     Raises:
-        JasperError: nothing there, unreadable, an unknown column, or a cell that is null or not text (with its row).
+        JasperError: the source is missing, empty or unreadable, a column is missing, or a cell is null or not text.
     """
     if source.path == DOCSTRINGS:
         from jasper_fast.docstrings import split_docstrings
@@ -58,14 +61,14 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
             empty = False
             yield row
     if empty:
-        raise JasperError(f"{source.path}: no rows in it. Fix: give a source with at least one text")
+        raise JasperError(f"{source.path}: the source has no rows. Fix: give a source with at least one text")
 
 
 def try_source(source: SourceConfig) -> None:
-    """Read the first row of each file, or of the stream, to find what is wrong with all rows before any are read.
+    """Read the first row of each file, or of the stream, to find errors that affect all rows.
 
     Raises:
-        JasperError: as `read_source`, of these rows.
+        JasperError: one of these rows cannot be read, as in `read_source`.
     """
     if source.path in BUILT_IN:
         return
@@ -76,18 +79,28 @@ def try_source(source: SourceConfig) -> None:
 
 
 def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """Yield each row with the positions of its columns that the source's ``limit`` keeps, drawn by the seed.
+    """Draw at most ``limit`` texts from a source, at random.
 
-    Without a limit all are kept. A hub stream is shuffled in a buffer and cut off, since its length is unknown;
-    everything else is read twice, so that each text is equally likely.
+    A local source is read twice, so that each text is equally likely. A hub stream has an unknown length, so it is
+    shuffled in a buffer and cut off at the limit. Without a limit, all texts are drawn in file order.
+
+    Args:
+        source: the source. With ``join``, a row is one text. Otherwise each of its columns is one.
+        seed: the seed of the draw.
+
+    Yields:
+        The cells of a row, and the positions of the drawn columns.
+
+    Raises:
+        JasperError: the source cannot be read, as in `read_source`.
     """
     width = 1 if source.join else None
     if source.limit is None or not is_local(source):
-        left = source.limit
-        for row in _shuffled_stream(source, seed) if left is not None else read_source(source):
-            kept = list(range(width or len(row)))[:left]
-            yield row, kept
-            if left is not None and (left := left - len(kept)) == 0:
+        remaining = source.limit
+        for row in _shuffled_stream(source, seed) if remaining is not None else read_source(source):
+            drawn = list(range(width or len(row)))[:remaining]
+            yield row, drawn
+            if remaining is not None and (remaining := remaining - len(drawn)) == 0:
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
@@ -98,14 +111,14 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
     position = 0
     for row in read_source(source):
         count = width or len(row)
-        kept = np.flatnonzero(chosen[position : position + count]).tolist()
+        drawn = np.flatnonzero(chosen[position : position + count]).tolist()
         position += count
-        if kept:
-            yield row, kept
+        if drawn:
+            yield row, drawn
 
 
 def is_local(source: SourceConfig) -> bool:
-    """Tell whether a source is read from this machine; otherwise its path is a `datasets` name."""
+    """Return whether a source is read from this machine. Otherwise its path is the name of a hub dataset."""
     path = user_path(source.path)
     return (
         source.path in BUILT_IN
@@ -116,32 +129,32 @@ def is_local(source: SourceConfig) -> bool:
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """List the files of a local source in natural order; none for docstrings and hub names.
+    """List the files of a local source in natural order. Return an empty list for built-in and hub sources.
 
-    Links to folders are followed. Hidden files, and texts about data such as README.txt, are left out of folders.
+    Links to folders are followed. In a folder, hidden files and notes about the data, such as README.txt, are skipped.
 
     Raises:
-        JasperError: there is no such path, no file of a known kind, or a link in the folder is broken.
+        JasperError: the path is missing, it has no file of a supported format, or a link in the folder is broken.
     """
     if source.path in BUILT_IN or not is_local(source):
         return []
     path = user_path(source.path)
     if os.path.isdir(path):
-        found = [file for file in listed_files(path, SUFFIXES) if not _is_note(file)]
+        files = [file for file in listed_files(path, SUFFIXES) if not _is_note(file)]
     elif not os.path.exists(path):
         raise JasperError(f"{source.path}: no such file or folder. Fix: correct the path in data.sources")
     else:
-        found = [path] if path.name.lower().endswith(SUFFIXES) else []
-    if not found:
-        raise JasperError(f"{source.path}: no file of a known kind here. Fix: give one of {KNOWN}")
-    return found
+        files = [path] if path.name.lower().endswith(SUFFIXES) else []
+    if not files:
+        raise JasperError(f"{source.path}: no file of a supported format. Fix: give one of {KNOWN}")
+    return files
 
 
 def say_ignored(source: SourceConfig) -> None:
-    """Print which files in a source's folder are not read: those of other kinds, and texts about data.
+    """Print the files in a source's folder that are skipped: other formats, and notes about the data.
 
     Raises:
-        JasperError: as `source_files`.
+        JasperError: the files cannot be listed, as in `source_files`.
     """
     read, path = set(source_files(source)), user_path(source.path)
     if not read or not os.path.isdir(path):
@@ -149,11 +162,15 @@ def say_ignored(source: SourceConfig) -> None:
     ignored = [file.relative_to(path).as_posix() for file in all_files(path) if file not in read]
     if ignored:
         rest = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
-        print(f"{source.path}: left out {', '.join(ignored[:NAMED])}{rest}: not data of a known kind", flush=True)
+        print(f"{source.path}: skipped {', '.join(ignored[:NAMED])}{rest} (not data of a supported format)", flush=True)
 
 
 def source_stamp(source: SourceConfig) -> list[Any]:
-    """Return what changes when a source's content does: file sizes and times, or the digest of the docstrings."""
+    """Return a JSON-serializable value that changes with the content of a source.
+
+    For files it holds their names, sizes in bytes and modification times in nanoseconds. For built-in sources it holds
+    a digest of the texts.
+    """
     if source.path in BUILT_IN:
         whole = hashlib.sha256()
         for pair in read_source(source):
@@ -168,7 +185,7 @@ def _is_note(file: Path) -> bool:
 
 
 def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[tuple[str, ...]]:
-    """Yield the chosen cells of a row; each item of a list in the only chosen column is a row."""
+    """Yield the selected cells of a row. Each item of a list in a single selected column becomes a row."""
     column = source.columns[0]
     if len(source.columns) == 1 and isinstance(values := cells.get(column), list):
         for number, value in enumerate(values, 1):
@@ -183,8 +200,8 @@ def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return check_text(value, where)
-    given = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
-    raise JasperError(f"{where} {given}. Fix: remove or correct the row, or choose other `columns`")
+    problem = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
+    raise JasperError(f"{where} {problem}. Fix: remove or correct the row, or select other `columns`")
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:
@@ -195,7 +212,7 @@ def _read_hub(source: SourceConfig) -> Iterator[Row]:
 def _shuffled_stream(source: SourceConfig, seed: int) -> Iterator[tuple[str, ...]]:
     stream = _stream(source).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
     for number, cells in numbered(source, stream):
-        where = f"{source.path} ({source.split}), row {number} of its shuffled stream"
+        where = f"{source.path} ({source.split}), row {number} of the shuffled stream"
         yield from _texts(source, cells, where)
 
 
@@ -207,16 +224,24 @@ def _stream(source: SourceConfig) -> Any:
         return load_dataset(source.path, source.config, split=source.split, streaming=True, revision=source.revision)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise JasperError(
-            f"{source.path}: neither a file or folder here nor a dataset that can be loaded by name "
-            f"(config {source.config}, split {source.split!r}): {_first_line(error)}"
+            f"{source.path}: not a local file or folder, and loading it as a hub dataset failed (config "
+            f"{source.config}, split {source.split!r}: {_first_line(error)}). Fix: correct the path in data.sources"
         ) from error
 
 
 def numbered(
     source: SourceConfig | ImageSourceConfig, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a stream, counted from 1; the network may break at any of them."""
-    from huggingface_hub.errors import HTTPError  # of the library that the hub's client uses: not always an OSError
+    """Yield the rows of a stream, numbered from 1.
+
+    Args:
+        source: the source of the stream, for error messages.
+        stream: the rows, each with its cells by column.
+
+    Raises:
+        JasperError: reading failed, for example because the network connection was lost.
+    """
+    from huggingface_hub.errors import HTTPError  # from the hub client's HTTP library; not always an OSError
 
     number = 0
     try:
@@ -224,8 +249,8 @@ def numbered(
             yield number, cells
     except (OSError, ValueError, EOFError, zlib.error, HTTPError) as error:
         raise JasperError(
-            f"{source.path} ({source.split}): reading it broke off after {number} rows ({_first_line(error)}). If it "
-            "was the network, type the same command again: this source is read anew, all other work is kept"
+            f"{source.path} ({source.split}): reading failed after {number} rows ({_first_line(error)}). Fix: check "
+            "the network connection and run the same command again; only this source is read from its start"
         ) from error
 
 

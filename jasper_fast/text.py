@@ -1,11 +1,11 @@
-"""Rules about single texts: when two count as the same, and which cannot be stored."""
+"""Normalization and validation of single texts."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# Code points that show nothing (Unicode's Default_Ignorable_Code_Point): soft hyphens, zero-width spaces and joiners,
+# Invisible code points (Unicode's Default_Ignorable_Code_Point): soft hyphens, zero-width spaces and joiners,
 # byte order marks, variation selectors.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
@@ -14,21 +14,23 @@ _INVISIBLE = re.compile(
 
 
 def normal_form(text: str) -> str:
-    """Reduce a text to what decides that it equals another one.
+    """Normalize a text for comparison with others.
 
-    Case, white space, invisible characters and compatibility forms (full-width letters, ligatures, composed or
-    decomposed accents) do not count. Evaluation texts are kept out of training by this form.
+    Texts with the same normal form count as equal. The form ignores case, invisible characters, the amount of white
+    space, and Unicode compatibility forms (full-width letters, ligatures, composed or decomposed accents). Training
+    excludes evaluation texts by this form.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
-        text = unicodedata.normalize("NFKC", text)  # casefold decomposes some letters
+        text = unicodedata.normalize("NFKC", text)  # casefold() decomposes some letters
     return " ".join(text.split()).casefold()
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Describe the first lone surrogate of a text, which no file can store, or return None.
+    r"""Describe the first lone surrogate of a text. Return None if the text has none.
 
-    JSON escapes such as "\\ud83d" and command lines that are not UTF-8 bring them in.
+    No UTF-8 file can store a lone surrogate. It comes from a JSON escape such as "\ud83d" or from a command line
+    in another encoding.
     """
     try:
         text.encode()

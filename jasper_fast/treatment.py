@@ -1,8 +1,9 @@
-"""The paper's treatment of documents (arXiv 2412.19048): some cut into pieces of sentences, a few with shuffled words.
+"""Augmentation of training texts.
 
-And one of ours: variants of a text with words exchanged.
+Two methods come from the paper (arXiv 2412.19048): cut documents into pieces of sentences, and shuffle the words of a
+few texts. The third is our own: variants of a text with some words exchanged.
 
-All draws come from the seed and the text itself, so a text is treated alike wherever it stands and in whatever order.
+Random draws depend only on the seed and the text, never on the position of the text in the data.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ import random
 import re
 from collections.abc import Iterable
 
-EXCHANGED = 0.3  # share of the words of a variant that are drawn anew, where other words are known to fit
+EXCHANGED = 0.3  # fraction of a variant's words that are replaced, if a replacement is available
 
-# A sentence ends at . ! ? … (and closing quotes or brackets) before white space and something that can begin a
-# sentence, at the full-width marks of Chinese and Japanese, and at a blank line.
+# A sentence ends at one of three places:
+# - at . ! ? … with closing quotes or brackets, if white space and a possible start of a sentence follow
+# - at a full-width mark of Chinese or Japanese
+# - at a blank line
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]*[^\W_a-z])|[。！？]+[」』”’]*|\n[ \t]*\n", re.UNICODE)
-_ABBREVIATION = re.compile(  # a full stop after these, or after a single capital, rarely ends a sentence
+_ABBREVIATION = re.compile(  # a full stop after one of these, or after a single capital, rarely ends a sentence
     r"(?:^|[\s(\[\"'])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|cf|al|Fig|Figs|Eq|Eqs|Sec|Ref|No|Nos|Vol|pp|e\.g|i\.e|etc|approx|Gen|Col|Lt)\.$"
 )
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
-    """The sentences of a text as (start, end) positions; together they cover all of it but white space."""
+    """Split a text into sentences.
+
+    Returns:
+        One (start, end) pair of character positions per sentence, in order. The spans cover all of the text except
+        white space.
+    """
     spans = []
     start = 0
     for match in _END.finditer(text):
@@ -39,24 +47,30 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def treat(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle_share: float) -> list[str]:
-    """A document's training texts: itself, or its pieces; some of them with shuffled words.
+    """Cut a document into pieces and shuffle words, each with a given probability.
 
     Args:
-        text: one document.
-        seed: the run's seed.
-        cut_share: share of documents that are cut.
-        span: fewest and most sentences in a piece.
-        shuffle_share: share of the resulting texts whose words are shuffled.
+        text: the document.
+        seed: the seed of all draws.
+        cut_share: the fraction of documents to cut, from 0 to 1.
+        span: the minimum and maximum number of sentences per piece, both inclusive.
+        shuffle_share: the fraction of the resulting texts whose words are shuffled, from 0 to 1.
+
+    Returns:
+        The whole document, or its pieces in order.
     """
     pieces = _cut(text, span, _random(seed, "lengths", text)) if _share(seed, "cut", text) < cut_share else [text]
     return [_shuffle_words(p, seed) if _share(seed, "shuffle", p) < shuffle_share else p for p in pieces]
 
 
 class Exchanges:
-    """Which words stand between the same two words in a set of texts, to make new texts of old ones.
+    """Generator of text variants: it replaces a word by another one seen between the same two neighbours.
 
-    A teacher labels whatever it is given, so a few thousand texts of the kind that matters can be made many:
+    The teacher can label any text, so variants multiply a few thousand texts of the target domain. For example,
     "A man is playing a guitar" and "A dog is eating a bone" also give "A dog is playing a bone".
+
+    Args:
+        texts: the texts to learn words and their neighbours from.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -67,7 +81,13 @@ class Exchanges:
                 self.between.setdefault((before.casefold(), after.casefold()), []).append(word)
 
     def variant(self, text: str, number: int, seed: int) -> str:
-        """The text with some words exchanged, drawn by seed, number and the text itself; at best itself again."""
+        """Return a variant of a text. The result equals the text if no word has a replacement.
+
+        Args:
+            text: the original text.
+            number: the index of the variant. Each index gives another draw.
+            seed: the seed of all draws.
+        """
         generator = _random(seed, f"variant {number}", text)
         words = text.split()
         for i in range(len(words)):
@@ -79,12 +99,12 @@ class Exchanges:
 
 
 def _cut(text: str, span: tuple[int, int], generator: random.Random) -> list[str]:
-    found = sentences(text)
+    spans = sentences(text)
     pieces = []
     first = 0
-    while first < len(found):
-        last = min(first + generator.randint(*span), len(found))
-        pieces.append(text[found[first][0] : found[last - 1][1]].strip())
+    while first < len(spans):
+        last = min(first + generator.randint(*span), len(spans))
+        pieces.append(text[spans[first][0] : spans[last - 1][1]].strip())
         first = last
     return pieces
 

@@ -1,4 +1,4 @@
-"""Read WebDataset tars: the files of a sample share a name up to the first dot."""
+"""Read WebDataset tars, in which the files of a sample have the same name up to the first dot."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from jasper_fast.listing import is_hidden
 from jasper_fast.row_reader import decode
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-TEXT_FILES = ("txt", "caption")  # of a sample; its .json is asked for the caption columns
+TEXT_FILES = ("txt", "caption")  # suffixes of caption files; a .json file can contain caption columns too
 
 
 @dataclass
 class _Sample:
-    """Files of a WebDataset tar that share a name up to its first dot."""
+    """Files of a WebDataset tar with the same name up to the first dot."""
 
-    key: tuple[str, str]  # folder, name
-    where: str
-    picture: bytes | None = None
-    plain: bool = False  # whether it is called x.png, not x.mask.png
+    key: tuple[str, str]  # folder and name
+    where: str  # position, for messages
+    image: bytes | None = None  # content of the image file
+    plain: bool = False  # whether the image is called x.png, not x.mask.png
     captions: list[str] = field(default_factory=list)
-    problem: str = ""
-    kinds: set[str] = field(default_factory=set)
+    problem: str = ""  # why the sample cannot be used
+    kinds: set[str] = field(default_factory=set)  # the suffixes seen so far
 
     def wants(self, kind: str) -> bool:
-        """Tell whether a file of the sample is read, by what follows the first dot of its name.
+        """Return whether to read a file, given the part of its name after the first dot.
 
-        A picture called x.png goes before x.mask.png, and else the first one counts.
+        An image called x.png takes precedence over x.mask.png. Otherwise the first image counts.
         """
         if f".{kind}".endswith(PICTURES):
-            return self.picture is None or (not self.plain and f".{kind}" in PICTURES)
+            return self.image is None or (not self.plain and f".{kind}" in PICTURES)
         return kind in (*TEXT_FILES, "json")
 
     def add(self, kind: str, content: bytes, where: str, source: ImageSourceConfig) -> None:
-        """Take a file that is wanted.
+        """Add a file to the sample.
 
         Raises:
-            BadImage: its captions cannot be read.
+            BadImage: the captions in the file cannot be read.
         """
         if f".{kind}".endswith(PICTURES):
-            self.picture, self.plain, self.where = content, f".{kind}" in PICTURES, where
+            self.image, self.plain, self.where = content, f".{kind}" in PICTURES, where
         elif kind in TEXT_FILES:
             caption = " ".join(_decoded(kind, content).split())
             self.captions += [caption] if caption else []
@@ -61,10 +61,10 @@ class _Sample:
                 self.captions += captions_of(row, source, where)
 
     def take(self, kind: str, read: Callable[[], bytes], where: str, source: ImageSourceConfig) -> None:
-        """Take a file, or note why the sample cannot be used."""
+        """Add a file if it is needed. Record the problem if it makes the sample unusable."""
         try:
             if kind in self.kinds:
-                raise BadImage(f"its .{kind} is in the archive twice")
+                raise BadImage(f"its .{kind} file appears twice in the archive")
             self.kinds.add(kind)
             if self.wants(kind):
                 self.add(kind, read(), where, source)
@@ -72,11 +72,11 @@ class _Sample:
             self.problem = self.problem or str(bad)
 
     def item(self) -> Iterator[Item]:
-        """Yield the image with its captions, or the problem; nothing where there is neither image nor caption."""
-        if self.problem or (self.picture is None and self.captions):
-            yield self.where, self.problem or "has a caption and no picture", []
-        elif self.picture is not None:
-            yield self.where, self.picture, list(dict.fromkeys(self.captions))
+        """Yield the image with its captions, or the problem. Yield nothing without an image and captions."""
+        if self.problem or (self.image is None and self.captions):
+            yield self.where, self.problem or "has a caption but no image", []
+        elif self.image is not None:
+            yield self.where, self.image, list(dict.fromkeys(self.captions))
 
 
 def _decoded(kind: str, content: bytes) -> str:
@@ -87,13 +87,22 @@ def _decoded(kind: str, content: bytes) -> str:
 
 
 def read_tar(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
-    """Yield the images of a tar with their captions, reading it once from front to back.
+    """Yield the images of a tar with their captions, in one sequential pass.
+
+    Args:
+        path: the tar, with one of the suffixes ``TARS``.
+        source: the source, with the names of the caption columns in .json files.
 
     Raises:
-        JasperError: the tar is cut short, or a sample's .json has none of the caption columns.
+        JasperError: the tar is truncated.
+        OSError: the tar cannot be read. `tarfile.TarError`, `EOFError`, `zlib.error` and `lzma.LZMAError` are raised
+            for damaged content.
     """
     if path.suffix.lower() == ".tar" and path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile ignores a cut header
-        raise JasperError(f"{path}: cut short; a tar is a whole number of blocks of {tarfile.BLOCKSIZE} bytes")
+        raise JasperError(
+            f"{path}: truncated (got {path.stat().st_size} bytes, expected a multiple of {tarfile.BLOCKSIZE}). Fix: "
+            "copy or download it again"
+        )
     sample = _Sample(("", ""), "")
     with tarfile.open(path, "r|*") as tar:
         for member in tar:

@@ -1,4 +1,4 @@
-"""Folders, zips and tars of images from other systems: ghosts, odd names, members twice, captions in any encoding."""
+"""Folders, zips and tars of images from other systems: system files, unusual names, duplicates, encodings."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_hidden_tars_and_caption_files_in_a_folder_are_ignored(tmp_path: Path) -
 
 
 def without_utf8_mark(path: Path, name: str) -> None:
-    """Write a member whose name is UTF-8 and does not say so, as macOS does."""
+    """Write a member with a UTF-8 name but without the UTF-8 flag, like macOS."""
     placeholder = "x" * len(name.encode())
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(placeholder, png(0))
@@ -142,9 +142,9 @@ NAMES: dict[str, tuple[Callable[[Path, str], None], str, str]] = {
 
 @pytest.mark.parametrize("case", NAMES)
 def test_names_in_zips_are_those_of_the_captions(case: str, tmp_path: Path) -> None:
-    write, stored, said = NAMES[case]
+    write, stored, listed = NAMES[case]
     write(tmp_path / "A.ZIP", stored)
-    rows = caption_rows(tmp_path / "rows.jsonl", [said])
+    rows = caption_rows(tmp_path / "rows.jsonl", [listed])
     assert read(tmp_path / "A.ZIP", captions=rows) == [(png(0), ["image 0"])]
 
 
@@ -155,10 +155,10 @@ def test_members_twice_count_once_or_are_named(tmp_path: Path) -> None:
         for name, data in (("a.png", png(0)), ("a.png", png(0)), ("b.png", png(1)), ("b.png", png(2))):
             archive.writestr(name, data)
     first, second = read(tmp_path / "a.zip", captions=rows)
-    assert first == (png(0), ["image 0"]) and second[0] == "is in the archive twice, with different content"
+    assert first == (png(0), ["image 0"]) and second[0] == "appears twice in the archive, with different content"
     members = [("a.png", png(0)), ("a.png", png(1)), ("a.txt", b"x"), ("b.png", png(2)), ("b.txt", b"y")]
     first, second = read(write_tar(tmp_path / "a.tar", members))
-    assert first == ("its .png is in the archive twice", []) and second == (png(2), ["y"])
+    assert first == ("its .png file appears twice in the archive", []) and second == (png(2), ["y"])
 
 
 CAPTIONS = {
@@ -216,8 +216,8 @@ def test_images_in_linked_folders_are_read_and_searched(tmp_path: Path, capsys: 
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / os.fsdecode(b"in/odd-\xff.png")).write_bytes(png(1))
     assert [file.name for file in picture_files(tmp_path / "in")] == ["2.PNG", "10.PNG"]
-    said = capsys.readouterr().out
-    assert "gone.png: " in said and "No such file" in said and "odd-?.png: its name is not UTF-8" in said
+    output = capsys.readouterr().out
+    assert "gone.png: " in output and "No such file" in output and "odd-?.png: its name is not UTF-8" in output
 
 
 def test_parquet_files_in_linked_folders_are_not_lost(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""BEIR sets are scored as published: absent ids are counted, grades of 0 kept, forms of qrels read, ties as in BEIR."""
+"""BEIR sets are scored as in BEIR: absent ids, grades of 0, qrels formats and ties."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scored(evalset: RetrievalSet, queries: np.ndarray, documents: np.ndarray) ->
 
 
 def beir_scores(qrels: dict[str, dict[str, int]], results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Call pytrec_eval as BEIR's EvaluateRetrieval.evaluate does, without its rounding."""
+    """Call pytrec_eval like BEIR's EvaluateRetrieval.evaluate, without rounding."""
     import pytrec_eval
 
     scores = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"}).evaluate(results)
@@ -55,14 +55,14 @@ def beir_scores(qrels: dict[str, dict[str, int]], results: dict[str, dict[str, f
 
 
 def random_set(seed: int, folder: Path) -> tuple[RetrievalSet, dict, dict, np.ndarray, np.ndarray]:
-    """A set with graded, absent and irrelevant documents, and whole-numbered vectors: scores are equal everywhere."""
+    """Build a set with graded, absent and irrelevant documents, and integer vectors that give many equal scores."""
     random = np.random.default_rng(seed)
     count = int(random.choice([3, 40, 100, 101, 300]))
     names = [f"{'ab'[i % 2]}{i}" for i in random.permutation(count)]
     corpus = [{"_id": name, "text": f"text {name}" if i else ""} for i, name in enumerate(names)]
     queries = [{"_id": f"q{i}", "text": f"question {i}"} for i in range(12)]
     qrels: dict[str, dict[str, int]] = {}
-    for i in range(10):  # the last two have no judgement
+    for i in range(10):  # the last two queries have no judgement
         judged = [*random.choice(names, min(count, 8)), *(f"absent{j}" for j in range(random.integers(0, 4)))]
         highest = 0 if i == 0 else 3
         qrels[f"q{i}"] = {str(name): int(random.integers(-1 if i else 0, highest + 1)) for name in judged}
@@ -82,13 +82,13 @@ def random_set(seed: int, folder: Path) -> tuple[RetrievalSet, dict, dict, np.nd
 @pytest.mark.parametrize("seed", range(20))
 def test_scores_are_those_of_beir_and_mteb(seed: int, tmp_path: Path) -> None:
     evalset, qrels, results, asked, documents = random_set(seed, tmp_path / "set")
-    found = scored(evalset, asked, documents)
-    assert found == pytest.approx(beir_scores(qrels, results), abs=1e-9)
-    theirs = pytest.importorskip("mteb._evaluators.retrieval_metrics").calculate_retrieval_scores(
+    scores = scored(evalset, asked, documents)
+    assert scores == pytest.approx(beir_scores(qrels, results), abs=1e-9)
+    mteb_scores = pytest.importorskip("mteb._evaluators.retrieval_metrics").calculate_retrieval_scores(
         results, qrels, [10, 100]
     )
-    assert found["nDCG@10"] == pytest.approx(theirs.ndcg["NDCG@10"], abs=1e-5)
-    assert found["recall@100"] == pytest.approx(theirs.recall["Recall@100"], abs=1e-5)
+    assert scores["nDCG@10"] == pytest.approx(mteb_scores.ndcg["NDCG@10"], abs=1e-5)
+    assert scores["recall@100"] == pytest.approx(mteb_scores.recall["Recall@100"], abs=1e-5)
 
 
 def test_equal_scores_rank_by_position_in_sets_without_ids() -> None:
@@ -131,17 +131,19 @@ def test_what_a_set_lacks_is_counted_and_scored(case: str, tmp_path: Path) -> No
     assert evalset.remarks() == remarks
     assert remark_lines(describe_sets([evalset])["sets"]) == ([f"set: {remarks}"] if remarks else [])
     documents = np.eye(4, dtype=np.float32)
-    first = [next(iter([d for d in grades if d < 4]), 3) for grades in evalset.relevant]  # each finds its first answer
+    first = [
+        next(iter([d for d in grades if d < 4]), 3) for grades in evalset.relevant
+    ]  # each query retrieves its first relevant document
     assert scored(evalset, documents[first], documents)["nDCG@10"] == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("q0\tX\t1\nq1\tY\t1\n", "its judgements are of other files"),
-        ("X\td0\t1\nY\td1\t1\n", "its judgements are of other files"),
-        ("q0\tX\t1\nX\td1\t1\nq1\td1\t0\n", "no relevant document is there together with its query"),
-        ("d0\tq0\t1\nd1\tq1\t1\n", "its judgements are of other files"),  # columns exchanged
+        ("q0\tX\t1\nq1\tY\t1\n", "the judgements do not match the corpus and the queries"),
+        ("X\td0\t1\nY\td1\t1\n", "the judgements do not match the corpus and the queries"),
+        ("q0\tX\t1\nX\td1\t1\nq1\td1\t0\n", "no relevant pair is in both"),
+        ("d0\tq0\t1\nd1\tq1\t1\n", "the judgements do not match the corpus and the queries"),  # columns swapped
         ("q0\td0\t0\nq1\td1\t-1\n", "no query has a relevant document (a score above 0)"),
         ("", "no query has a relevant document (a score above 0)"),
     ],

@@ -1,4 +1,4 @@
-"""Training texts: reading, bad rows, exclusion, treatment, order, reuse."""
+"""Training texts: reading, malformed rows, exclusion, augmentation, order, caching."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def source(path: Path, **others) -> SourceConfig:
 
 @pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "tsv", "parquet", "folder"])
 def same_rows(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The same rows in every form that has columns."""
+    """Write the same rows in every format that has columns."""
     path = tmp_path / f"rows.{request.param}"
     if request.param == "jsonl":
         return jsonl(path, ROWS)
@@ -100,7 +100,7 @@ def test_text_files_give_a_text_per_line(tmp_path: Path) -> None:
 BAD = {
     "null": (b'{"text": "good"}\n{"text": null}\n', "bad.jsonl", r"bad.jsonl, line 2: column 'text' is null"),
     "number": (b'{"text": 7}\n', "bad.jsonl", r"line 1: column 'text' is not text but int \(7\)"),
-    "column": (b'{"body": "x", "head": "y"}\n', "bad.jsonl", r"line 1: no column 'text' \(there are: body, head\)"),
+    "column": (b'{"body": "x", "head": "y"}\n', "bad.jsonl", r"line 1: no column 'text' \(got columns: body, head\)"),
     "json": (b'{"text": "good"}\n{"text": \n', "bad.jsonl", r"line 2: not JSON"),
     "surrogate": (
         b'{"text": "good"}\n{"text": "half \\ud83d"}\n',
@@ -112,7 +112,7 @@ BAD = {
     "cut": (
         gzip.compress(b'{"text": "good"}\n' * 999)[:-20],
         "bad.jsonl.gz",
-        r"bad.jsonl.gz: cannot be read to its end",
+        r"bad.jsonl.gz: cannot be read completely",
     ),
     "utf8": (b'{"text": "\xff\xfe"}\n', "bad.jsonl", r"bad.jsonl, line 1, character 11: byte 0xff is not UTF-8"),
     "cells": (
@@ -126,8 +126,8 @@ BAD = {
         r"bad.csv, line 3: wrong number of cells \(got 1, expected 2: title, text\)",
     ),
     "parquet": (b"PAR1 but not really", "bad.parquet", r"bad.parquet: not a readable parquet file"),
-    "empty": (b"", "bad.jsonl", r"bad.jsonl: no rows in it"),
-    "blank": (b"\n \n", "bad.txt", r"bad.txt: no rows in it"),
+    "empty": (b"", "bad.jsonl", r"bad.jsonl: the source has no rows"),
+    "blank": (b"\n \n", "bad.txt", r"bad.txt: the source has no rows"),
 }
 
 
@@ -137,7 +137,7 @@ def test_bad_files_are_named_with_their_row(case: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JasperError, match=message):
         build_texts(settings(tmp_path, source(tmp_path / name)), seed=0)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".locks"]  # nothing half-made is left
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".locks"]  # no unfinished folder
 
 
 def test_a_cache_that_is_a_file_is_said(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_bad_parquet_columns_are_named_with_their_row(tmp_path: Path) -> None:
         list(read_source(source(path)))
     with pytest.raises(JasperError, match="row 1: column 'n' is not text but int"):
         list(read_source(source(path, columns=["n"])))
-    with pytest.raises(JasperError, match=r"no column 'body' \(there are: text, n\)"):
+    with pytest.raises(JasperError, match=r"no column 'body' \(got columns: text, n\)"):
         list(read_source(source(path, columns=["text", "body"])))
 
 
@@ -162,7 +162,7 @@ def test_every_file_of_every_source_is_tried_before_one_is_read_whole(tmp_path: 
     other = jsonl(tmp_path / "other.jsonl", [{"body": "x"}])
     for second, message in (
         (source(other), r"other.jsonl, line 1: no column 'text'"),
-        (source(jsonl(tmp_path / "none.jsonl", [])), r"none.jsonl: no rows in it"),
+        (source(jsonl(tmp_path / "none.jsonl", [])), r"none.jsonl: the source has no rows"),
     ):
         with pytest.raises(JasperError, match=message):
             build_texts(settings(tmp_path, first, second), seed=0)
@@ -177,27 +177,27 @@ def test_every_file_of_every_source_is_tried_before_one_is_read_whole(tmp_path: 
 def test_what_is_not_there_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(JasperError, match="no such file or folder"):
         build_texts(settings(tmp_path, source(tmp_path / "absent.jsonl")), seed=0)
-    with pytest.raises(JasperError, match="no file of a known kind here. Fix: give one of .jsonl"):
+    with pytest.raises(JasperError, match="no file of a supported format. Fix: give one of .jsonl"):
         build_texts(settings(tmp_path, source(tmp_path)), seed=0)
-    with pytest.raises(JasperError, match="nobody/no-such-dataset: neither a file or folder here nor a dataset"):
+    with pytest.raises(JasperError, match="nobody/no-such-dataset: not a local file or folder, .* hub dataset failed"):
         build_texts(settings(tmp_path, SourceConfig(path="nobody/no-such-dataset")), seed=0)
 
 
 def test_hub_names_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = {}
+    arguments = {}
 
     def load(path, name, **options):
-        asked.update(options, path=path, name=name)
+        arguments.update(options, path=path, name=name)
         return datasets.IterableDataset.from_generator(lambda: ({"text": f"text {i}"} for i in range(1000)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     config = SourceConfig(path="owner/name", config="en", split="dev", limit=50, revision="abc")
     texts = build_texts(settings(tmp_path, config), seed=0)
-    assert asked == {"path": "owner/name", "name": "en", "split": "dev", "streaming": True, "revision": "abc"}
+    assert arguments == {"path": "owner/name", "name": "en", "split": "dev", "streaming": True, "revision": "abc"}
     assert len(set(texts["text"])) == 50
-    assert max(int(t.split()[1]) for t in texts["text"]) > 100  # drawn, not the first
+    assert max(int(t.split()[1]) for t in texts["text"]) > 100  # drawn at random, not the first 50
 
 
 @pytest.mark.parametrize("limit", [None, 50])
@@ -216,7 +216,7 @@ def test_a_stream_that_breaks_off_names_its_source(
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
     config = SourceConfig(path="owner/name", split="dev", limit=limit)
-    with pytest.raises(JasperError, match=r"owner/name \(dev\): .* broke off after \d+ rows .*type the same command"):
+    with pytest.raises(JasperError, match=r"owner/name \(dev\): reading failed after \d+ rows .*run the same command"):
         build_texts(settings(tmp_path, config), seed=0)
 
 
@@ -241,7 +241,7 @@ def test_limits_draw_by_the_seed(tmp_path: Path) -> None:
         first, other = drawn(0, **{which: 11}), drawn(1, **{which: 11})
         assert len(set(first)) == len(set(other)) == 11
         assert set(first) != set(other)
-    assert drawn(0, of_source=1000) != drawn(1, of_source=1000)  # all of them, in another order
+    assert drawn(0, of_source=1000) != drawn(1, of_source=1000)  # all texts, in another order
     assert sorted(drawn(0, of_source=1000)) == sorted(drawn(1))
 
 
@@ -260,11 +260,11 @@ def test_evaluation_documents_are_dropped_before_they_are_cut(tmp_path: Path) ->
     cut = {"cut_share": 1.0, "cut_sentences": (1, 1)}
     barred = {normal_form(DOCUMENT), normal_form("Kept.")}
     texts = build_texts(settings(tmp_path, source(path), **cut), 0, barred)
-    assert texts["text"][:] == ["And this one too."]  # the piece "Kept." is an evaluation text as well
+    assert texts["text"][:] == ["And this one too."]  # the piece "Kept." is an evaluation text too
     assert len(build_texts(settings(tmp_path, source(path), **cut), 0)) == 6
     joined = settings(tmp_path, source(path, columns=["title", "text"], join=True))
     assert build_texts(joined, 0, {normal_form(DOCUMENT)})["text"][:] == ["U\nKept. And this one too."]
-    with pytest.raises(JasperError, match=r"no training text is left \(2 documents, 2 excluded"):
+    with pytest.raises(JasperError, match=r"no training text is left \(got 2 documents, 2 excluded"):
         build_texts(settings(tmp_path, source(path)), 0, {normal_form(row["text"]) for row in rows})
 
 
@@ -308,8 +308,8 @@ def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_no
                 "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
             }
         )
-        texts, told = prepare_texts(config)
-        return set(texts["text"]), told
+        texts, overlapping = prepare_texts(config)
+        return set(texts["text"]), overlapping
 
     texts = [row["text"] for row in rows]
     assert prepared() == ({*texts[5:7], *texts[8:]}, [])
@@ -318,11 +318,9 @@ def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_no
 
 def test_transductive_is_for_retrieval_sets(tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("score\tsentence1\tsentence2\n0.5\tone\ttwo\n0.1\tthree\tfour\n")
-    with pytest.raises(
-        JasperError, match="`transductive` lets a retrieval set's documents be trained on; this is a set"
-    ):
+    with pytest.raises(JasperError, match=r"`transductive` applies only to retrieval sets \(got kind 'sts'\)"):
         load_evals([EvalConfig(path=str(tmp_path / "pairs.tsv"), transductive=True)])
-    with pytest.raises(JasperError, match="'docstrings': what is kept is never trained on"):
+    with pytest.raises(JasperError, match="'docstrings': held-out docstrings are never used for training"):
         load_evals([EvalConfig(path="docstrings", transductive=True)])
 
 
@@ -346,9 +344,8 @@ def test_a_share_of_documents_is_cut_into_sentences(tmp_path: Path) -> None:
     assert 0.22 < 1 - len(whole) / len(rows) < 0.38
     lengths = Counter(text.count(" ends.") for text in texts if text not in whole)
     assert set(lengths) == set(range(1, 11))
-    assert sum(n * count for n, count in lengths.items()) == 30 * (
-        len(rows) - len(whole)
-    )  # no sentence lost or doubled
+    # no sentence is lost or duplicated
+    assert sum(n * count for n, count in lengths.items()) == 30 * (len(rows) - len(whole))
     queries = build_texts(settings(tmp_path, source(path, role="query"), cut_share=1.0, shuffle_share=1.0), seed=0)
     assert set(queries["text"]) == {row["text"] for row in rows}
 
@@ -465,11 +462,11 @@ def test_order_and_treatment_do_not_depend_on_process_or_source_order(tmp_path: 
         "print(texts_fingerprint(build_texts(DataConfig.model_validate_json(sys.argv[1]), 3)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
-    there = subprocess.run(
+    elsewhere = subprocess.run(
         [sys.executable, "-c", code, config.model_dump_json()],
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert there.stdout.strip() == here
+    assert elsewhere.stdout.strip() == here

@@ -1,4 +1,4 @@
-"""The embedded text: what is found, and that the kept part never reaches training."""
+"""Docstring pairs: extraction, and separation of held-out pairs from training."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_kept_pairs_stay_out_of_training_however_few_are_asked_for() -> None:
     train, pool = docstrings.split_docstrings()
     again, some = docstrings.split_docstrings(100)
     assert some == pool[:100] and again == train
-    kept = {normal_form(text) for pair in pool for text in pair}
-    assert not kept & {normal_form(text) for pair in train for text in pair}
+    held_out = {normal_form(text) for pair in pool for text in pair}
+    assert not held_out & {normal_form(text) for pair in train for text in pair}
     assert 0.08 < len(pool) / (len(pool) + len(train)) < 0.12
 
 
@@ -95,11 +95,11 @@ def test_the_split_does_not_depend_on_what_else_is_installed(monkeypatch: pytest
 
 
 def test_more_than_there_are_is_an_error() -> None:
-    with pytest.raises(JasperError, match="10000000 held-out docstring pairs were asked for"):
+    with pytest.raises(JasperError, match=r"too few held-out pairs .*expected 10000000\)"):
         docstrings.split_docstrings(10_000_000)
 
 
 def tree_pairs(source: str) -> set[tuple[str, str]]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
-    return {pair for text in found if text and (pair := docstrings._split(text))}
+    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return {pair for text in texts if text and (pair := docstrings._split(text))}

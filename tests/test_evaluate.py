@@ -42,11 +42,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def write_beir(folder: Path, texts: list[str], queries: int = 6, suffix: str = "") -> Path:
-    """Document i is texts[i]; query i is the first half of it and has it as its one answer."""
+    """Write a BEIR folder. Query i is the first half of document i, its only relevant document."""
     rows = [{"_id": f"d{i}", "title": f"title {i}", "text": text} for i, text in enumerate(texts)]
     write_jsonl(folder / f"corpus.jsonl{suffix}", rows)
     asked = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[: queries + 1])]
-    write_jsonl(folder / f"queries.jsonl{suffix}", asked)  # the last one has no judgement
+    write_jsonl(folder / f"queries.jsonl{suffix}", asked)  # the last query has no judgement
     (folder / "qrels").mkdir(exist_ok=True)
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(queries))]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
@@ -99,13 +99,13 @@ def test_beir_folder_is_read(tmp_path: Path, tiny_texts: list[str], suffix: str)
 
 
 def test_a_querys_own_document_is_no_answer(tmp_path: Path, tiny_texts: list[str]) -> None:
-    """As in ArguAna: arguments ask for their counter-arguments, and stand in the corpus themselves."""
+    """Queries can be documents of the corpus, as the arguments of ArguAna are."""
     folder = tmp_path / "arguments"
     corpus = [{"_id": f"a{i}", "title": "", "text": text} for i, text in enumerate(tiny_texts[:8])]
     corpus[3]["title"] = "Titled"
     write_jsonl(folder / "corpus.jsonl", corpus)
     queries = [{"_id": f"a{i}", "text": tiny_texts[i]} for i in range(6)]
-    queries[3]["text"] = f"titled  {tiny_texts[3]}"  # asks with its title
+    queries[3]["text"] = f"titled  {tiny_texts[3]}"  # the query contains the title
     queries[4]["text"] = "another text under the same id"
     write_jsonl(folder / "queries.jsonl", queries)
     (folder / "qrels").mkdir()
@@ -113,13 +113,13 @@ def test_a_querys_own_document_is_no_answer(tmp_path: Path, tiny_texts: list[str
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(judged) + "\n")
     evalset = load_eval(EvalConfig(path=str(folder)))
     assert isinstance(evalset, RetrievalSet)
-    assert evalset.itself == [0, -1, 2, 3, -1]  # a1 is judged right, a4 only has the number of another text
+    assert evalset.itself == [0, -1, 2, 3, -1]  # a1 is judged relevant; a4 has the id of a document but another text
     documents = np.eye(8, 16, dtype=np.float32)
-    asked = normalise(documents[:5] + 0.9 * documents[7])  # nearest: themselves; next: what they ask for
+    asked = normalise(documents[:5] + 0.9 * documents[7])  # nearest: the query's own document; next: the relevant one
     asked[1] = documents[1]
     scores = metrics.score_vectors(evalset, {"queries": asked, "documents": documents})
     assert scores["recall@100"] == 1.0
-    fourth = 1 / np.log2(3)  # behind the document that only shares its number
+    fourth = 1 / np.log2(3)  # ranked after the document that only shares the id
     assert scores["nDCG@10"] == pytest.approx((4 + fourth) / 5)
 
 
@@ -149,12 +149,12 @@ def test_qrels_file_chooses_another_split(tmp_path: Path, tiny_texts: list[str])
         ("qrels/test.tsv", 4, "q2\td2\t0.5", "not a grade (got '0.5', expected a whole number"),
         ("qrels/test.tsv", 4, "q2\td2\tnan", "not a grade (got 'nan', expected a whole number"),
         ("qrels/test.tsv", 4, "q2\td2\t99999999999", "expected a whole number up to 1,000,000"),
-        ("qrels/test.tsv", 4, "q2 d2 1", "not a judgement (got 'q2 d2 1', expected tabs between"),
+        ("qrels/test.tsv", 4, "q2 d2 1", "not a judgement (got 'q2 d2 1', expected 3 cells separated by tabs"),
         ("qrels/test.tsv", 4, "q2\td2", "not a judgement"),
-        ("corpus.jsonl", 5, '{"_id": "d4", "title": "x", "text": null}', "`text` must be text, got None"),
+        ("corpus.jsonl", 5, '{"_id": "d4", "title": "x", "text": null}', "`text` is not text (got None)"),
         ("corpus.jsonl", 5, '{"_id": "d0", "text": "again"}', "'d0' appears twice"),
-        ("corpus.jsonl", 5, '{"text": "nameless"}', "`_id` must be text, got None"),
-        ("queries.jsonl", 2, '{"_id": "q1", "text": 7}', "`text` must be text, got 7"),
+        ("corpus.jsonl", 5, '{"text": "nameless"}', "`_id` is not text or a whole number (got None)"),
+        ("queries.jsonl", 2, '{"_id": "q1", "text": 7}', "`text` is not text (got 7)"),
         ("queries.jsonl", 2, '{"_id": "q1", "te', "not JSON"),
         ("queries.jsonl", 2, '["q1"]', "not a JSON object (got list)"),
     ],
@@ -180,12 +180,12 @@ def test_unusable_folders_are_refused(tmp_path: Path, tiny_texts: list[str]) -> 
 
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    assert "holds none of corpus.jsonl" in refusal(tmp_path / "bare")
+    assert "no evaluation files in this folder (expected corpus.jsonl" in refusal(tmp_path / "bare")
     (tmp_path / "notes.txt").write_text("x")
-    assert "expected a folder or a .tsv file" in refusal(tmp_path / "notes.txt")
+    assert "got .txt, expected a folder or a .tsv file" in refusal(tmp_path / "notes.txt")
     folder = write_beir(tmp_path / "stories", tiny_texts[:20])
     (folder / "queries.jsonl").unlink()
-    assert "queries.jsonl missing" in refusal(folder)
+    assert "missing queries.jsonl;" in refusal(folder)
     (folder / "queries.jsonl").write_text("\n")
     assert "the file is empty" in refusal(folder)
     write_beir(folder, tiny_texts[:20])
@@ -213,10 +213,10 @@ def test_similarity_file_and_folder(tmp_path: Path, tiny_texts: list[str]) -> No
     [
         ("score\tsentence1\n1\ta\n", "line 1: no column 'sentence2'"),
         ("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\n", "line 3: wrong number of cells (got 2, expected 3"),
-        ("score\tsentence1\tsentence2\nhigh\ta\tb\n", "line 2: the score must be a number, got 'high'"),
-        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "line 2: the score must be a number, got 'nan'"),
-        ("score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "2 pairs without two different scores"),
-        ("", "line 1: no column 'score' (there are: none)"),
+        ("score\tsentence1\tsentence2\nhigh\ta\tb\n", "line 2: not a score (got 'high', expected a finite"),
+        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "line 2: not a score (got 'nan', expected a finite"),
+        ("score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "(got 1 in 2 pairs, expected at least 2)"),
+        ("", "line 1: no column 'score' (got columns: none)"),
     ],
 )
 def test_malformed_similarity_file_is_named(tmp_path: Path, content: str, says: str) -> None:
@@ -235,7 +235,7 @@ def test_classification_folder(tmp_path: Path) -> None:
     assert (evalset.train_labels, evalset.test_texts) == (["0", "1"] * 3, ["s0", "s1", "s2"])
     assert set(evalset.texts()) == {*(f"t{i}" for i in range(6)), "s0", "s1", "s2"}
     write_jsonl(tmp_path / "kinds" / "test.jsonl.gz", [{"text": "s0"}])
-    with pytest.raises(JasperError, match=r"test.jsonl.gz, line 1: `label` must be text or a whole number, got None"):
+    with pytest.raises(JasperError, match=r"test.jsonl.gz, line 1: `label` is not text or a whole number \(got None\)"):
         load_eval(EvalConfig(path=str(tmp_path / "kinds")))
 
 
@@ -260,7 +260,7 @@ def test_docstrings_are_summary_to_body(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_two_sets_of_one_name_are_refused(tmp_path: Path, tiny_texts: list[str]) -> None:
     paths = [str(write_sts(tmp_path / part / "pairs.tsv", tiny_texts[:4])) for part in ("a", "b")]
-    with pytest.raises(JasperError, match="share the name 'pairs'; give each a `name` of its own"):
+    with pytest.raises(JasperError, match="share the name 'pairs'. Fix: give each set a different `name`"):
         load_evals([EvalConfig(path=path) for path in paths])
     assert [s.name for s in load_evals([EvalConfig(path=p, name=p[-11]) for p in paths])] == ["a", "b"]
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind and none: decoding, sources, what is left out, what is held out, and the glyphs."""
+"""Images: decoding, sources, unusable files, held-out images, and the glyphs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def corner(data: bytes) -> tuple[int, ...]:
     return image.getpixel((0, 0))
 
 
-def near(found, expected, within=2) -> bool:
-    return all(abs(a - b) <= within for a, b in zip(found, expected, strict=True))
+def near(actual, expected, within=2) -> bool:
+    return all(abs(a - b) <= within for a, b in zip(actual, expected, strict=True))
 
 
 def test_modes_become_plain_rgb():
@@ -68,7 +68,7 @@ def test_exif_orientation_is_obeyed():
     picture = Image.new("RGB", (4, 2))
     picture.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the left upper corner comes to the right
+    exif[0x0112] = 6  # rotate clockwise: the upper left corner moves to the right
     turned = decode(encoded(picture, exif=exif))
     assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
 
@@ -79,7 +79,7 @@ def test_an_animation_gives_its_first_frame():
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge picture."""
+    """Build a small file whose header claims a huge image."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -96,13 +96,13 @@ def png_claiming(width: int, height: int) -> bytes:
         (b"\0\0\0\x18ftypmp42" + b"\0" * 64, "a video"),
         (b"\x1aE\xdf\xa3" + b"\0" * 64, "a video"),
         (b"<svg xmlns=''/>", "an SVG"),
-        (b"just some words", "not a picture of a format"),
-        (png_claiming(11_000, 10_000), "11000 × 10000 pixels are more than 100,000,000"),
-        (png_claiming(20_000, 20_000), "more than 100,000,000 pixels"),
+        (b"just some words", "not an image in a format"),
+        (png_claiming(11_000, 10_000), "got 11000 × 10000 pixels, expected at most 100,000,000"),
+        (png_claiming(20_000, 20_000), "expected at most 100,000,000 pixels"),
         (png_claiming(2**30, 2**30), "pixels"),
-        (encoded(Image.effect_noise((64, 64), 80).convert("RGB"), "jpeg")[:700], "cut short|truncated"),
-        (encoded(Image.effect_noise((64, 64), 80))[:900], "cut short|broken"),
-        (encoded(plain())[:20], "not a picture|broken"),
+        (encoded(Image.effect_noise((64, 64), 80).convert("RGB"), "jpeg")[:700], "damaged or truncated"),
+        (encoded(Image.effect_noise((64, 64), 80))[:900], "damaged or truncated"),
+        (encoded(plain())[:20], "not an image|damaged"),
     ],
 )
 def test_what_is_no_picture_is_told(data, message):
@@ -130,7 +130,7 @@ def test_every_damaged_byte_is_a_picture_or_an_error_of_ours():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures in a folder, and their rows: two rows for one of them, lists and empty captions for others."""
+    """Write four images to a folder, and caption rows: two rows for one image, a list, and an empty caption."""
     pictures = {f"{name}.png": encoded(plain((50 * i, 0, 0))) for i, name in enumerate("abcd")}
     (tmp_path / "in").mkdir()
     for name, data in pictures.items():
@@ -155,7 +155,7 @@ def test_a_folder_with_its_captions(folder):
     items = found(path=str(place / "in"))
     assert items["a.png"] == (pictures["a.png"], ["first", "first again"])
     assert items["b.png"][1] == ["second", "also second"]
-    assert items["c.png"][1] == [] and items["d.png"][1] == []  # left out later, and told
+    assert items["c.png"][1] == [] and items["d.png"][1] == []  # skipped later, with a message
     assert len(found(path=str(place / "in"), limit=2)) == 2
 
 
@@ -169,16 +169,16 @@ def test_a_zip_beside_its_captions(folder):
             file.write(json.dumps({"file": row["image"], "alt": row["caption"]}) + "\n")
     fields = {"path": str(place / "pictures.zip"), "image_column": "file", "caption_columns": ["alt"]}
     assert found(**fields) == found(path=str(place / "in"))
-    with pytest.raises(JasperError, match="no file name in column 'image'"):
+    with pytest.raises(JasperError, match="no column 'image' with the file name"):
         found(path=str(place / "pictures.zip"))
     with pytest.raises(JasperError, match="no column 'caption'"):
         found(**fields | {"caption_columns": ["caption"]})
     (place / "more.jsonl").write_text("{}")
-    with pytest.raises(JasperError, match="found 2. Fix: name it"):
+    with pytest.raises(JasperError, match=r"got 2 JSONL files, expected 1\). Fix: set `captions`"):
         found(**fields)
     assert found(**fields, captions=str(place / "rows.jsonl.gz"))
     (place / "cut.zip").write_bytes((place / "pictures.zip").read_bytes()[:-30])
-    with pytest.raises(JasperError, match="cannot be read to its end"):
+    with pytest.raises(JasperError, match="cannot be read completely"):
         found(**fields | {"path": str(place / "cut.zip"), "captions": str(place / "rows.jsonl.gz")})
 
 
@@ -208,16 +208,16 @@ def test_webdataset_tars_are_streamed(folder):
         items = found(path=str(write_tar(place / f"shard{ending}", members)))
         assert items == {
             "1.png": (pictures["a.png"], ["one", "uno"]),
-            "2.txt": ("has a caption and no picture", []),
+            "2.txt": ("has a caption but no image", []),
             "3.png": (pictures["b.png"], []),
             "5.png": (items["5.png"][0], []),
         }
         assert "its .json is not JSON" in items["5.png"][0]
     (place / "cut.tar").write_bytes((place / "shard.tar").read_bytes()[:1500])
-    with pytest.raises(JasperError, match="cut short"):
+    with pytest.raises(JasperError, match=r"truncated \(got 1500 bytes, expected a multiple of 512"):
         found(path=str(place / "cut.tar"))
     (place / "cut.tar.gz").write_bytes((place / "shard.tar.gz").read_bytes()[:150])
-    with pytest.raises(JasperError, match="cannot be read to its end"):
+    with pytest.raises(JasperError, match="cannot be read completely"):
         found(path=str(place / "cut.tar.gz"))
 
 
@@ -230,7 +230,7 @@ def test_of_a_webdataset_sample_the_plain_picture_counts(tmp_path, folder, monke
     assert items == {"1.jpg": (a, ["x"]), "2.jpg": (a, ["y"]), "3.jpg": (a, []), "4.left.png": (a, [])}
     monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
     data, _ = found(path=str(tmp_path / "masks.tar"))["1.jpg"]
-    assert data == f"unpacks to {len(a)} bytes; at most 10 are read"
+    assert data == f"too large when unpacked (got {len(a)} bytes, expected at most 10)"
 
 
 def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
@@ -246,14 +246,14 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
     (place / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     items = [item[:2] for item in read_images(ImageSourceConfig(path=str(place / "in")))]
     bad = [f"{where}: {data}" for where, data in items if isinstance(data, str)]
-    for said in (
-        f"nowhere.png: is missing, but {place}/in/captions.jsonl, line 5 names it",
-        "line 6: column 'image' names no file (None)",
+    for problem in (
+        f"nowhere.png: the file is missing (it is listed in {place}/in/captions.jsonl, line 5)",
+        "line 6: column 'image' is not a file name (None)",
         r"line 7: column 'caption' has a lone surrogate ('\ud83d', half a character) at character 6",
         "line 8: column 'caption' is not text but int",
-        "odd ?.png: is missing",
+        "odd ?.png: the file is missing",
     ):
-        assert sum(said in line for line in bad) == 1, said
+        assert sum(problem in line for line in bad) == 1, problem
     train, _ = build_images(images(place), place / "cache")
     assert train.captions() == [["first", "first again"], ["second", "also second"]]
 
@@ -261,18 +261,18 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
         for name, data in pictures.items():
             archive.writestr(name, data)
     content = bytearray((place / "pictures.zip").read_bytes())
-    content[content.index(pictures["b.png"]) + 20] ^= 1  # its checksum is wrong now
+    content[content.index(pictures["b.png"]) + 20] ^= 1  # break its checksum
     (place / "pictures.zip").write_bytes(content)
     fields = {"path": str(place / "pictures.zip"), "captions": str(place / "in" / "captions.jsonl")}
     items = found(**fields)
     assert items["a.png"][0] == pictures["a.png"] and "cannot be read (Bad CRC-32" in items["b.png"][0]
     locked = content.index(b"PK\x01\x02") + 8
-    content[locked] |= 1  # as an encrypted member says of itself in the directory
+    content[locked] |= 1  # mark the member as encrypted in the directory
     content[6] |= 1
     (place / "pictures.zip").write_bytes(content)
     assert "encrypted" in found(**fields)["a.png"][0]
     monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
-    assert "at most 10 are read" in found(**fields)["c.png"][0]
+    assert "expected at most 10)" in found(**fields)["c.png"][0]
 
 
 def test_rows_may_lack_some_of_the_caption_columns(folder):
@@ -284,12 +284,12 @@ def test_rows_may_lack_some_of_the_caption_columns(folder):
     items = found(**fields)
     assert (items["a.png"][1], items["b.png"][1]) == (["one"], ["two"])
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(JasperError, match="line 3: no column 'caption' or 'alt'; there are: image"):
+    with pytest.raises(JasperError, match=r"line 3: no column 'caption' or 'alt' \(got columns: image\)"):
         found(**fields)
 
 
 def picture_rows(cells: list):
-    """A `datasets` table of pictures with the captions "0", "1", …"""
+    """Build a `datasets` table of images with the captions "0", "1", …"""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageColumn
 
@@ -306,7 +306,7 @@ def test_pictures_in_files_of_their_own_and_empty_cells_of_a_dataset(folder, mon
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: picture_rows(cells).to_iterable_dataset())
     items = [item[1:] for item in read_images(ImageSourceConfig(path="somebody/pictures"))]
     assert items[:2] == [(pictures["a.png"], ["0"]), (pictures["b.png"], ["1"])]
-    assert [data for data, _ in items[2:]] == [f"its file {place}/none.png is not there", "there is no picture"]
+    assert [data for data, _ in items[2:]] == [f"its file {place}/none.png is missing", "the row has no image"]
 
 
 def test_folders_of_parquet_and_of_saved_datasets_are_read(folder, tmp_path):
@@ -327,7 +327,7 @@ def test_folders_of_parquet_and_of_saved_datasets_are_read(folder, tmp_path):
         assert items == expected, name
     splits = {"path": str(tmp_path / "splits")}
     assert len(list(read_images(ImageSourceConfig(**splits, split="test")))) == 1
-    with pytest.raises(JasperError, match="no split 'dev'; there are: train, test"):
+    with pytest.raises(JasperError, match=r"no split 'dev' \(got splits: train, test\)"):
         list(read_images(ImageSourceConfig(**splits, split="dev")))
 
 
@@ -358,7 +358,7 @@ def test_a_stream_that_breaks_off_is_told_with_its_row(monkeypatch):
             raise ValueError("Bad split\nand more")
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows())
-    with pytest.raises(JasperError, match=r"somebody/pictures \(train\): .* broke off after 1 rows \(Bad split\)"):
+    with pytest.raises(JasperError, match=r"somebody/pictures \(train\): reading failed after 1 rows \(Bad split\)"):
         list(read_images(ImageSourceConfig(path="somebody/pictures", caption_columns=["text"])))
 
 
@@ -369,16 +369,16 @@ def images(place: Path, **fields) -> ImagesConfig:
 def test_what_cannot_be_used_is_left_out_and_told_up_to_a_limit(folder, capsys):
     place, _, _ = folder
     (place / "in" / "b.png").write_bytes(b"%PDF-1.4")
-    train, kept = build_images(images(place), place / "cache")
-    told = capsys.readouterr().out
-    assert "left out 3 pictures" in told and "b.png: not a picture but a PDF" in told and "has no caption" in told
-    assert len(train) == 1 and len(kept) == 0 and train.captions() == [["first", "first again"]]
-    assert len(train.left_out) == 3 and not kept.left_out
+    train, held_out = build_images(images(place), place / "cache")
+    output = capsys.readouterr().out
+    assert "skipped 3 images" in output and "b.png: not an image but a PDF" in output and "has no caption" in output
+    assert len(train) == 1 and len(held_out) == 0 and train.captions() == [["first", "first again"]]
+    assert len(train.left_out) == 3 and not held_out.left_out
     again, _ = build_images(images(place), place / "cache")
-    assert capsys.readouterr().out == "" and again.left_out == train.left_out  # found again in the cache
-    with pytest.raises(JasperError, match="3 pictures cannot be used, more than images.max_bad"):
+    assert capsys.readouterr().out == "" and again.left_out == train.left_out  # read from the cache
+    with pytest.raises(JasperError, match=r"too many unusable images \(got 3, expected at most 2, .* images.max_bad"):
         build_images(images(place, max_bad=2), place / "cache")
-    with pytest.raises(JasperError, match="1 pictures can be used, and 1 are to be held out"):
+    with pytest.raises(JasperError, match=r"too few usable images to hold out 1 \(got 1, expected at least 2\)"):
         build_images(images(place, held_out=1), place / "cache")
 
 
@@ -390,7 +390,7 @@ def test_captions_and_pixels_by_number(folder):
     pixels = train.pixels([1, 0, 1], 8)
     assert pixels.shape == (3, 3, 8, 8) and (pixels[0] == pixels[2]).all()
     assert pixels[:, :, 0, 0].tolist() == [[50, 0, 0], [0, 0, 0], [50, 0, 0]]
-    assert (train.pixels([0], 8) == pixels[1:2]).all()  # now from memory
+    assert (train.pixels([0], 8) == pixels[1:2]).all()  # from memory
 
 
 def test_held_out_pictures_share_nothing_with_the_others():
@@ -419,7 +419,7 @@ def test_extra_pictures_are_never_held_out_nor_trained_on_beside_one_that_is():
     extra = [False] * 3 + [True] * 5
     alone, _ = hold_out(groups[:3], 1, 0)
     held, beside = hold_out(groups, 1, 0, extra)
-    assert held == alone  # which pictures are held out does not depend on the extra ones
+    assert held == alone  # extra images do not change which images are held out
     assert beside == {0: [3, 6], 1: [4, 5], 2: []}[held[0]]
     assert hold_out(groups, 3, 0, extra) == ([0, 1, 2], [3, 4, 5, 6])
 
@@ -428,13 +428,13 @@ def test_other_fonts_draw_the_same_names_for_training_alone(tmp_path):
     pytest.importorskip("matplotlib")
     glyphs = {"path": "glyphs", "limit": 300}
     bold = {**glyphs, "font": "DejaVuSans-Bold", "train_only": True}
-    train, kept = build_images(ImagesConfig(sources=[glyphs], held_out=40), tmp_path)
+    train, held_out = build_images(ImagesConfig(sources=[glyphs], held_out=40), tmp_path)
     more, same = build_images(ImagesConfig(sources=[glyphs, bold], held_out=40), tmp_path)
-    assert same.captions() == kept.captions() and len(kept) == 40
-    names = {name for captions in kept.captions() for name in captions}
+    assert same.captions() == held_out.captions() and len(held_out) == 40
+    names = {name for captions in held_out.captions() for name in captions}
     assert names.isdisjoint(name for captions in more.captions() for name in captions)
     assert len(train) + 200 < len(more) < len(train) + 300
-    with pytest.raises(JasperError, match="no font 'Comic'; choose one of .*DejaVuSans,"):
+    with pytest.raises(JasperError, match="does not ship font 'Comic'. Fix: use one of .*DejaVuSans,"):
         build_images(ImagesConfig(sources=[{**glyphs, "font": "Comic"}]), tmp_path)
 
 
@@ -449,9 +449,9 @@ def test_glyphs_are_distinct_drawings_with_their_names():
     of_name = {name: pixels for pixels, captions in drawn for name in captions}
     assert (of_name["LATIN CAPITAL LETTER A"] == of_name["GREEK CAPITAL LETTER ALPHA"]).all()
     comma, apostrophe = (np.argwhere(of_name[n] < 128)[:, 0].mean() for n in ("COMMA", "APOSTROPHE"))
-    assert comma > apostrophe + 10  # they stand where they stand on a line
+    assert comma > apostrophe + 10  # glyphs keep their height on the line
     edges = [min(p[0].min(), p[-1].min()) for p, _ in drawn]
-    assert np.mean(np.array(edges) < 255) < 0.01  # hardly any is cut above or below
+    assert np.mean(np.array(edges) < 255) < 0.01  # almost none is cut at the top or bottom
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "F", "PA", "RGBX", "1", "L", "RGBA"])

@@ -1,4 +1,4 @@
-"""Folders are listed by one set of rules: links followed, hidden and system files left out, numbers in their order."""
+"""Listing of folders: linked folders, hidden and system files, natural order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORDERS = [
     ["d2/z", "d10/a"],
     ["d/2", "d2/1"],
     ["n" + "9" * 5000, "n1" + "0" * 5000],
-    ["\u0663", "\u0664"],  # digits of other scripts are letters here
+    ["\u0663", "\u0664"],  # digits of other scripts count as letters
 ]
 
 
@@ -95,11 +95,11 @@ def test_texts_about_data_are_no_data(name: str, tmp_path: Path, capsys: pytest.
     source = SourceConfig(path=str(tmp_path / "data"))
     assert texts(tmp_path / "data") == ["a"]
     build_texts(DataConfig(sources=[source], cut_share=0, cache=str(tmp_path / "cache")), 0)
-    assert f"data: left out deep/{name}, table.xlsx: not data of a known kind" in capsys.readouterr().out
+    assert f"data: skipped deep/{name}, table.xlsx (not data of a supported format)" in capsys.readouterr().out
     (tmp_path / "data" / "a.txt").unlink()
-    with pytest.raises(JasperError, match="no file of a known kind"):
+    with pytest.raises(JasperError, match="no file of a supported format"):
         source_files(source)
-    if name.endswith((".txt", ".TXT")):  # asked for by name, it is data
+    if name.endswith((".txt", ".TXT")):  # given as the source itself, it is data
         assert texts(tmp_path / "data" / "deep" / name) == ["MIT License"]
 
 
@@ -181,7 +181,7 @@ def test_links_are_followed_and_end(link, tmp_path: Path) -> None:
     expected = link(tmp_path / "data", tmp_path / "far")
     assert texts(tmp_path / "data") == expected
     stamp = source_stamp(SourceConfig(path=str(tmp_path / "data")))
-    assert len(stamp) == len(expected), "the stamp sees the files that are read"
+    assert len(stamp) == len(expected), "the stamp covers the files that are read"
     images = ImageSourceConfig(path=str(tmp_path / "data"))
     before = image_stamp(images)
     if "b" in expected:
@@ -210,7 +210,7 @@ def test_pipes_are_no_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "\t", "a\0b"])
 def test_an_empty_path_is_not_the_current_folder_and_one_with_nul_is_none(name: str) -> None:
-    with pytest.raises(JasperError, match="the path of a file or folder is empty|no path has a NUL"):
+    with pytest.raises(JasperError, match="the path of a file or folder is empty|the path contains a NUL"):
         user_path(name)
 
 

@@ -1,7 +1,7 @@
-"""Malformed inputs to every command: one clear message and exit status 2, no traceback, and nothing half-written.
+"""Malformed inputs to every command give one clear message and exit status 2, no traceback, and no partial output.
 
-A case is the arguments of a command and what is made before it in an empty folder. ``{w}`` is a folder of good inputs,
-``{t}`` the empty one; an output belongs at ``{t}/out``.
+A case has the arguments of a command and a function that prepares an empty folder. In the arguments, ``{w}`` is a
+folder of good inputs and ``{t}`` the prepared folder. The output path is ``{t}/out``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Content = bytes | str | Callable[[bytes], bytes] | None  # None: removed
 
 
 class Case(NamedTuple):
-    """Arguments of ``python -m jasper_fast.COMMAND``, what is made before, and a part of the message."""
+    """Arguments of ``python -m jasper_fast.COMMAND``, the preparation of the folder, and a pattern of the message."""
 
     name: str
     command: str
@@ -60,7 +60,7 @@ def folder_at(name: str) -> Make:
 
 
 def config(change: Callable[[dict], object]) -> Make:
-    """A good configuration, changed, at ``run.yaml``."""
+    """Write a changed copy of the good configuration to ``run.yaml``."""
 
     def make(world: Path, folder: Path) -> None:
         tree = load_config(world / "run.yaml").model_dump(mode="json")
@@ -78,7 +78,7 @@ def source(name: str, **fields: object) -> Make:
 
 
 def vectors(name: str) -> Make:
-    """A configuration whose teacher is a file of ready vectors."""
+    """Write a configuration with a file of precomputed embeddings as the teacher."""
 
     def make(world: Path, folder: Path) -> None:
         config(lambda tree: tree.update(teachers=[{"vectors": str(folder / name)}]))(world, folder)
@@ -95,7 +95,7 @@ def all_of(*makes: Make) -> Make:
 
 
 def damaged(kind: str, name: str, content: Content) -> Make:
-    """A copy of a good model or index with one file replaced, changed or removed."""
+    """Copy a good model or index and replace, change or remove one of its files."""
 
     def make(world: Path, folder: Path) -> None:
         shutil.copytree(world / kind, folder / kind)
@@ -111,7 +111,7 @@ def damaged(kind: str, name: str, content: Content) -> Make:
 
 
 def beir(place: str, content: str) -> Make:
-    """A retrieval set with one file replaced."""
+    """Write a retrieval set with one file replaced."""
     good = {
         "corpus.jsonl": "".join(f'{{"_id": "d{i}", "title": "", "text": "{i} apples"}}\n' for i in (1, 2)),
         "queries.jsonl": '{"_id": "q1", "text": "fruit"}\n',
@@ -126,7 +126,7 @@ def half(content: bytes) -> bytes:
 
 
 def future(world: Path, folder: Path) -> None:
-    """A run that a newer version began."""
+    """Write a run folder of a newer version."""
     (folder / "out").mkdir()
     (folder / "out" / "log.jsonl").touch()
     (folder / "out" / "config.yaml").write_text("name: tiny\nfrom_2030: 1")
@@ -274,7 +274,7 @@ CASES = [
     Case("a question that is no text", "search", ["ask", "{w}/index", "\udcff"], nothing, "encoding"),
     Case("a missing file of questions", "search", "ask {w}/index --file {t}/none", nothing, "cannot be read"),
     Case("a folder of questions", "search", "ask {w}/index --file {t}", nothing, "cannot be read"),
-    Case("binary questions", "search", "ask {w}/index --file {t}/q", file("q", JUNK), "NUL, which no text has"),
+    Case("binary questions", "search", "ask {w}/index --file {t}/q", file("q", JUNK), "NUL is not a text character"),
     Case("no hits", "search", "ask {w}/index a -k 0", nothing, "whole number from 1"),
     Case("a configuration to export", "export", "{w}/run.yaml", nothing, "is a configuration"),
     Case("export of nothing", "export", "{t}/none --out {t}/out", nothing, "there is no such folder"),
@@ -438,7 +438,7 @@ CASES += [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_bert, tiny_texts) -> Path:
-    """A configuration, texts, a similarity set, a plain model, a run's model and an index."""
+    """Write a configuration, texts, a similarity set, a plain model, the model of a run, and an index."""
     from jasper_fast import search
     from jasper_fast.export import export_student
     from jasper_fast.prepare import build_student
@@ -468,10 +468,10 @@ def test_a_malformed_input_is_one_clear_message(case, world, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [case.command, *given])
     with pytest.raises(SystemExit) as left:
         run_cli(importlib.import_module(f"jasper_fast.{case.command}").main)
-    told = capsys.readouterr().err
-    assert left.value.code == 2 and "error: " in told and "Traceback" not in told, told
-    assert re.search(case.message, told.partition("error: ")[2], re.DOTALL), told
-    # A rejected run leaves its lock and its configuration, which binds nobody, and texts in the cache, which are whole.
-    made = {str(path.relative_to(tmp_path)) for path in set(tmp_path.rglob("*")) - before}
-    assert not [name for name in made if not re.fullmatch(r"out(/config\.yaml|/\.lock)?|cache(/.*)?", name)], made
-    assert not [name for name in made if ".unfinished-" in name], made
+    output = capsys.readouterr().err
+    assert left.value.code == 2 and "error: " in output and "Traceback" not in output, output
+    assert re.search(case.message, output.partition("error: ")[2], re.DOTALL), output
+    # A rejected run may leave its lock, its configuration (later runs may change it), and complete texts in the cache.
+    created = {str(path.relative_to(tmp_path)) for path in set(tmp_path.rglob("*")) - before}
+    assert not [name for name in created if not re.fullmatch(r"out(/config\.yaml|/\.lock)?|cache(/.*)?", name)], created
+    assert not [name for name in created if ".unfinished-" in name], created

@@ -1,4 +1,4 @@
-"""One set of rules reads training texts, evaluation sets, captions and questions, whatever system wrote the files."""
+"""Training texts, evaluation sets, captions and questions are read by the same rules, from files of any system."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def captions(folder: Path, data: Callable[[str], bytes], end: str) -> list[str]:
     (folder / f"captions.jsonl{end}").write_bytes(
         data("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     )
-    return [found[0] for _, _, found in read_images(ImageSourceConfig(path=str(folder)))]
+    return [image_captions[0] for _, _, image_captions in read_images(ImageSourceConfig(path=str(folder)))]
 
 
 def questions(folder: Path, data: Callable[[str], bytes], end: str) -> list[str]:
@@ -104,9 +104,9 @@ WRITTEN: dict[str, Callable[[str], bytes]] = {
 }
 
 
-def equal(kind: Callable, found: list[str]) -> bool:
-    """Captions are one line each: their white space is collapsed."""
-    return found == ([" ".join(text.split()) for text in TEXTS] if kind is captions else TEXTS)
+def equal(kind: Callable, texts: list[str]) -> bool:
+    """Compare texts with the expected ones. The white space of captions is collapsed."""
+    return texts == ([" ".join(text.split()) for text in TEXTS] if kind is captions else TEXTS)
 
 
 @pytest.mark.parametrize("how", WRITTEN)
@@ -129,7 +129,7 @@ def test_compressed_files_that_were_joined_are_read_whole_and_cut_ones_rejected(
     assert [row["text"] for _, row in read_rows(file)] == ["one"] * 999 + ["two"] * 999 + ["three"] * 999
     for content in (parts[0][:-5], b"".join(parts)[:-9], b"plain text", parts[0][: len(parts[0]) // 2]):
         file.write_bytes(content)
-        with pytest.raises(JasperError, match=rf"texts.txt\{end}: cannot be read to its end .*Fix: "):
+        with pytest.raises(JasperError, match=rf"texts.txt\{end}: cannot be read completely .*Fix: "):
             list(read_rows(file))
 
 
@@ -138,11 +138,11 @@ NOT_TEXT = {
     "second line": (b"good\nbad \xff here\n", "line 2, character 5: byte 0xff is not UTF-8"),
     "after accents": ("\u00e9\u00e9".encode() + b"\xc3(\n", "line 1, character 3: byte 0xc3 is not UTF-8"),
     "surrogate as bytes": (b"x \xed\xa0\xbd\n", "line 1, character 3: byte 0xed is not UTF-8"),
-    "NUL": (b"good\nb\0d\n", "line 2, character 2: NUL, which no text has"),
+    "NUL": (b"good\nb\0d\n", "line 2, character 2: NUL is not a text character"),
     "UTF-16 without a mark": ("ab\n".encode("utf-16-le"), "line 1, character 2: NUL"),
-    "UTF-16 cut short": ("ab\n".encode("utf-16")[:-1], "cannot be read to its end"),
-    "zstd without its suffix": (pack(b"text\n", ".zst"), "its content is that of a .zst file"),
-    "gzip without its suffix": (pack(b"text\n", ".gz"), "its content is that of a .gz file"),
+    "UTF-16 cut short": ("ab\n".encode("utf-16")[:-1], "cannot be read completely"),
+    "zstd without its suffix": (pack(b"text\n", ".zst"), "the content is that of a .zst file"),
+    "gzip without its suffix": (pack(b"text\n", ".gz"), "the content is that of a .gz file"),
 }
 
 
@@ -189,11 +189,11 @@ BAD_TABLES = {
     "long row": ("a.tsv", "text\tn\nx\t1\ty\n", r"line 2: wrong number of cells \(got 3, expected 2"),
     "tab in quotes": ("a.tsv", 'text\tn\n"a\tb"\t1\n', r"line 2: wrong number of cells .*save as .csv"),
     "break in quotes": ("a.tsv", 'text\tn\n"a\nb"\t1\n', r"line 2: wrong number of cells"),
-    "open quote": ("a.csv", 'text,n\nx,1\n"y,2\nz,3\n', r"line 3: not a table"),
-    "text after a quote": ("a.csv", 'text,n\n"x" y,2\n', r"line 2: not a table"),
+    "open quote": ("a.csv", 'text,n\nx,1\n"y,2\nz,3\n', r"line 3: not a table row"),
+    "text after a quote": ("a.csv", 'text,n\n"x" y,2\n', r"line 2: not a table row"),
     "same name twice": ("a.csv", "text,n,text\nx,1,y\n", r"line 1: column 'text' appears twice"),
     "place of a later row": ("a.csv", 'text,n\n"a\nb\nc",1\ny\n', r"line 5: wrong number of cells"),
-    "empty": ("a.csv", "", r"line 1: no column 'text' \(there are: none\)"),
+    "empty": ("a.csv", "", r"line 1: no column 'text' \(got columns: none\)"),
     "deep JSON": ("a.jsonl", "[" * 100_000, r"line 1: not JSON"),
     "long number": ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"line 1: not JSON"),
     "raw tab in JSON": ("a.jsonl", '{"text": "a\tb"}', r"line 1: not JSON"),
@@ -225,5 +225,5 @@ def test_lines_keep_what_is_on_them(tmp_path: Path) -> None:
 
 def test_missing_and_odd_files_are_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.txt", tmp_path):
-        with pytest.raises(JasperError, match="cannot be read to its end"):
+        with pytest.raises(JasperError, match="cannot be read completely"):
             list(read_lines(path))

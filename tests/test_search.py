@@ -118,9 +118,9 @@ def test_questions_are_read_by_the_rules_of_all_files(case, built, tmp_path, cap
 BAD_QUESTIONS = {
     "windows": (b"one\ncaf\xe9\n", "q.txt, line 2, character 4: byte 0xe9 is not UTF-8"),
     "NUL": (b"one\n\0two\n", "q.txt, line 2, character 1: NUL"),
-    "cut UTF-16": ("one".encode("utf-16")[:-1], "q.txt: cannot be read to its end"),
+    "cut UTF-16": ("one".encode("utf-16")[:-1], "q.txt: cannot be read completely"),
     "nothing": (b"\xef\xbb\xbf\r\n \n", "q.txt: no questions in it"),
-    "gzip": (pack(b"one", ".gz"), "q.txt: its content is that of a .gz file"),
+    "gzip": (pack(b"one", ".gz"), "q.txt: the content is that of a .gz file"),
     "line separators": ("\u2028\n".encode(), "q.txt: no questions in it"),
 }
 

@@ -1,4 +1,4 @@
-"""Two texts that differ in what nobody sees are the same one, and evaluation texts stay out of training in any form."""
+"""Texts with invisible differences count as equal, so an evaluation text is excluded from training in any form."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def test_plain_texts_keep_their_former_form(text: str) -> None:
     ("text", "place"), [("", 0), ("\U0001f600", 0), ("\ud83d", 1), ("ab\udcffc\ud800", 3), ("\ud83d\ude00", 1)]
 )
 def test_lone_surrogates_are_found(text: str, place: int) -> None:
-    said = lone_surrogate(text)
-    assert (said is None) if place == 0 else f"at character {place}" in str(said)
+    problem = lone_surrogate(text)
+    assert (problem is None) if place == 0 else f"at character {place}" in str(problem)

@@ -522,7 +522,7 @@ def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, 
         model.encode_text("a red square")
     with pytest.raises(JasperError, match="no width 7"):
         model.encode(files, 7)
-    with pytest.raises(JasperError, match="captions.jsonl: not a picture"):
+    with pytest.raises(JasperError, match="captions.jsonl: not an image"):
         model.encode([squares / "captions.jsonl"])
     card = (folder / "run" / "model" / "README.md").read_text()
     assert "## Pictures" in card and "jasper_fast.pictures.load" in card
@@ -597,9 +597,9 @@ def test_too_few_pictures_are_told_before_training(run, tmp_path):
     _, tree = run
     with pytest.raises(JasperError, match=r"a batch of 40 from 36 pictures"):
         train(tree, out=tmp_path / "bad", overrides=[("stages.3.batch_size", 40)])
-    with pytest.raises(JasperError, match="48 pictures can be used, and 60 are to be held out"):
+    with pytest.raises(JasperError, match=r"too few usable images to hold out 60 \(got 48, expected at least 61\)"):
         train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
-    with pytest.raises(JasperError, match="0 pictures can be used beside 48 of sources that are train_only, and 12"):
+    with pytest.raises(JasperError, match=r"to hold out 12 \(got 0, plus 48 of train_only sources"):
         train(tree, out=tmp_path / "none", overrides=[("images.sources.0.train_only", True)])
 
 
@@ -802,7 +802,7 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     out = str(tmp_path / "index")
     main(["build", str(folder / "run"), str(tmp_path / "some"), "--pictures", "--out", out, "--width", "8"])
     said = capsys.readouterr().out
-    assert "broken.png: not a picture but a PDF" in said and "6 pictures in " in said
+    assert "broken.png: not an image but a PDF" in said and "6 pictures in " in said
     main(["ask", out, "a red square top left, 0", "-k", "6", "--json"])
     hits = json.loads(capsys.readouterr().out)["hits"]
     model = load(folder / "run")
