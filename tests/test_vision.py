@@ -225,7 +225,7 @@ def test_balance_is_how_unevenly_captions_choose_pictures():
     torch.testing.assert_close(found[0].contrastive - found[1].contrastive, extra, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[0].loss - found[1].loss, (2 * extra).to(found[0].loss.dtype), atol=1e-4, rtol=1e-4)
     for vision, size in (({"balance": 1.0}, 8), (told, 1)):
-        with pytest.raises(ValueError, match="vision.balance is part of the contrastive term, which has weight 0 or a"):
+        with pytest.raises(ValueError, match="vision.balance is part of the contrastive loss, which has weight 0 or a"):
             stage(vision=vision, batch_size=size)
 
 
@@ -266,7 +266,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
     assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
     with pytest.raises(
-        ValueError, match="vision.among is about the contrastive term, whose weight is 0; set it to batch"
+        ValueError, match="vision.among needs the contrastive loss, which has weight 0. Fix: set it to batch"
     ):
         stage(vision={"among": "all"})
 
