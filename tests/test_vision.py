@@ -581,11 +581,11 @@ def test_gradient_caching_and_checkpointing_give_the_same_gradient(student):
 def test_a_configuration_that_cannot_see_says_why(run):
     _, tree = run
     without = {key: value for key, value in tree.items() if key != "images"}
-    with pytest.raises(ConfigError, match="it needs `student.vision` and `images`"):
+    with pytest.raises(ConfigError, match="which needs `student.vision` and `images`"):
         load_config(without)
     with pytest.raises(ConfigError, match="either `model`"):
         load_config(tree, [("student.vision.model", "x")])
-    with pytest.raises(ConfigError, match="draws its batches at random"):
+    with pytest.raises(ConfigError, match="a vision stage draws random batches"):
         load_config(tree, [("stages.3.batches", "neighbours"), ("stages.3.batch_size", 16)])
     with pytest.raises(ConfigError, match="would stay random"):
         load_config(tree, [("stages.2.heads", [32])])
