@@ -45,7 +45,7 @@ def problems_of(
         schema: schema of the whole configuration.
         tree: configuration as plain values.
         error: error that pydantic raised for the tree.
-        rules: function that lists the contradictions between sections. Pydantic skips it if a field is invalid.
+        rules: function that lists the contradictions between sections. Pydantic does not call it if a field is invalid.
     """
     unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
     problems = [Problem(_unknown_key(schema, location), location) for location in unknown]
