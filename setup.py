@@ -1,8 +1,8 @@
-"""Only the compiled extension; everything else is declared in pyproject.toml.
+"""Build of the compiled extension. Everything else is in pyproject.toml.
 
-The extension is built against PyTorch's stable ABI, so one binary serves every Python >= 3.11 and torch >= 2.11.
-It is optional: where torch or a C++ compiler is missing the build goes on without it, the package falls back to
-slower code, and ``python -m jasper_fast.env`` says so. JASPER_FAST_REQUIRE_EXTENSION=1 turns that into an error.
+The extension uses PyTorch's stable ABI, so one binary works with every Python >= 3.11 and torch >= 2.11. It is
+optional: without torch or a C++ compiler the package is built without it and uses slower code.
+``python -m jasper_fast.env`` reports this. JASPER_FAST_REQUIRE_EXTENSION=1 makes a missing extension an error.
 """
 
 import os
@@ -11,12 +11,12 @@ from glob import glob
 
 from setuptools import setup
 
-TORCH_2_11 = "0x020b000000000000"  # the oldest torch whose symbols the binary may use
+TORCH_2_11 = "0x020b000000000000"  # oldest torch that the binary must work with
 REQUIRED = os.environ.get("JASPER_FAST_REQUIRE_EXTENSION") == "1"
 
 
 def extension_arguments() -> dict[str, object]:
-    """The setup() arguments that build jasper_fast._C, or none where torch is not there to build against."""
+    """Return the arguments of setup() that build jasper_fast._C, or none if torch is missing."""
     sources = sorted(glob("csrc/*.cpp"))
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -24,8 +24,8 @@ def extension_arguments() -> dict[str, object]:
         if REQUIRED:
             raise
         print(
-            f"warning: building jasper_fast WITHOUT its compiled extension ({error}). To have it: "
-            "pip install torch setuptools wheel, then repeat this command with --no-build-isolation.",
+            f"warning: building jasper_fast WITHOUT its compiled extension ({error}). "
+            "Fix: pip install torch setuptools wheel, then repeat this command with --no-build-isolation.",
             file=sys.stderr,
         )
         return {}
@@ -37,12 +37,12 @@ def extension_arguments() -> dict[str, object]:
         depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl")),
         py_limited_api=True,
         optional=not REQUIRED,
-        # No -march: instruction sets are chosen at run time. -g0 undoes the -g that Python's own build flags carry.
+        # No -march: instruction sets are chosen at run time. -g0 overrides the -g in Python's build flags.
         extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_2_11}"],
     )
     return {
         "ext_modules": [extension],
-        # Ninja raises on a failed compile, which setuptools' `optional` would not catch.
+        # Ninja raises an error on a failed compile, which setuptools' `optional` does not catch.
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }

@@ -1,7 +1,7 @@
-"""Write docs/config.md, the reference of every YAML field: ``python -m bench config-page`` (``--check`` only compares).
+"""Write docs/config.md, the reference of all YAML fields: ``python -m bench config-page`` (``--check`` only compares).
 
-Names, types and defaults come from the pydantic schema. The meaning of a field is its comment in the source: at the end
-of its line, or on the lines directly above it.
+Names, types and defaults come from the pydantic schema. The meaning of a field is its comment in the source of its
+class, at the end of the line or on the lines directly above.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jasper_fast.files import write_atomic
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRO = """# Configuration reference
 
-Written by `python -m bench config-page` from the schema in `jasper_fast/config.py`.
+Written by `python -m bench config-page` from the classes of `jasper_fast.config`.
 
 A run is a YAML 1.2 file, or the name of a shipped recipe. `python -m jasper_fast.train --print-config` prints the
 resolved values of a run. Unknown fields and impossible values are errors, and all of them are reported at once.
@@ -43,18 +43,18 @@ A default of *required* means that the field must be given. A default of `null` 
 
 @dataclass
 class Part:
-    """One class of the schema and every place where it is used."""
+    """Class of the schema and the places where it is used."""
 
     model: type[BaseModel]
     places: list[str] = field(default_factory=list)
 
 
 def parts() -> list[Part]:
-    """List the classes of the schema in the order in which a configuration uses them."""
-    found: dict[type[BaseModel], Part] = {}
+    """List the classes of the schema in the order of a configuration."""
+    by_model: dict[type[BaseModel], Part] = {}
 
     def visit(model: type[BaseModel], place: str) -> None:
-        part = found.setdefault(model, Part(model))
+        part = by_model.setdefault(model, Part(model))
         part.places.append(place)
         for name, info in model.model_fields.items():
             many = "list" in str(info.annotation)
@@ -62,7 +62,7 @@ def parts() -> list[Part]:
                 visit(section, f"{place}.{name}".lstrip(".") + ("[]" if many else ""))
 
     visit(Config, "")
-    return list(found.values())
+    return list(by_model.values())
 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -74,15 +74,15 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Read the comment of each field from the source of its class."""
+    """Read the comment of each field from the source of its class, in any module."""
     source = textwrap.dedent(inspect.getsource(model))
-    comments = {}  # line -> (text, whether it has the line for itself)
+    comments = {}  # line number: text, and True for a line with nothing else
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
     (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for statement in body.body:
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
@@ -92,8 +92,8 @@ def meanings(model: type[BaseModel]) -> dict[str, str]:
             line -= 1
         last = statement.end_lineno or statement.lineno
         inside = [comments[n][0] for n in range(statement.lineno, last + 1) if n in comments]
-        found[statement.target.id] = " ".join(above + inside)
-    return found
+        texts[statement.target.id] = " ".join(above + inside)
+    return texts
 
 
 def type_name(schema: dict[str, Any]) -> str:
@@ -121,12 +121,12 @@ def type_name(schema: dict[str, Any]) -> str:
 def bounds(schema: dict[str, Any]) -> str:
     """Describe the range of a number."""
     words = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    found = [f"{sign} {schema[key]:,g}" for key, sign in words.items() if key in schema and abs(schema[key]) < 1e6]
-    return f" {', '.join(found)}" if found else ""
+    limits = [f"{sign} {schema[key]:,g}" for key, sign in words.items() if key in schema and abs(schema[key]) < 1e6]
+    return f" {', '.join(limits)}" if limits else ""
 
 
 def default_of(info: FieldInfo) -> str:
-    """Write a field's default as YAML would have it."""
+    """Format a field's default as YAML."""
     if info.is_required():
         return "*required*"
     value = info.get_default(call_default_factory=True)
@@ -136,7 +136,7 @@ def default_of(info: FieldInfo) -> str:
 
 
 def table(part: Part) -> str:
-    """Write the table of one class."""
+    """Format the table of a class."""
     schema = part.model.model_json_schema()["properties"]
     comments = meanings(part.model)
     lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -152,16 +152,17 @@ def table(part: Part) -> str:
 
 
 def summary(model: type[BaseModel]) -> str:
-    """Return a class's docstring with Markdown's code marks, on one line."""
+    """Return a class's docstring as one line of Markdown."""
     return " ".join((model.__doc__ or "").replace("``", "`").split())
 
 
 def anchor_of(model: type[BaseModel]) -> str:
+    """Return the anchor of a class's heading."""
     return model.__name__.removesuffix("Config").lower() or "run"
 
 
 def page() -> str:
-    """Write the whole page."""
+    """Format the whole page."""
     texts = [INTRO.strip()]
     for part in parts():
         title = part.model.__name__.removesuffix("Config") or "Run"
@@ -174,7 +175,7 @@ def page() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write the page, or with --check compare it; returns 1 if they differ."""
+    """Write the page. With ``--check``, compare it instead, and return 1 if it differs."""
     parser = argparse.ArgumentParser(prog="python -m bench config-page", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the committed page with the schema")
     options = parser.parse_args(argv)

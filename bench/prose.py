@@ -1,7 +1,8 @@
 """Check the prose of the README and docs/: ``python -m bench prose`` prints sentence lengths and words to replace.
 
-The rules: at most 25 words in a sentence, 18 on average, 30 at the 90th percentile, and no word of SUBSTITUTIONS.
-Headings, tables and code blocks are not counted, and inline code is one word. Only code is exempt from the word list.
+A sentence has at most 25 words. The mean is at most 18 words, and the 90th percentile at most 30. No word is in
+SUBSTITUTIONS. Headings, tables and code blocks are not counted, and inline code is one word. Only code is exempt from
+the word list.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).parent.parent
-MEAN, P90, LONGEST = 18.0, 30, 25  # words a sentence
-# Generated result pages whose prose is still to be rewritten in their generators.
+MEAN, P90, LONGEST = 18.0, 30, 25  # words per sentence
+# Names of pages in docs/ that the rules do not cover yet.
 LEGACY_PAGES: frozenset[str] = frozenset()
-# Word to avoid (a regular expression, any case) and what to write instead.
+# Word to avoid (a regular expression, any case) and its replacement.
 SUBSTITUTIONS = {
     r"told|tells? (?:of|in|that)": "say, report or describe",
     r"(?:is|are|was|were) (?:said|named|noticed)": "an active verb: the error names …",
@@ -37,7 +38,7 @@ SUBSTITUTIONS = {
     r"unless asked for|where (?:it is )?asked for": "by default, or if you set …",
     r"eyes": "vision tower",
 }
-# (file, text): hits that are right, each for a reason.
+# (file, text) of accepted hits, each with a reason.
 EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')*_\]]*\s+(?=[\"'(*_\[]*(?:[A-Z0-9`*]|jasper_fast))")
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|etc|vs|cf)\.\s")
@@ -46,25 +47,26 @@ LIST_ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a page, with the line on which its paragraph begins."""
+    """Sentence of a page, with the first line of its paragraph."""
 
     line: int
     text: str
 
     @property
     def words(self) -> int:
+        """Number of words."""
         return len([word for word in self.text.split() if re.search(r"\w", word)])
 
 
 def pages() -> list[Path]:
-    """The pages that the rules are about."""
+    """List the pages to check."""
     chosen = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     return [*chosen, *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in LEGACY_PAGES)]
 
 
 def lines_without_code(text: str) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines; code and comments become empty, inline code one word, links their text."""
-    text = re.sub(r"<!--.*?-->", lambda found: "\n" * found[0].count("\n"), text, flags=re.DOTALL)
+    """Yield numbered lines without code and comments. Inline code becomes one word, and a link its text."""
+    text = re.sub(r"<!--.*?-->", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
     fenced, in_list, blank = False, False, True
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -85,13 +87,13 @@ def lines_without_code(text: str) -> Iterator[tuple[int, str]]:
 
 def sentences(text: str) -> list[Sentence]:
     """Split the prose of a page into sentences."""
-    found: list[Sentence] = []
+    result: list[Sentence] = []
     begin, paragraph = 0, ""
 
     def close() -> None:
         nonlocal paragraph
         whole = ABBREVIATIONS.sub(lambda match: f"{match[1]} ", " ".join(paragraph.split()))
-        found.extend(Sentence(begin, part) for part in SENTENCE_END.split(whole) if re.search(r"\w", part))
+        result.extend(Sentence(begin, part) for part in SENTENCE_END.split(whole) if re.search(r"\w", part))
         paragraph = ""
 
     for number, line in lines_without_code(text):
@@ -105,28 +107,31 @@ def sentences(text: str) -> list[Sentence]:
             begin = number
         paragraph += " " + (line[item.end() :] if item else line)
     close()
-    return found
+    return result
 
 
 def hits(text: str, name: str) -> list[tuple[int, str, str]]:
-    """Find words to replace: (line, word, replacement) of each, code left out."""
-    found = []
+    """Find words to replace outside code, as tuples (line, word, replacement)."""
+    matches = []
     for number, line in lines_without_code(text):
         for pattern, better in SUBSTITUTIONS.items():
             for match in re.finditer(rf"(?<![\w-])(?:{pattern})(?![\w-])", line, flags=re.IGNORECASE):
                 if (name, match[0]) not in EXCEPTIONS:
-                    found.append((number, match[0], better))
-    return found
+                    matches.append((number, match[0], better))
+    return matches
 
 
 def percentile_90(lengths: Sequence[int]) -> int:
+    """Return the 90th percentile, without interpolation."""
     return sorted(lengths)[int(0.9 * (len(lengths) - 1))]
 
 
 def main(argv: list[str]) -> int:
-    """Print the figures of each page, then every sentence that is too long and every word to replace; 1 if any."""
+    """Print the figures of each page and all problems. Return 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m bench prose", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="pages; default: README, CONTRIBUTING, CHANGELOG and docs/")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="pages to check; default: README, CONTRIBUTING, CHANGELOG and docs/"
+    )
     options = parser.parse_args(argv)
     everything: list[int] = []
     problems: list[str] = []
@@ -134,14 +139,14 @@ def main(argv: list[str]) -> int:
     for path in options.files or pages():
         text = path.read_text(encoding="utf-8")
         name = path.resolve().relative_to(ROOT).as_posix() if path.resolve().is_relative_to(ROOT) else str(path)
-        found = sentences(text)
-        lengths = [sentence.words for sentence in found]
+        page_sentences = sentences(text)
+        lengths = [sentence.words for sentence in page_sentences]
         everything += lengths
         if lengths:
             print(f"{name:32} {len(lengths):9} {mean(lengths):5.1f} {percentile_90(lengths):4} {max(lengths):8}")
         problems += [
             f"{name}:{one.line}: {one.words} words (expected at most {LONGEST}): {one.text}"
-            for one in found
+            for one in page_sentences
             if one.words > LONGEST
         ]
         problems += [f"{name}:{line}: {word!r}: write {better}" for line, word, better in hits(text, name)]

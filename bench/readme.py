@@ -1,8 +1,8 @@
 """Write the tables of README and docs/results.md from committed results: ``python -m bench readme``.
 
-``--check`` only compares. The README gets the six rows of the run on public text and its figure, docs/results.md all
-tables. The runs are those with reports in ``docs/runs``, copied there with ``--from RUN``: the embedded default, and
-the recipe on public text.
+``--check`` only compares. The README gets six rows of the run on public text and the figure. docs/results.md gets all
+tables. The reports of both runs, the default recipe and the recipe on public text, are in ``docs/runs``. ``--from RUN``
+copies them there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOORS = {STUDENT: "**student**", PCA: "PCA of the teacher", TRUNCATED: "first c
 
 
 def main(argv: list[str]) -> int:
-    """Write, or with --check compare; returns 1 if a page is not what the results give."""
+    """Write the tables. With ``--check``, compare them instead, and return 1 if a page differs from the results."""
     parser = argparse.ArgumentParser(prog="python -m bench readme", description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="run", metavar="RUN", help="first copy this run's report into docs/")
     parser.add_argument("--check", action="store_true", help="only compare the pages with the results")
@@ -44,28 +44,28 @@ def main(argv: list[str]) -> int:
             "losses": losses_section(losses),
         },
     }
-    differ = []
+    outdated = []
     for name, sections in tables.items():
         text = wanted = (ROOT / name).read_text(encoding="utf-8")
         for key, content in sections.items():
             wanted = with_section(wanted, key, content)
         if wanted != text:
-            differ.append(name)
+            outdated.append(name)
             if not options.check:
                 write_atomic(ROOT / name, wanted)
     if options.check:
-        print(f"{' and '.join(differ)}: run python -m bench readme" if differ else "the tables are up to date")
-        return int(bool(differ))
+        print(f"{' and '.join(outdated)}: run python -m bench readme" if outdated else "the tables are up to date")
+        return int(bool(outdated))
     draw_figure(default, public, ROOT / FIGURE)
     return 0
 
 
 def copy_report(run: Path) -> None:
-    """Put a run's report, scores, configuration and plots under docs/."""
-    shown = RUNS / json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
-    shown.mkdir(parents=True, exist_ok=True)
+    """Copy a run's report, scores, configuration and plots to docs/."""
+    folder = RUNS / json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+    folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        source, target = run / name, shown / name
+        source, target = run / name, folder / name
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
@@ -78,7 +78,7 @@ def read_results(recipe: str) -> dict[str, Any]:
 
 
 def with_section(readme: str, name: str, text: str) -> str:
-    """Return the page with new text between two comments, ``name:start`` and ``name:end``."""
+    """Replace the text of a page between the comments ``name:start`` and ``name:end``."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     head, rest = readme.split(start)
     _, tail = rest.split(end)
@@ -86,28 +86,28 @@ def with_section(readme: str, name: str, text: str) -> str:
 
 
 def summary_section(results: dict[str, Any]) -> str:
-    """Six rows for the README: teacher, student before training, and the student at four widths."""
+    """Format six rows for the README: teacher, student before training, and student at four widths."""
     keys, rows = _public(results)
     teacher_width = results["facts"]["teacher_width"]
     teacher = rows[TEACHER, teacher_width]
     widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
-    shown = [("teacher", (TEACHER, teacher_width)), ("student before training", (BEFORE, widths[0]))]
-    shown += [(f"**student**, {width} wide", (STUDENT, width)) for width in widths]
+    models = [("teacher", (TEACHER, teacher_width)), ("student before training", (BEFORE, widths[0]))]
+    models += [(f"**student**, {width} wide", (STUDENT, width)) for width in widths]
     lines = [
         "| | bytes per text | " + " | ".join(one["name"] for one in results["sets"]) + " | kept (mean) |",
         "| --- |" + " ---: |" * (len(keys) + 2),
     ]
-    for name, row in shown:
+    for name, row in models:
         scores = [f"{100 * rows[row][key]:.1f}" for key in keys]
         lines.append(
             f"| {name} | {4 * row[1]:,} | {' | '.join(scores)} | {100 * kept(rows[row], teacher, keys):.1f} % |"
         )
-    below = ["", "PCA of the teacher is the cheap alternative.", _against_pca(rows, keys, widths[1:])]
-    return "\n".join(lines + below)
+    remarks = ["", "PCA of the teacher is the cheap alternative.", _against_pca(rows, keys, widths[1:])]
+    return "\n".join(lines + remarks)
 
 
 def kept(scores: Mapping[str, float], teacher: Mapping[str, float], keys: Sequence[str]) -> float:
-    """Mean over sets of the fraction of the teacher's score."""
+    """Return the mean fraction of the teacher's score over the sets."""
     return mean(scores[key] / teacher[key] for key in keys)
 
 
@@ -115,14 +115,14 @@ def _against_pca(
     rows: Mapping[tuple[str, int], Mapping[str, float]], keys: Sequence[str], widths: Sequence[int]
 ) -> str:
     """Count the sets on which the student beats the teacher's PCA, by width."""
-    won = {width: sum(rows[STUDENT, width][key] > rows[PCA, width][key] for key in keys) for width in widths}
-    counts = [f"{count} of {len(keys)} sets at {width}" for width, count in won.items()]
+    wins = {width: sum(rows[STUDENT, width][key] > rows[PCA, width][key] for key in keys) for width in widths}
+    counts = [f"{count} of {len(keys)} sets at {width}" for width, count in wins.items()]
     listed = " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
     return f"The student beats it on {listed} dimensions."
 
 
 def _public(results: dict[str, Any]) -> tuple[list[str], dict[tuple[str, int], dict[str, float]]]:
-    """Keys of the main figures of a run's sets, and scores by model and width."""
+    """Return the keys of the main metrics of a run's sets, and the scores by model and width."""
     keys = [f"{one['name']}/{one['metric']}" for one in results["sets"]]
     return keys, {(row["model"], row["width"]): row["scores"] for row in results["rows"]}
 
@@ -147,11 +147,11 @@ def draw_figure(default: dict[str, Any], public: dict[str, Any], path: Path) -> 
             PCA: {"label": "PCA of the teacher (6 layers)", "color": "#E69F00", "marker": "s", "linestyle": "--"},
         }
         for model, style in marks.items():
-            found = {w: 100 * kept(scores, teacher, keys) for (m, w), scores in rows.items() if m == model}
+            fractions = {w: 100 * kept(scores, teacher, keys) for (m, w), scores in rows.items() if m == model}
             if model == PCA:
-                found[teacher_width] = 100.0
-            widths = sorted(found)
-            axis.plot(widths, [found[width] for width in widths], **style)
+                fractions[teacher_width] = 100.0
+            widths = sorted(fractions)
+            axis.plot(widths, [fractions[width] for width in widths], **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.set_xlabel("numbers per embedding")
@@ -166,7 +166,7 @@ def draw_figure(default: dict[str, Any], public: dict[str, Any], path: Path) -> 
 
 
 def section(results: dict[str, Any]) -> str:
-    """A table and a figure of one run: the student, its teacher, and every width compared with PCA and truncation."""
+    """Format the table and figure of a run: student, teacher, PCA and truncation at all widths."""
     key = f"{results['primary']['set']}/{results['primary']['metric']}"
     rows = {(row["model"], row["width"]): row["scores"][key] for row in results["rows"]}
     widths = sorted({width for model, width in rows if model == STUDENT}, reverse=True)
@@ -201,7 +201,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def public_section(results: dict[str, Any]) -> str:
-    """A table of one run on several sets: every width of the student compared with the teacher and its PCA."""
+    """Format the table of a run on several sets: all widths of the student, the teacher and its PCA."""
     keys, rows = _public(results)
     facts = results["facts"]
     teacher = rows[TEACHER, facts["teacher_width"]]
@@ -236,7 +236,7 @@ def public_section(results: dict[str, Any]) -> str:
 
 
 def losses_section(results: dict[str, Any]) -> str:
-    """A table of ``python -m bench losses``: forward and backward, against the published code and plain PyTorch."""
+    """Format the table of ``python -m bench losses``, compared with the published code and plain PyTorch."""
     cpu = results["environment"]["cpu"]
     pairs, gram = results["pairs_per_second"], results["gram_products"]
     rate = pairs["rows"] * (pairs["rows"] - 1) / 2 / pairs["all_threads_s"] / 1e6
@@ -271,6 +271,6 @@ def losses_section(results: dict[str, Any]) -> str:
 
 
 def _took(facts: dict[str, Any], words: str) -> str:
-    """Put the minutes of a run into words; an empty string if the run did not record them."""
+    """Format the minutes of a run, or return an empty string if the run did not record them."""
     seconds = facts.get("seconds")
     return words.format(f"{seconds['in all'] / 60:.0f} minutes") if seconds else ""

@@ -1,7 +1,8 @@
-"""Distil text-embedding models: several teachers into one small student, many vector widths, one command.
+"""Distil text-embedding models: several teachers into one small student with embeddings of several widths.
 
-``jasper_fast.train(config)`` and ``python -m jasper_fast.train`` are the same thing; ``jasper_fast.losses`` holds the
-losses, ``jasper_fast.mips`` exact search. All are imported on first use, so that ``import jasper_fast`` stays light.
+``jasper_fast.train(config)`` does the same as ``python -m jasper_fast.train``. The losses are in
+``jasper_fast.losses``, and exact search is in ``jasper_fast.mips``. Submodules are imported on first use, so that
+``import jasper_fast`` is fast.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ _LAZY = ("losses", "mips", "pictures", "sentence_transformers", "train")
 
 
 class _CallableModule(ModuleType):
-    """A module that runs its function of the same name when called."""
+    """Module that calls its function of the same name when it is called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return vars(self)[self.__name__.rpartition(".")[2]](*args, **kwargs)
 
 
 class _Package(ModuleType):
-    """This package. ``jasper_fast.train`` is at once the command's module and the function.
+    """Type of this package, in which ``jasper_fast.train`` is both a module and a function.
 
-    Importing a submodule sets it as an attribute here, whoever imports it and in whatever order; that is the one place
-    where the module can be made callable for all of them.
+    Python sets each imported submodule as an attribute of the package. This is the only place that sees the module
+    before all its users, so it is made callable here.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

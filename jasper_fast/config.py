@@ -1,7 +1,7 @@
-"""The run as data: what is trained on what, by whom, in which stages.
+"""Configuration of a run: models, data, losses, stages and logging.
 
-A configuration is a YAML file or the name of a recipe that ships in ``jasper_fast/recipes``; ``--key.sub value``
-overrides single fields. Every problem is reported at once, before anything is loaded.
+A configuration is a YAML file, or the name of a recipe in ``jasper_fast/recipes``. Arguments such as
+``--stages.0.lr 1e-4`` override single fields. All problems are reported at once, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from jasper_fast.config_checks import run_problems, stage_problems
+from jasper_fast.config_checks import run_problems
 from jasper_fast.config_overrides import CONFIG_FILES, override, override_pairs
 from jasper_fast.config_problems import Problem, as_argument, leaves, problems_of, takes_list
 from jasper_fast.config_text import dump_yaml, read_yaml
@@ -38,47 +38,53 @@ DEFAULT_RECIPE = "minilm-docstrings"
 TEMPERATURE = 0.05
 
 
-def _number(value: Any) -> Any:
-    """Accept a number, also as text, but not true for 1.0."""
+def reject_bool(value: Any) -> Any:
+    """Reject booleans, which pydantic would read as 0 or 1. Numbers as text are accepted."""
     if isinstance(value, bool):
         raise ValueError("expected a number")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # what libraries take
-Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # of a head: a layer of that width must fit memory
-Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # what is made of it with stage and step fits 64 bits
-Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
-NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
-Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
-Part = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)]  # never the whole
-# One number, or one for each width. What is wrong is told of the form that was given, not of both.
+Number = Annotated[float, BeforeValidator(reject_bool)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # upper bound: accepted by all libraries
+Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # upper bound: a head's weights fit in memory
+Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # upper bound: fits 64 bits with stage and step
+Positive = Annotated[float, Field(gt=0.0), BeforeValidator(reject_bool)]
+NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(reject_bool)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(reject_bool)]
+FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(reject_bool)]
+# One number, or one per width. The discriminator limits error messages to the given form.
 ByHead = Annotated[
     Annotated[Positive, Tag("one-number")] | Annotated[dict[Annotated[int, Field(gt=0)], Positive], Tag("by-head")],
-    Discriminator(lambda given: "by-head" if isinstance(given, dict) else "one-number"),
+    Discriminator(lambda value: "by-head" if isinstance(value, dict) else "one-number"),
 ]
 
 
 class Section(BaseModel):
-    """A section of the YAML file.
+    """Base class of all sections of the YAML file.
 
-    A run resumes under a newer version, whose fields its stored configuration lacks. So the default of a new field must
-    mean "as before this field". Otherwise old runs would continue in another way than they began, unnoticed.
+    The stored configuration of a run may lack the fields of a newer version. The default of a new field must therefore
+    keep the behaviour of older versions. Otherwise a resumed run would change silently.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prompts(Section):
-    """Prompts put before each query or document. ``{text}`` marks where the text goes. Without it, the text follows."""
+    """Prompts put before each query or document.
+
+    ``{text}`` marks where the text goes. Without it, the text follows the prompt.
+    """
 
     query: str = ""  # prompt of queries
     document: str = ""  # prompt of documents
 
 
 class TeacherPrompts(Section):
-    """Prompts of a teacher. A missing field means the model's own prompt. An empty string disables it."""
+    """Prompts of a teacher.
+
+    A missing field means the model's own prompt. An empty string disables it.
+    """
 
     query: str | None = None  # prompt of queries
     document: str | None = None  # prompt of documents
@@ -93,38 +99,49 @@ class TeacherConfig(Section):
     revision: str | None = None  # branch, tag or commit on the model hub
     prompts: TeacherPrompts = TeacherPrompts()
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's setting, or mean if it has none
-    max_length: PositiveInt = 512  # tokens per text; the rest is not read
+    max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
     dense: str | None = None  # folder of the Dense head to use inside the model, e.g. 2_Dense_8192 (Stella)
     truncate_dim: PositiveInt | None = None  # keep only the first coordinates (Matryoshka teachers)
     batch_tokens: PositiveInt = 8192  # tokens per forward pass, padding included
-    trust_remote_code: bool = False  # permission to run code that the model brings
+    trust_remote_code: bool = False  # permission to run code that comes with the model
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
         if (self.model is None) == (self.vectors is None):
-            raise ValueError("give either `model` (a teacher to run) or `vectors` (a file of ready vectors)")
+            raise ValueError(
+                "expected exactly one of `model` and `vectors`. "
+                "Fix: give either `model` (a teacher to run) or `vectors` (precomputed embeddings)"
+            )
         if self.vectors is not None and self.dense is not None:
-            raise ValueError("`dense` chooses a head of a `model`; ready `vectors` have none")
+            raise ValueError(
+                "`dense` chooses a head of a `model`, and precomputed `vectors` have no heads. Fix: leave `dense` out"
+            )
         return self
 
 
 class VisionConfig(Section):
-    """Vision tower of the student. Its tokens, resampled, enter the text encoder as input embeddings."""
+    """Vision tower of the student.
 
-    model: str | None = None  # Hugging Face vision tower of a fixed image size, SigLIP first
-    tower: dict[str, Number] | None = None  # fields of a SiglipVisionConfig: a tower trained from scratch
+    The tower's tokens are resampled and enter the text encoder as input embeddings.
+    """
+
+    model: str | None = None  # Hugging Face vision tower with a fixed image size, e.g. SigLIP
+    tower: dict[str, Number] | None = None  # fields of a SiglipVisionConfig, for a tower trained from scratch
     revision: str | None = None  # branch, tag or commit on the model hub
-    image_tokens: PositiveInt = 300  # input embeddings that the text encoder gets for one image
+    image_tokens: PositiveInt = 300  # input embeddings per image for the text encoder
     start_token: str = "<|image_start|>"  # token before an image; added if the tokenizer lacks it
     end_token: str = "<|image_end|>"  # token after an image; added if the tokenizer lacks it
-    trust_remote_code: bool = False  # permission to run code that the tower brings
+    trust_remote_code: bool = False  # permission to run code that comes with the tower
 
     @model_validator(mode="after")
     def _one_origin(self) -> VisionConfig:
         if (self.model is None) == (self.tower is None):
-            raise ValueError("give either `model` (a tower to load) or `tower` (its size, to start from scratch)")
+            raise ValueError(
+                "expected exactly one of `model` and `tower`. "
+                "Fix: give either `model` (a tower to load) or `tower` (the size of a tower to train from scratch)"
+            )
         if self.start_token == self.end_token:
-            raise ValueError("start_token and end_token must differ")
+            raise ValueError(f"start_token and end_token must differ (got {self.start_token!r} twice). Fix: change one")
         return self
 
 
@@ -139,11 +156,11 @@ class StudentConfig(Section):
     # independent: one linear layer per width; prefix: the first rows of the widest head
     head_type: Literal["independent", "prefix"] = "independent"
     head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
-    max_length: PositiveInt = 512  # tokens per text; the rest is not read
-    bidirectional: bool = True  # decoder models lose their causal mask
+    max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
+    bidirectional: bool = True  # remove the causal mask of decoder models
     prompts: Prompts = Prompts()
-    vector_dropout: Part = 0.0  # dropout on the pooled state
-    trust_remote_code: bool = False  # permission to run code that the model brings
+    vector_dropout: FractionBelowOne = 0.0  # dropout on the pooled state
+    trust_remote_code: bool = False  # permission to run code that comes with the model
     vision: VisionConfig | None = None  # vision tower; null: the student reads text only
 
     @field_validator("heads")
@@ -164,22 +181,22 @@ class SourceConfig(Section):
     split: str = "train"  # split of a `datasets` name
     columns: list[str] = Field(default=["text"], min_length=1)  # columns to read; a list in a cell gives several texts
     join: bool = False  # true: the columns make one text; false: each column is a separate text
-    role: Literal["query", "document"] = "document"  # decides the prompts
+    role: Literal["query", "document"] = "document"  # selects the prompt
     limit: PositiveInt | None = None  # largest number of texts, drawn by the seed
-    variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with words exchanged
+    variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with replaced words
     revision: str | None = None  # branch, tag or commit of a `datasets` name
 
 
 class DataConfig(Section):
-    """The training texts and their treatment (arXiv 2412.19048, section on data)."""
+    """Training texts and their augmentation (arXiv 2412.19048, section on data)."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    cut_share: Share = 0.3  # fraction of documents that are cut into pieces
+    cut_share: Fraction = 0.3  # fraction of documents that are cut into pieces
     cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece: smallest and largest number
-    shuffle_share: Share = 0.0008  # fraction of texts whose words are shuffled
+    shuffle_share: Fraction = 0.0008  # fraction of texts whose words are shuffled
     min_chars: PositiveInt = 2  # shorter texts are left out
     limit: PositiveInt | None = None  # largest number of texts in total, drawn by the seed
-    seed: Seed = 0  # seed of draws, cuts and order; independent of the run's seed, so that runs use the same texts
+    seed: Seed = 0  # seed of draws, cuts and order; separate from the run's seed, so that runs use the same texts
     cache: str = "cache"  # folder of texts and teacher embeddings, used by all runs
     cache_dtype: Literal["float16", "int8"] = "float16"  # storage of teacher embeddings
 
@@ -214,32 +231,38 @@ class ImagesConfig(Section):
     """Images of vision stages, and how many are held out for evaluation."""
 
     sources: list[ImageSourceConfig] = Field(min_length=1)
-    # images kept from training, together with all that have the same captions or pixels
+    # images held out from training, together with all images that have the same caption or pixels
     held_out: Annotated[int, Field(ge=0, strict=True)] = 0
-    max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # broken images that are left out; more of them end the run
+    max_bad: Annotated[int, Field(ge=0, strict=True)] = 100  # broken images to skip before the run ends with an error
     seed: Seed = 0  # seed of the held-out images
 
 
 class AugmentConfig(Section):
-    """Random changes to a training image, drawn each time it is used. By default there are no changes."""
+    """Random changes to a training image, drawn each time it is used.
 
-    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(_number)] = 0.0  # largest fraction of the side
-    scale: Part = 0.0  # factor between 1 - scale and 1 + scale, separately for each axis
-    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # largest angle in degrees
+    By default there are no changes.
+    """
+
+    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(reject_bool)] = 0.0  # largest fraction of the side
+    scale: FractionBelowOne = 0.0  # factor between 1 - scale and 1 + scale, separately for each axis
+    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(reject_bool)] = 0.0  # largest angle in degrees
     flip: bool = False  # mirror half of the images
     mix: NotNegative = 0.0  # mixup with another image of the batch: the parameter a of Beta(a, a)
 
     @property
     def moved(self) -> bool:
-        """Whether pictures are seen through affine maps."""
+        """Return True if shift, scale, rotate or flip is set."""
         return bool(self.shift or self.scale or self.rotate or self.flip)
 
 
 class VisionStageConfig(Section):
-    """Settings of a vision stage (stage 4). The paper has neither a contrastive loss nor augmentation."""
+    """Settings of a vision stage (stage 4).
+
+    The paper has neither a contrastive loss nor augmentation.
+    """
 
     contrastive: NotNegative = 0.0  # weight of the contrastive loss between images and captions, in both directions
-    among: Literal["batch", "all"] = "batch"  # captions that an image is compared with: the batch's, or all
+    among: Literal["batch", "all"] = "batch"  # captions to compare an image with: the batch's, or all
     balance: NotNegative = 0.0  # weight of a term of the contrastive loss that spreads captions over images
     augment: AugmentConfig = AugmentConfig()
 
@@ -282,27 +305,28 @@ class StageConfig(Section):
     # also train the last n layers of the encoder; in vision stages, of the tower
     last_layers: Annotated[int, Field(ge=0, strict=True)] = 0
     vision: VisionStageConfig | None = None  # settings of a vision stage, in which only `vision.*` may train
-    heads: list[PositiveInt] = Field(min_length=1)  # widths that the losses see
+    heads: list[PositiveInt] = Field(min_length=1)  # widths of the heads in the losses
     weights: LossWeights = LossWeights()
     narrow_weights: LossWeights | None = None  # weights for all heads but the widest; null: the same weights
     margin: NotNegative = 0.015  # margin of the relative similarity loss
-    # of the neighbourhood loss: one number, or a number per width (the others have the default)
+    # temperature of the neighbourhood loss: one number, or one per width (the default for the others)
     temperature: ByHead = TEMPERATURE
     narrow_target: Literal["teacher", "self"] = "teacher"  # self: the student's widest embedding teaches the others
     # principal: narrow heads start at the principal axes of the widest embeddings (frozen encoder only)
     narrow_start: Literal["as_is", "principal"] = "as_is"
-    codes: list[Literal["int8", "ubinary"]] = []  # quantized forms of the embeddings that the narrow losses train too
+    codes: list[Literal["int8", "ubinary"]] = []  # quantized forms of the narrow embeddings to train as well
     codes_weight: Positive = 1.0  # weight of the losses of `codes`
-    batch_size: PositiveInt = 128  # texts that the losses compare
+    batch_size: PositiveInt = 128  # texts per optimizer step, all compared by the losses
     steps: PositiveInt  # optimizer steps
     lr: Positive  # peak learning rate
-    warmup: Share = 0.05  # fraction of the steps
-    schedule: Literal["constant", "linear", "cosine"] = "linear"  # learning rate after the warm-up
+    warmup: Fraction = 0.05  # length of the warm-up, as a fraction of the steps
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # shape of the learning rate after the warm-up
     weight_decay: NotNegative = 0.01  # weight decay of AdamW
     clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
-    average: Part = 0.0  # decay of the weights' moving average in which the stage ends; 0: off
+    # decay of the moving average (EMA) of the weights, with which the stage ends; 0: off
+    average: FractionBelowOne = 0.0
     max_length: PositiveInt | None = None  # tokens per text; null: the student's
-    micro_batch: PositiveInt = 32  # texts per forward pass; the loss sees the whole batch
+    micro_batch: PositiveInt = 32  # texts per forward pass; the loss uses the whole batch
     micro_tokens: PositiveInt | None = None  # largest number of tokens per forward pass, padding included
     # encode the batch twice and keep the graph of one micro-batch: for batches that do not fit in memory
     gradient_caching: bool = False
@@ -311,7 +335,7 @@ class StageConfig(Section):
     activation_offload: bool = False  # keep a GPU's activations in host memory
     batches: Literal["random", "neighbours"] = "random"  # neighbours: groups of the teacher's nearest neighbours
     neighbours: Annotated[int, Field(ge=2, strict=True)] = 8  # texts per group of such a batch
-    random_share: Part = 0.0  # fraction of such a batch that is drawn at random
+    random_share: FractionBelowOne = 0.0  # fraction of such a batch that is drawn at random
     texts: PositiveInt | None = None  # only the first n training texts
     max_chars: PositiveInt | None = None  # only texts of at most this many characters
 
@@ -322,6 +346,84 @@ class StageConfig(Section):
         return self
 
 
+def stage_problems(stage: StageConfig) -> list[str]:
+    """List the contradictions between the fields of a stage."""
+    problems = [*_batch_problems(stage), *_loss_problems(stage)]
+    if stage.vision is not None:
+        problems += _vision_problems(stage, stage.vision)
+    return [f"stage {stage.name!r}: {problem}" for problem in problems]
+
+
+def _batch_problems(stage: StageConfig) -> list[str]:
+    """List problems of the trained parameters, texts, batches and heads of a stage."""
+    problems = []
+    size = stage.batch_size
+    mined = round((1.0 - stage.random_share) * size)  # texts
+    if not stage.train and not stage.last_layers:
+        problems.append("it trains nothing. Fix: give `train` (globs) or `last_layers`")
+    if stage.batches == "neighbours" and not stage.random_share and mined % stage.neighbours:
+        problems.append(
+            f"batch_size {size} is not a multiple of neighbours {stage.neighbours}. "
+            f"Fix: set batch_size to {max(1, size // stage.neighbours) * stage.neighbours}"
+        )
+    elif stage.batches == "neighbours" and mined < stage.neighbours:
+        problems.append(
+            f"random_share {stage.random_share} leaves {mined} of {size} texts for groups of {stage.neighbours} "
+            "neighbours. Fix: lower random_share"
+        )
+    if isinstance(stage.temperature, dict) and (unknown := sorted(set(stage.temperature) - set(stage.heads))):
+        problems.append(
+            f"temperature has widths {unknown}, which the stage's heads {stage.heads} lack. Fix: remove these widths"
+        )
+    if stage.texts is not None and stage.texts < size:
+        problems.append(f"texts {stage.texts} is less than batch_size {size}. Fix: raise texts to {size} or more")
+    if stage.max_chars is not None and (stage.batches != "random" or stage.vision is not None):
+        problems.append("max_chars is for random batches of texts only. Fix: leave max_chars out")
+    if len(set(stage.heads)) != len(stage.heads):
+        problems.append(f"heads {stage.heads} have a width twice. Fix: list each width once")
+    return problems
+
+
+def _loss_problems(stage: StageConfig) -> list[str]:
+    """List problems of the loss weights of a stage."""
+    problems = []
+    size, narrow = stage.batch_size, stage.narrow_weights or stage.weights
+    if stage.codes and not narrow.compares(3):  # 3 texts are enough for every loss
+        problems.append(
+            "codes are trained by the narrow heads' similarity, relative similarity or neighbourhood loss, and all of "
+            "them have weight 0. Fix: give one of them a weight"
+        )
+    contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
+    for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
+        if not weights.cosine and not weights.compares(size) and not contrastive:
+            problems.append(
+                f"nothing can be learnt with its `{name}` from a batch of {size}: the similarity loss needs 2 texts, "
+                "relative similarity and neighbourhood need 3. Fix: raise batch_size, or give the cosine a weight"
+            )
+            break  # without narrow weights both are the same
+    return problems
+
+
+def _vision_problems(stage: StageConfig, vision: VisionStageConfig) -> list[str]:
+    """List problems of a vision stage."""
+    problems = []
+    if vision.among == "all" and not vision.contrastive:
+        problems.append("vision.among needs the contrastive loss, which has weight 0. Fix: set it to batch")
+    if vision.balance and not (vision.contrastive and stage.batch_size > 1):
+        problems.append(
+            "vision.balance is part of the contrastive loss, which has weight 0 or a batch of 1. Fix: leave it out, or "
+            "give vision.contrastive a weight and raise batch_size"
+        )
+    if stage.codes or stage.narrow_start != "as_is":
+        problems.append("codes and narrow_start are for text stages. Fix: leave them out here")
+    if stage.batches != "random" or stage.narrow_target != "teacher":
+        problems.append(
+            "a vision stage draws random batches, and its target for each head is the caption's embedding of that "
+            "head. Fix: leave `batches` and `narrow_target` out"
+        )
+    return problems
+
+
 class LossesConfig(Section):
     """Scope of the losses when several processes train."""
 
@@ -329,14 +431,20 @@ class LossesConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How several processes, started by torchrun, train together. Results change by rounding only."""
+    """Training with several processes, started by torchrun.
+
+    Results differ from one process by rounding only.
+    """
 
     mode: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimizer state are sharded
     timeout: Positive = 600.0  # seconds to wait for a missing rank before the run ends
 
 
 class LogConfig(Section):
-    """Log and experiment trackers. ``log.jsonl`` always has every step."""
+    """Log and experiment trackers.
+
+    ``log.jsonl`` always has every step.
+    """
 
     every: PositiveInt = 10  # steps between printed lines
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []  # each must be installed
@@ -344,18 +452,21 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints, from which the same command resumes."""
+    """Checkpoints, from which the same command resumes the run."""
 
     every: PositiveInt = 100  # steps between checkpoints; the end of a stage is always saved
-    keep: Annotated[int, Field(ge=2, strict=True)] = 2  # checkpoints that are kept
+    keep: Annotated[int, Field(ge=2, strict=True)] = 2  # number of checkpoints to keep
 
 
 class Config(Section):
-    """A whole run. ``--print-config`` prints every field."""
+    """Configuration of a whole run.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # names the folder of the run: `runs/NAME`
+    ``--print-config`` prints every field.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # name of the run, whose folder is `runs/NAME`
     seed: Seed = 0  # seed of new weights, batches and dropout
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on devices that are fast at it
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on devices where it is fast
     student: StudentConfig
     teachers: list[TeacherConfig] = Field(min_length=1)
     data: DataConfig
@@ -375,7 +486,7 @@ class Config(Section):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship in the package."""
+    """List the recipes that ship with the package."""
     return sorted(
         p.name.removesuffix(".yaml") for p in (files("jasper_fast") / "recipes").iterdir() if p.name.endswith(".yaml")
     )
@@ -384,14 +495,16 @@ def recipe_names() -> list[str]:
 def load_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[tuple[str, Any]] = ()
 ) -> Config:
-    """Read a configuration and check all of it.
+    """Read and validate a configuration.
 
     Args:
-        source: a YAML file, a recipe name, a mapping, or None for the embedded default recipe.
-        overrides: (dotted key, value) pairs, e.g. ``("stages.0.lr", 1e-4)``; values that are text are read as YAML.
+        source: path of a YAML file, recipe name, or mapping. None means the default recipe.
+        overrides: pairs of dotted key and value, e.g. ``("stages.0.lr", 1e-4)``. A value that is text is parsed as
+            YAML.
 
     Raises:
-        ConfigError: every unknown key, wrong type and impossible value at once, each with its key.
+        ConfigError: a key is unknown, or a value has the wrong type or is impossible. The message lists all of them,
+            each with its key.
     """
     return _load(source, overrides, [])
 
@@ -399,28 +512,30 @@ def load_config(
 def load_arguments(
     source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str], options: Sequence[str] = ()
 ) -> Config:
-    """Read a configuration as :func:`load_config` does, with overrides as a command line has them.
+    """Read and validate a configuration with overrides from a command line.
 
     Args:
-        source: as there.
+        source: path of a YAML file, recipe name, or mapping. None means the default recipe.
         arguments: ``--key.sub value`` pairs.
-        options: names of the command's own options, which a misspelt key may mean.
+        options: names of the command's other options, which are proposed for a misspelt key.
 
     Raises:
-        ConfigError: every problem at once, those of the arguments apart from those of the file.
+        ConfigError: as in :func:`load_config`. Problems of the arguments are listed separately from those of the file.
     """
     return _load(source, *override_pairs(arguments), options)
 
 
 def stored_config(tree: dict[str, Any], where: str) -> Config:
-    """Load a configuration that a run stored, in this version or an older one: a missing field has its default.
+    """Load a configuration that a run stored, in this version or an older one.
+
+    A missing field has its default.
 
     Args:
-        tree: a dumped configuration, or the part of it that decides.
-        where: its place in messages.
+        tree: dumped configuration, or the part of it that determines the results.
+        where: place of the configuration in messages.
 
     Raises:
-        ConfigError: this version does not know a field or rejects a value.
+        ConfigError: a field is unknown in this version, or a value is rejected.
     """
     config, problems = _validate(tree)
     if config is None:
@@ -431,37 +546,44 @@ def stored_config(tree: dict[str, Any], where: str) -> Config:
 def _load(
     source: Any, overrides: Sequence[tuple[str, Any]], problems: list[str], options: Sequence[str] | None = None
 ) -> Config:
-    """Read a configuration, with overrides of a command line that has ``options``, or of Python if that is None."""
+    """Read and validate a configuration with overrides.
+
+    Args:
+        source: path of a YAML file, recipe name, or mapping. None means the default recipe.
+        overrides: pairs of dotted key and value.
+        problems: problems of the overrides that are known already.
+        options: names of the command's other options. None means that the overrides come from Python.
+    """
     tree, where = _read(source)
-    file, wrong = copy.deepcopy(tree), list(problems)
+    file_tree, override_problems = copy.deepcopy(tree), list(problems)
     for key, value in overrides:
-        override(tree, key, value, wrong, partial(takes_list, Config))
-    config, found = _validate(tree)
-    if config is not None and not wrong:
+        override(tree, key, value, override_problems, partial(takes_list, Config))
+    config, all_problems = _validate(tree)
+    if config is not None and not override_problems:
         return config
-    of_file = _validate(file)[1] if overrides else found  # what is wrong without the overrides as well
-    for problem in found:
-        if problem not in of_file:
-            wrong.append(problem.line if options is None else as_argument(Config, problem, options))
-    rest = [problem.line for problem in found if problem in of_file]
-    raise ConfigError(wrong, "the overrides" if options is None else "the command line", {where: rest})
+    file_problems = _validate(file_tree)[1] if overrides else all_problems
+    for problem in all_problems:
+        if problem not in file_problems:
+            override_problems.append(problem.line if options is None else as_argument(Config, problem, options))
+    remaining = [problem.line for problem in all_problems if problem in file_problems]
+    raise ConfigError(override_problems, "the overrides" if options is None else "the command line", {where: remaining})
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """Return the configuration, or all that is wrong with it."""
+    """Return the configuration, or None and all its problems."""
     try:
         return Config.model_validate(tree), []
     except ValidationError as error:
-        return None, problems_of(Config, tree, error)
+        return None, problems_of(Config, tree, error, run_problems)
 
 
 def dump_config(config: Config) -> str:
-    """Write the resolved configuration as YAML, with every field."""
+    """Format the resolved configuration as YAML, with every field."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return lines ``key: old -> new`` for every field in which two dumped configurations differ."""
+    """List the fields in which two dumped configurations differ, as lines ``key: old -> new``."""
     a, b = dict(leaves(old)), dict(leaves(new))
     return [f"{k}: {a.get(k, '(absent)')!r} -> {b.get(k, '(absent)')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
@@ -473,17 +595,17 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any]
     if name in recipe_names():
         where = f"recipe {name}"
         return read_yaml(files("jasper_fast") / "recipes" / f"{name}.yaml", where), where
-    if not os.path.exists(name):  # False as well for what can be no name
+    if not os.path.exists(name):  # also False for an invalid file name
         raise ConfigError([_no_such_file(name)], "--config")
     return read_yaml(Path(name), name), name
 
 
 def _no_such_file(name: str) -> str:
-    """Describe a configuration that does not exist, with the file or recipe that was probably meant."""
+    """Describe a missing configuration, and propose the file or recipe with the most similar name."""
     with suppress(OSError, ValueError):
-        beside = [str(file) for file in Path(name).parent.iterdir() if file.name.endswith(CONFIG_FILES)]
+        neighbours = [str(file) for file in Path(name).parent.iterdir() if file.name.endswith(CONFIG_FILES)]
         if near := difflib.get_close_matches(name.removesuffix(".yaml"), recipe_names(), n=1, cutoff=0.8):
             return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
-        if near := difflib.get_close_matches(name, beside, n=1, cutoff=0.8):
+        if near := difflib.get_close_matches(name, neighbours, n=1, cutoff=0.8):
             return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
-    return f"{name!r} is neither a file nor a recipe; recipes: {', '.join(recipe_names())}"
+    return f"{name!r} is neither a file nor a recipe. Fix: give a file, or one of {', '.join(recipe_names())}"

@@ -1,111 +1,107 @@
-"""What cannot be in a stage and in a whole run beyond what each field says of itself: every problem, as lines."""
+"""Rules across the sections of a configuration: stages, student, images and prompts must fit each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jasper_fast.config import StageConfig
-
-
-def stage_problems(stage: StageConfig) -> list[str]:
-    """What keeps a stage from teaching anything, or from doing all that it asks for."""
-    problems = []
-    size, narrow = stage.batch_size, stage.narrow_weights or stage.weights
-    if not stage.train and not stage.last_layers:
-        problems.append("it trains nothing: give `train` (globs) or `last_layers`")
-    mined = round((1.0 - stage.random_share) * size)  # texts
-    if stage.batches == "neighbours" and not stage.random_share and mined % stage.neighbours:
-        problems.append(f"batch_size {size} is not a multiple of neighbours {stage.neighbours}")
-    elif stage.batches == "neighbours" and mined < stage.neighbours:
-        problems.append(
-            f"random_share {stage.random_share} of a batch of {size} leaves no room for {stage.neighbours} neighbours"
-        )
-    if isinstance(stage.temperature, dict) and (strange := sorted(set(stage.temperature) - set(stage.heads))):
-        problems.append(f"temperature names {strange}, which are no heads of the stage")
-    if stage.texts is not None and stage.texts < size:
-        problems.append(f"texts {stage.texts} is less than batch_size {size}")
-    if stage.max_chars is not None and (stage.batches != "random" or stage.vision is not None):
-        problems.append("max_chars is for random batches of texts; leave it or `batches: neighbours` out")
-    if len(set(stage.heads)) != len(stage.heads):
-        problems.append(f"a head is named twice in {stage.heads}")
-    if stage.codes and not (narrow.similarity or narrow.relative_similarity or narrow.neighbourhood):
-        problems.append(
-            "codes are trained by the narrow heads' similarity, relative similarity or neighbourhood loss, and all of "
-            "them have weight 0"
-        )
-    contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
-    for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
-        if not weights.cosine and not weights.compares(size) and not contrastive:
-            problems.append(
-                f"nothing can be learnt by its `{name}` from a batch of {size}: the similarity loss compares 2 texts "
-                "or more, relative similarity and neighbourhood 3; raise batch_size, or give the cosine a weight"
-            )
-            break  # without narrow weights both are the same
-    if stage.vision is not None and stage.vision.among == "all" and not stage.vision.contrastive:
-        problems.append("vision.among is about the contrastive term, whose weight is 0; set it to batch")
-    if stage.vision is not None and stage.vision.balance and not contrastive:
-        problems.append(
-            "vision.balance is part of the contrastive term, which has weight 0 or a batch of 1; leave it out, or give "
-            "vision.contrastive a weight and more pictures"
-        )
-    if stage.vision is not None and (stage.codes or stage.narrow_start != "as_is"):
-        problems.append("codes and narrow_start are for stages of texts; leave them out here")
-    if stage.vision is not None and (stage.batches != "random" or stage.narrow_target != "teacher"):
-        problems.append(
-            "a vision stage draws its batches at random, and each head is taught by the caption's vector of the same "
-            "head; leave `batches` and `narrow_target` out"
-        )
-    return [f"stage {stage.name!r}: {problem}" for problem in problems]
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def run_problems(tree: Mapping[str, Any]) -> list[str]:
-    """What stages, student and pictures contradict each other in.
+    """List the contradictions between stages, student and images.
 
     Args:
-        tree: a configuration as plain values. Some may be missing or wrong: what hangs on them is passed over, since
-            the fields' own checks name them.
+        tree: configuration as plain values. A missing or invalid value is skipped here, because the checks of its own
+            field report it.
     """
     student, listed = _section(tree.get("student")), tree.get("stages")
     stages = [_section(stage) for stage in listed] if isinstance(listed, list) else []
-    widths, heads = _widths(student.get("heads")), [_widths(stage.get("heads")) for stage in stages]
-    names = [name for stage in stages if isinstance(name := stage.get("name"), str)]
-    problems = [f"stage name {name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    return [
+        *_name_problems(stages),
+        *_untrained_heads(student, stages),
+        *_image_problems(tree, student, stages),
+        *_head_problems(student, stages),
+        *_prompt_problems(student),
+    ]
 
-    reading = [found for stage, found in zip(stages, heads, strict=True) if stage.get("vision") is None]
-    if widths and stages and None not in heads and student.get("head_type", "independent") == "independent":
-        idle = [width for width in widths if not any(width in found for found in reading if found)]
-        if idle:
-            problems.append(f"student.heads {idle} stand in no stage's heads: they would stay random")
-    seeing = [stage.get("name") for stage in stages if stage.get("vision") is not None]
-    if seeing and student and (student.get("vision") is None or tree.get("images") is None):
-        problems.append(f"stage {seeing[0]!r} learns from pictures: it needs `student.vision` and `images`")
-    if stages and not seeing and tree.get("images") is not None:
-        problems.append("`images` are given, but no stage learns from pictures: give one `vision`, or leave images out")
-    for stage, found in zip(stages, heads, strict=True):
-        if not widths or found is None:
-            continue
-        if missing := [width for width in found if width not in widths]:
-            problems.append(f"stage {stage.get('name')!r} uses heads {missing}; the student has {widths}")
-        if stage.get("narrow_target") == "self" and widths[0] not in found:
-            problems.append(
-                f"stage {stage.get('name')!r}: narrow_target 'self' needs the widest head, {widths[0]}, among its heads"
-            )
-    for role, prompt in _section(student.get("prompts")).items():
-        if isinstance(prompt, str) and (problem := prompt_problem(prompt)):
-            problems.append(f"student.prompts.{role}: {problem}")
+
+def _name_problems(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [name for stage in stages if isinstance(name := stage.get("name"), str)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    return [f"stage name {name!r} is used twice. Fix: rename one stage" for name in repeated]
+
+
+def _untrained_heads(student: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Report heads of the student that no text stage trains."""
+    widths, heads = _widths(student.get("heads")), [_widths(stage.get("heads")) for stage in stages]
+    if not widths or not stages or None in heads or student.get("head_type", "independent") != "independent":
+        return []
+    text_heads = [widths for stage, widths in zip(stages, heads, strict=True) if stage.get("vision") is None]
+    idle = [width for width in widths if not any(width in stage_heads for stage_heads in text_heads if stage_heads)]
+    if not idle:
+        return []
+    return [
+        f"student.heads {idle} are in no stage's heads, so they would stay random. "
+        "Fix: add them to the heads of a stage, or remove them"
+    ]
+
+
+def _image_problems(
+    tree: Mapping[str, Any], student: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Report a vision stage without tower or images, and images without a vision stage."""
+    vision_stages = [stage.get("name") for stage in stages if stage.get("vision") is not None]
+    problems = []
+    if vision_stages and student and (student.get("vision") is None or tree.get("images") is None):
+        problems.append(
+            f"stage {vision_stages[0]!r} learns from images, which needs `student.vision` and `images`. Fix: give both"
+        )
+    if stages and not vision_stages and tree.get("images") is not None:
+        problems.append(
+            "`images` are given, but no stage learns from images. Fix: give a stage `vision`, or leave images out"
+        )
     return problems
 
 
+def _head_problems(student: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Report stages with heads that the student lacks, and self-teaching stages without the widest head."""
+    student_widths = _widths(student.get("heads"))
+    problems = []
+    for stage in stages:
+        widths = _widths(stage.get("heads"))
+        if not student_widths or widths is None:
+            continue
+        if missing := [width for width in widths if width not in student_widths]:
+            problems.append(
+                f"stage {stage.get('name')!r} uses heads {missing}, and the student has {student_widths}. "
+                "Fix: correct the stage's heads or student.heads"
+            )
+        if stage.get("narrow_target") == "self" and student_widths[0] not in widths:
+            problems.append(
+                f"stage {stage.get('name')!r}: narrow_target 'self' needs the widest head, {student_widths[0]}. "
+                "Fix: add it to the stage's heads"
+            )
+    return problems
+
+
+def _prompt_problems(student: Mapping[str, Any]) -> list[str]:
+    return [
+        f"student.prompts.{role}: {problem}"
+        for role, prompt in _section(student.get("prompts")).items()
+        if isinstance(prompt, str) and (problem := prompt_problem(prompt))
+    ]
+
+
 def prompt_problem(prompt: str) -> str | None:
-    """Why a student cannot have a prompt: sentence-transformers knows prefixes alone, so ``{text}`` may only end it."""
+    """Describe why a student cannot have a prompt, or return None.
+
+    sentence-transformers supports prefixes only, so ``{text}`` may only be at the end.
+    """
     prefix, _, rest = prompt.partition("{text}")
     if not rest:
         return None
     return (
         f"prompt {prompt!r}: nothing may follow {{text}}, because sentence-transformers can only put a prompt before "
-        f"the text; write {prefix + '{text}'!r}"
+        f"the text. Fix: write {prefix + '{text}'!r}"
     )
 
 
@@ -114,7 +110,7 @@ def _section(value: Any) -> Mapping[str, Any]:
 
 
 def _widths(value: Any) -> list[int] | None:
-    """Distinct widths, widest first; None for anything else."""
+    """Return distinct widths, widest first, or None for anything else."""
     if not isinstance(value, list) or not value or not all(type(width) is int and width > 0 for width in value):
         return None
     return sorted(value, reverse=True) if len(set(value)) == len(value) else None

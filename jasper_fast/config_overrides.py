@@ -1,4 +1,4 @@
-"""Configuration fields on a command line: ``--key.sub value``, each key once, lists with commas."""
+"""Overrides of configuration fields: ``--key.sub value``, each key once, lists with commas."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CONFIG_FILES = (".yaml", ".yml", ".json")
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Turn ``--key.sub value`` and ``--key.sub=value`` arguments into (key, value) pairs.
+    """Parse ``--key.sub value`` and ``--key.sub=value`` arguments into (key, value) pairs.
 
     Raises:
-        ConfigError: every argument that is neither, and every key that is given twice.
+        ConfigError: an argument has another form, or a key is given twice. The message lists all of them.
     """
     pairs, problems = override_pairs(arguments)
     if problems:
@@ -25,7 +25,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def override_pairs(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Split arguments into (key, value) pairs and a line for each problem."""
+    """Parse arguments into (key, value) pairs and a list of problems."""
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
     rest = list(arguments)
@@ -52,11 +52,15 @@ def override(
     problems: list[str],
     takes_list: Callable[[str, bool], bool] = lambda key, several: False,
 ) -> None:
-    """Set the field of a dotted key; where there is no such place, ``problems`` gets a line.
+    """Set the field of a dotted key in a configuration.
 
     Args:
-        value: text is read as YAML, and as a list where the field takes one.
-        takes_list: whether a field takes a list of plain values, by key and by whether there are several values.
+        tree: configuration as plain values, changed in place.
+        key: dotted key, e.g. ``stages.0.lr``.
+        value: new value. Text is parsed as YAML, and as a list if the field takes one.
+        problems: list that gets a line if the key leads to no field.
+        takes_list: function that returns True if the field of a key takes a list of plain values. Its second argument
+            is True if the value has commas.
     """
     *parents, last = key.split(".")
     try:
@@ -75,17 +79,17 @@ def override(
 def _unexpected(argument: str) -> str:
     if argument.endswith(CONFIG_FILES) or Path(argument).is_file():
         return f"unexpected argument {argument!r}; did you mean --config {argument}?"
-    return f"unexpected argument {argument!r}; fields are set like --stages.0.lr 1e-4"
+    return f"unexpected argument {argument!r}. Fix: set a field like --stages.0.lr 1e-4"
 
 
 def _repeated(keys: Sequence[str]) -> list[str]:
-    """Describe keys that undo an earlier one: the same key again, or the section around it."""
+    """Report keys that undo an earlier one: the same key again, or the section around it."""
     problems = []
-    for place, key in enumerate(keys):
-        before = keys[:place]
-        if key in before:
+    for position, key in enumerate(keys):
+        earlier = keys[:position]
+        if key in earlier:
             problems.append(f"--{key} is given twice. Fix: give it once")
-        elif undone := [one for one in before if one.startswith(f"{key}.")]:
+        elif undone := [one for one in earlier if one.startswith(f"{key}.")]:
             problems.append(f"--{key} would undo --{undone[0]}, which comes before it. Fix: put --{key} first")
     return problems
 
@@ -95,7 +99,7 @@ def _prefixes(parts: Sequence[str]) -> list[str]:
 
 
 def _inside(node: Any, part: str, name: str) -> Any:
-    """Return the section or list called ``part`` of a node; make a section where there is none."""
+    """Return the section or list ``part`` of a node. A missing section is created."""
     if isinstance(node, list):
         child = node[_position(node, part)]
     else:
@@ -116,12 +120,12 @@ def _position(items: list[Any], part: str) -> int:
 
 
 def _value(text: str, key: str, takes_list: Callable[[str, bool], bool]) -> Any:
-    """Read an override's value as YAML; text that is not YAML, such as ``*`` or ``Query: ``, stays as it is.
+    """Parse an override's value as YAML. Text that is not YAML, such as ``*`` or ``Query: ``, is returned unchanged.
 
     Raises:
-        DuplicateKey: a mapping in it has a key twice.
+        DuplicateKey: a mapping in the value has a key twice.
     """
-    if not text.strip():  # YAML would read the empty text as null
+    if not text.strip():  # YAML reads empty text as null
         return text
     try:
         value = parse_yaml(text)

@@ -1,20 +1,18 @@
-"""What is wrong with a configuration, in words: one line a problem, with its key and the field that was meant."""
+"""Messages about invalid configurations: one line per problem, with its key and the most similar field."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from jasper_fast.config_checks import run_problems
-
 Location = tuple[int | str, ...]
-LONGEST = 200  # characters of a value that a message repeats
-MOST_MEANT = 4  # keys that a message proposes
-# Names that other tools have for a field.
+MAX_VALUE_CHARS = 200  # longer values are cut in messages
+MAX_PROPOSALS = 4  # similar keys in a message
+# Names that other tools use for a field.
 OTHER_NAMES = {
     "learning_rate": "lr",
     "epochs": "steps",
@@ -29,56 +27,64 @@ OTHER_NAMES = {
 
 
 class Problem(NamedTuple):
-    """A line about a configuration; for an unknown key also its place, so that a better hint can be found."""
+    """One problem of a configuration."""
 
     line: str
-    unknown: Location | None = None
+    unknown: Location | None = None  # location of an unknown key, from which `as_argument` makes a better hint
 
 
-def problems_of(schema: type[BaseModel], tree: dict[str, Any], error: ValidationError) -> list[Problem]:
-    """Describe all that is wrong with a tree that pydantic rejected.
+def problems_of(
+    schema: type[BaseModel],
+    tree: dict[str, Any],
+    error: ValidationError,
+    rules: Callable[[Mapping[str, Any]], list[str]],
+) -> list[Problem]:
+    """Describe all problems of a configuration that pydantic rejected.
 
     Args:
-        schema: of the whole configuration.
-        error: raised for the tree.
+        schema: schema of the whole configuration.
+        tree: configuration as plain values.
+        error: error that pydantic raised for the tree.
+        rules: function that lists the contradictions between sections. Pydantic does not call it if a field is invalid.
     """
     unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
     problems = [Problem(_unknown_key(schema, location), location) for location in unknown]
-    meant = _as_meant(schema, tree, unknown)
+    corrected = _as_meant(schema, tree, unknown)
     try:
-        schema.model_validate(meant)
+        schema.model_validate(corrected)
     except ValidationError as other:
         problems += [Problem(line) for e in other.errors() for line in _explain(e)]
-        if all(e["loc"] for e in other.errors()):  # a field is wrong, so the whole was not looked at
-            problems += map(Problem, run_problems(meant))
+        if all(e["loc"] for e in other.errors()):  # a field is invalid, so pydantic did not reach the rules
+            problems += map(Problem, rules(corrected))
     return problems
 
 
 def as_argument(schema: type[BaseModel], problem: Problem, options: Sequence[str]) -> str:
-    """Word a problem of the command line: an unknown key may be meant as one of the command's options."""
+    """Format a problem of the command line. An unknown key may be a misspelt option of the command."""
     if problem.unknown is None:
         return problem.line
     return "--" + _unknown_key(schema, problem.unknown, options, dashes="--")
 
 
 def takes_list(schema: type[BaseModel], key: str, several: bool) -> bool:
-    """Report whether a field takes a list of plain values.
+    """Return True if a value of the command line becomes a list of plain values.
 
     Args:
-        key: dotted, e.g. ``stages.0.heads``.
-        several: the value has commas; without, a field that also takes one plain value gets that.
+        schema: schema of the whole configuration.
+        key: dotted key of the field, e.g. ``stages.0.heads``.
+        several: True if the value has commas. Without commas, a field that also takes a single value gets that.
     """
     *path, name = key.split(".")
-    field = _section(schema, path).model_fields.get(name)
+    field = section_at(schema, path).model_fields.get(name)
     if field is None:
         return False
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple) and _nested(kind) is None]
+    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple) and nested_section(kind) is None]
     return bool(lists) and (several or len(lists) == len(kinds))
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and value of everything in a tree that has no parts."""
+    """Yield the dotted key and the value of each leaf of a tree."""
     if isinstance(tree, (dict, list)) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -87,7 +93,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _as_meant(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[Location]) -> dict[str, Any]:
-    """Copy the tree with misspelt keys corrected where they can be guessed, so that they hide no other problem."""
+    """Copy the tree and correct misspelt keys if possible, so that they hide no other problem."""
     tree = copy.deepcopy(tree)
     for location in unknown:
         *path, key = location
@@ -95,78 +101,79 @@ def _as_meant(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[L
         for step in path:
             section = section[step]
         value = section.pop(key)
-        for near in _near(str(key), list(_section(schema, path).model_fields)):
+        for near in _near(str(key), list(section_at(schema, path).model_fields)):
             section.setdefault(near, value)
     return tree
 
 
 def _explain(error: Any) -> list[str]:
-    """Word one pydantic error: key, problem and value."""
-    # Of a field with several types the location also names the type that was tried, e.g. constrained-float.
+    """Format a pydantic error as lines with key, problem and value."""
+    # For a field with several types, the location also contains the type, e.g. constrained-float.
     key = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier())
     message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    hidden = isinstance(given, (dict, BaseModel)) or error["type"] == "missing"
-    shown = repr(given) if len(repr(given)) <= LONGEST else repr(given)[: LONGEST - 1] + "…"
-    ours = error["type"] == "value_error"  # our own messages may contain the value
+    value = error.get("input")
+    hidden = isinstance(value, (dict, BaseModel)) or error["type"] == "missing"
+    shown = repr(value) if len(repr(value)) <= MAX_VALUE_CHARS else repr(value)[: MAX_VALUE_CHARS - 1] + "…"
+    ours = error["type"] == "value_error"  # our own messages may already contain the value
     lines = [
-        f"{line}{'' if hidden or ours and repr(given) in line else f', got {shown}'}" for line in message.splitlines()
+        f"{line}{'' if hidden or ours and repr(value) in line else f', got {shown}'}" for line in message.splitlines()
     ]
     return [f"{key}: {line}" if key else line for line in lines]
 
 
 def _unknown_key(schema: type[BaseModel], location: Location, options: Sequence[str] = (), dashes: str = "") -> str:
+    """Format an unknown key with similar keys, or with all keys of its section."""
     *path, name = location
-    known = list(_section(schema, path).model_fields)
-    if near := _near(str(name), [*options, *known] if not path else known):
-        meant = [f"{dashes}{near[0]}" if not path else near[0]]
+    fields = list(section_at(schema, path).model_fields)
+    if near := _near(str(name), [*options, *fields] if not path else fields):
+        proposals = [f"{dashes}{near[0]}" if not path else near[0]]
     else:
-        meant = [dashes + key for key in _elsewhere(schema, str(name))]
-    if 0 < len(meant) <= MOST_MEANT:
-        hint = "did you mean " + " or ".join(f"`{key}`" for key in meant) + "?"
+        proposals = [dashes + key for key in _elsewhere(schema, str(name))]
+    if 0 < len(proposals) <= MAX_PROPOSALS:
+        hint = "did you mean " + " or ".join(f"`{key}`" for key in proposals) + "?"
     else:
-        hint = f"known: {', '.join(known)}"
+        hint = f"known: {', '.join(fields)}"
     return f"{'.'.join(map(str, location))}: unknown key; {hint}"
 
 
-def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return the known name that was probably meant, or nothing."""
+def _near(name: str, candidates: Sequence[str]) -> list[str]:
+    """Return the most similar name in a list of one, or an empty list."""
     plain = name.replace("-", "_").lower()
-    if OTHER_NAMES.get(plain) in known:
+    if OTHER_NAMES.get(plain) in candidates:
         return [OTHER_NAMES[plain]]
-    by_plain = {one.replace("-", "_"): one for one in known}
+    by_plain = {one.replace("-", "_"): one for one in candidates}
     return [by_plain[one] for one in difflib.get_close_matches(plain, by_plain, n=1)]
 
 
 def _elsewhere(schema: type[BaseModel], name: str) -> list[str]:
-    """Return the keys, in whatever section, that end in this name or in the nearest one."""
-    keys = list(_keys(schema))
+    """Return the keys of all sections that end in this name or in the most similar one."""
+    keys = list(field_keys(schema))
     near = _near(name, sorted({key.rpartition(".")[2] for key in keys}))
     return [key for key in keys if key.rpartition(".")[2] in near]
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all fields, ``N`` for a position in a list."""
+def field_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all fields. A position in a list is ``N``."""
     for name, field in schema.model_fields.items():
         yield prefix + name
-        if (inner := _nested(field.annotation)) is not None:
-            yield from _keys(inner, f"{prefix}{name}.{'N.' if get_origin(field.annotation) is list else ''}")
+        if (inner := nested_section(field.annotation)) is not None:
+            yield from field_keys(inner, f"{prefix}{name}.{'N.' if get_origin(field.annotation) is list else ''}")
 
 
-def _section(schema: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
-    """Return the section that a path leads to; unknown parts and positions are passed over."""
+def section_at(schema: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
+    """Return the section at a path. Unknown parts and positions are skipped."""
     for part in path:
         field = schema.model_fields.get(str(part))
         if field is not None:
-            schema = _nested(field.annotation) or schema
+            schema = nested_section(field.annotation) or schema
     return schema
 
 
-def _nested(annotation: Any) -> type[BaseModel] | None:
-    """Return the section in a field's type."""
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside a field's type, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _nested(inner)) is not None), None)
+    return next((section for inner in get_args(annotation) if (section := nested_section(inner)) is not None), None)
 
 
 def _alternatives(annotation: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""YAML as configurations use it: YAML 1.2, every key once, one document, and no aliases that explode."""
+"""YAML 1.2 for configurations: no duplicate keys, one document, and a limit on expanded aliases."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jasper_fast.errors import ConfigError
 
-MOST_VALUES = 100_000  # of one document, aliases expanded; the longest recipe has a few hundred
-# ruamel.yaml lets Python's own errors through: an impossible date, tag, escape or version, 5,000 digits, deep nesting.
+MAX_VALUES = 100_000  # per document, with expanded aliases; the longest recipe has a few hundred
+# ruamel.yaml also raises built-in errors: for an impossible date, tag, escape or version, 5,000 digits, deep nesting.
 NOT_YAML = (YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RecursionError)
 
 
 class DuplicateKey(ValueError):
-    """A mapping that has the same key twice."""
+    """Error for a mapping that has the same key twice."""
 
 
 def read_yaml(file: Path | Traversable, where: str) -> dict[str, Any]:
     """Read the mapping of fields in a YAML file.
 
     Args:
-        where: the file's name in messages.
+        file: file to read.
+        where: name of the file in messages.
 
     Raises:
-        ConfigError: the file is unreadable, not text, not YAML, has a key twice, or holds no mapping.
+        ConfigError: the file is unreadable, not text, not YAML, not a mapping, or has a key twice.
     """
     try:
         tree = parse_yaml(file.read_text(encoding="utf-8-sig"))
@@ -43,29 +44,30 @@ def read_yaml(file: Path | Traversable, where: str) -> dict[str, Any]:
     except NOT_YAML as error:
         raise ConfigError([f"not YAML: {yaml_problem(error)}"], where) from None
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else type(tree).__name__
-        raise ConfigError([f"expected a mapping of fields, found {found}"], where)
-    if strange := [key for key in tree if not isinstance(key, str)]:
-        raise ConfigError([f"{key!r}: a field's name must be text" for key in strange], where)
+        kind = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError([f"expected a mapping of fields, found {kind}"], where)
+    if invalid := [key for key in tree if not isinstance(key, str)]:
+        raise ConfigError([f"{key!r}: a field's name must be text" for key in invalid], where)
     return tree
 
 
 def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
-    """Read one YAML document as plain values.
+    """Parse one YAML document as plain values.
 
     Args:
-        duplicates: accept a key that is given twice; the first value counts.
+        text: the document.
+        duplicates: True to accept a key that is given twice. The first value counts.
 
     Raises:
         DuplicateKey: a mapping has a key twice.
-        NOT_YAML: any of these for text that is not YAML; :func:`yaml_problem` describes it.
+        NOT_YAML: the text is not YAML. The error is of one of these types, and :func:`yaml_problem` describes it.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = duplicates
     root = yaml.compose(text)
     nodes: dict[int, Node] = {}
-    if root is not None and _size(root, {}, nodes) > MOST_VALUES:
-        raise ValueError(f"aliases expand to more than {MOST_VALUES:,} values or contain themselves")
+    if root is not None and _size(root, {}, nodes) > MAX_VALUES:
+        raise ValueError(f"aliases expand to more than {MAX_VALUES:,} values or contain themselves")
     if not duplicates:
         for node in nodes.values():
             _check_keys(node)
@@ -73,19 +75,19 @@ def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """Write plain values as YAML that :func:`parse_yaml` reads back equal."""
+    """Format plain values as YAML, which :func:`parse_yaml` reads back unchanged."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
-    yaml.width = 1 << 16  # no value is folded
+    yaml.width = 1 << 16  # long values stay on one line
     text = io.StringIO()
     yaml.dump(tree, text)
     return text.getvalue()
 
 
 def yaml_problem(error: Exception) -> str:
-    """Describe in one line what is not YAML, with the line number where it is known."""
+    """Describe a YAML error in one line, with the line number if it is known."""
     if isinstance(error, MarkedYAMLError):
         mark, problem = error.problem_mark or error.context_mark, str(error.problem or error.context)
         if problem.startswith("but "):
@@ -98,18 +100,19 @@ def yaml_problem(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _size(node: Node, known: dict[int, float], nodes: dict[int, Node]) -> float:
-    """Count the values of a node with its aliases expanded; infinite for a node that contains itself.
+def _size(node: Node, sizes: dict[int, float], nodes: dict[int, Node]) -> float:
+    """Count the values of a node with its aliases expanded.
 
     Args:
-        known: counts by node, filled in.
-        nodes: every node once, in the order of the text, filled in.
+        node: node to count. The count is infinite for a node that contains itself.
+        sizes: counts by node id, filled in.
+        nodes: all nodes by id, in the order of the text, filled in.
     """
-    if id(node) not in known:
+    if id(node) not in sizes:
         nodes[id(node)] = node
-        known[id(node)] = float("inf")  # until its parts are counted
-        known[id(node)] = 1 + sum(_size(part, known, nodes) for part in _parts(node))
-    return known[id(node)]
+        sizes[id(node)] = float("inf")  # until its parts are counted
+        sizes[id(node)] = 1 + sum(_size(part, sizes, nodes) for part in _parts(node))
+    return sizes[id(node)]
 
 
 def _parts(node: Node) -> Iterator[Node]:
@@ -121,7 +124,7 @@ def _parts(node: Node) -> Iterator[Node]:
 
 
 def _check_keys(node: Node) -> None:
-    """Reject a key that is there twice; ruamel.yaml misses it where a mapping merges another."""
+    """Reject a duplicate key. ruamel.yaml misses it if a mapping merges another."""
     seen = set()
     for key, _ in node.value if isinstance(node, MappingNode) else ():
         if not isinstance(key, ScalarNode):

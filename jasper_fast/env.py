@@ -1,9 +1,8 @@
-"""What is in use on this machine, and why: ``python -m jasper_fast.env`` (``--json`` for programs)."""
+"""Report of the hardware and libraries in use: ``python -m jasper_fast.env`` (``--json`` for programs)."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import jasper_fast
+from jasper_fast import fingerprint
 from jasper_fast.errors import run_cli
 from jasper_fast.extension import extension_path
 
@@ -36,12 +36,12 @@ FAST_BF16 = "amx_bf16"
 
 
 def cpu_bf16_is_fast() -> bool:
-    """Tell whether this CPU multiplies bf16 matrices faster than fp32 ones: only AMX does.
+    """Return True if this CPU multiplies bf16 matrices faster than fp32 ones, which needs AMX.
 
-    oneDNN, which does the work, leaves AMX alone where ONEDNN_MAX_CPU_ISA names a set without it.
+    oneDNN does the multiplication. It does not use AMX if ONEDNN_MAX_CPU_ISA is an instruction set without it.
 
-    AVX-512's own bf16 instructions do not pay: on a Sapphire Rapids without AMX, products reach 174 GFLOP/s against 298
-    in fp32, and a training step takes twice as long. Elsewhere bf16 is emulated, up to 300 times slower.
+    The bf16 instructions of AVX-512 are slower than fp32. On a Sapphire Rapids without AMX, products reach 174 GFLOP/s
+    in bf16 and 298 in fp32, and a training step takes twice as long. Other CPUs emulate bf16, up to 300 times slower.
     """
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     return FAST_BF16 in cpu_features() and (allowed in ("DEFAULT", "ALL") or "AMX" in allowed)
@@ -49,28 +49,22 @@ def cpu_bf16_is_fast() -> bool:
 
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
-    """The instruction-set names Linux reports for this CPU; empty on systems without /proc/cpuinfo."""
+    """Return the CPU's instruction sets from /proc/cpuinfo. The set is empty on systems without that file."""
     return frozenset(_cpuinfo("flags").split())
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def code_digest() -> str:
-    """A digest of this package's sources, kernels among them, and of the compiled extension in use."""
-    package, extension = Path(__file__).resolve().parent, extension_path()
-    # In a checkout kernels is a link to another folder, which rglob does not follow from above.
-    files = {*package.rglob("*.py"), *(package / "kernels").rglob("*.py")}
-    digest = hashlib.blake2b(digest_size=8)
-    for path in [*sorted(files), *([extension] if extension is not None else [])]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    """Return a digest of this package's sources, the kernels included, and of the compiled extension in use."""
+    return fingerprint.code_digest(Path(__file__).resolve().parent, extension_path())
 
 
 def environment() -> dict[str, Any]:
-    """Versions, CPU, extension, GPUs and optional tools as plain JSON values."""
+    """Collect versions, CPU, extension, GPUs and optional tools as plain JSON values."""
     return {
         "jasper_fast": {"version": jasper_fast.__version__, "path": str(Path(jasper_fast.__file__).parent)},
         "python": platform.python_version(),
@@ -85,38 +79,38 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe(found: Mapping[str, Any]) -> str:
-    """The lines a person reads, from what `environment` returned."""
-    cpu, extension = found["cpu"], found["extension"]
-    isa = " ".join(cpu["isa"]) or "no vector extension known"
+def describe(facts: Mapping[str, Any]) -> str:
+    """Format the result of :func:`environment` as lines of text."""
+    cpu, extension = facts["cpu"], facts["extension"]
+    isa = " ".join(cpu["isa"]) or "no known vector extension"
     lines = [
-        ("jasper_fast", f"{found['jasper_fast']['version']} in {found['jasper_fast']['path']}"),
-        ("python", f"{found['python']} on {found['platform']}"),
-        *((name, version or _absent(name)) for name, version in found["libraries"].items()),
+        ("jasper_fast", f"{facts['jasper_fast']['version']} in {facts['jasper_fast']['path']}"),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        *((name, version or _absent(name)) for name, version in facts["libraries"].items()),
         ("cpu", f"{cpu['model']}: {cpu['threads']} threads on {cpu['logical_cpus']} logical CPUs, {isa}"),
         ("cpu precision", f"{cpu['precision']}: {cpu['precision_reason']}"),
         ("extension", f"{extension['path']}" if extension["loaded"] else f"not in use: {extension['reason']}"),
-        *((f"gpu {index}", _gpu_line(gpu)) for index, gpu in enumerate(found["gpus"]["devices"])),
+        *((f"gpu {index}", _gpu_line(gpu)) for index, gpu in enumerate(facts["gpus"]["devices"])),
     ]
-    if not found["gpus"]["devices"]:
-        lines.append(("gpu", f"none in use: {found['gpus']['reason']}"))
-    kernels = found["kernels"]
+    if not facts["gpus"]["devices"]:
+        lines.append(("gpu", f"none in use: {facts['gpus']['reason']}"))
+    kernels = facts["kernels"]
     lines.append(("triton kernels", "in use on the GPUs" if kernels["in_use"] else f"not in use: {kernels['reason']}"))
-    lines += [(name, version or _absent(name)) for name, version in {**found["trackers"], **found["onnx"]}.items()]
+    lines += [(name, version or _absent(name)) for name, version in {**facts["trackers"], **facts["onnx"]}.items()]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
 
 
 def main(argv: list[str]) -> None:
-    """Print the report; ``--json`` prints the same facts as one JSON object."""
+    """Print the report. ``--json`` prints the same facts as one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.env", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    found = environment()
-    print(json.dumps(found, indent=2) if parser.parse_args(argv).json else describe(found))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    facts = environment()
+    print(json.dumps(facts, indent=2) if parser.parse_args(argv).json else describe(facts))
 
 
 def _version(distribution: str) -> str | None:
-    # The metadata, not the module: importing every optional library would take half a minute.
+    # Read the metadata only: importing all optional libraries would take half a minute.
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -124,8 +118,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _kernels(gpus: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether losses and searches of tensors on a GPU go through the Triton kernels."""
-    reason = "there is no GPU for them" if not gpus["devices"] else None
+    """Report if losses and searches on a GPU use the Triton kernels, with the reason if not."""
+    reason = "no GPU is in use" if not gpus["devices"] else None
     if _version("triton") is None:
         reason = "Triton is not installed"
     return {"in_use": reason is None, "reason": reason}
@@ -133,9 +127,11 @@ def _kernels(gpus: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absent(name: str) -> str:
     if name == "triton":
-        return "not installed: no Triton kernels (CUDA builds of torch bring it; without a GPU: requirements-ci.txt)"
+        return (
+            "not installed, so no Triton kernels (included in CUDA builds of torch; without a GPU: requirements-ci.txt)"
+        )
     extra = "tracking" if name in TRACKERS else "export" if name in ONNX else None
-    return "not installed: pip install " + (f"'jasper_fast[{extra}]'" if extra else name)
+    return "not installed. Fix: pip install " + (f"'jasper_fast[{extra}]'" if extra else name)
 
 
 def _cpu() -> dict[str, Any]:
@@ -183,7 +179,7 @@ def _gpu_line(gpu: Mapping[str, Any]) -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """The first value of a key in /proc/cpuinfo, or nothing where there is none."""
+    """Return the first value of a key in /proc/cpuinfo, or an empty string if it is missing."""
     source = Path("/proc/cpuinfo")
     if not source.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""Errors that a user can fix. The command line prints their message alone and exits with status 2."""
+"""Errors that a user can fix. A command prints only their message and exits with status 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 from jasper_fast.output import drop_buffers, open_standard_streams, output_status, tolerant_output
 
-# What the system refuses whoever asks, so that the user has to act.
+# Errors of the system that only the user can fix.
 FIXES = {
     errno.EACCES: "change its permissions, or run as a user who has them",
     errno.EPERM: "change its permissions, or run as a user who has them",
@@ -24,16 +24,16 @@ FIXES = {
 
 
 class JasperError(Exception):
-    """One message with what was given, what was expected, and how to fix it."""
+    """Error with one message: what happened, what was given and expected, and the fix."""
 
 
 class ConfigError(JasperError):
-    """Every problem of a configuration at once.
+    """Error with all problems of a configuration.
 
     Args:
-        problems: one line per problem, each with its key.
-        where: their place: a file, a recipe, "the command line".
-        others: problems of other places, by place.
+        problems: lines, one per problem, each with its key.
+        where: place of the problems: a file, a recipe or "the command line".
+        others: problems of other places, by place. None means that there are none.
     """
 
     def __init__(
@@ -53,7 +53,10 @@ def _listed(problems: Sequence[str], where: str) -> str:
 
 
 class Problems(list[str]):
-    """Problems of several checks, to raise together: ``with problems: check()`` collects an error and continues."""
+    """List of problems from several checks, to raise together.
+
+    ``with problems: check()`` adds the error of a check and continues after the block.
+    """
 
     def __enter__(self) -> None:
         pass
@@ -69,8 +72,8 @@ class Problems(list[str]):
         """Raise the collected problems, if there are any.
 
         Raises:
-            JasperError: the one problem.
-            ConfigError: all of several.
+            JasperError: there is one problem.
+            ConfigError: there are several problems.
         """
         if len(self) == 1:
             raise JasperError(self[0])
@@ -79,13 +82,14 @@ class Problems(list[str]):
 
 
 def run_cli(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
-    """Run a command's ``main(argv)`` and end the process: a JasperError becomes one message and exit status 2.
+    """Run a command and end the process. A JasperError becomes one message and exit status 2.
 
-    Output never ends the work (:mod:`jasper_fast.output`). If it fails, a command whose product is its output exits
-    with 141 (a closed pipe) or 1. A command that resumes writes files and exits as if nothing had failed.
+    Failed output does not stop the command (:mod:`jasper_fast.output`). Afterwards the exit status is 141 for a closed
+    pipe, or 1 for another error. It stays 0 for a command that resumes, because its results are files.
 
     Args:
-        resumes: whether the same command resumes after an interruption.
+        main: function of the command, which takes the arguments and returns an exit status or None.
+        resumes: True if the same command resumes after an interruption.
     """
     open_standard_streams()
     with tolerant_output() as out:
@@ -106,7 +110,7 @@ def _status(main: Callable[[list[str]], int | None], resumes: bool) -> int | str
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FIXES:  # a bug of ours may have others, e.g. a missing file
+        if error.errno not in FIXES:  # probably a bug, e.g. a missing file
             raise
         print(f"error: {error.filename or 'the system'}: {error.strerror}. Fix: {FIXES[error.errno]}", file=sys.stderr)
         return 2

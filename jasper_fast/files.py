@@ -1,13 +1,12 @@
-"""Writing that is whole or absent: everything is made under a temporary name next to its place, synced, then renamed.
+"""Atomic writing: files and folders get a temporary name first, are synced, and are then renamed.
 
-Published files and folders have the permissions that the user's umask gives to new ones. Without this, files of
-safetensors and ``tempfile`` would be private.
+Published files and folders have the permissions of new files under the user's umask. Files of safetensors and
+``tempfile`` would be private otherwise.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import secrets
@@ -21,48 +20,50 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from jasper_fast.errors import JasperError
+from jasper_fast.fingerprint import file_sha256
 
-TEMPORARY = ".unfinished-"  # what starts with this was never published and may be deleted
-ASIDE = ".replaced-"  # .replaced-NAME-xxxxxxxx holds what was published as NAME while something else takes its place
-FILE_IN_THE_WAY = "a file is where a folder should be: move it or choose another place"
-CLOSED = "the folder cannot be written: choose another place or change its permissions"
-MENDS = {
-    errno.ENOSPC: "the disk is full: free some space or choose another place",
-    errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
-    errno.EACCES: CLOSED,
-    errno.EPERM: CLOSED,
-    errno.EFBIG: "the file is larger than this account may write (ulimit -f)",
-    errno.EROFS: "the file system is read-only: choose another place",
+TEMPORARY = ".unfinished-"  # prefix of unpublished files and folders, which may be deleted
+REPLACED = ".replaced-"  # the folder .replaced-NAME-xxxxxxxx holds the old NAME during its replacement
+FILE_IN_THE_WAY = ("a file is where a folder should be", "move it or choose another place")
+NOT_WRITABLE = ("the folder cannot be written", "choose another place or change its permissions")
+# Error number of the system: what happened, and the fix.
+WRITE_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another place"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another place"),
+    errno.EACCES: NOT_WRITABLE,
+    errno.EPERM: NOT_WRITABLE,
+    errno.EFBIG: ("the file is larger than this account may write", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", "choose another place"),
     errno.ENOTDIR: FILE_IN_THE_WAY,
     errno.EEXIST: FILE_IN_THE_WAY,
-    errno.EISDIR: "a folder is where a file should be: move it or choose another place",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
-    errno.EIO: "the disk failed: look after it, or choose another place",
+    errno.EISDIR: ("a folder is where a file should be", "move it or choose another place"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.EIO: ("the disk failed", "check the disk or choose another place"),
 }
 
 
 @contextmanager
 def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``path`` if the block ends well and vanishes otherwise.
+    """Yield an empty folder. It becomes ``path`` if the block succeeds, and is deleted otherwise.
 
     Args:
-        path: where the folder is to appear.
-        replace: whether a folder that is already there gives way; otherwise it is an error.
+        path: final path of the folder.
+        replace: True to replace an existing folder. By default, an existing folder is an error.
 
     Raises:
-        JasperError: the disk is full or the place cannot be written, or ``path`` exists and ``replace`` is False.
+        JasperError: the disk is full, the place cannot be written, or ``path`` exists and ``replace`` is False.
     """
     path = Path(path)
     with disk_errors(path):
-        _bring_back(path.parent, path.name)
+        _restore_replaced(path.parent, path.name)
         if path.exists() and not replace:
-            raise JasperError(f"{path} exists already; remove it or choose another place")
+            raise JasperError(f"{path} exists already. Fix: remove it or choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         temporary.mkdir()
         try:
             yield temporary
-            _share_tree(temporary)
+            _set_permissions(temporary)
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
                     _sync(file)
@@ -77,7 +78,7 @@ def publish_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Write a file atomically: a reader sees the old content or the new, never a part.
 
     Raises:
         JasperError: the disk is full or the place cannot be written.
@@ -98,12 +99,15 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file into a folder that is not published yet."""
+    """Write a text file into an unpublished folder."""
     path.write_bytes(_encoded(content))
 
 
 def _encoded(text: str) -> bytes:
-    """Encode as UTF-8; half characters, as in file names that are not UTF-8, become escapes, which JSON reads back."""
+    """Encode text as UTF-8.
+
+    Lone surrogates, as in file names that are not UTF-8, become escapes, which JSON reads back.
+    """
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -111,50 +115,57 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
 
 
-def _share_tree(folder: Path) -> None:
-    """Give everything in a folder the permissions of new files and folders, read off the folder, which is new."""
-    of_folder = folder.stat().st_mode & 0o777
+def _set_permissions(folder: Path) -> None:
+    """Give everything in a new folder the permissions of new files and folders, which are those of the folder."""
+    mode = folder.stat().st_mode & 0o777
     for path in folder.rglob("*"):
         if not path.is_symlink():
-            path.chmod(of_folder if path.is_dir() else of_folder & 0o666)
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Put ``new`` where ``path`` is; what was there lies under the name ``new`` then, as rubbish."""
-    aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}-", dir=path.parent))
+    """Rename ``new`` to ``path``. The old content ends under the name ``new``, which the caller deletes."""
+    backup = Path(tempfile.mkdtemp(prefix=f"{REPLACED}{path.name}-", dir=path.parent))
     try:
-        os.rename(path, aside / path.name)
+        os.rename(path, backup / path.name)
         os.rename(new, path)
-        os.rename(aside, new)
-    except BaseException:  # Ctrl-C as well: between the first two there is nothing at ``path``
-        _bring_back(path.parent, path.name)
+        os.rename(backup, new)
+    except BaseException:  # also Ctrl-C: between the first two renames ``path`` is missing
+        _restore_replaced(path.parent, path.name)
         raise
 
 
-def _bring_back(folder: Path, name: str | None = None) -> None:
-    """End replacements (of ``name``) that were cut short: what was set aside returns where nothing took its place."""
-    for aside in list(folder.glob(f"{ASIDE}*")):
-        of = aside.name.removeprefix(ASIDE).rpartition("-")[0]
-        if name not in (None, of):
+def _restore_replaced(folder: Path, name: str | None = None) -> None:
+    """Finish interrupted replacements: move the old content back if the new one is missing.
+
+    Args:
+        folder: folder with the published files and folders.
+        name: only replacements of this name. None means all.
+    """
+    for backup in list(folder.glob(f"{REPLACED}*")):
+        published = backup.name.removeprefix(REPLACED).rpartition("-")[0]
+        if name not in (None, published):
             continue
-        if (aside / of).exists() and not (folder / of).exists():
-            os.rename(aside / of, folder / of)
-        shutil.rmtree(aside, ignore_errors=True)
+        if (backup / published).exists() and not (folder / published).exists():
+            os.rename(backup / published, folder / published)
+        shutil.rmtree(backup, ignore_errors=True)
 
 
 def sweep_unfinished(folder: str | Path) -> None:
-    """Delete what a killed process left unpublished in ``folder``. Only the folder's single writer may call this.
+    """Delete the unpublished files of a killed process in ``folder``, and restore an unfinished replacement.
 
-    What it had published and was about to replace is brought back.
+    Only the folder's single writer may call this.
     """
-    _bring_back(Path(folder))
+    _restore_replaced(Path(folder))
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make what belongs at ``path``; the others wait here. The lock lies in ``.locks``.
+    """Hold a lock on ``path``, so that one process at a time creates it and the others wait.
+
+    The lock file is in the folder ``.locks`` next to ``path``.
 
     Raises:
         JasperError: the place cannot be written.
@@ -172,10 +183,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder, and a file in it that is gone at once.
+    """Create a folder and check that files can be written in it.
 
     Raises:
-        JasperError: one of both is not possible.
+        JasperError: the folder or a file in it cannot be created.
     """
     folder = Path(folder)
     with disk_errors(folder):
@@ -184,28 +195,28 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_place(path: str | Path) -> None:
-    """Check that a file or folder can be made at ``path``, and make nothing.
+    """Check that a file or folder can be created at ``path``, without creating it.
 
     Raises:
-        JasperError: it cannot.
+        JasperError: it cannot be created.
     """
     path = Path(path)
     with disk_errors(path):
-        _temporary(path).exists()  # an error if the name is too long
+        _temporary(path).exists()  # raises if the name is too long
         if path.is_symlink() and not path.exists():
-            raise FileExistsError(errno.EEXIST, "a link that leads nowhere")
-        there = next(place for place in path.absolute().parents if place.exists())
+            raise FileExistsError(errno.EEXIST, "broken link")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
         try:
-            tempfile.TemporaryFile(dir=there).close()
-        except FileNotFoundError:  # a file system of the kernel's, such as /proc
+            tempfile.TemporaryFile(dir=existing).close()
+        except FileNotFoundError:  # in a virtual file system such as /proc
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def check_file(path: str | Path) -> None:
-    """Check that a file can be written at ``path``, and write nothing.
+    """Check that a file can be written at ``path``, without writing it.
 
     Raises:
-        JasperError: it cannot, or a folder is there.
+        JasperError: it cannot be written, or ``path`` is a folder.
     """
     check_place(path)
     with disk_errors(Path(path)):
@@ -213,30 +224,31 @@ def check_file(path: str | Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
-def check_room(folder: str | Path, needed: int, what: str, mend: str) -> None:
-    """Refuse work whose results would not fit, before it begins.
+def check_room(folder: str | Path, needed: int, what: str, alternative: str) -> None:
+    """Check that the disk has enough free space for results, before the work begins.
 
     Args:
-        folder: where they will lie; it need not be there yet.
-        needed: bytes.
-        what: they are, in the plural.
-        mend: what helps besides freeing some space.
+        folder: folder of the results. It may not exist yet.
+        needed: size of the results in bytes.
+        what: name of the results in the message, in the plural.
+        alternative: continuation of "free some space, ", e.g. ``or use another --out``.
 
     Raises:
-        JasperError: fewer bytes are free.
+        JasperError: less space is free.
     """
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    place = Path(folder).absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise JasperError(
-            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some space, {mend}"
+            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
+            f"Fix: free some space, {alternative}"
         )
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file, in hexadecimal."""
+    return file_sha256(path)
 
 
 def _sync(path: Path) -> None:
@@ -249,26 +261,29 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or closed disk raises into an error that says how to fix it.
+    """Turn write errors of the system, e.g. for a full disk, into an error with a fix.
+
+    Args:
+        path: file or folder that the block writes, for the message.
 
     Raises:
-        JasperError: the disk is full, or the place cannot be written or named.
+        JasperError: the disk is full, the place cannot be written, or its name is invalid.
     """
     _check_name(path)
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _number(error)
-        mend = MENDS.get(number)
-        if mend is None and number and not isinstance(error, OSError):
+        if number not in WRITE_ERRORS and number and not isinstance(error, OSError):
             raise OSError(number, os.strerror(number), str(path)) from error
-        if mend is None:
+        if number not in WRITE_ERRORS:
             raise
-        raise JasperError(f"could not write {path}: {mend}; what was there before is untouched") from error
+        reason, fix = WRITE_ERRORS[number]
+        raise JasperError(f"could not write {path}: {reason}. Earlier content is unchanged. Fix: {fix}") from error
 
 
 def _check_name(path: Path) -> None:
-    """Reject names that safetensors and tokenizers, which take file names as UTF-8, would not find or not write."""
+    """Reject names that are not UTF-8. safetensors and tokenizers could not read or write such files."""
     try:
         readable = os.fsencode(path) == str(path).encode() and "\0" not in str(path)
     except UnicodeEncodeError:
@@ -281,8 +296,8 @@ def _check_name(path: Path) -> None:
 
 
 def _number(error: Exception) -> int:
-    """The system's number for what went wrong; safetensors' own writer tells it only in its message."""
+    """Return the system's error number. Errors of safetensors have it only in their message."""
     if isinstance(error, OSError):
         return error.errno or 0
-    told = re.search(r"os error (\d+)", str(error))
-    return int(told[1]) if told else 0
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else 0

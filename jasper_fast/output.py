@@ -1,4 +1,4 @@
-"""Output that cannot fail: no terminal, closed pipe or full disk ends the work that it reports."""
+"""Output that does not fail: a missing terminal, a closed pipe or a full disk does not stop a command."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ PIPE_CLOSED = 128 + 13  # a shell's status for a command that SIGPIPE ended
 
 
 class TolerantStream:
-    """A text stream that shows what it can and drops the rest.
+    """Text stream that never raises an error.
 
-    Characters beyond the encoding become backslash escapes. After a failed write (a closed pipe, a full disk) the
-    stream is silent, and ``error`` holds the reason.
+    Characters outside the encoding become backslash escapes. After a failed write, e.g. to a closed pipe or a full
+    disk, the stream drops all text, and ``error`` is the reason.
+
+    Args:
+        stream: text stream to write to.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -24,7 +27,7 @@ class TolerantStream:
         self.error: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
-        """Write ``text``, with escapes for what the stream cannot show."""
+        """Write ``text``, with escapes for characters outside the encoding."""
         with self._caught():
             self._write(text)
         return len(text)
@@ -35,7 +38,7 @@ class TolerantStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Pass on what is buffered."""
+        """Flush the buffer of the stream."""
         with self._caught():
             if self.error is None:
                 self.stream.flush()
@@ -44,9 +47,9 @@ class TolerantStream:
     def _caught(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: somebody closed the stream
-            self.error = error.with_traceback(None)  # whose frames would keep open files open
-        except RuntimeError as error:  # a signal handler prints while a print is under way
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.error = error.with_traceback(None)  # frames of the traceback would keep files open
+        except RuntimeError as error:  # a signal handler printed during another print
             if "reentrant" not in str(error):
                 raise
 
@@ -65,7 +68,10 @@ class TolerantStream:
 
 @contextmanager
 def tolerant_output() -> Iterator[TolerantStream]:
-    """Let nothing that the block prints, progress bars included, end it with an error; yield its standard output."""
+    """Make both standard streams tolerant inside the block, and yield standard output.
+
+    No print or progress bar in the block can raise an error.
+    """
     before = sys.stdout, sys.stderr
     out, err = (_tolerant(stream) for stream in before)
     sys.stdout, sys.stderr = out, err
@@ -78,9 +84,9 @@ def tolerant_output() -> Iterator[TolerantStream]:
 
 
 def open_standard_streams() -> None:
-    """Open the null device in place of closed standard streams, so that no file of ours gets their descriptors.
+    """Open the null device for closed standard streams, so that no other file gets their descriptors.
 
-    Bytes that standard input's encoding lacks are kept as surrogate escapes, as in arguments.
+    Bytes of standard input that are invalid in its encoding become surrogate escapes, as in arguments.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -90,10 +96,10 @@ def open_standard_streams() -> None:
 
 
 def output_status(out: TolerantStream) -> int:
-    """Return the exit status that a failed standard output deserves, and say on standard error what failed.
+    """Return the exit status for a failed standard output, and print the reason on standard error.
 
     Returns:
-        141 if the reader closed the pipe, as for a command that SIGPIPE ends, 1 for another reason, 0 for no failure.
+        141 for a closed pipe, as for a command that SIGPIPE ended. 1 for another error, and 0 for none.
     """
     if out.error is None:
         return 0
@@ -104,7 +110,7 @@ def output_status(out: TolerantStream) -> int:
 
 
 def drop_buffers() -> None:
-    """Send what failed streams still hold to the null device, so that Python does not fail on it when it ends."""
+    """Send the buffers of failed streams to the null device, so that Python does not fail on them at its exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -114,12 +120,12 @@ def drop_buffers() -> None:
 
 
 def output_failed() -> bool:
-    """Report a standard output that takes nothing any more; only known inside :func:`tolerant_output`."""
+    """Return True if standard output has failed. This works inside :func:`tolerant_output` only."""
     return getattr(sys.stdout, "error", None) is not None
 
 
 def shows_unicode() -> bool:
-    """Check that standard output can show any character."""
+    """Return True if the encoding of standard output has all Unicode characters."""
     return codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
 
 

@@ -33,7 +33,7 @@ def test_all_problems_are_reported_at_once():
         "--stages.99.lr",
         "head widths must differ",
         "stages.1.lr",
-        "teachers.0: give either `model`",
+        "teachers.0: expected exactly one of `model` and `vectors`. Fix: give either `model`",
         "did you mean `seed`?",
     ):
         assert expected in text
@@ -59,8 +59,8 @@ def test_problems_of_a_stage_and_across_stages_come_with_the_fields_own():
         "stages.0: stage 'head': texts 1 is less than batch_size 128",
         "stages.2.lr: Input should be a valid number",
         "stage name 'head' is used twice",
-        "student.heads [64, 32] stand in no stage's heads",
-        "stage 'head' uses heads [7]; the student has [384, 128, 64, 32]",
+        "student.heads [64, 32] are in no stage's heads",
+        "stage 'head' uses heads [7], and the student has [384, 128, 64, 32]",
         "stage 'head': narrow_target 'self' needs the widest head, 384",
         "student.prompts.query: prompt 'say {text} again': nothing may follow",
     ]
@@ -125,7 +125,7 @@ def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
         (("stages.1.name", "head"), "used twice"),
         (("stages.0.weights", "{cosine: 0, similarity: 0, relative_similarity: 0}"), "every loss has weight 0"),
         (("checkpoint.keep", "1"), "checkpoint.keep"),
-        (("student.heads", "[384, 128, 64, 32, 16]"), r"heads \[16\] stand in no stage"),
+        (("student.heads", "[384, 128, 64, 32, 16]"), r"heads \[16\] are in no stage"),
         (("data.cut_sentences", "[3, 1]"), "must not exceed"),
         (("data.sources", "[]"), "data.sources"),
         (("student.heads", "[384, 0]"), "student.heads.1"),
@@ -138,11 +138,11 @@ def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
             ("stages.0.temperature", "{384: -1}"),
             "^1 problem in .*\n.*stages.0.temperature.384: .* greater than 0, got -1",
         ),
-        (("images", "{sources: [{path: some}]}"), "`images` are given, but no stage learns from pictures"),
-        (("stages.0.temperature", "{9: 0.1}"), r"temperature names \[9\]"),
+        (("images", "{sources: [{path: some}]}"), "`images` are given, but no stage learns from images"),
+        (("stages.0.temperature", "{9: 0.1}"), r"temperature has widths \[9\], which the stage\'s heads \[384\] lack"),
         (("stages.0.codes", "[int4]"), "stages.0.codes"),
         (("stages.0.random_share", "1.0"), "stages.0.random_share"),
-        (("stages.2.random_share", "0.999"), "leaves no room for 4 neighbours"),
+        (("stages.2.random_share", "0.999"), "leaves 1 of 512 texts for groups of 4 neighbours"),
         (("stages.2.batch_size", "510"), "not a multiple of neighbours 4"),
     ],
 )

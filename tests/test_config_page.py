@@ -22,6 +22,17 @@ def test_comments_above_a_field_and_on_its_line_are_read():
     assert found["train"].startswith("parameters to train: globs")
 
 
+def test_comments_are_read_from_the_module_of_the_class(tmp_path, monkeypatch):
+    fields = "    steps: int = 3  # number of steps\n    # peak rate\n    rate: float = 0.1\n"
+    (tmp_path / "section_elsewhere.py").write_text(
+        f"from jasper_fast.config import Section\nclass Other(Section):\n{fields}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from section_elsewhere import Other
+
+    assert meanings(Other) == {"steps": "number of steps", "rate": "peak rate"}
+
+
 def test_types_and_defaults_are_shown():
     text = page()
     assert "| `lr` | number > 0 | *required* | peak learning rate |" in text

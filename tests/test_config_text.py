@@ -154,7 +154,7 @@ def test_other_peoples_cards_are_read_as_they_are(card, licence):
     [
         (["my-run.yaml"], "unexpected argument 'my-run.yaml'; did you mean --config my-run.yaml?"),
         (["my-run.yml"], "did you mean --config my-run.yml?"),
-        (["word"], "unexpected argument 'word'; fields are set like --stages.0.lr 1e-4"),
+        (["word"], "unexpected argument 'word'. Fix: set a field like --stages.0.lr 1e-4"),
         (["--lr", "1e-4"], "--lr: unknown key; did you mean `--stages.N.lr`?"),
         (["--learning_rate", "1e-4"], "--learning_rate: unknown key; did you mean `--stages.N.lr`?"),
         (["--learning-rate=1e-4"], "--learning-rate: unknown key; did you mean `--stages.N.lr`?"),

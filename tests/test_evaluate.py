@@ -540,7 +540,7 @@ def test_command_puts_student_beside_teacher(
         (["{listless}", "{pairs}"], "cannot be loaded .* make or copy it again"),
         (["{model}", "{pairs}", "--widths", "8,wide"], "--widths takes numbers"),
         (["{model}"], "no evaluation set is given"),
-        (["run.yaml", "{pairs}"], "run.yaml is a configuration, and a model is needed here.*train --config run.yaml"),
+        (["run.yaml", "{pairs}"], "run.yaml is a configuration, and a model is expected.*train --config run.yaml"),
         (["run.yml"], "run.yml is a configuration"),
         ([" ", "{pairs}"], "the model's name is empty"),
         (["{model}", "{pairs}", "--teacher", "run.yaml"], "run.yaml is a configuration"),

@@ -150,7 +150,9 @@ def test_too_little_room_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     check_room(tmp_path / "run" / "deeper", 10**9, "checkpoints", "or think again")
-    with pytest.raises(JasperError, match=r"deeper: checkpoints need 2.0 GB and 1.0 GB are free; free some space, or"):
+    with pytest.raises(
+        JasperError, match=r"deeper: checkpoints need 2.0 GB and 1.0 GB are free. Fix: free some space, or"
+    ):
         check_room(tmp_path / "run" / "deeper", 2 * 10**9, "checkpoints", "or think again")
 
 

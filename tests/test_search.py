@@ -157,7 +157,7 @@ def test_columns_without_a_name_are_an_error_of_the_command_line(columns, text_f
     with pytest.raises(SystemExit) as caught:
         main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), "--columns", columns])
     assert caught.value.code == 2
-    assert "argument --columns: expected names of columns with commas between" in capsys.readouterr().err
+    assert "argument --columns: expected column names separated by commas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("texts", ["", " ", "x" * 5000 + ".txt", "./a\0b.jsonl", "~nobody here/x.csv"])

@@ -481,7 +481,9 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
     tiny_bert: Path, texts: Dataset, config_of, monkeypatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
-    with pytest.raises(JasperError, match=r"need 0.0 GB and 0.0 GB are free; free some space, use another data.cache"):
+    with pytest.raises(
+        JasperError, match=r"need 0.0 GB and 0.0 GB are free. Fix: free some space, use another data.cache"
+    ):
         quiet(config_of({"model": str(tiny_bert)}), texts)
 
 

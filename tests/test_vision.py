@@ -225,7 +225,7 @@ def test_balance_is_how_unevenly_captions_choose_pictures():
     torch.testing.assert_close(found[0].contrastive - found[1].contrastive, extra, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[0].loss - found[1].loss, (2 * extra).to(found[0].loss.dtype), atol=1e-4, rtol=1e-4)
     for vision, size in (({"balance": 1.0}, 8), (told, 1)):
-        with pytest.raises(ValueError, match="vision.balance is part of the contrastive term, which has weight 0 or a"):
+        with pytest.raises(ValueError, match="vision.balance is part of the contrastive loss, which has weight 0 or a"):
             stage(vision=vision, batch_size=size)
 
 
@@ -266,7 +266,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
     assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
     with pytest.raises(
-        ValueError, match="vision.among is about the contrastive term, whose weight is 0; set it to batch"
+        ValueError, match="vision.among needs the contrastive loss, which has weight 0. Fix: set it to batch"
     ):
         stage(vision={"among": "all"})
 
@@ -581,11 +581,11 @@ def test_gradient_caching_and_checkpointing_give_the_same_gradient(student):
 def test_a_configuration_that_cannot_see_says_why(run):
     _, tree = run
     without = {key: value for key, value in tree.items() if key != "images"}
-    with pytest.raises(ConfigError, match="it needs `student.vision` and `images`"):
+    with pytest.raises(ConfigError, match="which needs `student.vision` and `images`"):
         load_config(without)
     with pytest.raises(ConfigError, match="either `model`"):
         load_config(tree, [("student.vision.model", "x")])
-    with pytest.raises(ConfigError, match="draws its batches at random"):
+    with pytest.raises(ConfigError, match="a vision stage draws random batches"):
         load_config(tree, [("stages.3.batches", "neighbours"), ("stages.3.batch_size", 16)])
     with pytest.raises(ConfigError, match="would stay random"):
         load_config(tree, [("stages.2.heads", [32])])
