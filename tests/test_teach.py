@@ -145,7 +145,7 @@ def test_sentence_transformers_folders_keep_their_own_modules(tiny_bert: Path, t
     assert np.abs(changed - own).max() > 0.01
     narrow = load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=5)).encode(some)
     np.testing.assert_allclose(narrow, own[:, :5] / np.linalg.norm(own[:, :5], axis=1, keepdims=True), atol=2e-6)
-    with pytest.raises(JasperError, match="truncate_dim 13 is more than the teacher's width 12"):
+    with pytest.raises(JasperError, match=r"truncate_dim exceeds the teacher's width \(got 13, expected at most 12\)"):
         load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=13))
 
 
@@ -219,7 +219,7 @@ def test_out_of_memory_says_what_to_lower(tiny_bert: Path, monkeypatch: pytest.M
     monkeypatch.setattr(teacher.model, "encode", full)
     with pytest.raises(JasperError, match=r"out of memory \(CUDA out of memory\).*batch_tokens \(now 70;.*max_length"):
         teacher.encode(["a small company", "forty boxes of apples"])
-    with pytest.raises(JasperError, match=r"batch of 1 texts of up to 64 tokens. Lower for this teacher max_length"):
+    with pytest.raises(JasperError, match=r"batch of 1 texts of up to 64 tokens. Fix: lower this teacher's max_length"):
         teacher.encode(["forty boxes of apples " * 40])
 
 
@@ -242,7 +242,7 @@ def test_token_batches_keep_the_budget_and_every_text() -> None:
 
 
 def test_errors_about_missing_models_say_how_to_fix_them(tmp_path: Path, tiny_bert: Path) -> None:
-    with pytest.raises(JasperError, match=r"'absent_package' is not installed; type `pip install absent-package`"):
+    with pytest.raises(JasperError, match=r"'absent_package' is not installed. Fix: run `pip install absent-package`"):
         resolve_model("package:absent_package/model")
     with pytest.raises(JasperError, match="has no folder 'nothing'"):
         resolve_model("package:numpy/nothing")
@@ -272,7 +272,7 @@ def test_custom_code_of_a_model_is_not_run_by_default(tiny_bert: Path, tmp_path:
     with pytest.raises(JasperError, match="set trust_remote_code: true"):
         load_teacher(config)
     tree = load_config().model_dump() | {"teachers": [config, TeacherConfig(model=str(tmp_path / "absent"))]}
-    with pytest.raises(JasperError, match="(?s)2 problems.*own-code comes with code of its own.*absent: there is no"):
+    with pytest.raises(JasperError, match="(?s)2 problems.*own-code: needs custom code.*absent: there is no"):
         teach.check_teachers(Config.model_validate(tree))
     assert not (tmp_path / "ran").exists()
 
@@ -531,41 +531,41 @@ def test_errors_name_unusable_precomputed_rows(ready: np.ndarray, texts: Dataset
             quiet(config_of({"vectors": str(path)}), texts)
 
     path = tmp_path / "v.npy"
-    refused(r"no teacher vectors here \(expected a .npy, .parquet or .jsonl")
+    refused(r"no teacher embeddings here \(expected a .npy, .parquet or .jsonl")
     path.write_bytes(b"not an array")
     refused("not a readable .npy file")
     np.save(path, ready[0])
     refused(r"got float32 \(6,\), expected floats of shape \(texts, width\)")
     np.save(path, ready[:150])
-    refused("150 vectors for 200 training texts")
+    refused("150 embeddings for 200 training texts")
     for bad, word in ((np.nan, "not finite"), (0, "zero")):
         broken = ready.copy()
         broken[101] = bad
         np.save(path, broken)
-        refused(f"vector of text row 101 is {word}; .* Mend the file")
+        refused(rf"embedding of text row 101 is {word} \(1 rows .* Fix: give every training text an embedding")
     path = tmp_path / "v.parquet"
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
     save_parquet(path, ready, [text_digest("another text"), *texts["digest"][1:]])
     refused(
-        "1 of 200 training texts have no vector among 200 rows: 'The old lighthouse keeper repaired the broken tele"
+        "1 of 200 training texts have no embedding among 200 rows: 'The old lighthouse keeper repaired the broken tele"
     )
     rows = ready.tolist()
     rows[120] = rows[120][:5]
     pq.write_table(pa.table({"embedding": rows}), path)
-    refused("row 120 has 5 coordinates, the first row 6")
+    refused(r"row 120: another width than the first row \(got 5, expected 6\)")
     rows[120] = None
     pq.write_table(pa.table({"embedding": rows}), path)
     refused("row 120 is null")
     for columns in ({"one": rows, "two": rows}, {"vector": [["a", "b"]] * 200}):
         pq.write_table(pa.table(columns), path)
         columns_found = ", ".join(rf"{name} \(list<.*>\)" for name in columns)
-        refused(rf"expected one column of vectors \(lists of floats; got columns {columns_found}\)")
+        refused(rf"expected one column of embeddings \(lists of floats; got columns {columns_found}\)")
     path = tmp_path / "both"
     path.mkdir()
     np.save(path / "a.npy", ready)
     np.save(path / "b.npy", ready[:, :3])
-    refused(r"vectors of different widths: \[3, 6\]")
+    refused(r"files differ in width \(got \[3, 6\]")
 
 
 # several teachers
@@ -589,13 +589,13 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
     np.save(tmp_path / "v.npy", ready)
     refused(vectors, r"8 wide and the teachers' vectors 32 \+ 6 = 38", {"cosine": 1})
     np.save(tmp_path / "v.npy", ready[:150])
-    refused(vectors, "150 vectors for 200 training texts", STAGE["weights"])
+    refused(vectors, "150 embeddings for 200 training texts", STAGE["weights"])
     ready[101] = np.nan
     np.save(tmp_path / "v.npy", ready)
     refused(vectors, "text row 101 is not finite", STAGE["weights"])
     vectors = {"vectors": str(tmp_path / "v.parquet")}
     save_parquet(tmp_path / "v.parquet", ready, [text_digest("another text"), *texts["digest"][1:]])
-    refused(vectors, "1 of 200 training texts have no vector", STAGE["weights"])
+    refused(vectors, "1 of 200 training texts have no embedding", STAGE["weights"])
 
 
 # the command
@@ -635,7 +635,7 @@ def test_the_command_fills_the_cache_and_resumes(run_file: Path, tiny_bert: Path
 def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray, tmp_path: Path, capsys) -> None:
     vectors, file = tmp_path / "vectors.parquet", tmp_path / "out" / "texts.parquet"
     command = ["--config", str(run_file), "--teachers", json.dumps([{"vectors": str(vectors)}])]
-    with pytest.raises(JasperError, match="no teacher vectors here.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.parquet"):
         teach.main(command)
     with pytest.raises(
         JasperError, match=r"not a parquet file \(got 'texts.csv'\). Fix: give a name that ends with .parquet"
@@ -651,7 +651,7 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     assert teach.main(command) == 0 and "200 target embeddings of width 6 are ready" in capsys.readouterr().out
     other = vectors.rename(tmp_path / "other.parquet")
     pq.write_table(pq.read_table(other).slice(1), vectors)
-    with pytest.raises(JasperError, match="1 of 200 training texts have no vector.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--texts texts.parquet"):
         teach.main(command)
 
 
