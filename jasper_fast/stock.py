@@ -162,7 +162,7 @@ def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, 
             return vectors
 
         with explained(name, architecture, OTHER_MODEL):
-            _check_room(model, role, prompt, name)
+            _check_text_fits(model, role, prompt, name)
             batchings.add(find_batching(encode, name))
     if len(set(widths.values())) > 1:
         raise JasperError(
@@ -205,7 +205,7 @@ def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
     limit_length(model, tokens)
 
 
-def _check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
+def _check_text_fits(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
     """Reject a maximum length that the prompt and special tokens fill, so that all texts get the same embedding.
 
     Raises:
@@ -215,8 +215,8 @@ def _check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if mask is not None and torch.equal(ids[0], ids[1]) and torch.equal(mask[0], mask[1]):
         raise JasperError(
-            f"{name}: no room for a text within its maximum length of {int(mask[0].sum())} tokens (the {role} prompt "
-            f"is {prompt!r}). Fix: raise max_length, or shorten the prompt"
+            f"{name}: the {role} prompt ({prompt!r}) and special tokens fill the maximum length of "
+            f"{int(mask[0].sum())} tokens. Fix: raise max_length, or shorten the prompt"
         )
 
 

@@ -281,7 +281,7 @@ def test_batches_of_one_length_hold_every_text_once_within_the_budget() -> None:
     assert all(len(set(lengths[batch])) == 1 and lengths[batch].sum() <= 200 for batch in batches)
 
 
-# --- settings of a model ----------------------------------------------------------------------------------
+# --- settings of a model ----------------------------------------------------------------------------------------------
 
 
 def test_routes_named_by_numbers_are_widths_only_if_they_are(tiny_bert: Path, tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ LONG_PROMPT = "the old keeper repaired the bridge and sold forty boxes of apples
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(8, LONG_PROMPT), (2, "")])
-def test_a_length_without_room_for_a_text_is_rejected(length: int, prompt: str, tiny_bert: Path) -> None:
+def test_a_maximum_length_too_short_for_a_text_is_rejected(length: int, prompt: str, tiny_bert: Path) -> None:
     prompts = {"query": prompt}
-    with pytest.raises(JasperError, match="no room for a text within its maximum length"):
+    with pytest.raises(JasperError, match=f"the query prompt .* fill the maximum length of {length} tokens"):
         load_teacher(TeacherConfig(model=str(tiny_bert), max_length=length, prompts=prompts))
     with pytest.raises(JasperError, match=f"student.max_length: no room for a text within {length} tokens"):
         Student.build(StudentConfig(model=str(tiny_bert), heads=[8], max_length=length, prompts=prompts))
@@ -380,10 +380,10 @@ def test_a_run_folder_and_a_home_folder_are_models(tiny_bert: Path, tmp_path: Pa
     assert model_revision(str(folder)) != before, "files in a linked folder count as well"
 
 
-def test_a_prompt_that_is_switched_off_takes_no_room(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_disabled_prompt_takes_no_tokens(tiny_bert: Path, tmp_path: Path) -> None:
     prompts = {"query": LONG_PROMPT, "document": ""}
     folder = save(tmp_path / "model", [transformer(tiny_bert), pooling()], prompts=prompts)
-    with pytest.raises(JasperError, match="no room for a text"):
+    with pytest.raises(JasperError, match="the query prompt .* fill the maximum length of 8 tokens"):
         load_teacher(TeacherConfig(model=str(folder), max_length=8))
     load_teacher(TeacherConfig(model=str(folder), max_length=8, prompts={"query": ""}))
 
