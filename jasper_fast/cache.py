@@ -1,7 +1,7 @@
 """Store teacher embeddings on disk, as a memory-mapped `datasets` folder of shards with checksums.
 
 Each shard is published atomically. It holds ``digest`` and ``vector`` (float16, or int8 with a float32 ``scale``) of a
-fixed range of texts, so interruptions do not change the bytes of a cache. ``teacher.json`` names teacher and texts.
+fixed range of texts. Interruptions do not change the bytes of a cache. ``teacher.json`` names teacher and texts.
 """
 
 from __future__ import annotations

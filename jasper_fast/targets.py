@@ -60,15 +60,13 @@ def open_all(
     widths: list[int] = []
     needed = 0  # bytes
     for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
-        missing = [shard for shard in range(cache.shards) if not cache.has(shard)]
-        if not missing:
+        if all(cache.has(shard) for shard in range(cache.shards)):
             widths.insert(0, cache.facts(0)["width"])
             continue
         opened.clear()  # free the previous model first: all of them might not fit into memory
         opened[cache.fingerprint] = _open_checked(config, teacher, cache, texts, place, student, log)
         widths.insert(0, opened[cache.fingerprint].width)
-        rows = sum(stop - start for start, stop in map(cache.span, missing))
-        needed += rows * (widths[0] * (2 if config.data.cache_dtype == "float16" else 1) + ROW_BYTES)
+        needed += _missing_bytes(cache, widths[0])
     check_losses(config, widths)
     fix = "use another data.cache, or set data.cache_dtype to int8"
     check_room(caches[0].folder.parent, needed, "the teacher embeddings", fix)
@@ -162,6 +160,13 @@ def _student_similarities(student: Student, config: Config, texts: list[str], ro
     pooled = [*pool_texts(student.to(device), texts, roles, length, device, config.precision)]
     student.to(previous)
     return centred_similarities(np.concatenate(pooled))
+
+
+def _missing_bytes(cache: TeacherCache, width: int) -> int:
+    """Estimate the disk space of the missing shards."""
+    spans = [cache.span(shard) for shard in range(cache.shards) if not cache.has(shard)]
+    rows = sum(stop - start for start, stop in spans)
+    return rows * (width * (2 if cache.identity["dtype"] == "float16" else 1) + ROW_BYTES)
 
 
 def _check_width(cache: TeacherCache, width: int) -> None:

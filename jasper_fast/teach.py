@@ -91,9 +91,8 @@ def ensure_teachers(
         student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
 
     Raises:
-        JasperError: a teacher or file cannot be used or has another width than a stage needs, a training text has no
-            embedding, rows are in another order, an embedding is not finite or is zero, a cache belongs to something
-            else, or the disk is too small.
+        JasperError: a teacher, file, width or cache cannot be used, or the disk is too small. Precomputed embeddings
+            also raise if one is missing, not finite or zero, or if their rows are in another order.
     """
     caches = teacher_caches(config, texts, shard_rows)
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,12 +104,7 @@ def ensure_teachers(
     _meet()  # no process encodes before all have checked every teacher
     for teacher, cache in zip(config.teachers, caches, strict=True):
         _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), log)
-        error = cache.header["cosine_distance_of_storing"]
-        log(
-            f"teacher {cache.name}: {cache.rows} embeddings of width {cache.header['width']} in {cache.folder}. "
-            f"Storing {cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} "
-            f"(largest {error['max']:.1e})"
-        )
+        _log_finished(cache, log)
     return TeacherVectors(caches)
 
 
@@ -218,6 +212,15 @@ def _fill(
             cache.finish()
     else:
         _wait(cache, lambda: cache.complete)
+
+
+def _log_finished(cache: TeacherCache, log: Log) -> None:
+    header = cache.header
+    error = header["cosine_distance_of_storing"]
+    log(
+        f"teacher {cache.name}: {cache.rows} embeddings of width {header['width']} in {cache.folder}. Storing "
+        f"{cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} (largest {error['max']:.1e})"
+    )
 
 
 def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
