@@ -1,7 +1,7 @@
-"""Teacher vectors on disk: a `datasets` folder of shards, each published whole with its checksum, and memory-mapped.
+"""Store teacher embeddings on disk, as a memory-mapped `datasets` folder of shards with checksums.
 
-A shard holds ``digest`` and ``vector`` (float16, or int8 with a float32 ``scale``) of a fixed range of texts, so a
-cache is the same, byte for byte, however often its making was interrupted. ``teacher.json`` says whose vectors of what.
+Each shard is published atomically. It holds ``digest`` and ``vector`` (float16, or int8 with a float32 ``scale``) of a
+fixed range of texts. Interruptions do not change the bytes of a cache. ``teacher.json`` names teacher and texts.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from datasets import Features
 
 HEADER = "teacher.json"
-SHARD_ROWS = 2048  # what a killed process loses at most
+SHARD_ROWS = 2048  # texts; a killed process loses at most one shard
 
 
 class TeacherCache:
-    """One teacher's vectors of one set of texts.
+    """Embeddings of one dataset by one teacher.
 
     Args:
-        root: the folder of caches.
-        identity: what decides the vectors, as plain JSON values; its hash names the folder.
-        rows: how many texts.
+        root: folder of all caches.
+        identity: everything that determines the embeddings, as plain JSON values. Its hash is part of the folder name.
+        rows: number of texts.
         shard_rows: texts per shard.
 
     Raises:
-        JasperError: the folder holds the vectors of another teacher or other texts.
+        JasperError: the folder holds the embeddings of another teacher or other texts.
     """
 
     def __init__(self, root: str | Path, identity: dict[str, Any], rows: int, shard_rows: int = SHARD_ROWS) -> None:
@@ -58,32 +58,37 @@ class TeacherCache:
 
     @property
     def complete(self) -> bool:
-        """Whether all shards are there and the folder is a dataset."""
+        """True if all shards are published and the folder is a dataset."""
         return (self.folder / "state.json").is_file()
 
     @property
     def header(self) -> dict[str, Any]:
-        """What ``teacher.json`` says."""
+        """Content of ``teacher.json``."""
         return json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
 
     def span(self, shard: int) -> tuple[int, int]:
-        """The rows of a shard, from .. to before."""
+        """Return the rows of a shard as (first, last + 1)."""
         return shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows)
 
     def file(self, shard: int) -> Path:
-        """A shard's Arrow file; its checksum lies beside it as JSON."""
+        """Return the path of a shard's Arrow file. Its checksum is next to it in a JSON file."""
         return self.folder / f"data-{shard:05d}-of-{self.shards:05d}.arrow"
 
     def has(self, shard: int) -> bool:
-        """Whether a shard was published."""
+        """Return True if a shard was published."""
         return self._facts_file(shard).is_file()
 
     def facts(self, shard: int) -> dict[str, Any]:
-        """A published shard's checksum, width, error of storing and tokens."""
+        """Read a published shard's checksum, rows, width, precision, tokens and storing error."""
         return json.loads(self._facts_file(shard).read_text(encoding="utf-8"))
 
     def damage(self, shard: int, digests: Sequence[str]) -> str | None:
-        """What is wrong with a published shard: its bytes, or the texts it belongs to; None if nothing is."""
+        """Describe why a published shard cannot be used, or return None for a good one.
+
+        Args:
+            shard: number of the shard.
+            digests: expected digests of its texts.
+        """
         file = self.file(shard)
         try:
             facts = self.facts(shard)
@@ -92,18 +97,18 @@ class TeacherCache:
         if not file.is_file():
             return f"{file} is missing"
         if sha256(file) != facts["sha256"]:
-            return f"{file} is damaged (its checksum differs)"
+            return f"{file} failed its checksum"
         if read_mapped(file).column("digest").to_pylist() != list(digests):
-            return f"{file} holds the vectors of other texts"
+            return f"{file} holds the embeddings of other texts"
         return None
 
     def drop(self, shard: int) -> None:
-        """Forget a shard, so that it is made again; the folder is no dataset until then."""
+        """Delete a shard, so that it is computed again. The folder is not a dataset until then."""
         for file in (self.folder / "state.json", self._facts_file(shard), self.file(shard)):
             file.unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Make the folder and its header, if they are not there."""
+        """Create the folder and its header if they are missing."""
         if not (self.folder / HEADER).is_file():
             write_atomic(self.folder / HEADER, _json({"complete": False, "identity": self.identity}))
 
@@ -114,50 +119,48 @@ class TeacherCache:
         vectors: np.ndarray,
         precision: str,
         tokens: int,
-        known_error: tuple[np.ndarray, float] | None = None,
+        stored_error: tuple[np.ndarray, float] | None = None,
     ) -> None:
         """Publish a shard.
 
         Args:
-            shard: which.
-            digests: of its texts.
+            shard: number of the shard.
+            digests: digests of its texts.
             vectors: (rows of the shard, width) float32, unit rows.
-            precision: of the forward pass, for the record.
-            tokens: that were read for it, for the record.
-            known_error: what storing cost where a row was stored before, (rows,), else 0; and the largest of it.
+            precision: precision of the forward pass, kept in the header.
+            tokens: number of tokens encoded for the shard, kept in the header.
+            stored_error: cosine distances of an earlier storing, (rows,), 0 for new rows, and their maximum. None means
+                that all rows are new.
         """
-        import pyarrow as pa
-
-        for left in self.folder.glob(f"{TEMPORARY}{self.file(shard).stem}*"):  # of a killed process
-            left.unlink(missing_ok=True)
-        dtype, width = self.identity["dtype"], vectors.shape[1]
-        stored, scale = quantise(vectors, dtype)
-        columns = {"digest": pa.array(digests, pa.string())}
-        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), width)
-        if scale is not None:
-            columns["scale"] = pa.array(scale)
-        table = pa.table(columns, schema=features(dtype, width).arrow_schema)
-        error, known = storing_error(vectors, dequantise(stored, scale)), known_error or (0.0, 0.0)
-        content = stream_bytes(table)
+        for leftover in self.folder.glob(f"{TEMPORARY}{self.file(shard).stem}*"):  # from a killed process
+            leftover.unlink(missing_ok=True)
+        stored, scale = quantise(vectors, self.identity["dtype"])
+        error, earlier = storing_error(vectors, dequantise(stored, scale)), stored_error or (0.0, 0.0)
+        content = stream_bytes(self._table(digests, stored, scale))
         facts = {
-            "error_max": max(float(error.max()), known[1]),
-            "error_sum": float(np.maximum(error, known[0]).sum()),
+            "error_max": max(float(error.max()), earlier[1]),
+            "error_sum": float(np.maximum(error, earlier[0]).sum()),
             "precision": precision,
             "rows": len(vectors),
             "sha256": hashlib.sha256(content).hexdigest(),
             "tokens": tokens,
-            "width": width,
+            "width": vectors.shape[1],
         }
         write_atomic(self.file(shard), content)
         write_atomic(self._facts_file(shard), _json(facts))
 
     def finish(self) -> None:
-        """Turn the folder with all its shards into a dataset. One process only."""
+        """Turn the folder of complete shards into a dataset. Only one process may call this.
+
+        Raises:
+            JasperError: the shards differ in width.
+        """
         facts = [self.facts(shard) for shard in range(self.shards)]
         widths = sorted({f["width"] for f in facts})
         if len(widths) != 1:
             raise JasperError(
-                f"{self.folder}: its shards have vectors of different widths, {widths}; delete it, then teach"
+                f"{self.folder}: its shards differ in width (got {widths}). Fix: delete the folder and run "
+                "`python -m jasper_fast.teach` again"
             )
         summary = {
             "complete": True,
@@ -176,7 +179,7 @@ class TeacherCache:
         write_index(self.folder, files, features(self.identity["dtype"], widths[0]), self.fingerprint)
 
     def map(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """Every shard's stored vectors (rows, width) and scales (rows,), memory-mapped."""
+        """Map all shards to memory: stored embeddings, (rows, width) each, and scales, (rows,) or None each."""
         vectors: list[np.ndarray] = []
         scales: list[np.ndarray | None] = []
         width = self.header["width"]
@@ -187,7 +190,7 @@ class TeacherCache:
         return vectors, scales
 
     def read_shard(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a published shard, as they are stored. (B, width) float32"""
+        """Read some rows of a published shard, (B, width) float32, not normalised."""
         stored, scale = self._mapped(shard, self.facts(shard)["width"])
         return dequantise(stored[rows], None if scale is None else scale[rows])
 
@@ -197,34 +200,51 @@ class TeacherCache:
         scale = table.column("scale").chunk(0).to_numpy(zero_copy_only=True) if "scale" in table.column_names else None
         return flat.reshape(-1, width), scale
 
+    def _table(self, digests: Sequence[str], stored: np.ndarray, scale: np.ndarray | None) -> Any:
+        """Build the Arrow table of a shard."""
+        import pyarrow as pa
+
+        width = stored.shape[1]
+        columns = {"digest": pa.array(digests, pa.string())}
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), width)
+        if scale is not None:
+            columns["scale"] = pa.array(scale)
+        return pa.table(columns, schema=features(self.identity["dtype"], width).arrow_schema)
+
     def _facts_file(self, shard: int) -> Path:
         return self.file(shard).with_suffix(".json")
 
     def _check_header(self) -> None:
         try:
-            there = self.header["identity"]
+            cached = self.header["identity"]
         except (ValueError, KeyError):
-            raise JasperError(f"{self.folder / HEADER} cannot be read; delete the folder, then teach again") from None
-        different = config_difference(there, self.identity)
-        if different:
             raise JasperError(
-                "\n  - ".join([f"{self.folder} holds other vectors than this run needs (there -> needed):", *different])
-                + "\ndelete or move that folder, or use another data.cache"
+                f"{self.folder / HEADER}: cannot be read. Fix: delete the folder and run `python -m jasper_fast.teach` "
+                "again"
+            ) from None
+        differences = config_difference(cached, self.identity)
+        if differences:
+            first = f"{self.folder}: holds other embeddings than this run needs (got -> expected):"
+            raise JasperError(
+                "\n  - ".join([first, *differences]) + "\nFix: delete or move that folder, or use another data.cache"
             )
 
 
 class TeacherVectors:
-    """The teachers' target, ``norm(concat(norm(t_1), …, norm(t_n)))``, put together on reading.
+    """Target embeddings ``norm(concat(norm(t_1), …, norm(t_n)))`` of n teachers, concatenated when they are read.
 
     Args:
         caches: complete caches of the same texts, in the order of concatenation.
+
+    Raises:
+        ValueError: there are no caches, or they differ in their texts.
     """
 
     def __init__(self, caches: Sequence[TeacherCache]) -> None:
         if not caches or len({cache.identity["texts"] for cache in caches}) != 1:
             raise ValueError("expected one or more caches of the same texts")
         self.names = [cache.name for cache in caches]
-        self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]  # None: ready vectors
+        self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]  # None: precomputed
         self.folders = [cache.folder for cache in caches]
         self.widths: list[int] = [cache.header["width"] for cache in caches]
         self.width = sum(self.widths)
@@ -236,20 +256,20 @@ class TeacherVectors:
         return self._rows
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """The targets of some texts, in the order asked for.
+        """Read the target embeddings of some texts.
 
         Args:
-            rows: (B,) int64 positions among the texts, in any order.
+            rows: (B,) int64 row numbers of texts, in any order.
 
         Returns:
-            (B, width) float32, unit rows.
+            (B, width) float32, unit rows in the order of ``rows``.
 
         Raises:
-            IndexError: a row beyond the texts.
+            IndexError: a row number is out of range.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self._rows:
-            raise IndexError(f"rows from {rows.min()} to {rows.max()} were asked for; there are {self._rows}")
+            raise IndexError(f"rows: out of range (got {rows.min()} to {rows.max()}, expected 0 to {self._rows - 1})")
         out = torch.empty(len(rows), self.width)  # (B, width)
         first = 0
         for width, (shard_rows, vectors, scales) in zip(self.widths, self._parts, strict=True):
@@ -260,12 +280,20 @@ class TeacherVectors:
 
 
 def joined_fingerprint(caches: Sequence[TeacherCache]) -> str:
-    """The identity of the vectors of several teachers together, whether they were computed or not."""
+    """Hash the identities of several teachers' caches, computed or not, into one hexadecimal string."""
     return hashlib.blake2b("".join(cache.fingerprint for cache in caches).encode(), digest_size=16).hexdigest()
 
 
 def quantise(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unit rows as they are stored: float16, or int8 with a float32 scale per row (largest coordinate = 127)."""
+    """Convert unit rows to the stored dtype.
+
+    Args:
+        vectors: (B, D) float32, unit rows.
+        dtype: "float16" or "int8".
+
+    Returns:
+        (B, D) float16 and None, or (B, D) int8 and (B,) float32 scales that make the largest coordinate 127.
+    """
     if dtype == "float16":
         return vectors.astype(np.float16), None
     scale = np.abs(vectors).max(axis=1) / np.float32(127)  # (B,)
@@ -273,15 +301,15 @@ def quantise(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | 
 
 
 def dequantise(stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    """The stored rows as float32, not normalised. (B, D)"""
+    """Convert stored rows, (B, D), back to float32. The result is not normalised."""
     vectors = stored.astype(np.float32)
     return vectors if scale is None else vectors * scale[:, None]
 
 
 def storing_error(original: np.ndarray, stored: np.ndarray) -> np.ndarray:
-    """Cosine distance between each row and its stored form. (B,) float64
+    """Measure the cosine distance between each row and its stored form, (B,) float64.
 
-    As half the squared distance of the unit vectors: 1 − cos would drown in rounding.
+    It is computed as half the squared distance of the unit vectors, because 1 − cos would be lost in rounding.
     """
     a, b = original.astype(np.float64), stored.astype(np.float64)
     a /= np.linalg.norm(a, axis=1, keepdims=True)
@@ -290,7 +318,7 @@ def storing_error(original: np.ndarray, stored: np.ndarray) -> np.ndarray:
 
 
 def features(dtype: str, width: int) -> Features:
-    """The columns of a cache."""
+    """Return the columns of a cache, for embeddings of this dtype and width."""
     from datasets import Features, List, Value
 
     columns = {"digest": Value("string"), "vector": List(Value(dtype), length=width)}
@@ -298,21 +326,21 @@ def features(dtype: str, width: int) -> Features:
 
 
 def nearest_cache(cache: TeacherCache) -> str | None:
-    """The cache of a teacher of that name that differs least, and in what; None if there is none."""
-    found = []
+    """Describe the most similar cache of a teacher with the same name and its differences, or return None."""
+    candidates = []
     for header in cache.folder.parent.glob(f"teacher-{cache.slug}-*/{HEADER}"):
-        there = json.loads(header.read_text(encoding="utf-8"))["identity"]
-        found.append((config_difference(there, cache.identity), header.parent))
-    if not found:
+        identity = json.loads(header.read_text(encoding="utf-8"))["identity"]
+        candidates.append((config_difference(identity, cache.identity), header.parent))
+    if not candidates:
         return None
-    different, folder = min(found, key=lambda pair: (len(pair[0]), str(pair[1])))
-    return "\n  - ".join([f"{folder} is there, but of something else (there -> needed):", *different])
+    differences, folder = min(candidates, key=lambda pair: (len(pair[0]), str(pair[1])))
+    return "\n  - ".join([f"the nearest cache is {folder}, which differs (got -> expected):", *differences])
 
 
 def _gather(
     rows: np.ndarray, shard_rows: int, vectors: list[np.ndarray], scales: list[np.ndarray | None], width: int
 ) -> np.ndarray:
-    """Rows from their shards, shard by shard. (B, width) float32"""
+    """Read rows shard by shard, (B, width) float32."""
     out = np.empty((len(rows), width), np.float32)
     shards, offsets = np.divmod(rows, shard_rows)
     order = np.argsort(shards, kind="stable")

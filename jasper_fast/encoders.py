@@ -1,4 +1,4 @@
-"""Encoders for evaluation: one function (texts, role) -> {width: unit vectors}, for models and for teachers."""
+"""Build encoders for evaluation: functions (texts, role) -> {width: unit embeddings} of models and of teachers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EncodeWidths = Callable[[list[str], str], Mapping[int, np.ndarray]]
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Rows divided by their length, (n, D) float32; a zero row stays zero."""
+    """Normalise rows to unit length, (n, D) float32. A zero row stays zero."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
@@ -36,43 +36,45 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 def load_model(
     name: str, max_length: int | None = None, device: str | None = None, *, trust_remote_code: bool = False
 ) -> SentenceTransformer:
-    """A model by run folder, path, name, or ``package:import_name/folder``.
+    """Load a model for evaluation or search.
 
     Args:
-        name: a run folder stands for its ``model`` folder.
-        max_length: tokens; None keeps the model's own.
-        device: as torch names it; None takes the best there is.
-        trust_remote_code: whether code that the model brings may run.
+        name: folder of a model or of a run, hub name, or ``package:import_name/folder``.
+        max_length: tokens after which texts are truncated. None keeps the model's limit.
+        device: torch device name. None is the GPU, or the CPU if there is no GPU.
+        trust_remote_code: permission to run the model's custom code.
 
     Raises:
-        JasperError: the model is missing, damaged or incomplete, brings custom code that was not allowed, or has
-            fewer positions than ``max_length``.
+        JasperError: the model is missing, damaged or incomplete, needs custom code that is not allowed, or has fewer
+            positions than ``max_length``.
     """
     path = Path(resolve_model(name))
     if path.is_dir() and not any((path / file).is_file() for file in ("modules.json", "config.json")):
-        raise JasperError(f"{name}: the folder holds no model (modules.json or config.json); is the run finished?")
+        raise JasperError(
+            f"{name}: the folder holds no model (expected modules.json or config.json). Fix: finish the run, or give "
+            "the folder of a model"
+        )
     try:
         where = str(path) if path.exists() else resolve_model(name)
         model = load_stock(name, where, device=device, trust_remote_code=trust_remote_code)
     except CANNOT_LOAD as error:
         if "trust_remote_code" in str(error):
-            told = OWN_CODE
+            problem = OWN_CODE
         elif path.exists():
-            told = (
-                f"it cannot be loaded ({first_line(error)}); where one of its files is damaged, make or copy it again"
-            )
+            problem = f"the model cannot be loaded ({first_line(error)}). Fix: copy or save the model again"
         else:
-            told = f"no such model on this machine or its hub ({first_line(error)})"
-        raise JasperError(f"{name}: {told}") from error
+            problem = f"no such model on this machine or its hub ({first_line(error)}). Fix: check the name"
+        raise JasperError(f"{name}: {problem}") from error
     if max_length is not None:
         set_length(model, max_length, name)
     return model
 
 
 def routes(model: SentenceTransformer) -> tuple[int, dict[int, Any]]:
-    """Where a model's Router of widths stands among its modules, and its heads: (position, {width: head}).
+    """Find a model's Router of widths.
 
-    A model without one gives (number of modules, {}).
+    Returns:
+        Position of the Router among the modules, and its heads by width. Without a Router: number of modules, {}.
     """
     from sentence_transformers.base.modules import Router
 
@@ -83,13 +85,17 @@ def routes(model: SentenceTransformer) -> tuple[int, dict[int, Any]]:
 
 
 def _is_head(name: str, route: Any) -> bool:
-    """Tell whether a route is named after the width that it gives."""
-    given = getattr(route[-1], "get_embedding_dimension", lambda: None)()
-    return name.isdigit() and given == int(name)
+    """Return True if a route's name is its output width."""
+    width = getattr(route[-1], "get_embedding_dimension", lambda: None)()
+    return name.isdigit() and width == int(name)
 
 
 def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransformer:
-    """The model with one head in the Router's place, sharing its weights; None takes the widest.
+    """Return a model with one head in place of the Router. It shares the weights of the original.
+
+    Args:
+        model: sentence-transformers model, with or without a Router of heads.
+        width: width of the head. None is the widest head.
 
     Raises:
         JasperError: the model has no such width.
@@ -97,14 +103,19 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
     from sentence_transformers import SentenceTransformer
 
     position, heads = routes(model)
-    own = model.get_embedding_dimension()
     if not heads:
-        if width not in (None, own):
-            raise JasperError(f"the model is {own} wide and has no head of width {width}")
+        full = model.get_embedding_dimension()
+        if width not in (None, full):
+            raise JasperError(
+                f"the model has no head of width {width} (expected {full}). Fix: choose an available width"
+            )
         return model
     width = width if width is not None else max(heads)
     if width not in heads:
-        raise JasperError(f"the model has no head of width {width}; it has {', '.join(map(str, sorted(heads)))}")
+        widths = ", ".join(map(str, sorted(heads)))
+        raise JasperError(
+            f"the model has no head of width {width} (expected one of {widths}). Fix: choose an available width"
+        )
     modules = [*list(model)[:position], *heads[width], *list(model)[position + 1 :]]
     flat = SentenceTransformer(
         modules=modules, prompts=dict(model.prompts), device=str(model.device), truncate_dim=model.truncate_dim
@@ -115,15 +126,19 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
 def model_encoder(
     model: SentenceTransformer, widths: Sequence[int] | None = None, batch_size: int = 32, name: str = "the model"
 ) -> EncodeWidths:
-    """Make an encoder of a sentence-transformers model that reads each text once for all widths.
+    """Make an encoder of a sentence-transformers model that encodes each text once for all widths.
 
     Queries and documents get the embeddings of stock ``encode_query`` and ``encode_document``, in any batch.
 
     Args:
-        model: with a Router of heads each width is a head; without one, a narrower width is the first coordinates.
-        widths: which; None takes all heads, or the model's own width.
+        model: sentence-transformers model. With a Router of heads, each width is a head. Without one, a narrower width
+            is the first coordinates.
+        widths: widths to return. None is all heads, or the model's width.
         batch_size: texts per forward pass.
         name: model, for messages.
+
+    Returns:
+        A function from n texts and a role, "query" or "document", to {width: (n, width) float32 unit rows}.
 
     Raises:
         JasperError: the model has no such width, or its embeddings depend on other texts in every batch.
@@ -131,13 +146,8 @@ def model_encoder(
     from sentence_transformers import SentenceTransformer
 
     position, heads = routes(model)
-    own = max(heads) if heads else int(model.get_embedding_dimension() or 0)
-    wanted = sorted(set(widths), reverse=True) if widths else sorted(heads, reverse=True) or [own]
-    missing = [w for w in wanted if (w not in heads if heads else w > own)]
-    if missing:
-        has = f"heads of width {', '.join(map(str, sorted(heads)))}" if heads else f"{own} coordinates"
-        raise JasperError(f"the model has no width {', '.join(map(str, missing))}; it has {has}")
-    # the modules before the Router are what costs: they run once per text, as a model of their own
+    chosen_widths = _chosen_widths(model, heads, widths)
+    # the modules before the Router are expensive, so they form a separate model that runs once per text
     stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)) if heads else model
     tail = list(model)[position + 1 :]
     batching = model_batching(model, name)
@@ -147,31 +157,45 @@ def model_encoder(
         features = encode_role(stem, texts, role, prompt_of(model.prompts, role), batch_size, batching)
         if not heads:
             vectors = features.float().cpu().numpy()
-            return {w: normalise(vectors[:, :w]) for w in wanted}
-        found = {}
-        for width in wanted:
+            return {width: normalise(vectors[:, :width]) for width in chosen_widths}
+        embeddings = {}
+        for width in chosen_widths:
             state = {"sentence_embedding": features}
             for module in [*heads[width], *tail]:
                 state = module(state)
-            found[width] = normalise(state["sentence_embedding"].float().cpu().numpy())
-        return found
+            embeddings[width] = normalise(state["sentence_embedding"].float().cpu().numpy())
+        return embeddings
 
     stem.eval()
     return encode
 
 
+def _chosen_widths(model: SentenceTransformer, heads: dict[int, Any], widths: Sequence[int] | None) -> list[int]:
+    """Check the requested widths and return them, widest first. None requests all heads, or the model's width."""
+    full = max(heads) if heads else int(model.get_embedding_dimension() or 0)
+    chosen = sorted(set(widths), reverse=True) if widths else sorted(heads, reverse=True) or [full]
+    missing = [width for width in chosen if (width not in heads if heads else width > full)]
+    if missing:
+        available = f"one of {', '.join(map(str, sorted(heads)))}" if heads else f"at most {full}"
+        got = ", ".join(map(str, missing))
+        raise JasperError(f"the model has no width {got} (expected {available}). Fix: choose an available width")
+    return chosen
+
+
 def teacher_encoder(
     configs: Sequence[TeacherConfig], cache: str | Path | None, precision: Precision
 ) -> EncodeWidths | None:
-    """The target space for new texts: norm(concat(norm(t_i))) of all teachers (PAPER: problem, arXiv 2412.19048).
+    """Make an encoder of the target embeddings norm(concat(norm(t_i))) of all teachers.
+
+    The target is that of the paper (section "problem", arXiv 2412.19048).
 
     Args:
-        configs: the run's teachers.
-        cache: where vectors of evaluation texts are kept between runs; None keeps none.
-        precision: of the forward pass, as the run's.
+        configs: teachers of the run.
+        cache: folder that keeps embeddings of evaluation texts between runs. None keeps none.
+        precision: precision of the forward pass, as in the run.
 
     Returns:
-        an encoder of one width, or None where a teacher is a file of ready vectors, which cannot read new texts.
+        An encoder of one width. None if a teacher is a file of precomputed embeddings, which cannot encode new texts.
     """
     if not configs or any(config.model is None for config in configs):
         return None
@@ -187,7 +211,7 @@ def teacher_encoder(
 def _teacher_part(
     config: TeacherConfig, cache: str | Path | None, precision: Precision
 ) -> Callable[[list[str], str], np.ndarray]:
-    """One teacher, loaded only when vectors are asked for that the cache does not hold."""
+    """Make an encoder of one teacher, whose model loads only if the cache lacks embeddings."""
     from jasper_fast.encode import pick_device, used_precision
     from jasper_fast.teachers import describe_teacher, load_teacher
 
@@ -205,7 +229,16 @@ def _teacher_part(
 def cached(
     encode: Callable[[list[str], str], np.ndarray], key: str, folder: str | Path
 ) -> Callable[[list[str], str], np.ndarray]:
-    """Keep what ``encode`` gives in ``folder``, by the model's ``key``, the role and the texts."""
+    """Cache the embeddings of an encoder on disk.
+
+    Args:
+        encode: function from n texts and a role to (n, D) embeddings.
+        key: identity of the model.
+        folder: folder of the cache, with one .npy file for each key, role and list of texts.
+
+    Returns:
+        A function with the arguments of ``encode`` and results in float32.
+    """
 
     def wrapped(texts: list[str], role: str) -> np.ndarray:
         digest = hashlib.blake2b(json.dumps([key, role, texts]).encode(), digest_size=16).hexdigest()

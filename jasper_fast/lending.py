@@ -1,4 +1,4 @@
-"""Vectors that another cache of the same teacher holds: a text that stands in two sets of texts is read once."""
+"""Reuse embeddings from other caches of the same teacher, so that a text in several datasets is encoded once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from jasper_fast.files import sha256
 
 
 class Lent(NamedTuple):
-    """Vectors of a range of texts as far as other caches hold them."""
+    """Embeddings of a range of texts from other caches."""
 
-    there: np.ndarray  # (B,) bool
-    vectors: np.ndarray  # (B, D) float32; rows that are not there are not written
-    error: np.ndarray  # (B,) float64, what storing had cost: the mean of the lender's shard; 0 where not there
+    available: np.ndarray  # (B,) bool; rows found in another cache
+    vectors: np.ndarray  # (B, D) float32; undefined in the other rows
+    error: np.ndarray  # (B,) float64, mean cosine distance of storing in the source shard; 0 in the other rows
     error_max: float
 
 
 class Lenders:
-    """Where the caches beside this one hold vectors of its texts.
+    """Index of reusable embeddings in the caches next to a new one.
+
+    Sources are caches of the same teacher and dtype in the same folder, finished or not. Damaged shards are skipped.
 
     Args:
-        cache: which is to be filled; those of the same teacher, dtype and folder lend, finished or not.
-        digests: of all its texts.
+        cache: cache to fill.
+        digests: hexadecimal digests of all its texts, in order.
     """
 
     def __init__(self, cache: TeacherCache, digests: Sequence[str]) -> None:
@@ -39,52 +41,52 @@ class Lenders:
             return
         wanted = digest_keys(digests)
         order = np.argsort(wanted[:, 0])
-        first = wanted[order, 0]
+        sorted_halves = wanted[order, 0]
         for other, shard in others:
             try:
-                held = digest_keys(read_mapped(other.file(shard)).column("digest").to_pylist())
+                keys = digest_keys(read_mapped(other.file(shard)).column("digest").to_pylist())
             except (OSError, ValueError, KeyError):
-                continue  # damaged: it is made again by whoever needs that cache
-            at = order[np.minimum(np.searchsorted(first, held[:, 0]), len(order) - 1)]
-            hit = (wanted[at] == held).all(axis=1)
+                continue  # damaged: recomputed when that cache is used
+            places = order[np.minimum(np.searchsorted(sorted_halves, keys[:, 0]), len(order) - 1)]
+            hit = (wanted[places] == keys).all(axis=1)
             if hit.any() and sha256(other.file(shard)) == other.facts(shard)["sha256"]:
-                self._shard_of[at[hit]] = len(self._shards)
-                self._row_of[at[hit]] = np.flatnonzero(hit)
+                self._shard_of[places[hit]] = len(self._shards)
+                self._row_of[places[hit]] = np.flatnonzero(hit)
                 self._shards.append((other, shard))
 
     def __len__(self) -> int:
         return int((self._shard_of >= 0).sum())
 
     def read(self, start: int, stop: int, width: int) -> Lent:
-        """What there is of the texts from ``start`` to before ``stop``, ``width`` wide."""
+        """Return the reusable embeddings of the texts ``start`` to ``stop`` (exclusive), ``width`` coordinates each."""
         shards, rows = self._shard_of[start:stop], self._row_of[start:stop]
         lent = Lent(shards >= 0, np.empty((stop - start, width), np.float32), np.zeros(stop - start), 0.0)
-        for shard in np.unique(shards[lent.there]):
+        for shard in np.unique(shards[lent.available]):
             other, number = self._shards[shard]
-            here, facts = shards == shard, other.facts(number)
-            lent.vectors[here] = other.read_shard(number, rows[here])
-            lent.error[here] = facts["error_sum"] / facts["rows"]
+            chosen, facts = shards == shard, other.facts(number)
+            lent.vectors[chosen] = other.read_shard(number, rows[chosen])
+            lent.error[chosen] = facts["error_sum"] / facts["rows"]
             lent = lent._replace(error_max=max(lent.error_max, facts["error_max"]))
         return lent
 
 
 def _others(cache: TeacherCache) -> Iterator[tuple[TeacherCache, int]]:
-    """The published shards of other texts' caches, by the same teacher in the same form."""
+    """Yield the published shards of caches that differ from this one only in their texts."""
     free = ("texts", "rows", "shard_rows")
     wanted = {key: value for key, value in cache.identity.items() if key not in free}
     for header in sorted(cache.folder.parent.glob(f"teacher-{cache.slug}-*/{HEADER}")):
         try:
-            there = json.loads(header.read_text(encoding="utf-8"))["identity"]
-            same = {key: value for key, value in there.items() if key not in free} == wanted
+            identity = json.loads(header.read_text(encoding="utf-8"))["identity"]
+            same = {key: value for key, value in identity.items() if key not in free} == wanted
         except (ValueError, KeyError, OSError):
-            continue  # whoever needs that cache is told
+            continue  # reported when that cache is used
         if header.parent == cache.folder or not same:
             continue
-        identity = {key: value for key, value in there.items() if key not in free[1:]}
-        other = TeacherCache(cache.folder.parent, identity, there["rows"], there["shard_rows"])
+        stripped = {key: value for key, value in identity.items() if key not in free[1:]}
+        other = TeacherCache(cache.folder.parent, stripped, identity["rows"], identity["shard_rows"])
         yield from ((other, shard) for shard in range(other.shards) if other.has(shard) and other.file(shard).is_file())
 
 
 def digest_keys(digests: Sequence[str]) -> np.ndarray:
-    """BLAKE2b-128 digests in hexadecimal as numbers. (n, 2) uint64"""
+    """Convert hexadecimal BLAKE2b-128 digests to numbers, (n, 2) uint64."""
     return np.frombuffer(bytes.fromhex("".join(digests)), dtype=">u8").reshape(-1, 2).astype(np.uint64)

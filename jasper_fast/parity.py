@@ -1,4 +1,4 @@
-"""Comparison of an exported folder with the student it was written from, by stock sentence-transformers."""
+"""Compare an exported folder, loaded by stock sentence-transformers, with its student."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from jasper_fast.model import Student
 
-TOLERANCE = 1e-5  # largest difference of a coordinate between an export and what it was written from
-PROBES = {  # texts by the way in which they can go wrong
+TOLERANCE = 1e-5  # maximum difference of a coordinate between an export and its source
+PROBES = {  # texts that exports often encode differently, by property
     "one word": "seven",
     "a sentence": "The water of the seven rivers ran past the old road, and nobody knew how far.",
     "white space around it": "  two lines\nof text\t",
@@ -30,12 +30,12 @@ PROBES = {  # texts by the way in which they can go wrong
 
 
 def check_export(student: Student, folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Compare the embeddings of an exported Router folder with the student's, for every width and role.
+    """Compare the embeddings of an exported Router folder with the student's for every width and role.
 
     Args:
         student: source of the export.
-        folder: export, not yet published.
-        trust_remote_code: permission to run code that the model brings.
+        folder: unpublished export.
+        trust_remote_code: permission to run the model's custom code.
 
     Raises:
         JasperError: the export cannot be loaded, or an embedding differs by more than 1e-5 in a coordinate.
@@ -45,9 +45,9 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
     for role in ROLES:
         expected = _student_vectors(student, texts, role)
         for width, vectors in expected.items():
-            found = stock.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
-            _compare(found, vectors, f"{role} embeddings at width {width}")
-        # The widest head answers where no width is asked for.
+            exported = stock.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
+            _compare(exported, vectors, f"{role} embeddings at width {width}")
+        # The widest head is the default.
         default = (stock.encode_query if role == "query" else stock.encode_document)(texts, convert_to_tensor=True)
         _compare(default, expected[student.widths[0]], f"encode_{role}")
     if student.vision is not None:
@@ -55,22 +55,28 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
 
 
 def check_same(first: Path, second: Path, width: int, *, trust_remote_code: bool = False) -> None:
-    """Compare a flat export with the Router folder it was written from, at one width.
+    """Compare the embeddings of a flat export with those of its Router folder at one width.
+
+    Args:
+        first: Router folder.
+        second: flat export.
+        width: width of the flat export.
+        trust_remote_code: permission to run the model's custom code.
 
     Raises:
-        JasperError: one cannot be loaded, or an embedding differs by more than 1e-5 in a coordinate.
+        JasperError: a folder cannot be loaded, or an embedding differs by more than 1e-5 in a coordinate.
     """
     router, flat = (_open(folder, "cpu", trust_remote_code) for folder in (first, second))
     texts = list(PROBES.values())
     for role in ROLES:
         expected = router.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
-        found = flat.encode(texts, prompt_name=role, convert_to_tensor=True)
-        _compare(found, expected, f"{role} embeddings at width {width}")
+        exported = flat.encode(texts, prompt_name=role, convert_to_tensor=True)
+        _compare(exported, expected, f"{role} embeddings at width {width}")
 
 
 @torch.no_grad()
 def _check_images(student: Student, folder: Path) -> None:
-    """Compare image embeddings of an export with the student's, at the widest head."""
+    """Compare the image embeddings of an export with the student's at the widest head."""
     from jasper_fast.pictures import load_student
 
     vision = student.config.vision
@@ -83,11 +89,11 @@ def _check_images(student: Student, folder: Path) -> None:
     images = torch.arange(2 * 3 * side * side).remainder(251).view(2, 3, side, side).to(torch.uint8)
     training = student.training
     student.eval()
-    found, expected = (
+    exported, expected = (
         F.normalize(model.project(model.pool(images), [width])[width], dim=1) for model in (reloaded, student)
     )
     student.train(training)
-    _compare(found, expected, "image embeddings")
+    _compare(exported, expected, "image embeddings")
 
 
 @torch.no_grad()
@@ -107,27 +113,28 @@ def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransfo
     from jasper_fast.models import CANNOT_LOAD, first_line
 
     try:
-        with torch.random.fork_rng(devices=[]):  # loading draws weights before it reads them
+        with torch.random.fork_rng(devices=[]):  # loading draws random weights before it reads the saved ones
             return SentenceTransformer(str(folder), device=device, trust_remote_code=trust_remote_code).eval()
     except CANNOT_LOAD as error:
         raise JasperError(
-            f"the exported model cannot be loaded by sentence-transformers ({first_line(error)}); nothing was "
+            f"the exported model cannot be loaded by sentence-transformers ({first_line(error)}). Nothing was "
             "published. Fix: report the student's architecture, or choose another student.model"
         ) from error
 
 
-def _compare(found: Tensor, expected: Tensor, what: str) -> None:
-    if found.shape != expected.shape:
+def _compare(exported: Tensor, expected: Tensor, what: str) -> None:
+    """Raise if embeddings of the probes, (n, D) each, differ in width or by more than `TOLERANCE`."""
+    if exported.shape != expected.shape:
         raise JasperError(
-            f"the exported model differs from what was trained: {what} (got a width of {found.shape[1]}, expected "
-            f"{expected.shape[1]}); nothing was published. Fix: report the student's architecture"
+            f"the exported model differs from the trained one: {what} (got a width of {exported.shape[1]}, expected "
+            f"{expected.shape[1]}). Nothing was published. Fix: report the student's architecture"
         )
-    difference = (found.double() - expected.double()).abs().amax(dim=1)
+    difference = (exported.double() - expected.double()).abs().amax(dim=1)
     difference = torch.where(difference.isfinite(), difference, torch.inf)
     worst = int(difference.argmax())
     if float(difference[worst]) > TOLERANCE:
         raise JasperError(
-            f"the exported model differs from what was trained: {what}, probe {list(PROBES)[worst]!r} (got a "
-            f"difference of {float(difference[worst]):.1e} in a coordinate, expected at most {TOLERANCE:.0e}); nothing "
-            "was published. Fix: report the student's architecture, or choose another student.model"
+            f"the exported model differs from the trained one: {what}, probe {list(PROBES)[worst]!r} (got a difference "
+            f"of {float(difference[worst]):.1e} in a coordinate, expected at most {TOLERANCE:.0e}). Nothing was "
+            "published. Fix: report the student's architecture, or choose another student.model"
         )

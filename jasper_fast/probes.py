@@ -1,4 +1,4 @@
-"""Short forward passes on loading: a model runs, gives finite embeddings, and ignores padding."""
+"""Run short forward passes on loading: a model runs, gives finite embeddings, and ignores padding."""
 
 from __future__ import annotations
 
@@ -13,33 +13,28 @@ from jasper_fast.errors import JasperError
 from jasper_fast.models import first_line
 
 Encode = Callable[[list[str]], Tensor]  # texts -> (n, D) embeddings, all in one batch
-Batching = Literal["padded", "equal lengths"]  # the batches in which a text has the embedding that it has alone
+Batching = Literal["padded", "equal lengths"]  # batches in which a text has the same embedding as alone
 
 SHORT = "seven"
-LONGEST = (
-    "the water ran past the old road and nobody knew how far it would go. " * 60
-)  # truncated at the model's length
+LONGEST = "the water ran past the old road and nobody knew how far it would go. " * 60  # to be truncated by the model
 LONG = "the water of the seven rivers ran past the old road, and nobody knew how far it would go that year"
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the embedding's length
-HALF_TOLERANCE = 5e-2  # the same for weights of 16 bits, whose kernels differ by batch shape
-# Exceptions that encoders raise when they are built or called in a way that they were not written for.
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-)
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the embedding's length
+HALF_TOLERANCE = 5e-2  # for 16-bit weights, whose kernels depend on the batch shape
+# Exceptions that encoders raise if they are built or called in an unsupported way.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @contextmanager
 def explained(name: str, architecture: str, fix: str) -> Iterator[None]:
-    """Turn an encoder's own exception into an error that names the architecture.
+    """Convert an encoder's exception in the block to an error with the model, its architecture and a fix.
+
+    Args:
+        name: model, for messages.
+        architecture: class of the encoder, for messages.
+        fix: suggestion for the user.
 
     Raises:
-        JasperError: the block failed in the encoder.
+        JasperError: the encoder failed in the block.
     """
     try:
         yield
@@ -50,14 +45,15 @@ def explained(name: str, architecture: str, fix: str) -> Iterator[None]:
 
 @torch.no_grad()
 def find_batching(encode: Encode, name: str) -> Batching:
-    """Compare a text's embedding alone with the one next to a longer text.
+    """Compare the embedding of a text alone with its embedding next to a longer text.
 
     Args:
-        encode: runs the model on all texts in one batch, in evaluation mode and without autocast.
+        encode: function that runs the model on n texts in one batch, in evaluation mode and without autocast. It
+            returns (n, D) float.
         name: model, for messages.
 
     Returns:
-        "padded" for a model that honours the attention mask, "equal lengths" for one that needs batches without it.
+        "padded" for a model that honours the attention mask, "equal lengths" for one whose batches must not be padded.
 
     Raises:
         JasperError: an embedding is not finite, or depends on other texts even without padding.
@@ -88,5 +84,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Length of the difference over the length of ``a``."""
+    """Return the length of the difference relative to the length of ``a``."""
     return float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-12))

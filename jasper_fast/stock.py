@@ -1,4 +1,4 @@
-"""sentence-transformers models: loaded with checks, and called as stock encode_query and encode_document."""
+"""Load sentence-transformers models with checks, and encode as stock encode_query and encode_document do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 ROLES = ("query", "document")
-TOKENIZED_AT_ONCE = 512  # texts whose lengths are counted in one call
+TOKENIZED_AT_ONCE = 512  # texts per call of the tokenizer
 OTHER_MODEL = "choose another model, or the version of transformers that it was saved with"
 
 
@@ -39,10 +39,10 @@ def load_stock(
     Args:
         name: model, for messages.
         where: folder or hub name.
-        device: torch name; None takes the best there is.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: permission to run code that the model brings.
-        dtype: weights' dtype; None keeps the saved one.
+        device: torch device name. None is the GPU, or the CPU if there is no GPU.
+        revision: branch, tag or commit on the hub. None is the default branch.
+        trust_remote_code: permission to run the model's custom code.
+        dtype: dtype of the weights. None keeps the saved one.
 
     Raises:
         JasperError: files are missing, weights do not match, or the tokenizer or a length belongs to another model.
@@ -63,23 +63,14 @@ def load_stock(
         )
 
     model = load_checked(load, name).eval()
-    kind = _kind(where, revision)
-    if kind != "SentenceTransformer":
-        raise JasperError(
-            f"{name}: the model is a {kind}, whose modules would be left out (expected a SentenceTransformer). "
-            "Fix: choose a model that gives one embedding per text"
-        )
+    _check_kind(where, revision, name)
     for module in transformers_of(model):
         if module.tokenizer is not None:
             check_tokenizer(module.tokenizer, module.model, name)
             give_pad_token(module.tokenizer, module.model, name)
             _check_length(module, name)
     _report_ignored_prompt(model.prompts, name)
-    if model.similarity_fn_name not in (None, "cosine"):
-        print(
-            f"note: {name} was made for {model.similarity_fn_name} scores; here it is compared by cosine",
-            file=sys.stderr,
-        )
+    _report_similarity(model.similarity_fn_name, name)
     return model
 
 
@@ -98,37 +89,43 @@ def encode_role(
     batch_size: int = 32,
     batching: Batching = "padded",
 ) -> Tensor:
-    """Encode texts as stock ``encode_query`` or ``encode_document`` does with that prompt, (n, D).
+    """Encode texts as stock ``encode_query`` or ``encode_document`` does with a prompt.
 
     Args:
-        model: any sentence-transformers model; its Routers see the role as their task.
+        model: sentence-transformers model. Its Routers get the role as their task.
         texts: n texts.
         role: "query" or "document".
-        prompt: prefix of each text; "" for none.
+        prompt: prefix of each text. "" adds no prefix.
         batch_size: texts per forward pass.
-        batching: as from `model_batching`; "equal lengths" avoids all padding.
+        batching: result of `model_batching`. "equal lengths" avoids all padding.
+
+    Returns:
+        (n, D) float embeddings on the model's device, in the order of the texts.
     """
-    given = list(texts)
+    inputs = list(texts)
     options: dict[str, Any] = {"prompt": prompt, "task": role, "convert_to_tensor": True, "show_progress_bar": False}
     if batching == "padded":
-        return model.encode(given, batch_size=batch_size, **options)
-    vectors: list[Tensor] = [torch.empty(0)] * len(given)
-    for batch in length_batches(token_lengths(model, given, role, prompt), batch_size):
-        found = model.encode([given[i] for i in batch], batch_size=len(batch), **options)
-        for at, vector in zip(batch, found, strict=True):
-            vectors[at] = vector
+        return model.encode(inputs, batch_size=batch_size, **options)
+    vectors: list[Tensor] = [torch.empty(0)] * len(inputs)
+    for batch in length_batches(token_lengths(model, inputs, role, prompt), batch_size):
+        encoded = model.encode([inputs[i] for i in batch], batch_size=len(batch), **options)
+        for position, vector in zip(batch, encoded, strict=True):
+            vectors[position] = vector
     return torch.stack(vectors) if vectors else torch.empty(0)
 
 
 def length_batches(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Yield positions of at most ``size`` texts of one length each, longest first."""
+    """Yield batches of at most ``size`` texts with equal lengths, as positions (b,) int64, longest first."""
     for length in np.unique(lengths)[::-1]:
         same = np.flatnonzero(lengths == length)
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def token_lengths(model: SentenceTransformer, texts: Sequence[str], role: str, prompt: str) -> np.ndarray:
-    """Count each text's tokens after truncation, prompt included, (n,) int64; characters for a model without tokens."""
+    """Count each text's tokens after truncation, prompt included, (n,) int64.
+
+    A model without an attention mask, such as a static embedding, gets the numbers of characters.
+    """
     counts: list[int] = []
     for start in range(0, len(texts), TOKENIZED_AT_ONCE):
         chunk = list(texts[start : start + TOKENIZED_AT_ONCE])
@@ -139,19 +136,23 @@ def token_lengths(model: SentenceTransformer, texts: Sequence[str], role: str, p
 
 
 def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, str | None] | None = None) -> Batching:
-    """Find the batches in which a model's embeddings do not depend on other texts, for both roles.
+    """Find the kind of batches in which a model's embeddings do not depend on other texts, for both roles.
 
     Args:
-        model: any sentence-transformers model.
+        model: sentence-transformers model.
         name: model, for messages.
-        prompts: prefixes by role; None: the model's own.
+        prompts: prefixes by role. None is the model's prompts.
+
+    Returns:
+        "padded", or "equal lengths" for a model whose batches must not be padded.
 
     Raises:
-        JasperError: there are none, the model cannot encode a short text, or queries and documents differ in width.
+        JasperError: embeddings depend on other texts in every batch, the model cannot encode a short text, or queries
+            and documents differ in width.
     """
     architecture = " and ".join(type(module.model).__name__ for module in transformers_of(model)) or "the model"
     widths: dict[str, int] = {}
-    found = set()
+    batchings = set()
     for role in ROLES:
         prompt = prompt_of(model.prompts if prompts is None else prompts, role)
 
@@ -161,21 +162,21 @@ def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, 
             return vectors
 
         with explained(name, architecture, OTHER_MODEL):
-            _check_room(model, role, prompt, name)
-            found.add(find_batching(encode, name))
+            _check_text_fits(model, role, prompt, name)
+            batchings.add(find_batching(encode, name))
     if len(set(widths.values())) > 1:
         raise JasperError(
-            f"{name}: queries and documents cannot be compared, their embeddings differ in width (got "
+            f"{name}: embeddings of queries and documents differ in width (got "
             f"{widths['query']} and {widths['document']}). Fix: choose a model whose routes share a width"
         )
-    return "equal lengths" if "equal lengths" in found else "padded"
+    return "equal lengths" if "equal lengths" in batchings else "padded"
 
 
 def limit_length(model: SentenceTransformer, wanted: int) -> int:
-    """Truncate texts at ``wanted`` tokens, or at what each part of the model allows if that is less.
+    """Truncate texts at ``wanted`` tokens, or at the limit of each part of the model if that is lower.
 
     Returns:
-        the largest number of tokens that a part reads.
+        The largest resulting limit of a part, in tokens.
     """
     lengths = []
     for module in transformers_of(model):
@@ -198,14 +199,14 @@ def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
         limit = position_limit(module.model)
         if limit is not None and tokens > limit:
             raise JasperError(
-                f"{name}: max length {tokens} is beyond the model's {limit} positions. Fix: give at most {limit}"
+                f"{name}: max length {tokens} is beyond the model's {limit} positions. Fix: set at most {limit}"
             )
         module.max_seq_length = tokens
     limit_length(model, tokens)
 
 
-def _check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
-    """Reject a length that the prompt and special tokens fill: all texts would have one embedding.
+def _check_text_fits(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:
+    """Reject a maximum length that the prompt and special tokens fill, so that all texts get the same embedding.
 
     Raises:
         JasperError: two different texts have the same tokens.
@@ -214,26 +215,36 @@ def _check_room(model: SentenceTransformer, role: str, prompt: str, name: str) -
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if mask is not None and torch.equal(ids[0], ids[1]) and torch.equal(mask[0], mask[1]):
         raise JasperError(
-            f"{name}: no room for a text within its maximum length of {int(mask[0].sum())} tokens (the {role} prompt "
-            f"is {prompt!r}). Fix: raise max_length, or shorten the prompt"
+            f"{name}: the {role} prompt ({prompt!r}) and special tokens fill the maximum length of "
+            f"{int(mask[0].sum())} tokens. Fix: raise max_length, or shorten the prompt"
+        )
+
+
+def _check_kind(where: str, revision: str | None, name: str) -> None:
+    """Reject models of another class of sentence-transformers, such as a CrossEncoder."""
+    kind = _kind(where, revision)
+    if kind != "SentenceTransformer":
+        raise JasperError(
+            f"{name}: the model is a {kind}, whose modules would not be loaded (expected a SentenceTransformer). Fix: "
+            "choose a model that gives one embedding per text"
         )
 
 
 def _kind(where: str, revision: str | None) -> str:
-    """The class that a loaded model was saved by; hub files are in the cache by now, so the network is not asked."""
+    """Return the class that saved a loaded model. Hub files are cached by now, so this needs no network."""
     from huggingface_hub import try_to_load_from_cache
 
     folder: Path | None = Path(where)
     if not Path(where).is_dir():
         name = where if "/" in where else f"sentence-transformers/{where}"
-        found = try_to_load_from_cache(name, PROMPTS, revision=revision)
-        folder = Path(found).parent if isinstance(found, str) else None
+        cached = try_to_load_from_cache(name, PROMPTS, revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else None
     settings = settings_of(str(folder), None, PROMPTS) if folder is not None else {}
     return settings.get("model_type", "SentenceTransformer")
 
 
 def _check_modules_file(name: str, where: str) -> None:
-    """Reject a sentence-transformers folder that lost its list of modules: it would load with mean pooling alone."""
+    """Reject a sentence-transformers folder without modules.json, which would silently load with mean pooling."""
     folder = Path(where)
     parts = sorted(path.name for path in folder.glob("[0-9]_[A-Z]*") if path.is_dir()) if folder.is_dir() else []
     if parts and not (folder / "modules.json").is_file():
@@ -244,24 +255,29 @@ def _check_modules_file(name: str, where: str) -> None:
 
 
 def _check_length(module: Any, name: str) -> None:
-    """Cap a length that nobody chose at the position table, and reject a saved one beyond it."""
+    """Cap a default length at the position table, and reject a saved length beyond it."""
     table, saved = position_table(module.model), module.max_seq_length
     if table is None or not saved or saved <= table:
         return
     if saved != getattr(module.model.config, "max_position_embeddings", None):  # else sentence-transformers' own cap
         raise JasperError(
-            f"{name}: its settings ask for max_seq_length {saved}, but the position table ends at {table} tokens. Fix: "
-            f"set max_seq_length to at most {table} in sentence_bert_config.json"
+            f"{name}: max_seq_length exceeds the position table (got {saved} tokens, expected at most {table}). Fix: "
+            f"lower max_seq_length in sentence_bert_config.json to {table}"
         )
     module.max_seq_length = table
 
 
 def _report_ignored_prompt(prompts: Mapping[str, str | None], name: str) -> None:
-    """Mention a document prompt under a name that sentence-transformers does not use for documents."""
-    other = next((key for key in ("passage", "corpus") if prompts.get(key)), None)
-    if other is not None and not prompts.get("document"):
+    """Print a note about a document prompt under a name that sentence-transformers ignores."""
+    ignored = next((key for key in ("passage", "corpus") if prompts.get(key)), None)
+    if ignored is not None and not prompts.get("document"):
         print(
-            f"note: {name} has a prompt {other!r} ({prompts[other]!r}), which encode_document does not use. To use it, "
-            "set it as the model's `document` prompt, or as prompts.document of a teacher",
+            f"note: {name} has a prompt {ignored!r} ({prompts[ignored]!r}), which encode_document does not use. To use "
+            "it, set it as the model's `document` prompt, or as prompts.document of a teacher",
             file=sys.stderr,
         )
+
+
+def _report_similarity(similarity: str | None, name: str) -> None:
+    if similarity not in (None, "cosine"):
+        print(f"note: {name} was trained for {similarity} scores. It is compared by cosine here", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Open the teachers of a run and check everything about their vectors that can be known before a text is encoded."""
+"""Open the teachers of a run and check their embeddings before any text is encoded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from jasper_fast.model import Student
 
 Opened = Teacher | ReadyVectors
-Place = tuple[int, int]  # which of the processes that share the work, and how many there are
+Place = tuple[int, int]  # rank of this process, number of processes
+Log = Callable[[str], None]
 
-ORDER_TOKENS = 128  # of a text that the student reads to check the order of vectors
+ORDER_TOKENS = 128  # tokens of each text that the student reads to check the row order
+ROW_BYTES = 48  # bytes per cached row besides its coordinates: digest, scale and Arrow offsets
 
 
 def open_all(
@@ -35,53 +37,53 @@ def open_all(
     texts: Dataset,
     place: Place,
     student: Student | None,
-    say: Callable[[str], None],
+    log: Log,
 ) -> dict[str, Opened]:
-    """Open every teacher that has work left, so that an error of any is raised before another one's long work.
+    """Open every teacher with missing shards, so that all errors are raised before any encoding starts.
 
     Args:
-        config: the run.
-        caches: of its teachers, in their order.
-        texts: columns ``text``, ``role`` and ``digest``.
-        place: of this process.
-        student: before training, for the order of vectors without keys. None: built if it is needed.
-        say: shows a message.
+        config: configuration of the run.
+        caches: one cache per teacher, in the order of ``config.teachers``.
+        texts: training texts with columns ``text``, ``role`` and ``digest``.
+        place: rank of this process and number of processes.
+        student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
+        log: receiver of messages.
 
     Returns:
-        The first of them, which is needed next, by its cache's fingerprint.
+        The first incomplete teacher, which is needed next, by its cache's fingerprint. Empty if all are complete.
 
     Raises:
-        JasperError: a teacher cannot be used, precomputed vectors do not fit the texts, a loss cannot compare the
+        JasperError: a teacher cannot be loaded, precomputed embeddings do not fit the texts, a loss cannot compare the
             widths, or the disk is too small.
     """
     opened: dict[str, Opened] = {}
     widths: list[int] = []
     needed = 0  # bytes
     for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
-        missing = [shard for shard in range(cache.shards) if not cache.has(shard)]
-        if not missing:
-            width: int = cache.facts(0)["width"]
-        else:
-            opened.clear()  # one at a time: all might not fit into memory
-            opened[cache.fingerprint] = open_teacher(config, teacher, cache)
-            width = opened[cache.fingerprint].width
-            _check_vectors(opened[cache.fingerprint], config, cache, texts, place, student, say)
-            _check_width(cache, width)
-            rows = sum(stop - start for start, stop in map(cache.span, missing))
-            needed += rows * (width * (2 if config.data.cache_dtype == "float16" else 1) + 48)
-        widths.insert(0, width)
+        if all(cache.has(shard) for shard in range(cache.shards)):
+            widths.insert(0, cache.facts(0)["width"])
+            continue
+        opened.clear()  # free the previous model first: all of them might not fit into memory
+        opened[cache.fingerprint] = _open_checked(config, teacher, cache, texts, place, student, log)
+        widths.insert(0, opened[cache.fingerprint].width)
+        needed += _missing_bytes(cache, widths[0])
     check_losses(config, widths)
-    check_room(
-        caches[0].folder.parent,
-        needed,
-        "the teachers' vectors",
-        "use another data.cache, or set data.cache_dtype to int8",
-    )
+    fix = "use another data.cache, or set data.cache_dtype to int8"
+    check_room(caches[0].folder.parent, needed, "the teacher embeddings", fix)
     return opened
 
 
 def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) -> Opened:
-    """Load a model, or open precomputed vectors."""
+    """Load a teacher's model, or open its precomputed embeddings.
+
+    Args:
+        config: configuration of the run, for the precision.
+        teacher: one of its teachers.
+        cache: that teacher's cache; temporary copies of files go next to it.
+
+    Raises:
+        JasperError: the model or a file cannot be used, or the cache's folder cannot be created.
+    """
     if teacher.model is not None:
         return load_teacher(teacher, precision=config.precision)
     scratch = cache.folder.parent
@@ -96,53 +98,81 @@ def share(cache: TeacherCache, place: Place) -> range:
     return range(rank, cache.shards, world)
 
 
-def _check_vectors(
-    teacher: Opened,
+def _open_checked(
+    config: Config,
+    teacher: TeacherConfig,
+    cache: TeacherCache,
+    texts: Dataset,
+    place: Place,
+    student: Student | None,
+    log: Log,
+) -> Opened:
+    """Open one teacher. Check precomputed embeddings and the width of shards that are already cached."""
+    opened = open_teacher(config, teacher, cache)
+    if isinstance(opened, ReadyVectors):
+        _check_precomputed(opened, config, cache, texts, place, student, log)
+    _check_width(cache, opened.width)
+    return opened
+
+
+def _check_precomputed(
+    teacher: ReadyVectors,
     config: Config,
     cache: TeacherCache,
     texts: Dataset,
     place: Place,
     student: Student | None,
-    say: Callable[[str], None],
+    log: Log,
 ) -> None:
-    """Match precomputed vectors to the texts, check their order, and read this process's share of them."""
+    """Match precomputed embeddings to the texts, check their order, and read the rows of this process."""
     from tqdm import tqdm
 
-    if not isinstance(teacher, ReadyVectors):
-        return
     if place[0] == 0:
         outcome = [teacher.match(texts, config.data)]
         if not teacher.keyed:
-            outcome.append(teacher.check_order(texts, partial(_similarities, config, student, say)))
-        say(f"teacher {teacher.name}: {'; '.join(outcome)}")
+            outcome.append(teacher.check_order(texts, partial(_similarities, config, student, log)))
+        log(f"teacher {teacher.name}: {'; '.join(outcome)}")
     digests = texts.select_columns(["digest"])
-    todo = [cache.span(shard) for shard in share(cache, place) if not cache.has(shard)]
-    for start, stop in tqdm(todo, desc=f"checking {teacher.name}", unit=" shards", delay=2, disable=None):
+    spans = [cache.span(shard) for shard in share(cache, place) if not cache.has(shard)]
+    for start, stop in tqdm(spans, desc=f"checking {teacher.name}", unit=" shards", delay=2, disable=None):
         teacher.read(start, stop, digests[start:stop]["digest"])
 
 
 def _similarities(
-    config: Config, student: Student | None, say: Callable[[str], None], texts: list[str], roles: list[str]
+    config: Config, student: Student | None, log: Log, texts: list[str], roles: list[str]
 ) -> list[np.ndarray]:
-    """Similarities of texts by their words, and by the untrained student where it can be loaded. Each (n, n)"""
+    """Similarities of the texts by their words, and by the untrained student if it can be built. Each (n, n)."""
     from jasper_fast.prepare import build_student
 
-    found = [lexical_similarities(texts)]
+    lexical = lexical_similarities(texts)
     try:
         student = student or build_student(config)
     except JasperError as error:
-        say(f"the order of vectors is checked by the words of the texts alone: {error}")
-        return found
-    device, back = pick_device(), student.device
+        log(f"the row order is checked only by the words of the texts, as the student cannot be built: {error}")
+        return [lexical]
+    return [lexical, _student_similarities(student, config, texts, roles)]
+
+
+def _student_similarities(student: Student, config: Config, texts: list[str], roles: list[str]) -> np.ndarray:
+    """Similarities of the texts' pooled states, (n, n). The student returns to its device."""
+    device, previous = pick_device(), student.device
     length = min(student.max_length, ORDER_TOKENS)
     pooled = [*pool_texts(student.to(device), texts, roles, length, device, config.precision)]
-    student.to(back)
-    return [*found, centred_similarities(np.concatenate(pooled))]
+    student.to(previous)
+    return centred_similarities(np.concatenate(pooled))
+
+
+def _missing_bytes(cache: TeacherCache, width: int) -> int:
+    """Estimate the disk space of the missing shards."""
+    spans = [cache.span(shard) for shard in range(cache.shards) if not cache.has(shard)]
+    rows = sum(stop - start for start, stop in spans)
+    return rows * (width * (2 if cache.identity["dtype"] == "float16" else 1) + ROW_BYTES)
 
 
 def _check_width(cache: TeacherCache, width: int) -> None:
     for shard in range(cache.shards):
-        if cache.has(shard) and (there := cache.facts(shard)["width"]) != width:
+        if cache.has(shard) and (cached := cache.facts(shard)["width"]) != width:
             raise JasperError(
-                f"{cache.folder} holds vectors of width {there}, this teacher gives {width}; delete that folder"
+                f"{cache.folder}: cached embeddings have another width than the teacher (got {cached}, expected "
+                f"{width}). Fix: delete that folder"
             )

@@ -1,11 +1,11 @@
-"""Cache the teachers' vectors of a run's texts.
+"""Cache the teacher embeddings of a run's training texts.
 
     python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
-    python -m jasper_fast.teach … --texts texts.parquet                    # only the texts, for vectors made elsewhere
-    torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # the processes share the shards
+    python -m jasper_fast.teach … --texts texts.parquet                    # only write the texts, to embed elsewhere
+    torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # split the shards between processes
 
-The same command goes on where it was stopped. Texts that another set of texts in the cache holds are not read again.
-Training does the same by itself where vectors are missing.
+Rerun the same command to resume. Embeddings are reused from the caches of other datasets with the same teacher.
+Training runs this step by itself if embeddings are missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +30,7 @@ from jasper_fast.errors import JasperError, Problems, run_cli
 from jasper_fast.files import TEMPORARY, check_file, disk_errors, locked
 from jasper_fast.lending import Lenders
 from jasper_fast.ranks import join_ranks
-from jasper_fast.targets import Opened, Place, open_all, open_teacher, share
+from jasper_fast.targets import Log, Opened, Place, open_all, open_teacher, share
 from jasper_fast.teachers import Teacher, check_own_code, describe_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
 
@@ -39,30 +39,35 @@ if TYPE_CHECKING:
 
     from jasper_fast.model import Student
 
-SILENCE = 1800.0  # seconds without a new shard after which the other processes are taken for dead
+SILENCE = 1800.0  # seconds without a new shard after which the other processes count as dead
 
 
 def open_teachers(config: Config, texts: Dataset, *, shard_rows: int = SHARD_ROWS) -> TeacherVectors:
-    """The teachers' vectors of these texts, which must be complete.
+    """Open the teacher embeddings of these texts, which must be complete.
+
+    Args:
+        config: configuration of the run.
+        texts: training texts with columns ``text``, ``role`` and ``digest``.
+        shard_rows: texts per shard.
 
     Raises:
-        JasperError: a cache is missing (and in what the nearest one differs), is not finished, belongs to another
-            teacher or other texts, or is damaged.
+        JasperError: a cache is missing (the message shows how the nearest one differs), is unfinished, belongs to
+            another teacher or other texts, or failed its checksum.
     """
     caches = teacher_caches(config, texts, shard_rows)
+    fix = "Fix: run `python -m jasper_fast.teach` with this configuration"
     for cache in caches:
         if not cache.complete:
-            near = nearest_cache(cache)
-            told = "unfinished" if cache.folder.exists() else "missing"
+            state = "unfinished" if cache.folder.exists() else "missing"
+            nearest = nearest_cache(cache) if state == "missing" else None
             raise JasperError(
-                f"the vectors of {cache.name} for these texts are {told} ({cache.folder})"
-                + (f"\n{near}" if near and told == "missing" else "")
-                + "\ntype `python -m jasper_fast.teach` with this configuration"
+                f"{cache.folder}: the embeddings of these texts by {cache.name} are {state}\n"
+                + (f"{nearest}\n" if nearest else "")
+                + fix
             )
-        found = _damaged(cache, texts, range(cache.shards))
-        if found:
-            first = next(iter(found.values()))
-            raise JasperError(f"{first}; type `python -m jasper_fast.teach` with this configuration to make it again")
+        damage = _damaged(cache, texts, range(cache.shards))
+        if damage:
+            raise JasperError(f"{next(iter(damage.values()))}. {fix}")
     return TeacherVectors(caches)
 
 
@@ -74,43 +79,42 @@ def ensure_teachers(
     shard_rows: int = SHARD_ROWS,
     student: Student | None = None,
 ) -> TeacherVectors:
-    """Return the teachers' vectors of these texts, and compute what is missing or damaged, shard by shard.
+    """Return the teacher embeddings of these texts, and compute missing or damaged shards.
 
-    Before any text is encoded, every teacher is opened, precomputed vectors are checked, and the stages' losses are
-    compared with the teachers' widths.
+    All teachers, precomputed embeddings and widths are checked before any text is encoded.
 
     Args:
-        config: the run.
-        texts: columns ``text``, ``role`` and ``digest``.
-        progress: whether to show bars and messages.
+        config: configuration of the run.
+        texts: training texts with columns ``text``, ``role`` and ``digest``.
+        progress: progress bars and messages on stderr.
         shard_rows: texts per shard.
-        student: before training, for the order of vectors without keys. None: built if it is needed.
+        student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
 
     Raises:
-        JasperError: a teacher or file of vectors cannot be used or has another width than a stage needs, a training
-            text has no vector, vectors are in another order, a vector is not finite, a cache belongs to something
-            else, or the disk is too small.
+        JasperError: a teacher, file, width or cache cannot be used, or the disk is too small. Precomputed embeddings
+            also raise if one is missing, not finite or zero, or if their rows are in another order.
     """
     caches = teacher_caches(config, texts, shard_rows)
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    say = print_error if progress and place[0] == 0 else _silent
+    log = print_error if progress and place[0] == 0 else _silent
     for cache in caches:
         _drop_damaged(cache, texts, place)
-    _meet()  # nobody looks what is missing before everybody has dropped what is damaged
-    opened = open_all(config, caches, texts, place, student, say)
-    _meet()  # nobody encodes before everybody has found all teachers sound
+    _meet()  # no process looks for missing shards before all have dropped their damaged ones
+    opened = open_all(config, caches, texts, place, student, log)
+    _meet()  # no process encodes before all have checked every teacher
     for teacher, cache in zip(config.teachers, caches, strict=True):
-        _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), say)
-        error, dtype = cache.header["cosine_distance_of_storing"], cache.identity["dtype"]
-        say(
-            f"teacher {cache.name}: {cache.rows} vectors of width {cache.header['width']} in {cache.folder}; storing "
-            f"them as {dtype} costs a cosine distance of {error['mean']:.1e} (largest {error['max']:.1e})"
-        )
+        _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), log)
+        _log_finished(cache, log)
     return TeacherVectors(caches)
 
 
 def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS) -> list[TeacherCache]:
-    """Where each teacher's vectors of these texts belong, whether they are there or not.
+    """Return the cache of these texts for each teacher. It need not exist yet.
+
+    Args:
+        config: configuration of the run.
+        texts: training texts with columns ``text``, ``role`` and ``digest``.
+        shard_rows: texts per shard.
 
     Raises:
         JasperError: a teacher does not exist, or a cache's folder holds something else.
@@ -121,10 +125,10 @@ def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS)
 
 
 def check_teachers(config: Config) -> None:
-    """Refuse teachers that are missing, or bring code of their own that was not allowed, before the texts are built.
+    """Reject missing teachers and teachers with custom code that is not allowed, before the texts are built.
 
     Raises:
-        JasperError: every such teacher.
+        JasperError: one or more teachers cannot be used. The message lists all of them.
     """
     problems = Problems()
     for teacher in config.teachers:
@@ -135,13 +139,14 @@ def check_teachers(config: Config) -> None:
 
 
 def write_texts(texts: Dataset, file: Path) -> None:
-    """Write the texts that ready vectors must be of, in their order: columns ``text``, ``role`` and ``digest``.
+    """Write the training texts in order, with columns ``text``, ``role`` and ``digest``.
 
     Args:
-        file: a .parquet file; one that is there gives way, whole or not at all.
+        texts: training texts with these columns.
+        file: .parquet file. An existing one is replaced atomically.
 
     Raises:
-        JasperError: the place cannot be written.
+        JasperError: the file cannot be written.
     """
     temporary = file.with_name(f"{TEMPORARY}{file.name}")
     with disk_errors(file):
@@ -153,17 +158,6 @@ def write_texts(texts: Dataset, file: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _describe(teacher: TeacherConfig) -> dict[str, Any]:
-    return describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
-
-
-def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
-    with _held(cache, place):
-        for shard, reason in _damaged(cache, texts, [s for s in share(cache, place) if cache.has(s)]).items():
-            print_error(f"{reason}; it is made again")
-            cache.drop(shard)
-
-
 def check_targets(
     config: Config,
     texts: Dataset,
@@ -171,19 +165,30 @@ def check_targets(
     *,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
-    """Check what `ensure_teachers` checks before it encodes: load every teacher that has work left, one at a time.
+    """Run the checks that `ensure_teachers` makes before encoding. Teachers with missing shards load one at a time.
 
     Args:
-        config: the run.
-        texts: columns ``text``, ``role`` and ``digest``.
-        student: before training, for the order of vectors without keys.
+        config: configuration of the run.
+        texts: training texts with columns ``text``, ``role`` and ``digest``.
+        student: untrained student for the row-order check of embeddings without keys.
         shard_rows: texts per shard.
 
     Raises:
-        JasperError: as `ensure_teachers`, for models, vectors, widths and the disk.
+        JasperError: a model, file of embeddings or width cannot be used, or the disk is too small.
     """
     caches = teacher_caches(config, texts, shard_rows)
     open_all(config, caches, texts, (0, 1), student, print_error)
+
+
+def _describe(teacher: TeacherConfig) -> dict[str, Any]:
+    return describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
+
+
+def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
+    with _held(cache, place):
+        for shard, reason in _damaged(cache, texts, [s for s in share(cache, place) if cache.has(s)]).items():
+            print_error(f"{reason}. Recomputing it")
+            cache.drop(shard)
 
 
 def _fill(
@@ -193,13 +198,14 @@ def _fill(
     texts: Dataset,
     place: Place,
     opened: Opened | None,
-    say: Callable[[str], None],
+    log: Log,
 ) -> None:
+    """Compute this process's missing shards, then wait for the other processes. Rank 0 finishes the cache."""
     with _held(cache, place):
         missing = [shard for shard in share(cache, place) if not cache.has(shard)]
         if missing:
             cache.begin()
-            _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, say)
+            _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, log)
     if place[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
         if not cache.complete:
@@ -208,30 +214,34 @@ def _fill(
         _wait(cache, lambda: cache.complete)
 
 
+def _log_finished(cache: TeacherCache, log: Log) -> None:
+    header = cache.header
+    error = header["cosine_distance_of_storing"]
+    log(
+        f"teacher {cache.name}: {cache.rows} embeddings of width {header['width']} in {cache.folder}. Storing "
+        f"{cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} (largest {error['max']:.1e})"
+    )
+
+
 def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
-    """Hold this process's share of a cache: the same command started twice waits here."""
+    """Lock this process's part of a cache. A second run of the same command waits here."""
     rank, world = place
     return locked(cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}"))
 
 
-def _compute(
-    teacher: Opened, cache: TeacherCache, texts: Dataset, missing: list[int], say: Callable[[str], None]
-) -> None:
+def _compute(teacher: Opened, cache: TeacherCache, texts: Dataset, missing: list[int], log: Log) -> None:
+    """Compute and publish the missing shards, one after the other."""
     from tqdm import tqdm
 
-    todo = sum(stop - start for start, stop in map(cache.span, missing))
-    if todo < cache.rows and cache.has(0):
-        say(f"teacher {cache.name}: going on, {todo} of {cache.rows} texts are missing in {cache.folder}")
+    remaining = sum(stop - start for start, stop in map(cache.span, missing))
+    if remaining < cache.rows and cache.has(0):
+        log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing in {cache.folder}")
     if isinstance(teacher, Teacher):
-        if teacher.max_length < teacher.config.max_length:
-            say(
-                f"teacher {cache.name}: reads the first {teacher.max_length} tokens of a text, not max_length "
-                f"{teacher.config.max_length}: its model or tokenizer takes no more"
-            )
-        lenders = Lenders(cache, texts["digest"][:])
-        if len(lenders):
-            say(f"teacher {cache.name}: {len(lenders)} of {cache.rows} texts are known from other sets of texts")
-    with tqdm(desc=cache.name, total=todo, unit=" texts", disable=say is _silent, smoothing=0.05) as bar:
+        _log_truncation(teacher, cache.name, log)
+        reusable = Lenders(cache, texts["digest"][:])
+        if len(reusable):
+            log(f"teacher {cache.name}: reusing {len(reusable)} of {cache.rows} embeddings from other caches")
+    with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=log is _silent, smoothing=0.05) as bar:
         started, tokens = time.perf_counter(), 0
 
         def progress(count: int, read: int) -> None:
@@ -242,17 +252,25 @@ def _compute(
 
         for shard in missing:
             start, stop = cache.span(shard)
-            before = tokens
+            tokens_before = tokens
             rows = texts[start:stop]
             if isinstance(teacher, ReadyVectors):
-                vectors, known = teacher.read(start, stop, rows["digest"]), None
+                vectors, stored_error = teacher.read(start, stop, rows["digest"]), None
                 progress(stop - start, 0)
             else:
-                lent = lenders.read(start, stop, teacher.width)
-                vectors, known = lent.vectors, (lent.error, lent.error_max)
-                progress(int(lent.there.sum()), 0)
-                _encode(teacher, rows, start, ~lent.there, vectors, progress)
-            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - before, known)
+                reused = reusable.read(start, stop, teacher.width)
+                vectors, stored_error = reused.vectors, (reused.error, reused.error_max)
+                progress(int(reused.available.sum()), 0)
+                _encode(teacher, rows, start, ~reused.available, vectors, progress)
+            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - tokens_before, stored_error)
+
+
+def _log_truncation(teacher: Teacher, name: str, log: Log) -> None:
+    if teacher.max_length < teacher.config.max_length:
+        log(
+            f"teacher {name}: truncates texts at {teacher.max_length} tokens, the limit of its model or tokenizer "
+            f"(max_length is {teacher.config.max_length})"
+        )
 
 
 def _encode(
@@ -263,28 +281,28 @@ def _encode(
     vectors: np.ndarray,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write the wanted vectors of a shard, role by role, since each has its prompt: (B,) bool into (B, width)."""
+    """Write the embeddings of the wanted rows, (B,) bool, into (B, width). Each role has its own prompt."""
     roles = np.array(rows["role"])
     for role in sorted(set(roles[wanted].tolist())):
-        at = np.flatnonzero(wanted & (roles == role))
-        texts = [rows["text"][i] for i in at]
-        vectors[at] = teacher.encode(texts, role, rows=(at + start).tolist(), progress=progress)
+        chosen = np.flatnonzero(wanted & (roles == role))
+        texts = [rows["text"][i] for i in chosen]
+        vectors[chosen] = teacher.encode(texts, role, rows=(chosen + start).tolist(), progress=progress)
 
 
-def _damaged(cache: TeacherCache, texts: Dataset, shards: Any) -> dict[int, str]:
-    """Which of the published shards cannot be used, and why. Hashing releases the interpreter, so threads help."""
+def _damaged(cache: TeacherCache, texts: Dataset, shards: Iterable[int]) -> dict[int, str]:
+    """Return why published shards cannot be used, by shard. Threads help because hashing releases the GIL."""
     digests = texts.select_columns(["digest"])
 
-    def look(shard: int) -> tuple[int, str | None]:
+    def damage(shard: int) -> tuple[int, str | None]:
         start, stop = cache.span(shard)
         return shard, cache.damage(shard, digests[start:stop]["digest"])
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return {shard: reason for shard, reason in pool.map(look, shards) if reason}
+        return {shard: reason for shard, reason in pool.map(damage, shards) if reason}
 
 
 def _meet() -> None:
-    """Wait for the other processes, where `join_ranks` has joined them."""
+    """Wait for the other processes if `join_ranks` has joined them."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -292,27 +310,28 @@ def _meet() -> None:
             distributed.barrier()
         except RuntimeError as error:
             raise JasperError(
-                f"another process ended or did not come ({error}); if it said why, mend that, then start all again"
+                f"another process ended or did not start ({error}). Fix: correct the error that it printed, then start "
+                "all processes again"
             ) from error
 
 
 def _wait(cache: TeacherCache, ready: Callable[[], bool]) -> None:
-    """Until the other processes have done their part, which shows in the folder."""
-    seen, since = -1, time.monotonic()
+    """Wait until ``ready`` is true, or raise if no process has published a shard for `SILENCE` seconds."""
+    last_count, since = -1, time.monotonic()
     while not ready():
-        there = len(list(cache.folder.glob("data-*.json")))
-        if there != seen:
-            seen, since = there, time.monotonic()
+        count = len(list(cache.folder.glob("data-*.json")))
+        if count != last_count:
+            last_count, since = count, time.monotonic()
         elif time.monotonic() - since > SILENCE:
             raise JasperError(
-                f"{cache.folder}: {there} of {cache.shards} shards, and no new one for {SILENCE / 60:.0f} minutes; the "
-                "process that makes the rest seems to have died: start the command again"
+                f"{cache.folder}: no new shard for {SILENCE / 60:.0f} minutes (got {count} of {cache.shards} shards). "
+                "The process that computes the rest has probably died. Fix: run the command again"
             )
         time.sleep(0.2)
 
 
 def print_error(message: str) -> None:
-    """Say something beside the progress bar."""
+    """Print a message to stderr without breaking the progress bar."""
     from tqdm import tqdm
 
     tqdm.write(message, file=sys.stderr)
@@ -323,21 +342,23 @@ def _silent(message: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Build the texts of a configuration and cache the vectors of all its teachers."""
+    """Build the training texts of a configuration and cache the embeddings of all its teachers."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
-    parser.add_argument("--config", action=Once, help="a YAML file or a recipe's name; default: the embedded recipe")
+    parser.add_argument("--config", action=Once, help="YAML file or name of a recipe (default: the embedded recipe)")
     parser.add_argument(
         "--texts",
         metavar="FILE.parquet",
         action=Once,
-        help="write the texts there, in the order of ready vectors, and leave",
+        help="only write the training texts to this file, in the row order of precomputed embeddings",
     )
     known, rest = parser.parse_known_args(argv)
     config = load_arguments(known.config, rest, ("config", "texts"))
     if known.texts is None:
         check_teachers(config)
     elif not known.texts.endswith(".parquet"):
-        raise JasperError(f"--texts writes a parquet file; give a name that ends with .parquet, got {known.texts!r}")
+        raise JasperError(
+            f"--texts: not a parquet file (got {known.texts!r}). Fix: give a name that ends with .parquet"
+        )
     else:
         check_file(known.texts)
     with join_ranks(config.parallel.timeout) as ranks:
@@ -345,7 +366,7 @@ def main(argv: list[str]) -> int:
         if ranks.first:
             print(f"{len(texts)} training texts ({config.data.cache})")
             for name in remaining:
-                print(f"some texts of the evaluation set {name} are among them: its scores will be transductive")
+                print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
         if known.texts is not None:
             ranks.lead(lambda: write_texts(texts, Path(known.texts)))
             if ranks.first:
@@ -353,7 +374,7 @@ def main(argv: list[str]) -> int:
             return 0
         vectors = ensure_teachers(config, texts)
     if ranks.first:
-        print(f"{len(vectors)} targets are ready, of width {' + '.join(map(str, vectors.widths))}")
+        print(f"{len(vectors)} target embeddings of width {' + '.join(map(str, vectors.widths))} are ready")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Running a teacher: any Sentence Transformers or Hugging Face encoder, with its own prompts, pooling and length."""
+"""Run a teacher: any Sentence Transformers or Hugging Face encoder, with its prompts, pooling and length."""
 
 from __future__ import annotations
 
@@ -20,13 +20,35 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Precision = Literal["auto", "fp32", "bf16"]
-Progress = Callable[[int, int], object]  # texts and tokens that were just encoded
+Progress = Callable[[int, int], object]  # number of texts and of tokens in the batch that was just encoded
 
-POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # our names, and sentence-transformers' own
+POOLINGS = {
+    "mean": "mean",
+    "cls": "cls",
+    "last": "lasttoken",
+}  # name in a configuration -> name in sentence-transformers
 
 
 class Teacher:
-    """A loaded teacher. ``fingerprint`` says what decides its vectors, as plain JSON values."""
+    """A loaded teacher.
+
+    Args:
+        config: teacher with ``model``.
+        model: sentence-transformers model in evaluation mode.
+        precision: precision of the forward pass.
+
+    Attributes:
+        fingerprint: everything that determines the embeddings, as plain JSON values.
+        name: model as in the configuration, or the name of its folder.
+        revision: commit on the hub, or hash of a folder.
+        max_length: tokens after which texts are truncated.
+        width: coordinates of an embedding.
+        batching: "equal lengths" for a model whose batches must not be padded, else "padded".
+
+    Raises:
+        JasperError: ``truncate_dim`` exceeds the width, a prompt does not fit the pooling, or the embeddings depend on
+            other texts of a batch.
+    """
 
     def __init__(self, config: TeacherConfig, model: SentenceTransformer, precision: Precision) -> None:
         self.config, self.model = config, model
@@ -38,7 +60,8 @@ class Teacher:
         full = int(model.get_embedding_dimension() or 0)
         if config.truncate_dim is not None and config.truncate_dim > full:
             raise JasperError(
-                f"{self.name}: truncate_dim {config.truncate_dim} is more than the teacher's width {full}"
+                f"{self.name}: truncate_dim exceeds the teacher's width (got {config.truncate_dim}, expected at most "
+                f"{full}). Fix: lower truncate_dim"
             )
         self.width = config.truncate_dim or full
         self.fingerprint["width"] = self.width
@@ -57,30 +80,34 @@ class Teacher:
         rows: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """L2-normalised vectors in the order of the texts. (B, width) float32
+        """Encode texts to L2-normalised embeddings.
 
         Args:
-            texts: (B,) texts.
-            role: ``query`` or ``document``: which prompt they get.
-            rows: the texts' row numbers, for messages; default their positions.
-            progress: called after each batch with its texts and tokens.
+            texts: B texts.
+            role: "query" or "document", which selects the prompt.
+            rows: row numbers of the texts, for error messages. None numbers them from 0.
+            progress: function called after each batch with its numbers of texts and tokens.
+
+        Returns:
+            (B, width) float32, in the order of the texts.
 
         Raises:
-            JasperError: a vector that is not finite or is zero, naming the text's row; or memory does not suffice.
+            ValueError: another role.
+            JasperError: an embedding is not finite or is zero (the message names the text's row), or out of memory.
         """
         prompt = self._prompt(role)
-        # A prefix is left to the model, since some keep theirs out of the mean; "" keeps it from adding its default.
-        given, prefix = ([apply_prompt(prompt, text) for text in texts], "") if "{text}" in prompt else (texts, prompt)
-        lengths = token_lengths(self.model, given, role, prefix)
+        # The model adds a prefix itself, because some leave it out of the mean. "" suppresses its default prompt.
+        inputs, prefix = ([apply_prompt(prompt, text) for text in texts], "") if "{text}" in prompt else (texts, prompt)
+        lengths = token_lengths(self.model, inputs, role, prefix)
         vectors = np.empty((len(texts), self.width), np.float32)
         for batch in token_batches(lengths, self.config.batch_tokens, self.batching):
-            chosen = [given[i] for i in batch]
+            batch_texts = [inputs[i] for i in batch]
             try:
                 with self.autocast:
-                    found = encode_role(self.model, chosen, role, prefix, batch_size=len(batch))
+                    encoded = encode_role(self.model, batch_texts, role, prefix, batch_size=len(batch))
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(error, len(batch), int(lengths[batch].max())) from error
-            vectors[batch] = found[:, : self.width].float().cpu().numpy()
+            vectors[batch] = encoded[:, : self.width].float().cpu().numpy()
             if progress is not None:
                 progress(len(batch), int(lengths[batch].sum()))
         return normalised(vectors, self.name, rows, texts)
@@ -91,30 +118,32 @@ class Teacher:
         return self.fingerprint["prompts"][role]
 
     def _out_of_memory(self, error: Exception, texts: int, tokens: int) -> JasperError:
-        smaller = f"batch_tokens (now {self.config.batch_tokens}; what is cached stays), or " if texts > 1 else ""
+        batch = f"batch_tokens (now {self.config.batch_tokens}; the cache stays valid) or " if texts > 1 else ""
         return JasperError(
             f"{self.name}: out of memory ({first_line(error).split('. ')[0]}) with a batch of {texts} texts of up to "
-            f"{tokens} tokens. Lower for this teacher {smaller}max_length (now {self.max_length}; all its vectors are "
-            "made anew)"
+            f"{tokens} tokens. Fix: lower this teacher's {batch}max_length (now {self.max_length}; its embeddings are "
+            "computed again)"
         )
 
 
 def load_teacher(
     config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "fp32"
 ) -> Teacher:
-    """Load a teacher onto the GPU where there is one; its embeddings are those of stock sentence-transformers.
+    """Load a teacher, whose embeddings equal those of stock sentence-transformers.
 
     Args:
-        config: a teacher with ``model``; a folder or name with ``modules.json`` keeps its own pooling, dense layers and
-            normalisation, any other encoder gets mean pooling, and ``pooling`` overrides both.
-        device: default this process's GPU, else the CPU.
-        precision: of the forward pass; ``auto`` is bf16 autocast where the device is fast at it.
+        config: teacher with ``model``. A model with ``modules.json`` keeps its pooling, dense layers and normalisation.
+            Any other encoder gets mean pooling. ``pooling`` overrides both.
+        device: torch device. None is this process's GPU, or the CPU if there is no GPU.
+        precision: precision of the forward pass. "auto" is bf16 autocast on devices with fast bf16.
 
     Raises:
-        JasperError: the model is missing, damaged, incomplete, or needs custom code that was not allowed.
+        JasperError: the model is missing, damaged or incomplete, needs custom code that is not allowed, or does not fit
+            the other settings.
+        ValueError: the teacher has no ``model``.
     """
     if config.model is None:
-        raise ValueError("load_teacher needs a teacher with `model`; ready vectors are opened by the cache")
+        raise ValueError("load_teacher: the teacher has no `model`. Fix: open precomputed embeddings with ReadyVectors")
     where = resolve_model(config.model)
     revision = model_revision(config.model, config.revision)
     try:
@@ -127,12 +156,7 @@ def load_teacher(
             dtype=torch.float32,
         )
     except CANNOT_LOAD as error:
-        hint = (
-            "; it comes with code of its own: set trust_remote_code: true for it if you trust its authors"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
-        raise JasperError(f"{config.model}: cannot be loaded as a teacher ({first_line(error)}){hint}") from error
+        raise _cannot_load(config.model, error) from error
     if config.pooling != "auto":
         _set_pooling(model, POOLINGS[config.pooling], config.model)
     if config.dense is not None:
@@ -140,15 +164,28 @@ def load_teacher(
     return Teacher(config, model.eval(), precision)
 
 
+def _cannot_load(name: str, error: BaseException) -> JasperError:
+    reason = f"{name}: cannot be loaded as a teacher ({first_line(error)})"
+    if "trust_remote_code" in str(error):
+        reason += ". Fix: if you trust the authors of its custom code, set trust_remote_code: true for this teacher"
+    return JasperError(reason)
+
+
 def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
-    """What decides a teacher's vectors, without loading it: two teachers that agree in this give the same ones."""
+    """Return everything that determines a teacher's embeddings, without loading its model.
+
+    Teachers with equal descriptions give equal embeddings.
+
+    Raises:
+        JasperError: the model does not exist, or its settings are damaged.
+        ValueError: the teacher has no ``model``.
+    """
     if config.model is None:
-        raise ValueError("describe_teacher needs a teacher with `model`")
+        raise ValueError("describe_teacher: the teacher has no `model`. Fix: call describe_vectors")
     folder = Path(config.model).expanduser()
     return {
-        "model": folder.resolve().name
-        if folder.is_dir()
-        else config.model,  # a folder's content decides, not its place
+        # the content of a folder determines the embeddings, not its path
+        "model": folder.resolve().name if folder.is_dir() else config.model,
         "revision": model_revision(config.model, config.revision),
         "prompts": prompts_of(config),
         "pooling": config.pooling,
@@ -160,25 +197,28 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
 
 
 def prompts_of(config: TeacherConfig) -> dict[str, str]:
-    """A teacher's prompts by role: the configuration's, else the model's own, without a ``{text}`` at the end."""
-    given = config.prompts.model_dump()
-    if config.model is not None and None in given.values():
-        own = own_prompts(config.model, config.revision)
-        given = {role: prompt if prompt is not None else own[role] for role, prompt in given.items()}
-    return {role: plain_prefix(prompt) for role, prompt in given.items()}
+    """Return a teacher's prompts by role, without a ``{text}`` at the end.
+
+    Roles without a prompt in the configuration use the model's prompt.
+    """
+    prompts = config.prompts.model_dump()
+    if config.model is not None and None in prompts.values():
+        defaults = own_prompts(config.model, config.revision)
+        prompts = {role: prompt if prompt is not None else defaults[role] for role, prompt in prompts.items()}
+    return {role: plain_prefix(prompt) for role, prompt in prompts.items()}
 
 
 def plain_prefix(prompt: str) -> str:
-    """The prompt without a ``{text}`` at its end: both forms say that the text follows."""
+    """Strip a ``{text}`` at the end of a prompt, which means the same as a prefix."""
     prefix = prompt.removesuffix("{text}")
     return prompt if "{text}" in prefix else prefix
 
 
 def check_own_code(config: TeacherConfig) -> None:
-    """Refuse a teacher that brings code of its own where that is not allowed, without loading it.
+    """Reject a teacher with custom code if ``trust_remote_code`` is false, without loading its weights.
 
     Raises:
-        JasperError: it does.
+        JasperError: the teacher needs custom code that is not allowed.
     """
     from transformers import AutoConfig
 
@@ -186,33 +226,36 @@ def check_own_code(config: TeacherConfig) -> None:
         return
     try:
         AutoConfig.from_pretrained(resolve_model(config.model), revision=config.revision, trust_remote_code=False)
-    except CANNOT_LOAD as error:  # anything else is told by who loads it
+    except CANNOT_LOAD as error:  # loading reports all other errors
         if "trust_remote_code" in str(error):
             raise JasperError(
-                f"{config.model} comes with code of its own, which is not run unless asked for: read it, then set "
-                "trust_remote_code: true for this teacher, and its `revision`"
+                f"{config.model}: needs custom code, which does not run by default. Fix: read that code, then set "
+                "trust_remote_code: true and `revision` for this teacher"
             ) from error
 
 
 def own_device() -> str:
-    """This process's GPU (``LOCAL_RANK`` under torchrun), else the CPU."""
+    """Return this process's GPU (``LOCAL_RANK`` under torchrun), or the CPU if there is no GPU."""
     import os
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def apply_prompt(prompt: str, text: str) -> str:
-    """The prompt with the text in the place of ``{text}``, or before the text."""
+    """Put the text in the place of ``{text}``, or after a prompt without it."""
     return prompt.replace("{text}", text) if "{text}" in prompt else prompt + text
 
 
 def token_batches(lengths: np.ndarray, budget: int, batching: Batching = "padded") -> list[np.ndarray]:
-    """Group positions in batches of like lengths, longest first, of at most ``budget`` tokens, padding included.
+    """Group texts of similar lengths into batches of at most ``budget`` tokens, padding included.
 
     Args:
-        lengths: (B,) tokens of each text. A text longer than the budget makes a batch alone.
-        budget: tokens.
-        batching: "equal lengths" for batches that need no padding.
+        lengths: (B,) int64, tokens of each text.
+        budget: maximum tokens of a batch. A longer text gets its own batch.
+        batching: "equal lengths" for batches without padding, else "padded".
+
+    Returns:
+        Positions of the texts of each batch, (n,) int64 each, longest texts first.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []
@@ -228,35 +271,45 @@ def token_batches(lengths: np.ndarray, budget: int, batching: Batching = "padded
 
 
 def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts: Sequence[str] | None) -> np.ndarray:
-    """Unit rows; the first that has no direction is an error that names it. Without ``texts``: of a file."""
+    """Normalise rows to unit length, (B, D).
+
+    Args:
+        vectors: (B, D) float.
+        name: teacher, for messages.
+        rows: row numbers for messages. None numbers them from 0.
+        texts: encoded texts for messages. None means that the vectors come from a file.
+
+    Raises:
+        JasperError: a row is not finite or is zero.
+    """
     norms = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
     if len(bad):
         first = int(bad[0])
         row = rows[first] if rows is not None else first
         kind = "zero" if norms[first, 0] == 0 else "not finite"
-        shown = f" ({str(texts[first])[:60]!r})" if texts is not None else ""
-        mend = (
-            "Mend or leave out the text, or run the teacher with `--precision fp32` if it overflows in bf16"
+        excerpt = f" ({str(texts[first])[:60]!r})" if texts is not None else ""
+        fix = (
+            "correct or remove the text, or run the teacher with `--precision fp32` if it overflows in bf16"
             if texts is not None
-            else "Mend the file: every training text needs a vector of finite numbers that are not all 0"
+            else "give every training text an embedding of finite numbers that are not all 0"
         )
         raise JasperError(
-            f"{name}: the vector of text row {row}{shown} is {kind}; {len(bad)} such in this part. {mend}"
+            f"{name}: the embedding of text row {row}{excerpt} is {kind} ({len(bad)} rows in this part). Fix: {fix}"
         )
     return vectors / norms
 
 
 def _check_prompts(model: SentenceTransformer, prompts: Mapping[str, str], name: str) -> None:
-    """Reject text inside a prompt of a model that leaves prompts out of its mean: it could not tell them apart."""
+    """Reject ``{text}`` inside a prompt if the pooling leaves prompts out, since it masks only a prefix."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    leaves_out = any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
+    prompt_excluded = any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
     for role, prompt in prompts.items():
-        if leaves_out and "{text}" in prompt:
+        if prompt_excluded and "{text}" in prompt:
             raise JasperError(
-                f"{name}: its pooling leaves the prompt out, which needs a prompt before the text (got {prompt!r} for "
-                f"{role}). Fix: end the prompt with {{text}}"
+                f"{name}: its pooling leaves the prompt out, which works only for a prompt before the text (got "
+                f"{prompt!r} for {role}). Fix: end the prompt with {{text}}"
             )
 
 
@@ -268,28 +321,35 @@ def _set_pooling(model: SentenceTransformer, mode: str, name: str) -> None:
             pooling = Pooling(module.embedding_dimension, mode, include_prompt=module.include_prompt)
             if pooling.pooling_output_dimension != module.pooling_output_dimension:
                 raise JasperError(
-                    f"{name}: its pooling joins several vectors; `pooling: {mode}` would not fit the next layer"
+                    f"{name}: pooling {mode!r} does not fit the next layer (got a width of "
+                    f"{pooling.pooling_output_dimension}, expected {module.pooling_output_dimension} from several "
+                    "joined vectors). Fix: set `pooling: auto`"
                 )
             model[position] = pooling
             return
-    raise JasperError(f"{name}: has no pooling layer to change; set `pooling: auto` for it")
+    raise JasperError(f"{name}: the model has no pooling layer to change. Fix: set `pooling: auto` for this teacher")
 
 
 def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: str) -> None:
-    """Put another of the model's Dense heads, such as Stella's ``2_Dense_8192``, in the place of its own."""
+    """Replace the model's Dense head by another one from its files, such as Stella's ``2_Dense_8192``."""
     from sentence_transformers.sentence_transformer.modules import Dense
 
-    places = [position for position, module in enumerate(model) if isinstance(module, Dense)]
-    if len(places) != 1:
-        raise JasperError(f"{where}: `dense: {folder}` needs a model with one Dense module; it has {len(places)}")
+    positions = [position for position, module in enumerate(model) if isinstance(module, Dense)]
+    if len(positions) != 1:
+        raise JasperError(
+            f"{where}: `dense: {folder}` needs a model with one Dense module (got {len(positions)}). Fix: omit `dense`"
+        )
     hub_revision = None if revision.startswith("sha256:") else revision
     try:
         head = Dense.load(where, subfolder=folder, revision=hub_revision)
     except CANNOT_LOAD as error:
-        raise JasperError(f"{where}: holds no Dense head in a folder {folder!r}; look at the model's files") from error
-    if head.in_features != model[places[0]].in_features:
         raise JasperError(
-            f"{where}: the head {folder!r} takes {head.in_features} coordinates where its own takes "
-            f"{model[places[0]].in_features}"
+            f"{where}: no Dense head in a folder {folder!r}. Fix: choose a folder of the model's files for `dense`"
+        ) from error
+    (position,) = positions
+    if head.in_features != model[position].in_features:
+        raise JasperError(
+            f"{where}: the head {folder!r} has another input width than the model's head (got {head.in_features}, "
+            f"expected {model[position].in_features}). Fix: choose another head for `dense`"
         )
-    model[places[0]] = head.to(model.device)
+    model[position] = head.to(model.device)

@@ -1,7 +1,7 @@
-"""Read files of precomputed vectors: .npy, .parquet and .jsonl, with the texts that the rows belong to if they say so.
+"""Read .npy, .parquet and .jsonl files of precomputed embeddings, with the keys of their rows.
 
-A row's key is the digest of its training text (`data.text_digest`), from a column ``digest``, or from ``text`` and
-``role``. Vectors stay on disk: .npy files are memory-mapped, others are copied to a temporary file first.
+A row's key is the digest of its training text (`data.text_digest`). It comes from a column ``digest``, or from ``text``
+and ``role``. Embeddings stay on disk: .npy files are memory-mapped, and others are copied to a temporary file first.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from jasper_fast.row_reader import packed, read_rows
 
 SUFFIXES = (".npy", ".parquet", *packed(".jsonl"))
 KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
-NAMES = ("vector", "embedding")  # of the column of vectors, if several columns hold lists of numbers
+NAMES = ("vector", "embedding")  # columns to prefer if several columns hold lists of numbers
 ROLES = ("document", "query")
 BATCH = 1024  # rows
-LARGEST = 10**38  # what float32 can hold, nearly
+LARGEST = 10**38  # just below the largest float32
 
 
 class Keys(NamedTuple):
-    """The training texts that rows of a file belong to; a row may have several keys."""
+    """Keys of the rows of a file. A row may have several keys."""
 
     digests: np.ndarray  # (k, 2) uint64
     rows: np.ndarray  # (k,) int64
-    exact: np.ndarray  # (k,) bool; False: of the row's text without white space at its ends
+    exact: np.ndarray  # (k,) bool; False: digest of the text stripped of white space at its ends
 
 
 class VectorFile(NamedTuple):
-    """The rows of one file."""
+    """Rows of one file."""
 
     file: Path
     vectors: np.ndarray  # (rows, width) float, memory-mapped
@@ -47,15 +47,15 @@ class VectorFile(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some rows of a parquet or JSONL file."""
+    """Consecutive rows of a parquet or JSONL file."""
 
     vectors: np.ndarray  # (B, width) float
-    columns: dict[str, list[Any]]  # those of ``digest``, ``text`` and ``role`` that the file has
-    place: Callable[[int], str]  # where a row of the batch is, for errors
+    columns: dict[str, list[Any]]  # ``digest``, ``text`` and ``role``, if the file has them
+    place: Callable[[int], str]  # describes the position of a row of the batch, for errors
 
 
 def vector_paths(name: str) -> list[Path]:
-    """List a file, or a folder's files in natural order; an empty list if there are none of a known kind."""
+    """List one file, or the files of a folder in natural order. The list is empty if no file has a known suffix."""
     path = user_path(name)
     if path.is_dir():
         return listed_files(path, SUFFIXES, recursive=False)
@@ -63,15 +63,15 @@ def vector_paths(name: str) -> list[Path]:
 
 
 def open_vectors(file: Path, scratch: Path | None = None) -> VectorFile:
-    """Open a file of vectors.
+    """Open a file of embeddings.
 
     Args:
-        file: .npy with floats of shape (rows, width); or .parquet or .jsonl (compressed or not) with one column of
-            lists of floats, or with one called ``vector`` or ``embedding``.
-        scratch: folder for the temporary copy of a .parquet or .jsonl file. None: the system's.
+        file: .npy file with floats of shape (rows, width), or .parquet or .jsonl file (compressed or not) with one
+            column of lists of floats. With several such columns, one is called ``vector`` or ``embedding``.
+        scratch: folder for the temporary copy of a .parquet or .jsonl file. None is the system's temporary folder.
 
     Raises:
-        JasperError: the file cannot be read or has another form, a row has another width or a key is missing.
+        JasperError: the file cannot be read or has another format, a row has another width, or a key is missing.
     """
     if file.suffix.lower() == ".npy":
         return VectorFile(file, _open_npy(file), None)
@@ -79,7 +79,7 @@ def open_vectors(file: Path, scratch: Path | None = None) -> VectorFile:
 
 
 def texts_of(file: Path) -> Iterator[str]:
-    """Yield the texts of a parquet or JSONL file that has a column ``text``, else nothing."""
+    """Yield the column ``text`` of a parquet or JSONL file. Files without this column yield nothing."""
     if file.suffix.lower() != ".npy":
         for batch in _batches(file):
             yield from batch.columns.get("text", ())
@@ -99,13 +99,13 @@ def _open_npy(file: Path) -> np.ndarray:
     if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         raise JasperError(
             f"{file}: unusable array (got {array.dtype} {array.shape}, expected floats of shape (texts, width)). "
-            "Fix: save float vectors, one row a text"
+            "Fix: save floats, one row per text"
         )
     return array
 
 
 def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorFile:
-    """Copy the vectors of all batches to a nameless temporary file and map it."""
+    """Copy the embeddings of all batches to an unnamed temporary file and map it."""
     keys: list[Keys] = []
     rows = width = 0
     dtype = np.dtype(np.float32)
@@ -119,14 +119,14 @@ def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorF
             keys += _keys(batch, rows)
             rows += len(batch.vectors)
         if not rows or not width:
-            raise JasperError(f"{file}: holds no vectors. Fix: write one row a training text")
+            raise JasperError(f"{file}: holds no embeddings. Fix: write one row per training text")
         copy.flush()
         vectors = np.memmap(copy, dtype, "r", shape=(rows, width))
     return VectorFile(file, vectors, Keys(*map(np.concatenate, zip(*keys, strict=True))) if keys else None)
 
 
 def _keys(batch: Batch, first: int) -> list[Keys]:
-    """Digests of the texts of a batch: as they are given, or of the texts in their roles, or in both roles."""
+    """Return the keys of a batch from its digests, or from its texts. Texts without a role get keys of both roles."""
     columns, place, rows = batch.columns, batch.place, np.arange(first, first + len(batch.vectors))
     if "digest" in columns:
         _check(columns["digest"], r"[0-9a-fA-F]{32}", "digest", "one that `teach --texts` wrote", place)
@@ -139,9 +139,9 @@ def _keys(batch: Batch, first: int) -> list[Keys]:
     if "role" in columns:
         _check(columns["role"], "document|query", "role", "'document' or 'query'", place)
         roles = [(role,) for role in columns["role"]]
-    bare = [text.strip() for text in texts]
-    changed = [row for row, text in enumerate(texts) if text != bare[row]]
-    return [_text_keys(texts, roles, rows, range(len(texts)), True), _text_keys(bare, roles, rows, changed, False)]
+    stripped = [text.strip() for text in texts]
+    changed = [row for row, text in enumerate(texts) if text != stripped[row]]
+    return [_text_keys(texts, roles, rows, range(len(texts)), True), _text_keys(stripped, roles, rows, changed, False)]
 
 
 def _text_keys(
@@ -157,7 +157,7 @@ def _check(values: list[Any], form: str, column: str, expected: str, place: Call
         if not isinstance(value, str) or re.fullmatch(form, value) is None:
             raise JasperError(
                 f"{place(row)}: unusable `{column}` (got {str(value)[:60]!r}, expected {expected}). "
-                f"Fix: give every row one, or leave the column `{column}` out"
+                f"Fix: give every row a `{column}`, or omit this column"
             )
 
 
@@ -171,7 +171,7 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
             name = _vector_column([field.name for field in schema if _is_vector(field.type)], file, described)
             if len(set(schema.names)) < len(schema.names):
-                raise JasperError(f"{file}: two columns have one name ({described}). Fix: rename one of them")
+                raise JasperError(f"{file}: two columns have the same name ({described}). Fix: rename one of them")
             keys = [key for key in ("digest", "text", "role") if key in schema.names]
             first, width = 0, 0
             for batch in parquet.iter_batches(BATCH, columns=[name, *keys]):
@@ -184,7 +184,7 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
                 first += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise JasperError(
-            f"{file}: not a readable parquet file ({error}). Fix: write it again, or check that it is complete"
+            f"{file}: not a readable parquet file ({error}). Fix: check that it is complete, or write it again"
         ) from error
 
 
@@ -193,19 +193,19 @@ def _placer(before: str, first: int) -> Callable[[int], str]:
 
 
 def _rectangle(column: Any, width: int, place: Callable[[int], str]) -> np.ndarray:
-    """An Arrow column of lists of one length as an array. (B, width) float"""
+    """Convert an Arrow column of lists of one length to an array, (B, width) float."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # NaN: null
     for row in np.flatnonzero(lengths != width)[:1]:
         if not np.isfinite(lengths[row]):
-            raise JasperError(f"{place(row)} is null. Fix: give every row a vector")
+            raise JasperError(f"{place(row)} is null. Fix: give every row an embedding")
         raise _other_width(place(row), int(lengths[row]), width)
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
 def _is_vector(kind: Any) -> bool:
-    """Tell whether an Arrow type is that of lists of floats."""
+    """Return True for an Arrow type of lists of floats."""
     from pyarrow import types
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
@@ -224,8 +224,8 @@ def _jsonl_batches(file: Path) -> Iterator[Batch]:
             width = len(cells[0][name])
         vectors = np.empty((len(cells), width), np.float32)
         for row, cell in enumerate(cells):
-            if strange := [key for key in ("digest", "text", "role") if key in cell and key not in keys]:
-                raise JasperError(f"{places[row]}: has {strange[0]!r}, the first row has not. Fix: give it to all rows")
+            if extra := [key for key in ("digest", "text", "role") if key in cell and key not in keys]:
+                raise JasperError(f"{places[row]}: has {extra[0]!r}, unlike the first row. Fix: give it to all rows")
             vectors[row] = _numbers(cell.get(name), width, places[row])
         yield Batch(vectors, {key: [cell.get(key) for cell in cells] for key in keys}, places.__getitem__)
 
@@ -240,21 +240,23 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(value: Any, width: int, place: str) -> list[float]:
     if not _is_numbers(value):
-        raise JasperError(f"{place}: has no vector (expected a list of numbers). Fix: give every row a vector")
+        raise JasperError(f"{place}: has no embedding (expected a list of numbers). Fix: give every row an embedding")
     if len(value) != width:
         raise _other_width(place, len(value), width)
     return value
 
 
 def _vector_column(lists: list[str], file: Path, described: str) -> str:
-    named = [name for name in lists if name in NAMES] or lists
-    if len(named) == 1:
-        return named[0]
+    candidates = [name for name in lists if name in NAMES] or lists
+    if len(candidates) == 1:
+        return candidates[0]
     raise JasperError(
-        f"{file}: expected one column of vectors (lists of floats; got columns {described}). "
-        "Fix: call the column of vectors `vector`"
+        f"{file}: expected one column of embeddings (lists of floats; got columns {described}). "
+        "Fix: rename the column of embeddings to `vector`"
     )
 
 
 def _other_width(place: str, got: int, expected: int) -> JasperError:
-    return JasperError(f"{place} has {got} coordinates, the first row {expected}. Fix: give all vectors one width")
+    return JasperError(
+        f"{place}: another width than the first row (got {got}, expected {expected}). Fix: use one width for all rows"
+    )

@@ -1,4 +1,4 @@
-"""Precomputed teacher vectors, matched to the training texts by digest, by text, or by position.
+"""Read precomputed teacher embeddings, matched to the training texts by digest, by text, or by position.
 
 ``python -m jasper_fast.teach --texts FILE.parquet`` writes the training texts with their digests.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,38 +25,44 @@ from jasper_fast.vector_files import KINDS, SUFFIXES, Keys, open_vectors, texts_
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 2  # raised when the same files would give other vectors
+FORMAT = 2  # incremented when the same files would give other embeddings
 TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
-ADD_KEYS = f"add a column `digest` or `text` to the vectors. {TEXTS} with both"
-SAME = 0.999  # cosine from which on two vectors of a text count as one
-SAMPLE, LARGEST_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows whose order is checked
+ADD_KEYS = f"add a column `digest` or `text` to the embeddings. {TEXTS} with both"
+SAME = 0.999  # minimum cosine of two embeddings of one text that count as equal
+SAMPLE, LARGEST_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
 CHUNK = 4096  # rows
 
 
 def describe_vectors(config: TeacherConfig) -> dict[str, Any]:
-    """Return what decides the vectors: the files by name, size and time, and the coordinates that are kept.
+    """Return everything that determines the embeddings: files by name, size and time, and ``truncate_dim``.
 
     Raises:
-        JasperError: there are no files of vectors.
+        JasperError: there are no files of embeddings.
     """
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(config)]
     return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim, "format": FORMAT}
 
 
 class ReadyVectors:
-    """Precomputed vectors, read in pieces.
+    """Precomputed embeddings, read in parts.
 
     Rows with a ``digest`` or a ``text`` (and ``role``) are matched to the training texts, in any order. Without these
-    columns, row i is the vector of training text i.
+    columns, row i is the embedding of training text i.
 
     Args:
-        config: a teacher with ``vectors``: a .npy, .parquet or .jsonl file, or a folder of them in natural order.
+        config: teacher with ``vectors``: a .npy, .parquet or .jsonl file, or a folder of them in natural order.
         rows: number of training texts.
-        scratch: folder for temporary copies of .parquet and .jsonl files. None: the system's.
+        scratch: folder for temporary copies of .parquet and .jsonl files. None is the system's temporary folder.
+
+    Attributes:
+        name: path as in the configuration.
+        width: coordinates of an embedding.
+        rows: number of rows in all files.
+        keyed: True if rows are matched by digest or text.
 
     Raises:
-        JasperError: a file is missing, unreadable or of another form; two rows of a text differ; or, without keys, the
-            order of the files is ambiguous or their rows are not as many as the texts.
+        JasperError: a file is missing, unreadable or in another format, or two rows of a text differ. Without keys,
+            also if the order of the files is ambiguous, or the number of rows differs from that of the texts.
     """
 
     precision = "ready"
@@ -81,46 +87,54 @@ class ReadyVectors:
             self._check_count(rows)
 
     def read(self, start: int, stop: int, digests: Sequence[str]) -> np.ndarray:
-        """Unit vectors of the texts from ``start`` to before ``stop``. (stop − start, width) float32
+        """Return the L2-normalised embeddings of the training texts ``start`` to ``stop`` (exclusive).
+
+        Args:
+            start: first text.
+            stop: last text + 1.
+            digests: digests of these texts. They are ignored without keys.
+
+        Returns:
+            (stop − start, width) float32.
 
         Raises:
-            JasperError: a text has no vector, or its vector is not finite or is zero; the text's row is named.
+            JasperError: a text has no embedding, or its embedding is not finite or is zero. The message names its row.
         """
         rows = np.arange(start, stop)
         if self.keyed:
             rows = self._find(digests)
             for missing in np.flatnonzero(rows < 0)[:1]:
-                raise JasperError(f"{self.name}: training text {start + missing} has no vector. Fix: {ADD_KEYS}")
+                raise JasperError(f"{self.name}: training text {start + missing} has no embedding. Fix: {ADD_KEYS}")
         return normalised(self._gather(rows), self.name, range(start, stop), None)
 
     def match(self, texts: Dataset, data: DataConfig) -> str:
-        """Check that every training text has a vector, and describe how the rows were matched.
+        """Check that every training text has an embedding, and describe how the rows were matched.
 
         Args:
-            texts: the training texts, with columns ``text``, ``role`` and ``digest``.
-            data: their configuration, for the advice in the error.
+            texts: training texts with columns ``text``, ``role`` and ``digest``.
+            data: configuration of the texts, for the fix in the error.
 
         Raises:
-            JasperError: texts have no vector: how many, the first of them, and the likely reason.
+            JasperError: texts have no embedding. The message has their number, the first of them and a likely reason.
         """
         if not self.keyed:
-            return f"{self.rows} vectors in the order of the training texts, from {self._listed()}"
+            return f"{self.rows} embeddings in the order of the training texts, from {self._listed()}"
         batches = texts.select_columns(["digest"]).with_format("arrow").iter(65_536)
         rows = np.concatenate([self._find(batch.column("digest").to_pylist()) for batch in batches])
         if (rows < 0).any():
             raise self._missing(texts.select(np.flatnonzero(rows < 0)), len(texts), data)
         unused = self.rows - len(np.unique(rows))
-        return f"{len(texts)} training texts matched by digest or text; {unused} of {self.rows} rows were not needed"
+        return f"{len(texts)} training texts matched by digest or text; {unused} of {self.rows} rows are unused"
 
-    def check_order(self, texts: Dataset, reference: Any) -> str:
-        """Check that vectors without keys are in the order of the training texts, and describe the outcome.
+    def check_order(self, texts: Dataset, reference: Callable[[list[str], list[str]], list[np.ndarray]]) -> str:
+        """Check that embeddings without keys are in the order of the training texts, and describe the outcome.
 
         Args:
-            texts: the training texts, with columns ``text`` and ``role``.
-            reference: maps texts and roles to a list of similarity matrices, each (n, n).
+            texts: training texts with columns ``text`` and ``role``.
+            reference: function from n texts and n roles to a list of similarity matrices, (n, n) float64 each.
 
         Raises:
-            JasperError: the vectors fit their texts no better than in a random order, everywhere or in a part.
+            JasperError: the embeddings fit the texts no better than in a random order, everywhere or in a part.
         """
         rows = self._sample()
         vectors = normalised(self._gather(rows), self.name, rows.tolist(), None)
@@ -138,18 +152,20 @@ class ReadyVectors:
         widths = sorted({file.vectors.shape[1] for file in self.files})
         if len(widths) > 1:
             raise JasperError(
-                f"{self.name}: its files have vectors of different widths: {widths}. Fix: keep the files of one model"
+                f"{self.name}: its files differ in width (got {widths}, expected one width). Fix: keep files of one "
+                "model"
             )
         if wanted is not None and wanted > widths[0]:
             raise JasperError(
-                f"{self.name}: truncate_dim {wanted} is more than the width {widths[0]}. Fix: lower truncate_dim"
+                f"{self.name}: truncate_dim exceeds the width of the embeddings (got {wanted}, expected at most "
+                f"{widths[0]}). Fix: lower truncate_dim"
             )
         return wanted or widths[0]
 
     def _check_count(self, rows: int) -> None:
         if self.rows != rows:
             raise JasperError(
-                f"{self.name}: {self.rows} vectors for {rows} training texts (expected one for each text, from "
+                f"{self.name}: {self.rows} embeddings for {rows} training texts (expected one row per text, got "
                 f"{self._listed()}). Fix: {ADD_KEYS}"
             )
 
@@ -169,30 +185,30 @@ class ReadyVectors:
         same = (digests[1:] == digests[:-1]).all(axis=1) & (exact[1:] == exact[:-1])
         doubles = np.flatnonzero(same)
         for start in range(0, len(doubles), CHUNK):
-            at = doubles[start : start + CHUNK]
-            one, other = (_unit(self._gather(rows[place])) for place in (at, at + 1))
+            first = doubles[start : start + CHUNK]
+            one, other = (_unit(self._gather(rows[place])) for place in (first, first + 1))
             for differs in np.flatnonzero((one * other).sum(axis=1) < SAME)[:1]:
+                places = [self._place(rows[first[differs] + i]) for i in (0, 1)]
                 raise JasperError(
-                    f"{self.name}: {self._place(rows[at[differs]])} and {self._place(rows[at[differs] + 1])} have the "
-                    "same text and different vectors. Fix: keep one of them, or tell them apart by a column `role` "
-                    "(query or document)"
+                    f"{self.name}: {places[0]} and {places[1]} have the same text and different embeddings. Fix: keep "
+                    "one of them, or distinguish them by a column `role` (query or document)"
                 )
 
     def _find(self, digests: Sequence[str]) -> np.ndarray:
-        """Rows of texts among all files, -1 where there are none. (n,) int64"""
+        """Find the rows of texts among all files, (n,) int64; -1 for a text without a row."""
         wanted, keys = digest_keys(digests), self._keys
-        # Two of a billion texts agree in their first 64 bits with a probability of 3 %; such a text counts as missing.
-        at = np.minimum(np.searchsorted(keys.digests[:, 0], wanted[:, 0]), len(keys.rows) - 1)
-        return np.where((keys.digests[at] == wanted).all(axis=1), keys.rows[at], -1)
+        # Among a billion texts, two share their first 64 bits with a probability of 3 %. Such a text counts as missing.
+        places = np.minimum(np.searchsorted(keys.digests[:, 0], wanted[:, 0]), len(keys.rows) - 1)
+        return np.where((keys.digests[places] == wanted).all(axis=1), keys.rows[places], -1)
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors of some rows among all files. (n, width) float32"""
+        """Read some rows among all files, (n, width) float32."""
         out = np.empty((len(rows), self.width), np.float32)
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         for owner in np.unique(owners):
-            at = np.flatnonzero(owners == owner)
-            at = at[np.argsort(rows[at], kind="stable")]  # as they are on the disk
-            out[at] = self.files[owner].vectors[rows[at] - self.starts[owner], : self.width]
+            chosen = np.flatnonzero(owners == owner)
+            chosen = chosen[np.argsort(rows[chosen], kind="stable")]  # in the order of the disk
+            out[chosen] = self.files[owner].vectors[rows[chosen] - self.starts[owner], : self.width]
         return out
 
     def _place(self, row: int) -> str:
@@ -200,7 +216,7 @@ class ReadyVectors:
         return f"{self.files[owner].file.name} row {int(row) - self.starts[owner]}"
 
     def _missing(self, missing: Dataset, count: int, data: DataConfig) -> JasperError:
-        named = ", ".join(
+        examples = ", ".join(
             f"{row['text'][:50]!r} ({row['role']})" for row in missing.select(range(min(3, len(missing))))
         )
         wanted = {normal_form(text) for text in missing[:CHUNK]["text"]}
@@ -208,14 +224,14 @@ class ReadyVectors:
         reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
         fix = f"add the missing texts. {TEXTS}"
         if not near and (data.cut_share or data.shuffle_share):
-            fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0, to train on whole texts only"
+            fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0 to train on whole texts only"
         return JasperError(
-            f"{self.name}: {len(missing)} of {count} training texts have no vector among {self.rows} rows: {named}. "
-            f"{reason}Fix: {fix}"
+            f"{self.name}: {len(missing)} of {count} training texts have no embedding among {self.rows} rows: "
+            f"{examples}. {reason}Fix: {fix}"
         )
 
     def _sample(self) -> np.ndarray:
-        """Rows spread over all files, and some of each file."""
+        """Choose rows that are spread over all files, with some rows of each file."""
         rows = [np.linspace(0, self.rows - 1, SAMPLE)]
         rows += [np.linspace(a, b - 1, SAMPLE_OF_FILE) for a, b in zip(self.starts, self.starts[1:], strict=False)]
         chosen = np.unique(np.concatenate(rows).round().astype(np.int64))
@@ -224,19 +240,19 @@ class ReadyVectors:
 
     def _check_distinct(self, vectors: np.ndarray) -> None:
         if len(vectors) > 1 and np.allclose(vectors, vectors[0], atol=1e-6):
-            raise JasperError(f"{self.name}: all vectors are the same. Fix: encode the texts again")
+            raise JasperError(f"{self.name}: all embeddings are equal. Fix: encode the texts again")
 
     def _order_problem(self, fit: Fit, rows: np.ndarray) -> str | None:
         measured = (
             f"rank correlation with the texts' similarities: got {fit.correlation:.2f}, expected about 0.1 to 0.9"
         )
         if not fit.is_significant:
-            return f"The vectors fit the training texts no better than in a random order ({measured})"
+            return f"The embeddings fit the training texts no better than in a random order ({measured})"
         if fit.block is not None:
-            first, last = (self._place(rows[at]) for at in (fit.block[0], fit.block[1] - 1))
-            return f"From {first} to {last} the vectors do not fit the training texts ({measured})"
+            first, last = (self._place(rows[row]) for row in (fit.block[0], fit.block[1] - 1))
+            return f"From {first} to {last} the embeddings do not fit the training texts ({measured})"
         if fit.wrong:
-            return f"About {fit.wrong:.0%} of the vectors do not fit the training texts ({measured})"
+            return f"About {fit.wrong:.0%} of the embeddings do not fit the training texts ({measured})"
         return None
 
     def _listed(self) -> str:
@@ -246,50 +262,50 @@ class ReadyVectors:
 
 
 def _files(config: TeacherConfig) -> list[Path]:
-    path, found = user_path(str(config.vectors)), vector_paths(str(config.vectors))
-    if not found:
+    path, files = user_path(str(config.vectors)), vector_paths(str(config.vectors))
+    if not files:
         nested = ", ".join(_nested(path)[:3]) if path.is_dir() else ""
         raise JasperError(
-            f"{path}: no teacher vectors here (expected a {KINDS} file, or a folder of them"
-            + (f"; folders in it are not read: {nested}" if nested else "")
-            + f"). Fix: write a vector for each training text there. {TEXTS}"
+            f"{path}: no teacher embeddings here (expected a {KINDS} file, or a folder of them"
+            + (f"; subfolders are not read: {nested}" if nested else "")
+            + f"). Fix: write one embedding per training text there. {TEXTS}"
         )
-    return found
+    return files
 
 
 def _nested(folder: Path) -> list[str]:
-    """Folders in a folder that hold files of vectors."""
+    """List the subfolders that hold files of embeddings."""
     inner = {file.relative_to(folder).parts[0] for file in listed_files(folder, SUFFIXES) if file.parent != folder}
     return sorted(inner)
 
 
 def _check_names(files: list[Path]) -> None:
-    """Refuse file names that do not say which file comes first, and shards that are not all there."""
+    """Reject file names whose order is ambiguous, and incomplete sets of shards."""
     seen: dict[str, Path] = {}
     for file in files:
         stem = re.sub(r"\d+", lambda digits: digits[0].lstrip("0"), _stem(file).casefold())
         other = seen.setdefault(stem, file)
         if other != file:
             raise JasperError(
-                f"{file}: its place is ambiguous, next to {other.name}. Fix: delete one of them, or {ADD_KEYS}"
+                f"{file}: its order relative to {other.name} is ambiguous. Fix: delete one of them, or {ADD_KEYS}"
             )
-    totals = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)$", _stem(file)))}
+    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)$", _stem(file)))}
     if totals and totals != {len(files)}:
         raise JasperError(
-            f"{files[0].parent}: {len(files)} files, whose names say that there are {sorted(totals)}. "
-            "Fix: add the missing files, and remove others"
+            f"{files[0].parent}: incomplete shards (got {len(files)} files, expected {sorted(totals)} from their "
+            "names). Fix: add the missing files, and remove others"
         )
 
 
 def _oddities(path: Path, files: list[Path]) -> list[str]:
-    """Describe what is odd about a folder: a gap in the files' numbers, and folders that are not read."""
+    """Describe anomalies of a folder: a gap in the numbers of its files, and subfolders that are not read."""
     if not path.is_dir():
         return []
-    numbers = [int(found[-1]) for file in files if (found := re.findall(r"\d+", _stem(file)))]
+    numbers = [int(digits[-1]) for file in files if (digits := re.findall(r"\d+", _stem(file)))]
     steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
     nested = _nested(path)
-    odd = ["their numbers have a gap"] if len(numbers) == len(files) and len(steps) > 1 else []
-    return odd + ([f"folders in it are not read: {', '.join(nested[:3])}"] if nested else [])
+    gaps = ["their numbers have a gap"] if len(numbers) == len(files) and len(steps) > 1 else []
+    return gaps + ([f"subfolders are not read: {', '.join(nested[:3])}"] if nested else [])
 
 
 def _stem(file: Path) -> str:

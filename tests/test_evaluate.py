@@ -380,11 +380,11 @@ def test_every_head_equals_what_encode_gives_with_its_task(routed: Path, tiny_te
 
 def test_a_width_that_is_not_there_is_refused(routed: Path, tiny_bert: Path, tiny_texts: list[str]) -> None:
     model, plain = load_model(str(routed)), load_model(str(tiny_bert))
-    with pytest.raises(JasperError, match="no width 16; it has heads of width 8, 24"):
+    with pytest.raises(JasperError, match=r"no width 16 \(expected one of 8, 24\)"):
         model_encoder(model, [16])
-    with pytest.raises(JasperError, match="no width 64; it has 32 coordinates"):
+    with pytest.raises(JasperError, match=r"no width 64 \(expected at most 32\)"):
         model_encoder(plain, [64])
-    with pytest.raises(JasperError, match="no head of width 16; it has 8, 24"):
+    with pytest.raises(JasperError, match=r"no head of width 16 \(expected one of 8, 24\)"):
         flat_model(model, 16)
     found = model_encoder(plain, [32, 5])(tiny_texts[:3], "document")
     np.testing.assert_allclose(found[5], normalise(plain.encode(tiny_texts[:3])[:, :5]), atol=1e-6)

@@ -1,4 +1,4 @@
-"""What a model's files hold is what is loaded: every way to load, every way in which files can disagree."""
+"""A model loads exactly the content of its files, for every loader and every kind of mismatch."""
 
 from __future__ import annotations
 
@@ -124,13 +124,13 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "embeddings missing": (without("word_embeddings.weight"), "missing from its files"),
     "fewer layers than configured": (settings("config.json", num_hidden_layers=5), "missing from its files"),
     "more layers than configured": (settings("config.json", num_hidden_layers=2), "16 weights .*unknown to BertModel"),
-    "an adapter beside its weights": (with_weight("encoder.layer.0.attention.self.query.lora_A"), "merge adapters"),
+    "an adapter next to its weights": (with_weight("encoder.layer.0.attention.self.query.lora_A"), "merge adapters"),
     "a projection that nothing reads": (with_weight("projection.weight"), "unknown to BertModel"),
     "other shapes": (settings("config.json", max_position_embeddings=65), "another shape than config.json"),
     "not a number": (weights(not_a_number), "not finite"),
     "a checkpoint around the weights": (nested, "cannot be loaded|could not be loaded|missing from its files"),
     "a shard missing": (lost_shard, "cannot be loaded|could not be loaded|no weights here"),
-    "no tokenizer": (no_tokenizer, "reads all words alike"),
+    "no tokenizer": (no_tokenizer, "maps all words to the same ids"),
     "a token without a row": (tokenizer(lambda t: t.add_tokens(["bridge2"])), "token 'bridge2' has id"),
     "a padding token without a row": (tokenizer(lambda t: t.add_special_tokens({"pad_token": "<p>"})), "'<p>' has id"),
     "token types beyond the table": (
@@ -158,7 +158,7 @@ def big_table(folder: Path) -> None:
 def test_a_tokenizer_far_smaller_than_the_table_is_of_another_model(tiny_bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     big_table(folder)
-    with pytest.raises(JasperError, match="tokenizer is of another model .got .* expected about 3000"):
+    with pytest.raises(JasperError, match="tokenizer belongs to another model .got .* expected about 3000"):
         build_student(folder)
 
 
@@ -233,7 +233,7 @@ STOCK_WRONG: dict[str, tuple[Edit, str]] = {
     "dense head of another width": (settings("2_Dense/config.json", in_features=31), "cannot be loaded"),
     "longer than the position table": (
         settings("sentence_bert_config.json", max_seq_length=512),
-        "max_seq_length 512, but the position table ends at 64",
+        r"max_seq_length exceeds the position table \(got 512 tokens, expected at most 64\)",
     ),
     "more layers than configured": (settings("config.json", num_hidden_layers=2), "unknown to BertModel"),
 }
@@ -249,7 +249,7 @@ def test_an_incomplete_sentence_transformers_folder_is_rejected(case: str, stock
 
 
 def roberta(folder: Path, tiny_bert: Path, padding: int) -> Path:
-    """Positions are counted from the padding id of config.json."""
+    """Save a small RoBERTa, whose positions start after the padding id of config.json."""
     from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
     loaded = AutoTokenizer.from_pretrained(tiny_bert)
@@ -272,8 +272,8 @@ def test_another_padding_id_matters_where_positions_are_counted_from_it(
         LOADERS[loader](roberta(tmp_path / "other", tiny_bert, 3))
     masked = shutil.copytree(tiny_bert, tmp_path / "masked")
     settings("config.json", pad_token_id=3)(masked)
-    LOADERS[loader](masked)  # as multilingual MiniLM models are published
-    assert "different padding ids (got 0 and 3); padding is masked" in capsys.readouterr().err
+    LOADERS[loader](masked)  # like the published multilingual MiniLM models
+    assert "different padding ids (got 0 and 3). Padding is masked" in capsys.readouterr().err
 
 
 def test_an_adapter_is_not_a_student(tiny_bert: Path, tmp_path: Path) -> None:
@@ -284,13 +284,13 @@ def test_an_adapter_is_not_a_student(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_length_beyond_the_position_table_is_rejected(stock_folder: Path) -> None:
-    with pytest.raises(JasperError, match="max length 65 is beyond the model's 64 positions. Fix: give at most 64"):
+    with pytest.raises(JasperError, match="max length 65 is beyond the model's 64 positions. Fix: set at most 64"):
         load_model(str(stock_folder), 65)
     assert load_model(str(stock_folder), 64).max_seq_length == 64
 
 
 def test_a_roberta_tokenizer_without_a_limit_stops_at_the_last_position(tiny_bert: Path, tmp_path: Path) -> None:
-    """RoBERTa counts positions from behind the padding id: its table of 66 rows ends at 64 tokens with padding id 1."""
+    """RoBERTa positions start after the padding id, so 66 rows hold 64 tokens with padding id 1."""
     from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
     loaded = AutoTokenizer.from_pretrained(tiny_bert)

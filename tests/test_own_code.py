@@ -1,4 +1,4 @@
-"""A student that brings code of its own: trained and scored where that was asked for, and not run where it was not."""
+"""Custom code of a student runs only if it is allowed."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert any(row["model"] == "student" and row["width"] == 16 for row in rows)
 
-    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+    with pytest.raises(JasperError, match="custom code, .* --trust-remote-code"):
         evaluate.main([str(run), str(pairs)])
     assert evaluate.main([str(run), str(pairs), "--trust-remote-code"]) == 0
 
     texts, index = str(tmp_path / "texts.txt"), str(tmp_path / "index")
-    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+    with pytest.raises(JasperError, match="custom code, .* --trust-remote-code"):
         search.main(["build", str(run), texts, "--out", index])
     assert search.main(["build", str(run), texts, "--out", index, "--trust-remote-code"]) == 0
-    with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+    with pytest.raises(JasperError, match="custom code, .* --trust-remote-code"):
         search.main(["ask", index, tiny_texts[0]])
     assert search.main(["ask", index, tiny_texts[0], "--trust-remote-code"]) == 0
 
@@ -111,20 +111,20 @@ def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) ->
 
     config = StudentConfig(model=str(homemade), heads=[16], max_length=16, trust_remote_code=True)
     model = export.export_student(Student.build(config), tmp_path / "model")
-    with pytest.raises(JasperError, match="code of its own"):
+    with pytest.raises(JasperError, match="custom code"):
         load(model)
     assert load(model, trust_remote_code=True).mteb_model_meta.embed_dim == 16
     for trusted in (False, True):
         try:
             written = export.export_onnx(model, None, tmp_path / "onnx", trust_remote_code=trusted)
         except JasperError as error:
-            assert not trusted and "code of its own" in str(error)
+            assert not trusted and "custom code" in str(error)
         else:
             assert trusted and (written / export.ONNX_FILE).is_file()
 
 
 def test_a_folder_does_not_allow_its_own_code_itself(homemade: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    """``training.json`` says that the code was trusted in training; who loads the folder has not said so."""
+    """``training.json`` records trust during training, which does not allow the code when the folder is loaded."""
     from PIL import Image
 
     from jasper_fast.vision import new_tower
@@ -146,18 +146,18 @@ def test_a_folder_does_not_allow_its_own_code_itself(homemade: Path, tiny_bert: 
         assert facts["trust_remote_code"] or facts["vision"]["trust_remote_code"]
 
         marker.unlink(missing_ok=True)
-        with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+        with pytest.raises(JasperError, match="custom code, .* --trust-remote-code"):
             pictures.load(folder)
         index = str(tmp_path / f"index-{name}")
         build = ["build", str(folder), str(picture.parent), "--pictures", "--out", index]
-        with pytest.raises(JasperError, match="code of its own, .* --trust-remote-code"):
+        with pytest.raises(JasperError, match="custom code, .* --trust-remote-code"):
             search.main(build)
         assert not marker.exists()
         assert pictures.load(folder, trust_remote_code=True).encode([picture]).shape == (1, 16)
         assert search.main([*build, "--trust-remote-code"]) == 0
         if not own:  # only the tower's: the run that trained it may say so of the tower alone
             assert marker.exists()
-            with pytest.raises(JasperError, match="code of its own"):
+            with pytest.raises(JasperError, match="custom code"):
                 pictures.load_student(folder, trust_remote_code=True, trust_tower_code=False)
             assert pictures.load_student(folder, trust_tower_code=True).seeing.side == 16
 

@@ -1,4 +1,4 @@
-"""An export is published only if stock sentence-transformers gives the student's embeddings from it."""
+"""An export is published only if stock sentence-transformers reproduces the student's embeddings."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def lose_module(folder: Path) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated earlier": (edit_json("sentence_bert_config.json", max_seq_length=9), "differs from what was trained"),
+    "truncated earlier": (edit_json("sentence_bert_config.json", max_seq_length=9), "differs from the trained one"),
     "query prompt lost": (
         edit_json("config_sentence_transformers.json", prompts={"query": "", "document": ""}),
         "query",
@@ -80,7 +80,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "roles at another width": (swap_heads, "encode_query .got a width of 8, expected 24"),
     "another encoder weight": (other_weights("model.safetensors"), "at width 24"),
     "another head weight": (other_weights("2_Router/8_*/model.safetensors"), "at width 8"),
-    "tokenizer without its normalizer": (cased, "differs from what was trained"),
+    "tokenizer without its normalizer": (cased, "differs from the trained one"),
     "a module missing": (lose_module, "cannot be loaded by sentence-transformers"),
     "layer norm of another epsilon": (edit_json("config.json", layer_norm_eps=0.1), "at width 24"),
 }
@@ -122,7 +122,7 @@ def test_unusual_encoders_export_what_they_train(kind: str, tiny_bert: Path, tmp
         expected = F.normalize(trained.project(trained.pool(trained.tokenize(TEXTS)))[16], dim=1)
     torch.testing.assert_close(exported.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-6, rtol=0)
     again = Student.build(config.model_copy(update={"model": str(tmp_path / "out"), "layers": None}))
-    assert again.num_layers == 2, "an export is a student again"
+    assert again.num_layers == 2, "an export can be a student"
 
 
 def unusual(kind: str, tiny_bert: Path, folder: Path) -> Path:

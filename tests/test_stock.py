@@ -1,4 +1,4 @@
-"""Queries and documents get stock sentence-transformers' embeddings, alone and in any batch, in every command."""
+"""Every command gives the embeddings of stock sentence-transformers, alone and in any batch, for both roles."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_every_command_reads_a_role_as_stock_does(name: str, role: str, tiny_ber
     np.testing.assert_allclose(taught, expected, atol=2e-6)
     (evaluated,) = model_encoder(load_model(str(folder)))(TEXTS, role).values()
     np.testing.assert_allclose(evaluated, expected, atol=2e-6)
-    flat = flat_model(load_model(str(folder)), None)  # what mteb runs
+    flat = flat_model(load_model(str(folder)), None)  # for mteb
     encode = flat.encode_query if role == "query" else flat.encode_document
     np.testing.assert_allclose(unit(encode(TEXTS)), expected, atol=2e-6)
 
@@ -151,7 +151,7 @@ def test_routes_by_role_are_part_of_a_cache_s_identity(tiny_bert: Path, tmp_path
     assert "routes" not in describe_teacher(TeacherConfig(model=str(plain)))
 
 
-def test_a_prompt_that_is_not_read_is_mentioned(tiny_bert: Path, tmp_path: Path, capsys) -> None:
+def test_an_unused_prompt_is_reported(tiny_bert: Path, tmp_path: Path, capsys) -> None:
     load_model(str(passage_prompt(tiny_bert, tmp_path / "model")))
     assert "has a prompt 'passage' ('apples '), which encode_document does not use" in capsys.readouterr().err
 
@@ -196,7 +196,7 @@ def test_text_inside_a_prompt_needs_a_mean_that_includes_it(prompt: str, tiny_be
 
 @pytest.fixture(scope="module")
 def leaky(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Path]:
-    """Encoders that read padding (no mask, convolutions), and one that pads on the left and does not."""
+    """Save encoders that do not mask padding (fnet, convbert), and one that masks padding on the left (gpt2)."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
@@ -244,7 +244,7 @@ def test_mteb_rejects_what_it_would_pad(leaky: dict[str, Path]) -> None:
 
 
 def fake(change: Callable[[Tensor, list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
-    """An encoder of letter counts, spoilt by a change to a whole batch."""
+    """Return an encoder of letter counts with a change to each batch."""
 
     def encode(texts: list[str]) -> Tensor:
         counts = torch.tensor([[text.count(letter) + 1.0 for letter in "aeioust"] for text in texts])
@@ -281,7 +281,7 @@ def test_batches_of_one_length_hold_every_text_once_within_the_budget() -> None:
     assert all(len(set(lengths[batch])) == 1 and lengths[batch].sum() <= 200 for batch in batches)
 
 
-# --- what a model asks of its reader ----------------------------------------------------------------------------------
+# --- settings of a model ----------------------------------------------------------------------------------------------
 
 
 def test_routes_named_by_numbers_are_widths_only_if_they_are(tiny_bert: Path, tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ LONG_PROMPT = "the old keeper repaired the bridge and sold forty boxes of apples
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(8, LONG_PROMPT), (2, "")])
-def test_a_length_without_room_for_a_text_is_rejected(length: int, prompt: str, tiny_bert: Path) -> None:
+def test_a_maximum_length_too_short_for_a_text_is_rejected(length: int, prompt: str, tiny_bert: Path) -> None:
     prompts = {"query": prompt}
-    with pytest.raises(JasperError, match="no room for a text within its maximum length"):
+    with pytest.raises(JasperError, match=f"the query prompt .* fill the maximum length of {length} tokens"):
         load_teacher(TeacherConfig(model=str(tiny_bert), max_length=length, prompts=prompts))
     with pytest.raises(JasperError, match=f"student.max_length: no room for a text within {length} tokens"):
         Student.build(StudentConfig(model=str(tiny_bert), heads=[8], max_length=length, prompts=prompts))
@@ -349,7 +349,7 @@ def test_a_student_reads_the_settings_that_stock_reads(name: str, settings: dict
 
 
 def test_an_encoder_that_changes_for_good_is_rejected(tiny_bert: Path, tmp_path: Path) -> None:
-    """BigBird leaves its sparse attention at the first short text, so long texts depend on what came before."""
+    """BigBird leaves sparse attention after the first short text, so long texts depend on earlier ones."""
     from transformers import AutoTokenizer, BigBirdConfig, BigBirdModel
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
@@ -377,13 +377,13 @@ def test_a_run_folder_and_a_home_folder_are_models(tiny_bert: Path, tmp_path: Pa
     (tmp_path / "far").mkdir()
     (folder / "2_Far").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "model.safetensors").write_bytes(b"other weights")
-    assert model_revision(str(folder)) != before, "files behind a linked folder decide as well"
+    assert model_revision(str(folder)) != before, "files in a linked folder count as well"
 
 
-def test_a_prompt_that_is_switched_off_takes_no_room(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_disabled_prompt_takes_no_tokens(tiny_bert: Path, tmp_path: Path) -> None:
     prompts = {"query": LONG_PROMPT, "document": ""}
     folder = save(tmp_path / "model", [transformer(tiny_bert), pooling()], prompts=prompts)
-    with pytest.raises(JasperError, match="no room for a text"):
+    with pytest.raises(JasperError, match="the query prompt .* fill the maximum length of 8 tokens"):
         load_teacher(TeacherConfig(model=str(folder), max_length=8))
     load_teacher(TeacherConfig(model=str(folder), max_length=8, prompts={"query": ""}))
 
@@ -392,5 +392,5 @@ def test_a_prompt_that_is_switched_off_takes_no_room(tiny_bert: Path, tmp_path: 
 def test_the_kind_of_a_hub_model_is_read_from_the_cache_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from jasper_fast import stock as module
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("the network was asked"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("the network was used"))
     assert module._kind(name, None) == "SentenceTransformer"

