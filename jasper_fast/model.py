@@ -39,7 +39,7 @@ class Student(nn.Module):
     """Text encoder with one linear head per width.
 
     Parameters are named ``encoder.…`` and ``heads.<width>.weight|bias``. A student with ``vision`` also reads images.
-    Its parameters ``vision.tower.…`` and ``vision.marks`` come on top.
+    It also has the parameters ``vision.tower.…`` and ``vision.marks``.
 
     Args:
         encoder: Hugging Face model that returns ``last_hidden_state`` (B, L, H).
