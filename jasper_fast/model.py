@@ -319,7 +319,7 @@ class Student(nn.Module):
             return len(backward)
         if on > len(backward) or not all(hasattr(layer, "gradient_checkpointing") for layer in backward):
             raise JasperError(
-                f"gradient_checkpointing asks for {on} layers; {len(backward)} take part in the backward pass"
+                f"gradient_checkpointing asks for {on} layers, but {len(backward)} take part in the backward pass"
                 + ("" if on > len(backward) else f", and {type(self.encoder).__name__} can only checkpoint all of them")
                 + ". Fix: give true"
                 + (f" or at most {len(backward)}" if on > len(backward) else "")

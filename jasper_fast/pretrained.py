@@ -20,7 +20,7 @@ from jasper_fast.probes import FAILURES, explained
 
 NOT_PER_LAYER = ("architectures", "token_id", "tokens", "token_ids")  # endings of lists that are not per layer
 POSITION_TABLES = ("position_embeddings", "wpe")  # endings of the position table's name
-OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT, Qwen and their kin work)"
+OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT and Qwen work)"
 
 
 def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
