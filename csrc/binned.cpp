@@ -1,8 +1,8 @@
-// The two passes of the binned relative similarity loss over a strip of pair scores (see jasper_fast/binned.py).
+// The two passes of the binned relative similarity loss over a block of rows of pair scores.
 //
-// A strip holds rows [b, b + h) and columns [b, B) of the students' and the teacher's score matrices, so its first h
-// columns are a square on the diagonal and pair (row, column) of the strip is new where column > row. Both passes are
-// bound by scattered access to tables of about 1 MiB; a score's place on an axis costs a multiplication.
+// A block (Strip) holds rows [b, b + h) and columns [b, B) of the student's and the teacher's score matrices. Its first
+// h columns are a square on the diagonal. Pair (row, column) of the block is new if column > row. Scattered access to
+// tables of about 1 MiB limits the speed of both passes. Finding a score's bin takes one multiplication.
 
 #include <algorithm>
 
@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Scores to fractions of fine bins, [0, last]. What is not a number goes to 0: the loss is spoilt elsewhere.
+// Maps scores to fractional positions in fine bins, [0, last]. NaN maps to 0, because other code makes the loss NaN.
 struct Axis {
   float origin, scale, last;
 
@@ -35,18 +35,19 @@ struct Strip {
   float centre;
 };
 
-// grid (5,) fp32: origin and fine bins per unit of the student's axis, of the teacher's, and a typical student score.
+// grid (5,) fp32: origin and fine bins per unit of the student's axis, the same of the teacher's axis, and a typical
+// student score.
 Strip check_strip(const Tensor& student, const Tensor& teacher, const Tensor& grid, int64_t fine) {
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
                       student.size(1) == teacher.size(1) && student.size(0) <= student.size(1),
-                  "binned: expected two strips (h, w) of scores, h <= w");
+                  "binned: expected student and teacher scores of one shape (h, w), h <= w");
   STD_TORCH_CHECK(grid.dim() == 1 && grid.size(0) == 5, "binned: expected a grid of 5 numbers");
   for (const Tensor* tensor : {&student, &teacher, &grid}) {
     STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(),
                     "binned: expected contiguous float32 tensors");
   }
   const auto* g = (const float*)grid.const_data_ptr();
-  // The last place keeps a fraction below its bin's upper end: 2^-8 of a fine bin at 2^15 bins.
+  // Keep the last position below its bin's upper end. At 2^15 bins, fp32 resolves 2^-8 of a fine bin.
   const float last = (float)fine - 1.0f / 128.0f;
   return {(const float*)teacher.const_data_ptr(), student.size(0), student.size(1),
           {g[0], g[1], last}, {g[2], g[3], last}, g[4]};
@@ -56,8 +57,8 @@ inline float between(const float* table, int32_t i, float part) { return table[i
 
 }  // namespace
 
-// Adds a strip's new pairs to counts (T, K, K) [teacher bin, student bin] and to the fine marginals (T, F), int32; each
-// of up to T threads has its own. An empty fine_teacher is left out.
+// Adds a block's new pairs to counts (T, K, K) [teacher bin, student bin] and to the fine marginals (T, F), all int32.
+// Each of up to T threads has its own table. An empty fine_teacher is not filled.
 void binned_histogram(const Tensor& student, const Tensor& teacher, const Tensor& grid, Tensor counts,
                       Tensor fine_student, Tensor fine_teacher) {
   STD_TORCH_CHECK(counts.dim() == 3 && counts.size(1) == counts.size(2) && fine_student.dim() == 2 &&
@@ -93,8 +94,8 @@ void binned_histogram(const Tensor& student, const Tensor& teacher, const Tensor
   });
 }
 
-// Replaces a strip's student scores by their gradient coefficients, 0 on the diagonal, and gives each row's sum of
-// coefficient * (score - centre) over its new pairs. nodes (K + 1, K + 1), own and rank (F + 1,) fp32.
+// Replaces a block's student scores by their gradient coefficients, 0 on the diagonal. Returns (h,) fp64, each row's
+// sum of coefficient * (score - centre) over its new pairs. nodes (K + 1, K + 1), own and rank (F + 1,) are fp32.
 Tensor binned_coefficients(Tensor student, const Tensor& teacher, const Tensor& grid, const Tensor& nodes,
                            const Tensor& own, const Tensor& rank) {
   STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == nodes.size(1) && own.dim() == 1 && rank.dim() == 1 &&

@@ -1,5 +1,5 @@
-// Uninitialised scratch memory. Large ones ask for huge pages: the sorts scatter to thousands of places at once, and
-// with small pages first touch and address translation cost as much as the work.
+// Uninitialised scratch memory. Large buffers request huge pages, because the sorts scatter to thousands of addresses.
+// With small pages, first touch and address translation cost as much as the work.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -27,7 +27,7 @@ Buffer<T> make_buffer(size_t size) {
   void* pointer = std::aligned_alloc(alignment, bytes);
   if (!pointer) throw std::bad_alloc();
 #if defined(__linux__)
-  if (alignment == kHugePage) madvise(pointer, bytes, MADV_HUGEPAGE);  // a wish; nothing depends on it
+  if (alignment == kHugePage) madvise(pointer, bytes, MADV_HUGEPAGE);  // a hint that may fail
 #endif
   return Buffer<T>(static_cast<T*>(pointer));
 }

@@ -1,4 +1,4 @@
-// Counting kernels for x86-64 with AVX2, POPCNT and BMI; chosen at run time.
+// Counting kernels for x86-64 with AVX2, POPCNT and BMI, chosen at run time.
 #include "counts.h"
 
 #if defined(__x86_64__)

@@ -1,8 +1,8 @@
-// The two counting kernels. Included inside a namespace by one translation unit per instruction set.
+// The two counting kernels, included inside a namespace by one translation unit per instruction set.
 //
-// Both walk the merged order of scores x and thresholds y (x first where equal) and keep, for either kind, how many
-// entries lie before each teacher position. A score asks how many thresholds above its teacher position came before
-// it (up), a threshold how many scores below its position did not (low). The kind selects an array, not a branch.
+// Both walk the merged order of scores x and thresholds y, with x first if they are equal. For each kind they keep the
+// number of entries before each teacher position. A score counts the earlier thresholds above its teacher position
+// (up). A threshold counts the later scores below its position (low). The kind selects an array instead of a branch.
 
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -27,11 +27,11 @@ constexpr StepTables make_steps() {
 
 alignas(32) constexpr StepTables kSteps = make_steps();
 
-// Layout of the merge workspace, per kind: prefix counts inside each group of 16 buckets, then prefix counts of groups.
-inline uint32_t groups_of(uint32_t buckets) { return buckets / kGroup + 1; }  // one past the last bucket is asked for
+// Layout of the merge workspace for each kind: prefix counts inside each group of 16 buckets, then those of the groups.
+inline uint32_t groups_of(uint32_t buckets) { return buckets / kGroup + 1; }  // covers one past the last bucket
 inline uint32_t top_vectors_of(uint32_t buckets) { return (groups_of(buckets) + 7) / 8; }
 
-// A single bucket: nothing to count here, only the merged order to write down.
+// Writes the merged order of a single bucket, which needs no counts at this level.
 static int64_t merge_one_bucket(MergeRun run, Event* events) {
   uint64_t score = run.score, threshold = run.threshold;
   Event* to = events + run.cursor[0];
@@ -79,7 +79,7 @@ static int64_t merge_run_impl(MergeRun run, Buckets buckets, int32_t* workspace,
     const uint32_t edge = edges[kind][bucket];
     const int32_t* asked = workspace + (kind ^ 1) * stride;
     const int32_t before = asked[edge] + asked[top_offset + edge / kGroup];
-    // kind 0: thresholds so far that lie above; kind 1: minus the scores below that are still to come.
+    // kind 0: earlier thresholds above. kind 1: minus the later scores below.
     const int32_t count = kind ? before - (int32_t)buckets.start[edge] : (int32_t)threshold - before;
     low -= kind ? count : 0;
     const uint64_t slot = run.cursor[bucket]++;
@@ -111,7 +111,7 @@ static int64_t merge_run(const MergeRun& run, const Buckets& buckets, int32_t* w
 struct alignas(64) BucketState {
   uint16_t top[2][16];         // entries in earlier groups of 1024 positions
   uint16_t inside[2][16][16];  // entries of the group in earlier words
-  uint64_t bits[2][256];       // which positions have entered
+  uint64_t bits[2][256];       // positions that have entered
 };
 
 template <bool TIES>
@@ -126,7 +126,7 @@ static int64_t count_bucket_impl(const Event* events, uint64_t n, const uint16_t
     const Event event = events[e];
     const uint32_t kind = event.kind, own = event.local, other = kind ^ 1;
     const uint32_t asked = TIES ? tied[kind][own] : own;
-    // A score must not count thresholds at or below its own position, a threshold only scores strictly below its own.
+    // A score counts thresholds strictly above its position, a threshold counts scores strictly below its position.
     const uint64_t mask = ((uint64_t)(2 - kind) << (asked & 63)) - 1;
     const int32_t before = (int32_t)state.top[other][asked >> 10] + state.inside[other][asked >> 10][(asked >> 6) & 15] +
                            __builtin_popcountll(state.bits[other][asked >> 6] & mask);

@@ -1,4 +1,4 @@
-// The native ops, by name. Python wraps them (jasper_fast/ops.py) with fakes, fallbacks and autograd.
+// Registration of the native ops. Python wraps them with fakes, fallbacks and autograd.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>

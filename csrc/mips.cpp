@@ -1,9 +1,9 @@
-// Exact inner-product search on a CPU: what stands around the library's matrix product.
+// Exact inner-product search on a CPU, around the library's matrix product.
 //
-// Approximate scores come from a tile that the library computed (many queries) or from rows read once here (few).
-// Either way a bin of 64 rows is passed over when its highest score plus its error bound cannot reach the k-th best
-// lower bound so far; what remains is rescored in fp64 from the stored rows. Results do not depend on the number of
-// threads: they are the k best of a total order.
+// With many queries, the library computes tiles of approximate scores. With few queries, this code reads the rows once.
+// A bin of 64 rows is skipped if its highest score plus its error bound cannot reach the k-th best lower bound so far.
+// The remaining rows are rescored in fp64 from their stored values. Results are the k best of a total order, so they do
+// not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,8 @@ using torch::stable::Tensor;
 
 namespace {
 
-// The widest kernels this processor runs. JASPER_FAST_ISA=avx2 or generic takes narrower ones, for tests and comparison.
+// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx2 or generic selects narrower ones, for
+// tests and comparison.
 const MipsKernels& choose_kernels() {
 #if defined(__x86_64__)
   const char* given = std::getenv("JASPER_FAST_ISA");
@@ -51,7 +52,7 @@ Rows rows_of(const Tensor& rows, const Tensor& scales) {
   const auto type = rows.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Char,
                   "mips: expected float32, bfloat16 or int8 rows");
-  STD_TORCH_CHECK(rows.size(0) < (int64_t)1 << 32, "mips: expected fewer than 2**32 rows in one piece");
+  STD_TORCH_CHECK(rows.size(0) < (int64_t)1 << 32, "mips: expected fewer than 2**32 rows in one segment");
   const Stored kind = type == ScalarType::Float      ? Stored::kFloat
                       : type == ScalarType::BFloat16 ? Stored::kBfloat16
                                                      : Stored::kInt8;
@@ -79,7 +80,7 @@ const float* as_floats(const Rows& rows, int64_t row, float* space) {
   return space;
 }
 
-// An upper bound of the longest row's norm; NaN where a row holds NaN or infinity.
+// Returns an upper bound of the norms of a bin's rows, or NaN if a row contains NaN or infinity.
 double bin_norm(const Rows& rows, int64_t bin, float* space) {
   const double rounding = 1.0 + (double)(rows.width + 4) * 0x1p-23;
   double highest = 0.0;
@@ -88,7 +89,7 @@ double bin_norm(const Rows& rows, int64_t bin, float* space) {
     float fast;
     kernels().dots_float(values, 1, rows.width, values, &fast);
     double square = fast;
-    if (!(fast > 1e-30f && fast < 1e37f)) {  // outside fp32's comfortable range, or not a number
+    if (!(fast > 1e-30f && fast < 1e37f)) {  // fp32 may lose precision or overflow here, or it is NaN
       square = 0.0;
       for (int64_t d = 0; d < rows.width; ++d) square += (double)values[d] * values[d];
       if (!std::isfinite(square)) return std::numeric_limits<double>::quiet_NaN();
@@ -100,7 +101,7 @@ double bin_norm(const Rows& rows, int64_t bin, float* space) {
   return highest;
 }
 
-// The running state of all queries of one call, as tensors that Python holds.
+// The state of all queries of one call, in tensors that Python owns.
 struct State {
   Rows rows;
   const double* queries;
@@ -135,7 +136,7 @@ struct State {
     STD_TORCH_CHECK(k > 0 && is(best_, ScalarType::Long, size * k * 2), "mips: best must be int64 (Q, k, 2)");
     STD_TORCH_CHECK(is(best_counts_, ScalarType::Long, size) && is(cutoffs_, ScalarType::Double, size) &&
                         is(broken_, ScalarType::Bool, size),
-                    "mips: wrong state");
+                    "mips: expected int64 best_counts, float64 cutoffs and bool broken, (Q,) each");
     STD_TORCH_CHECK(valid_.numel() == 0 || is(valid_, ScalarType::Bool, rows.count) ||
                         is(valid_, ScalarType::Bool, size * rows.count),
                     "mips: valid must be bool (N,) or (Q, N)");
@@ -172,7 +173,7 @@ struct State {
 
 }  // namespace
 
-// Upper bounds of the row norms of each bin, (ceil(N / 64),) float64; NaN where a row holds NaN or infinity.
+// Returns upper bounds of the row norms of each bin, (ceil(N / 64),) fp64. A row with NaN or infinity makes it NaN.
 Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
   const Rows rows = rows_of(rows_tensor, scales);
   const Tensor norms = torch::stable::new_empty(rows_tensor, {bins_of(rows.count)}, ScalarType::Double);
@@ -184,7 +185,7 @@ Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
   return norms;
 }
 
-// Queries (Q, D) int16 in the order mips_product reads them: (panels, pairs, panel, 2), padded with zeros.
+// Packs queries (Q, D) int16 for mips_product into (panels, pairs, panel, 2), padded with zeros.
 Tensor mips_pack(const Tensor& queries) {
   STD_TORCH_CHECK(queries.dim() == 2 && queries.is_contiguous() && queries.scalar_type() == ScalarType::Short,
                   "mips_pack: expected contiguous int16 queries (Q, D)");
@@ -200,7 +201,7 @@ Tensor mips_pack(const Tensor& queries) {
   return packed;
 }
 
-// out (R, panels * panel) fp32 = codes (R, D) int8 times packed queries, scaled on both sides.
+// Writes codes (R, D) int8 times the packed queries, scaled on both sides, to out (R, panels * panel) fp32.
 void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packed, const Tensor& query_scales,
                   const Tensor& out) {
   const Rows rows = rows_of(codes, scales);
@@ -214,7 +215,7 @@ void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packe
                   "mips_product: expected a float32 scale for every packed query");
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Float &&
                       out.size(0) == rows.count && out.size(1) == panels * panel,
-                  "mips_product: wrong output");
+                  "mips_product: expected a contiguous float32 output (R, panels * panel)");
   auto* to = (float*)out.mutable_data_ptr();
   parallel_for(0, (rows.count + kPanelRows - 1) / kPanelRows, 1, [&](int64_t first, int64_t last) {
     std::vector<int16_t> space(kPanelRows * 2 * pairs);
@@ -225,7 +226,7 @@ void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packe
   });
 }
 
-// Takes in the scores tile (R, Q) of rows [first_row, first_row + R) of this piece; first_row is a multiple of 64.
+// Processes a tile of scores (R, Q) of rows [first_row, first_row + R) of a segment. first_row is a multiple of 64.
 void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
                const Tensor& norms, const Tensor& residuals, const Tensor& bounds, const Tensor& valid,
                int64_t first_id, bool proven, const Tensor& candidates, const Tensor& counts, const Tensor& best,
@@ -235,16 +236,17 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
   const int64_t count = tile.size(0), capacity = candidates.size(1);
   STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.size(1) == state.size && tile.stride(1) == 1,
                   "mips: expected a float32 tile (R, Q)");
-  STD_TORCH_CHECK(first_row % kBin == 0 && first_row + count <= state.rows.count, "mips: the tile leaves the rows");
+  STD_TORCH_CHECK(first_row % kBin == 0 && first_row + count <= state.rows.count,
+                  "mips: expected a tile inside the segment, from a multiple of 64 rows on");
   STD_TORCH_CHECK(candidates.scalar_type() == ScalarType::Long && candidates.is_contiguous() &&
                       candidates.size(0) == state.size && capacity > kBin && counts.numel() == state.size &&
                       counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
-                  "mips: wrong candidates");
+                  "mips: expected int64 candidates (Q, capacity), capacity > 64, and int64 counts (Q,)");
   const auto* scores = (const float*)tile.const_data_ptr();
   const int64_t stride = tile.stride(0);
   auto* space = (Candidate*)candidates.mutable_data_ptr();
   auto* filled = (int64_t*)counts.mutable_data_ptr();
-  // A column is far apart in memory: only the eighth of a bin that matters is gathered from it.
+  // The scores of a column are far apart in memory, so only the relevant eighths of a bin are gathered.
   constexpr int64_t kPart = 8, kParts = kBin / kPart;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t share = ((state.size + threads - 1) / threads + 15) / 16 * 16;  // columns of one thread
@@ -286,7 +288,7 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
   });
 }
 
-// Rescores the candidates that tiles of this piece left, before the next piece or the end.
+// Rescores the remaining candidates of a segment. Must run before the next segment and at the end.
 void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
                  const Tensor& residuals, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
                  const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
@@ -303,8 +305,8 @@ void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales
   });
 }
 
-// Searches a piece for few queries, reading `plane` once: the rows themselves, or int8 codes of them with scales and
-// the norms of what rounding left (residuals). `fill_norms` computes the bins' norms on the way.
+// Searches a segment for few queries and reads `plane` once. `plane` holds the rows themselves, or their int8 codes
+// with scales and the norms of the rounding errors (residuals). `fill_norms` also computes the norms of the bins.
 void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tensor& plane_tensor,
               const Tensor& plane_scales, const Tensor& residuals, bool fill_norms, const Tensor& queries,
               const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
@@ -316,10 +318,10 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
   const int64_t size = state.size, width = plane.width, bins = bins_of(plane.count), k = state.k;
   const bool integers = plane.kind == Stored::kInt8;
   STD_TORCH_CHECK(plane.count == state.rows.count && width == state.rows.width && capacity > kBin,
-                  "mips: the plane is not one of these rows");
+                  "mips: expected a plane of the same shape as the rows, and capacity > 64");
   STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
                       scan_queries.scalar_type() == (integers ? ScalarType::Short : ScalarType::Float),
-                  "mips: int8 is scanned with int16 queries, floats with float32");
+                  "mips: expected int16 queries for an int8 plane, else float32 queries, (Q, D)");
   STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
                                 query_scales.scalar_type() == ScalarType::Float),
                   "mips: expected float32 query scales (Q,)");

@@ -1,4 +1,4 @@
-// Inner loops of inner-product search for x86-64 with AVX2 and FMA; chosen at run time.
+// Inner loops of inner-product search for x86-64 with AVX2 and FMA, chosen at run time.
 #include "mips.h"
 
 #if defined(__x86_64__)

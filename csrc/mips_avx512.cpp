@@ -1,4 +1,4 @@
-// Inner loops of inner-product search for x86-64 with AVX-512 F, BW, DQ and VL; chosen at run time.
+// Inner loops of inner-product search for x86-64 with AVX-512 F, BW, DQ and VL, chosen at run time.
 #include "mips.h"
 
 #if defined(__x86_64__)

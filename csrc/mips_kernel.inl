@@ -1,5 +1,5 @@
-// Inner loops of inner-product search. Included inside a namespace by one translation unit per instruction set, which
-// defines kBytes (of a vector) and madd(a, b): products of neighbouring 16-bit lanes, added in pairs.
+// Inner loops of inner-product search, included inside a namespace by one translation unit per instruction set. That
+// unit defines kBytes (the size of a vector) and madd(a, b), which adds products of neighbouring 16-bit lanes in pairs.
 
 typedef float fvec __attribute__((vector_size(kBytes)));
 typedef double dvec __attribute__((vector_size(kBytes)));
@@ -33,7 +33,7 @@ static inline fvec floats(const uint16_t* from) {
   return (fvec)(__builtin_convertvector(load<half_uvec>(from), uvec) << 16);
 }
 
-// Every other lane of a and b in one vector.
+// The even lanes of a, then those of b.
 template <class Vector>
 static inline Vector even(Vector a, Vector b) {
   if constexpr (sizeof(Vector) == 16) {
@@ -56,7 +56,7 @@ static inline Vector odd(Vector a, Vector b) {
   }
 }
 
-// totals[r] = the sum of the lanes of sums[r], for one or four vectors; four cost little more than one.
+// Sets totals[r] to the sum of the lanes of sums[r], for one or four vectors. Four cost little more than one.
 template <int ROWS, class Vector, class Number>
 static inline void add_lanes(const Vector* sums, Number* totals) {
   if constexpr (ROWS == 4) {
@@ -71,8 +71,8 @@ static inline void add_lanes(const Vector* sums, Number* totals) {
   }
 }
 
-// One row after the other, so that memory is read as one stream. Hardware prefetching ends at each page, ours does not;
-// measured, it helps bf16 and int8 and hinders fp32.
+// Rows are read one after another, as one memory stream. Hardware prefetching ends at each page, software prefetching
+// does not. In measurements it is faster for bf16 and int8, and slower for fp32.
 constexpr int64_t kAhead = 8192;  // bytes
 
 template <int ROWS, class Element>
@@ -81,7 +81,7 @@ static inline void dot_rows(const Element* rows, int64_t width, const float* que
   int64_t d = 0;
   for (int r = 0; r < ROWS; ++r) {
     const Element* row = rows + r * width;
-    fvec sums[4] = {};  // four hide the latency of the multiply-adds
+    fvec sums[4] = {};  // four sums hide the latency of multiply-add
     for (d = 0; d + 4 * kFloats <= width; d += 4 * kFloats) {
       if constexpr (sizeof(Element) < sizeof(float)) __builtin_prefetch((const char*)(row + d) + kAhead);
       for (int part = 0; part < 4; ++part) {
@@ -135,7 +135,7 @@ static void dots_int8(const int8_t* rows, int64_t count, int64_t width, const in
   for (; r < count; ++r) dot_rows_int8<1>(rows + r * width, width, query, out + r);
 }
 
-// Twelve sums, two vectors of queries and one broadcast pair of a row: what sixteen registers hold.
+// Sixteen registers hold twelve sums, two query vectors and one broadcast pair of a row.
 template <int ROWS>
 static inline void product_rows(const int16_t* rows, const int16_t* queries, int64_t pairs, ivec (*sums)[2]) {
   ivec own[ROWS][2] = {};
@@ -216,11 +216,11 @@ static double exact(const Element* row, int64_t width, const double* query) {
 
 static inline fvec higher(fvec a, fvec b) { return a > b ? a : b; }
 
-// Row by row, because tiles are read from an outer cache, which streams; four rows at a time.
+// Reads four rows at a time, because tiles stream from an outer cache.
 static void column_maxima(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest) {
   for (int64_t c = 0; c < columns; ++c) highest[c] = tile[c];
   for (int64_t r = 1; r < rows; r += 4) {
-    const float* own[4];  // the last rows again where fewer than four are left
+    const float* own[4];  // repeats the last row if fewer than four are left
     for (int64_t part = 0; part < 4; ++part) own[part] = tile + (r + part < rows ? r + part : rows - 1) * stride;
     int64_t c = 0;
     for (; c + kFloats <= columns; c += kFloats) {
@@ -246,7 +246,7 @@ static int64_t at_least(const float* scores, int64_t count, float threshold, uin
   for (int64_t lane = 0; lane < kFloats; ++lane) any |= highest[lane] >= threshold;
   for (; i < count; ++i) any |= scores[i] >= threshold;
   if (!any) return 0;
-  int64_t found = 0;  // few bins come here: without a branch on each score, whose outcome nothing predicts
+  int64_t found = 0;  // few bins get here; no branch per score, because it would be unpredictable
   for (i = 0; i < count; ++i) {
     positions[found] = (uint8_t)i;
     found += scores[i] >= threshold;

@@ -26,7 +26,7 @@ void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_b
   if (*count + kBin > capacity) tighten();
 }
 
-// Raises the cutoff to the k-th best lower bound and drops what cannot reach it.
+// Raises the cutoff to the k-th best lower bound and drops candidates that cannot reach it.
 void Selection::thin_out() {
   if (*count + *best_count <= k) return;
   std::vector<double> lower;
@@ -45,8 +45,8 @@ void Selection::thin_out() {
   *count = kept;
 }
 
-// Where thinning out frees too little (equal or nearly equal scores), the candidates are settled now, which bounds the
-// memory whatever the data.
+// Rescores the candidates now if thinning out frees too little, as with nearly equal scores. That bounds the memory for
+// any data.
 void Selection::tighten() {
   thin_out();
   if (*count > capacity - capacity / 4) settle();
@@ -55,7 +55,7 @@ void Selection::tighten() {
 void Selection::settle() {
   thin_out();
   std::vector<Best> all;
-  const bool many = *count > k / 8 + 16;  // then one selection over all of them costs less than a heap
+  const bool many = *count > k / 8 + 16;  // one selection over all of them is then cheaper than a heap
   if (many) all.assign(best, best + *best_count);
   for (int64_t i = 0; i < *count; ++i) {
     const Candidate candidate = candidates[i];

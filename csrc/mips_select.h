@@ -1,4 +1,5 @@
-// Which rows can be among the k best, from approximate scores with proven error bounds, and then their fp64 order.
+// Selection of rows that can be among the k best, from approximate scores with proven error bounds, and their order by
+// fp64 scores.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,7 +11,7 @@ namespace jasper_fast {
 
 enum class Stored { kFloat, kBfloat16, kInt8 };
 
-// Rows as they are stored, which is what scores are true of.
+// Rows as they are stored. Exact scores refer to these values.
 struct Rows {
   Stored kind;
   const void* data;     // (count, width)
@@ -43,7 +44,7 @@ struct Bound {
   }
 };
 
-// One query's search through one piece of the corpus. All memory is the caller's, so that it can live between calls.
+// Search of one query in one segment of the corpus. The caller owns all memory, so that it lives between calls.
 struct Selection {
   const MipsKernels* kernels;
   const Rows* rows;
@@ -51,19 +52,19 @@ struct Selection {
   const uint8_t* valid;  // (rows,) or null
   Bound bound;
   int64_t first_id;      // id of row 0
-  bool proven;           // rescore in fp64; otherwise approximate scores decide
+  bool proven;           // if true, rescore in fp64; else rank by approximate scores
   Candidate* candidates;
   int64_t capacity;
   int64_t* count;
-  Best* best;            // a heap, the worst of the best on top
+  Best* best;            // heap with the worst of the k best on top
   int64_t k;
   int64_t* best_count;
-  double* cutoff;        // no row that scores below can be among the k best
-  bool* broken;          // an exact score lay outside its bound: nothing is proven
+  double* cutoff;        // a row with a lower score cannot be among the k best
+  bool* broken;          // set if an exact score is outside its bound; the result is then not proven
 
-  // Takes in approximate scores of the rows from first_row on; count <= kBin, all in one bin.
+  // Adds approximate scores of the rows from first_row on. They are in one bin, and count <= kBin.
   void offer(const float* scores, int64_t first_row, int64_t count_in_bin);
-  // Turns candidates into exact scores and keeps the best.
+  // Computes exact scores of the candidates and keeps the k best.
   void settle();
   void insert(Best found);
 
@@ -72,9 +73,9 @@ struct Selection {
   void tighten();
 };
 
-// A float not above the value: comparing floats with it loses nothing that comparing with the value would keep.
+// Returns a float <= value. A float score >= value is also >= this float, so a comparison with it drops no such score.
 inline float float_below(double value) {
-  return (float)(value - std::fabs(value) * 0x1p-23 - 0x1p-140);  // no branch, so that loops over it vectorise
+  return (float)(value - std::fabs(value) * 0x1p-23 - 0x1p-140);  // branch-free, so that loops vectorise
 }
 
 inline bool better(const Best& a, const Best& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }

@@ -1,4 +1,4 @@
-// Between square score matrices and their strict upper triangle, row by row.
+// Conversion between square score matrices and their strict upper triangle, stored row by row.
 #include <algorithm>
 
 #include <torch/csrc/stable/library.h>
@@ -14,14 +14,14 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kTile = 64;
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth waking a thread for
+constexpr int64_t kGrain = 1 << 15;  // minimum number of elements per thread
 
-// Pair (i, j), i < j, of B rows stands at row_offset(i) + j.
+// Pair (i, j), i < j, of B rows has index row_offset(i) + j.
 inline int64_t row_offset(int64_t i, int64_t rows) { return i * (2 * rows - i - 1) / 2 - i - 1; }
 
 }  // namespace
 
-// matrix (B, B) fp32 -> (P,) fp32.
+// Packs matrix (B, B) fp32 into (P,) fp32.
 Tensor pack_pairs(const Tensor& matrix) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == matrix.size(1), "pack_pairs: expected a square matrix");
   STD_TORCH_CHECK(matrix.scalar_type() == ScalarType::Float && matrix.is_contiguous(),
@@ -38,7 +38,7 @@ Tensor pack_pairs(const Tensor& matrix) {
   return packed;
 }
 
-// counts (P,) int32 -> (B, B) fp32: scale * counts on both sides of a zero diagonal.
+// Unpacks counts (P,) int32 into (B, B) fp32, with scale * counts on both sides of a zero diagonal.
 Tensor unpack_pairs(const Tensor& counts, int64_t rows, double scale) {
   STD_TORCH_CHECK(counts.dim() == 1 && counts.size(0) == rows * (rows - 1) / 2, "unpack_pairs: expected (P,) counts");
   STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Int && counts.is_contiguous(),

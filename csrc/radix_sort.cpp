@@ -1,5 +1,5 @@
-// Least significant digit first, 11 bits a pass: three passes over 32-bit keys. Each thread counts and scatters its
-// own contiguous chunk, so the order of equal keys is kept whatever the number of threads.
+// Radix sort, least significant digit first, with three passes of 11 bits over 32-bit keys. Each thread counts and
+// scatters its own contiguous chunk, so equal keys keep their order for any number of threads.
 #include "radix_sort.h"
 
 #include <vector>
@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kDigitBits = 11;
 constexpr uint32_t kDigits = 1u << kDigitBits;
 
-// Functions of their own, so that no loop bound lives where the loop might write.
+// Separate functions, so that the compiler knows that the loop does not write its own bound.
 void count_digits(const uint64_t* begin, const uint64_t* end, uint32_t shift, uint32_t* counts) {
   std::memset(counts, 0, kDigits * sizeof(uint32_t));
   for (; begin != end; ++begin) ++counts[(*begin >> shift) & (kDigits - 1)];
@@ -23,7 +23,7 @@ void scatter(const uint64_t* begin, const uint64_t* end, uint32_t shift, uint32_
   for (; begin != end; ++begin) to[next[(*begin >> shift) & (kDigits - 1)]++] = *begin;
 }
 
-// On one thread all digits are counted in one pass: their counts do not depend on the order.
+// On one thread, one pass counts all digits, because the counts do not depend on the order.
 void sort_alone(uint64_t* data, uint64_t* spare, uint64_t n) {
   constexpr uint32_t kPasses = (32 + kDigitBits - 1) / kDigitBits;
   uint32_t next[kPasses][kDigits] = {};

@@ -5,9 +5,9 @@
 
 namespace jasper_fast {
 
-constexpr uint32_t kNaNKey = 0xFFFFFFFFu;  // above +inf's key, so what is not a number sorts last
+constexpr uint32_t kNaNKey = 0xFFFFFFFFu;  // above +inf's key, so NaN sorts last
 
-// Keys compare as the floats do: -0.0 and 0.0 share a key. Not for NaN.
+// Keys compare like the floats, and -0.0 and 0.0 have the same key. NaN is not supported.
 inline uint32_t key_of(float value) {
   uint32_t bits;
   value += 0.0f;  // -0.0 becomes 0.0

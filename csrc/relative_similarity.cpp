@@ -1,10 +1,12 @@
-// Relative similarity over all pairs of pairs in O(P log P), exactly.
+// Exact relative similarity over all pairs of pairs in O(P log P).
 //
-// For pair scores x and thresholds y = fl(x - margin), rounded once, and p, q with teacher score of p below q's:
-// a term is active when x_p > y_q. up[p] and low[q] count the active terms of either side, and the gradient of the
-// summed loss with respect to x is the integer up - low. Counting is two-dimensional dominance: radix sort both sides,
-// deal the merged order of x and y out to buckets of teacher positions with running bucket counts, then count inside
-// each bucket with bitmaps. Every step streams, so no count depends on the number of threads.
+// Let x be pair scores and y = fl(x - margin) thresholds, rounded once. For pairs p and q with teacher score of p below
+// q's, a term is active if x_p > y_q. up[p] and low[q] count the active terms of each side. The gradient of the summed
+// loss with respect to x is the integer up - low.
+//
+// These are two-dimensional dominance counts. Both sides are radix sorted. The merged order of x and y is distributed
+// to buckets of teacher positions with running bucket counts. Bitmaps count inside each bucket. Every step streams, so
+// no count depends on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -33,10 +35,11 @@ namespace {
 
 constexpr int64_t kPairsPerThread = 1 << 14;
 constexpr int64_t kBlock = 1 << 14;     // pairs between stored bucket histograms
-constexpr int64_t kKeptPairs = 1 << 14;  // B = 181; half a megabyte
+constexpr int64_t kKeptPairs = 1 << 14;  // B = 181, half a megabyte
 constexpr int64_t kSumBlock = 1 << 16;  // fixed, so that the fp64 sum does not depend on the number of threads
 
-// The widest kernels this processor runs. JASPER_FAST_ISA=generic takes the others, for tests and comparison.
+// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=generic selects the generic ones, for tests
+// and comparison.
 const Kernels& choose_kernels() {
 #if defined(__x86_64__)
   const char* given = std::getenv("JASPER_FAST_ISA");
@@ -59,7 +62,8 @@ struct StudentCount {
   double dot;  // <up - low, x>
 };
 
-// How far scores and thresholds have come after `events` events of the merged order (score first where equal).
+// Returns the numbers of scores and thresholds in the first `events` events of the merged order. Scores come first on
+// ties.
 std::pair<uint64_t, uint64_t> split_merge(const uint64_t* sorted, const uint32_t* thresholds, uint64_t n,
                                           uint64_t events) {
   uint64_t first = events > n ? events - n : 0, last = std::min(events, n);
@@ -74,7 +78,7 @@ std::pair<uint64_t, uint64_t> split_merge(const uint64_t* sorted, const uint32_t
   return {first, events - first};
 }
 
-// Bucket histograms of every prefix of the student order: stored each kBlock pairs, completed by counting the rest.
+// Bucket histograms of every prefix of the student order. They are stored every kBlock pairs and completed on demand.
 class PrefixHistograms {
  public:
   PrefixHistograms(const uint64_t* sorted, uint64_t n, uint32_t buckets)
@@ -106,7 +110,7 @@ class PrefixHistograms {
   std::vector<uint32_t> counts_;
 };
 
-// Memory that steps use one after another: most of the cost of a large buffer is touching it for the first time.
+// Memory that the steps share, because most of the cost of a large buffer is its first touch.
 struct Scratch {
   explicit Scratch(uint64_t pairs)
       : sorted(make_buffer<uint64_t>(pairs + 1)), events(make_buffer<Event>(2 * pairs)), words(make_buffer<uint32_t>(pairs + 1)) {}
@@ -119,7 +123,7 @@ struct Scratch {
   Buffer<uint32_t> words;   // (P + 1,) thresholds, then counts by teacher position
 };
 
-// Writes up - low of one student by pair.
+// Writes one student's up - low for each pair.
 StudentCount count_student(const float* scores, const float* teacher, const TeacherOrder& order, uint64_t pairs,
                            float margin, int threads, Scratch& scratch, int32_t* gradient) {
   const Buckets buckets = order.buckets();
@@ -188,7 +192,7 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
         const uint32_t code = order.code[i];
         const int32_t g = counts[order.start[code >> kBucketBits] + (code & (kBucketSize - 1))];
         gradient[i] = g;
-        // An infinite score that takes part in no term adds nothing; one that is not a number spoils the loss.
+        // An infinite score without active terms adds nothing. A NaN score makes the loss NaN.
         const double term = (double)g * (double)scores[i];
         dot += g != 0 || std::isnan(scores[i]) ? term : 0.0;
       }
@@ -203,8 +207,9 @@ StudentCount count_student(const float* scores, const float* teacher, const Teac
 
 }  // namespace
 
-// scores (H, P) fp32, teacher (P,) fp32 -> up - low (H, P) int32, sum(low) (H,) int64, <up - low, scores> (H,) fp64.
-// A NaN score takes no part in any count and makes its student's last figure NaN, a NaN teacher score every student's.
+// Counts scores (H, P) fp32 against teacher (P,) fp32. Returns up - low (H, P) int32, sum(low) (H,) int64 and
+// <up - low, scores> (H,) fp64. A NaN score is in no count and makes its student's last result NaN. A NaN teacher score
+// makes every student's last result NaN.
 std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tensor& teacher, double margin,
                                                bool exclude_ties) {
   STD_TORCH_CHECK(scores.dim() == 2 && teacher.dim() == 1 && scores.size(1) == teacher.size(0),
@@ -223,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
   const auto* t = (const float*)teacher.const_data_ptr();
   const int threads = (int)std::clamp<int64_t>(pairs / kPairsPerThread, 1, torch::stable::get_num_threads());
   const bool teacher_nan = std::any_of(t, t + pairs, [](float value) { return std::isnan(value); });
-  // A small batch would spend much of its time on asking for this memory: it keeps one.
+  // Small batches reuse one scratch buffer, because allocating it would take much of their time.
   thread_local Scratch kept(kKeptPairs);
   std::optional<Scratch> own_scratch;
   if (pairs > kKeptPairs) own_scratch.emplace((uint64_t)pairs);
@@ -237,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
     const bool nan = std::any_of(own, own + pairs, [](float value) { return std::isnan(value); });
     auto* out = (int32_t*)gradient.mutable_data_ptr() + h * pairs;
     StudentCount count{};
-    if (nan) {  // the pairs without a score must not hold a place in the teacher's order either
+    if (nan) {  // pairs without a score must not have a position in the teacher's order
       const TeacherOrder reduced = teacher_order(own);
       count = count_student(own, t, reduced, (uint64_t)pairs, (float)margin, threads, scratch, out);
     } else {

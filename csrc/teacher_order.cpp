@@ -13,8 +13,8 @@ namespace {
 
 inline uint32_t key_at(const uint64_t* sorted, uint64_t i) { return (uint32_t)(sorted[i] >> 32); }
 
-// Cuts [0, pairs) so that no group of equal keys straddles two buckets, except one too large for any bucket: that gets
-// buckets of its own, which `lower` and `upper` tie together.
+// Cuts [0, pairs) into buckets so that a group of equal keys is in one bucket. A group larger than a bucket gets
+// several buckets of its own, which `lower` and `upper` join.
 void cut_buckets(const uint64_t* sorted, uint64_t pairs, bool exclude_ties, TeacherOrder& order) {
   const auto add = [&](uint64_t begin, bool one_group) {
     order.start.push_back((uint32_t)begin);
@@ -47,7 +47,7 @@ void cut_buckets(const uint64_t* sorted, uint64_t pairs, bool exclude_ties, Teac
   order.start.push_back((uint32_t)pairs);
 }
 
-// Writes each position's first and last tied position; returns whether any two positions are tied.
+// Writes each position's first and last tied position. Returns true if any two positions are tied.
 bool find_ties(const uint64_t* sorted, uint32_t count, uint16_t* lower, uint16_t* upper) {
   bool tied = false;
   uint32_t group = 0;

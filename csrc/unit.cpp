@@ -1,5 +1,5 @@
-// Rows of unit length and their gradient, each in one pass over the rows: written with whole-tensor operations they
-// cost a small batch more than its losses do, most of it in touching temporaries for the first time.
+// L2 normalisation of rows and its gradient, each in one pass over the rows. With tensor operations, these would cost
+// more than the losses of a small batch, mostly for the first touch of temporaries.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // independent sums, which the compiler turns into vectors of any width
+constexpr int64_t kLanes = 16;  // independent sums that the compiler vectorises at any width
 
 template <class Term>
 float sum_over(int64_t width, Term term) {
@@ -32,8 +32,8 @@ float sum_over(int64_t width, Term term) {
   return total;
 }
 
-// Scaling by it is exact. Squares of a row scaled by its largest entry neither overflow nor vanish, and an infinite entry
-// makes its row NaN.
+// Returns a power of two, by which scaling is exact. The squares of a row scaled this way neither overflow nor
+// underflow. An infinite entry makes its row NaN.
 float power_of_two_below_one_over(float largest) {
   if (largest == 0.0f) return 1.0f;
   if (std::isinf(largest)) return 0.0f;
@@ -51,7 +51,7 @@ int64_t grain(int64_t width) { return std::max<int64_t>(1, (1 << 16) / std::max<
 
 }  // namespace
 
-// embeddings (B, D) -> unit rows (B, D), and (B, 1) one over their lengths, 0 for a zero row.
+// Returns the unit rows (B, D) of embeddings (B, D), and the inverse norms (B, 1), 0 for a zero row.
 std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings) {
   check_rows(embeddings);
   const int64_t rows = embeddings.size(0), width = embeddings.size(1);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings) {
     for (int64_t row = first; row < last; ++row) {
       const float* x = from + row * width;
       float* u = to + row * width;
-      float lanes[kLanes] = {};  // a NaN is passed over here, and found again in the sum of squares
+      float lanes[kLanes] = {};  // ignores NaN, which the sum of squares then propagates
       int64_t i = 0;
       for (; i + kLanes <= width; i += kLanes) {
         for (int64_t l = 0; l < kLanes; ++l) lanes[l] = std::fabs(x[i + l]) > lanes[l] ? std::fabs(x[i + l]) : lanes[l];
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings) {
   return {unit, inverse};
 }
 
-// The gradient that reaches the embeddings: what of `incoming` (B, D) is tangent to the unit rows, over their lengths.
+// Returns the gradient of the embeddings: the part of `incoming` (B, D) tangent to the unit rows, times inverse norms.
 Tensor tangent(const Tensor& incoming, const Tensor& unit, const Tensor& inverse) {
   check_rows(incoming);
   check_rows(unit);

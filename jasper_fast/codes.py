@@ -1,7 +1,8 @@
-"""Vectors as int8 or as bits: trained for, written by sentence-transformers' own quantiser, and scored.
+"""Embeddings quantized to int8 codes or bits: straight-through training, and the same codes from sentence-transformers.
 
-int8 codes come of one symmetric step for all coordinates, so that the inner product of codes is that of the vectors;
-stock ranges per coordinate would weigh and shift coordinates. Bits are the signs.
+int8 codes use one symmetric step for all coordinates, so the inner product of codes is proportional to that of the
+rounded embeddings. sentence-transformers' default range per coordinate would weigh and shift coordinates. Bits are the
+signs.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "int8", "ubinary", "ubinary+rescore")
 CALIBRATION_TEXTS = 1024
-CANDIDATES = 100  # documents that bits find for a query and int8 codes put in order
+CANDIDATES = 100  # documents per query that bits retrieve and int8 codes rerank
 
 
 def straight_through(vectors: Tensor, precision: str, group: ProcessGroup | None = None) -> Tensor:
-    """What a code of each row stands for; backward it is the unit row, as rounding has no slope.
+    """Quantize and dequantize each row, with the gradient of the unit row (straight-through estimator).
+
+    "int8" rounds to multiples of one step, a 127th of the largest absolute coordinate of all rows. :func:`int8_ranges`
+    uses the same step for exported codes. "ubinary" takes signs, where zero is negative as in sentence-transformers.
 
     Args:
-        vectors: (B, D) float.
-        precision: "int8" (steps of a 127th of the largest coordinate of all rows, as :func:`int8_ranges` has it for
-            what is exported) or "ubinary" (signs; zero counts as minus, as in sentence-transformers).
-        group: whose ranks' rows are one batch; None: these are all rows.
+        vectors: (B, D) float embeddings, normalised here.
+        precision: "int8" or "ubinary".
+        group: process group whose ranks hold the rows of one batch. None means that these are all rows.
 
     Returns:
-        (B, D); signs have length one.
+        (B, D) dequantized rows. "ubinary" rows have length one.
+
+    Raises:
+        ValueError: The precision is unknown.
     """
     unit = torch.nn.functional.normalize(vectors, dim=1)
     plain = unit.detach()
@@ -46,52 +52,71 @@ def straight_through(vectors: Tensor, precision: str, group: ProcessGroup | None
         code = torch.round(plain / step) * step
     elif precision == "ubinary":
         code = torch.where(plain > 0, 1.0, -1.0).to(plain.dtype) / plain.shape[1] ** 0.5
-        code = code + 0 * plain  # NaN stays NaN
+        code = code + 0 * plain  # keeps NaN
     else:
-        raise ValueError(f"precision must be 'int8' or 'ubinary', got {precision!r}")
+        raise ValueError(
+            f"straight_through: unknown precision (got {precision!r}, expected 'int8' or 'ubinary'). "
+            "Fix: give one of them"
+        )
     return code + (unit - plain)
 
 
 def int8_ranges(vectors: np.ndarray) -> np.ndarray:
-    """Ranges that make sentence-transformers' int8 codes the vectors rounded to one step: a 127th of the largest.
+    """Compute ranges with which sentence-transformers' int8 codes are embeddings rounded to one step.
 
-    Its quantiser cuts each coordinate's range into 255 floors that begin at −128; half a step lower, it rounds.
+    The step is a 127th of the largest absolute coordinate. sentence-transformers divides each coordinate's range into
+    255 steps and rounds down from −128. These ranges begin half a step lower, so it rounds to the nearest code.
 
     Args:
-        vectors: (n, D) float, of texts like those to be quantised.
+        vectors: (n, D) float embeddings of texts that are typical of those to quantize.
 
     Returns:
-        (2, D) float32: ``quantize_embeddings(vectors, "int8", ranges=…)``.
+        (2, D) float32 for ``quantize_embeddings(vectors, "int8", ranges=…)``.
+
+    Raises:
+        ValueError: An embedding is not finite, or all of them are zero.
     """
     largest = float(np.abs(vectors).max(initial=0.0))
     if not np.isfinite(largest) or largest == 0:
         raise ValueError(
-            f"int8 ranges need finite vectors that are not all zero, got a largest coordinate of {largest}"
+            f"int8_ranges: the embeddings must be finite and not all zero (got a largest coordinate of {largest}). "
+            "Fix: calibrate with other texts, or check the model"
         )
     step = largest / 127
     return np.repeat(np.array([[-128.5 * step], [126.5 * step]], dtype=np.float32), vectors.shape[1], axis=1)
 
 
 def ranges_file(width: int | str) -> str:
-    """Where an exported model keeps one width's ranges; of "*", a pattern for all."""
+    """Return the file name of one width's int8 ranges in an exported model, or a glob pattern for the width "*"."""
     return f"int8_ranges_{width}.npy"
 
 
 def read_ranges(folder: str | Path) -> dict[int, np.ndarray]:
-    """The ranges an exported model carries, by width; those of a run folder's model."""
+    """Read the int8 ranges of an exported model.
+
+    Args:
+        folder: model folder or run folder.
+
+    Returns:
+        {width: (2, width) float32}, empty if the folder has no ranges or does not exist.
+    """
     path = Path(folder)
     path = path / "model" if (path / "model").is_dir() else path
-    found = sorted(path.glob("int8_ranges_*.npy")) if path.is_dir() else []
-    return {int(file.stem.rpartition("_")[2]): np.load(file) for file in found}
+    files = sorted(path.glob("int8_ranges_*.npy")) if path.is_dir() else []
+    return {int(file.stem.rpartition("_")[2]): np.load(file) for file in files}
 
 
 def coded(vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Vectors as sentence-transformers' codes stand for them, as float32 whole numbers.
+    """Quantize embeddings with sentence-transformers and return the codes as float32.
 
     Args:
-        vectors: (n, D) float32 by group.
+        vectors: (n, D) float32 embeddings by group of an evaluation set.
         precision: "int8" or "ubinary".
-        ranges: for int8; None takes them from the largest group, which is the corpus of a retrieval set.
+        ranges: (2, D) ranges of int8 codes. None computes them from the largest group, which is the corpus of a
+            retrieval set.
+
+    Returns:
+        (n, D) float32 by group, with values −128..127 for "int8", and −1 or 1 for "ubinary".
     """
     from sentence_transformers.util import quantize_embeddings
 
@@ -104,12 +129,18 @@ def coded(vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray 
 
 
 def known_precisions(text: str) -> list[str]:
-    """The precisions of a command line, with commas between.
+    """Parse the comma-separated value of ``--precision``.
+
+    Args:
+        text: precisions separated by commas.
 
     Raises:
-        JasperError: an unknown one.
+        JasperError: A precision is unknown.
     """
-    given = [part.strip() for part in text.split(",")]
-    if unknown := [part for part in given if part not in PRECISIONS]:
-        raise JasperError(f"--precision knows {', '.join(PRECISIONS)}; got {', '.join(map(repr, unknown))}")
-    return given
+    names = [part.strip() for part in text.split(",")]
+    if unknown := [name for name in names if name not in PRECISIONS]:
+        raise JasperError(
+            f"--precision: unknown precision (got {', '.join(map(repr, unknown))}). Fix: choose from "
+            f"{', '.join(PRECISIONS)}"
+        )
+    return names

@@ -1,4 +1,4 @@
-"""Running the student's encoder over many texts: the device, its precision, micro-batches sorted by length."""
+"""Student embeddings of many texts: device, precision, and micro-batches sorted by length."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jasper_fast.env import cpu_bf16_is_fast
 from jasper_fast.model import Student
 
 EVAL_MICRO_BATCH = 32
-PASS_TOKENS = 64  # what a pass costs beside its tokens, in tokens: some milliseconds of calls and small operations
+PASS_TOKENS = 64  # fixed cost of a forward pass, in tokens: a few milliseconds of calls and small operations
 
 
 def pick_device() -> torch.device:
-    """This process's GPU (``LOCAL_RANK`` under torchrun, else the first) where there is one, else the CPU."""
+    """Return this process's GPU (``LOCAL_RANK`` under torchrun, else the first GPU), or the CPU without a GPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
-    """bf16 autocast where it is asked for, or where ``auto`` finds a device that is fast at it."""
+    """Return a bf16 autocast context if the precision resolves to bf16 on the device, else a null context."""
     bf16 = used_precision(device, precision) == "bf16"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def used_precision(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
-    """What ``auto`` comes to on a device."""
+    """Resolve ``auto`` to bf16 on a device with fast bf16, and to fp32 elsewhere."""
     if precision == "auto":
         return "bf16" if _bf16_is_fast(device) else "fp32"
     return precision
@@ -45,16 +45,16 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Texts of one batch in order of length, the longest first, cut into micro-batches, with the way back.
+    """Texts of one batch, sorted by length and cut into micro-batches, with the permutation back.
 
-    Passes that grow would take more memory than they need: what an earlier one freed is too small for the next.
+    The longest texts come first. If passes grew, memory freed by one would be too small for the next.
 
     Args:
-        token_ids: per micro-batch, the token ids of its texts.
-        order: (B,) int64; the batch's texts in order of length.
-        inverse: (B,) int64; ``sorted[inverse]`` is the batch's own order.
-        tokens: tokens without padding.
-        padded: tokens with each micro-batch padded to its longest text.
+        token_ids: token ids of each text, for each micro-batch.
+        order: (B,) int64 indices of the batch's texts, longest first.
+        inverse: (B,) int64 inverse permutation. ``sorted[inverse]`` is the order of the batch.
+        tokens: number of tokens without padding.
+        padded: number of tokens with each micro-batch padded to its longest text.
     """
 
     token_ids: list[list[list[int]]]
@@ -71,10 +71,15 @@ class MicroBatches:
         micro_tokens: int | None = None,
         passes: int | None = None,
     ) -> MicroBatches:
-        """Sort by length (stable) and cut where that costs least, into parts of at most ``micro_batch`` texts.
+        """Sort texts by length (stable) and cut them into micro-batches at the lowest cost.
 
-        With ``micro_tokens`` a part holds at most so many tokens, padding included, but always one text. With
-        ``passes`` there are exactly so many parts, of as equal numbers of texts as can be.
+        Args:
+            token_ids: token ids of B texts.
+            micro_batch: maximum number of texts in a micro-batch.
+            micro_tokens: maximum number of tokens in a micro-batch, padding included. A longer text is a micro-batch
+                of its own. None means no limit.
+            passes: exact number of micro-batches, with equal numbers of texts up to rounding. It replaces both limits.
+                None means that the lowest cost decides.
         """
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")
@@ -101,9 +106,19 @@ class MicroBatches:
         precision: Literal["auto", "fp32", "bf16"],
         before_pass: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Mean-pooled encoder states of the whole batch in its own order, (B, hidden), at least fp32."""
+        """Return the mean-pooled encoder states of the batch, in its original order.
+
+        Args:
+            student: the student.
+            device: device of the student.
+            precision: autocast precision.
+            before_pass: function to call before each micro-batch.
+
+        Returns:
+            (B, H), float32 or float64.
+        """
         pooled = []
-        with autocast(device, precision):  # one context: weights are cast once for all micro-batches
+        with autocast(device, precision):  # one context casts the weights once for all micro-batches
             for ids in self.token_ids:
                 before_pass()
                 pooled.append(student.pool(ids, device))
@@ -113,20 +128,21 @@ class MicroBatches:
 def cheapest_cuts(
     lengths: np.ndarray, micro_batch: int, micro_tokens: int | None = None, per_pass: int = PASS_TOKENS
 ) -> list[int]:
-    """Where to cut texts in order of length so that padded tokens plus the cost of each pass are fewest.
+    """Cut texts, sorted by length, to minimise padded tokens plus the fixed cost of each pass.
 
     Args:
-        lengths: (n,) tokens, ascending.
-        micro_batch: texts per part at most.
-        micro_tokens: tokens per part at most, padding included; a longer text makes a part of its own.
-        per_pass: what one more forward pass costs, in tokens.
+        lengths: (n,) number of tokens of each text, ascending.
+        micro_batch: maximum number of texts in a part.
+        micro_tokens: maximum number of tokens in a part, padding included. A longer text is a part of its own. None
+            means no limit.
+        per_pass: fixed cost of a forward pass, in tokens.
 
     Returns:
-        positions from 0 to n; part i is ``lengths[cuts[i]:cuts[i + 1]]``.
+        Ascending cut positions from 0 to n. Part i is ``lengths[cuts[i]:cuts[i + 1]]``.
     """
     n = len(lengths)
-    cost = np.zeros(n + 1)  # of the first i texts, cut best
-    start = np.zeros(n + 1, dtype=np.int64)  # where their last part begins
+    cost = np.zeros(n + 1)  # lowest cost of the first i texts
+    start = np.zeros(n + 1, dtype=np.int64)  # first text of their last part
     for stop in range(1, n + 1):
         begin = np.arange(max(0, stop - micro_batch), stop)
         if micro_tokens is not None:
@@ -150,7 +166,20 @@ def pool_texts(
     precision: Literal["auto", "fp32", "bf16"],
     chunk: int = 4096,
 ) -> Iterator[np.ndarray]:
-    """Pooled states of many texts without a graph, chunk after chunk in the texts' order, (chunk, hidden) float32."""
+    """Yield the pooled states of many texts, chunk by chunk in the texts' order, without gradients.
+
+    Args:
+        student: the student, which is in evaluation mode meanwhile.
+        texts: N texts.
+        roles: "query" or "document" for each text.
+        max_length: maximum number of tokens per text.
+        device: device of the student.
+        precision: autocast precision.
+        chunk: number of texts per chunk.
+
+    Yields:
+        (chunk, H) float32.
+    """
     training = student.training
     student.eval()
     try:
@@ -168,21 +197,29 @@ def student_encoder(
     device: torch.device,
     precision: Literal["auto", "fp32", "bf16"],
 ) -> Callable[[list[str], str], dict[int, np.ndarray]]:
-    """A function (texts, role) -> {width: (n, width) unit vectors} that reads each text once for all widths.
+    """Return an encode function that computes each text's embeddings of all widths in one pass.
 
-    ``widths`` None gives the pooled states themselves, normalised: the student before it has heads.
+    Args:
+        student: the student.
+        widths: widths of the heads. None means the pooled states without a head, as before training.
+        max_length: maximum number of tokens per text.
+        device: device of the student.
+        precision: autocast precision of the encoder.
+
+    Returns:
+        A function from n texts and their role ("query" or "document") to {width: (n, width) float32 unit rows}.
     """
 
     @torch.no_grad()
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         pooled = np.concatenate(list(pool_texts(student, texts, [role] * len(texts), max_length, device, precision)))
         if widths is None:
-            vectors = {pooled.shape[1]: torch.from_numpy(pooled)}
+            embeddings = {pooled.shape[1]: torch.from_numpy(pooled)}
         else:
             training = student.training
             student.eval()
-            vectors = student.project(torch.from_numpy(pooled).to(device), widths)
+            embeddings = student.project(torch.from_numpy(pooled).to(device), widths)
             student.train(training)
-        return {w: torch.nn.functional.normalize(v.float(), dim=1).cpu().numpy() for w, v in vectors.items()}
+        return {w: torch.nn.functional.normalize(e.float(), dim=1).cpu().numpy() for w, e in embeddings.items()}
 
     return encode

@@ -1,4 +1,4 @@
-"""What a model is worth: retrieval, similarity and classification scores for every width, student beside teacher.
+"""Evaluate a model on retrieval, similarity and classification sets at every width, and compare it with its teacher.
 
 python -m jasper_fast.evaluate runs/minilm-docstrings docstrings path/to/beir path/to/dev.tsv
 python -m jasper_fast.evaluate MODEL DATA --teacher TEACHER --widths 384,128 --json scores.json
@@ -36,70 +36,91 @@ __all__ = [
 ]
 
 TEACHER, BEFORE, STUDENT, PCA, TRUNCATED = "teacher", "student before", "student", "teacher PCA", "teacher truncated"
-PCA_ROWS = 20_000  # training vectors that PCA is fitted on
+PCA_ROWS = 20_000  # teacher embeddings of training texts that fit the PCA
 
 Reduce = Callable[[np.ndarray], np.ndarray]
 Row = dict[str, Any]  # {"model": str, "width": int, "scores": {"set/metric": float}}
 
 
 def embed(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, np.ndarray]]:
-    """Vectors of every group of a set for every width; a text that stands there twice is encoded once.
+    """Embed every group of an evaluation set at every width. Repeated texts are encoded once.
+
+    Args:
+        evalset: evaluation set.
+        encode: function from texts and a role to {width: (n, width) float32}.
 
     Returns:
         {width: {group: (n, width) float32}}
+
+    Raises:
+        ValueError: ``encode`` returns a wrong shape.
     """
     groups = evalset.groups()
-    found: dict[int, dict[str, np.ndarray]] = {}
+    embeddings: dict[int, dict[str, np.ndarray]] = {}
     for role in sorted({role for _, role in groups.values()}):
         members = {name: texts for name, (texts, r) in groups.items() if r == role}
         distinct = {text: at for at, text in enumerate(dict.fromkeys(t for texts in members.values() for t in texts))}
         for width, vectors in encode(list(distinct), role).items():
             if vectors.shape != (len(distinct), width):
-                raise ValueError(f"encode gave {vectors.shape} for {len(distinct)} texts at width {width}")
+                raise ValueError(
+                    f"encode: wrong shape (got {vectors.shape}, expected {(len(distinct), width)} for {len(distinct)} "
+                    f"texts at width {width}). Fix: return one row per text"
+                )
             for name, texts in members.items():
-                found.setdefault(width, {})[name] = vectors[[distinct[text] for text in texts]]
-    return found
+                embeddings.setdefault(width, {})[name] = vectors[[distinct[text] for text in texts]]
+    return embeddings
 
 
 def evaluate_widths(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, float]]:
-    """Scores of one set for every width that ``encode`` gives, each text encoded once.
+    """Score one evaluation set at every width that ``encode`` returns. Each text is encoded once.
 
     Args:
-        evalset: from ``load_eval``.
-        encode: (texts, role "query" | "document") -> {width: (n, width) float32 of length one}.
+        evalset: evaluation set from ``load_eval``.
+        encode: function from n texts and a role ("query" or "document") to {width: (n, width) float32 unit rows}.
 
     Returns:
         {width: {metric: score}}
+
+    Raises:
+        ValueError: ``encode`` returns a wrong shape.
+        JasperError: An embedding contains NaN or infinity.
     """
     return {width: score_vectors(evalset, vectors) for width, vectors in embed(evalset, encode).items()}
 
 
 def evaluate_vectors(evalset: EvalSet, encode: Callable[[list[str], str], np.ndarray]) -> dict[str, float]:
-    """Scores of one set with vectors of one width.
+    """Score one evaluation set with embeddings of one width.
 
     Args:
-        evalset: from ``load_eval``.
-        encode: (texts, role) -> (n, D) float32, rows of length one.
+        evalset: evaluation set from ``load_eval``.
+        encode: function from n texts and a role ("query" or "document") to (n, D) float32 unit rows.
+
+    Returns:
+        {metric: score}
+
+    Raises:
+        ValueError: ``encode`` returns a wrong shape.
+        JasperError: An embedding contains NaN or infinity.
     """
 
-    def one(texts: list[str], role: str) -> dict[int, np.ndarray]:
+    def encode_widths(texts: list[str], role: str) -> dict[int, np.ndarray]:
         vectors = encode(texts, role)
         return {vectors.shape[1]: vectors}
 
-    ((_, scores),) = evaluate_widths(evalset, one).items()
+    ((_, scores),) = evaluate_widths(evalset, encode_widths).items()
     return scores
 
 
 def teacher_floors(train_vectors: np.ndarray, widths: Sequence[int]) -> dict[str, dict[int, Reduce]]:
-    """What can be had without training: the teacher's vectors made narrow by PCA, and by keeping the first coordinates.
+    """Fit the floors, which reduce the teacher's embeddings without training: PCA, and the first coordinates.
 
     Args:
-        train_vectors: (n, D) teacher vectors of training texts, on which PCA is fitted (centred).
-        widths: those below D are used; PCA also needs as many vectors as coordinates.
+        train_vectors: (n, D) teacher embeddings of training texts, which fit a centred PCA.
+        widths: target widths. Widths of D and more are ignored. PCA also ignores widths above n.
 
     Returns:
-        {"teacher PCA": {width: reduce}, "teacher truncated": {width: reduce}}; ``reduce`` maps (m, D) to (m, width)
-        float32, rows of length one.
+        {"teacher PCA": {width: reduce}, "teacher truncated": {width: reduce}}, where ``reduce`` maps (m, D) to
+        (m, width) float32 unit rows.
     """
     from sklearn.decomposition import PCA as Projection
 
@@ -129,28 +150,35 @@ def score_rows(
     precisions: Sequence[str] = ("float32",),
     ranges: Mapping[int, np.ndarray] | None = None,
 ) -> list[Row]:
-    """One row per model, width and precision with its scores on every set, widest first.
+    """Score models on evaluation sets, with one row per model, width and precision, widest first.
 
     Args:
-        evalsets: the sets.
-        encoders: the models by name; every text is encoded once by each.
-        floors: from ``teacher_floors``; they reduce the vectors of the encoder named "teacher".
-        precisions: of ``codes.PRECISIONS``; a row of codes names its ``precision``.
-        ranges: of int8 codes, by width; where there are none, the set's own vectors give them.
+        evalsets: evaluation sets.
+        encoders: encode functions by model name. Each encodes every text once.
+        floors: result of ``teacher_floors``, applied to the embeddings of the model "teacher". None means no floors.
+        precisions: precisions to score, from ``PRECISIONS``. Rows other than float32 have a field ``precision``.
+        ranges: (2, width) ranges of int8 codes by width. Without them, each set's own embeddings give the ranges.
+
+    Returns:
+        Rows {"model": name, "width": width, "scores": {"set/metric": score}}.
+
+    Raises:
+        ValueError: An encode function returns a wrong shape.
+        JasperError: An embedding contains NaN or infinity.
     """
     scores: dict[tuple[str, int, str], dict[str, float]] = {}
 
     def add(model: str, width: int, evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> None:
         for precision in precisions:
-            found = score_codes(evalset, vectors, precision, (ranges or {}).get(width))
-            named = {f"{evalset.name}/{metric}": value for metric, value in found.items()}
-            scores.setdefault((model, width, precision), {}).update(named)
+            metrics = score_codes(evalset, vectors, precision, (ranges or {}).get(width))
+            row_scores = {f"{evalset.name}/{metric}": value for metric, value in metrics.items()}
+            scores.setdefault((model, width, precision), {}).update(row_scores)
 
     from tqdm import tqdm
 
-    turns = tqdm([(model, evalset) for model in encoders for evalset in evalsets], unit="set", leave=False)
-    for model, evalset in turns:
-        turns.set_description(f"evaluating the {model} on {evalset.name}")
+    progress = tqdm([(model, evalset) for model in encoders for evalset in evalsets], unit="set", leave=False)
+    for model, evalset in progress:
+        progress.set_description(f"evaluating the {model} on {evalset.name}")
         for width, vectors in sorted(embed(evalset, encoders[model]).items(), reverse=True):
             add(model, width, evalset, vectors)
             if model == TEACHER:
@@ -158,13 +186,13 @@ def score_rows(
                     for narrow, reduce in reduces.items():
                         add(floor, narrow, evalset, {group: reduce(v) for group, v in vectors.items()})
     return [
-        {"model": model, "width": width, **({"precision": p} if p != "float32" else {}), "scores": found}
-        for (model, width, p), found in scores.items()
+        {"model": model, "width": width, **({"precision": p} if p != "float32" else {}), "scores": row_scores}
+        for (model, width, p), row_scores in scores.items()
     ]
 
 
 def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
-    """Make the ``primary`` and ``sets`` fields of results.json; the first set's first metric is the primary one."""
+    """Build the ``primary`` and ``sets`` fields of results.json. The first set's first metric is the primary one."""
     return {
         "primary": {"set": evalsets[0].name, "metric": evalsets[0].metrics[0]},
         "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0], **_remarks(s)} for s in evalsets],
@@ -177,7 +205,7 @@ def _remarks(evalset: EvalSet) -> dict[str, str]:
 
 
 def remark_lines(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Make a line for each set of results.json that has remarks, such as judgements of absent documents."""
+    """Return a line for each set of results.json with remarks, such as judgements of missing documents."""
     return [f"{s['name']}: {s['remarks']}" for s in sets if s.get("remarks")]
 
 
@@ -189,19 +217,23 @@ def evaluate_run(
     train_vectors: np.ndarray | None,
     ranges: Mapping[int, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """The scores of results.json: teacher, its floors, the student before and after.
+    """Compute the scores of results.json: the teacher, its floors, and the student before and after training.
 
     Args:
-        config: the run's; its teachers encode the sets (kept in ``data.cache`` for the next run).
-        evalsets: from ``load_evals(config.evaluate)``.
-        before: the undistilled student, or its rows from ``score_rows`` where they were kept.
-        student: the trained one, all its widths.
-        train_vectors: (n, D) float32 teacher vectors of (some) training texts, for the floors; None: no floors.
-        ranges: of the student's int8 codes, by width.
+        config: the run's configuration. Its teachers encode the sets, and ``data.cache`` stores their embeddings.
+        evalsets: evaluation sets from ``load_evals(config.evaluate)``.
+        before: encode function of the untrained student, or its stored rows from ``score_rows``.
+        student: encode function of the trained student, with all its widths.
+        train_vectors: (n, D) float32 teacher embeddings of training texts, which fit the floors. None means no floors.
+        ranges: (2, width) ranges of the student's int8 codes by width. Without them, each set's own embeddings give
+            the ranges.
 
     Returns:
-        ``primary``, ``sets``, ``rows`` and ``codes`` (the student's rows as int8 and as bits) of results.json; teacher
-        rows are absent where a teacher is a file of vectors. An empty dict where there is nothing to evaluate on.
+        ``primary``, ``sets``, ``rows`` and ``codes`` (quantized rows of the student) of results.json. A teacher without
+        a model, such as a file of embeddings, has no rows. Without evaluation sets the dict is empty.
+
+    Raises:
+        JasperError: An embedding contains NaN or infinity, or a teacher cannot be loaded.
     """
     if not evalsets:
         return {}
@@ -217,7 +249,11 @@ def evaluate_run(
 
 
 def scores_table(rows: Sequence[Row]) -> str:
-    """Rows as a table for the terminal: per cent, and beside each model what share of the teacher it kept."""
+    """Format rows as a text table of scores in per cent, with each score's fraction of the teacher's in brackets.
+
+    Args:
+        rows: rows from ``score_rows``.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     teacher: dict[str, float] = next(
         (row["scores"] for row in rows if row["model"] == TEACHER and "precision" not in row), {}
@@ -236,62 +272,78 @@ def scores_table(rows: Sequence[Row]) -> str:
         for line in table
     ]
     lines.insert(1, "-" * len(lines[0]))
-    note = "per cent" + ("; in brackets the share of the teacher's score that was kept" if teacher else "")
+    note = "Scores in per cent." + (" In brackets: per cent of the teacher's score." if teacher else "")
     return "\n".join([*lines, note])
 
 
 def kept_share(score: float | None, teacher: float | None) -> float | None:
-    """Per cent of the teacher's score; None where either is missing or the teacher's is not positive."""
+    """Return the score in per cent of the teacher's, or None if either is missing or the teacher's is not positive."""
     return None if score is None or teacher is None or teacher <= 0 else 100 * score / teacher
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate a model on sets from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.evaluate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    parser.add_argument("data", nargs="*", help="BEIR folder, similarity TSV, classification folder, or: docstrings")
-    parser.add_argument("--teacher", help="the model to compare with, in the same forms")
-    parser.add_argument("--widths", metavar="N,N", type=_widths, help="e.g. 384,128; default: every head of the model")
-    parser.add_argument("--json", metavar="FILE", help="write the scores there as well")
-    parser.add_argument(
-        "--max-length", type=whole_number, metavar="N", help="tokens per text; default: each model's own"
-    )
-    parser.add_argument("--limit", type=whole_number, metavar="N", help="at most N queries or pairs per set")
-    parser.add_argument("--precision", default="float32", help=f"of {', '.join(PRECISIONS)}, with commas between")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model brings, where you trust its authors"
-    )
-    given = parser.parse_args(argv)
-    for model in filter(None, (given.model, given.teacher)):
+    """Evaluate a model on sets from the command line.
+
+    Args:
+        argv: command-line arguments.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        JasperError: An argument is wrong, or a model or evaluation set cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    for model in filter(None, (arguments.model, arguments.teacher)):
         check_model_argument(model, "evaluate")
-    if not given.data:
-        raise JasperError("evaluate: no evaluation set is given. Fix: name one after the model, e.g. docstrings")
-    precisions = known_precisions(given.precision)
-    if given.json is not None:
-        check_file(given.json)
-    evalsets = load_evals([EvalConfig(path=path, limit=given.limit) for path in given.data])
-    trusted = given.trust_remote_code
-    student = model_encoder(load_model(given.model, given.max_length, trust_remote_code=trusted), given.widths)
-    if given.teacher:
-        teacher = load_model(given.teacher, given.max_length, trust_remote_code=trusted)
+    if not arguments.data:
+        raise JasperError("evaluate: no evaluation set is given. Fix: add one after the model, e.g. docstrings")
+    precisions = known_precisions(arguments.precision)
+    if arguments.json is not None:
+        check_file(arguments.json)
+    evalsets = load_evals([EvalConfig(path=path, limit=arguments.limit) for path in arguments.data])
+    max_length, trusted = arguments.max_length, arguments.trust_remote_code
+    student = model_encoder(load_model(arguments.model, max_length, trust_remote_code=trusted), arguments.widths)
+    if arguments.teacher:
+        teacher = load_model(arguments.teacher, max_length, trust_remote_code=trusted)
         _, heads = routes(teacher)
         encoders = {TEACHER: model_encoder(teacher, [max(heads)] if heads else None), STUDENT: student}
     else:
         encoders = {"model": student}
-    rows = score_rows(evalsets, encoders, None, precisions, read_ranges(given.model))
+    rows = score_rows(evalsets, encoders, None, precisions, read_ranges(arguments.model))
     sets = describe_sets(evalsets)
     print("\n".join([scores_table(rows), *remark_lines(sets["sets"])]))
-    if given.json:
-        content = {"model": given.model, "teacher": given.teacher, "max_length": given.max_length, "limit": given.limit}
-        write_atomic(Path(given.json), json.dumps(content | sets | {"rows": rows}, indent=1) + "\n")
+    if arguments.json:
+        settings = {name: getattr(arguments, name) for name in ("model", "teacher", "max_length", "limit")}
+        write_atomic(Path(arguments.json), json.dumps(settings | sets | {"rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jasper_fast.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="run folder, path, name, or package:import_name/folder")
+    parser.add_argument("data", nargs="*", help="BEIR folder, similarity TSV, classification folder, or: docstrings")
+    parser.add_argument("--teacher", help="model to compare with, in the same forms")
+    parser.add_argument("--widths", metavar="N,N", type=_widths, help="e.g. 384,128; default: every head of the model")
+    parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    parser.add_argument(
+        "--max-length", type=whole_number, metavar="N", help="maximum tokens per text; default: each model's own"
+    )
+    parser.add_argument("--limit", type=whole_number, metavar="N", help="at most N queries or pairs per set")
+    parser.add_argument("--precision", default="float32", help=f"comma-separated, from {', '.join(PRECISIONS)}")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run a model's own code; only if you trust its authors"
+    )
+    return parser
 
 
 def _widths(text: str) -> list[int]:
     try:
         return [whole_number(part.strip()) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        raise JasperError(f"--widths takes numbers with commas between, e.g. 384,128; got {text!r}") from None
+        raise JasperError(
+            f"--widths takes numbers separated by commas (got {text!r}). Fix: give e.g. 384,128"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Score the vectors of one evaluation set, from 0 to 1 (Spearman from -1)."""
+"""Metrics of one evaluation set, from 0 to 1 (Spearman from -1)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from jasper_fast.errors import JasperError
 from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
 from jasper_fast.mips import topk
 
-DEPTH = 100  # documents kept per query: what recall@100 needs
-DEEPEST = 1000  # documents kept where several have the score of the last: as many as BEIR and mteb keep
+DEPTH = 100  # ranked documents per query, for recall@100
+DEEPEST = 1000  # ranked documents per query if several tie with the last: the depth of BEIR and mteb
 
 Ranking = tuple[list[float], list[int]]  # scores and positions of a query's documents, best first
 
 
 def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The metrics of one set.
+    """Compute the metrics of one evaluation set.
 
     Args:
-        evalset: the set.
-        vectors: per group of ``evalset.groups()``, (n, D) float32, rows of length one.
+        evalset: evaluation set.
+        vectors: (n, D) float32 unit rows for each group of ``evalset.groups()``.
 
     Returns:
-        a score for every name in ``evalset.metrics``.
+        {metric: score} for every name in ``evalset.metrics``.
 
     Raises:
-        JasperError: a vector holds NaN or infinity.
+        JasperError: An embedding contains NaN or infinity.
     """
     for group, array in vectors.items():
         if bad := int((~np.isfinite(array).all(axis=1)).sum()):
-            raise JasperError(f"{evalset.name}: {bad} of {len(array)} vectors of its {group} hold NaN or infinity")
+            raise JasperError(
+                f"{evalset.name}: {bad} of {len(array)} embeddings in group {group!r} contain NaN or infinity. "
+                "Fix: check the model, or evaluate it in float32"
+            )
     if isinstance(evalset, RetrievalSet):
         depth = DEPTH + bool(evalset.itself)
         return _retrieval(evalset, _rankings(vectors["queries"], vectors["documents"], depth))
@@ -44,15 +47,22 @@ def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[s
 def score_codes(
     evalset: EvalSet, vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray | None = None
 ) -> dict[str, float]:
-    """The metrics of one set with vectors stored as codes, both sides of every comparison.
+    """Compute the metrics of one evaluation set with quantized embeddings on both sides of every comparison.
 
-    "ubinary+rescore" lets bits find ``CANDIDATES`` documents and puts them in order by the query's float32 vector
-    against the documents' int8 codes; sets without search have no such score.
+    "ubinary+rescore" retrieves ``CANDIDATES`` documents by bits. It reranks them by the inner product of the query's
+    float32 embedding and the documents' int8 codes. Only retrieval sets have this score.
 
     Args:
-        evalset, vectors: as in ``score_vectors``.
-        precision: one of ``codes.PRECISIONS``.
-        ranges: see ``codes.coded``.
+        evalset: evaluation set.
+        vectors: (n, D) float32 unit rows for each group of ``evalset.groups()``.
+        precision: one of ``PRECISIONS``.
+        ranges: (2, D) ranges of int8 codes. None computes them from the set's largest group.
+
+    Returns:
+        {metric: score}, empty if the precision does not apply to the set.
+
+    Raises:
+        JasperError: An embedding contains NaN or infinity.
     """
     if precision == "float32":
         return score_vectors(evalset, vectors)
@@ -64,18 +74,20 @@ def score_codes(
     if not isinstance(evalset, RetrievalSet):
         return {}
     fine = coded(vectors, "int8", ranges)["documents"]
-    found = top_documents(plain["queries"], plain["documents"], CANDIDATES)
-    scores = np.einsum("qd,qkd->qk", vectors["queries"], fine[found])
-    return _retrieval(evalset, list(zip(scores.tolist(), found.tolist(), strict=True)))
+    candidates = top_documents(plain["queries"], plain["documents"], CANDIDATES)
+    scores = np.einsum("qd,qkd->qk", vectors["queries"], fine[candidates])
+    return _retrieval(evalset, list(zip(scores.tolist(), candidates.tolist(), strict=True)))
 
 
 def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarray:
-    """The k documents of highest inner product per query, ties by the lower index.
+    """Return the indices of the k documents with the highest inner product for each query.
+
+    The lower index wins a tie.
 
     Args:
         queries: (Q, D) float32.
         documents: (N, D) float32.
-        k: how many; at most N.
+        k: number of documents. A larger number than N means N.
 
     Returns:
         (Q, k) int64, best first.
@@ -84,25 +96,25 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
 
 
 def _rankings(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Ranking]:
-    """Rank ``depth`` documents per query, and one more; more still where the score of the last is that of others."""
-    scores, found = topk(queries, documents, min(depth + 1, len(documents)))
-    rankings = list(zip(scores.tolist(), found.tolist(), strict=True))
+    """Rank ``depth + 1`` documents per query, or ``DEEPEST`` documents if the last two of them tie."""
+    scores, positions = topk(queries, documents, min(depth + 1, len(documents)))
+    rankings = list(zip(scores.tolist(), positions.tolist(), strict=True))
     if len(documents) > depth + 1:
         tied = np.flatnonzero(scores[:, depth] == scores[:, depth - 1])
         deeper = topk(queries[tied], documents, min(DEEPEST, len(documents))) if len(tied) else ((), ())
-        for query, more, positions in zip(tied, *deeper, strict=True):
-            rankings[query] = more.tolist(), positions.tolist()
+        for query, deeper_scores, deeper_positions in zip(tied, *deeper, strict=True):
+            rankings[query] = deeper_scores.tolist(), deeper_positions.tolist()
     return rankings
 
 
 def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, float]:
-    """Score rankings with pytrec_eval, as BEIR and mteb call it; a query's own document does not count.
+    """Score rankings with pytrec_eval, as BEIR and mteb do, without each query's own document.
 
-    Absent documents stay in the ideal ranking. Queries without a relevant document score 0.
+    Documents missing from the corpus stay in the ideal ranking. Queries without a relevant document score 0.
     """
     import pytrec_eval
 
-    def name(document: int) -> str:  # trec_eval ranks equal scores by name, the last name first
+    def name(document: int) -> str:  # trec_eval breaks ties by name, the last name first
         return evalset.ids[document] if evalset.ids else f"{2 * 10**9 - document}"
 
     itself = evalset.itself or [-1] * len(rankings)
@@ -112,7 +124,8 @@ def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, 
     }
     judged = {str(q): {name(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
     scores = list(pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values())
-    scores += [{"ndcg_cut_10": 0.0, "recall_100": 0.0}] * (len(rankings) - len(scores))  # nothing relevant: left out
+    # pytrec_eval leaves out queries without a relevant document.
+    scores += [{"ndcg_cut_10": 0.0, "recall_100": 0.0}] * (len(rankings) - len(scores))
     return {
         "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
         "recall@100": float(np.mean([s["recall_100"] for s in scores])),
@@ -124,7 +137,7 @@ def _spearman(left: np.ndarray, right: np.ndarray, gold: list[float]) -> float:
 
     cosines = np.einsum("nd,nd->n", left, right, dtype=np.float64)
     if np.ptp(cosines) == 0:
-        return 0.0  # a collapsed model says nothing about the order; scipy would give NaN
+        return 0.0  # a collapsed model has no order, for which scipy returns NaN
     return float(spearmanr(cosines, gold).statistic)
 
 

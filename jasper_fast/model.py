@@ -1,7 +1,7 @@
 """The student: a Hugging Face text encoder, mean pooling over its tokens, and one linear head per width.
 
-The encoder's own dropout is switched off. Teacher vectors are deterministic targets, the paper's dropout acts on the
-pooled vector, and without it a forward pass is a function of the weights and the text alone.
+The encoder's dropout is off, because teacher embeddings are deterministic targets. The paper's dropout acts on the
+pooled embedding. Without that, a forward pass depends on the weights and the text alone.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from jasper_fast.pretrained import (
 from jasper_fast.probes import LONG, SHORT, explained, find_batching
 from jasper_fast.vision import VisionTower
 
-FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # what architectures call the norm after their last layer
+FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # names of the norm after the last layer
 
 
 class Student(nn.Module):
-    """A text encoder with heads; parameters are named ``encoder.…`` and ``heads.<width>.weight|bias``.
+    """Text encoder with one linear head per width.
 
-    With ``vision`` it reads pictures as well; parameters ``vision.tower.…`` and ``vision.marks``.
+    Parameters are named ``encoder.…`` and ``heads.<width>.weight|bias``. A student with ``vision`` also reads images.
+    It also has the parameters ``vision.tower.…`` and ``vision.marks``.
 
     Args:
-        encoder: a Hugging Face model that returns ``last_hidden_state`` (B, L, H).
-        tokenizer: its tokenizer; it must be able to pad.
-        config: widths, prompts, lengths and dropout.
+        encoder: Hugging Face model that returns ``last_hidden_state`` (B, L, H).
+        tokenizer: tokenizer of the encoder, with a padding token.
+        config: head widths, prompts, maximum length and dropout.
     """
 
     def __init__(self, encoder: nn.Module, tokenizer: Any, config: StudentConfig) -> None:
@@ -59,9 +60,9 @@ class Student(nn.Module):
         }
         self.token_types = token_type_template(tokenizer, encoder)
         self._layers = layer_list(encoder)
-        owned = self.widths if config.head_type == "independent" else self.widths[:1]
-        self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in owned})
-        if config.head_init == "identity":  # a student cut out of its teacher is near it from the start
+        head_widths = self.widths if config.head_type == "independent" else self.widths[:1]
+        self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in head_widths})
+        if config.head_init == "identity":  # a student made of its teacher's layers starts close to the teacher
             head: Any
             for head in self.heads.values():
                 nn.init.eye_(head.weight)
@@ -70,22 +71,25 @@ class Student(nn.Module):
 
     @classmethod
     def build(cls, config: StudentConfig) -> Student:
-        """Load the encoder and its tokenizer, keep the chosen layers, and make new heads from torch's current seed.
+        """Load the encoder and its tokenizer, keep the configured layers, and initialise the heads.
 
-        Weights are float32. Heads depend on the seed alone, not on what loading drew.
+        Weights are float32. The heads depend on torch's current seed alone, not on random numbers drawn by loading.
+
+        Args:
+            config: the ``student`` section of a configuration.
 
         Raises:
-            JasperError: the model cannot be found or used as asked; the message says what to type.
+            JasperError: The model is missing, or cannot be used as configured. The message says how to fix it.
         """
         for prompt in (config.prompts.query, config.prompts.document):
-            prompt_prefix(prompt)  # refuses before anything is loaded
+            prompt_prefix(prompt)  # rejects a bad prompt before the model is loaded
         with torch.random.fork_rng(devices=[]):
             encoder, tokenizer = load_encoder(config)
             if config.layers is not None:
                 encoder = keep_layers(encoder, config.layers)
         check_max_length(encoder, config.max_length)
         tokenizer.model_max_length = config.max_length
-        encoder.train()  # from_pretrained gives evaluation mode, which would switch gradient checkpointing off
+        encoder.train()  # from_pretrained sets evaluation mode, which would disable gradient checkpointing
         student = cls(encoder, tokenizer, config)
         student._check_encoder()
         if config.bidirectional and make_bidirectional(encoder):
@@ -98,7 +102,7 @@ class Student(nn.Module):
         """Reject an encoder that cannot run, or whose embeddings depend on padding.
 
         Raises:
-            JasperError: either, or embeddings that are not finite.
+            JasperError: The encoder fails, its embeddings depend on padding, or they are not finite.
         """
         name, architecture, training = self.config.model, type(self.encoder).__name__, self.training
         self.eval()
@@ -114,52 +118,63 @@ class Student(nn.Module):
                 )
         if batching != "padded":
             raise JasperError(
-                f"{name}: {architecture} does not honour the attention mask, so a text's embedding changes with the "
-                f"padding next to it and training would learn the batches. Fix: {OTHER_STUDENT}"
+                f"{name}: {architecture} does not honour the attention mask. A text's embedding would change with the "
+                f"padding in its batch. Fix: {OTHER_STUDENT}"
             )
 
     @property
     def hidden_size(self) -> int:
+        """Width H of the encoder's states."""
         return int(self.encoder.config.hidden_size)
 
     @property
     def num_layers(self) -> int:
+        """Number of encoder layers."""
         return len(self._named_layers()[1])
 
     @property
     def device(self) -> torch.device:
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     def tokenize(
         self, texts: Sequence[str], roles: str | Sequence[str] = "document", max_length: int | None = None
     ) -> list[list[int]]:
-        """Token ids of each text with its role's prompt and special tokens, cut to ``max_length``, without padding.
+        """Tokenize texts with their role's prompt and special tokens, truncated but not padded.
 
         Args:
             texts: N texts.
-            roles: "query" or "document", one for all or one per text.
-            max_length: tokens, special ones included; None: the student's.
+            roles: "query" or "document", one for all texts or one per text.
+            max_length: maximum number of tokens, special tokens included. None means the student's.
+
+        Returns:
+            N lists of token ids, none of them empty.
         """
-        each = itertools.repeat(roles, len(texts)) if isinstance(roles, str) else roles
-        prompted = [self.prefixes[role] + text for role, text in zip(each, texts, strict=True)]
+        text_roles = itertools.repeat(roles, len(texts)) if isinstance(roles, str) else roles
+        prompted = [self.prefixes[role] + text for role, text in zip(text_roles, texts, strict=True)]
         if not prompted:
             return []
         encoded = self.tokenizer(
             prompted, truncation=True, max_length=max_length or self.max_length, return_attention_mask=False
         )
-        # A tokenizer without special tokens makes nothing of an empty text; one token keeps its mean defined.
+        # Without special tokens an empty text has no tokens. One padding token keeps its mean defined.
         return [ids or [self.tokenizer.pad_token_id] for ids in encoded["input_ids"]]
 
     def pool(self, token_ids: Sequence[Sequence[int]] | Tensor, device: torch.device | str | None = None) -> Tensor:
-        """Encode one micro-batch and average the token states of each text, prompt and special tokens included.
+        """Encode one micro-batch and average the token states of each text or image.
+
+        The mean of a text includes its prompt and special tokens. The mean of an image excludes the image-start and
+        image-end embeddings.
 
         Args:
-            token_ids: B lists of ids, none empty; padded here on the right to the longest of them. Or pictures,
-                (B, 3, side, side) with values 0..255; the marks around a picture's tokens are left out of its mean.
-            device: where the encoder is; None: asked of the parameters.
+            token_ids: B lists of token ids, none of them empty, or B images (B, 3, side, side) with values 0..255.
+            device: device of the encoder. None means the device of the parameters.
 
         Returns:
-            (B, H) float32, whatever autocast the caller set.
+            (B, H) float32, also under autocast. float64 weights give float64.
+
+        Raises:
+            JasperError: The batch holds images, but the student has no vision tower.
         """
         device = torch.device(device) if device is not None else self.device
         if isinstance(token_ids, Tensor):
@@ -171,113 +186,132 @@ class Student(nn.Module):
         if self.token_types is not None:
             types, _ = pad([self.token_types.of(len(row)) for row in token_ids], 0)
             inputs["token_type_ids"] = types.to(device, non_blocking=True)
-        if mask is None:  # nothing is padded: no mask to build, and attention takes its fastest path
+        if mask is None:  # equal lengths: without a mask, attention takes its fastest path
             states = self.encoder(**inputs).last_hidden_state  # (B, L, H)
             return _at_least_fp32(states).mean(dim=1)  # (B, H)
         mask = mask.to(device, non_blocking=True)
         states = self.encoder(**inputs, attention_mask=mask.long()).last_hidden_state  # (B, L, H)
         states = _at_least_fp32(states)
-        share = (mask / mask.sum(dim=1, keepdim=True, dtype=states.dtype)).unsqueeze(1)  # (B, 1, L): of the mean
+        token_weights = (mask / mask.sum(dim=1, keepdim=True, dtype=states.dtype)).unsqueeze(1)  # (B, 1, L)
         with torch.autocast(device.type, enabled=False):
-            return torch.bmm(share, states).squeeze(1)  # (B, H)
+            return torch.bmm(token_weights, states).squeeze(1)  # (B, H)
 
     def project(
         self, pooled: Tensor, widths: Iterable[int] | None = None, dropout: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """The heads' vectors, not normalised. In training one dropout mask on the pooled vector serves all heads.
+        """Apply the heads to pooled embeddings, without normalisation.
+
+        In training mode, all heads share one dropout mask on the pooled embedding.
 
         Args:
             pooled: (B, H) float32.
-            widths: which heads; None: all.
-            dropout: (B, H) the mask's factors; None: drawn here.
+            widths: widths of the heads to apply. None means all heads.
+            dropout: (B, H) factors of the dropout mask. None draws the mask here.
 
         Returns:
-            {width: (B, width) float32}, in the order asked for.
+            {width: (B, width) float32}, in the requested order.
 
         Raises:
-            ValueError: the vectors are not H wide, or there is no such head.
+            ValueError: The pooled embeddings are not (B, H), or the student has no head of a requested width.
         """
         if pooled.ndim != 2 or pooled.shape[1] != self.hidden_size:
-            raise ValueError(f"expected pooled vectors of shape (B, {self.hidden_size}), got {tuple(pooled.shape)}")
-        wanted = self.widths if widths is None else list(widths)
-        unknown = [width for width in wanted if width not in self.widths]
+            raise ValueError(
+                f"project: wrong shape of pooled embeddings (got {tuple(pooled.shape)}, expected "
+                f"(B, {self.hidden_size})). Fix: pass what Student.pool returns"
+            )
+        requested = self.widths if widths is None else list(widths)
+        unknown = [width for width in requested if width not in self.widths]
         if unknown:
-            raise ValueError(f"no heads of width {unknown}; the student has {self.widths}")
+            raise ValueError(
+                f"project: the student has no heads of width {unknown} (expected some of {self.widths}). "
+                "Fix: request widths in student.heads"
+            )
         if dropout is not None:
             pooled = pooled * dropout
         else:
             pooled = F.dropout(pooled, self.config.vector_dropout, self.training)
         if self.config.head_type == "prefix":
             widest = _at_least_fp32(self.heads[str(self.widths[0])](pooled))
-            return {width: widest[:, :width] for width in wanted}
-        return {width: _at_least_fp32(self.heads[str(width)](pooled)) for width in wanted}
+            return {width: widest[:, :width] for width in requested}
+        return {width: _at_least_fp32(self.heads[str(width)](pooled)) for width in requested}
 
     def head(self, width: int) -> tuple[Tensor, Tensor]:
-        """Weight (width, H) and bias (width,) of the linear map to one width, detached."""
+        """Return the weight (width, H) and bias (width,) of one head, detached."""
         linear: Any = self.heads[str(width if self.config.head_type == "independent" else self.widths[0])]
         return linear.weight.detach()[:width], linear.bias.detach()[:width]
 
     def layer_parameters(self, last_n: int) -> list[str]:
-        """Names of the parameters of the last ``last_n`` encoder layers, and of a norm that follows the last one.
+        """Return the parameter names of the last ``last_n`` encoder layers and of the final norm.
+
+        Args:
+            last_n: number of layers.
 
         Raises:
-            JasperError: there are fewer layers than that.
+            JasperError: The encoder has fewer layers, or no single list of layers.
         """
         path, layers = self._named_layers()
         if last_n > len(layers):
-            raise JasperError(f"last_layers is {last_n}, but the student has {len(layers)} layers; give at most that")
+            raise JasperError(
+                f"last_layers: the student has {len(layers)} layers (got {last_n}). Fix: give at most {len(layers)}"
+            )
         if last_n <= 0:
             return []
         parent, _, _ = path.rpartition(".")
-        kept = [f"{path}.{i}." for i in range(len(layers) - last_n, len(layers))]
-        kept += [
+        prefixes = [f"{path}.{i}." for i in range(len(layers) - last_n, len(layers))]
+        prefixes += [
             f"{parent}.{name}." if parent else f"{name}."
             for name, _ in self.encoder.get_submodule(parent).named_children()
             if FINAL_NORM.fullmatch(name)
         ]
-        return [f"encoder.{name}" for name, _ in self.encoder.named_parameters() if name.startswith(tuple(kept))]
+        return [f"encoder.{name}" for name, _ in self.encoder.named_parameters() if name.startswith(tuple(prefixes))]
 
     @property
     def seeing(self) -> VisionTower:
         """The vision tower.
 
         Raises:
-            JasperError: the student has none.
+            JasperError: The student has no vision tower.
         """
         if self.vision is None:
-            raise JasperError("this student reads text alone; give it `student.vision` and a vision stage")
+            raise JasperError(
+                "student.vision: this student reads text alone. Fix: set `student.vision` and add a vision stage"
+            )
         return self.vision
 
     def set_gradient_checkpointing(self, on: bool | int) -> int:
-        """Recompute encoder layers in the backward pass instead of keeping their activations, or stop doing so.
+        """Switch gradient checkpointing on or off.
+
+        A checkpointed layer recomputes its activations in the backward pass instead of keeping them.
 
         Args:
-            on: True: every layer; a number: so many of the layers that take part in the backward pass, the first ones.
+            on: True for every layer, False for none. A number N means the first N layers of the backward pass.
 
         Returns:
-            how many layers will be computed twice.
+            Number of checkpointed layers.
 
         Raises:
-            JasperError: the architecture does not support it, or has fewer layers.
+            JasperError: The architecture does not support checkpointing, or the backward pass has fewer layers.
         """
         if on and not self.encoder.supports_gradient_checkpointing:
             raise JasperError(
-                f"{type(self.encoder).__name__} does not support gradient checkpointing; set gradient_checkpointing: "
-                "false and save memory with gradient_caching: true and a smaller micro_batch"
+                f"gradient_checkpointing: {type(self.encoder).__name__} does not support it. Fix: set "
+                "gradient_checkpointing: false, and save memory with gradient_caching: true and a smaller micro_batch"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the new names for these calls are not in every 5.x
+            warnings.simplefilter("ignore", FutureWarning)  # not every transformers 5.x has the new names
             if on:
                 self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                # Hugging Face makes the embeddings' output ask for a gradient, for the sake of adapters. Here it
-                # would build a graph through every frozen layer.
+                # Hugging Face makes the embedding output require a gradient, which adapters need. Here that would
+                # build a graph through every frozen layer.
                 self.encoder.disable_input_require_grads()
             elif self.encoder.supports_gradient_checkpointing:
                 self.encoder.gradient_checkpointing_disable()
             if self.vision is not None:
                 self.vision.set_gradient_checkpointing(bool(on))
-        if not on:
-            return 0
+        return self._limit_checkpointing(on) if on else 0
+
+    def _limit_checkpointing(self, on: bool | int) -> int:
+        """Switch checkpointing off again for all but the first ``on`` layers of the backward pass."""
         layers = list(self._named_layers()[1])
         lowest = min((i for i, a in enumerate(layers) if any(p.requires_grad for p in a.parameters())), default=0)
         backward = layers[lowest:]
@@ -285,16 +319,17 @@ class Student(nn.Module):
             return len(backward)
         if on > len(backward) or not all(hasattr(layer, "gradient_checkpointing") for layer in backward):
             raise JasperError(
-                f"gradient_checkpointing asks for {on} layers; {len(backward)} take part in the backward pass"
-                + ("" if on > len(backward) else f", and {type(self.encoder).__name__} can only checkpoint them all")
-                + "; give true or a smaller number"
+                f"gradient_checkpointing asks for {on} layers, but {len(backward)} take part in the backward pass"
+                + ("" if on > len(backward) else f", and {type(self.encoder).__name__} can only checkpoint all of them")
+                + ". Fix: give true"
+                + (f" or at most {len(backward)}" if on > len(backward) else "")
             )
         for layer in backward[on:]:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
         return int(on)
 
     def layers(self) -> list[nn.Module]:
-        """The encoder's layers, the first one first."""
+        """Return the encoder's layers, first to last."""
         return list(self._named_layers()[1])
 
     def _named_layers(self) -> tuple[str, nn.ModuleList]:
@@ -303,15 +338,20 @@ class Student(nn.Module):
         return self._layers, self.encoder.get_submodule(self._layers)
 
 
-def _at_least_fp32(vectors: Tensor) -> Tensor:
-    return vectors if vectors.dtype == torch.float64 else vectors.float()
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def prompt_prefix(prompt: str) -> str:
-    """What stands before the text. ``{text}`` may only end a prompt: sentence-transformers knows prefixes alone.
+    """Return the part of a prompt before the text.
+
+    ``{text}`` may only end a prompt, because sentence-transformers supports prefixes alone.
+
+    Args:
+        prompt: prefix, or prefix that ends in ``{text}``.
 
     Raises:
-        JasperError: something follows ``{text}``, or it stands there twice.
+        JasperError: Something follows ``{text}``, or the prompt contains it twice.
     """
     if problem := prompt_problem(prompt):
         raise JasperError(problem)
@@ -319,10 +359,14 @@ def prompt_prefix(prompt: str) -> str:
 
 
 def pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Pad lists of ids on the right to the longest.
+    """Pad lists of ids on the right to the longest list.
+
+    Args:
+        token_ids: B lists of ids.
+        pad_id: id of the padding token.
 
     Returns:
-        ids (B, L) int64, and a mask (B, L) bool that is True on tokens, or None where all are equally long.
+        Ids (B, L) int64, and a mask (B, L) bool that is True on tokens. The mask is None if all lengths are equal.
     """
     lengths = torch.tensor([len(ids) for ids in token_ids])
     flat = torch.tensor(list(itertools.chain.from_iterable(token_ids)), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""A Hugging Face text encoder made ready to be a student: found, loaded, shortened, without causal mask and dropout."""
+"""Hugging Face text encoders prepared as students: loading, layer choice, causal mask, padding and positions."""
 
 from __future__ import annotations
 
@@ -18,46 +18,36 @@ from jasper_fast.loading import check_tokenizer, embedding_rows, load_checked
 from jasper_fast.models import CANNOT_LOAD, first_line, resolve_model
 from jasper_fast.probes import FAILURES, explained
 
-NOT_PER_LAYER = ("architectures", "token_id", "tokens", "token_ids")  # endings of lists that are as long by chance
-POSITION_TABLES = ("position_embeddings", "wpe")  # names that architectures give the table
-OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT, Qwen and their kin work)"
+NOT_PER_LAYER = ("architectures", "token_id", "tokens", "token_ids")  # endings of lists that are not per layer
+POSITION_TABLES = ("position_embeddings", "wpe")  # endings of the position table's name
+OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT and Qwen work)"
 
 
 def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
-    """Load the Hugging Face model (float32, dropout off, no optional pooler) and tokenizer of a configuration.
+    """Load the Hugging Face model and tokenizer of a configuration.
+
+    Weights are float32. Dropout is off, and an optional pooler is removed.
+
+    Args:
+        config: the ``student`` section of a configuration.
+
+    Returns:
+        The model and its tokenizer, which pads on the right.
 
     Raises:
-        JasperError: the model is missing or needs custom code, its weights or tokenizer do not belong to it, or its
+        JasperError: The model is missing or needs custom code, its weights or tokenizer do not belong to it, or its
             architecture cannot be a student.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     source = transformer_folder(resolve_model(config.model))
     if (Path(source) / "adapter_config.json").is_file():
         raise JasperError(
-            f"{config.model}: the folder holds an adapter (adapter_config.json) beside or instead of a whole model. "
-            "Fix: merge it with PEFT's merge_and_unload() and save the result"
+            f"{config.model}: the folder holds an adapter (adapter_config.json), not a whole model alone. Fix: merge "
+            "it with PEFT's merge_and_unload() and save the result"
         )
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     saved = saved_settings(source)
-    try:
-        settings = AutoConfig.from_pretrained(source, **saved["config_args"], **options)
-        switch_dropout_off(settings)
-        if hasattr(settings, "use_cache"):
-            settings.use_cache = False  # a cache of keys and values is for generating text
-        arguments = options | {key: value for key, value in saved["model_args"].items() if key == "add_pooling_layer"}
-
-        def load(more: dict[str, Any]) -> Any:
-            return encoder_factory(settings).from_pretrained(
-                source, config=settings, dtype=torch.float32, **arguments, **more
-            )
-
-        encoder = load_checked(load, config.model)
-        tokenizer = AutoTokenizer.from_pretrained(source, **saved["tokenizer_args"], **options)
-    except CANNOT_LOAD as error:
-        raise JasperError(_cannot_load(config, source, error)) from error
+    encoder, tokenizer = _load_files(config, source, saved)
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
-        raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`; choose a text encoder")
+        raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`. Fix: choose a text encoder")
     drop_pooler(encoder)
     check_tokenizer(tokenizer, encoder, config.model)
     if saved["do_lower_case"]:
@@ -67,8 +57,36 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
     return encoder, tokenizer
 
 
+def _load_files(config: StudentConfig, source: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the model and tokenizer of a folder or hub name with its saved settings."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        settings = AutoConfig.from_pretrained(source, **saved["config_args"], **options)
+        switch_dropout_off(settings)
+        if hasattr(settings, "use_cache"):
+            settings.use_cache = False  # the key-value cache is for generating text
+        arguments = options | {key: value for key, value in saved["model_args"].items() if key == "add_pooling_layer"}
+
+        def load(more: dict[str, Any]) -> Any:
+            return encoder_factory(settings).from_pretrained(
+                source, config=settings, dtype=torch.float32, **arguments, **more
+            )
+
+        encoder = load_checked(load, config.model)
+        return encoder, AutoTokenizer.from_pretrained(source, **saved["tokenizer_args"], **options)
+    except CANNOT_LOAD as error:
+        raise JasperError(_cannot_load(config, source, error)) from error
+
+
 def encoder_factory(settings: Any) -> Any:
-    """The auto class that gives a text encoder alone: T5 and its kin would bring their decoder, with random weights.
+    """Return the auto class that loads a text encoder alone.
+
+    ``AutoModel`` would load T5 and similar models with their decoder, and with random weights for it.
+
+    Args:
+        settings: Hugging Face configuration of the model.
 
     Raises:
         JasperError: transformers has no class for the encoder alone.
@@ -80,17 +98,20 @@ def encoder_factory(settings: Any) -> Any:
         return AutoModelForTextEncoding
     if getattr(settings, "is_encoder_decoder", False):
         raise JasperError(
-            f"student.model: {type(settings).__name__} is of an encoder-decoder without an encoder class that can be "
+            f"student.model: {type(settings).__name__} belongs to an encoder-decoder model whose encoder cannot be "
             f"saved alone. Fix: {OTHER_STUDENT}"
         )
     return AutoModel
 
 
 def transformer_folder(source: str) -> str:
-    """The folder of the transformer inside a sentence-transformers folder; anything else comes back unchanged.
+    """Return the transformer's folder inside a sentence-transformers folder, or any other source unchanged.
+
+    Args:
+        source: model folder or hub name.
 
     Raises:
-        JasperError: the list of modules is damaged, or none of them is a transformer.
+        JasperError: The list of modules is damaged, or none of them is a transformer.
     """
     modules = Path(source) / "modules.json"
     if not modules.is_file():
@@ -98,13 +119,13 @@ def transformer_folder(source: str) -> str:
     try:
         listed = [(module["type"], module["path"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JasperError(f"{modules} is damaged ({error}); copy or download the model again") from error
+        raise JasperError(f"{modules} is damaged ({error}). Fix: copy or download the model again") from error
     for kind, path in listed:
         if kind.rpartition(".")[2] == "Transformer":
             return str(Path(source) / path) if path else source
     raise JasperError(
-        f"{source} is a sentence-transformers model without a transformer (static or bag-of-words embeddings); "
-        "choose one that has a transformer"
+        f"{source}: a sentence-transformers model without a transformer (static or bag-of-words embeddings). "
+        "Fix: choose one that has a transformer"
     )
 
 
@@ -116,50 +137,57 @@ def switch_dropout_off(settings: Any) -> None:
 
 
 def drop_pooler(encoder: Any) -> None:
-    """Remove a pooler where the architecture allows it. Mean pooling never uses it, so it would never be trained."""
+    """Remove the pooler if the architecture allows it. Mean pooling does not use it, so it would never be trained."""
     optional = "add_pooling_layer" in inspect.signature(type(encoder).__init__).parameters
     if optional and isinstance(getattr(encoder, "pooler", None), nn.Module):
         encoder.pooler = None
 
 
 def saved_settings(source: str) -> dict[str, Any]:
-    """What a sentence-transformers folder asks of its transformer, under any name that stock reads it by.
+    """Read the transformer settings of a sentence-transformers folder, under old or new field names.
+
+    Args:
+        source: model folder or hub name. A hub name has no such settings.
 
     Returns:
-        ``config_args``, ``model_args``, ``tokenizer_args`` (dicts) and ``do_lower_case``.
+        ``config_args``, ``model_args``, ``tokenizer_args`` (dicts) and ``do_lower_case`` (bool).
 
     Raises:
-        JasperError: the settings are damaged.
+        JasperError: The settings are damaged.
     """
     from sentence_transformers.base.modules import Transformer
 
-    found: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     if Path(source).is_dir():
         try:
-            found = Transformer.load_config(source)
+            stored = Transformer.load_config(source)
         except CANNOT_LOAD as error:
             raise JasperError(
                 f"{source}: its settings are damaged ({first_line(error)}). Fix: copy it again"
             ) from error
     new_names = {"config_args": "config_kwargs", "model_args": "model_kwargs", "tokenizer_args": "processor_kwargs"}
-    given = {old: {**(found.get(old) or {}), **(found.get(new) or {})} for old, new in new_names.items()}
-    for options in given.values():
-        for name in ("trust_remote_code", "revision"):  # the configuration decides these
+    arguments = {old: {**(stored.get(old) or {}), **(stored.get(new) or {})} for old, new in new_names.items()}
+    for options in arguments.values():
+        for name in ("trust_remote_code", "revision"):  # the run's configuration decides these
             options.pop(name, None)
-    return {**given, "do_lower_case": bool(found.get("do_lower_case"))}
+    return {**arguments, "do_lower_case": bool(stored.get("do_lower_case"))}
 
 
 def lowercase(tokenizer: Any, name: str) -> None:
-    """Make lower-casing part of the tokenizer itself, so that it is saved with it.
+    """Add lower-casing to the tokenizer itself, so that it is saved with it.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        name: model, for messages.
 
     Raises:
-        JasperError: a tokenizer in pure Python, which has no place for it.
+        JasperError: The tokenizer is written in pure Python and has no normalizer.
     """
     from tokenizers import normalizers
 
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise JasperError(
-            f"{name}: do_lower_case is not possible with {type(tokenizer).__name__}, a tokenizer in pure Python. Fix: "
+            f"{name}: do_lower_case does not work with {type(tokenizer).__name__}, a tokenizer in pure Python. Fix: "
             "choose a model with a fast tokenizer (tokenizer.json)"
         )
     backend = tokenizer.backend_tokenizer
@@ -168,24 +196,31 @@ def lowercase(tokenizer: Any, name: str) -> None:
 
 
 def give_pad_token(tokenizer: Any, encoder: Any, name: str) -> None:
-    """Let a tokenizer without a padding token pad with its end-of-text (or unknown) token; no embedding is added.
+    """Let a tokenizer without a padding token pad with its end-of-text or unknown token.
+
+    No embedding is added. The encoder's configuration gets the same padding id.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        encoder: Hugging Face model.
+        name: model, for messages.
 
     Raises:
-        JasperError: it has none of them.
+        JasperError: The tokenizer has none of these tokens.
     """
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
             raise JasperError(
-                f"{name}: its tokenizer has no padding, end-of-text or unknown token, so texts cannot be batched. Fix: "
-                'set one in tokenizer_config.json, e.g. "pad_token": "<|endoftext|>"'
+                f"{name}: texts cannot be batched, because its tokenizer has no padding, end-of-text or unknown token. "
+                'Fix: set one in tokenizer_config.json, e.g. "pad_token": "<|endoftext|>"'
             )
         tokenizer.pad_token = substitute
     encoder.config.pad_token_id = tokenizer.pad_token_id
 
 
 def layer_list(encoder: nn.Module) -> str | None:
-    """The path of the one list of modules that holds the layers, or None where layers are shared or hidden."""
+    """Return the path of the one module list that holds the layers, or None if layers are shared or hidden."""
     count = getattr(encoder.config, "num_hidden_layers", None)
     paths = [name for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
@@ -193,12 +228,16 @@ def layer_list(encoder: nn.Module) -> str | None:
 
 
 def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
-    """A model of the same architecture with the first ``layers`` layers, or with the ones listed, in that order.
+    """Build a model of the same architecture with some of its layers.
 
-    It is built anew from the shortened configuration, so what is trained is what a saved copy loads as.
+    The model is built from the shortened configuration, so a saved copy loads as the model that was trained.
+
+    Args:
+        encoder: Hugging Face model.
+        layers: number of layers to keep, first to last, or the indices of the layers to keep, in their new order.
 
     Raises:
-        JasperError: there is no such layer, or the architecture does not allow the choice.
+        JasperError: A layer does not exist, or the architecture does not allow the choice.
     """
     path = layer_list(encoder)
     if path is None:
@@ -207,7 +246,7 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     chosen = list(range(layers)) if isinstance(layers, int) else list(layers)
     if not chosen or max(chosen) >= total or len(set(chosen)) != len(chosen):
         raise JasperError(
-            f"student.layers is {layers}, but the model has {total} layers: give a number from 1 to {total}, "
+            f"student.layers: the model has {total} layers (got {layers}). Fix: give a number from 1 to {total}, "
             f"or distinct indices from 0 to {total - 1}, e.g. {list(range(0, total, 2))}"
         )
     settings = copy.deepcopy(encoder.config)
@@ -215,15 +254,7 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     for name, value in encoder.config.to_dict().items():
         if isinstance(value, list) and len(value) == total and not name.endswith(NOT_PER_LAYER):
             setattr(settings, name, [value[i] for i in chosen])  # e.g. layer_types, attention_window
-    position = {str(old): str(new) for new, old in enumerate(chosen)}
-    weights = {}
-    for name, value in encoder.state_dict().items():
-        if name.startswith(f"{path}."):
-            index, _, rest = name.removeprefix(f"{path}.").partition(".")
-            if index not in position:
-                continue
-            name = f"{path}.{position[index]}.{rest}"
-        weights[name] = value
+    weights = _weights_of_layers(encoder, path, chosen)
     try:
         shorter = type(encoder)(settings)
         drop_pooler(shorter)
@@ -236,14 +267,28 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     return shorter
 
 
+def _weights_of_layers(encoder: Any, path: str, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Select the weights of the chosen layers, renumbered, and all weights outside the layers."""
+    position = {str(old): str(new) for new, old in enumerate(chosen)}
+    weights = {}
+    for name, value in encoder.state_dict().items():
+        if name.startswith(f"{path}."):
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            if index not in position:
+                continue
+            name = f"{path}.{position[index]}.{rest}"
+        weights[name] = value
+    return weights
+
+
 def make_bidirectional(encoder: Any) -> bool:
-    """Take the causal mask from a decoder through its configuration, which sentence-transformers honours on loading.
+    """Remove a decoder's causal mask through its configuration, which sentence-transformers honours on loading.
 
     Returns:
-        whether there was a mask to take.
+        True if the encoder had a causal mask.
 
     Raises:
-        JasperError: the architecture keeps its causal mask nevertheless.
+        JasperError: The architecture keeps its causal mask.
     """
     with torch.random.fork_rng(devices=[]):
         causal = not sees_later_tokens(encoder)
@@ -252,16 +297,16 @@ def make_bidirectional(encoder: Any) -> bool:
     encoder.config.is_causal = False
     if not sees_later_tokens(encoder):
         raise JasperError(
-            f"{type(encoder).__name__} cannot be made bidirectional: it does not honour `is_causal: false` in its "
-            "configuration; set student.bidirectional: false, or choose another model (Qwen2, Qwen3, Llama, Mistral "
-            "and Gemma can)"
+            f"student.bidirectional: {type(encoder).__name__} does not honour `is_causal: false` in its configuration. "
+            "Fix: set student.bidirectional: false, or choose another model (Qwen2, Qwen3, Llama, Mistral and Gemma "
+            "can be bidirectional)"
         )
     return True
 
 
 @torch.no_grad()
 def sees_later_tokens(encoder: Any) -> bool:
-    """Whether another last token changes the state of the first, as it does without a causal mask."""
+    """Return True if the last token changes the state of the first, which a causal mask prevents."""
     training = encoder.training
     encoder.eval()
     size = embedding_rows(encoder) or 256
@@ -274,77 +319,83 @@ def sees_later_tokens(encoder: Any) -> bool:
 
 
 def check_max_length(encoder: Any, max_length: int, key: str = "student.max_length") -> None:
-    """Refuse texts longer than the encoder has positions for.
+    """Reject a maximum length beyond the encoder's positions.
 
     Args:
-        key: where the configuration asks for it.
+        encoder: Hugging Face model.
+        max_length: maximum length in tokens.
+        key: configuration field of the length, for messages.
 
     Raises:
-        JasperError: says the largest length possible.
+        JasperError: The encoder has fewer positions. The message gives the largest possible length.
     """
     limit = position_limit(encoder)
     if limit is not None and limit < max_length:
-        raise JasperError(f"{key} is {max_length}, but the model has {limit} positions; give at most {limit}")
+        raise JasperError(f"{key} is {max_length}, but the model has {limit} positions. Fix: give at most {limit}")
 
 
 def position_limit(encoder: Any) -> int | None:
-    """How many tokens an encoder has positions for; None where it names no limit."""
+    """Return the maximum number of tokens of an encoder, or None if it has no limit."""
     limit = position_table(encoder) or getattr(encoder.config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def position_table(encoder: Any) -> int | None:
-    """Tokens that an encoder's table of learned positions has rows for; None for an encoder without one."""
+    """Return the number of tokens that the learned position table covers, or None without such a table."""
     rows = None
     for name, module in encoder.named_modules():
         if name.endswith(POSITION_TABLES) and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from after the padding index
+            # RoBERTa and similar models start positions after the padding index.
             rows = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return rows
 
 
 def token_type_template(tokenizer: Any, encoder: Any) -> TokenTypes | None:
-    """Find the token types that a tokenizer gives a single text, or None where they are all 0 or not read.
+    """Find the token types that a tokenizer gives a single text, or None if they are all 0 or unused.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        encoder: Hugging Face model.
 
     Raises:
-        JasperError: the types are not the same for every text.
+        JasperError: The types depend on the text.
     """
-    read = "token_type_ids" in inspect.signature(encoder.forward).parameters
-    if not read or "token_type_ids" not in getattr(tokenizer, "model_input_names", ()):
+    accepted = "token_type_ids" in inspect.signature(encoder.forward).parameters
+    if not accepted or "token_type_ids" not in getattr(tokenizer, "model_input_names", ()):
         return None
     probes = ["one", "one two three", "a b c d e f g h", ""]
     encoded = tokenizer(probes, return_token_type_ids=True, return_special_tokens_mask=True)
     types, special = encoded["token_type_ids"], encoded["special_tokens_mask"]
     if not any(map(any, types)):
         return None
-    inner = [at for at, mark in enumerate(special[0]) if not mark] or [0]
+    inner = [position for position, is_special in enumerate(special[0]) if not is_special] or [0]
     template = TokenTypes(types[0][: inner[0]], types[0][inner[0]], types[0][inner[-1] + 1 :])
     if any(template.of(len(row)) != row for row in types):
         raise JasperError(
-            f"{type(tokenizer).__name__} gives token types that depend on the text ({types[1]}). Fix: remove "
-            "token_type_ids from model_input_names in tokenizer_config.json, or choose another student.model"
+            f"student.model: {type(tokenizer).__name__} gives token types that depend on the text (got {types[1]}). "
+            "Fix: remove token_type_ids from model_input_names in tokenizer_config.json, or choose another model"
         )
     return template
 
 
 class TokenTypes(NamedTuple):
-    """Token types of a single text: those of the special tokens before it, of the text, and of those after it."""
+    """Token types of a single text: of the special tokens before it, of its own tokens, and of those after it."""
 
     before: list[int]
     text: int
     after: list[int]
 
     def of(self, length: int) -> list[int]:
-        """The types of ``length`` tokens."""
+        """Return the types of a text of ``length`` tokens, special tokens included."""
         inner = length - len(self.before) - len(self.after)
         return self.before + [self.text] * inner + self.after
 
 
 def no_layers(encoder: nn.Module) -> str:
-    """Why an encoder's layers cannot be counted, and the mend."""
+    """Return the error message for an encoder whose layers cannot be counted."""
     return (
         f"{type(encoder).__name__} has no single list of {getattr(encoder.config, 'num_hidden_layers', '?')} layers "
-        "(some architectures share one layer's weights); leave student.layers empty and name parameters in `train`"
+        "(some architectures share one layer's weights). Fix: leave student.layers empty and name parameters in `train`"
     )
 
 
@@ -352,16 +403,16 @@ def _cannot_load(config: StudentConfig, source: str, error: Exception) -> str:
     reason = first_line(error)
     if "trust_remote_code" in str(error):
         return (
-            f"{config.model} brings code of its own, which is not run unless asked for: "
-            "read it, then set student.trust_remote_code: true"
+            f"{config.model}: the model needs its own code, which does not run by default. Fix: read the code, then "
+            "set student.trust_remote_code: true"
         )
     if Path(source).is_dir():
         return (
-            f"{source} could not be loaded as a Hugging Face text encoder: {reason}; where a file of it is damaged, "
-            "copy or download the model again"
+            f"{source} could not be loaded as a Hugging Face text encoder ({reason}). Fix: if a file is damaged, copy "
+            "or download the model again"
         )
     return (
-        f"the model {config.model!r} was not found: it is not a folder here, and could not be fetched ({reason}). Give "
-        'a folder, a "package:import_name/folder", or a hub name; where the hub cannot be reached, run '
-        f"`hf download {config.model}` where it can and give the folder"
+        f"student.model: the model {config.model!r} was not found. It is not a local folder and could not be fetched "
+        f'({reason}). Fix: give a folder, a "package:import_name/folder", or a hub name. Without access to the hub, '
+        f"run `hf download {config.model}` on another machine and give the folder"
     )

@@ -1,35 +1,53 @@
-"""Students that do not fit one device: weights, gradients and optimiser state sharded over the ranks (FSDP2).
+"""Weights, gradients and optimizer state sharded over the ranks (FSDP2), for students that do not fit one device.
 
-A sharded parameter is a DTensor. What is written to a checkpoint is always whole, so a run may go on with any number of
-ranks, sharded or not.
+A sharded parameter is a DTensor. Checkpoints always hold full tensors, so a run can resume with any number of ranks,
+sharded or not.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jasper_fast.model import Student
+
+class Shardable(Protocol):
+    """Parts of a student that :func:`shard` cuts or moves."""
+
+    @property
+    def encoder(self) -> Any:
+        """Text encoder."""
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """Linear heads by width."""
+
+    @property
+    def vision(self) -> nn.Module | None:
+        """Vision tower, or None."""
+
+    def layers(self) -> list[nn.Module]:
+        """Return the encoder's layers, first to last."""
 
 
-def shard(student: Student, device: torch.device, ranks: int) -> None:
-    """Shard each encoder layer, what is around them, and each head; they come together only while they work.
+def shard(student: Shardable, device: torch.device, ranks: int) -> None:
+    """Shard each encoder layer, the rest of the encoder, and each head.
 
-    The whole student is never on the device: each part goes there to be cut up at once. What stays whole follows.
+    Each part is gathered only for its own forward and backward pass. The full student is never on the device: each part
+    moves there to be sharded at once. The vision tower is not sharded and moves last.
 
     Args:
-        student: on the CPU.
-        device: this rank's.
-        ranks: how many share it.
+        student: the student, on the CPU.
+        device: this rank's device.
+        ranks: number of ranks that share the student.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks,))
-    # Also after a pass without gradients, which no backward pass follows: digests are of what lies here.
+    # Also reshard after a pass without gradients, which no backward pass follows: digests read the local shard.
     for part in [*student.layers(), student.encoder, *student.heads.values()]:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     if student.vision is not None:
@@ -37,25 +55,35 @@ def shard(student: Student, device: torch.device, ranks: int) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over ranks."""
+    """Return True if any parameter of a model is sharded over ranks."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What of a parameter lies here."""
+    """Return this rank's shard of a parameter, or the parameter itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together, where it is. All ranks must call it alike."""
+    """Return the full tensor on its own device.
+
+    This is a collective: every rank must call it for the same tensor.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def collect(tree: Any, first: bool) -> Any:
-    """A copy in the host's memory of nested dicts and lists of tensors, on the first rank alone.
+    """Copy nested dicts and lists of tensors to the CPU, on the main rank alone.
 
-    Sharded tensors are put together one after the other, so that no device ever holds more than one of them. All ranks
-    must call it alike; the others get the same tree with None for tensors.
+    Sharded tensors are gathered one at a time, so a device holds at most one full tensor. This is a collective: every
+    rank must call it for the same tree.
+
+    Args:
+        tree: nested dicts, lists and tuples with tensors and other values as leaves.
+        first: True on the main rank.
+
+    Returns:
+        The same tree with full, contiguous CPU tensors. On other ranks each tensor is None.
     """
     if isinstance(tree, Tensor):
         full = whole(tree.detach())
@@ -68,15 +96,26 @@ def collect(tree: Any, first: bool) -> Any:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put whole weights into a model, sharded or not."""
-    model.load_state_dict({name: _like(weights[name], here) for name, here in model.state_dict().items()}, strict=True)
+    """Load full weights into a model, sharded or not.
+
+    Args:
+        model: the model.
+        weights: full tensor of every entry of its state dict, by name.
+
+    Raises:
+        KeyError: A weight is missing.
+        RuntimeError: A weight has a wrong shape.
+    """
+    sharded_weights = {name: _like(weights[name], current) for name, current in model.state_dict().items()}
+    model.load_state_dict(sharded_weights, strict=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put an optimiser's whole state into one whose parameters are sharded or not.
+    """Load full optimizer state into an optimizer whose parameters may be sharded.
 
     Args:
-        state: may be mapped from a file, of which nothing is kept.
+        optimizer: the optimizer.
+        state: state dict with full tensors. They may be memory-mapped, because they are copied.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
@@ -91,18 +130,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 @torch.no_grad()
 def set_whole(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter, sharded or not, the whole ``value``. All ranks of a sharded one must call it alike."""
+    """Copy a full tensor into a parameter, sharded or not. Every rank must pass the same ``value``."""
     parameter.copy_(_like(value, parameter))
 
 
-def _own(value: Any, here: Tensor) -> Any:
-    """As ``_like``, with memory of its own; what changes device on its way into the optimiser gets that there."""
-    value = _like(value, here)
-    return value.clone() if isinstance(value, Tensor) and value.device == here.device else value
+def _own(value: Any, parameter: Tensor) -> Any:
+    """Shard ``value`` like ``parameter`` and copy it. A value on another device is copied later, by the optimizer."""
+    value = _like(value, parameter)
+    return value.clone() if isinstance(value, Tensor) and value.device == parameter.device else value
 
 
-def _like(value: Any, here: Tensor) -> Any:
-    """A whole tensor, sharded as ``here`` is; what has another shape (a step count) stays whole."""
-    if not isinstance(here, DTensor) or not isinstance(value, Tensor) or value.shape != here.shape:
+def _like(value: Any, parameter: Tensor) -> Any:
+    """Shard a full tensor like ``parameter``. A tensor of another shape, such as a step count, stays full."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    return distribute_tensor(value.to(here.device), here.device_mesh, here.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

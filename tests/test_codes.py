@@ -1,4 +1,4 @@
-"""Vectors as int8 codes and bits: what sentence-transformers makes of them, and what is trained for."""
+"""Embeddings as int8 codes and bits: sentence-transformers' codes, and straight-through training for them."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def test_the_stock_quantiser_rounds_to_one_step_with_our_ranges():
     codes = quantize_embeddings(vectors, "int8", ranges=int8_ranges(vectors))
     assert codes.dtype == np.int8
     expected = np.clip(np.floor(vectors.astype(np.float64) / step + 0.5), -128, 127)
-    assert (codes != expected).mean() < 1e-3 and np.abs(codes - expected).max() <= 1  # float32 at the edges
+    assert (codes != expected).mean() < 1e-3 and np.abs(codes - expected).max() <= 1  # float32 near rounding edges
     beyond = quantize_embeddings(vectors * 3, "int8", ranges=int8_ranges(vectors))
     assert beyond.min() == -128 and beyond.max() == 127
     cosine = (codes @ codes.T.astype(np.float64)) * step**2
     assert np.abs(cosine - vectors.astype(np.float64) @ vectors.T).max() < 0.02
 
 
-def test_no_ranges_of_nothing():
+def test_ranges_need_finite_nonzero_embeddings():
     with pytest.raises(ValueError, match="not all zero"):
         int8_ranges(np.zeros((3, 4)))
     with pytest.raises(ValueError, match="finite"):
@@ -41,7 +41,7 @@ def test_no_ranges_of_nothing():
 
 
 @pytest.mark.parametrize("width", [3, 8, 17])
-def test_straight_through_gives_the_codes_and_the_unit_rows_gradient(width):
+def test_straight_through_has_the_value_of_codes_and_the_gradient_of_unit_rows(width):
     rows = torch.randn(6, width, dtype=torch.float64)
     rows[0, 0] = 0.0
     given = rows.clone().requires_grad_()
@@ -62,8 +62,8 @@ def test_straight_through_gives_the_codes_and_the_unit_rows_gradient(width):
     torch.testing.assert_close((levels / step).round(), levels / step)
 
 
-def test_what_is_trained_as_int8_is_what_is_exported():
-    """One step for all rows: the codes that the stock quantiser makes with our ranges."""
+def test_training_and_export_use_the_same_int8_codes():
+    """Compare with the codes of sentence-transformers' quantizer and our ranges."""
     vectors = unit(200, 24)
     levels = straight_through(torch.from_numpy(vectors).double(), "int8").numpy()
     codes = quantize_embeddings(vectors, "int8", ranges=int8_ranges(vectors)).astype(np.float64)
@@ -71,7 +71,7 @@ def test_what_is_trained_as_int8_is_what_is_exported():
     assert np.abs(levels / step - codes).max() < 1.01 and (np.abs(levels / step - codes) > 0.01).mean() < 1e-3
 
 
-def test_straight_through_of_zero_and_of_no_number():
+def test_straight_through_of_zero_and_nan():
     assert straight_through(torch.zeros(2, 5), "int8").eq(0).all()
     for precision in ("int8", "ubinary"):
         assert straight_through(torch.full((1, 5), torch.nan), precision).isnan().all()
@@ -122,7 +122,7 @@ def test_training_for_bits_lowers_their_loss():
     assert trained(["ubinary"]) < 0.9 * trained([])
 
 
-def test_codes_that_nothing_would_train_are_refused():
+def test_codes_without_a_loss_to_train_them_are_rejected():
     weights = {"cosine": 1, "similarity": 0, "relative_similarity": 0}
     with pytest.raises(ValueError, match="codes are trained by"):
         stage(codes=["int8"], weights=weights, narrow_weights=None)
@@ -133,14 +133,14 @@ def retrieval(queries=5, documents=60):
     return RetrievalSet("r", [f"q{i}" for i in range(queries)], [f"d{i}" for i in range(documents)], relevant)
 
 
-def test_bits_are_searched_by_the_number_that_agree_and_rescored_by_int8():
+def test_bits_are_ranked_by_agreement_and_rescored_by_int8():
     documents, queries = unit(60, 12), unit(60, 12)[:5] + 0.8 * unit(5, 12, 1)
     vectors = {"queries": queries.astype(np.float32), "documents": documents}
     signs = {name: np.where(v > 0, 1.0, -1.0) for name, v in vectors.items()}
     assert all(np.array_equal(coded(vectors, "ubinary", None)[name], signs[name]) for name in vectors)
     evalset = retrieval()
     assert score_codes(evalset, vectors, "ubinary") == score_vectors(evalset, coded(vectors, "ubinary", None))
-    # All documents are candidates here, so only the int8 rounding is left of the loss.
+    # All documents are candidates here, so only int8 rounding lowers the score.
     fine = score_codes(evalset, vectors, "ubinary+rescore")
     near = score_codes(evalset, vectors, "int8")
     assert fine["nDCG@10"] == pytest.approx(near["nDCG@10"], abs=0.05)
@@ -159,6 +159,6 @@ def test_similarity_of_codes_is_their_cosine_and_is_not_rescored():
 
 def test_precisions_of_a_command_line(tmp_path):
     assert known_precisions("int8, ubinary") == ["int8", "ubinary"]
-    with pytest.raises(JasperError, match="--precision knows float32, int8, ubinary, ubinary\\+rescore; got 'int4'"):
+    with pytest.raises(JasperError, match="got 'int4'.*choose from float32, int8, ubinary, ubinary\\+rescore"):
         known_precisions("int8,int4")
     assert read_ranges(tmp_path) == {} == read_ranges(tmp_path / "nowhere")

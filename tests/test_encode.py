@@ -1,4 +1,4 @@
-"""Micro-batches change what a pass costs, never what a batch means."""
+"""Micro-batches change the cost of a pass, not the embeddings."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_one_long_text_does_not_pad_the_short_ones():
 
 
 def test_the_longest_texts_come_first():
-    """Passes that grow would leave holes in memory that no later one fits into."""
+    """Check that passes shrink, so that freed memory is large enough for the next pass."""
     parts = MicroBatches.of([[1] * n for n in (3, 9, 1, 7, 5)], micro_batch=2)
     lengths = [len(ids) for part in parts.token_ids for ids in part]
     assert lengths == [9, 7, 5, 3, 1]
@@ -57,13 +57,13 @@ def test_micro_batches_give_what_one_batch_gives(student, tiny_texts):
     torch.testing.assert_close(torch.from_numpy(np.concatenate(chunks)), whole.detach())
 
 
-def test_an_encoder_reads_each_text_once_for_all_widths(student, tiny_texts, monkeypatch):
+def test_each_text_is_encoded_once_for_all_widths(student, tiny_texts, monkeypatch):
     read = []
     tokenize = student.tokenize
     monkeypatch.setattr(student, "tokenize", lambda texts, *a: read.extend(texts) or tokenize(texts, *a))
-    found = student_encoder(student, [16, 8], 40, torch.device("cpu"), "fp32")(tiny_texts[:5], "query")
-    assert {w: v.shape for w, v in found.items()} == {16: (5, 16), 8: (5, 8)}
-    assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-6) for v in found.values())
+    embeddings = student_encoder(student, [16, 8], 40, torch.device("cpu"), "fp32")(tiny_texts[:5], "query")
+    assert {w: v.shape for w, v in embeddings.items()} == {16: (5, 16), 8: (5, 8)}
+    assert all(np.allclose(np.linalg.norm(v, axis=1), 1, atol=1e-6) for v in embeddings.values())
     assert len(read) == 5
     raw = student_encoder(student, None, 40, torch.device("cpu"), "fp32")(tiny_texts[:5], "query")
     assert list(raw) == [32]

@@ -61,7 +61,7 @@ def write_sts(path: Path, texts: list[str]) -> Path:
 
 
 def hashed_encode(texts: list[str], role: str, width: int = 16) -> np.ndarray:
-    """Random unit vectors that depend on nothing but text and role."""
+    """Return random unit rows that depend on text and role alone."""
     seeds = [zlib.crc32(f"{role}|{text}".encode()) for text in texts]
     return normalise(np.stack([np.random.default_rng(seed).standard_normal(width) for seed in seeds]))
 
@@ -292,16 +292,16 @@ def test_retrieval_scores_against_scikit_learn_and_counting() -> None:
     assert 0.01 < found["nDCG@10"] < 0.5
 
 
-def test_spearman_follows_ranks_and_a_collapsed_model_gets_nothing() -> None:
+def test_spearman_follows_ranks_and_a_collapsed_model_scores_zero() -> None:
     angles = np.array([0.9, 0.1, 0.5, 0.3])
     left = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (4, 1))
     right = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    evalset = SimilaritySet("x", list("abcd"), list("efgh"), [0.0, 5.0, 1.0, 0.5])  # one neighbouring pair is swapped
+    evalset = SimilaritySet("x", list("abcd"), list("efgh"), [0.0, 5.0, 1.0, 0.5])  # one adjacent pair is swapped
     assert metrics.score_vectors(evalset, {"left": left, "right": right})["Spearman"] == pytest.approx(0.8)
     assert metrics.score_vectors(evalset, {"left": left, "right": left})["Spearman"] == 0.0
 
 
-def test_accuracy_needs_labels_that_follow_the_vectors() -> None:
+def test_accuracy_falls_if_labels_do_not_match_the_embeddings() -> None:
     random = np.random.default_rng(0)
     centres = np.eye(3, 8, dtype=np.float32)
     labels = random.integers(0, 3, 120)
@@ -315,12 +315,12 @@ def test_accuracy_needs_labels_that_follow_the_vectors() -> None:
     assert metrics.score_vectors(evalset, shuffled)["accuracy"] < 0.7
 
 
-def test_vectors_that_are_not_finite_are_refused() -> None:
+def test_nonfinite_embeddings_are_rejected() -> None:
     evalset = SimilaritySet("pairs", ["a", "b"], ["c", "d"], [0.0, 1.0])
     vectors = np.ones((2, 4), dtype=np.float32)
     broken = vectors.copy()
     broken[1, 2] = np.nan
-    with pytest.raises(JasperError, match="pairs: 1 of 2 vectors of its right hold NaN or infinity"):
+    with pytest.raises(JasperError, match="pairs: 1 of 2 embeddings in group 'right' contain NaN or infinity"):
         metrics.score_vectors(evalset, {"left": vectors, "right": broken})
 
 
@@ -359,7 +359,7 @@ def test_floors_are_pca_and_the_first_coordinates() -> None:
     assert "teacher PCA" not in teacher_floors(train[:3], [4]), "three vectors do not span four axes"
 
 
-def test_every_head_equals_what_encode_gives_with_its_task(routed: Path, tiny_texts: list[str]) -> None:
+def test_every_head_equals_encode_with_its_task(routed: Path, tiny_texts: list[str]) -> None:
     model = load_model(str(routed))
     passes = []
     model[0].register_forward_hook(lambda module, given, out: passes.append(len(out["attention_mask"])))
@@ -368,7 +368,7 @@ def test_every_head_equals_what_encode_gives_with_its_task(routed: Path, tiny_te
         encode = model_encoder(model)
         passes.clear()
         found = encode(texts, role)
-        assert sum(passes) == len(texts), "the encoder is to run once per text for all widths"
+        assert sum(passes) == len(texts), "the encoder must run once per text for all widths"
         assert list(found) == list(WIDTHS)
         for width in WIDTHS:
             expected = model.encode(texts, task=str(width), prompt=prompt)
@@ -378,7 +378,7 @@ def test_every_head_equals_what_encode_gives_with_its_task(routed: Path, tiny_te
     np.testing.assert_allclose(flat.encode_query(texts), model_encoder(model, [8])(texts, "query")[8], atol=1e-6)
 
 
-def test_a_width_that_is_not_there_is_refused(routed: Path, tiny_bert: Path, tiny_texts: list[str]) -> None:
+def test_a_missing_width_is_rejected(routed: Path, tiny_bert: Path, tiny_texts: list[str]) -> None:
     model, plain = load_model(str(routed)), load_model(str(tiny_bert))
     with pytest.raises(JasperError, match=r"no width 16 \(expected one of 8, 24\)"):
         model_encoder(model, [16])
@@ -390,7 +390,7 @@ def test_a_width_that_is_not_there_is_refused(routed: Path, tiny_bert: Path, tin
     np.testing.assert_allclose(found[5], normalise(plain.encode(tiny_texts[:3])[:, :5]), atol=1e-6)
 
 
-def test_cached_vectors_are_read_back_and_belong_to_their_model(tmp_path: Path) -> None:
+def test_cached_embeddings_belong_to_one_model_text_order_and_role(tmp_path: Path) -> None:
     calls = []
 
     def encode(texts: list[str], role: str) -> np.ndarray:
@@ -410,7 +410,7 @@ def test_cached_vectors_are_read_back_and_belong_to_their_model(tmp_path: Path) 
     assert len(calls) == 4
 
 
-def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
+def test_evaluate_run_returns_every_row_and_caches_teacher_embeddings(
     tmp_path: Path, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -478,7 +478,7 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
     assert loaded == [10, 20]
     again = evaluate_run(config, evalsets, before, student, train)
     assert again == results and len(calls) == encoded and loaded == [10, 20], (
-        "a second run reads the teachers' vectors from the cache"
+        "a second run reads teacher embeddings from the cache"
     )
     ready = config.model_copy(update={"teachers": [config.teachers[0].model_copy(update={"model": None})]})
     assert {row["model"] for row in evaluate_run(ready, evalsets, before, student, None)["rows"]} == {
@@ -489,7 +489,7 @@ def test_evaluate_run_gives_every_row_and_keeps_the_teachers_vectors(
     assert set(precisions) == {"fp32"}
     other = config.model_copy(update={"precision": "bf16"})
     evaluate_run(other, evalsets, before, student, train)
-    assert loaded == [10, 20, 10, 20] and precisions[2:] == ["bf16", "bf16"], "another precision, other vectors"
+    assert loaded == [10, 20, 10, 20] and precisions[2:] == ["bf16", "bf16"], "the cache must separate precisions"
 
 
 def test_evaluate_vectors_and_rows_agree(tmp_path: Path, tiny_texts: list[str]) -> None:
@@ -508,7 +508,7 @@ def test_evaluate_vectors_and_rows_agree(tmp_path: Path, tiny_texts: list[str]) 
 # --- the command
 
 
-def test_command_puts_student_beside_teacher(
+def test_command_compares_student_and_teacher(
     routed: Path, tiny_bert: Path, tmp_path: Path, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stories = write_beir(tmp_path / "stories", tiny_texts[:30], queries=20)
@@ -548,7 +548,7 @@ def test_command_puts_student_beside_teacher(
         (["{model}", "{pairs}", "--json", "{pairs}/deeper/scores.json"], "a file is where a folder should be"),
     ],
 )
-def test_command_refuses_with_a_message(
+def test_command_rejects_wrong_arguments(
     routed: Path, tmp_path: Path, tiny_texts: list[str], arguments: list[str], says: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -567,7 +567,7 @@ def test_command_refuses_with_a_message(
         main([argument.format(**places) for argument in arguments])
 
 
-def test_table_shows_a_negative_teacher_without_a_share() -> None:
+def test_table_has_no_fraction_of_a_negative_teacher() -> None:
     rows = [
         {"model": "teacher", "width": 4, "scores": {"x/Spearman": -0.1}},
         {"model": "student", "width": 4, "scores": {"x/Spearman": 0.3}},

@@ -1,4 +1,4 @@
-"""The student: which layers it keeps, what its states depend on, and what it refuses."""
+"""Students: layer choice, pooling, heads, gradient checkpointing and rejected models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def student(model: Path | str, **fields: Any) -> Student:
 
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path):
-    """A function: model type -> folder of a random model of 4 layers with the BERT fixture's tokenizer."""
+    """Return a function from a model type to the folder of a random 4-layer model with the BERT fixture's tokenizer."""
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -66,21 +66,21 @@ def test_chosen_layers_survive_saving(kind: str, architecture, tmp_path: Path) -
     from transformers import AutoModel
 
     whole = AutoModel.from_pretrained(architecture(kind))
-    kept = student(architecture(kind), layers=[0, 3]).eval()
+    shorter = student(architecture(kind), layers=[0, 3]).eval()
     path = layer_list(whole)
-    assert path is not None and kept.num_layers == 2
+    assert path is not None and shorter.num_layers == 2
     for old, new in ((0, 0), (3, 1)):
         expected = whole.get_submodule(f"{path}.{old}").state_dict()
-        found = kept.encoder.get_submodule(f"{path}.{new}").state_dict()
-        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+        actual = shorter.encoder.get_submodule(f"{path}.{new}").state_dict()
+        assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
     ids = torch.randint(5, 125, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    kept.encoder.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path).eval()  # as any user would, without jasper_fast
+    shorter.encoder.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()  # without jasper_fast
     with torch.no_grad():
-        ours = kept.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        ours = shorter.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         theirs = loaded(input_ids=ids, attention_mask=mask).last_hidden_state
     assert torch.equal(ours[mask.bool()], theirs[mask.bool()])
     if kind == "gemma2":
@@ -96,7 +96,7 @@ def test_a_later_token_changes_an_earlier_state(kind: str, architecture, tmp_pat
     free.encoder.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     padded = torch.tensor([[*ids[0], 0], [*ids[1], 0]])
-    for mask in (None, (padded != 0).long()):  # with and without padding attention takes different paths
+    for mask in (None, (padded != 0).long()):  # attention takes different paths with and without padding
         tokens = torch.tensor(ids) if mask is None else padded
         with torch.no_grad():
             first = {
@@ -108,7 +108,7 @@ def test_a_later_token_changes_an_earlier_state(kind: str, architecture, tmp_pat
         assert torch.equal(first["free"], first["loaded"])
 
 
-def test_a_decoder_that_keeps_its_causal_mask_is_refused() -> None:
+def test_a_decoder_that_keeps_its_causal_mask_is_rejected() -> None:
     from transformers import OpenAIGPTConfig, OpenAIGPTModel
 
     model = OpenAIGPTModel(OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2))
@@ -157,7 +157,7 @@ def test_tokenize_applies_each_roles_prompt_and_cuts(tiny_bert: Path) -> None:
     assert model.tokenize([]) == []
 
 
-def test_an_empty_text_has_a_vector(tiny_qwen2: Path) -> None:
+def test_an_empty_text_has_an_embedding(tiny_qwen2: Path) -> None:
     model = student(tiny_qwen2).eval()
     ids = model.tokenize(["", "forty boxes"])
     assert len(ids[0]) == 1 and torch.isfinite(model.pool(ids)).all()
@@ -259,7 +259,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, request: pytest.F
         model.project(model.pool([[2, 9, 3], [2, 9, 8, 3]]))[24].square().sum().backward()
         counted.append(calls)
         gradients.append([p.grad for n, p in model.named_parameters() if n.startswith("encoder.")])
-    assert counted == [1, 2, 1]  # the layer's forward runs again in the backward pass, and only while asked
+    assert counted == [1, 2, 1]  # a checkpointed layer's forward runs again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[1], strict=True))
 
 
@@ -294,16 +294,16 @@ def test_a_decoder_without_padding_token_pads_with_its_end_of_text(tiny_qwen2: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": 4}, "the model has 3 layers: give a number from 1 to 3"),
+        ({"layers": 4}, "the model has 3 layers (got 4). Fix: give a number from 1 to 3"),
         ({"layers": [0, 3]}, "distinct indices from 0 to 2"),
         ({"layers": [1, 1]}, "distinct indices from 0 to 2"),
-        ({"max_length": 65}, "the model has 64 positions; give at most 64"),
+        ({"max_length": 65}, "the model has 64 positions. Fix: give at most 64"),
         ({"prompts": {"query": "say {text} again"}}, "nothing may follow {text}"),
         ({"model": "no/such-model"}, "hf download no/such-model"),
         ({"model": "package:no_such_package/model"}, "pip install no-such-package"),
     ],
 )
-def test_what_cannot_be_built_says_the_mend(fields: dict[str, Any], message: str, tiny_bert: Path) -> None:
+def test_an_impossible_student_says_how_to_fix_it(fields: dict[str, Any], message: str, tiny_bert: Path) -> None:
     with pytest.raises(JasperError) as caught:
         student(**{"model": tiny_bert, **fields})
     assert message in str(caught.value)
@@ -321,7 +321,7 @@ def test_what_cannot_be_built_says_the_mend(fields: dict[str, Any], message: str
         ("modules.json", lambda _: b"3", "modules.json is damaged"),
     ],
 )
-def test_a_damaged_model_is_no_traceback(file: str, damage, message: str, tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_gives_one_error(file: str, damage, message: str, tiny_bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     whole = (folder / file).read_bytes() if (folder / file).exists() else b""
     (folder / file).write_bytes(damage(whole))
@@ -330,19 +330,19 @@ def test_a_damaged_model_is_no_traceback(file: str, damage, message: str, tiny_b
         student(folder)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(JasperError, match="could not be loaded"):
         student(tmp_path)
 
 
 def test_roberta_has_fewer_positions_than_its_table(architecture) -> None:
     model = student(architecture("roberta"))
-    check_max_length(model.encoder, 39)  # 40 positions, the first of which is the padding token's
+    check_max_length(model.encoder, 39)  # the first of 40 positions belongs to the padding token
     with pytest.raises(JasperError, match="at most 39"):
         check_max_length(model.encoder, 40)
 
 
-def test_layers_that_are_built_by_position_are_refused(architecture) -> None:
+def test_layers_built_by_position_are_rejected(architecture) -> None:
     with pytest.raises(JasperError, match="layer 0"):
         student(architecture("modernbert"), layers=[1, 2])
 

@@ -1,4 +1,4 @@
-"""Custom code of a student runs only if it is allowed."""
+"""Models with their own code run only with permission, in training and in every command."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ TOWER |= {"num_attention_heads": 2}
 
 @pytest.fixture
 def homemade(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny BERT as an architecture that only the folder's own code knows."""
+    """Save the tiny BERT as an architecture that only the folder's own code defines."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     return bring_code(shutil.copytree(tiny_bert, tmp_path / "homemade"), "homemade", "Homemade", CODE)
 
 
 def bring_code(folder: Path, kind: str, name: str, code: str) -> Path:
-    """Make a saved model one that needs ``code``, which holds the classes nameConfig and nameModel."""
+    """Make a saved model depend on ``code``, which defines the classes nameConfig and nameModel."""
     (folder / f"{kind}_code.py").write_text(code)
     settings = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": f"{kind}_code.{name}Config", "AutoModel": f"{kind}_code.{name}Model"}
@@ -69,7 +69,7 @@ def bring_code(folder: Path, kind: str, name: str, code: str) -> Path:
     return folder
 
 
-def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
+def test_trusted_code_trains_and_is_evaluated_and_searched(
     homemade: Path, tiny_bert: Path, tiny_texts: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(tiny_texts[:60]))
@@ -105,7 +105,7 @@ def test_a_run_ends_and_its_model_is_scored_where_the_code_is_trusted(
     assert search.main(["ask", index, tiny_texts[0], "--trust-remote-code"]) == 0
 
 
-def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) -> None:
+def test_mteb_and_onnx_need_permission(homemade: Path, tmp_path: Path) -> None:
     from jasper_fast import export
     from jasper_fast.mteb import load
 
@@ -123,8 +123,8 @@ def test_mteb_and_onnx_ask_before_they_run_it(homemade: Path, tmp_path: Path) ->
             assert trusted and (written / export.ONNX_FILE).is_file()
 
 
-def test_a_folder_does_not_allow_its_own_code_itself(homemade: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    """``training.json`` records trust during training, which does not allow the code when the folder is loaded."""
+def test_a_folder_cannot_permit_its_own_code(homemade: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    """``training.json`` records the permission of the training run, which does not extend to later users."""
     from PIL import Image
 
     from jasper_fast.vision import new_tower
@@ -155,14 +155,14 @@ def test_a_folder_does_not_allow_its_own_code_itself(homemade: Path, tiny_bert: 
         assert not marker.exists()
         assert pictures.load(folder, trust_remote_code=True).encode([picture]).shape == (1, 16)
         assert search.main([*build, "--trust-remote-code"]) == 0
-        if not own:  # only the tower's: the run that trained it may say so of the tower alone
+        if not own:  # permission can be for the tower's code alone
             assert marker.exists()
             with pytest.raises(JasperError, match="custom code"):
                 pictures.load_student(folder, trust_remote_code=True, trust_tower_code=False)
             assert pictures.load_student(folder, trust_tower_code=True).seeing.side == 16
 
 
-def test_recipes_do_not_allow_code_of_their_own() -> None:
+def test_recipes_do_not_permit_remote_code() -> None:
     from jasper_fast.config import load_config, recipe_names
 
     for name in recipe_names():
