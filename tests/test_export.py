@@ -262,11 +262,11 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     assert header["license"] == "apache-2.0" and header["datasets"] == ["org/corpus"] and "base_model" not in header
     for said in (
         "| teacher-model | sha256:77 | mit |",
-        f"| vectors in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
+        f"| embeddings in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
         "| distil | `heads.*` | 24, 8, 4 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
         "| student | 4 | 0.4000 | 0.7123 |",
         "| teacher | 32 |  | 0.8200 |",
-        "Transductive (texts of these sets were trained on): cisi.",
+        "Transductive (texts of these sets were among the training texts): cisi.",
         "12,345 texts",
         'model.encode(texts, task="8")',
         '`"the city council {text}"`',
