@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-LONGEST, TOLD = 12, 4  # kernels that are stored, and that a page lists
+LONGEST, LISTED = 12, 4  # kernels that are stored, and that a page lists
 NAME = 120  # stored characters of a kernel's name
 
 
@@ -49,17 +49,17 @@ def summary(launches: Any) -> dict[str, Any]:
     }
 
 
-def told(found: dict[str, tuple[dict[str, Any], float]]) -> str:
+def kernel_section(cases: dict[str, tuple[dict[str, Any], float]]) -> str:
     """Return a Markdown section on the kernels of each case, empty if none was profiled.
 
     Args:
-        found: by case, the result of `kernels` and the seconds of the whole call.
+        cases: by case, the result of `kernels` and the seconds of the whole call.
     """
     lines = []
-    for name, (own, seconds) in found.items():
+    for name, (own, seconds) in cases.items():
         if "error" in own:
             continue
-        longest = "; ".join(f"{k['name']} {k['seconds'] * 1e3:,.3g} ms ({k['count']})" for k in own["longest"][:TOLD])
+        longest = "; ".join(f"{k['name']} {k['seconds'] * 1e3:,.3g} ms ({k['count']})" for k in own["longest"][:LISTED])
         busy = f"{own['device_s'] * 1e3:,.3g} of {seconds * 1e3:,.3g} ms on the device"
         lines.append(f"- {name}: {busy} in {own['launches']} launches: {longest}")
     return "\n".join(["### Where ours spends its time", "", *lines]) if lines else ""

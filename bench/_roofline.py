@@ -83,11 +83,15 @@ def search_point(case: Mapping[str, Any], search: str) -> Point:
     return Point(kind, label, 2 * queries * rows * width, moved, case["seconds"][search])
 
 
-def train_point(name: str, found: Mapping[str, Any], peak_tflops: float) -> Point:
+def train_point(name: str, figures: Mapping[str, Any], peak_tflops: float) -> Point:
     """Return the point of a configuration in the results on training."""
-    flop = 6 * found["parameters"] * found["tokens"]
+    flop = 6 * figures["parameters"] * figures["tokens"]
     return Point(
-        "training", name, flop, 28 * found["parameters"] * found["steps"], flop / found["mfu"] / peak_tflops / 1e12
+        "training",
+        name,
+        flop,
+        28 * figures["parameters"] * figures["steps"],
+        flop / figures["mfu"] / peak_tflops / 1e12,
     )
 
 

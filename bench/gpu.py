@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench._kernels import told
+from bench._kernels import kernel_section
 from bench._roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
@@ -97,14 +97,16 @@ def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
     return ["\n".join(lines), "**Where ours is slower or takes more memory:**\n\n" + lost]
 
 
-def targets(name: str, found: Results) -> Iterator[tuple[str, Results]]:
+def targets(name: str, results: Results) -> Iterator[tuple[str, Results]]:
     """Yield every target of a result file with the name of its case."""
     if name == "losses":
-        cases = [(f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in found.get(loss, [])]
+        cases = [
+            (f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in results.get(loss, [])
+        ]
     elif name == "mips":
-        cases = [(f"search, {searched(case)}", case) for case in found["search"]["cases"]]
+        cases = [(f"search, {searched(case)}", case) for case in results["search"]["cases"]]
     else:
-        cases = [(f"training, {name}", own) for name, own in found["configurations"].items()]
+        cases = [(f"training, {name}", own) for name, own in results["configurations"].items()]
     for where, case in cases:
         for target in case["targets"]:
             yield where, target
@@ -113,9 +115,9 @@ def targets(name: str, found: Results) -> Iterator[tuple[str, Results]]:
 Section = tuple[str, list[Point], Roof, list[str]]  # text, points, roof, cases in which ours is slower
 
 
-def losses(found: Results) -> Section:
+def losses(results: Results) -> Section:
     """Return the section on losses: a table for each loss, with ours compared with every other method."""
-    roof = Roof(found["product_tflops"], found["read_gb_s"])
+    roof = Roof(results["product_tflops"], results["read_gb_s"])
     parts = [
         f"Forward and backward, medians. A bfloat16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at "
         f"{roof.gb_s:,.0f} GB/s. *roof* is ours as a fraction of what these two allow."
@@ -129,7 +131,7 @@ def losses(found: Results) -> Section:
             "| case | compared with | ours is | of its memory | ours | the other | roof |",
         ]
         lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for case in found.get(loss, []):
+        for case in results.get(loss, []):
             rows, case_points, case_lost = _loss_rows(loss, case, roof)
             lines += rows
             points += case_points
@@ -138,11 +140,11 @@ def losses(found: Results) -> Section:
     spent = {
         f"{loss.replace('_', ' ')}, {case['name']}, {method}": (own["kernels"], own["both_s"])
         for loss in LOSSES
-        for case in found.get(loss, [])
+        for case in results.get(loss, [])
         for method, own in case["methods"].items()
         if "kernels" in own
     }
-    return "\n\n".join(filter(None, [*parts, told(spent)])), points, roof, lost
+    return "\n\n".join(filter(None, [*parts, kernel_section(spent)])), points, roof, lost
 
 
 def _loss_rows(loss: str, case: Results, roof: Roof) -> tuple[list[str], list[Point], list[str]]:
@@ -175,9 +177,9 @@ def _loss_rows(loss: str, case: Results, roof: Roof) -> tuple[list[str], list[Po
     return lines, points, lost
 
 
-def mips(found: Results) -> Section:
+def mips(results: Results) -> Section:
     """Return the section on search: each form compared with bf16 matmul and topk, which is not exact."""
-    cases, gb_s = found["search"]["cases"], found["search"]["read_gb_s"]
+    cases, gb_s = results["search"]["cases"], results["search"]["read_gb_s"]
     bare = [2e-12 * c["queries"] * c["rows"] * c["width"] / c["seconds"]["bare bf16 product"]
             for c in cases if "bare bf16 product" in c["seconds"]]  # fmt: skip
     roof = Roof(max(bare, default=float("nan")), gb_s)
@@ -211,22 +213,22 @@ def mips(found: Results) -> Section:
         for case in cases
         for search, own in case.get("kernels", {}).items()
     }
-    return "\n\n".join(filter(None, ["\n".join(lines), told(spent)])), points, roof, lost
+    return "\n\n".join(filter(None, ["\n".join(lines), kernel_section(spent)])), points, roof, lost
 
 
-def train(found: Results) -> Section:
+def train(results: Results) -> Section:
     """Return the section on training: speed, memory and fractions of the time by configuration, then stage 1."""
-    gpus = found["environment"]["gpus"]["devices"]
-    roof = Roof(found["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
+    gpus = results["environment"]["gpus"]["devices"]
+    roof = Roof(results["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
     lines = [
-        f"A student of 1.5 B parameters, random weights, bf16, texts of {found['length']} tokens. MFU refers to "
+        f"A student of 1.5 B parameters, random weights, bf16, texts of {results['length']} tokens. MFU refers to "
         f"{roof.tflops:,.0f} TFLOP/s. Work that caching and checkpointing do twice does not count.",
         "",
         "| configuration | MFU | peak memory | texts a step | texts/s | loss | encoder | optimiser |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     points, after = [], ""
-    for name, own in found["configurations"].items():
+    for name, own in results["configurations"].items():
         if "error" in own:
             lines.append(f"| {name} | {own['error']} | | | | | | |")
         elif "mfu" in own:

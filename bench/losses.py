@@ -109,7 +109,7 @@ def on_cuda(out: Path, repeats: int, quick: bool, budget: float | None = None) -
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device is in use (python -m jasper_fast.env gives the reason). Fix: --device cpu")
     about = {"environment": environment()}
-    _losses_cuda.measure("cuda", repeats, quick, lambda found: _write(out, about | found), Budget(budget))
+    _losses_cuda.measure("cuda", repeats, quick, lambda cases: _write(out, about | cases), Budget(budget))
     print(f"written to {out}")
     return 0
 

@@ -35,7 +35,7 @@ SHEET_QUERIES, SHEET_TOP = 12, 8
 def evaluate_pictures(
     student: Student,
     train: Images,
-    kept: Images,
+    held_out: Images,
     device: torch.device,
     precision: Literal["auto", "fp32", "bf16"],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -44,7 +44,7 @@ def evaluate_pictures(
     Args:
         student: student with a vision tower.
         train: training images, for the floor.
-        kept: held-out images.
+        held_out: held-out images.
         device: device to encode on.
         precision: "fp32", "bf16", or "auto" for the best that the device supports.
 
@@ -54,37 +54,39 @@ def evaluate_pictures(
         if no image has two captions. ``found``, (queries, top), are positions among the held-out images.
     """
     encode = student_encoder(student, student.widths, student.max_length, device, precision)
-    texts = [caption for captions in kept.captions() for caption in captions]
-    own = np.repeat(np.arange(len(kept)), np.diff(kept.starts))  # (captions,): image of each caption
-    captions, pictures = encode(texts, "document"), picture_vectors(student, kept, device, precision)
-    rows = [_row(STUDENT, width, pictures[width], captions[width], own) for width in student.widths]
+    texts = [caption for captions in held_out.captions() for caption in captions]
+    image_of = np.repeat(np.arange(len(held_out)), np.diff(held_out.starts))  # (captions,): image of each caption
+    captions, pictures = encode(texts, "document"), picture_vectors(student, held_out, device, precision)
+    rows = [_row(STUDENT, width, pictures[width], captions[width], image_of) for width in student.widths]
     if len(train):
-        predicted = _floor_embeddings(train, kept, encode)
-        rows += [_row(FLOOR, width, predicted[width], captions[width], own) for width in student.widths]
+        predicted = _floor_embeddings(train, held_out, encode)
+        rows += [_row(FLOOR, width, predicted[width], captions[width], image_of) for width in student.widths]
     for width in student.widths:
-        rows.append({"model": REFERENCE, "width": width, "scores": reference_scores(captions[width], own, len(kept))})
+        rows.append(
+            {"model": REFERENCE, "width": width, "scores": reference_scores(captions[width], image_of, len(held_out))}
+        )
     widest = student.widths[0]
     chosen = np.random.default_rng(0).choice(len(texts), size=min(SHEET_QUERIES, len(texts)), replace=False)
     best = top_documents(captions[widest][chosen], pictures[widest], SHEET_TOP)
-    sheet = {"captions": [texts[i] for i in chosen], "own": own[chosen].tolist(), "found": best.tolist()}
-    return {"pictures": len(kept), "captions": len(texts), "rows": rows}, sheet
+    sheet = {"captions": [texts[i] for i in chosen], "own": image_of[chosen].tolist(), "found": best.tolist()}
+    return {"pictures": len(held_out), "captions": len(texts), "rows": rows}, sheet
 
 
 def _floor_embeddings(
-    train: Images, kept: Images, encode: Callable[[list[str], str], dict[int, np.ndarray]]
+    train: Images, held_out: Images, encode: Callable[[list[str], str], dict[int, np.ndarray]]
 ) -> dict[int, np.ndarray]:
     """Predict embeddings of the held-out images by ridge regression, (n, width) float32 by width."""
     captions = train.captions(np.arange(min(len(train), FLOOR_ROWS)))
     embeddings = encode([caption for group in captions for caption in group], "document")
     groups = np.repeat(np.arange(len(captions)), [len(group) for group in captions])
-    train_features, features = floor_features(train), floor_features(kept)
+    train_features, features = floor_features(train), floor_features(held_out)
     return {
         width: fit_ridge(train_features, _means(rows, groups, len(captions)))(features)
         for width, rows in embeddings.items()
     }
 
 
-def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, own: np.ndarray) -> dict[str, float]:
+def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
     """Compute R@1, R@5, R@10 (fractions) and the median rank (from 1) in both directions.
 
     Ties count against the model. An image is ranked by its best caption.
@@ -92,42 +94,42 @@ def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, own: np.ndarray
     Args:
         pictures: (n, D) L2-normalised image embeddings.
         captions: (m, D) L2-normalised caption embeddings.
-        own: (m,) int, index of each caption's image.
+        image_of: (m,) int, index of each caption's image.
     """
     scores = captions.astype(np.float64) @ pictures.T.astype(np.float64)  # (m, n)
-    right = scores[np.arange(len(own)), own]  # (m,)
+    right = scores[np.arange(len(image_of)), image_of]  # (m,)
     to_image = (scores >= right[:, None]).sum(axis=1)  # rank of each caption's image, ties count as worse
     best = np.full(len(pictures), -np.inf)
-    np.maximum.at(best, own, right)
-    theirs = own[:, None] == np.arange(len(pictures))  # (m, n)
+    np.maximum.at(best, image_of, right)
+    theirs = image_of[:, None] == np.arange(len(pictures))  # (m, n)
     to_text = 1 + ((scores >= best) & ~theirs).sum(axis=0)
     return _recall(to_image, to_text)
 
 
-def reference_scores(captions: np.ndarray, own: np.ndarray, count: int) -> dict[str, float]:
+def reference_scores(captions: np.ndarray, image_of: np.ndarray, count: int) -> dict[str, float]:
     """Score images that are represented by the mean embedding of their other captions.
 
     The caption that is the query or the target is excluded from the mean. Only images with several captions count.
 
     Args:
         captions: (m, D) L2-normalised caption embeddings.
-        own: (m,) int, index of each caption's image.
+        image_of: (m,) int, index of each caption's image.
         count: number of images.
 
     Returns:
         Scores as from retrieval_scores, empty if no image has several captions.
     """
     sums = np.zeros((count, captions.shape[1]))
-    np.add.at(sums, own, captions)
-    several = np.bincount(own, minlength=count) > 1  # (count,) bool
-    queries = np.flatnonzero(several[own])
+    np.add.at(sums, image_of, captions)
+    several = np.bincount(image_of, minlength=count) > 1  # (count,) bool
+    queries = np.flatnonzero(several[image_of])
     if not len(queries):
         return {}
     whole, every = normalise(sums).T.astype(np.float64), captions.T.astype(np.float64)  # (D, count), (D, m)
     to_image, ranks = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
     for start in range(0, len(queries), 1024):
         part = queries[start : start + 1024]
-        rows, mine = np.arange(len(part)), own[part]
+        rows, mine = np.arange(len(part)), image_of[part]
         others = normalise(sums[mine] - captions[part]).astype(
             np.float64
         )  # (b, D): each query's image without the query
@@ -136,9 +138,9 @@ def reference_scores(captions: np.ndarray, own: np.ndarray, count: int) -> dict[
         to_pictures = captions[part].astype(np.float64) @ whole  # (b, count)
         to_pictures[rows, mine] = right[:, 0]
         to_image[start : start + 1024] = (to_pictures >= right).sum(axis=1)
-        ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != own)).sum(axis=1)
-    to_text = np.full(count, len(own))
-    np.minimum.at(to_text, own[queries], ranks)  # an image is ranked by its best caption
+        ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != image_of)).sum(axis=1)
+    to_text = np.full(count, len(image_of))
+    np.minimum.at(to_text, image_of[queries], ranks)  # an image is ranked by its best caption
     return _recall(to_image, to_text[several])
 
 
@@ -191,12 +193,12 @@ def fit_ridge(features: np.ndarray, targets: np.ndarray) -> Any:
     return lambda rows: normalise((((rows - mean) / deviation) @ weights + centre).astype(np.float32))
 
 
-def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: int = 96) -> None:
+def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes], side: int = 96) -> None:
     """Draw a contact sheet. A row shows a caption, its image, and the images it retrieved, with the right one framed.
 
     Args:
         sheet: content of the sheet, from :func:`evaluate_pictures`.
-        kept: held-out images.
+        held_out: held-out images.
         file: binary file for the PNG.
         side: side of an image in pixels. Default: 96.
     """
@@ -206,7 +208,7 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
     gap, left, top = 8, 300, 34
     places = sorted({*sheet["own"], *(i for retrieved in sheet["found"] for i in retrieved)})
-    pixels = dict(zip(places, kept.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
+    pixels = dict(zip(places, held_out.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
     wide = max(map(len, sheet["found"]))
     size = (left + (wide + 1) * (side + gap) + 3 * gap, top + len(sheet["captions"]) * (side + gap) + gap)
     page = Image.new("RGB", size, "white")
@@ -214,14 +216,14 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
     for x, title in ((gap, "query"), (left, "its image"), (left + side + 4 * gap, "retrieved, best first")):
         draw.text((x, gap), title, fill="#555555", font=font)
     rows = zip(sheet["captions"], sheet["own"], sheet["found"], strict=True)
-    for line, (caption, own, retrieved) in enumerate(rows):
+    for line, (caption, target, retrieved) in enumerate(rows):
         y = top + line * (side + gap)
         draw.multiline_text((gap, y + 4), _wrapped(caption, 36, 5), fill="black", font=font)
-        page.paste(Image.fromarray(pixels[own]), (left, y))
+        page.paste(Image.fromarray(pixels[target]), (left, y))
         for place, picture in enumerate(retrieved):
             x = left + side + 4 * gap + place * (side + gap)
             page.paste(Image.fromarray(pixels[picture]), (x, y))
-            right = picture == own
+            right = picture == target
             draw.rectangle(
                 (x - 2, y - 2, x + side + 1, y + side + 1),
                 outline="#009E73" if right else "#DDDDDD",
@@ -230,13 +232,13 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
     page.save(file, "png")
 
 
-def write_sheet(path: Path, sheet: Mapping[str, Any], kept: Images) -> bool:
+def write_sheet(path: Path, sheet: Mapping[str, Any], held_out: Images) -> bool:
     """Draw the contact sheet to a file, if matplotlib is installed. The sheet uses its font.
 
     Args:
         path: PNG file to write.
         sheet: content of the sheet, from :func:`evaluate_pictures`.
-        kept: held-out images.
+        held_out: held-out images.
 
     Returns:
         True if the sheet was drawn, False if matplotlib is missing.
@@ -249,7 +251,7 @@ def write_sheet(path: Path, sheet: Mapping[str, Any], kept: Images) -> bool:
     except ModuleNotFoundError:
         return False
     content = io.BytesIO()
-    plot_sheet(sheet, kept, content)
+    plot_sheet(sheet, held_out, content)
     write_atomic(path, content.getvalue())
     return True
 
@@ -295,8 +297,8 @@ def pictures_line(results: Mapping[str, Any]) -> str:
     return f"{results['pictures']} held-out images: " + "; ".join(parts)
 
 
-def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, own: np.ndarray) -> dict[str, Any]:
-    return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, own)}
+def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, Any]:
+    return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, image_of)}
 
 
 def _means(vectors: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:

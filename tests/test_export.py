@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
@@ -282,6 +283,8 @@ def test_card_of_the_packaged_model() -> None:
     assert model_licence(name) == "apache-2.0"
     card = render_card({"student": {"model": name}, "licence": "apache-2.0"}, [384])
     assert front_matter(card)["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    data = ModelCard(card).data  # as the hub reads it
+    assert (data.license, data.pipeline_tag) == ("apache-2.0", "sentence-similarity")
     assert model_licence("package:no_such_package/model") == model_licence("no/such-model") == UNKNOWN_LICENCE
 
 
