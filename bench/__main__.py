@@ -1,7 +1,9 @@
-"""``python -m bench NAME [arguments]`` runs ``main(argv)`` of ``bench/NAME.py``; without a name, the suite.
+"""Command line of the benchmarks: ``python -m bench NAME [arguments]`` runs ``main(argv)`` of ``bench/NAME.py``.
 
-python -m bench --device cuda                 losses, mips and train on a GPU: about six minutes
-python -m bench --device cuda --budget 400    leaving out what would begin after so many seconds
+Without a name, it runs losses, mips and train:
+
+python -m bench --device cuda                 on a GPU, about six minutes
+python -m bench --device cuda --budget 400    leave out cases that would start after 400 seconds
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ from pathlib import Path
 
 from jasper_fast.errors import run_cli
 
-SUITE = ("losses", "mips", "train")  # each takes --device, prints tables and writes JSON under bench/results
+SUITE = ("losses", "mips", "train")  # benchmarks with --device and --budget that write JSON to bench/results
 
 
 def names() -> list[str]:
-    """The benchmarks there are: the modules of this folder that are neither private nor pytest files."""
-    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in found if not name.startswith(("_", "test_", "bench_", "conftest")))
+    """List the benchmarks: modules of this folder that are neither private nor pytest files."""
+    modules = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name for name in modules if not name.startswith(("_", "test_", "bench_", "conftest")))
 
 
 def suite(arguments: list[str]) -> int:
-    """Each in a process of its own: a GPU that failed is of no use to the process that saw it, but to the next one.
+    """Run the suite in separate processes, because a GPU error makes the GPU unusable for the rest of a process.
 
-    With ``--budget`` each gets its share of the seconds that are left, and is ended a minute after it.
+    With ``--budget``, the remaining seconds are divided evenly. A benchmark is stopped a minute after its part.
+
+    Returns:
+        The largest exit status, 0 if all succeeded.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--budget", type=float)
@@ -37,20 +42,20 @@ def suite(arguments: list[str]) -> int:
     for n, name in enumerate(SUITE):
         command, most = [sys.executable, "-u", "-m", "bench", name, *rest], None
         if options.budget is not None:
-            share = max(0.0, options.budget - (time.monotonic() - begin)) / (len(SUITE) - n)
-            command, most = [*command, "--budget", f"{share:.0f}"], share + 60
+            seconds = max(0.0, options.budget - (time.monotonic() - begin)) / (len(SUITE) - n)
+            command, most = [*command, "--budget", f"{seconds:.0f}"], seconds + 60
         try:
             status = subprocess.run(command, timeout=most).returncode
         except subprocess.TimeoutExpired:
             status = 1
         if status:
-            print(f"python -m bench {name}: ended with {status}; what it wrote before is kept", file=sys.stderr)
+            print(f"python -m bench {name}: failed with status {status}. Its results so far are kept.", file=sys.stderr)
         worst = max(worst, abs(status))
     return worst
 
 
 def main(argv: list[str]) -> int:
-    """Run one benchmark, or without a name the suite, arguments passed on; with a wrong name list them and return 2."""
+    """Run one benchmark, or the suite without a name. An unknown name lists the benchmarks and returns 2."""
     if argv and not argv[0].startswith("-"):
         argv = [argv[0].replace("-", "_"), *argv[1:]]  # config-page is config_page.py
     wanted_help = bool(argv) and argv[0] in ("-h", "--help")
@@ -59,8 +64,8 @@ def main(argv: list[str]) -> int:
             print(f"error: no benchmark called {argv[0]!r}", file=sys.stderr)
         listing = "\n".join(f"  python -m bench {name}" for name in names())
         print(
-            f"usage: python -m bench [NAME] [arguments]\n\nwithout NAME: {', '.join(SUITE)} in turn (--device cuda: "
-            f"on a GPU)\nbenchmarks:\n{listing}",
+            f"usage: python -m bench [NAME] [arguments]\n\nwithout NAME: {', '.join(SUITE)}, one after the other "
+            f"(--device cuda: on a GPU)\nbenchmarks:\n{listing}",
             file=sys.stderr,
         )
         return 0 if wanted_help else 2

@@ -1,4 +1,4 @@
-"""``docs/ablation.md``: tables, pictures and plain words from the ablation's results, and a part kept by hand."""
+"""Generator of ``docs/ablation.md``: tables and plots of the ablation's results, and a part written by hand."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ QUESTIONS = {
 
 
 def write_page(results: Mapping[str, Any], path: Path) -> None:
-    """Write the page and its pictures (in a folder beside it); the part by hand is taken over from the old page."""
+    """Write the page, and its plots in a folder next to it. The part written by hand is kept."""
     scores = collect(results)
-    pictures = _pictures(results, scores, path)
+    images = _pictures(results, scores, path)
     sections = [
         "# What each choice is worth, for narrow embeddings",
         _intro(results),
@@ -41,7 +41,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         + statements(results, scores),
         "\n".join([BY_HAND[0], _by_hand(path), BY_HAND[1]]),
         targets(results, scores),
-        *pictures,
+        *images,
         _floors(results, scores),
         *(_group(results, scores, group) for group in QUESTIONS),
         _codes(results, scores),
@@ -50,7 +50,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
 
 
 def statements(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
-    """A row per question: by how much one arm is better than the other, and whether that is more than noise."""
+    """Return a table of differences between two arms, marked if within noise, with a row per question."""
     shown = [(width, kind) for width in results["widths"] for kind in kinds_of(results)]
     rows = []
     for question, first, second in STATEMENTS:
@@ -99,7 +99,7 @@ def _by_hand(path: Path) -> str:
 
 
 def _group(results: Mapping[str, Any], scores: Mapping[Key, list[float]], group: str) -> str:
-    """One question's arms, with the arm they are held against, for both budgets."""
+    """Return the tables of one question's arms and of the arms they are compared with, for both budgets."""
     arms = list(dict.fromkeys(run["arm"] for run in results["runs"] if run["group"] == group))
     if not arms:
         return ""
@@ -132,7 +132,7 @@ def _cells(results: Mapping[str, Any], scores: Mapping[Key, list[float]], arm: s
 
 
 def _floors(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
-    """What needs no training of narrow heads, beside the best arm and the paper's losses."""
+    """Return a table of PCA and truncation, compared with the best arm and the paper's losses."""
     rows = []
     plain = [row for row in results["floors"] if "precision" not in row]
     for model in dict.fromkeys(row["model"] for row in plain):
@@ -146,7 +146,7 @@ def _floors(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> st
 
 
 def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str:
-    """Width × precision: the score, and the share that codes lose of the same arm's float32."""
+    """Return a table of scores by width and precision, with the change from the same arm's float32."""
     arms = dict.fromkeys(arm for arm, *_, precision, _ in scores if precision == "int8")
     rows = []
     for arm in arms:
@@ -168,7 +168,7 @@ def _codes(results: Mapping[str, Any], scores: Mapping[Key, list[float]]) -> str
 
 
 def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], path: Path) -> Iterable[str]:
-    """All arms in order, and the batch size, for the narrowest two widths."""
+    """Plot all arms in the order of their scores at the two narrowest widths. Return the images' Markdown."""
     import io
 
     from jasper_fast.plots import _figure, _save
@@ -179,9 +179,9 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
     for width in widths:
         figure, axes = _figure(1, len(kinds), (6 * len(kinds), 1.5 + 0.22 * len(arms)))
         for axis, kind in zip(axes, kinds, strict=True):
-            found = {arm: scores.get((arm, "seconds", width, "float32", kind)) for arm in arms}
-            known = sorted(((mean(v), v, arm) for arm, v in found.items() if v), key=lambda item: item[0])
-            for place, (middle, values, arm) in enumerate(known):
+            by_arm = {arm: scores.get((arm, "seconds", width, "float32", kind)) for arm in arms}
+            ordered = sorted(((mean(v), v, arm) for arm, v in by_arm.items() if v), key=lambda item: item[0])
+            for place, (middle, values, arm) in enumerate(ordered):
                 colour = {BEST: "#0072B2", PAPERS: "#D55E00"}.get(arm, "#777777")
                 error = 100 * stdev(values) if len(values) > 1 else 0.0
                 axis.errorbar(100 * middle, place, xerr=error, fmt="o", color=colour, markersize=4, capsize=2)
@@ -190,7 +190,7 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
                 if row["width"] == width and value is not None and row["model"] == "teacher PCA":
                     axis.axvline(100 * value, color="#E69F00", linestyle="--", linewidth=1, label="teacher, PCA")
                     axis.legend(fontsize=8, frameon=False)
-            axis.set_yticks(range(len(known)), [arm for *_, arm in known], fontsize=7)
+            axis.set_yticks(range(len(ordered)), [arm for *_, arm in ordered], fontsize=7)
             axis.set_title(f"{kind} at {width}, equal seconds, %", loc="left", fontsize=11)
         content = io.BytesIO()
         _save(figure, content)

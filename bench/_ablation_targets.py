@@ -1,4 +1,4 @@
-"""What narrow vectors are to reach, beside what the ablation found."""
+"""Targets for narrow embeddings, compared with the ablation's results."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from bench._ablation_arms import (
 )
 from bench._ablation_scores import Key, kind_means, kinds_of, markdown, verdict
 
-# Width, kind, and by how much the recipe is to be above the paper's losses: retrieval in per cent of theirs, similarity
-# in points.
+# Width, kind, and required gain of the recipe over the paper's losses: retrieval in per cent of theirs, similarity in
+# points.
 ABOVE_PAPERS = ((32, "retrieval", 8.0), (64, "retrieval", 3.0), (32, "similarity", 1.5), (64, "similarity", 0.5))
-KEPT, AIM = 88.0, 92.0  # per cent of full width's retrieval that 64 dimensions keep
-COSTS = {"int8": 0.5, "ubinary": 8.0, "ubinary+rescore": 2.0}  # per cent of retrieval, at most
+KEPT, AIM = 88.0, 92.0  # required per cent of full width's retrieval at 64 dimensions
+COSTS = {"int8": 0.5, "ubinary": 8.0, "ubinary+rescore": 2.0}  # largest accepted loss, per cent of retrieval
 FLOORS = ("teacher PCA", "teacher truncated")
 
 Scores = Mapping[Key, list[float]]
-Row = tuple[str, str, str, bool]  # what, asked, found, whether it is reached
+Row = tuple[str, str, str, bool]  # target, required, measured, whether it is reached
 
 
 def targets(results: Mapping[str, Any], scores: Scores) -> str:
-    """A table of every target that the results speak of; means over seeds, of arms of equal seconds."""
+    """Return a table of every target with results, as means over seeds of arms with equal seconds."""
     rows = [
         *_of(results, scores, RECIPE, PAPERS),
         *_at_full_width(results, scores),
@@ -47,16 +47,16 @@ def targets(results: Mapping[str, Any], scores: Scores) -> str:
         "seconds. The arm *taught by the own vector* differs only in its target. In the last columns, both arms had "
         "the searched documents among their texts, without queries or judgements."
     )
-    heads, table = ["target", "asked", "found", "reached"], [[*row[:3], _yes(row[3])] for row in rows]
+    heads, table = ["target", "required", "measured", "reached"], [[*row[:3], _yes(row[3])] for row in rows]
     for name, (recipe, papers) in others.items():
-        found = {row[0]: [row[2], _yes(row[3])] for row in _of(results, scores, recipe, papers)}
+        cells = {row[0]: [row[2], _yes(row[3])] for row in _of(results, scores, recipe, papers)}
         heads += [name, "reached"]
-        table = [row + found.get(row[0], ["", ""]) for row in table]
+        table = [row + cells.get(row[0], ["", ""]) for row in table]
     return f"## Targets\n\n{text}\n\n" + markdown(heads, table)
 
 
 def _of(results: Mapping[str, Any], scores: Scores, recipe: str, papers: str) -> Iterator[Row]:
-    """What a recipe of narrow heads is asked for."""
+    """Yield the targets of a recipe for narrow heads."""
     yield from _above_papers(scores, recipe, papers)
     yield from _above_floors(results, scores, recipe)
     yield from _kept(results, scores, recipe)
@@ -67,13 +67,13 @@ def _yes(reached: bool) -> str:
 
 
 def _above_papers(scores: Scores, recipe: str, papers: str) -> Iterator[Row]:
-    for width, kind, asked in ABOVE_PAPERS:
+    for width, kind, required in ABOVE_PAPERS:
         ours, theirs = (_arm(scores, arm, width, kind) for arm in (recipe, papers))
         if ours is not None and theirs is not None:
             relative = kind == "retrieval"
-            found, unit = (100 * (ours / theirs - 1), "%") if relative else (100 * (ours - theirs), "points")
+            gain, unit = (100 * (ours / theirs - 1), "%") if relative else (100 * (ours - theirs), "points")
             what = f"{kind} at {width} above the paper's losses"
-            yield what, f"≥ {asked:g} {unit}", f"{found:+.2f} {unit}", found >= asked
+            yield what, f"≥ {required:g} {unit}", f"{gain:+.2f} {unit}", gain >= required
 
 
 def _above_floors(results: Mapping[str, Any], scores: Scores, recipe: str) -> Iterator[Row]:
@@ -95,20 +95,21 @@ def _at_full_width(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
         keys = [(arm, "texts", results["widths"][0], "float32", kind) for arm in (ENCODER_RECIPE, ENCODER_PAPERS)]
         if all(key in scores for key in keys):
             ours, theirs = (scores[key] for key in keys)
-            told = verdict(ours, theirs)
-            reached = mean(ours) >= mean(theirs) or told.startswith("no difference")
-            yield f"{kind} at full width, {ENCODER_RECIPE} against {ENCODER_PAPERS}", "not behind", told, reached
+            result = verdict(ours, theirs)
+            reached = mean(ours) >= mean(theirs) or result.startswith("no difference")
+            yield f"{kind} at full width, {ENCODER_RECIPE} against {ENCODER_PAPERS}", "not behind", result, reached
 
 
 def _kept(results: Mapping[str, Any], scores: Scores, recipe: str) -> Iterator[Row]:
     narrow, full = _arm(scores, recipe, 64, "retrieval"), _floor(results, "student", results["widths"][0], "retrieval")
     if narrow is not None and full:
-        kept = 100 * narrow / full
-        yield "retrieval of full width that 64 keep", f"≥ {KEPT:g} % (aim {AIM:g} %)", f"{kept:.1f} %", kept >= KEPT
+        percent = 100 * narrow / full
+        what = "retrieval of full width that 64 keep"
+        yield what, f"≥ {KEPT:g} % (aim {AIM:g} %)", f"{percent:.1f} %", percent >= KEPT
 
 
 def _costs(results: Mapping[str, Any], scores: Scores) -> Iterator[Row]:
-    """Of int8 the most at any width, of bits those of full width."""
+    """Yield the costs of codes: int8 at the width where it costs most, bits at full width."""
     widest = results["widths"][0]
     full = _floor(results, "student", widest, "retrieval")
     pairs: list[tuple[float | None, float | None, int]] = [

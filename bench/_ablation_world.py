@@ -1,9 +1,10 @@
-"""What all arms of the ablation share: a frozen encoder's states of texts and evaluation sets, and two teachers."""
+"""Data that all arms of the ablation share: a frozen encoder's states of texts and sets, and teacher embeddings."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,28 @@ STUDENT = "student"
 
 
 class Target:
-    """Teachers' vectors of every text, in memory."""
+    """Teacher embeddings of every text, in memory."""
 
     def __init__(self, vectors: Tensor, fingerprint: str) -> None:
         self.vectors, self.fingerprint = vectors, fingerprint
         self.width, self.revisions = vectors.shape[1], [None]
 
     def read(self, rows: np.ndarray) -> Tensor:
+        """Return the embeddings of these texts, (len(rows), E) float32."""
         return self.vectors[rows]
 
 
 class World:
-    """See the module.
+    """Texts, evaluation sets and teachers that all arms share, encoded once.
 
     Args:
-        states: (n, H), of the training texts and, after them, of the documents that the retrieval sets search.
-        texts: how many of them are training texts.
-        evals: each set with its groups' states.
-        teachers: their vectors, of all states or of the training texts alone.
+        config: configuration of the encoder's run.
+        states: (n, H) float32 states of the training texts, followed by the documents of the retrieval sets.
+        texts: number of training texts.
+        evals: evaluation sets, each with the states of its groups of texts.
+        head: full-width head of the trained encoder.
+        teachers: teacher embeddings by name, of all states or of the training texts alone.
+        encoder: digest of the encoder's weights.
     """
 
     def __init__(
@@ -66,15 +71,15 @@ class World:
         self.facts = {"texts": texts, "searched": len(states) - texts, "states": states.shape[1]}
 
     def widest_head(self) -> nn.Linear:
-        """A copy of full width's head as the encoder's training left it."""
+        """Return a copy of the full-width head after the encoder's training."""
         copy = nn.Linear(self._head.in_features, self._head.out_features)
         copy.load_state_dict(self._head.state_dict())
         return copy
 
     def floors(self, widths: list[int]) -> list[dict[str, Any]]:
-        """Rows of the teacher and the student as they are, and of both made narrow by PCA and by truncation.
+        """Return result rows of teacher and student, at full width and reduced by PCA and by truncation.
 
-        The student's full width has rows of its codes as well, which name their ``precision``.
+        There are also rows of the student's codes at full width, with a ``precision``.
         """
         plain = self.teachers["one"]
         teacher = teacher_encoder(self.config.teachers, self.cache, self.config.precision)
@@ -84,29 +89,36 @@ class World:
             rows += score_rows([evalset for evalset, _ in self.evals], {TEACHER: teacher}, reduces)
         with torch.no_grad():
             train = normalise(self._head(self.states[: min(self.texts, PCA_ROWS)]).numpy())
-            own = {e.name: {g: normalise(self._head(s).numpy()) for g, s in states.items()} for e, states in self.evals}
+            student = {
+                e.name: {g: normalise(self._head(s).numpy()) for g, s in states.items()} for e, states in self.evals
+            }
         forms = {f"{STUDENT}{name.removeprefix(TEACHER)}": by for name, by in teacher_floors(train, widths).items()}
         for name, by_width in {STUDENT: {self.width: lambda vectors: vectors}, **forms}.items():
             for width, reduce in by_width.items():
                 scores = {}
                 for evalset, _ in self.evals:
-                    found = score_vectors(evalset, {g: reduce(v) for g, v in own[evalset.name].items()})
-                    scores |= {f"{evalset.name}/{metric}": value for metric, value in found.items()}
+                    metrics = score_vectors(evalset, {g: reduce(v) for g, v in student[evalset.name].items()})
+                    scores |= {f"{evalset.name}/{metric}": value for metric, value in metrics.items()}
                 rows.append({"model": name, "width": width, "scores": scores})
         for precision in PRECISIONS[1:]:
             scores = {}
             for evalset, _ in self.evals:
-                found = score_codes(evalset, own[evalset.name], precision)
-                scores |= {f"{evalset.name}/{metric}": value for metric, value in found.items()}
+                metrics = score_codes(evalset, student[evalset.name], precision)
+                scores |= {f"{evalset.name}/{metric}": value for metric, value in metrics.items()}
             rows.append({"model": STUDENT, "width": self.width, "precision": precision, "scores": scores})
         return rows
 
 
 def prepare(config: Config, run: str | None, work: Path) -> World:
-    """Train the encoder where ``run`` names none, and read every text once.
+    """Train the encoder, or load it from ``run``, and encode every text once.
+
+    Args:
+        config: configuration of the encoder's run.
+        run: run folder or model of a trained encoder. None: train one.
+        work: folder for the encoder and the cached states.
 
     Raises:
-        JasperError: the encoder's widest head is not as wide as the configuration says, or has no Router.
+        JasperError: the encoder has no Router, or no head of the configuration's full width.
     """
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
@@ -118,26 +130,14 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
     position, heads = routes(model)
     if config.student.heads[0] not in heads:
         raise JasperError(
-            f"{folder} has heads {sorted(heads)}; the configuration's widest is {config.student.heads[0]}"
+            f"{folder}: no full-width head (got {sorted(heads)}, expected {config.student.heads[0]}). "
+            "Fix: give a run of this configuration"
         )
-    from sentence_transformers import SentenceTransformer
-
-    stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)).eval()
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-    encoder = digest.hexdigest()
-
-    def encode(texts: list[str], role: str) -> np.ndarray:
-        found = stem.encode(
-            texts, prompt=prompt_of(model.prompts, role), convert_to_numpy=True, show_progress_bar=False
-        )
-        return np.asarray(found, dtype=np.float32)
-
-    read = cached(encode, f"{encoder} {config.student.max_length}", work / "states")
+    encoder = _digest(model)
+    read = cached(_state_encoder(model, position), f"{encoder} {config.student.max_length}", work / "states")
     texts, _ = prepare_texts(config)
     words, roles = texts["text"][:], np.array(texts["role"][:])
-    states = np.empty((len(words), stem.get_embedding_dimension() or 0), dtype=np.float32)
+    states = np.empty((len(words), heads[config.student.heads[0]][0].linear.in_features), dtype=np.float32)
     for role in sorted(set(roles.tolist())):
         places = np.flatnonzero(roles == role)
         states[places] = read([words[i] for i in places], role)
@@ -145,26 +145,49 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
     for evalset in load_evals(config.evaluate):
         groups = evalset.groups()
         evals.append((evalset, {g: torch.from_numpy(read(list(part), role)) for g, (part, role) in groups.items()}))
-    kept = ensure_teachers(config, texts)
-    one = kept.read(np.arange(len(words)))
+    taught = ensure_teachers(config, texts)
+    one = taught.read(np.arange(len(words)))
     searched = [(evalset, of["documents"]) for evalset, of in evals if "documents" in of]
     teacher = teacher_encoder(config.teachers, config.data.cache, config.precision)
-    if teacher is not None and searched:  # their texts alone: no question, and no judgement of what answers one
-        found = [embed(evalset, teacher)[one.shape[1]]["documents"] for evalset, _ in searched]
-        one = torch.cat([one, *map(torch.from_numpy, found)])
+    if teacher is not None and searched:  # only the documents: no queries or judgements
+        documents = [embed(evalset, teacher)[one.shape[1]]["documents"] for evalset, _ in searched]
+        one = torch.cat([one, *map(torch.from_numpy, documents)])
         states = np.concatenate([states, *(of.numpy() for _, of in searched)])
-    lexical = torch.from_numpy(_lexical(words, kept.fingerprint, work))
+    lexical = torch.from_numpy(_lexical(words, taught.fingerprint, work))
     both = torch.nn.functional.normalize(torch.cat([one[: len(words)], lexical], dim=1), dim=1)
-    targets = {"one": Target(one, kept.fingerprint), "two": Target(both, f"{kept.fingerprint}+lexical")}
+    targets = {"one": Target(one, taught.fingerprint), "two": Target(both, f"{taught.fingerprint}+lexical")}
     head = heads[config.student.heads[0]][0].linear.cpu()
     with torch.no_grad():
         own = torch.nn.functional.normalize(head(torch.from_numpy(states)), dim=1)
-    targets["own"] = Target(own, f"{kept.fingerprint}+{encoder}")
+    targets["own"] = Target(own, f"{taught.fingerprint}+{encoder}")
     return World(config, torch.from_numpy(states), len(words), evals, head, targets, encoder)
 
 
+def _digest(model: nn.Module) -> str:
+    """Return a digest of a model's weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _state_encoder(model: Any, router: int) -> Callable[[list[str], str], np.ndarray]:
+    """Return a function (texts, role) -> (n, H) float32 pooled states, from the modules before the Router."""
+    from sentence_transformers import SentenceTransformer
+
+    stem = SentenceTransformer(modules=list(model)[:router], device=str(model.device)).eval()
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        prompt = prompt_of(model.prompts, role)
+        return np.asarray(
+            stem.encode(texts, prompt=prompt, convert_to_numpy=True, show_progress_bar=False), dtype=np.float32
+        )
+
+    return encode
+
+
 def _lexical(words: list[str], fingerprint: str, work: Path) -> np.ndarray:
-    """A teacher that knows words alone: TF-IDF made narrow, (n, at most LEXICAL_WIDTH) unit rows, kept in ``work``."""
+    """Return the embeddings of a lexical teacher, TF-IDF reduced to at most LEXICAL_WIDTH, cached in ``work``."""
 
     def encode(texts: list[str], role: str) -> np.ndarray:
         from sklearn.decomposition import TruncatedSVD

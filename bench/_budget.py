@@ -1,4 +1,4 @@
-"""The seconds that a benchmark is given: what would begin after them is left out, and said to be."""
+"""Time budget of a benchmark. Cases that would start after it are left out and reported."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 
 
 class Budget:
-    """Counts from when it is made.
+    """Time budget that starts when the object is created.
 
     Args:
-        seconds: None: no end.
+        seconds: length of the budget. None: no limit.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -17,7 +17,7 @@ class Budget:
         self._begin = time.monotonic()
 
     def spent(self) -> str | None:
-        """Why to leave out what comes next; None while there is time."""
+        """Return the reason to leave out the next case, or None while there is time."""
         if self.seconds is None or time.monotonic() - self._begin < self.seconds:
             return None
         return f"left out: the budget of {self.seconds:g} s is spent"

@@ -1,4 +1,4 @@
-"""``docs/peers.md``: the whole table of the peers' comparison, and what it comes to, from its committed results."""
+"""Generator of ``docs/peers.md``: summary and tables of the comparison with peers, from its committed results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench._arms import spread
 from jasper_fast.files import write_atomic
 
 OURS = "jasper_fast"
-TEACHERS = ("teacher", "teacher PCA", "teacher truncated")  # a model twice as deep, made narrow: no peer, but a mark
+TEACHERS = ("teacher", "teacher PCA", "teacher truncated")  # twice as deep as the student: for reference, not a peer
 START = "student before"
 WHAT_DIFFERS = (
     "These differences were not measured one by one. At full width ours learns by the cosine alone, as st-cosine does. "
@@ -25,7 +25,7 @@ Scores = dict[tuple[str, int], list[dict[str, float]]]  # (model, width) -> scor
 
 
 def write_page(results: Mapping[str, Any], path: Path) -> None:
-    """Write the page."""
+    """Write the page from the content of distil.json."""
     environment = results["environment"]
     texts = [
         "# Compared with sentence-transformers' own distillation",
@@ -58,7 +58,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
 
 
 def other_code(results: Mapping[str, Any]) -> str:
-    """Which arms come from which code, where it is not one and the same, or not known of all; else nothing."""
+    """List the code version of each arm, empty if all arms come from the same code."""
     arms: dict[str, list[str]] = {}  # by the digest of the code; commits may differ in other files alone
     named: dict[str, str] = {}
     for arm, runs in results["arms"].items():
@@ -69,37 +69,37 @@ def other_code(results: Mapping[str, Any]) -> str:
             arms.setdefault(digest, []).append(f"{arm} seed {run['seed']}")
     if len(arms) < 2:
         return ""
-    told = "; ".join(f"{named[digest]}: {', '.join(runs)}" for digest, runs in arms.items())
-    return f" The arms do not all come from the same code: {told}."
+    listed = "; ".join(f"{named[digest]}: {', '.join(runs)}" for digest, runs in arms.items())
+    return f" The arms do not all come from the same code: {listed}."
 
 
 def collect(results: Mapping[str, Any]) -> Scores:
-    """Every model's scores at every width, one entry per seed; recall is left out."""
-    found: Scores = {}
+    """Collect the scores by model and width, with one entry per seed and without recall."""
+    collected: Scores = {}
     for runs in results["arms"].values():
         for run in runs:
             for row in run["rows"]:
                 scores = {key: value for key, value in row["scores"].items() if not key.endswith("recall@100")}
-                found.setdefault((row["model"], row["width"]), []).append(scores)
-    return found
+                collected.setdefault((row["model"], row["width"]), []).append(scores)
+    return collected
 
 
 def chosen(results: Mapping[str, Any]) -> str:
-    """How everybody's settings were chosen, and on what."""
+    """Describe how the settings of all arms were chosen, and on which sets."""
     tuned = ", ".join(results["tuned_on"])
     search = results["search"]
     means = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in search["means"].items())
-    found = f" Its means with seed {_first_seed(results)} by rate are {means}." if means else ""
+    by_rate = f" Its means with seed {_first_seed(results)} by rate are {means}." if means else ""
     return (
         f"Our settings were chosen on {tuned}. The distil stage was chosen in runs of a few minutes, and the narrow "
         "heads' settings from some 25 on seed 0's encoder. The peers' learning rate is "
-        f"{search['lr']:g}. It was searched on the same sets with {search['arm']} for all of them.{found} Their batch "
-        "is ours. The other sets took no part in any choice, so their mean is the one to judge by."
+        f"{search['lr']:g}. It was searched on the same sets with {search['arm']} for all of them.{by_rate} Their "
+        "batch is ours. The other sets took no part in any choice, so their mean is the one to judge by."
     )
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """A table with a row per width and kind of sets: ours against the best peer on the mean."""
+    """Return a table of ours against the best peer on the mean, with a row per width and kind of sets."""
     scores, kinds = collect(results), set_kinds(results)
     lines = [
         "| width | sets | gain | ours | best peer | its mean | PCA of the teacher |",
@@ -107,7 +107,7 @@ def summary(results: Mapping[str, Any]) -> str:
     ]
     for width, ours, peers in _widths(scores):
         for kind, sets in kinds.items():
-            means = {m: [mean(of_sets(s, sets).values()) for s in found] for m, found in peers.items()}
+            means = {m: [mean(of_sets(s, sets).values()) for s in by_seed] for m, by_seed in peers.items()}
             best = max(means, key=lambda model: mean(means[model]))
             own = [mean(of_sets(s, sets).values()) for s in ours]
             above = scores.get(("teacher PCA", width))
@@ -119,7 +119,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def by_figure(results: Mapping[str, Any]) -> str:
-    """A table with a row per width and a column per figure: ours against the best peer there."""
+    """Return a table of gains over the best peer, with a row per width and a column per set."""
     scores = collect(results)
     keys = list(next(iter(scores.values()))[0])
     lines = ["| " + " | ".join(["width", *keys]) + " |", "|---" * (len(keys) + 1) + "|"]
@@ -134,7 +134,7 @@ def by_figure(results: Mapping[str, Any]) -> str:
 
 
 def _widths(scores: Scores) -> Iterator[tuple[int, list[dict[str, float]], dict[str, list[dict[str, float]]]]]:
-    """Yield each width at which there are peers, with the scores of ours and of every peer."""
+    """Yield each width with peers, the scores of ours, and those of every peer."""
     for width in sorted({width for model, width in scores if model == OURS}, reverse=True):
         peers = {m: s for (m, w), s in scores.items() if w == width and m not in (OURS, START, *TEACHERS)}
         if peers:
@@ -142,7 +142,7 @@ def _widths(scores: Scores) -> Iterator[tuple[int, list[dict[str, float]], dict[
 
 
 def set_kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of the evaluation sets by their part in the choice of settings; no empty kind."""
+    """Group the names of the evaluation sets by their role in choosing settings, without empty groups."""
     keys = next(iter(collect(results).values()))[0]
     names = list(dict.fromkeys(key.split("/")[0] for key in keys))
     tuned = results["tuned_on"]
@@ -151,12 +151,12 @@ def set_kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def of_sets(scores: Mapping[str, float], sets: Collection[str]) -> dict[str, float]:
-    """The scores of these sets, recall left out."""
+    """Return the scores of these sets, without recall."""
     return {k: v for k, v in scores.items() if k.split("/")[0] in sets and not k.endswith("recall@100")}
 
 
 def training(results: Mapping[str, Any]) -> str:
-    """What each arm was given and did."""
+    """Return a table of seconds, steps, batch size and learning rate by arm."""
     lines = ["| arm | seconds | steps | batch | peak learning rate |", "|---|---|---|---|---|"]
     for arm, runs in results["arms"].items():
         settings = runs[0]["settings"]
@@ -169,15 +169,15 @@ def training(results: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Per model and width: the mean over seeds of every score with its spread, and of the means over sets."""
+    """Return a table of all scores by model and width, as mean and spread over seeds, with means over sets."""
     scores = collect(results)
     kinds = set_kinds(results)
     keys = list(next(iter(scores.values()))[0])
     lines = ["| " + " | ".join(["arm", "width", *(f"mean, {kind}" for kind in kinds), *keys]) + " |"]
     lines.append("|---" * (len(keys) + len(kinds) + 2) + "|")
-    for (model, width), found in sorted(scores.items(), key=lambda item: (-item[0][1], item[0][0])):
-        cells = [spread([mean(of_sets(s, sets).values()) for s in found]) for sets in kinds.values()]
-        cells += [spread([s[k] for s in found]) for k in keys]
+    for (model, width), by_seed in sorted(scores.items(), key=lambda item: (-item[0][1], item[0][0])):
+        cells = [spread([mean(of_sets(s, sets).values()) for s in by_seed]) for sets in kinds.values()]
+        cells += [spread([s[k] for s in by_seed]) for k in keys]
         lines.append(f"| {model} | {width} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

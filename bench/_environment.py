@@ -1,4 +1,4 @@
-"""What a benchmark's figures depend on; every committed result carries it."""
+"""Environment of a benchmark run, stored in every committed result."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from jasper_fast import env, extension
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPUs, threads, commit and digest of the code, whether the extension is in use; no paths."""
-    found = env.environment()
+    """Return versions, processor, GPUs, threads, commit, code digest and the extension's state, without local paths."""
+    machine = env.environment()
     return {
         "commit": commit(),
-        "digest": env.code_digest(),  # a copy without its git history has no commit
-        **{key: found[key] for key in ("python", "libraries", "cpu", "gpus")},
+        "digest": env.code_digest(),  # also identifies copies without a git history
+        **{key: machine[key] for key in ("python", "libraries", "cpu", "gpus")},
         "extension": extension.extension_error() or "in use",
     }
 
 
 def commit() -> str | None:
-    """Of the checkout that this process runs in; None where there is none."""
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
+    """Return the short commit of the current checkout, or None without one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def code(files: Iterable[Path]) -> dict[str, str | None]:
-    """What code a figure comes from: the commit, and a digest of the package and of the benchmark's own files."""
+    """Return the commit, and a digest of the package and of the benchmark's files."""
     digest = hashlib.blake2b(env.code_digest().encode(), digest_size=8)
     for file in files:
         digest.update(file.read_bytes())

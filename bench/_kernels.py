@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: the kernels of one call, by name."""
+"""Device time of one call by GPU kernel."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-LONGEST, TOLD = 12, 4  # kernels written down, and told of on a page
-NAME = 120  # characters of a name
+LONGEST, LISTED = 12, 4  # kernels that are stored, and that a page lists
+NAME = 120  # stored characters of a kernel's name
 
 
 def kernels(call: Callable[[], object]) -> dict[str, Any]:
-    """Device seconds of one call, how many kernels and copies it launches, and the longest of them.
+    """Return the device seconds of one call, the number of its launches, and its longest kernels.
 
-    On a machine without CUDA, or without the profiler's own library, only why there is nothing.
+    Without CUDA or the profiler's library, the result has only an error.
     """
     if not torch.cuda.is_available():
         return {"error": "no CUDA device"}
     try:
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             call()
             torch.cuda.synchronize()
-    except Exception as problem:  # a profiler that fails takes no figure with it
+    except Exception as problem:  # a failed profiler does not discard the timing
         return {"error": repr(problem)}
     return summary(
         (event.name, event.device_time * 1e-6)
-        for event in found.events()
+        for event in profiled.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
 
 
 def summary(launches: Any) -> dict[str, Any]:
-    """Of (name, seconds) of each launch."""
+    """Summarise launches by kernel.
+
+    Args:
+        launches: (name, seconds) of each launch.
+    """
     by_name: dict[str, list[float]] = {}
     for name, seconds in launches:
         by_name.setdefault(name[:NAME], []).append(seconds)
@@ -45,13 +49,17 @@ def summary(launches: Any) -> dict[str, Any]:
     }
 
 
-def told(found: dict[str, tuple[dict[str, Any], float]]) -> str:
-    """A paragraph for a page: of each case by name, what `kernels` gave and the seconds that the whole call took."""
+def kernel_section(cases: dict[str, tuple[dict[str, Any], float]]) -> str:
+    """Return a Markdown section on the kernels of each case, empty if none was profiled.
+
+    Args:
+        cases: by case, the result of `kernels` and the seconds of the whole call.
+    """
     lines = []
-    for name, (own, seconds) in found.items():
+    for name, (own, seconds) in cases.items():
         if "error" in own:
             continue
-        longest = "; ".join(f"{k['name']} {k['seconds'] * 1e3:,.3g} ms ({k['count']})" for k in own["longest"][:TOLD])
+        longest = "; ".join(f"{k['name']} {k['seconds'] * 1e3:,.3g} ms ({k['count']})" for k in own["longest"][:LISTED])
         busy = f"{own['device_s'] * 1e3:,.3g} of {seconds * 1e3:,.3g} ms on the device"
         lines.append(f"- {name}: {busy} in {own['launches']} launches: {longest}")
     return "\n".join(["### Where ours spends its time", "", *lines]) if lines else ""

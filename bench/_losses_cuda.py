@@ -1,7 +1,7 @@
-"""The fused losses on a CUDA device, for ``python -m bench losses --device cuda``.
+"""Fused losses on a CUDA device, for ``python -m bench losses --device cuda``.
 
-Random vectors, no network, two or three minutes. Every method's loss and gradient are compared with those in float64
-before it is timed; what is wrong or cannot be run, out of memory for one, is written down as such.
+It uses random vectors and no network, and takes two or three minutes. Every method's loss and gradient are compared
+with float64 before they are timed. Errors, such as a lack of memory, are stored in the results.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ SHAPES: dict[str, list[Shape]] = {
     ],
     "jasper_loss": [("all heads", 4096, [12288, 1024, 512, 256], 12288, torch.bfloat16)],
 }
-PUBLISHED_ROWS = 256  # what the published formulation of relative similarity can hold
+PUBLISHED_ROWS = 256  # largest batch of the published formulation of relative similarity
 COMPILED = (("similarity", "wide"), ("neighbourhood", "usual"))  # torch.compile takes 10 to 30 s for each
-METHOD_S = 5.0  # a method that takes longer for all its repeats is measured fewer times, but twice
-OURS, THEIRS = 2e-2, 0.25  # allowed distance from the values in float64, relative; bfloat16 formulations are coarse
-PRODUCT = 8192  # rows, columns and depth of the bfloat16 product that gives the machine's speed
-PARAMETERS, LENGTH = 1.5e9, 512  # of the student whose training step the whole loss is compared with, and of its texts
+METHOD_S = 5.0  # time limit of a method in seconds; slower methods get fewer repeats, but at least two
+OURS, THEIRS = 2e-2, 0.25  # accepted relative errors against float64; eager bfloat16 is coarse
+PRODUCT = 8192  # size of the square bfloat16 product that measures the machine's speed
+PARAMETERS, LENGTH = 1.5e9, 512  # student and tokens per text of the training step that the loss is compared with
 
 
 def faster_than(method: str) -> Callable[[dict[str, Any]], float]:
-    """How many times as fast as a method ours is."""
+    """Return a function that computes our speed relative to a method."""
     return lambda case: case["methods"][method]["both_s"] / case["methods"]["jasper_fast"]["both_s"]
 
 
 def milliseconds(method: str) -> Callable[[dict[str, Any]], float]:
-    """Of forward and backward."""
+    """Return a function that computes a method's milliseconds, forward and backward."""
     return lambda case: case["methods"][method]["both_s"] * 1e3
 
 
 def gigabytes(method: str) -> Callable[[dict[str, Any]], float]:
-    """Beyond the inputs and the gradient that is returned."""
+    """Return a function that computes a method's memory in GB, in addition to inputs and gradient."""
     return lambda case: case["methods"][method]["extra_bytes"] / 1e9
 
 
 def share_of_memory(case: dict[str, Any]) -> float:
-    """Of what the eager form takes beyond inputs and gradient."""
+    """Return our memory as a fraction of the eager form's, both in addition to inputs and gradient."""
     return case["methods"]["jasper_fast"]["extra_bytes"] / case["methods"]["eager"]["extra_bytes"]
 
 
@@ -106,25 +106,29 @@ def measure(
     device: str,
     repeats: int,
     quick: bool = False,
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
     budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Every shape by every method: seconds of forward, backward and both, peak memory, energy, and the targets.
+    """Measure every shape with every method: time, peak memory and energy, and check the targets.
 
     Args:
-        device: "cuda"; "cpu" runs the same, without kernels.
-        repeats: of which the median is taken.
-        quick: shapes a sixteenth of the size, of which no target speaks.
-        keep: called with all that was found so far, after each shape.
-        budget: shapes that would begin after it are left out.
+        device: "cuda", or "cpu" for the same without kernels.
+        repeats: number of measurements, of which the median is taken.
+        quick: True for shapes of a sixteenth of the size, without targets. Default: False.
+        keep: function that gets the results after each shape. Default: does nothing.
+        budget: time budget. Shapes that would start after it are left out. None: no limit.
+
+    Returns:
+        Cases by loss, and the speed of a bfloat16 product and of a sum.
     """
     budget = budget or Budget()
     shrink = 16 if quick else 1
-    found: dict[str, Any] = {"product_tflops": product_tflops(device, PRODUCT // shrink, repeats)}
-    found["read_gb_s"] = bandwidth(device, (1 << 28) // shrink**2, repeats)
-    print(f"a bfloat16 product runs at {found['product_tflops']:,.1f} TFLOP/s, a sum at {found['read_gb_s']:,.0f} GB/s")
+    results: dict[str, Any] = {"product_tflops": product_tflops(device, PRODUCT // shrink, repeats)}
+    tflops = results["product_tflops"]
+    results["read_gb_s"] = bandwidth(device, (1 << 28) // shrink**2, repeats)
+    print(f"a bfloat16 product runs at {tflops:,.1f} TFLOP/s, a sum at {results['read_gb_s']:,.0f} GB/s")
     for loss, shapes in SHAPES.items():
-        found[loss] = []
+        results[loss] = []
         for name, rows, widths, teacher_width, dtype in shapes:
             rows, widths, teacher_width = (
                 max(rows // shrink, 64),
@@ -140,22 +144,22 @@ def measure(
                 else:
                     _measure(case, loss, dtype, device, repeats)
                 if loss == "jasper_loss":
-                    case |= _share_of_step(case, found["product_tflops"])
-            except Exception as error:  # a device that failed: what was found before it is kept
+                    case |= _share_of_step(case, tflops)
+            except Exception as error:  # a failed device: earlier results are kept
                 case["error"] = repr(error)
             case["took_s"] = time.perf_counter() - begin
             case["targets"] = [] if quick else judged(TARGETS.get((loss, name), ()), case)
-            found[loss].append(case)
-            keep(found)
+            results[loss].append(case)
+            keep(results)
             _print(f"{loss}, {name}, B = {rows}, D = {'/'.join(map(str, widths))} on {teacher_width}", case)
-    return found
+    return results
 
 
 def product_tflops(device: str, size: int, repeats: int) -> float:
-    """Speed of a square bfloat16 product."""
+    """Return the speed of a square bfloat16 product in TFLOP/s."""
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     clock, taken = _Clock(device == "cuda"), []
-    for _ in range(repeats + 1):  # the first one loads the library
+    for _ in range(repeats + 1):  # the first run loads the library
         begin = clock.now()
         a @ b
         taken.append(clock.now() - begin)
@@ -163,27 +167,27 @@ def product_tflops(device: str, size: int, repeats: int) -> float:
 
 
 def _share_of_step(case: dict[str, Any], tflops: float) -> dict[str, float]:
-    """Beside a student's training step at the speed of a bare product, 6 FLOP for each parameter and token."""
+    """Compare with a training step at the speed of a bare product, 6 FLOP per parameter and token."""
     step = 6e-12 * PARAMETERS * LENGTH * case["rows"] / tflops
     ours = case["methods"].get("jasper_fast", {})
     return {"step_s": step} | ({"percent_of_step": 100 * ours["both_s"] / step} if "both_s" in ours else {})
 
 
 def _measure(case: dict[str, Any], loss: str, dtype: torch.dtype, device: str, repeats: int) -> None:
-    """Fills in the methods' figures, or errors."""
+    """Fill in the figures or errors of all methods."""
     generator = torch.Generator(device).manual_seed(0)
     *heads, teacher = [
         torch.randn(case["rows"], width, device=device, dtype=dtype, generator=generator)
         for width in (*case["widths"], case["teacher_width"])
     ]
     methods = _methods(loss, device, case["rows"], case["name"])
-    # Exact relative similarity in float64 takes 100 GB at B = 32768; there the binned form stands for it.
+    # Exact relative similarity in float64 takes 100 GB at B = 32768, so the binned form replaces it there.
     truth = _relative("auto") if loss == "relative_similarity" else methods["jasper_fast"]
     wanted = None
     try:
         wanted = known(truth, heads, teacher)
     except torch.OutOfMemoryError:
-        case["unchecked"] = "out of memory in float64: only whether values are finite was looked at"
+        case["unchecked"] = "out of memory in float64: values were only checked to be finite"
     for name, method in methods.items():
         allowed = OURS if name in ("jasper_fast", "binned") else THEIRS
         case["methods"][name] = _one(method, heads, teacher, repeats, wanted, allowed)
@@ -224,7 +228,7 @@ def _methods(loss: str, device: str, rows: int, name: str) -> dict[str, Method]:
 
 
 def _similarity(heads: Heads, teacher: Tensor) -> Tensor:
-    """Plain PyTorch, the teacher's matrix shared."""
+    """Compute similarity in plain PyTorch, with the teacher's matrix shared between heads."""
     with torch.no_grad():
         target = F.normalize(teacher, dim=1)
         target = target @ target.T
@@ -233,7 +237,7 @@ def _similarity(heads: Heads, teacher: Tensor) -> Tensor:
 
 
 def _neighbourhood(heads: Heads, teacher: Tensor) -> Tensor:
-    """Plain PyTorch, the teacher's distribution shared."""
+    """Compute the neighbourhood loss in plain PyTorch, with the teacher's distribution shared between heads."""
     with torch.no_grad():
         target = F.normalize(teacher, dim=1)
         wanted = _log_softmax(target, target, 0)
@@ -259,7 +263,7 @@ def _neighbourhood_chunk(unit: Tensor, target: Tensor, begin: int, end: int) -> 
 
 
 def _chunked(chunk: Callable[..., Tensor], heads: Heads, teacher: Tensor, rows: int = 2048) -> Tensor:
-    """Row strips that the backward pass computes again, so that one strip is in memory."""
+    """Sum a loss over row blocks with checkpointing, so one block is in memory at a time."""
     target = F.normalize(teacher, dim=1)
     total = teacher.new_zeros((), dtype=torch.float32)
     for head in heads:
@@ -273,16 +277,16 @@ def _chunked(chunk: Callable[..., Tensor], heads: Heads, teacher: Tensor, rows: 
 def _one(
     method: Method, heads: Heads, teacher: Tensor, repeats: int, wanted: Known | None, allowed: float
 ) -> dict[str, Any]:
-    """The figures of one method, or what was wrong with it."""
+    """Return the figures of one method, or its error."""
     try:
         errors = check(method, heads, teacher, wanted, allowed)  # compiles, and fills the allocator
-        found = _timed(method, heads, teacher, repeats) | errors
-        if allowed == OURS:  # where our time goes; the others' is theirs
-            found["kernels"] = kernels(partial(value_and_gradients, method, heads, teacher))
-        return found
+        figures = _timed(method, heads, teacher, repeats) | errors
+        if allowed == OURS:  # only our methods are profiled
+            figures["kernels"] = kernels(partial(value_and_gradients, method, heads, teacher))
+        return figures
     except torch.OutOfMemoryError:
         error = "out of memory"
-    except Exception as problem:  # one method's failure takes nothing from the others
+    except Exception as problem:  # the other methods are still measured
         error = repr(problem)
     with suppress(RuntimeError):
         torch.cuda.empty_cache()
@@ -319,13 +323,13 @@ def _timed(method: Method, heads: Heads, teacher: Tensor, repeats: int) -> dict[
         "energy_j": None if used is None else used / len(both),
     }
     if teacher.is_cuda:
-        # Beyond the inputs and the gradient that is returned.
+        # In addition to the inputs and the returned gradient.
         result["extra_bytes"] = clock.peak() - gradients
     return result
 
 
 class _Clock:
-    """Wall time between synchronised points, peak memory, and the GPU's energy counter where NVML has one."""
+    """Clock of synchronised wall time, peak memory, and the GPU's energy counter if NVML has one."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
@@ -356,7 +360,7 @@ class _Clock:
 
 
 def _energy_counter() -> Callable[[], float] | None:
-    """Joules that the current device has used, or None: no NVML, or a device that does not count."""
+    """Return a function that reads the device's energy in joules, or None without NVML or a counter."""
     try:
         import pynvml
 

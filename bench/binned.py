@@ -1,8 +1,8 @@
-"""``python -m bench binned``: the binned relative similarity loss against the exact one, on real vectors.
+"""``python -m bench binned``: compare the binned relative similarity loss with the exact one, on real embeddings.
 
-The teacher's vectors are all-MiniLM-L6-v2's of the docstrings of the installed packages (the ``demo`` extra brings the
-model). The students lie on the way to them from the vectors of the same model without half of its layers, so their
-errors are a real student's, at any size. ``--docs`` writes docs/binned.md from the committed result alone.
+Teacher embeddings are those of all-MiniLM-L6-v2 for docstrings of the installed packages. The ``demo`` extra installs
+the model. Students are interpolated between the teacher and the same model without half of its layers. So they have a
+real student's errors, scaled to several sizes. ``--docs`` only writes docs/binned.md from the committed results.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from jasper_fast.losses import relative_similarity_loss
 RESULTS = Path("bench/results/binned-cpu.json")
 DOCS = Path("docs/binned.md")
 LAYERS = (0, 4, 5)
-SHARES = (1.0, 0.5, 0.3, 0.15, 0.05)  # of the pruned model's error that a student keeps
+SHARES = (1.0, 0.5, 0.3, 0.15, 0.05)  # fractions of the pruned model's error
 BINS = (128, 256, 512, 1024, 2048)
 MARGIN = 0.015
 
 
 def main(argv: list[str]) -> int:
-    """Measure errors and speed, write JSON and the page drawn from it."""
+    """Measure errors and speed, and write JSON and the page."""
     parser = argparse.ArgumentParser(prog="python -m bench binned", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
-    parser.add_argument("--part", choices=("errors", "speed"), help="measure only this, keep the rest of the JSON")
-    parser.add_argument("--docs", action="store_true", help="only write the page from the JSON")
+    parser.add_argument(
+        "--part", choices=("errors", "speed"), help="measure only this part, and keep the rest of the JSON"
+    )
+    parser.add_argument("--docs", action="store_true", help="only write the page again from the JSON")
     options = parser.parse_args(argv)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     if not options.docs:
@@ -52,9 +54,9 @@ def main(argv: list[str]) -> int:
 
 
 def errors(batches: tuple[int, ...]) -> list[dict[str, float]]:
-    """Errors of loss and gradient by batch, student and number of bins."""
+    """Return the relative errors of loss and gradient by batch size, student and number of bins."""
     teacher, pruned = _real_vectors(max(batches))
-    found = []
+    entries = []
     for rows in batches:
         target = teacher[:rows]
         for share in SHARES:
@@ -62,37 +64,37 @@ def errors(batches: tuple[int, ...]) -> list[dict[str, float]]:
             (loss,), (exact,) = ops.relative_similarity([student], target, MARGIN, True, True)
             exact = _tangent(exact, student)
             for bins in BINS:
-                (own,), (gradient,) = binned.relative_similarity([student], target, MARGIN, True, bins)
+                (value,), (gradient,) = binned.relative_similarity([student], target, MARGIN, True, bins)
                 entry = {
                     "rows": rows,
                     "share": share,
                     "bins": bins,
                     "loss": float(loss),
                     "gradient_error": float((_tangent(gradient, student) - exact).norm() / exact.norm()),
-                    "loss_error": float((own - loss).abs() / loss),
+                    "loss_error": float((value - loss).abs() / loss),
                 }
                 print(entry, flush=True)
-                found.append(entry)
-    return found
+                entries.append(entry)
+    return entries
 
 
 def speed(rows: int, width: int) -> dict[str, Any]:
-    """Forward and backward of both forms, measured in turn; each one's peak memory in a process of its own."""
+    """Time both forms, forward and backward, alternately. Peak memory is measured in separate processes."""
     student, teacher = _batch(rows, width, width)
 
     def step(method: str) -> Any:
         return _step(lambda s, t: relative_similarity_loss(s, t, method=method), student, teacher)
 
     ours, exact = medians([step("binned"), step("exact")], 3)
-    found = {"rows": rows, "width": width, "binned_s": ours, "exact_s": exact}
+    figures = {"rows": rows, "width": width, "binned_s": ours, "exact_s": exact}
     for method in ("binned", "exact"):
-        found[f"{method}_mib"] = _in_new_process(_peak_of, method, rows, width)["peak_mib"]
-    print(found)
-    return found
+        figures[f"{method}_mib"] = _in_new_process(_peak_of, method, rows, width)["peak_mib"]
+    print(figures)
+    return figures
 
 
 def _peak_of(method: str, rows: int, width: int) -> dict[str, float]:
-    _step(lambda s, t: relative_similarity_loss(s, t, method=method), *_batch(8, 8, 8))()  # what torch itself needs
+    _step(lambda s, t: relative_similarity_loss(s, t, method=method), *_batch(8, 8, 8))()  # memory of torch itself
     student, teacher = _batch(rows, width, width)
     before = _peak_mib()
     _step(lambda s, t: relative_similarity_loss(s, t, method=method), student, teacher)()
@@ -100,12 +102,12 @@ def _peak_of(method: str, rows: int, width: int) -> dict[str, float]:
 
 
 def _tangent(gradient: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """What of a gradient reaches the vectors before they were normalised."""
+    """Project a gradient on the tangent space of the unit vectors, as backward through normalisation does."""
     return gradient - unit * (gradient * unit).sum(dim=1, keepdim=True)
 
 
 def _real_vectors(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's and the pruned model's unit vectors of the same texts."""
+    """Return embeddings of the teacher and of the pruned model for the same texts, both (rows, 384) float32."""
     from sentence_transformers import SentenceTransformer
 
     from jasper_fast.docstrings import docstring_pairs
@@ -123,8 +125,8 @@ def _real_vectors(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/binned.md."""
-    found, speeds = results["errors"], results["speed"]
+    """Return the content of docs/binned.md."""
+    errors, speeds = results["errors"], results["speed"]
     lines = [
         "# The binned relative similarity loss",
         "",
@@ -134,16 +136,16 @@ def page(results: dict[str, Any]) -> str:
         "of its error. The fraction falls from left to right, until the loss is little more than its margin.",
         "",
     ]
-    for rows in sorted({entry["rows"] for entry in found}):
-        own = [entry for entry in found if entry["rows"] == rows]
-        losses = {entry["share"]: entry["loss"] for entry in own}
+    for rows in sorted({entry["rows"] for entry in errors}):
+        of_rows = [entry for entry in errors if entry["rows"] == rows]
+        losses = {entry["share"]: entry["loss"] for entry in of_rows}
         lines += [f"## B = {rows}", ""]
         for key, title in (("gradient_error", "gradient"), ("loss_error", "loss")):
             header = " | ".join(f"loss {loss:.1e}" for loss in losses.values())
             lines.append(f"| error of the {title} | {header} |")
             lines.append("| --- |" + " ---: |" * len(losses))
-            for bins in sorted({entry["bins"] for entry in own}):
-                cells = [f"{entry[key]:.1e}" for entry in own if entry["bins"] == bins]
+            for bins in sorted({entry["bins"] for entry in of_rows}):
+                cells = [f"{entry[key]:.1e}" for entry in of_rows if entry["bins"] == bins]
                 mark = " (default)" if bins == binned.BINS else ""
                 lines.append(f"| K = {bins}{mark} | " + " | ".join(cells) + " |")
             lines.append("")

@@ -1,14 +1,16 @@
-"""Distillation quality at equal minutes: ours against sentence-transformers' own losses, PCA and truncation.
+"""Distillation quality at equal training time: ours against sentence-transformers' losses, PCA and truncation.
 
     python -m bench distil --seeds 0 1 2
-    python -m bench distil --together 2       two arms side by side, each on half of the cores
+    python -m bench distil --together 2       two arms at the same time, each on half of the cores
     python -m bench distil --page             only write the page again from the results
 
-Every arm starts from the same student (same layers, same head width) and trains on the same texts and teacher vectors
-in fp32 on the same machine, and gets as many seconds of training as ours took for that seed, its neighbour graph and
-pooling included (teacher vectors are shared and counted for nobody). Each arm runs in a process of its own. The peers'
-learning rate is searched with the first seed and their cosine loss: the best of ``--peer-lr`` by the mean over the sets
-that our own settings were chosen on (``--tuned-on``); the other evaluation sets are kept aside from every choice.
+Every arm starts from the same student, with the same layers and head width. It trains on the same texts and teacher
+embeddings, in fp32, on the same machine, in a separate process. A peer trains for as many seconds as ours took with
+that seed. These include our neighbour graph and pooling. Teacher embeddings are shared, and their time counts for no
+arm.
+
+The peers' learning rate is searched with the first seed and their cosine loss. The best of ``--peer-lr`` has the
+highest mean over the sets that our settings were chosen on (``--tuned-on``). The other sets take no part in any choice.
 """
 
 from __future__ import annotations
@@ -39,45 +41,32 @@ from jasper_fast.files import write_atomic
 from jasper_fast.teachers import prompts_of
 
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
-SEARCHED = "st-cosine"  # the peer whose learning rate is searched, for all of them: AdamW does not see a loss's scale
+SEARCHED = "st-cosine"  # its learning rate is searched and used for all peers, as AdamW ignores a loss's scale
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "distil.json", HERE.parent / "docs" / "peers.md"
-WARMUP = 0.1  # of the time
+WARMUP = 0.1  # fraction of the training time
 PCA_TEXTS = 5000
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arm with one seed; ``lr`` is a peer's, ours are in its recipe."""
+    """One arm with one seed. ``lr`` is for peers only, as our recipe has its learning rates."""
 
     arm: str
     seed: int
     lr: float = 0.0
 
     def result(self, work: Path) -> Path:
+        """Return the result file of this job."""
         return result_file(work / f"lr-{self.lr:g}" if self.lr else work, self.arm, self.seed)
 
 
 def main(argv: list[str]) -> int:
-    """Run the arms that have no result yet, then print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench distil", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "recipes" / "minilm-peers.yaml"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
-    parser.add_argument("--work", default="runs/bench-distil", help="runs and the results of single arms")
-    parser.add_argument("--out", default=str(RESULTS))
-    parser.add_argument("--page-out", default=str(PAGE))
-    parser.add_argument("--page", action="store_true", help="only write the page from the results")
-    parser.add_argument("--peer-lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="rates to choose from")
-    parser.add_argument("--peer-batch", type=int, default=32)
-    parser.add_argument("--tuned-on", nargs="+", default=["stsb", "sick", "cranfield", "cisi"], metavar="SET")
-    parser.add_argument("--seconds", type=float, help="training seconds of a peer; default: what ours took")
-    parser.add_argument("--together", type=int, default=1, help="arms side by side, each on its share of the cores")
-    parser.add_argument("--one", nargs=3, metavar=("ARM", "SEED", "LR"), help=argparse.SUPPRESS)  # a child process
-    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)  # a child's
-    options, rest = parser.parse_known_args(argv)
+    """Run the arms without a result, then write results and page, and print the table."""
     from jasper_fast.config_overrides import parse_overrides
 
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
     if options.page:
         write_page(json.loads(Path(options.out).read_text()), Path(options.page_out))
         return 0
@@ -88,22 +77,22 @@ def main(argv: list[str]) -> int:
         run_arm(Job(options.one[0], int(options.one[1]), float(options.one[2])), config, options)
         return 0
     if options.together > 1 and not hasattr(os, "sched_setaffinity"):
-        parser.error("--together pins each arm to cores of its own, which this system does not offer")
+        parser.error("--together needs CPU affinity, which this system lacks. Fix: leave it out")
     prepare(config)
     runner = Runner(argv, config, options)
     searched = runner.search()
     jobs = [Job(arm, seed, searched["lr"] if arm != OURS else 0.0) for seed in options.seeds for arm in options.arms]
     runner.run(jobs)
-    found: dict[str, list[Any]] = {arm: [] for arm in options.arms}
+    runs: dict[str, list[Any]] = {arm: [] for arm in options.arms}
     for job in jobs:
-        found[job.arm].append(json.loads(job.result(Path(options.work)).read_text()))
+        runs[job.arm].append(json.loads(job.result(Path(options.work)).read_text()))
     results = {
         "environment": environment()
         | {"seeds": options.seeds, "threads": runner.threads, "together": options.together}
         | {"config": config.model_dump(mode="json")},
         "tuned_on": options.tuned_on,
         "search": searched,
-        "arms": found,
+        "arms": runs,
     }
     write_atomic(options.out, json.dumps(results, indent=1) + "\n")
     write_page(results, Path(options.page_out))
@@ -111,8 +100,39 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench distil", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--config",
+        default=str(HERE / "recipes" / "minilm-peers.yaml"),
+        help="configuration of ours (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every arm (default: 0 1 2)")
+    parser.add_argument("--arms", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS], help="default: all")
+    parser.add_argument("--work", default="runs/bench-distil", help="folder of runs and of single arms' results")
+    parser.add_argument("--out", default=str(RESULTS), help="JSON to write (default: %(default)s)")
+    parser.add_argument("--page-out", default=str(PAGE), help="page to write (default: %(default)s)")
+    parser.add_argument("--page", action="store_true", help="only write the page again from the results")
+    parser.add_argument(
+        "--peer-lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="learning rates to choose from"
+    )
+    parser.add_argument("--peer-batch", type=int, default=32, help="batch size of a peer (default: %(default)s)")
+    parser.add_argument(
+        "--tuned-on",
+        nargs="+",
+        default=["stsb", "sick", "cranfield", "cisi"],
+        metavar="SET",
+        help="evaluation sets for choosing settings",
+    )
+    parser.add_argument("--seconds", type=float, help="training seconds of a peer (default: as ours took)")
+    parser.add_argument("--together", type=int, default=1, help="arms at the same time, each on a part of the cores")
+    parser.add_argument("--one", nargs=3, metavar=("ARM", "SEED", "LR"), help=argparse.SUPPRESS)  # a child process
+    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)  # a child's
+    return parser
+
+
 def prepare(config: Config) -> None:
-    """Texts, teacher vectors and neighbour graph, once for every arm and with every core."""
+    """Prepare texts, teacher embeddings and neighbour graph for all arms, on all cores."""
     from jasper_fast.batches import batch_plan
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
@@ -124,7 +144,7 @@ def prepare(config: Config) -> None:
 
 
 class Runner:
-    """Runs jobs in processes of their own, ``options.together`` at a time."""
+    """Runner of jobs in separate processes, ``options.together`` at a time."""
 
     def __init__(self, argv: list[str], config: Config, options: argparse.Namespace) -> None:
         self.argv, self.config, self.options = argv, config, options
@@ -134,14 +154,14 @@ class Runner:
             all_cores = sorted(os.sched_getaffinity(0))
             self.threads = len(all_cores) // options.together
             if not self.threads:
-                raise JasperError(f"--together {options.together} on {len(all_cores)} cores: lower it")
+                raise JasperError(f"--together: {options.together} arms on {len(all_cores)} cores. Fix: lower it")
             for i in range(options.together):
                 self.cores.put(all_cores[i * self.threads : (i + 1) * self.threads])
         else:
             self.cores.put([])
 
     def search(self) -> dict[str, Any]:
-        """Run ours and, with the first seed, the cosine loss at every rate: its mean by rate, and the best rate."""
+        """Run ours, then search the peers' learning rate. Return the arm, the best rate, and the mean score by rate."""
         options = self.options
         arm = next((a for a in (SEARCHED, *options.arms) if a in options.arms and a != OURS), SEARCHED)
         rates = options.peer_lr if len(options.peer_lr) > 1 and arm in options.arms else []
@@ -157,21 +177,21 @@ class Runner:
         return mean(of_sets(row["scores"], self.options.tuned_on).values())
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs that have no result of these settings, in their order; a peer waits for ours of its seed."""
+        """Run the jobs without a result for these settings, in order. A peer waits for ours of the same seed."""
         self.ended = {job.seed: Event() for job in jobs if job.arm == OURS}
         with ThreadPoolExecutor(self.options.together) as pool:
             codes = list(pool.map(self._child, jobs))
         failed = [f"{job.arm} with seed {job.seed}" for job, code in zip(jobs, codes, strict=True) if code]
         if failed:
-            raise JasperError(f"failed: {', '.join(failed)}; the same command goes on from there")
+            raise JasperError(f"failed: {', '.join(failed)}. Fix: run the same command again, which resumes there")
 
     def _child(self, job: Job) -> int:
         if job.arm != OURS and not self.options.seconds and job.seed in self.ended:
             self.ended[job.seed].wait()
         cores = self.cores.get()
         try:
-            known = known_settings(job.result(Path(self.options.work)))
-            if known is not None and known == settings_of(job, self.config, self.options):
+            stored = known_settings(job.result(Path(self.options.work)))
+            if stored is not None and stored == settings_of(job, self.config, self.options):
                 return 0
             print(f"=== {job.arm}, seed {job.seed}" + (f", learning rate {job.lr:g}" if job.lr else ""), flush=True)
             command = [sys.executable, "-m", "bench", "distil", *self.argv]
@@ -186,7 +206,7 @@ class Runner:
 
 
 def settings_of(job: Job, config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """What a stored result must agree with to be used again; our stages are nothing to a peer."""
+    """Return the settings that a stored result must match to be reused. A peer's exclude our stages."""
     if job.arm == OURS:
         return {"config": _decided(config, exclude={"seed"})}
     shared = _decided(config, include={"student", "teachers", "data", "evaluate", "precision"})
@@ -195,7 +215,7 @@ def settings_of(job: Job, config: Config, options: argparse.Namespace) -> dict[s
 
 
 def _decided(config: Config, **which: set[str]) -> dict[str, Any]:
-    """A configuration's sections as plain values, with the prompts that its teachers get."""
+    """Return sections of a configuration as plain values, with the resolved prompts of its teachers."""
     tree = config.model_dump(mode="json", **which)
     for values, teacher in zip(tree["teachers"], config.teachers, strict=True):
         values["prompts"] = prompts_of(teacher)
@@ -203,13 +223,13 @@ def _decided(config: Config, **which: set[str]) -> dict[str, Any]:
 
 
 def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
-    """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher vectors."""
+    """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher embeddings."""
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
 
     work = Path(options.work)
     outcome: dict[str, Any] = {"arm": job.arm, "seed": job.seed, "settings": settings_of(job, config, options)}
-    outcome["code"] = code([Path(__file__)])  # for the record: results of other code are used again
+    outcome["code"] = code([Path(__file__)])  # only recorded: results of other code are reused
     config = config.model_copy(update={"seed": job.seed})
     if job.arm == OURS:
         seconds, rows = train_ours(config, work / f"{job.arm}-seed{job.seed}")
@@ -226,17 +246,24 @@ def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
 
 
 def seconds_of_ours(work: Path, seed: int) -> float:
+    """Return the training seconds of ours with a seed.
+
+    Raises:
+        JasperError: ours has no result for the seed.
+    """
     file = Job(OURS, seed).result(work)
     if not file.exists():
-        raise JasperError(f"a peer gets the seconds that {OURS} took: run that arm first, or give --seconds")
+        raise JasperError(
+            f"{file} is missing, and a peer trains as long as {OURS}. Fix: run that arm first, or give --seconds"
+        )
     return json.loads(file.read_text())["seconds"]
 
 
 def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Our recipe; rows are its results (teacher and floors too).
+    """Train our recipe. Return its seconds and its result rows, including teacher and floors.
 
-    The seconds are those of its log (steps and pooling), and those of building its neighbour graphs once more, since
-    the arms share the graphs.
+    The seconds are those of the log (steps and pooling), and those of building the neighbour graphs again. The arms
+    share these graphs, so the log has no time for them.
     """
     from jasper_fast.data import prepare_texts
     from jasper_fast.neighbours import neighbour_graph
@@ -261,7 +288,7 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
 def train_peer(
     job: Job, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
 ) -> tuple[float, int, Any]:
-    """Sentence-transformers' trainer with its own distillation loss for ``seconds`` of wall time."""
+    """Train a peer with sentence-transformers' trainer for ``seconds`` of wall time. Return seconds, steps, encoder."""
     from jasper_fast.encoders import model_encoder
 
     trainer = peer_trainer(job, config, peer_dataset(config, texts, teachers), options)
@@ -274,22 +301,22 @@ def train_peer(
 
 
 def score_peer(arm: str, config: Config, encoder: Any, texts: Any) -> list[dict[str, Any]]:
-    """A peer's rows; one without narrow heads is made narrow by PCA (of its own vectors) and by truncation."""
+    """Return a peer's result rows. Peers without narrow heads are reduced by their PCA and by truncation."""
     from jasper_fast.evaluate import PCA, TEACHER, TRUNCATED, load_evals, score_rows, teacher_floors
 
     evalsets = load_evals(config.evaluate)
     if arm.endswith("matryoshka"):
         return score_rows(evalsets, {arm: encoder})
-    some = texts[: config.stages[-1].texts or PCA_TEXTS]  # as many as our narrow heads learn from
+    some = texts[: config.stages[-1].texts or PCA_TEXTS]  # as many as our narrow heads train on
     vectors = encoder(some["text"], "document")[config.student.heads[0]]
     floors = teacher_floors(vectors, config.student.heads)
     names = {TEACHER: arm, PCA: f"{arm} + PCA", TRUNCATED: f"{arm} + truncation"}
-    rows = score_rows(evalsets, {TEACHER: encoder}, floors)  # floors are taken of whatever has the teacher's name
+    rows = score_rows(evalsets, {TEACHER: encoder}, floors)  # floors are computed for the model with the teacher's name
     return [row | {"model": names[row["model"]]} for row in rows]
 
 
 def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
-    """Columns ``text`` and ``label`` (the teacher's vector), as sentence-transformers' distillation wants them."""
+    """Return a dataset with ``text`` and ``label`` (teacher embedding), for sentence-transformers' distillation."""
     import numpy as np
     from datasets import Dataset
 
@@ -298,7 +325,7 @@ def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
 
 
 def peer_trainer(job: Job, config: Config, data: Any, options: Any) -> Any:
-    """The trainer as its documentation sets it up, on the same student: encoder layers, mean pooling, one Dense."""
+    """Set up the trainer as in its documentation, on the same student: encoder, mean pooling, one Dense."""
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -312,10 +339,10 @@ def peer_trainer(job: Job, config: Config, data: Any, options: Any) -> Any:
         loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=config.student.heads)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(job.result(Path(options.work)).with_suffix("")),
-        max_steps=10**9,  # the clock ends it
+        max_steps=10**9,  # by_the_clock ends training
         per_device_train_batch_size=options.peer_batch,
         learning_rate=job.lr,
-        lr_scheduler_type="constant",  # set by the clock
+        lr_scheduler_type="constant",  # by_the_clock sets the rate
         seed=config.seed,
         save_strategy="no",
         logging_strategy="no",
@@ -328,10 +355,10 @@ def peer_trainer(job: Job, config: Config, data: Any, options: Any) -> Any:
 
 
 def peer_student(config: Config) -> Any:
-    """Our student's encoder before training, with mean pooling, a Dense that starts as the identity, and unit length.
+    """Return our untrained encoder with mean pooling, an identity Dense, and normalisation.
 
-    The identity is the kindest start for a student whose last layer is its teacher's; without unit length, which the
-    teacher's vectors have, MSE would spend its minutes on the length.
+    The identity is the best start, because the student's last layer is its teacher's. Without normalisation, MSE would
+    spend its time on the length of the embeddings.
     """
     import tempfile
 
@@ -358,15 +385,16 @@ def peer_student(config: Config) -> Any:
 
 
 def pick() -> torch.device:
+    """Return the best device of this machine."""
     from jasper_fast.encode import pick_device
 
     return pick_device()
 
 
 def by_the_clock(seconds: float, lr: float) -> Any:
-    """A trainer callback: the usual warm-up and linear decay, over the time that is given instead of over steps.
+    """Return a trainer callback with warm-up and linear decay over wall time instead of steps.
 
-    So a peer ends its schedule and its minutes together, however long its batches are; start-up is not charged.
+    The schedule ends when the time ends, for any length of batches. Start-up does not count.
     """
     from transformers import TrainerCallback
 

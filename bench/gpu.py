@@ -1,6 +1,7 @@
-"""``python -m bench gpu``: docs/gpu.md and its roofline plots, from what ``python -m bench --device cuda`` wrote.
+"""``python -m bench gpu``: write docs/gpu.md and its roofline plots from committed results.
 
-Reads bench/results/{losses,mips,train}-cuda.json; says so where no GPU has written one. Needs no GPU.
+``python -m bench --device cuda`` writes the results. This command reads
+bench/results/{losses,mips,train}-cuda.json and needs no GPU. The page says which files are missing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench._kernels import told
+from bench._kernels import kernel_section
 from bench._roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """The page, and its plots in a folder beside it."""
+    """Write the page, and its plots in a folder next to it."""
     parts, judged, slower = [], [], []
     for name, (title, section) in SECTIONS.items():
         file = folder / f"{name}-cuda.json"
@@ -52,11 +53,11 @@ def write_page(folder: Path, page: Path) -> None:
         if not file.is_file():
             parts.append(f"No GPU has run this: there is no `{file.name}`.")
             continue
-        found = json.loads(file.read_text())
-        parts.append(f"`{file.name}`: {about(found['environment'])}.")
-        text, points, roof, lost = section(found)
+        results = json.loads(file.read_text())
+        parts.append(f"`{file.name}`: {about(results['environment'])}.")
+        text, points, roof, lost = section(results)
         parts.append(text)
-        judged += list(targets(name, found))
+        judged += list(targets(name, results))
         slower += lost
         if points:
             plot(points, roof, title, page.with_suffix("") / f"{name}.png")
@@ -66,7 +67,7 @@ def write_page(folder: Path, page: Path) -> None:
 
 
 def about(environment: Results) -> str:
-    """GPU, versions and code of one file."""
+    """Describe the GPU, library versions and code version of one result file."""
     gpus, libraries = environment["gpus"]["devices"], environment["libraries"]
     device = ", ".join(f"{gpu['name']} ({gpu['capability']}, {gpu['memory_gb']} GB)" for gpu in gpus)
     versions = ", ".join(
@@ -77,7 +78,7 @@ def about(environment: Results) -> str:
 
 
 def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
-    """Targets and losses in plain words, before any table."""
+    """Return the summary that precedes all tables: targets, and cases in which ours is slower."""
     if not judged:
         return ["**No GPU has run the benchmarks yet**, so this page has no figures."]
     met = sum(target["met"] is True for _, target in judged)
@@ -96,30 +97,33 @@ def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
     return ["\n".join(lines), "**Where ours is slower or takes more memory:**\n\n" + lost]
 
 
-def targets(name: str, found: Results) -> Iterator[tuple[str, Results]]:
-    """Every target of a file, with the case that it is about."""
+def targets(name: str, results: Results) -> Iterator[tuple[str, Results]]:
+    """Yield every target of a result file with the name of its case."""
     if name == "losses":
-        cases = [(f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in found.get(loss, [])]
+        cases = [
+            (f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in results.get(loss, [])
+        ]
     elif name == "mips":
-        cases = [(f"search, {searched(case)}", case) for case in found["search"]["cases"]]
+        cases = [(f"search, {searched(case)}", case) for case in results["search"]["cases"]]
     else:
-        cases = [(f"training, {name}", own) for name, own in found["configurations"].items()]
+        cases = [(f"training, {name}", own) for name, own in results["configurations"].items()]
     for where, case in cases:
         for target in case["targets"]:
             yield where, target
 
 
-Section = tuple[str, list[Point], Roof, list[str]]  # text, points, roof, where ours loses
+Section = tuple[str, list[Point], Roof, list[str]]  # text, points, roof, cases in which ours is slower
 
 
-def losses(found: Results) -> Section:
-    """A table for each loss: ours beside every other method."""
-    roof = Roof(found["product_tflops"], found["read_gb_s"])
+def losses(results: Results) -> Section:
+    """Return the section on losses: a table for each loss, with ours compared with every other method."""
+    roof = Roof(results["product_tflops"], results["read_gb_s"])
     parts = [
         f"Forward and backward, medians. A bfloat16 product runs at {roof.tflops:,.3g} TFLOP/s, a sum at "
         f"{roof.gb_s:,.0f} GB/s. *roof* is ours as a fraction of what these two allow."
     ]
-    points, lost = [], []
+    points: list[Point] = []
+    lost: list[str] = []
     for loss in LOSSES:
         lines = [
             f"### {loss.replace('_', ' ')}",
@@ -127,47 +131,55 @@ def losses(found: Results) -> Section:
             "| case | compared with | ours is | of its memory | ours | the other | roof |",
         ]
         lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for case in found.get(loss, []):
-            widths = "/".join(map(str, case["widths"]))
-            label = f"{case['name']}: {case['rows']:,} x {widths} on {case['teacher_width']}, {case['dtype']}"
-            ours = case["methods"].get("jasper_fast", {"error": case.get("error", "not measured")})
-            if "error" in case or "error" in ours:
-                lines.append(f"| {label} | | | | {case.get('error') or ours['error']} | | |")
-                ours = {}
-            else:
-                point = loss_point(loss, case, "jasper_fast")
-                points.append(point)
-                lines.append(f"| {label} | | | | {figures(ours)} | | {100 * point.share(roof):.0f} % |")
-            for method, other in case["methods"].items():
-                if method == "jasper_fast":
-                    continue
-                if "error" in other or not ours:
-                    lines.append(f"| | {method} | | | | {other.get('error') or figures(other)} | |")
-                    continue
-                ratio = other["both_s"] / ours["both_s"]
-                memory = memory_ratio(ours, other)
-                lines.append(f"| | {method} | {times(ratio)} | {memory} | | {figures(other)} | |")
-                where = f"{loss.replace('_', ' ')}, {case['name']}"
-                if method == "binned":  # ours as well
-                    continue
-                if ratio < 1:
-                    lost.append(f"{where}: {1 / ratio:.2f} × the time of {method}")
-                if ours.get("extra_bytes", 0) > other.get("extra_bytes", float("inf")):
-                    lost.append(f"{where}: {mib(ours)} against {mib(other)} of {method}")
+        for case in results.get(loss, []):
+            rows, case_points, case_lost = _loss_rows(loss, case, roof)
+            lines += rows
+            points += case_points
+            lost += case_lost
         parts.append("\n".join(lines))
     spent = {
         f"{loss.replace('_', ' ')}, {case['name']}, {method}": (own["kernels"], own["both_s"])
         for loss in LOSSES
-        for case in found.get(loss, [])
+        for case in results.get(loss, [])
         for method, own in case["methods"].items()
         if "kernels" in own
     }
-    return "\n\n".join(filter(None, [*parts, told(spent)])), points, roof, lost
+    return "\n\n".join(filter(None, [*parts, kernel_section(spent)])), points, roof, lost
 
 
-def mips(found: Results) -> Section:
-    """Each search beside bf16 matmul and topk, which is not exact."""
-    cases, gb_s = found["search"]["cases"], found["search"]["read_gb_s"]
+def _loss_rows(loss: str, case: Results, roof: Roof) -> tuple[list[str], list[Point], list[str]]:
+    """Return the table rows of one case, its point if ours was measured, and the methods that beat ours."""
+    widths = "/".join(map(str, case["widths"]))
+    label = f"{case['name']}: {case['rows']:,} x {widths} on {case['teacher_width']}, {case['dtype']}"
+    ours = case["methods"].get("jasper_fast", {"error": case.get("error", "not measured")})
+    points, lost = [], []
+    if "error" in case or "error" in ours:
+        lines = [f"| {label} | | | | {case.get('error') or ours['error']} | | |"]
+        ours = {}
+    else:
+        points.append(loss_point(loss, case, "jasper_fast"))
+        lines = [f"| {label} | | | | {figures(ours)} | | {100 * points[0].share(roof):.0f} % |"]
+    for method, other in case["methods"].items():
+        if method == "jasper_fast":
+            continue
+        if "error" in other or not ours:
+            lines.append(f"| | {method} | | | | {other.get('error') or figures(other)} | |")
+            continue
+        ratio = other["both_s"] / ours["both_s"]
+        lines.append(f"| | {method} | {times(ratio)} | {memory_ratio(ours, other)} | | {figures(other)} | |")
+        if method == "binned":  # also ours
+            continue
+        where = f"{loss.replace('_', ' ')}, {case['name']}"
+        if ratio < 1:
+            lost.append(f"{where}: {1 / ratio:.2f} × the time of {method}")
+        if ours.get("extra_bytes", 0) > other.get("extra_bytes", float("inf")):
+            lost.append(f"{where}: {mib(ours)} against {mib(other)} of {method}")
+    return lines, points, lost
+
+
+def mips(results: Results) -> Section:
+    """Return the section on search: each form compared with bf16 matmul and topk, which is not exact."""
+    cases, gb_s = results["search"]["cases"], results["search"]["read_gb_s"]
     bare = [2e-12 * c["queries"] * c["rows"] * c["width"] / c["seconds"]["bare bf16 product"]
             for c in cases if "bare bf16 product" in c["seconds"]]  # fmt: skip
     roof = Roof(max(bare, default=float("nan")), gb_s)
@@ -201,22 +213,22 @@ def mips(found: Results) -> Section:
         for case in cases
         for search, own in case.get("kernels", {}).items()
     }
-    return "\n\n".join(filter(None, ["\n".join(lines), told(spent)])), points, roof, lost
+    return "\n\n".join(filter(None, ["\n".join(lines), kernel_section(spent)])), points, roof, lost
 
 
-def train(found: Results) -> Section:
-    """Speed, memory and shares of the time by configuration; stage 1 apart."""
-    gpus = found["environment"]["gpus"]["devices"]
-    roof = Roof(found["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
+def train(results: Results) -> Section:
+    """Return the section on training: speed, memory and fractions of the time by configuration, then stage 1."""
+    gpus = results["environment"]["gpus"]["devices"]
+    roof = Roof(results["peak_tflops"], known_bandwidth(gpus[0]["name"]) if gpus else None)
     lines = [
-        f"A student of 1.5 B parameters, random weights, bf16, texts of {found['length']} tokens. MFU refers to "
+        f"A student of 1.5 B parameters, random weights, bf16, texts of {results['length']} tokens. MFU refers to "
         f"{roof.tflops:,.0f} TFLOP/s. Work that caching and checkpointing do twice does not count.",
         "",
         "| configuration | MFU | peak memory | texts a step | texts/s | loss | encoder | optimiser |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     points, after = [], ""
-    for name, own in found["configurations"].items():
+    for name, own in results["configurations"].items():
         if "error" in own:
             lines.append(f"| {name} | {own['error']} | | | | | | |")
         elif "mfu" in own:
@@ -242,32 +254,32 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], Section]]] = {
 
 
 def searched(case: Results) -> str:
-    """A search's shape."""
+    """Format the shape of a search."""
     return f"{case['queries']:,} of {case['rows']:,} x {case['width']}, k {case['k']}"
 
 
 def times(ratio: float) -> str:
-    """A ratio of speeds, slower ones in bold."""
+    """Format a ratio of speeds, in bold if ours is slower."""
     return f"{ratio:,.2f} × as fast" if ratio >= 1 else f"**{ratio:,.2f} × as fast**"
 
 
 def memory_ratio(ours: Results, other: Results) -> str:
-    """Of the other's memory; nothing where a device does not count it, or the other needs none."""
+    """Format our memory as a percentage of the other's, empty if unknown or if the other uses none."""
     if "extra_bytes" not in ours or not other.get("extra_bytes"):
         return ""
     return f"{100 * ours['extra_bytes'] / other['extra_bytes']:.1f} %"
 
 
 def figures(own: Results) -> str:
-    """Time and memory."""
+    """Format time and memory."""
     return milliseconds(own["both_s"]) + (f", {mib(own)}" if "extra_bytes" in own else "")
 
 
 def mib(own: Results) -> str:
-    """Memory beyond inputs and gradient."""
+    """Format the memory in addition to inputs and gradient."""
     return f"{own['extra_bytes'] / 2**20:,.0f} MiB"
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits."""
+    """Format seconds as milliseconds with three digits."""
     return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"

@@ -1,7 +1,7 @@
-"""``python -m bench losses``: the losses on a CPU against the published formulation and plain PyTorch, in one run.
+"""``python -m bench losses``: time the losses on a CPU against the published formulation and plain PyTorch.
 
-Figures are medians; what is compared is measured alternately, so that a busy machine slows both sides alike. Before it
-is timed, every loss and its gradient are compared with the same in float64.
+Times are medians. Compared methods are measured alternately, so a busy machine slows both sides alike. Every loss and
+its gradient are compared with float64 before they are timed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jasper_fast import reference
 from jasper_fast.losses import relative_similarity_loss, similarity_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-NEAR = 1e-3  # allowed distance from the values in float64, relative
+NEAR = 1e-3  # accepted relative error against float64
 
 
 def similarity_targets(speed: float, memory: float) -> list[Target]:
-    """Of the form that is chosen by itself, against plain PyTorch."""
+    """Return targets for the automatically chosen form, against plain PyTorch."""
 
     def ratio(name: str, case: dict[str, Any]) -> float:
         return case["methods"]["auto"][name] / case["methods"]["reference"][name]
@@ -54,13 +54,15 @@ TARGETS: dict[tuple[str | int, ...], list[Target]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print ratios first, and write JSON."""
+    """Measure all cases, print ratios first, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench losses", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/losses-DEVICE.json)")
     parser.add_argument("--repeats", type=int, default=7, help="median of this many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="leave out what takes gigabytes or many seconds")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: leave out what would begin later")
+    parser.add_argument("--quick", action="store_true", help="leave out cases that take gigabytes or many seconds")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="on a GPU: leave out cases that would start later"
+    )
     options = parser.parse_args(argv)
     options.out = options.out or Path(f"bench/results/losses-{options.device}.json")
     if options.device == "cuda":
@@ -83,37 +85,37 @@ def main(argv: list[str]) -> int:
 
 
 def attempt(measure: Callable[..., dict[str, Any]], shape: tuple[int, ...], *options: int) -> dict[str, Any]:
-    """What a measurement of a shape found and whether its targets are met; or why it failed."""
+    """Measure one shape. Return its figures and targets, or the error."""
     try:
-        found = measure(*shape, *options)
-    except Exception as error:  # the others are measured all the same
+        figures = measure(*shape, *options)
+    except Exception as error:  # the other shapes are still measured
         print(f"{measure.__name__}, {' x '.join(map(str, shape))}: {error!r}")
         return {"shape": shape, "error": repr(error)}
-    targets = judged(TARGETS.get((measure.__name__, *shape), ()), found)
+    targets = judged(TARGETS.get((measure.__name__, *shape), ()), figures)
     print_judged(targets)
-    return {**found, "targets": targets}
+    return {**figures, "targets": targets}
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    """After each shape: all together take minutes."""
+    """Write the results. This is called after each shape, because all shapes take minutes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def on_cuda(out: Path, repeats: int, quick: bool, budget: float | None = None) -> int:
-    """The GPU suite; needs nothing but torch, Triton and a device."""
+    """Run the GPU cases, which need torch, Triton and a device."""
     from bench import _losses_cuda
 
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is in use here; python -m jasper_fast.env says why. For a CPU: --device cpu")
+        raise SystemExit("no CUDA device is in use (python -m jasper_fast.env gives the reason). Fix: --device cpu")
     about = {"environment": environment()}
-    _losses_cuda.measure("cuda", repeats, quick, lambda found: _write(out, about | found), Budget(budget))
+    _losses_cuda.measure("cuda", repeats, quick, lambda cases: _write(out, about | cases), Budget(budget))
     print(f"written to {out}")
     return 0
 
 
 def published(rows: int, repeats: int) -> dict[str, float]:
-    """Relative similarity, forward and backward, against one term for each pair of pairs."""
+    """Time relative similarity, forward and backward, against the published sum over pairs of pairs."""
     student, teacher = _batch(rows, 384, 384)
     _check_all([relative_similarity_loss, reference.relative_similarity_loss], student, teacher)
     ours, theirs = medians(
@@ -129,7 +131,7 @@ def published(rows: int, repeats: int) -> dict[str, float]:
 
 
 def gram_products(rows: int, width: int, repeats: int) -> dict[str, float]:
-    """Relative similarity, forward and backward, in float32 Gram products S S' of the same batch."""
+    """Time relative similarity, forward and backward, in units of a float32 product S S' of the same batch."""
     student, teacher = _batch(rows, width, width)
     _check_all([relative_similarity_loss], student, teacher)
     ours, gram = medians([_step(relative_similarity_loss, student, teacher), lambda: student @ student.T], repeats)
@@ -140,7 +142,7 @@ def gram_products(rows: int, width: int, repeats: int) -> dict[str, float]:
 
 
 def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[str, float]:
-    """Relative similarity, forward and backward, on one thread and on all."""
+    """Time relative similarity, forward and backward, on one thread and on all."""
     student, teacher = _batch(rows, width, width)
     _check_all([relative_similarity_loss], student, teacher)
     step = _step(relative_similarity_loss, student, teacher)
@@ -163,9 +165,9 @@ def pairs_per_second(rows: int, width: int, threads: int, repeats: int) -> dict[
 
 
 def similarity(rows: int, width: int, teacher_width: int, threads: int, repeats: int) -> dict[str, object]:
-    """Both forms and plain PyTorch, forward and backward, each in a process of its own for its peak memory."""
+    """Time both forms and plain PyTorch, forward and backward, in separate processes for their peak memory."""
     repeats = repeats if rows <= 4096 else 1
-    # The feature form first: in float64 it loses nothing to cancellation, and is the cheaper one by far.
+    # The feature form is first, as the reference: it is exact enough in float64, and by far the cheaper one.
     _check_all(
         [partial(similarity_loss, method=m) for m in ("feature", "tile", "auto")], *_batch(rows, width, teacher_width)
     )
@@ -189,7 +191,7 @@ def _measure_similarity(
     method: str, rows: int, width: int, teacher_width: int, threads: int, repeats: int
 ) -> dict[str, float]:
     torch.set_num_threads(threads)
-    _step(similarity_loss, *_batch(8, 8, 8))()  # what torch itself needs
+    _step(similarity_loss, *_batch(8, 8, 8))()  # memory of torch itself
     student, teacher = _batch(rows, width, teacher_width)
     before = _peak_mib()
 
@@ -201,7 +203,13 @@ def _measure_similarity(
 
 
 def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float = 0.05) -> list[float]:
-    """Median seconds of each, measured in turn after one unmeasured run; a turn repeats what is short for 50 ms."""
+    """Return the median seconds of each function, measured alternately after one run without timing.
+
+    Args:
+        functions: functions to time.
+        repeats: number of turns.
+        turn_s: shortest duration of a turn in seconds. Shorter functions are repeated within a turn.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
@@ -217,7 +225,7 @@ def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float =
 
 
 def _batch(rows: int, width: int, teacher_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A student that has learnt part of its teacher: both project the same hidden vectors, with noise."""
+    """Return student and teacher embeddings that project the same hidden vectors, the student with noise."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, 64, generator=generator)
     teacher = hidden @ torch.randn(64, teacher_width, generator=generator)
@@ -226,7 +234,11 @@ def _batch(rows: int, width: int, teacher_width: int) -> tuple[torch.Tensor, tor
 
 
 def _check_all(losses: list[Loss], student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Raises where one of them is far from the first in float64."""
+    """Check every loss against the first one in float64.
+
+    Raises:
+        AssertionError: a loss or a gradient differs.
+    """
 
     def of_heads(loss: Loss) -> Method:
         return lambda heads, target: loss(heads[0], target)
@@ -250,8 +262,8 @@ def _in_new_process(function: Callable[..., dict[str, float]], *arguments: objec
 
 
 def _peak_mib() -> float:
-    """Peak resident memory of this process. The kernel's own record, because getrusage's counts the parent's too."""
+    """Return the peak resident memory of this process from /proc, because getrusage includes the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**10
-    raise OSError("this benchmark reads peak memory from /proc/self/status, which this system lacks")
+    raise OSError("/proc/self/status: no peak memory (VmHWM) here. Fix: run this benchmark on Linux")

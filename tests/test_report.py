@@ -93,7 +93,7 @@ def test_final_line_names_before_after_teacher_and_share() -> None:
     alone = results()
     alone["rows"] = [row for row in alone["rows"] if not row["model"].startswith("teacher")]
     assert final_line(alone) == "docs nDCG@10: before 61.2 → after 80.3"
-    assert final_line({}) == "no evaluation set was given, so there is no score"
+    assert final_line({}) == "no scores: the configuration has no evaluation sets"
 
 
 def test_report_holds_every_score_beside_its_floor(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
     for fact in (
         "student: `some/encoder`, its layers [0, 2]",
         "teacher: `some/teacher`, at most 99 tokens",
-        "teacher: vectors from `ready.npy`",
+        "teacher: embeddings from `ready.npy`",
         "texts: `docstrings`, `my texts`",
         "seed: 7",
         "texts: 12,345",
@@ -191,13 +191,13 @@ def test_report_without_matplotlib_says_how_to_get_pictures(tmp_path: Path, monk
 def test_report_without_evaluation_or_before_the_run_ended(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"recipe": "small", "facts": {"texts": 3}})
     report = write_report(run).read_text(encoding="utf-8")
-    assert "no evaluation set was given" in report and "plots/losses.png" in report and "widths.png" not in report
+    assert "no evaluation sets" in report and "plots/losses.png" in report and "widths.png" not in report
     (run / "results.json").unlink()
     assert final_line(results()) in write_report(run, results()).read_text(encoding="utf-8")
-    with pytest.raises(JasperError, match="results.json is missing: the report is written of a run that ended"):
+    with pytest.raises(JasperError, match="results.json is missing, and a report needs a finished run"):
         write_report(run)
     (run / "results.json").write_text('{"rows": [')
-    with pytest.raises(JasperError, match="results.json cannot be read"):
+    with pytest.raises(JasperError, match="results.json is damaged"):
         write_report(run)
 
 

@@ -141,7 +141,7 @@ def test_a_run_leaves_everything_a_user_expects(world):
     assert seconds["in all"] > seconds["training"] + seconds["evaluation"]  # texts and teachers' vectors
     codes = {(row["width"], row["precision"]) for row in results["codes"]}
     assert {(w, p) for w in (32, 16, 8) for p in ("int8", "ubinary")} <= codes
-    assert "## Every width as codes" in (run / "report.md").read_text()
+    assert "## Every width, quantised" in (run / "report.md").read_text()
 
 
 def test_narrow_heads_may_start_at_the_principal_axes(world, tmp_path):

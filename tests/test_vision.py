@@ -486,7 +486,7 @@ def test_the_report_shows_pictures_and_words(run):
     report = (folder / "run" / "report.md").read_text()
     assert ", 5 contrastive |" in report
     assert re.search(r"- pictures left out: .*torn.png: ", report)
-    assert "## Pictures and words" in report and "plots/pictures.png" in report and "median rank" in report
+    assert "## Images and captions" in report and "plots/pictures.png" in report and "median rank" in report
     from PIL import Image
 
     assert min(Image.open(folder / "run" / "plots" / "pictures.png").size) > 300
@@ -516,7 +516,7 @@ def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, 
     assert np.allclose(mixed[[0, 2, 3]], apart, atol=1e-5)
     assert np.allclose(mixed[[1, 4]], model.encode_text(words, 8), atol=1e-6)
     assert model.encode([]).shape == (0, 32)
-    with pytest.raises(JasperError, match="expected a list of pictures, got one"):
+    with pytest.raises(JasperError, match="expected a list of images, got one str"):
         model.encode(str(squares / "0.png"))
     with pytest.raises(JasperError, match="expected a list of texts, got one"):
         model.encode_text("a red square")
@@ -525,7 +525,7 @@ def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, 
     with pytest.raises(JasperError, match="captions.jsonl: not an image"):
         model.encode([squares / "captions.jsonl"])
     card = (folder / "run" / "model" / "README.md").read_text()
-    assert "## Pictures" in card and "jasper_fast.pictures.load" in card
+    assert "## Images" in card and "jasper_fast.pictures.load" in card
 
 
 def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
@@ -811,9 +811,9 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     (tmp_path / "some.zip").touch()
     model = "no-such-model"  # pictures are looked at before it is
     for place, says in (
-        ("index", "no picture here"),
+        ("index", "no readable images"),
         ("absent", "there is no such folder"),
-        ("some.zip", "is a file: give a folder of pictures, unpacked"),
+        ("some.zip", "this is a file. Fix: give a folder of images, unpacked"),
     ):
         with pytest.raises(JasperError, match=says):
             main(["build", model, str(tmp_path / place), "--pictures", "--out", str(tmp_path / "other")])
