@@ -19,12 +19,15 @@ from bench._budget import Budget
 from bench._targets import Target, judged, print_judged
 from bench._train_sides import RandomTeachers
 from bench.train import NumberTokenizer, Texts, _loop, _stage
-from jasper_fast.batches import Batch
+from jasper_fast.training.data import Batch
 from jasper_fast.config import StudentConfig
 from jasper_fast.encode import MicroBatches
 from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
-from jasper_fast.step import take_gradients
+from jasper_fast.stages import StageLoss
+from jasper_fast.training.optim import make_optimizer
+from jasper_fast.training.parameters import set_trained
+from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.step import take_gradients
 
 H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
 HEADS = [12288, 1024, 512, 256]

@@ -34,10 +34,11 @@ from jasper_fast.config_overrides import parse_overrides
 from jasper_fast.encoders import normalise
 from jasper_fast.files import write_atomic
 from jasper_fast.metrics import score_codes
-from jasper_fast.neighbours import kept_graph
-from jasper_fast.sampler import BatchPlan, neighbour_batches, random_batches
+from jasper_fast.training.neighbours import cached_graph
+from jasper_fast.sampler import BatchPlan
+from jasper_fast.training.sampler import neighbour_batches, random_batches
 from jasper_fast.stages import StageLoss
-from jasper_fast.starts import principal_heads
+from jasper_fast.training.head_init import principal_heads
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "ablation.json", HERE.parent / "docs" / "ablation.md"
@@ -181,7 +182,7 @@ def train_heads(
 def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iterator[dict[str, Any]]:
     """The configuration's run with other losses in its last stage, at full width; unless asked for, what has ended."""
     from jasper_fast.evaluate import STUDENT
-    from jasper_fast.run_folder import RunFolder, existing_difference
+    from jasper_fast.training.run.folder import RunFolder, existing_difference
     from jasper_fast.train import train
 
     last = len(config.stages) - 1
@@ -226,5 +227,5 @@ def _plan(world: World, arm: Arm, stage: StageConfig, seed: int) -> BatchPlan:
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, seed, 0)
     teachers = world.teachers["one" if arm.teachers == "own" else arm.teachers]  # neighbours are the teachers' in a run
-    graph = kept_graph(world.cache, teachers, n, stage.neighbours, print)
+    graph = cached_graph(world.cache, teachers, n, stage.neighbours, print)
     return neighbour_batches(graph, stage.batch_size, seed, 0, stage.random_share)

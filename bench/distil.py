@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(config: Config) -> None:
     """Texts, teacher vectors and neighbour graph, once for every arm and with every core."""
-    from jasper_fast.batches import batch_plan
+    from jasper_fast.training.sampler import batch_plan
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
 
@@ -239,7 +239,7 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     the arms share the graphs.
     """
     from jasper_fast.data import prepare_texts
-    from jasper_fast.neighbours import neighbour_graph
+    from jasper_fast.training.neighbours import neighbour_graph
     from jasper_fast.teach import ensure_teachers
     from jasper_fast.train import train
 

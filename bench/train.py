@@ -27,12 +27,16 @@ from bench._budget import Budget
 from bench._environment import environment
 from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
 from bench.losses import _in_new_process, _peak_mib
-from jasper_fast.batches import Batch, stage_batches
+from jasper_fast.training.data import Batch
+from jasper_fast.batches import text_batches
 from jasper_fast.config import StageConfig, StudentConfig
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks
-from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
-from jasper_fast.step import Shares, take_gradients
+from jasper_fast.distributed.ranks import Ranks
+from jasper_fast.stages import StageLoss
+from jasper_fast.training.optim import make_optimizer
+from jasper_fast.training.parameters import set_trained
+from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.step import StepTimer, take_gradients
 
 PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
 
@@ -179,8 +183,8 @@ def _loop(
 
     taken: list[dict[str, float]] = []
     clock = time.perf_counter()
-    for _, batch in stage_batches(stage, 0, plan, texts, teachers, student, None, ranks):
-        shares = Shares(device, wait=True)
+    for _, batch in text_batches(stage, 0, plan, texts, teachers, student, None, ranks):
+        shares = StepTimer(device, wait=True)
         output, _ = take_gradients(student, batch, stage, loss_of, device, precision, None, shares)
         with shares.part("communication"):
             ranks.average_gradients(student.parameters())

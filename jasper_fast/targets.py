@@ -125,7 +125,7 @@ def _similarities(
     config: Config, student: Student | None, say: Callable[[str], None], texts: list[str], roles: list[str]
 ) -> list[np.ndarray]:
     """Similarities of texts by their words, and by the untrained student where it can be loaded. Each (n, n)"""
-    from jasper_fast.prepare import build_student
+    from jasper_fast.training.preflight import build_student
 
     found = [lexical_similarities(texts)]
     try:

@@ -1,4 +1,4 @@
-"""Who of several processes is still there: each notes where it is in the store, which outlives broken connections."""
+"""Heartbeats of all ranks in the rendezvous store, which outlives broken connections."""
 
 from __future__ import annotations
 
@@ -9,72 +9,73 @@ from pathlib import Path
 from typing import Any
 
 POLL = 0.05  # seconds
-NOTICED = 2**62  # the place of a rank that knows that something failed
+FAILED = 2**62  # the position of a rank that has detected a failure
 
 
-class Roll:
-    """Where every rank is.
+class Liveness:
+    """Position and process of every rank.
 
     Args:
-        store: that all ranks share (``torch.distributed.Store``).
-        rank, world: of this process, and how many there are.
+        store: the store that all ranks use (``torch.distributed.Store``).
+        rank: the rank of this process.
+        world: the number of ranks.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
-        self.store, self.rank, self.world, self.place = store, rank, world, 0
-        store.set(f"process/{rank}", json.dumps([_machine(), os.getpid(), _birth(os.getpid())]))
+        self.store, self.rank, self.world, self.position = store, rank, world, 0
+        store.set(f"process/{rank}", json.dumps([_machine(), os.getpid(), _start_time(os.getpid())]))
         store.set(f"at/{rank}", "0")
 
-    def arrive(self) -> None:
-        """Note that this rank has come to the next place where all meet."""
-        self.place += 1
-        self.store.set(f"at/{self.rank}", str(self.place))
+    def beat(self) -> None:
+        """Record that this rank has arrived at the next barrier."""
+        self.position += 1
+        self.store.set(f"at/{self.rank}", str(self.position))
 
-    def missing(self, seconds: float) -> list[int]:
-        """The ranks to blame for what failed here; none where all of them noticed that it failed.
+    def lost(self, seconds: float) -> list[int]:
+        """Return the ranks that most likely caused the failure; empty if all of them detected it.
 
-        Those whose process has ended; where none has, those that did not come to this place; where all came, those that
-        stay silent. A rank that asks this too has noticed, and is not to blame even if it has ended since. What runs on
-        another machine cannot be seen to end.
+        Ranks whose process has ended come first. If there are none, the result is the ranks that did not reach this
+        barrier; if all reached it, the ranks that stay silent. A rank that calls this method has detected the failure,
+        so it is not a cause, even if it has ended since. The end of a process on another machine cannot be seen.
 
         Args:
-            seconds: how long to wait for the others to notice.
+            seconds: time to wait until the others detect the failure.
 
         Raises:
             RuntimeError: the store is gone, and with it the process that holds it.
         """
         deadline = time.monotonic() + seconds
-        self.store.set(f"at/{self.rank}", str(NOTICED))
+        self.store.set(f"at/{self.rank}", str(FAILED))
         late: list[int] = []
         while True:
-            places = [int(place) for place in self.store.multi_get([f"at/{rank}" for rank in range(self.world)])]
-            silent = [rank for rank, place in enumerate(places) if place < NOTICED]
+            positions = [int(position) for position in self.store.multi_get([f"at/{r}" for r in range(self.world)])]
+            silent = [rank for rank, position in enumerate(positions) if position < FAILED]
             ended = [rank for rank in silent if self._has_ended(rank)]
-            late = [rank for rank in silent if places[rank] < self.place] or late
-            # The first rank may hold the store: it stays until the others have looked. That the others leave is what a
-            # rank notices that waits for them.
+            late = [rank for rank in silent if positions[rank] < self.position] or late
+            # Rank 0 may hold the store, so it stays until the others have looked. The others leave at once: ranks that
+            # wait for them detect that.
             if silent == ended or (ended and self.rank) or time.monotonic() > deadline:
                 return ended or late or silent
             time.sleep(POLL)
 
     def _has_ended(self, rank: int) -> bool:
-        machine, number, birth = json.loads(self.store.get(f"process/{rank}"))
-        return birth is not None and machine == _machine() and _birth(number) != birth
+        machine, process, started = json.loads(self.store.get(f"process/{rank}"))
+        return started is not None and machine == _machine() and _start_time(process) != started
 
 
 def _machine() -> list[str]:
-    """What processes have in common that see each other's numbers."""
+    """Return the identity that is equal for processes which see each other's process ids."""
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    except OSError:  # not Linux: nobody's end is seen
+    except OSError:  # not Linux: the end of a process is not seen
         return []
 
 
-def _birth(process: int) -> str | None:
-    """When a process of this machine began, in ticks; None where it has ended, or this system does not tell."""
+def _start_time(process: int) -> str | None:
+    """Return when a process of this machine started, in ticks; None if it has ended or the system does not say."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    state, *rest = stat.rpartition(")")[2].split()  # its name may hold anything
+    state, *rest = stat.rpartition(")")[2].split()  # the name before it may contain anything
     return None if state in "ZX" else rest[18]

@@ -1,7 +1,7 @@
-"""Several processes as one run: who they are, what they agree on, and how they end together.
+"""The ranks of a run: their rows of a batch, their collectives, and a common end when one of them is lost.
 
-``torchrun`` starts them; each takes its rows of every batch. Small things on the host (stop flags, errors, who has
-arrived) go through a gloo group of their own, vectors and gradients through the default group (nccl on GPUs).
+``torchrun`` starts the processes, and each takes its rows of every batch. Host objects (stop flags, errors, barriers)
+use a separate gloo group. Embeddings and gradients use the default group, which is nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ import torch
 from torch import Tensor, distributed
 
 from jasper_fast.config import config_difference
+from jasper_fast.distributed.liveness import Liveness
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
-from jasper_fast.roll import Roll
 
-AGAIN = "the same command goes on from the last checkpoint"
-ROLL_CALL = 5.0  # seconds
-BUCKET = 32 * 2**20  # elements of gradients sent at once
-OF_EXCHANGES = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
-LONG = timedelta(days=2)  # other ranks wait so long for what one does alone, such as finding texts
+RESUME = "Fix: run the same command to resume from the last checkpoint"
+LIVENESS_WAIT = 5.0  # seconds in which ranks detect a failure
+BUCKET = 32 * 2**20  # gradient elements per message
+COLLECTIVE_ERROR = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
+LONG = timedelta(days=2)  # how long ranks wait for work that one does alone, such as preparing texts
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run. Alone, everything here does nothing.
+    """The processes of a run. With one process, the collectives do nothing.
 
     Args:
-        timeout: seconds after which a rank that does not arrive ends the run.
-        group: for vectors and gradients; None: alone.
-        control: for small things on the host that may take long.
-        roll: where every rank is.
+        rank: the rank of this process.
+        world: the number of ranks.
+        timeout: seconds after which a missing rank ends the run.
+        group: the process group of embeddings and gradients. None: one process.
+        control: the process group of host objects, whose collectives may wait long.
+        liveness: the heartbeats of all ranks. None: one process.
     """
 
     rank: int = 0
@@ -46,112 +48,132 @@ class Ranks:
     timeout: float = 600.0
     group: Any = None
     control: Any = None
-    roll: Roll | None = None
+    liveness: Liveness | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def counts(self, total: int) -> list[int]:
-        """How many of a batch's rows each rank has."""
+        """Return the number of a batch's rows on each rank."""
         return split_rows(total, self.world)
 
     def rows(self, total: int) -> slice:
-        """This rank's rows of a batch."""
+        """Return this rank's rows of a batch."""
         counts = self.counts(total)
         start = sum(counts[: self.rank])
         return slice(start, start + counts[self.rank])
 
-    def lead(self, action: Callable[[], T]) -> T:
-        """Let the first rank do something; everyone gets its result, or its error.
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run an action on rank 0 and return its result on every rank.
 
         Args:
-            action: gives something that can be pickled.
+            action: a function whose result can be pickled.
+
+        Raises:
+            JasperError: the action raised one, on every rank.
         """
         if self.world == 1:
             return action()
-        told: list[Any] = [None]
+        outcome: list[Any] = [None]
         error: JasperError | None = None
-        if self.first:
+        if self.is_main:
             try:
-                told = [(action(), None)]
+                outcome = [(action(), None)]
             except JasperError as caught:
-                told, error = [(None, str(caught))], caught
+                outcome, error = [(None, str(caught))], caught
         with _lost("waiting for the first rank"):
-            distributed.broadcast_object_list(told, src=0, group=self.control)
+            distributed.broadcast_object_list(outcome, src=0, group=self.control)
         if error is not None:
             raise error
-        result, problem = told[0]
+        result, problem = outcome[0]
         if problem is not None:
             raise JasperError(problem)
         return result
 
-    def gather(self, thing: Any) -> list[Any]:
-        """What every rank gives, in the ranks' order."""
-        if self.world == 1:
-            return [thing]
-        things: list[Any] = [None] * self.world
-        with _lost("an exchange"):
-            distributed.all_gather_object(things, thing, group=self.control)
-        return things
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Run an action on rank 0, then on the others, which find in a cache what rank 0 computed."""
+        result = action() if self.is_main else None
+        self.wait_for_all()
+        if not self.is_main:
+            result = action()
+        self.wait_for_all()
+        return result  # type: ignore[return-value]
 
-    def agree(self, what: dict[str, Any]) -> None:
-        """Refuse to start where a rank has something else than the first.
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        with _lost("an exchange"):
+            distributed.all_gather_object(values, value, group=self.control)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Wait for all ranks, also while one does long work alone."""
+        self.all_gather_object(None)
+
+    def check_consistent(self, facts: dict[str, Any]) -> None:
+        """Reject a start in which a rank's facts differ from those of rank 0.
 
         Raises:
-            JasperError: on every rank, with the differences.
+            JasperError: they differ. Every rank raises it, with the differences.
         """
-        every = self.gather(what)
-        told = [
+        every = self.all_gather_object(facts)
+        differences = [
             f"rank {rank}: {line}" for rank, other in enumerate(every) for line in config_difference(every[0], other)
         ]
-        if told:
+        if differences:
             raise JasperError(
                 "the ranks do not run the same thing (rank 0 -> the other):\n  - "
-                + "\n  - ".join(told)
-                + "\ngive every process the same command, configuration, code and data"
+                + "\n  - ".join(differences)
+                + "\nFix: give every process the same command, configuration, code and data"
             )
 
-    def meet(self, where: str) -> None:
-        """Wait for all ranks.
+    def barrier(self, where: str) -> None:
+        """Wait for all ranks, at most ``timeout`` seconds.
 
         Raises:
-            JasperError: some did not arrive in time, or ended; the first rank names them.
+            JasperError: a rank ended or did not arrive in time. The message names it.
         """
-        if self.roll is None:
+        if self.liveness is None:
             return
-        self.roll.arrive()
+        self.liveness.beat()
         try:
             distributed.monitored_barrier(group=self.control, timeout=timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            missing = self._missing(self.roll) or "all ranks are there, but they did not meet in time"
-            raise JasperError(f"{where}: {missing}; {AGAIN}") from error
+            lost = self._lost_ranks(self.liveness) or "all ranks are there, but they did not meet in time"
+            raise JasperError(f"{where}: {lost}. {RESUME}") from error
 
     @contextmanager
-    def watch(self, where: str) -> Iterator[None]:
-        """Name the ranks that are gone where a collective in the block fails; any other error goes through.
+    def name_lost_ranks(self, where: str) -> Iterator[None]:
+        """Replace the error of a failed collective in the block by one that names the lost ranks.
 
         Raises:
-            JasperError: in the place of the collective's own error.
+            JasperError: a collective failed. Any other error passes unchanged.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.roll is None or not _of_an_exchange(error):
+            if self.liveness is None or not _is_collective_error(error):
                 raise
-            missing = self._missing(self.roll) or "all ranks are there, but an exchange failed"
-            raise JasperError(f"{where}: {missing}; {AGAIN} ({error})") from error
+            lost = self._lost_ranks(self.liveness) or "all ranks are there, but an exchange failed"
+            raise JasperError(f"{where}: {lost} ({error}). {RESUME}") from error
 
-    def _missing(self, roll: Roll) -> str | None:
+    def _lost_ranks(self, liveness: Liveness) -> str | None:
         try:
-            missing = roll.missing(min(self.timeout, ROLL_CALL))
+            lost = liveness.lost(min(self.timeout, LIVENESS_WAIT))
         except RuntimeError:
-            return "rank 0, which holds the roll, ended"
-        named = ", ".join(map(str, missing))
-        return f"rank {named} ended or did not arrive within {self.timeout:g} s" if missing else None
+            return "rank 0, which holds the store of all ranks, ended"
+        names = ", ".join(map(str, lost))
+        return f"rank {names} ended or did not arrive within {self.timeout:g} s" if lost else None
 
-    def add(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over ranks, in float64. A rank that does not come ends it as soon as it would a gradient's message."""
+    def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over ranks, in float64.
+
+        They use the group of the gradients, so a lost rank ends this call as soon as it would end theirs.
+        """
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -159,7 +181,10 @@ class Ranks:
         return total.tolist()
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Average the gradients of what trains, in few large messages. What is sharded was averaged already."""
+        """Average the gradients of trained parameters over ranks, in few large messages.
+
+        Sharded parameters are left out: their backward pass averages them.
+        """
         if self.world == 1:
             return
         bucket: list[Tensor] = []
@@ -187,22 +212,20 @@ class Ranks:
 
 @contextmanager
 def join_ranks(timeout: float) -> Iterator[Ranks]:
-    """Meet the other processes that ``torchrun`` started, if there are any; part from them at the end.
+    """Join the other processes that ``torchrun`` started, if there are any, and leave them at the end.
 
     Args:
-        timeout: seconds after which a rank that does not arrive ends the run.
+        timeout: seconds after which a missing rank ends the run.
 
     Raises:
-        JasperError: the others do not come, or there are more ranks than GPUs.
+        JasperError: the ranks do not find each other, or there are more ranks than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if gpus and local >= gpus:
-        raise JasperError(
-            f"process {local} of this machine has no GPU of its own: there are {gpus}; start {gpus} of them"
-        )
+        raise JasperError(f"process {local} of this machine has no GPU: there are {gpus}. Fix: start {gpus} processes")
     if gpus:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
@@ -212,23 +235,23 @@ def join_ranks(timeout: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise JasperError(f"the ranks did not find each other: {error}") from error
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    roll = Roll(distributed.distributed_c10d._get_default_store(), rank, world)
-    yield Ranks(rank, world, timeout, distributed.group.WORLD, control, roll)
+    liveness = Liveness(distributed.distributed_c10d._get_default_store(), rank, world)
+    yield Ranks(rank, world, timeout, distributed.group.WORLD, control, liveness)
     distributed.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
 @contextmanager
 def _lost(where: str) -> Iterator[None]:
-    """A collective that fails means that a rank is gone or hangs."""
+    """Report a failed collective as a lost rank: it has ended or hangs."""
     try:
         yield
     except RuntimeError as error:
-        raise JasperError(f"{where}: another rank ended or did not answer ({error}); {AGAIN}") from error
+        raise JasperError(f"{where}: another rank ended or did not answer ({error}). {RESUME}") from error
 
 
-def _of_an_exchange(error: RuntimeError) -> bool:
-    """Whether an error is of a collective, and not of what one rank computes."""
-    return isinstance(error, distributed.DistError) or OF_EXCHANGES.search(str(error)) is not None
+def _is_collective_error(error: RuntimeError) -> bool:
+    """Return whether a collective failed, and not the computation of one rank."""
+    return isinstance(error, distributed.DistError) or COLLECTIVE_ERROR.search(str(error)) is not None
 
 
 def _dtensor() -> type:

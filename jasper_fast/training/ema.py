@@ -1,7 +1,7 @@
-"""A moving average of what a stage trains, in which the stage ends.
+"""Exponential moving average of the trained weights, with which a stage may end.
 
-It lies in the optimiser's state: checkpoints, other numbers of ranks and sharded weights hold for it as they do for
-Adam's own averages.
+It is part of the optimizer's state. So checkpoints, another number of ranks and sharded weights handle it like Adam's
+own averages.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ import torch
 
 from jasper_fast.sharding import own_part
 
-AVERAGE = "average"
+EMA = "average"  # its key in the optimizer's state
 
 
-def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """From now on, move the average after every step: ``decay`` of it stays, the rest is the new weights.
+def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Update the average after every optimizer step: it keeps the fraction ``decay``, and the new weights add the rest.
 
-    In the first steps less of it stays, n / (n + 9) after step n, so that it forgets where the weights began.
+    In the first steps it keeps less, n / (n + 9) after step n, so that it forgets the initial weights.
 
     Args:
-        optimizer: one that counts its steps for each parameter, as AdamW does.
-        decay: 0 < decay < 1.
+        optimizer: an optimizer that counts its steps for each parameter, as AdamW does.
+        decay: a number between 0 and 1, both excluded.
     """
 
-    # Made so far; first read from the state, since the optimiser may have been restored, then counted: on a GPU every
-    # reading waits.
+    # Steps so far. They are read from the state once, since the optimizer may have been restored, and then counted:
+    # every read from a GPU waits for it.
     steps = 0
 
     @torch.no_grad()
-    def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         nonlocal steps
-        moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not moved:
+        updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not updated:
             return
-        steps = steps + 1 if steps else int(optimizer.state[moved[0]]["step"])
-        for parameter in moved:
-            if AVERAGE not in optimizer.state[parameter]:
-                optimizer.state[parameter][AVERAGE] = parameter.detach().clone()
-        averages = [optimizer.state[p][AVERAGE] for p in moved]
-        share = max(1.0 - decay, 9.0 / (9.0 + steps))  # of the new weights
-        torch._foreach_lerp_([own_part(a) for a in averages], [own_part(p) for p in moved], share)
+        steps = steps + 1 if steps else int(optimizer.state[updated[0]]["step"])
+        for parameter in updated:
+            if EMA not in optimizer.state[parameter]:
+                optimizer.state[parameter][EMA] = parameter.detach().clone()
+        averages = [optimizer.state[p][EMA] for p in updated]
+        weight = max(1.0 - decay, 9.0 / (9.0 + steps))  # of the new weights
+        torch._foreach_lerp_([own_part(a) for a in averages], [own_part(p) for p in updated], weight)
 
-    optimizer.register_step_post_hook(move)
+    optimizer.register_step_post_hook(update)
 
 
 @torch.no_grad()
-def take_average(optimizer: torch.optim.Optimizer) -> None:
-    """Give the weights the values of their average, where one is kept."""
+def load_ema(optimizer: torch.optim.Optimizer) -> None:
+    """Set the weights to their moving average, if the optimizer has one."""
     for parameter, state in optimizer.state.items():
-        if AVERAGE in state:
-            parameter.copy_(state[AVERAGE])
+        if EMA in state:
+            parameter.copy_(state[EMA])
