@@ -113,9 +113,9 @@ def main(argv: list[str]) -> int:
 
 def prepare(config: Config) -> None:
     """Texts, teacher vectors and neighbour graph, once for every arm and with every core."""
-    from jasper_fast.training.sampler import batch_plan
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
+    from jasper_fast.training.sampler import batch_plan
 
     texts = prepare_texts(config)[0]
     teachers = ensure_teachers(config, texts)
@@ -239,9 +239,9 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     the arms share the graphs.
     """
     from jasper_fast.data import prepare_texts
-    from jasper_fast.training.neighbours import neighbour_graph
     from jasper_fast.teach import ensure_teachers
     from jasper_fast.train import train
+    from jasper_fast.training.neighbours import neighbour_graph
 
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
