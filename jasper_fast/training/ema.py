@@ -24,7 +24,6 @@ def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
         optimizer: an optimizer that counts its steps for each parameter, as AdamW does.
         decay: a number between 0 and 1, both excluded.
     """
-
     # Steps so far. They are read from the state once, since the optimizer may have been restored, and then counted:
     # every read from a GPU waits for it.
     steps = 0

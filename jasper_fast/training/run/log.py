@@ -137,16 +137,16 @@ class SilentLog(RunLog):
         self.bar = tqdm(disable=True)
 
     def say(self, line: str) -> None:
-        pass
+        """Print nothing."""
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
-        pass
+        """Record nothing."""
 
     def event(self, event: str, **facts: Any) -> None:
-        pass
+        """Record nothing."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: there is no file."""
 
 
 def check_trackers(config: LogConfig) -> None:
