@@ -17,14 +17,13 @@ import torch
 
 from bench._budget import Budget
 from bench._targets import Target, judged, print_judged
+from bench._train_loop import PreparedStage, one_stage, recorded_steps
 from bench._train_sides import RandomTeachers
 from bench.train import NumberTokenizer, Texts, _loop, _stage
-from jasper_fast.batches import Batch
 from jasper_fast.config import StudentConfig
 from jasper_fast.encode import MicroBatches
 from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
-from jasper_fast.step import take_gradients
+from jasper_fast.training.data import Batch
 
 H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
 HEADS = [12288, 1024, 512, 256]
@@ -124,30 +123,23 @@ def stage_one(
         steps: measured of the steps that encode; three times as many of the cached ones.
     """
     width, count = student.widths[0], len(texts)
-    stage = _stage([width], train=[f"heads.{width}.*"], batch_size=count)
-    set_trained(student, trained_names(student, stage))
-    student.eval()
-    optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, width)
     teachers = RandomTeachers(count, width)
     plain_texts = min(plain_texts, count)
     micro = MicroBatches.of(student.tokenize(texts.texts[:plain_texts], "document", student.max_length), 64)
+    student.eval()
     with torch.no_grad():
         pooled = micro.pool(student, device, precision).cpu()
     states = pooled.repeat(-(-count // plain_texts), 1)[:count]
 
-    def seconds(rows: np.ndarray, given: MicroBatches | None, states: torch.Tensor | None, steps: int) -> float:
-        batch, times = Batch(rows, teachers.read(rows), given, states, 0, 0, 0.0), []
-        for _ in range(1 + steps):  # the first warms up
-            started = time.perf_counter()
-            output, _ = take_gradients(student, batch, stage, loss_of, device, precision)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            float(output.loss.detach())  # which waits for the device
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:]) / len(rows)
-
-    cached = seconds(np.arange(count), None, states, 3 * steps)
-    plain = seconds(np.arange(plain_texts), micro, None, steps)
+    every, some = np.arange(count), np.arange(plain_texts)
+    cached_step = Batch(every, teachers.read(every), None, states, 0, 0, 0.0)
+    plain_step = Batch(some, teachers.read(some), micro, None, 0, 0, 0.0)
+    prepared = [cached_step] * (1 + 3 * steps) + [plain_step] * (1 + steps)
+    stage = _stage([width], train=[f"heads.{width}.*"], batch_size=count, steps=len(prepared))
+    config = one_stage(student, stage, precision)
+    seconds = [step["seconds"] for step in recorded_steps(config, student, PreparedStage(config, prepared), device)]
+    cached = statistics.median(seconds[1 : 1 + 3 * steps]) / count  # the first of each kind warms up
+    plain = statistics.median(seconds[2 + 3 * steps :]) / plain_texts
     print(f"stage 1: {plain / cached:.0f} x faster per text on cached states than encoding in each step", end=" ")
     print(f"({cached * 1e6:.1f} us against {plain * 1e6:.1f})")
     return {"ratio": plain / cached, "texts": count, "cached_s_per_text": cached, "plain_s_per_text": plain}

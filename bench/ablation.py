@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,11 +35,17 @@ from jasper_fast.config import Config, StageConfig, load_config
 from jasper_fast.config_overrides import parse_overrides
 from jasper_fast.encoders import normalise
 from jasper_fast.files import write_atomic
+from jasper_fast.losses import AnyOutput
 from jasper_fast.metrics import score_codes
-from jasper_fast.neighbours import kept_graph
-from jasper_fast.sampler import BatchPlan, neighbour_batches, random_batches
+from jasper_fast.model import Student
 from jasper_fast.stages import StageLoss
-from jasper_fast.starts import principal_heads
+from jasper_fast.training.data import Batch
+from jasper_fast.training.head_init import principal_heads
+from jasper_fast.training.loop import train_stage
+from jasper_fast.training.neighbours import cached_graph
+from jasper_fast.training.run.checkpoint import Position
+from jasper_fast.training.run.run import Run
+from jasper_fast.training.sampler import BatchPlan, neighbour_batches, random_batches
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "ablation.json", HERE.parent / "docs" / "ablation.md"
@@ -139,50 +147,107 @@ def run_arm(world: World, arm: Arm, widths: list[int], seed: int, budget: str, a
 def train_heads(
     world: World, arm: Arm, stage: StageConfig, seed: int, budget: str, amount: float
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, float]]:
-    """The heads' (weight, bias) by width after so many seconds or texts, and what was spent.
-
-    The learning rate rises and falls over the budget, whichever it is counted in.
-    """
+    """Return the heads' (weight, bias) by width after so many seconds or texts, and what was spent."""
     torch.manual_seed(seed)
-    teachers, texts = world.teachers[arm.teachers], _texts(world, arm)
-    if arm.heads != "independent":
-        linears = {world.width: world.widest_head()}
-    else:
-        linears = {width: nn.Linear(world.states.shape[1], width) for width in stage.heads}
-    if arm.start == "principal":
-        widest = world.widest_head()
-        axes = principal_heads(world.states[:texts], widest.weight.detach(), widest.bias.detach(), stage.heads, seed)
-        for width, (weight, bias) in axes.items():
-            linears[width].load_state_dict({"weight": weight, "bias": bias})
-    parameters = [p for linear in linears.values() for p in linear.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay, fused=True)
-    loss_of, plan = StageLoss(stage, world.width), _plan(world, arm, stage, seed)
-    steps, start, done = 0, time.perf_counter(), 0.0
-    while done < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * min((done + 1e-3) / WARMUP, (1 - done) / (1 - WARMUP))
-        rows = plan(steps)
-        states = world.states[rows]
-        vectors = {width: linear(states) for width, linear in linears.items()}
-        if arm.heads == "prefix":
-            vectors = {width: vectors[world.width][:, :width] for width in stage.heads}
-        loss_of(vectors, teachers.read(rows)).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        steps += 1
-        spent = time.perf_counter() - start
-        done = (spent if budget == "seconds" else steps * stage.batch_size) / amount
-    trained = {width: linears[width if width in linears else world.width] for width in stage.heads}
-    heads = {w: (head.weight.detach()[:w], head.bias.detach()[:w]) for w, head in trained.items()}
-    return heads, {"seconds": time.perf_counter() - start, "steps": steps, "texts": steps * stage.batch_size}
+    heads = FrozenStudent(world, arm, stage, seed)
+    timed = BudgetStage(world, arm, stage, seed, budget, amount)
+    student: Any = heads
+    train_stage(Run.local(world.config, torch.device("cpu")), student, timed, Position(0, 0, 0))
+    return heads.maps(stage.heads), timed.spent
+
+
+class FrozenStudent(nn.Module):
+    """The heads of an arm on the pooled states of a frozen encoder, with the interface of a student.
+
+    Args:
+        world: the states and the widest head.
+        arm: the kind of heads and their start.
+        stage: the widths.
+        seed: the seed of principal axes.
+    """
+
+    def __init__(self, world: World, arm: Arm, stage: StageConfig, seed: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vector_dropout=0.0)
+        self.hidden_size, self.width, self.prefix = world.states.shape[1], world.width, arm.heads == "prefix"
+        if arm.heads != "independent":
+            linears = {world.width: world.widest_head()}
+        else:
+            linears = {width: nn.Linear(self.hidden_size, width) for width in stage.heads}
+        if arm.start == "principal":
+            states, widest = world.states[: _texts(world, arm)], world.widest_head()
+            axes = principal_heads(states, widest.weight.detach(), widest.bias.detach(), stage.heads, seed)
+            for width, (weight, bias) in axes.items():
+                linears[width].load_state_dict({"weight": weight, "bias": bias})
+        self.linears = nn.ModuleDict({str(width): linear for width, linear in linears.items()})
+
+    def project(self, states: Tensor, widths: list[int], dropout: Tensor | None = None) -> dict[int, Tensor]:
+        """Return the heads' embeddings, {width: (B, width)}."""
+        embeddings = {int(width): linear(states) for width, linear in self.linears.items()}
+        return {width: embeddings[self.width][:, :width] for width in widths} if self.prefix else embeddings
+
+    def maps(self, widths: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the heads' (weight, bias) by width."""
+        linears: dict[int, Any] = {int(width): linear for width, linear in self.linears.items()}
+        chosen = {width: linears[width if width in linears else self.width] for width in widths}
+        return {w: (head.weight.detach()[:w], head.bias.detach()[:w]) for w, head in chosen.items()}
+
+
+class BudgetStage:
+    """A stage that ends after so many seconds or texts. The learning rate rises and falls over that budget.
+
+    Args:
+        world: states and teachers.
+        arm: which of the teachers and texts.
+        stage: the settings, of which ``steps`` is not used.
+        seed: the seed of the batches.
+        budget: "seconds" or "texts".
+        amount: how many.
+    """
+
+    def __init__(self, world: World, arm: Arm, stage: StageConfig, seed: int, budget: str, amount: float) -> None:
+        self.config, self.index = stage.model_copy(update={"steps": sys.maxsize, "clip": CLIP}), 0
+        self.loss: Callable[..., AnyOutput] = StageLoss(stage, world.width)
+        self.spent: dict[str, float] = {}
+        self._world, self._teachers, self._plan = world, world.teachers[arm.teachers], _plan(world, arm, stage, seed)
+        self._budget, self._amount, self._done = budget, amount, 0.0
+
+    def problems(self, student: Student, ranks: int) -> list[str]:
+        """Return nothing: arms are checked when they are defined."""
+        return []
+
+    def begin(self, run: Run, student: Student, start: Position) -> torch.optim.Optimizer:
+        """Return AdamW over all heads, which decays biases too."""
+        settings: dict[str, Any] = {"lr": self.config.lr, "weight_decay": self.config.weight_decay, "fused": True}
+        return torch.optim.AdamW(student.parameters(), **settings)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate for the part of the budget that is spent."""
+        return self.config.lr * min((self._done + 1e-3) / WARMUP, (1 - self._done) / (1 - WARMUP))
+
+    def batches(self, first_step: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (step, batch) until the budget is spent."""
+        step, started = first_step, time.perf_counter()
+        while self._done < 1.0:
+            rows = self._plan(step)
+            yield step, Batch(rows, self._teachers.read(rows), None, self._world.states[rows], 0, 0, 0.0)
+            step += 1
+            self.spent = {
+                "seconds": time.perf_counter() - started,
+                "steps": step,
+                "texts": step * self.config.batch_size,
+            }
+            self._done = self.spent[self._budget] / self._amount
+
+    def end(self, run: Run) -> None:
+        """Keep everything."""
 
 
 def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iterator[dict[str, Any]]:
     """The configuration's run with other losses in its last stage, at full width; unless asked for, what has ended."""
     from jasper_fast.evaluate import STUDENT
-    from jasper_fast.run_folder import RunFolder, existing_difference
     from jasper_fast.train import train
+    from jasper_fast.training.run.folder import RunFolder, existing_difference
 
     last = len(config.stages) - 1
     for name, weights in ENCODER_ARMS.items():
@@ -226,5 +291,5 @@ def _plan(world: World, arm: Arm, stage: StageConfig, seed: int) -> BatchPlan:
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, seed, 0)
     teachers = world.teachers["one" if arm.teachers == "own" else arm.teachers]  # neighbours are the teachers' in a run
-    graph = kept_graph(world.cache, teachers, n, stage.neighbours, print)
+    graph = cached_graph(world.cache, teachers, n, stage.neighbours, print)
     return neighbour_batches(graph, stage.batch_size, seed, 0, stage.random_share)

@@ -133,9 +133,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: Config) -> None:
     """Prepare texts, teacher embeddings and neighbour graph for all arms, on all cores."""
-    from jasper_fast.batches import batch_plan
     from jasper_fast.data import prepare_texts
     from jasper_fast.teach import ensure_teachers
+    from jasper_fast.training.sampler import batch_plan
 
     texts = prepare_texts(config)[0]
     teachers = ensure_teachers(config, texts)
@@ -266,9 +266,9 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     share these graphs, so the log has no time for them.
     """
     from jasper_fast.data import prepare_texts
-    from jasper_fast.neighbours import neighbour_graph
     from jasper_fast.teach import ensure_teachers
     from jasper_fast.train import train
+    from jasper_fast.training.neighbours import neighbour_graph
 
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -23,9 +23,9 @@ from bench._environment import environment
 from bench.mips import clustered
 from jasper_fast.config import StageConfig
 from jasper_fast.files import write_atomic
-from jasper_fast.neighbours import SPARE, Graph, neighbour_graph
-from jasper_fast.sampler import neighbour_batches
 from jasper_fast.stages import StageLoss
+from jasper_fast.training.neighbours import SPARE, Graph, neighbour_graph
+from jasper_fast.training.sampler import neighbour_batches
 
 WIDTHS = [384, 128, 64, 32]
 PLANNED = 50  # steps

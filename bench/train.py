@@ -6,8 +6,8 @@
 
 Each side is measured in a process of its own, on the same texts, which all sides but the one that groups by length take
 in the same batches. The student is all-MiniLM-L6-v2 with one head; the targets are random, since no speed depends on
-them. The published training code is written out here as one loop; its relative similarity loss has a term for each
-pair of pairs.
+them. Ours is the loop of a run (jasper_fast/training/loop.py). The published training code is written out as one loop;
+its relative similarity loss has a term for each pair of pairs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 
 from bench._budget import Budget
 from bench._environment import environment
+from bench._train_loop import PlannedStage, one_stage, recorded_steps
 from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
 from bench.losses import _in_new_process, _peak_mib
-from jasper_fast.batches import Batch, stage_batches
 from jasper_fast.config import StageConfig, StudentConfig
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks
-from jasper_fast.stages import StageLoss, make_optimizer, set_trained, trained_names
-from jasper_fast.step import Shares, take_gradients
+from jasper_fast.stages import StageLoss
+from jasper_fast.training.data import Batch, Precision
+from jasper_fast.training.step import take_gradients
 
 PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
 
@@ -116,7 +116,7 @@ def memory(large: int, small: int = 256) -> dict[str, Any]:
 
 
 class Texts:
-    """Texts as `stage_batches` reads them, without a dataset."""
+    """Texts as a stage reads them, without a dataset."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
@@ -146,24 +146,26 @@ def _loop(
     texts: Texts,
     width: int,
     device: torch.device,
-    precision: Any,
+    precision: Precision,
     peak_flops: float,
     warm_up: int = WARM_UP,
     warm_up_texts: int | None = None,
 ) -> dict[str, Any]:
-    """Steps as the training loop takes them; figures of those after the warm-up.
+    """Measure steps of the training loop after a warm-up.
 
     Args:
-        warm_up: steps before those that count.
-        warm_up_texts: of each such step; None: a whole batch. The loss is then tried on a whole batch all the same.
+        student: the student on its device.
+        stage: the stage's settings, with the number of measured steps.
+        texts: the texts, which batches take in order.
+        width: the width of the random teacher embeddings.
+        device: the device that trains.
+        precision: the precision of encoder passes.
+        peak_flops: the FLOP/s of the device, for MFU.
+        warm_up: steps before the measured ones.
+        warm_up_texts: texts of such a step. None: a whole batch. The loss is tried on a whole batch all the same.
     """
     stage = stage.model_copy(update={"steps": stage.steps + warm_up})
-    set_trained(student, trained_names(student, stage))
-    student.train()
-    student.set_gradient_checkpointing(stage.gradient_checkpointing)
-    optimizer, loss_of = make_optimizer(student, stage), StageLoss(stage, student.widths[0])
     teachers = RandomTeachers(len(texts), width)
-    ranks = Ranks()
 
     def plan(step: int) -> np.ndarray:
         size = warm_up_texts if warm_up_texts and step < warm_up else stage.batch_size
@@ -172,43 +174,34 @@ def _loop(
     if warm_up_texts:  # kernels are chosen, and compiled, by the number of rows
         rows = np.arange(stage.batch_size) % len(texts)
         pooled = torch.randn(len(rows), student.hidden_size)
-        take_gradients(
-            student, Batch(rows, teachers.read(rows), None, pooled, 0, 0, 0.0), stage, loss_of, device, precision
-        )
-        optimizer.zero_grad(set_to_none=True)
+        whole = Batch(rows, teachers.read(rows), None, pooled, 0, 0, 0.0)
+        take_gradients(student, whole, stage, StageLoss(stage, student.widths[0]), device, precision)
 
-    taken: list[dict[str, float]] = []
-    clock = time.perf_counter()
-    for _, batch in stage_batches(stage, 0, plan, texts, teachers, student, None, ranks):
-        shares = Shares(device, wait=True)
-        output, _ = take_gradients(student, batch, stage, loss_of, device, precision, None, shares)
-        with shares.part("communication"):
-            ranks.average_gradients(student.parameters())
-        with shares.part("optimiser"):
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            float(output.loss.detach())
-        now = time.perf_counter()
-        taken.append({"seconds": now - clock, "tokens": batch.tokens, "padded": batch.padded, "data": batch.wait})
-        taken[-1].update(shares.seconds)
-        clock = now
-    taken = taken[warm_up:]
-    seconds, tokens = sum(t["seconds"] for t in taken), sum(t["tokens"] for t in taken)
+    config = one_stage(student, stage, precision)
+    measured = recorded_steps(config, student, PlannedStage(config, texts, teachers, plan), device)[warm_up:]
+    seconds = sum(step["seconds"] for step in measured)
+    counts = [round(step["tokens_per_s"] * step["seconds"]) for step in measured]
+    padded = [round(count / (1.0 - step["padding"])) for count, step in zip(counts, measured, strict=True)]
+    tokens = sum(counts)
+
+    def fraction(field: str) -> float:
+        return sum(step.get(field, 0.0) * step["seconds"] for step in measured) / seconds
+
     embeddings = sum(p.numel() for p in student.encoder.get_input_embeddings().parameters())
     parameters = sum(p.numel() for p in student.encoder.parameters()) - embeddings
     return {
-        "texts_per_s": stage.batch_size * len(taken) / seconds,
+        "texts_per_s": stage.batch_size * len(measured) / seconds,
         "tokens_per_s": tokens / seconds,
         "tokens": tokens,
-        "steps": len(taken),
+        "steps": len(measured),
         "parameters": parameters,
-        "seconds_median": statistics.median(t["seconds"] for t in taken),
-        "padding": 1.0 - tokens / sum(t["padded"] for t in taken),
+        "seconds_median": statistics.median(step["seconds"] for step in measured),
+        "padding": 1.0 - tokens / sum(padded),
         "mfu": 6 * parameters * tokens / seconds / peak_flops,
         "shares": {
-            part: sum(t.get(part, 0.0) for t in taken) / seconds
-            for part in ("encoder", "loss", "optimiser", "data", "communication")
+            **{part: fraction(f"share_{part}") for part in ("encoder", "loss", "optimiser")},
+            "data": fraction("data_wait"),
+            "communication": fraction("share_communication"),
         },
     }
 

@@ -142,7 +142,7 @@ def _similarities(
     config: Config, student: Student | None, log: Log, texts: list[str], roles: list[str]
 ) -> list[np.ndarray]:
     """Similarities of the texts by their words, and by the untrained student if it can be built. Each (n, n)."""
-    from jasper_fast.prepare import build_student
+    from jasper_fast.training.preflight import build_student
 
     lexical = lexical_similarities(texts)
     try:

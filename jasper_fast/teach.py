@@ -26,10 +26,10 @@ from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_
 from jasper_fast.command_line import Once
 from jasper_fast.config import Config, TeacherConfig, load_arguments
 from jasper_fast.data import prepare_texts, texts_fingerprint
+from jasper_fast.distributed.ranks import join_ranks
 from jasper_fast.errors import JasperError, Problems, run_cli
 from jasper_fast.files import TEMPORARY, check_file, disk_errors, locked
 from jasper_fast.lending import Lenders
-from jasper_fast.ranks import join_ranks
 from jasper_fast.targets import Log, Opened, Place, open_all, open_teacher, share
 from jasper_fast.teachers import Teacher, check_own_code, describe_teacher
 from jasper_fast.vectors import ReadyVectors, describe_vectors
@@ -363,17 +363,17 @@ def main(argv: list[str]) -> int:
         check_file(known.texts)
     with join_ranks(config.parallel.timeout) as ranks:
         texts, remaining = prepare_texts(config)
-        if ranks.first:
+        if ranks.is_main:
             print(f"{len(texts)} training texts ({config.data.cache})")
             for name in remaining:
                 print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
         if known.texts is not None:
-            ranks.lead(lambda: write_texts(texts, Path(known.texts)))
-            if ranks.first:
+            ranks.on_main(lambda: write_texts(texts, Path(known.texts)))
+            if ranks.is_main:
                 print(f"{known.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
             return 0
         vectors = ensure_teachers(config, texts)
-    if ranks.first:
+    if ranks.is_main:
         print(f"{len(vectors)} target embeddings of width {' + '.join(map(str, vectors.widths))} are ready")
     return 0
 

@@ -18,10 +18,10 @@ import torch
 from jasper_fast.encode import student_encoder
 from jasper_fast.encoders import normalise
 from jasper_fast.files import write_atomic
+from jasper_fast.image_batches import image_embeddings
 from jasper_fast.image_data import Images
 from jasper_fast.metrics import top_documents
 from jasper_fast.model import Student
-from jasper_fast.vision_batches import picture_vectors
 
 STUDENT, FLOOR, REFERENCE = "student", "floor: ridge regression", "reference: its other captions"
 OLD_NAMES = {"ceiling: its other captions": REFERENCE}  # in results of earlier versions
@@ -56,7 +56,7 @@ def evaluate_pictures(
     encode = student_encoder(student, student.widths, student.max_length, device, precision)
     texts = [caption for captions in held_out.captions() for caption in captions]
     image_of = np.repeat(np.arange(len(held_out)), np.diff(held_out.starts))  # (captions,): image of each caption
-    captions, pictures = encode(texts, "document"), picture_vectors(student, held_out, device, precision)
+    captions, pictures = encode(texts, "document"), image_embeddings(student, held_out, device, precision)
     rows = [_row(STUDENT, width, pictures[width], captions[width], image_of) for width in student.widths]
     if len(train):
         predicted = _floor_embeddings(train, held_out, encode)

@@ -13,7 +13,13 @@ def fork_server():
     """A multiprocessing context whose processes have the slow imports done. The first call's process takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["jasper_fast.train", "jasper_fast.finish", "datasets", "sentence_transformers", "torch.distributed.fsdp"]
+        [
+            "jasper_fast.train",
+            "jasper_fast.training.finish",
+            "datasets",
+            "sentence_transformers",
+            "torch.distributed.fsdp",
+        ]
     )
     return context
 

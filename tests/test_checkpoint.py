@@ -10,8 +10,8 @@ import pytest
 import torch
 from processes import exit_code
 
-from jasper_fast.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 from jasper_fast.errors import JasperError
+from jasper_fast.training.run.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 
 
 def trained(steps=3):
@@ -118,7 +118,7 @@ def test_a_saver_copies_at_once_and_writes_meanwhile(tmp_path, monkeypatch):
     """Training goes on while a checkpoint is written; what is written is what was there when it was saved."""
     import threading
 
-    import jasper_fast.checkpoint as module
+    import jasper_fast.training.run.checkpoint as module
 
     may_write, honest = threading.Event(), module.publish
 
@@ -164,7 +164,7 @@ def test_a_folder_removed_under_the_run_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_folder_removed_while_a_checkpoint_is_written_is_made_once_more(tmp_path, monkeypatch, times):
-    import jasper_fast.checkpoint as module
+    import jasper_fast.training.run.checkpoint as module
 
     left, honest = [tmp_path / "checkpoints"] * times, module.sha256
 
@@ -185,7 +185,7 @@ def test_a_folder_removed_while_a_checkpoint_is_written_is_made_once_more(tmp_pa
 
 def die_half_way_through(name: str) -> None:
     """From now on this process is killed when half of such a file of a checkpoint is written."""
-    import jasper_fast.checkpoint as module
+    import jasper_fast.training.run.checkpoint as module
 
     writer = {"model.safetensors": "save_file", "state.pt": "_save_state"}[name]
     honest = getattr(module, writer)
@@ -225,7 +225,7 @@ def test_nothing_is_left_of_the_file_that_an_optimiser_was_read_from(tmp_path):
 
 def test_another_rank_than_the_first_writes_nothing(tmp_path):
     model, optimizer = trained()
-    saver = Saver(tmp_path / "checkpoints", keep=2, first=False)
+    saver = Saver(tmp_path / "checkpoints", keep=2, is_main=False)
     saver.save(Position(1, 0, 1), model, optimizer, {})
     saver.close()
     assert not (tmp_path / "checkpoints").exists()

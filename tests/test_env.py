@@ -109,7 +109,7 @@ IMPORT_ORDERS = [
     "import jasper_fast.train; t = jasper_fast.train",
     "from jasper_fast import train as t",
     "import jasper_fast.train as t",
-    "from jasper_fast.train import Work; import jasper_fast; t = jasper_fast.train",
+    "from jasper_fast.train import Stopped; import jasper_fast; t = jasper_fast.train",
     "import importlib; t = importlib.import_module('jasper_fast.train')",
 ]
 

@@ -441,7 +441,7 @@ def world(tmp_path_factory, tiny_bert, tiny_texts) -> Path:
     """Write a configuration, texts, a similarity set, a plain model, the model of a run, and an index."""
     from jasper_fast import search
     from jasper_fast.export import export_student
-    from jasper_fast.prepare import build_student
+    from jasper_fast.training.preflight import build_student
 
     folder = tmp_path_factory.mktemp("good")
     write_data(folder, tiny_texts)

@@ -19,17 +19,19 @@ from safetensors.torch import load_file
 from test_checkpoint import die_half_way_through
 from test_train import settings, write_data
 
-from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig, StudentConfig
+from jasper_fast.distributed.ranks import Ranks, join_ranks
 from jasper_fast.encode import MicroBatches
 from jasper_fast.env import code_digest
 from jasper_fast.errors import JasperError
 from jasper_fast.gather import split_rows
 from jasper_fast.model import Student
-from jasper_fast.ranks import Ranks, join_ranks
 from jasper_fast.sharding import is_sharded, shard, whole
-from jasper_fast.stages import StageLoss, set_trained, trained_names
-from jasper_fast.step import dropout_factors, take_gradients
+from jasper_fast.stages import StageLoss
+from jasper_fast.training.data import Batch
+from jasper_fast.training.parameters import set_trained
+from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.step import dropout_mask, take_gradients
 
 CPU = torch.device("cpu")
 ROWS = 23  # 12 + 11, 6 + 6 + 6 + 5
@@ -107,8 +109,8 @@ def gradients(student: Student, config: StageConfig, ranks: Ranks, texts: list[s
     micro = MicroBatches.of(student.tokenize(texts[mine]), config.micro_batch, None, passes)
     batch = Batch(np.arange(ROWS)[mine], teacher[mine], micro, None, 0, 0, 0.0)
     group, rows = (ranks.group, counts) if scope == "global" else (None, None)
-    keep = dropout_factors(0.2, (0, 0, 0), mine, ROWS, student.hidden_size, CPU)
-    output, _ = take_gradients(student, batch, config, StageLoss(config, 24, group, rows), CPU, "fp32", keep)
+    mask = dropout_mask(0.2, (0, 0, 0), mine, ROWS, student.hidden_size, CPU)
+    output, _ = take_gradients(student, batch, config, StageLoss(config, 24, group, rows), CPU, "fp32", mask)
     ranks.average_gradients(student.parameters())
     found = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return {"losses": [part.detach() for part in output], "gradients": found}
@@ -130,9 +132,9 @@ def every_case(model: str, texts: list[str], out: str) -> None:
                     student = students["prefix" if name == "prefix heads" else "independent"]
                     found[name, mode, dtype] = gradients(student, stage(**case), ranks, texts)
             found["local", "ddp", dtype] = gradients(build(model, dtype), stage(weights=EVERY), ranks, texts, "local")
-        every = ranks.gather([float(x) for x in found["stage 3", "ddp", torch.float64]["losses"]])
+        every = ranks.all_gather_object([float(x) for x in found["stage 3", "ddp", torch.float64]["losses"]])
         assert all(other == every[0] for other in every)  # every rank knows the same loss
-        if ranks.first:
+        if ranks.is_main:
             torch.save(found, out)
 
 
@@ -257,7 +259,7 @@ def assert_same_end(out: Path, alone: Path) -> None:
 
 def stop_at_step_six() -> None:
     """Ask rank 1 alone to stop in the middle of the second stage."""
-    import jasper_fast.train as module
+    import jasper_fast.training.stages.base as module
 
     honest = module.learning_rate
 
@@ -292,9 +294,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_other_numbers_of_them(run, tmp_p
 def other_seed() -> None:
     """Rank 1 was started with another configuration, and with other code."""
     import jasper_fast.train as module
+    import jasper_fast.training.run.run as run_module
 
     if os.environ["RANK"] == "1":
-        module.code_digest = lambda: "other"
+        run_module.code_digest = lambda: "other"
         load = module.load_config
         other = [("seed", 7), ("checkpoint.every", 3)]
         module.load_config = lambda source, overrides=(): load(source, [*overrides, *other])
@@ -327,10 +330,10 @@ def fall_silent() -> None:
 
 def fall_silent_after_the_gradients() -> None:
     """Rank 1 stays away from the third exchange of losses, alive."""
-    import jasper_fast.train as module
+    import jasper_fast.training.loop as module
 
-    call_the_roll_quickly()
-    honest, calls = module._exchange, []
+    detect_lost_ranks_quickly()
+    honest, calls = module.reduce_report, []
 
     def trap(*given):
         calls.append(1)
@@ -338,7 +341,7 @@ def fall_silent_after_the_gradients() -> None:
             time.sleep(60)
         return honest(*given)
 
-    module._exchange = trap
+    module.reduce_report = trap
 
 
 def die() -> None:
@@ -347,9 +350,9 @@ def die() -> None:
 
 
 def _at_step_three(what) -> None:
-    import jasper_fast.train as module
+    import jasper_fast.training.stages.base as module
 
-    call_the_roll_quickly()
+    detect_lost_ranks_quickly()
     honest = module.learning_rate
 
     def trap(stage, step):
@@ -400,8 +403,8 @@ def exchange(out: str, how: str, when: str) -> None:
                     fail()
                 if step == 2 and ranks.rank == 3 and how == "hanging":
                     time.sleep(1.0)  # late, but it comes
-                ranks.meet(f"step {step}")
-                with ranks.watch(f"step {step}"):
+                ranks.barrier(f"step {step}")
+                with ranks.name_lost_ranks(f"step {step}"):
                     if lost and when == "meanwhile":
                         fail()
                     distributed.all_reduce(torch.ones(1000), group=ranks.group)
@@ -425,13 +428,14 @@ def test_of_four_ranks_the_lost_one_alone_is_named(tmp_path, how, when):
     if how == "an error":  # of its own: it is told as it is, and blames nobody
         assert said(out, 1).startswith("RuntimeError: ") and "size" in said(out, 1) and "rank" not in said(out, 1)
     assert said(out, 0).startswith("JasperError: step 2: rank 1 ended or did not arrive within"), said(out, 0)
-    for told in (said(out, 2), said(out, 3)):  # without torchrun the first rank holds the roll, and may be gone by then
-        assert "rank 1 ended or did not arrive" in told or "rank 0, which holds the roll, ended" in told, told
+    gone = "rank 0, which holds the store of all ranks, ended"  # without torchrun it may have ended by then
+    for told in (said(out, 2), said(out, 3)):
+        assert "rank 1 ended or did not arrive" in told or gone in told, told
 
 
 def spoil_a_text() -> None:
     """Rank 1's vectors are not numbers in the third step."""
-    import jasper_fast.train as module
+    import jasper_fast.training.loop as module
 
     honest, calls = module.take_gradients, []
 
@@ -450,7 +454,7 @@ def test_numbers_that_are_none_name_the_rank_and_the_text(run, tmp_path):
     assert end(start(2, run_as_rank, tree, str(out), spoil_a_text)) == [3, 3]
     for rank in (0, 1):
         assert "stage 'one', step 3" in said(out, rank) and "loss part" in said(out, rank)
-        assert "rank 1: the vectors of training texts" in said(out, rank)
+        assert "rank 1: the embeddings of training texts" in said(out, rank)
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000002"]
 
 
@@ -471,7 +475,7 @@ def die_in_a_save(moment: str) -> None:
     """
     import jasper_fast.files as module
 
-    call_the_roll_quickly()
+    detect_lost_ranks_quickly()
     if moment != "sync":
         die_half_way_through(moment)
         return
@@ -485,10 +489,10 @@ def die_in_a_save(moment: str) -> None:
     module._sync = trap
 
 
-def call_the_roll_quickly() -> None:
-    import jasper_fast.ranks
+def detect_lost_ranks_quickly() -> None:
+    import jasper_fast.distributed.ranks
 
-    jasper_fast.ranks.ROLL_CALL = 0.5
+    jasper_fast.distributed.ranks.LIVENESS_WAIT = 0.5
 
 
 @pytest.mark.soak
@@ -508,7 +512,7 @@ def test_twenty_kills_of_one_of_two_ranks_end_bit_identical(run, tmp_path):
             codes = end(start(2, run_as_rank, tree, str(out), partial(die_in_a_save, moment)))
             saves += codes[0] == -signal.SIGKILL
             continue
-        processes = start(2, run_as_rank, tree, str(out), call_the_roll_quickly)
+        processes = start(2, run_as_rank, tree, str(out), detect_lost_ranks_quickly)
         victim = processes[int(chance.integers(2))]
         victim.join(float(chance.uniform(0.05, 1.2)))
         if victim.is_alive():

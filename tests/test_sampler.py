@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.neighbours import Graph, kept_graph, neighbour_graph
-from jasper_fast.sampler import neighbour_batches, permutation, random_batches
+from jasper_fast.training.neighbours import Graph, cached_graph, neighbour_graph
+from jasper_fast.training.sampler import neighbour_batches, permutation, random_batches
 
 
 def test_an_epoch_deals_every_row_once_and_epochs_differ():
@@ -29,7 +29,8 @@ def test_a_step_does_not_depend_on_the_steps_before():
 
 @pytest.mark.parametrize(("device", "threads"), [("cpu", {"MainThread"}), ("cuda", {"batches_0"})])
 def test_batches_come_in_order_and_only_a_gpu_has_them_prepared_by_a_thread(device, threads):
-    from jasper_fast.batches import Batch, batches_of
+    from jasper_fast.training.data import Batch
+    from jasper_fast.training.prefetch import batches_of
 
     by = set()
 
@@ -55,21 +56,23 @@ def test_a_stage_may_draw_from_short_texts_only(tmp_path, tiny_bert, tiny_texts)
     from datasets import Dataset
     from test_train import settings
 
-    from jasper_fast.batches import batch_plan, check_sizes
     from jasper_fast.config import load_config
     from jasper_fast.errors import ConfigError, JasperError
+    from jasper_fast.training.data import TrainingData
+    from jasper_fast.training.preflight import check_sizes
+    from jasper_fast.training.sampler import batch_plan
 
     texts = Dataset.from_dict({"text": ["ä" * (1 + i % 20) for i in range(100)]})
     tree = settings(tmp_path, tiny_bert)
     tree["stages"][0] |= {"max_chars": 5, "texts": 60, "batch_size": 5}
     config = load_config(tree)
-    check_sizes(config, texts)
+    check_sizes(config, TrainingData(texts))
     plan = batch_plan(config, 0, texts, None, print)
     epoch = np.concatenate([plan(step) for step in range(3)])
     assert sorted(epoch) == [i for i in range(60) if i % 20 < 5]
     tree["stages"][0] |= {"batch_size": 16}
     with pytest.raises(JasperError, match="a batch of 16 from 15 texts of up to 5 characters"):
-        check_sizes(load_config(tree), texts)
+        check_sizes(load_config(tree), TrainingData(texts))
     tree["stages"][0] |= {"batches": "neighbours"}
     with pytest.raises(ConfigError, match="max_chars is for random batches of texts"):
         load_config(tree)
@@ -188,20 +191,20 @@ class Vectors:
 def test_a_graph_is_kept_and_one_of_other_vectors_is_built_again(tmp_path):
     told = []
     teachers = Vectors(cosines())
-    first = kept_graph(tmp_path, teachers, 300, 4, told.append)
-    assert told == ["finding the 3 nearest neighbours of 300 texts by the teachers' vectors"]
+    first = cached_graph(tmp_path, teachers, 300, 4, told.append)
+    assert told == ["finding the 3 nearest neighbours of 300 texts by the teachers' embeddings"]
     reads = teachers.reads
-    again = kept_graph(tmp_path, teachers, 300, 4, told.append)
+    again = cached_graph(tmp_path, teachers, 300, 4, told.append)
     assert len(told) == 1 and teachers.reads < reads + 100 and np.array_equal(again.nearest, first.nearest)
 
-    other = kept_graph(tmp_path, Vectors(cosines(seed=1)), 300, 4, told.append)  # says it is the same teacher
-    assert "is a graph of something else (other vectors): it is built again" in told[1]
+    other = cached_graph(tmp_path, Vectors(cosines(seed=1)), 300, 4, told.append)  # says it is the same teacher
+    assert "is a graph of something else (other vectors). Building it again" in told[1]
     assert np.array_equal(other.nearest, neighbour_graph(lambda rows: cosines(seed=1)[rows], 300, 4).nearest)
     assert not np.array_equal(other.nearest, first.nearest)
 
     (folder,) = tmp_path.glob("neighbours-*")
     (folder / "graph.json").write_text("{")
-    kept_graph(tmp_path, teachers, 300, 4, told.append)
+    cached_graph(tmp_path, teachers, 300, 4, told.append)
     assert "something else" in told[3]
 
 
@@ -209,7 +212,7 @@ def test_runs_that_share_a_cache_find_the_neighbours_once(tmp_path, monkeypatch)
     import threading
     import time
 
-    import jasper_fast.neighbours as module
+    import jasper_fast.training.neighbours as module
 
     built, found, honest = [], [], module.neighbour_graph
 
@@ -221,7 +224,7 @@ def test_runs_that_share_a_cache_find_the_neighbours_once(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "neighbour_graph", slowly)
     teachers = Vectors(cosines())
     runs = [
-        threading.Thread(target=lambda: found.append(kept_graph(tmp_path, teachers, 300, 4, lambda line: None)))
+        threading.Thread(target=lambda: found.append(cached_graph(tmp_path, teachers, 300, 4, lambda line: None)))
         for _ in range(3)
     ]
     for run in runs:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jasper_fast.starts import principal_heads
+from jasper_fast.training.head_init import principal_heads
 
 
 def test_inner_products_are_those_of_principal_components():
@@ -25,5 +25,5 @@ def test_inner_products_are_those_of_principal_components():
 
 @pytest.mark.parametrize("widths", [[10], [5], []])
 def test_no_axes_that_are_not_there(widths):
-    with pytest.raises(ValueError, match="have no principal axes"):
+    with pytest.raises(ValueError, match="no principal axes from"):
         principal_heads(torch.randn(4, 12), torch.randn(10, 12), torch.randn(10), widths, 0)

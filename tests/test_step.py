@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.batches import Batch
 from jasper_fast.config import Config, StageConfig, StudentConfig
 from jasper_fast.encode import MicroBatches, cheapest_cuts
 from jasper_fast.errors import JasperError
 from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss, set_trained, trained_names
-from jasper_fast.step import Offload, Shares, dropout_factors, take_gradients
+from jasper_fast.stages import StageLoss
+from jasper_fast.training.data import Batch
+from jasper_fast.training.offload import Offload
+from jasper_fast.training.parameters import set_trained
+from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.step import StepTimer, dropout_mask, take_gradients
 
 CPU = torch.device("cpu")
 WEIGHTS = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0, "neighbourhood": 1.0}
@@ -40,7 +43,7 @@ def gradients(
     teacher = torch.nn.functional.normalize(torch.randn(len(texts), 24, dtype=dtype), dim=1)
     micro = MicroBatches.of(student.tokenize(texts), settings.micro_batch, settings.micro_tokens)
     batch = Batch(np.arange(len(texts)), teacher, micro, None, micro.tokens, micro.padded, 0.0)
-    keep = dropout_factors(dropout, (0, 0, 0), slice(None), len(texts), student.hidden_size, CPU)
+    keep = dropout_mask(dropout, (0, 0, 0), slice(None), len(texts), student.hidden_size, CPU)
     output, _ = take_gradients(student, batch, settings, StageLoss(settings, 24), CPU, "fp32", keep)
     found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return output, found, torch.rand(3)
@@ -164,7 +167,7 @@ def test_offloading_gives_the_plain_gradient(caching, tiny_bert, tiny_texts, mon
 
     settings = {"micro_batch": 5, "gradient_caching": caching}
     plain = gradients(tiny_bert, tiny_texts[:23], torch.float64, stage(**settings))
-    monkeypatch.setattr("jasper_fast.step._offload", hooks)
+    monkeypatch.setattr("jasper_fast.training.step.offload_activations", hooks)
     assert_same(plain, gradients(tiny_bert, tiny_texts[:23], torch.float64, stage(**settings)), 1e-10)
     assert 0.1 < sum(stayed) / len(stayed) < 0.9
 
@@ -177,7 +180,7 @@ def test_gradients_of_two_steps_add_up_only_in_grad(tiny_bert, tiny_texts):
     batch = Batch(
         np.arange(23), torch.nn.functional.normalize(torch.randn(23, 24)), None, torch.randn(23, 32), 0, 0, 0.0
     )
-    shares = Shares(CPU)
+    shares = StepTimer(CPU)
     take_gradients(student, batch, settings, StageLoss(settings, 24), CPU, "fp32", None, shares)
     assert {n for n, p in student.named_parameters() if p.grad is not None} == {
         f"heads.{w}.{kind}" for w in (24, 8) for kind in ("weight", "bias")
@@ -196,17 +199,17 @@ def test_token_budgets_are_kept():
 
 
 def test_dropout_is_a_function_of_step_and_place_alone():
-    whole = dropout_factors(0.25, (1, 2, 3), slice(None), 40, 500, CPU)
-    part = dropout_factors(0.25, (1, 2, 3), slice(7, 19), 40, 500, CPU)
+    whole = dropout_mask(0.25, (1, 2, 3), slice(None), 40, 500, CPU)
+    part = dropout_mask(0.25, (1, 2, 3), slice(7, 19), 40, 500, CPU)
     assert torch.equal(whole[7:19], part)
     assert whole.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert abs(float((whole == 0).float().mean()) - 0.25) < 0.01
     for other in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
-        assert not torch.equal(whole, dropout_factors(0.25, other, slice(None), 40, 500, CPU))
-    assert dropout_factors(0.0, (1, 2, 3), slice(None), 40, 500, CPU) is None
+        assert not torch.equal(whole, dropout_mask(0.25, other, slice(None), 40, 500, CPU))
+    assert dropout_mask(0.0, (1, 2, 3), slice(None), 40, 500, CPU) is None
     largest = Config.model_fields["seed"].metadata
     (seed,) = (bound.le for bound in largest if hasattr(bound, "le"))
-    assert dropout_factors(0.25, (seed, 99, 10**6), slice(None), 4, 8, CPU).shape == (4, 8)
+    assert dropout_mask(0.25, (seed, 99, 10**6), slice(None), 4, 8, CPU).shape == (4, 8)
 
 
 def test_checkpointing_counts_layers(tiny_bert):

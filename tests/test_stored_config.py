@@ -16,7 +16,7 @@ import jasper_fast.config as config_module
 from jasper_fast.config import Config, Section, load_config
 from jasper_fast.config_text import dump_yaml
 from jasper_fast.errors import JasperError
-from jasper_fast.run_folder import existing_difference, stored_difference, what_decides
+from jasper_fast.training.run.folder import existing_difference, stored_difference, what_decides
 
 OLDER = [
     ("losses",),
@@ -128,6 +128,7 @@ def test_a_renamed_field_is_read_under_its_old_name(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tiny_bert, tiny_texts, monkeypatch):
     import jasper_fast.train as module
+    import jasper_fast.training.loop as loop
 
     write_data(tmp_path, tiny_texts)
     tree = settings(tmp_path, tiny_bert) | {"evaluate": []}
@@ -136,14 +137,14 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
 
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        take, steps = module.take_gradients, iter(range(9))  # the last is in the second stage
+        take, steps = loop.take_gradients, iter(range(9))  # the last is in the second stage
 
         def interrupted(*given):
             if next(steps, None) is None:
                 raise KeyboardInterrupt
             return take(*given)
 
-        patched.setattr(module, "take_gradients", interrupted)
+        patched.setattr(loop, "take_gradients", interrupted)
         with pytest.raises(KeyboardInterrupt):
             module.train(tree, out=run)
     outer = [

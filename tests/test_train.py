@@ -205,7 +205,7 @@ def test_principal_axes_need_as_many_texts_as_the_widest_of_them(world, tmp_path
     stage = tree["stages"][2] | {"train": ["heads.*"], "narrow_start": "principal", "steps": 4}
     stage |= {"batches": "random", "batch_size": 4, "texts": 12}
     few = tree | {"stages": [*tree["stages"][:2], stage]}
-    with pytest.raises(JasperError, match=r"16 principal axes from 12 texts\); give more, or lower batch_size"):
+    with pytest.raises(JasperError, match=r"16 principal axes from 12 texts\). Fix: give more, or lower batch_size"):
         train(few, out=tmp_path / "run")
     stage["texts"] = 16  # the folder of a run that was refused takes another configuration
     train(few, out=tmp_path / "run")
@@ -258,6 +258,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(world):
 
 
 def test_changed_texts_are_refused_before_they_are_taught(world, tmp_path, monkeypatch):
+    import dataclasses
     import shutil
 
     import jasper_fast.train as module
@@ -269,8 +270,8 @@ def test_changed_texts_are_refused_before_they_are_taught(world, tmp_path, monke
     prepare = module.prepare
 
     def fewer(*given):
-        prepared = prepare(*given)
-        return prepared._replace(texts=prepared.texts.select(range(100)))
+        student, data = prepare(*given)
+        return student, dataclasses.replace(data, texts=data.texts.select(range(100)))
 
     monkeypatch.setattr(module, "prepare", fewer)
     before = sorted((folder / "cache").iterdir())
@@ -379,7 +380,7 @@ def test_sigterm_saves_and_leaves_with_a_message(world, alone_on_one_thread):
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGTERM)
     child.join()
-    assert "the same command goes on from here" in (run / "said").read_text()
+    assert "Run the same command to resume" in (run / "said").read_text()
     last = sorted((run / "checkpoints").iterdir())[-1].name
     assert last == f"step-{len(losses_in(run)):08d}"  # saved at the step it stopped at, not at the last interval
     run_in_child_threads = torch.get_num_threads()
@@ -407,7 +408,7 @@ def test_a_checkpoint_cut_short_is_passed_over(world, tmp_path, capsys):
 
 
 def test_pooled_states_of_other_texts_are_not_used(world, tmp_path):
-    from jasper_fast.batches import PooledStates
+    from jasper_fast.training.pooled import PooledStates
 
     rows = np.arange(5)
     for key, value in (("one", 1.0), ("one", 2.0), ("other", 3.0)):
@@ -418,7 +419,7 @@ def test_pooled_states_of_other_texts_are_not_used(world, tmp_path):
 
 
 def test_two_processes_do_not_share_a_run(world, tmp_path):
-    from jasper_fast.run_folder import open_run
+    from jasper_fast.training.run.folder import open_run
 
     _, tree = world
     config = load_config(tree)
@@ -459,11 +460,12 @@ def spoil_third_call():
 
 
 def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
-    import jasper_fast.prepare as preparing
     import jasper_fast.train as module
+    import jasper_fast.training.preflight as preparing
+    import jasper_fast.training.stages.base as stages
 
     folder, tree = world
-    honest = module.learning_rate
+    honest = stages.learning_rate
 
     def meddle(stage, step):
         frame_student = meddle.student
@@ -478,7 +480,7 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
         return meddle.student
 
     monkeypatch.setattr(preparing, "build_student", remember)
-    monkeypatch.setattr(module, "learning_rate", meddle)
+    monkeypatch.setattr(stages, "learning_rate", meddle)
     with pytest.raises(JasperError, match="a frozen weight changed"):
         module.train(tree, out=tmp_path / "frozen")
 
@@ -512,7 +514,7 @@ def test_all_that_is_known_before_the_texts_is_told_together(world, tmp_path, mo
     from jasper_fast.train import train
 
     _, tree = world
-    monkeypatch.setattr("jasper_fast.log.find_spec", lambda name: None)
+    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: None)
     overrides = [
         ("log.trackers", ["trackio"]),
         ("teachers.0.model", "./no-such-teacher"),
@@ -551,7 +553,7 @@ def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
     from jasper_fast.train import train
 
     _, tree = world
-    monkeypatch.setattr("jasper_fast.log.find_spec", lambda name: None)
+    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: None)
     with pytest.raises(JasperError, match="pip install trackio"):
         train(tree, out=tmp_path / "bad", overrides=[("log.trackers", ["trackio"])])
 

@@ -573,8 +573,8 @@ def test_the_dry_run_rejects_the_same_embeddings_as_training(
     name: str, message: str, real: np.ndarray, tiny_bert: Path, mixed_texts: list[str], tmp_path: Path
 ) -> None:
     from jasper_fast.data import prepare_texts
-    from jasper_fast.prepare import describe_plan
     from jasper_fast.train import train
+    from jasper_fast.training.preflight import describe_plan
 
     (tmp_path / "texts.txt").write_text("\n".join(mixed_texts))
     tree = run_of(tmp_path, [{"model": str(tiny_bert)}], model=str(tiny_bert))

@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused(tiny_bert, tiny_qwen2, tmp_path):
 def test_a_tower_or_an_encoder_that_does_not_fit_is_told_before_training(tiny_bert, squares, tmp_path, monkeypatch):
     from transformers import ConvNextConfig, ConvNextModel
 
-    from jasper_fast.checks import check_stages
+    from jasper_fast.training.preflight import check_stages
 
     sizes = {"image_size": SIDE, "patch_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
     ConvNextModel(ConvNextConfig(**sizes)).save_pretrained(tmp_path / "conv")
@@ -171,7 +171,7 @@ def stage(**fields) -> StageConfig:
 
 
 def test_only_the_tower_may_train(student):
-    from jasper_fast.stages import trained_names
+    from jasper_fast.training.stages.base import trained_names
 
     names = trained_names(student, stage())
     assert names and all(name.startswith("vision.tower.") for name in names)
@@ -303,9 +303,9 @@ def test_a_mixed_picture_is_to_find_both_captions(among):
 def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert, tmp_path):
     from datasets import Dataset
 
-    from jasper_fast.batches import PooledStates
     from jasper_fast.image_data import Images
-    from jasper_fast.vision_batches import CaptionTargets
+    from jasper_fast.training.pooled import PooledStates
+    from jasper_fast.training.stages.vision import CaptionTargets
 
     table = Dataset.from_dict(
         {"image": [b""] * 4, "captions": [["a", "b"], ["c"], ["b", "d"], ["e"]], "name": list("wxyz")}
@@ -323,7 +323,7 @@ def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert,
 
 
 def test_views_are_a_function_of_the_step_and_leave_what_they_should():
-    from jasper_fast.vision_batches import draw_views, other_views
+    from jasper_fast.training.stages.vision import draw_views, other_views
 
     views = AugmentConfig(shift=0.1, scale=0.2, rotate=10.0, flip=True)
     maps = draw_views(views, (0, 3, 5), 6)
@@ -340,8 +340,8 @@ def test_views_are_a_function_of_the_step_and_leave_what_they_should():
 
 @pytest.mark.parametrize("views", [{"mix": 0.4}, {"mix": 0.4, "shift": 0.1}])
 def test_pictures_are_laid_over_others_alike_on_every_rank(views):
-    from jasper_fast.ranks import Ranks
-    from jasper_fast.vision_batches import draw_partners, draw_views, other_views, vision_batches
+    from jasper_fast.distributed.ranks import Ranks
+    from jasper_fast.training.stages.vision import draw_partners, draw_views, image_batches, other_views
 
     class Shown:
         def pixels(self, rows, side):
@@ -369,7 +369,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
     student = SimpleNamespace(seeing=SimpleNamespace(side=SIDE, image_tokens=1), device=torch.device("cpu"))
     parts = []
     for part in (slice(0, 11), slice(0, 6), slice(6, 11)):
-        found = vision_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part))
+        found = image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part))
         parts.append(next(found)[1])
     whole = parts[0]
     for name in ("pixels", "captions", "shares", "teacher", "rows"):
@@ -388,7 +388,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         assert torch.equal(batch.told.places, batch.teacher[:, 0].long())
         assert torch.equal(batch.told.mixed.places, batch.told.mixed.captions[:, 0].long())
     for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
-        alone = next(vision_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
+        alone = next(image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
         assert sorted(alone.told.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
         assert not torch.equal(alone.told.mixed.captions, alone.teacher)
     partners, shares = draw_partners(0.4, (3, 1, 1), 11)
@@ -530,9 +530,10 @@ def test_the_exported_folder_sees_and_reads_in_stock_sentence_transformers(run, 
 
 def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
     import jasper_fast.train as module
+    import jasper_fast.training.stages.base as stages
 
     folder, tree = run
-    honest, calls = module.learning_rate, []
+    honest, calls = stages.learning_rate, []
 
     def fall(stage, step):
         calls.append(step)
@@ -541,7 +542,7 @@ def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
         return honest(stage, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "learning_rate", fall)
+        patch.setattr(stages, "learning_rate", fall)
         with pytest.raises(KeyboardInterrupt):
             module.train(tree, out=folder / "fallen")
     assert (folder / "fallen" / "checkpoints" / "step-00000034").is_dir()
@@ -552,10 +553,11 @@ def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
 
 
 def test_gradient_caching_and_checkpointing_give_the_same_gradient(student):
-    from jasper_fast.batches import Batch
-    from jasper_fast.stages import set_trained, trained_names
-    from jasper_fast.step import take_gradients
-    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.training.data import Batch
+    from jasper_fast.training.parameters import set_trained
+    from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.step import take_gradients
     from jasper_fast.vision_loss import VisionLoss
 
     pixels = pictures(10)
@@ -595,7 +597,7 @@ def test_too_few_pictures_are_told_before_training(run, tmp_path):
     from jasper_fast.train import train
 
     _, tree = run
-    with pytest.raises(JasperError, match=r"a batch of 40 from 36 pictures"):
+    with pytest.raises(JasperError, match=r"a batch of 40 from 36 images"):
         train(tree, out=tmp_path / "bad", overrides=[("stages.3.batch_size", 40)])
     with pytest.raises(JasperError, match=r"too few usable images to hold out 60 \(got 48, expected at least 61\)"):
         train(tree, out=tmp_path / "worse", overrides=[("images.held_out", 60)])
@@ -628,10 +630,12 @@ def test_sources_that_cannot_be_read_are_told_at_once_before_pictures_are(run, t
 
 
 def test_a_tower_learns_to_tell_pictures_apart(tiny_bert):
-    from jasper_fast.batches import Batch
-    from jasper_fast.stages import make_optimizer, set_trained, trained_names
-    from jasper_fast.step import take_gradients
-    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.training.data import Batch
+    from jasper_fast.training.optim import make_optimizer
+    from jasper_fast.training.parameters import set_trained
+    from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.step import take_gradients
     from jasper_fast.vision_eval import retrieval_scores
     from jasper_fast.vision_loss import VisionLoss
 
@@ -725,10 +729,11 @@ def test_the_floor_is_what_ridge_regression_gives():
 
 def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradient and losses of one step of 11 pictures over all ranks, in float64."""
-    from jasper_fast.batches import Batch
-    from jasper_fast.stages import set_trained, trained_names
-    from jasper_fast.step import take_gradients
-    from jasper_fast.vision_batches import ImageBatches
+    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.training.data import Batch
+    from jasper_fast.training.parameters import set_trained
+    from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.step import take_gradients
     from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss
 
     torch.manual_seed(3)
@@ -750,7 +755,7 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
 
 
 def gradient_rank(bert: str, given: dict[str, torch.Tensor], out: str) -> None:
-    from jasper_fast.ranks import join_ranks
+    from jasper_fast.distributed.ranks import join_ranks
 
     with join_ranks(60.0) as ranks:
         found = vision_gradient(bert, ranks, given["pixels"], given["teacher"])
@@ -760,7 +765,7 @@ def gradient_rank(bert: str, given: dict[str, torch.Tensor], out: str) -> None:
 def test_the_gradient_of_two_processes_is_that_of_one(tiny_bert, tmp_path):
     from test_ranks import end, start
 
-    from jasper_fast.ranks import Ranks
+    from jasper_fast.distributed.ranks import Ranks
 
     generator = torch.Generator().manual_seed(1)
     sides = [torch.randn(11, width, generator=generator, dtype=torch.float64) for width in (32, 8)]

@@ -19,14 +19,14 @@ import pytest
 import torch
 from test_train import settings, write_data
 
-from jasper_fast.batches import Batch
 from jasper_fast.config import StageConfig, StudentConfig, load_config
 from jasper_fast.encode import MicroBatches
 from jasper_fast.errors import JasperError
-from jasper_fast.log import SPIKE_WINDOW, RunLog, start_trackers
 from jasper_fast.model import Student
-from jasper_fast.step import graph_bytes_per_token, memory_advice, out_of_memory, saved_bytes
-from jasper_fast.telemetry import Telemetry
+from jasper_fast.training.data import Batch
+from jasper_fast.training.memory import graph_bytes_per_token, memory_advice, out_of_memory, saved_bytes
+from jasper_fast.training.run.gpu_monitor import GpuMonitor
+from jasper_fast.training.run.log import SPIKE_WINDOW, RunLog, start_trackers
 
 CPU = torch.device("cpu")
 
@@ -117,9 +117,9 @@ def test_a_tracker_without_login_is_told_before_teaching(tiny_bert, tiny_texts, 
         raise Error("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=Error))
-    monkeypatch.setattr("jasper_fast.log.find_spec", lambda name: name)
+    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: name)
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
-    with pytest.raises(JasperError, match=r"wandb: no API key\ntype `wandb login`"):
+    with pytest.raises(JasperError, match=r"wandb: no API key\nFix: type `wandb login`"):
         train(tree, out=tmp_path / "out", overrides=[("log.trackers", ["tensorboard", "wandb"])])
     assert not list((tmp_path / "cache").glob("teacher-*"))
 
@@ -172,8 +172,8 @@ def test_out_of_memory_says_what_would_fit(tiny_bert):
 
 def test_nothing_is_measured_with_a_sharded_student(tiny_bert, monkeypatch):
     """Its layers come together over all ranks, and the others are not measuring."""
-    monkeypatch.setattr("jasper_fast.step.is_sharded", lambda model: True)
-    monkeypatch.setattr("jasper_fast.step.saved_bytes", None)
+    monkeypatch.setattr("jasper_fast.training.memory.is_sharded", lambda model: True)
+    monkeypatch.setattr("jasper_fast.training.memory.saved_bytes", None)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried")
     told = str(out_of_memory(error, student(tiny_bert), batch_of_eight(), stage(), CPU, "fp32"))
     assert "measured" not in told and "micro_tokens:" not in told and "a smaller micro_batch" in told
@@ -207,7 +207,7 @@ def test_what_did_not_fit_is_freed_before_it_is_measured(tiny_bert, monkeypatch,
         assert alive[0]() is None
         return 400.0
 
-    monkeypatch.setattr("jasper_fast.step.graph_bytes_per_token", measure)
+    monkeypatch.setattr("jasper_fast.training.memory.graph_bytes_per_token", measure)
     with (
         pytest.raises(JasperError, match=re.escape(f"out of memory ({says}); a graph of 0 kB per token was measured")),
         memory_advice(student(tiny_bert), batch_of_eight(), stage(), CPU, "fp32"),
@@ -232,9 +232,9 @@ def test_out_of_memory_anywhere_in_a_stage_tells(what, monkeypatch, tiny_bert, t
         monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     elif what == "pooling":
         tree["stages"][0] |= {"last_layers": 0, "gradient_checkpointing": False}
-        monkeypatch.setattr(module, "pooled_states", fail)
+        monkeypatch.setattr("jasper_fast.training.stages.text.pooled_states", fail)
     else:
-        monkeypatch.setattr(module, "graph_bytes_per_token", fail)
+        monkeypatch.setattr("jasper_fast.training.memory.graph_bytes_per_token", fail)
         run = module.train(tree, out=tmp_path / "out")
         (told,) = [line for line in (run / "log.jsonl").read_text().splitlines() if '"activations"' in line]
         assert "graph_bytes" not in told and "layers_computed_twice" in told
@@ -249,7 +249,7 @@ def test_out_of_memory_in_a_run_is_an_error_that_tells(monkeypatch, tiny_bert, t
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    monkeypatch.setattr(module, "take_gradients", fail)
+    monkeypatch.setattr("jasper_fast.training.loop.take_gradients", fail)
     with pytest.raises(JasperError, match="stage 'two': out of memory"):
         module.train(one_stage(tmp_path, tiny_bert, tiny_texts), out=tmp_path / "out")
 
@@ -295,11 +295,11 @@ def test_telemetry_reads_the_gpu_that_trains(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
-    telemetry = Telemetry(torch.device("cuda:0"))
+    telemetry = GpuMonitor(torch.device("cuda:0"))
     found = telemetry.read(500)
     assert found == {"gpu_utilisation": 0.73, "gpu_memory_gb": 5.0, "joules_per_1000_texts": pytest.approx(4000.0)}
     assert telemetry.read(1000)["joules_per_1000_texts"] == pytest.approx(500.0)
-    assert Telemetry(CPU).read(10) == {}
+    assert GpuMonitor(CPU).read(10) == {}
 
 
 def test_energy_is_of_the_texts_since_the_last_reading(tiny_bert, tiny_texts, tmp_path, monkeypatch):
@@ -316,13 +316,13 @@ def test_energy_is_of_the_texts_since_the_last_reading(tiny_bert, tiny_texts, tm
             read.append(texts)
             return {"joules_per_1000_texts": 7.0}
 
-    monkeypatch.setattr(module, "Telemetry", Readings)
+    monkeypatch.setattr("jasper_fast.training.loop.GpuMonitor", Readings)
     tree = one_stage(tmp_path, tiny_bert, tiny_texts) | {"log": {"every": 4}}
     module.train(tree, out=tmp_path / "out")
     assert read == [4 * 16, 2 * 16]
 
 
-@pytest.mark.parametrize("moment", ["ensure_teachers", "finish"])
+@pytest.mark.parametrize("moment", ["ensure_teachers", "finalize"])
 def test_sigterm_before_and_after_the_steps_ends_as_ctrl_c_does(tiny_bert, tiny_texts, tmp_path, monkeypatch, moment):
     from jasper_fast.train import train
 
@@ -330,7 +330,7 @@ def test_sigterm_before_and_after_the_steps_ends_as_ctrl_c_does(tiny_bert, tiny_
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    module = {"ensure_teachers": "jasper_fast.teach", "finish": "jasper_fast.finish"}[moment]
+    module = {"ensure_teachers": "jasper_fast.teach", "finalize": "jasper_fast.training.finish"}[moment]
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -355,7 +355,7 @@ def test_a_clock_that_jumps_back_spoils_no_line(tiny_bert, tiny_texts, tmp_path,
 
 
 def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.prepare import describe_plan
+    from jasper_fast.training.preflight import describe_plan
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     tree["teachers"] = [{"model": str(tmp_path / "absent")}]
@@ -364,7 +364,7 @@ def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_pa
 
 
 def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.prepare import describe_plan
+    from jasper_fast.training.preflight import describe_plan
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     assert " texts to train on" in describe_plan(load_config(tree), tmp_path / "out")
@@ -377,7 +377,7 @@ def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_told_with_the_rest_before_the_texts(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.prepare import prepare
+    from jasper_fast.training.preflight import prepare
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     tree["data"]["cache"] = tree["data"]["sources"][0]["path"]
@@ -389,9 +389,9 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_rest_before_the_texts(t
 
 
 def test_a_disk_too_small_for_a_run_is_told_before_teaching(tiny_bert, tiny_texts, tmp_path, monkeypatch):
-    from jasper_fast.prepare import check_disk, prepare
-    from jasper_fast.stages import trained_names
     from jasper_fast.train import train
+    from jasper_fast.training.preflight import check_disk, prepare
+    from jasper_fast.training.stages.base import trained_names
 
     def leave(free):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
@@ -401,18 +401,18 @@ def test_a_disk_too_small_for_a_run_is_told_before_teaching(tiny_bert, tiny_text
     frozen |= {"last_layers": 0, "gradient_checkpointing": False}
     tree["stages"] = [frozen, *tree["stages"]]
     config = load_config(tree)
-    prepared, folder = prepare(config), tmp_path / "out"
-    sizes = {name: p.numel() for name, p in prepared.student.named_parameters()}
-    trained = sum(sizes[name] for name in trained_names(prepared.student, config.stages[1]))
+    (model, data), folder = prepare(config), tmp_path / "out"
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sum(sizes[name] for name in trained_names(model, config.stages[1]))
     needed = 4 * (3 * (sum(sizes.values()) + 2 * trained) + 6 * 16 * 32)
     leave(needed)
-    check_disk(config, folder, prepared)
+    check_disk(config, folder, model, data)
     leave(needed - 1)
     with pytest.raises(JasperError, match="out: checkpoints and pooled states need .* or use another --out"):
         train(tree, out=folder)
     assert not list((tmp_path / "cache").glob("teacher-*"))
     leave(needed - 4 * 6 * 16 * 32)
-    check_disk(config, folder, prepared, first=1)  # the frozen stage is over
+    check_disk(config, folder, model, data, first=1)  # the frozen stage is over
     (folder / "pooled" / "frozen").mkdir(parents=True)
     (folder / "pooled" / "frozen" / "000000.npy").write_bytes(bytes(4 * 6 * 16 * 32))
-    check_disk(config, folder, prepared)  # what it needs is there
+    check_disk(config, folder, model, data)  # what it needs is there

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: everything a run needs to go on as if it had never stopped."""
+"""Checkpoints, complete or absent: everything a run needs to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -22,52 +22,72 @@ WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is. ``step`` counts over all stages; ``stage_step`` within the stage; both are steps done."""
+    """The progress of a run.
+
+    Args:
+        step: steps done, over all stages.
+        stage: the index of the stage.
+        stage_step: steps done of the stage.
+    """
 
     step: int
     stage: int
     stage_step: int
 
+    def at(self, stage_step: int) -> Position:
+        """Return the position after so many steps of the same stage."""
+        return Position(self.step - self.stage_step + stage_step, self.stage, stage_step)
+
+    def after(self, steps: int) -> Position:
+        """Return the position at the start of the next stage, if this stage has so many steps."""
+        return Position(self.step - self.stage_step + steps, self.stage + 1, 0)
+
 
 class Saver:
-    """Saves checkpoints while training goes on: what is saved is copied at once, and written meanwhile.
+    """Saver of checkpoints, which copies the state at once and writes it in the background.
 
     Args:
-        folder: where they go.
-        keep: how many remain.
-        first: whether this is the rank that writes; the others only give their parts of what is sharded.
+        folder: the folder of checkpoints.
+        keep: the number of checkpoints that remain.
+        is_main: whether this rank writes. The others only give their parts of sharded tensors.
     """
 
-    def __init__(self, folder: Path, keep: int, first: bool = True) -> None:
-        self.folder, self.keep, self.first = folder, keep, first
+    def __init__(self, folder: Path, keep: int, is_main: bool = True) -> None:
+        self.folder, self.keep, self.is_main = folder, keep, is_main
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
     def save(
         self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: dict[str, Any]
     ) -> None:
-        """Copy everything and begin to write it; all ranks must call it alike.
+        """Copy the state and start to write it. All ranks must call it.
+
+        Args:
+            position: the progress of the run.
+            model: the student.
+            optimizer: the optimizer. None: the end of a stage.
+            facts: what must be equal when the run resumes (fingerprints, digests), as JSON values.
 
         Raises:
-            JasperError: writing the one before failed.
+            JasperError: the previous checkpoint could not be written.
         """
         self.wait()
-        content = snapshot(model, optimizer, self.first)
+        content = snapshot(model, optimizer, self.is_main)
         if content is not None:
             self._writing = self._worker.submit(publish, self.folder, position, content, facts, self.keep)
 
     def wait(self) -> None:
-        """Until what was saved is published.
+        """Wait until the last checkpoint is published.
 
         Raises:
-            JasperError: it could not be written; earlier checkpoints are untouched.
+            JasperError: it could not be written. Earlier checkpoints are untouched.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait, and be done."""
+        """Wait for the last checkpoint, and end the thread that writes."""
         try:
             self.wait()
         finally:
@@ -82,13 +102,18 @@ def save_checkpoint(
     facts: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Publish ``folder/step-XXXXXXXX`` and drop the oldest beyond ``keep``.
+    """Publish ``folder/step-XXXXXXXX`` and delete the oldest checkpoints beyond ``keep``.
 
     Args:
-        facts: what must agree when the run goes on (fingerprints, digests); must be JSON.
+        folder: the folder of checkpoints.
+        position: the progress of the run.
+        model: the student.
+        optimizer: the optimizer. None: the end of a stage.
+        facts: what must be equal when the run resumes (fingerprints, digests), as JSON values.
+        keep: the number of checkpoints that remain.
 
     Raises:
-        JasperError: the disk is full; earlier checkpoints are untouched.
+        JasperError: the disk is full. Earlier checkpoints are untouched.
     """
     content = snapshot(model, optimizer)
     assert content is not None
@@ -96,24 +121,24 @@ def save_checkpoint(
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds, in host memory of its own."""
+    """The content of a checkpoint, copied to host memory."""
 
     weights: dict[str, Tensor]
-    state: dict[str, Any]  # of the optimiser and of the random number generators
+    state: dict[str, Any]  # of the optimizer and of the random number generators
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, first: bool = True) -> Snapshot | None:
-    """A copy of everything as it is now. All ranks of a sharded model call it; ``first`` alone gets it."""
-    weights = collect(model.state_dict(), first)  # tied ones come apart, as safetensors wants it
-    state = collect(optimizer.state_dict(), first) if optimizer is not None else None
-    return Snapshot(weights, {"optimizer": state, "rng": _rng_state()}) if first else None
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, is_main: bool = True) -> Snapshot | None:
+    """Return a copy of the present state, on the main rank alone. All ranks of a sharded model must call it."""
+    weights = collect(model.state_dict(), is_main)  # tied ones come apart, as safetensors wants it
+    state = collect(optimizer.state_dict(), is_main) if optimizer is not None else None
+    return Snapshot(weights, {"optimizer": state, "rng": _rng_state()}) if is_main else None
 
 
 def publish(folder: Path, position: Position, content: Snapshot, facts: dict[str, Any], keep: int) -> Path:
     """Write a snapshot as ``folder/step-XXXXXXXX``, whole or not at all. See :func:`save_checkpoint`.
 
     Raises:
-        JasperError: the disk is full, or the folder was removed, and once more when it had been made again.
+        JasperError: the disk is full, or the folder was removed twice.
     """
     path = folder / f"step-{position.step:08d}"
     removed: FileNotFoundError | None = None
@@ -123,8 +148,8 @@ def publish(folder: Path, position: Position, content: Snapshot, facts: dict[str
         except FileNotFoundError as error:
             if removed is not None:
                 raise JasperError(
-                    f"{folder} was removed, and removed again, while a checkpoint was written there ({error}); leave "
-                    "it alone while the run is at work, or use another --out"
+                    f"{folder} was removed, and removed again, while a checkpoint was written there ({error}). Fix: "
+                    "leave it alone while the run is at work, or use another --out"
                 ) from error
             removed = error
     for old in _published(folder)[:-keep]:
@@ -143,14 +168,14 @@ def _write(path: Path, position: Position, content: Snapshot, facts: dict[str, A
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
     with open(path, "wb") as file:
-        watched: Any = _Watched(file)
-        torch.save(state, watched)
-        if watched.error is not None:
-            raise watched.error
+        checked: Any = _CheckedFile(file)
+        torch.save(state, checked)
+        if checked.error is not None:
+            raise checked.error
 
 
-class _Watched:
-    """A file that keeps the error of a full disk for whoever opened it: torch.save would make another one of it."""
+class _CheckedFile:
+    """A file that keeps the error of a full disk, which torch.save would replace by another one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -170,18 +195,24 @@ class _Watched:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files agree with their manifest."""
+    """A checkpoint whose files agree with their manifest.
+
+    Args:
+        path: its folder.
+        position: the progress of the run.
+        facts: what must be equal when the run resumes.
+    """
 
     path: Path
     position: Position
     facts: dict[str, Any]
 
     def load_model(self, model: nn.Module) -> None:
-        """Put the weights into ``model``."""
+        """Load the weights into ``model``."""
         load_weights(model, load_file(self.path / WEIGHTS))
 
     def load_state(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Restore the optimiser, where there is one, and the random number generators."""
+        """Restore the optimizer, if there is one, and the random number generators."""
         state = torch.load(self.path / STATE, map_location="cpu", weights_only=True, mmap=True)
         if optimizer is not None and state["optimizer"] is not None:
             load_optimizer(optimizer, state["optimizer"])
@@ -191,10 +222,16 @@ class Checkpoint:
 
 
 def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named and passed over.
+    """Return the newest complete checkpoint; None if there are no checkpoints.
+
+    Damaged checkpoints are reported and deleted.
+
+    Args:
+        folder: the folder of checkpoints.
+        say: a function that prints a line.
 
     Raises:
-        JasperError: there are checkpoints and none is whole.
+        JasperError: all checkpoints are damaged.
     """
     if not folder.exists():
         return None
@@ -203,15 +240,15 @@ def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
     for path in reversed(_published(folder)):
         problem = _damage(path)
         if problem is None:
-            for bad, reason in damaged.items():  # their steps will be saved anew under the same names
+            for bad, reason in damaged.items():  # their steps will be saved again under the same names
                 say(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
                 shutil.rmtree(bad, ignore_errors=True)
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             return Checkpoint(path, Position(**manifest["position"]), manifest["facts"])
         damaged[path] = problem
     if damaged:
-        told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise JasperError(f"no checkpoint in {folder} is whole ({told}); start again with another --out")
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise JasperError(f"no checkpoint in {folder} is whole ({reasons}). Fix: start again with another --out")
     return None
 
 
@@ -220,7 +257,7 @@ def _published(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint; None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, _, _ = dict(manifest["files"]), dict(manifest["facts"]), Position(**manifest["position"])
@@ -235,5 +272,5 @@ def _damage(path: Path) -> str | None:
 
 
 def _rng_state() -> dict[str, Any]:
-    """The generators that this process draws from: the CPU's and its own GPU's."""
+    """Return the states of the generators that this process draws from: the CPU's and its GPU's."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

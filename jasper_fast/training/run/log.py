@@ -1,4 +1,4 @@
-"""What a run says while it works: a progress bar, one line per few steps, JSONL always, trackers when asked."""
+"""The log of a run: a progress bar, printed lines, ``log.jsonl`` with every step, and experiment trackers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from jasper_fast.errors import JasperError
 from jasper_fast.files import disk_errors, write_atomic
 
 LOG = "log.jsonl"
-IDENTITY = "tracking-id"  # the file that keeps a run one run for trackers, however often it goes on
-SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss this many times the median of so many steps before is marked
+IDENTITY = "tracking-id"  # the file by which a resumed run is the same run for trackers
+SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss of SPIKE times the median of the last SPIKE_WINDOW steps is marked
 PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood", "contrastive")
 
 
 class Tracker(Protocol):
-    def log(self, values: dict[str, float], step: int) -> None: ...
-    def close(self) -> None: ...
+    """An experiment tracker."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record the numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """End the record."""
+        ...
 
 
 class RunLog:
@@ -39,8 +46,8 @@ class RunLog:
         folder: the run's folder.
         config: the run's configuration.
         total: steps over all stages.
-        done: steps done before, when a run goes on; later lines of the old log are dropped.
-        trackers: that are told what is printed, as from :func:`start_trackers`.
+        done: steps done before a resume; later lines of the old log are dropped.
+        trackers: trackers that record what is printed, as from :func:`start_trackers`.
     """
 
     def __init__(self, folder: Path, config: Config, total: int, done: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -61,7 +68,13 @@ class RunLog:
         sys.stdout.flush()
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
-        """Note one step. ``record`` holds the step's numbers; it is printed every few steps and at a stage's end."""
+        """Record one step, and print it every few steps and at the end of a stage.
+
+        Args:
+            stage: the name of the stage.
+            record: the numbers of the step.
+            last: whether it is the last step of the stage.
+        """
         spike = self._spike(stage, record["loss"])
         if spike is not None:
             record = {**record, "spike": spike}
@@ -86,12 +99,13 @@ class RunLog:
             self.file.flush()
 
     def close(self) -> None:
+        """End the progress bar and the file."""
         self.bar.close()
-        with suppress(OSError):  # what the full disk refused was told already
+        with suppress(OSError):  # a full disk was reported before
             self.file.close()
 
     def _spike(self, stage: str, loss: float) -> float | None:
-        """How many times its recent median the loss is, where that is far too much."""
+        """Return the ratio of the loss to its recent median if it is a spike, else None."""
         if stage != self.stage:
             self.stage = stage
             self.recent.clear()
@@ -100,22 +114,22 @@ class RunLog:
         return loss / usual if usual > 0 and loss > SPIKE * usual else None
 
     def _forget_after(self, done: int) -> None:
-        """Drop lines of steps that will be repeated, and a last line that was cut short."""
+        """Drop lines of steps that will be repeated, and an incomplete last line."""
         if not self.path.exists():
             return
-        kept = []
+        lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if record.get("step", 0) <= done:
-                kept.append(line + "\n")
-        write_atomic(self.path, "".join(kept))
+                lines.append(line + "\n")
+        write_atomic(self.path, "".join(lines))
 
 
 class SilentLog(RunLog):
-    """What the other ranks say: nothing."""
+    """The log of the other ranks, which print and write nothing."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
@@ -123,35 +137,39 @@ class SilentLog(RunLog):
         self.bar = tqdm(disable=True)
 
     def say(self, line: str) -> None:
-        pass
+        """Print nothing."""
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
-        pass
+        """Record nothing."""
 
     def event(self, event: str, **facts: Any) -> None:
-        pass
+        """Record nothing."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: there is no file."""
 
 
 def check_trackers(config: LogConfig) -> None:
-    """Raise before any work where a tracker that is asked for is not installed."""
+    """Check that every configured tracker is installed.
+
+    Raises:
+        JasperError: one is not.
+    """
     for name in config.trackers:
         if find_spec(name) is None:
-            raise JasperError(f"log.trackers asks for {name!r}, which is not installed: pip install {name}")
+            raise JasperError(f"log.trackers asks for {name!r}, which is not installed. Fix: pip install {name}")
 
 
 @contextmanager
 def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
-    """The trackers that a run asks for, until the block ends. A run that goes on is the same run for them.
+    """Start the configured trackers and close them after the block. A resumed run is the same run for them.
 
     Args:
-        folder: the run's, which keeps its identity.
-        config: its ``log`` section chooses them.
+        folder: the run's folder, which stores its identity.
+        config: the run's configuration.
 
     Raises:
-        JasperError: one does not start (nobody has logged in, say).
+        JasperError: one does not start, for example without a login.
     """
     with ExitStack() as started:
         trackers: list[Tracker] = []
@@ -162,7 +180,7 @@ def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
 
 
 def seconds_spent(log: Path) -> dict[str, float]:
-    """Wall-clock seconds by event of a run's ``log.jsonl``, however often it went on; steps done again count once."""
+    """Return the wall-clock seconds of a ``log.jsonl`` by event, over all resumes; repeated steps count once."""
     spent: dict[str, float] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -171,7 +189,7 @@ def seconds_spent(log: Path) -> dict[str, float]:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: the device's where there is one, else the process's."""
+    """Return the peak memory so far in GB: of the GPU, or of the process if the device is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -188,7 +206,7 @@ def _line(stage: str, record: dict[str, Any]) -> str:
 
 
 def _identity(folder: Path) -> str:
-    """The name that no other run has."""
+    """Return the run's unique name."""
     file = folder / IDENTITY
     if not file.is_file():
         write_atomic(file, uuid.uuid4().hex[:12] + "\n")
@@ -203,7 +221,7 @@ class _TensorBoard:
         self.writer: SummaryWriter | None = None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        if self.writer is None:  # what an earlier process wrote of this step and later ones does not count any more
+        if self.writer is None:  # drops what an earlier process wrote of this step and later ones
             self.writer = self.make(self.folder, purge_step=step)
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
@@ -214,16 +232,16 @@ class _TensorBoard:
 
 
 class _WandbLike:
-    """Weights & Biases, or trackio, which speaks the same interface, but knows a run by its name instead of an id."""
+    """Weights & Biases, or trackio, which has the same interface but identifies a run by its name instead of an id."""
 
     def __init__(self, name: str, folder: Path, config: Config) -> None:
         self.module = import_module(name)
-        own = _identity(folder)
-        same = {"name": config.name, "id": own} if name == "wandb" else {"name": f"{config.name}-{own}"}
+        identity = _identity(folder)
+        same = {"name": config.name, "id": identity} if name == "wandb" else {"name": f"{config.name}-{identity}"}
         try:
             self.module.init(project=config.log.project, config=config.model_dump(mode="json"), resume="allow", **same)
         except getattr(self.module, "Error", ()) as error:  # of W&B
-            raise JasperError(f"{name}: {error}\ntype `{name} login`, or leave it out of log.trackers") from error
+            raise JasperError(f"{name}: {error}\nFix: type `{name} login`, or leave it out of log.trackers") from error
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)

@@ -1,4 +1,4 @@
-"""What a GPU says of itself through NVML: utilisation, memory, power, energy. Nothing where there is none."""
+"""Readings of a GPU through NVML: utilization, memory, power and energy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-class Telemetry:
-    """Readings of one GPU; without a GPU or without ``nvidia-ml-py`` they are empty.
+class GpuMonitor:
+    """Readings of one GPU. Without a GPU or ``nvidia-ml-py`` they are empty.
 
     Args:
         device: the GPU that trains.
@@ -26,7 +26,7 @@ class Telemetry:
             return
         try:
             pynvml.nvmlInit()
-            # by its identity: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's
+            # by UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         except pynvml.NVMLError:
             return
@@ -34,26 +34,26 @@ class Telemetry:
         self._energy = self._joules() or 0.0
 
     def read(self, texts: int) -> dict[str, float]:
-        """The present readings; energy is per 1,000 texts since the last reading.
+        """Return the present readings; energy is per 1,000 texts since the last call.
 
         Args:
-            texts: how many this GPU's rank took part in since then.
+            texts: texts of this GPU's rank since the last call.
         """
         if self._nvml is None:
             return {}
         nvml, handle = self._nvml, self._handle
-        found: dict[str, float] = {}
+        readings: dict[str, float] = {}
         try:
-            found["gpu_utilisation"] = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100.0
-            found["gpu_memory_gb"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / 1e9
-            found["gpu_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
-        except nvml.NVMLError:  # a reading this GPU does not offer
+            readings["gpu_utilisation"] = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100.0
+            readings["gpu_memory_gb"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / 1e9
+            readings["gpu_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+        except nvml.NVMLError:  # this GPU does not offer the reading
             pass
         joules = self._joules()
         if joules is not None:
-            found["joules_per_1000_texts"] = (joules - self._energy) / max(1, texts) * 1000.0
+            readings["joules_per_1000_texts"] = (joules - self._energy) / max(1, texts) * 1000.0
             self._energy = joules
-        return found
+        return readings
 
     def _joules(self) -> float | None:
         try:

@@ -1,47 +1,59 @@
-"""A run's folder: one writer at a time, one configuration for its whole life, and a mark when it is finished."""
+"""The folder of a run: one writer at a time, one configuration for its whole life, and a mark when it is finished."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from jasper_fast.config import Config, config_difference, dump_config, stored_config
 from jasper_fast.config_text import read_yaml
 from jasper_fast.errors import ConfigError, JasperError
 from jasper_fast.files import disk_errors, sweep_unfinished, write_atomic
-from jasper_fast.log import LOG
+from jasper_fast.training.run.log import LOG
 
-CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "results.json", "checkpoints"
-MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not touch the numbers
+CONFIG, RESULTS, CHECKPOINTS, POOLED, LOCK = "config.yaml", "results.json", "checkpoints", "pooled", ".lock"
+MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not change the numbers
 
 
 class RunFolder:
-    """Paths of a run and what is known of it. See :func:`open_run`."""
+    """The paths of a run, which :func:`open_run` locks.
+
+    Args:
+        path: the folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self.model = path / "model"
+        self.pooled = path / POOLED  # states of frozen encoders, by stage
 
     @property
     def finished(self) -> bool:
+        """Whether the run has written its results."""
         return (self.path / RESULTS).exists()
 
     def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file into the folder, whole or not at all."""
         write_atomic(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def existing_difference(path: Path, config: Config) -> list[str]:
-    """Describe how ``config`` differs from the one the folder was started with, where that would change the numbers.
+    """Describe how ``config`` differs from the folder's configuration in fields that change the numbers.
 
-    A run that was rejected before its first line of log has started nothing: its folder takes any configuration.
+    A run that was rejected before its first log line has started nothing, so its folder takes any configuration.
+
+    Args:
+        path: the folder of the run.
+        config: the configuration to resume with.
 
     Raises:
-        JasperError: the stored configuration cannot be read, or is of a version that this one does not understand.
+        JasperError: the stored configuration cannot be read, or this version does not understand it.
     """
     old_file = path / CONFIG
     with disk_errors(path):
@@ -55,12 +67,12 @@ def existing_difference(path: Path, config: Config) -> list[str]:
 
 
 def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
-    """Describe how a stored configuration differs from ``config``, where that would change the numbers.
+    """Describe how a stored configuration differs from ``config`` in fields that change the numbers.
 
     Args:
-        tree: a dumped configuration, or its part that decides, of this version or an older one.
+        tree: a dumped configuration, or the sections that change the numbers, of this version or an older one.
         config: the configuration to resume with.
-        where: the place of the stored one in messages.
+        where: the place of the stored configuration in messages.
 
     Raises:
         JasperError: this version does not know a field of the stored configuration, or rejects a value.
@@ -76,16 +88,21 @@ def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
 
 
 def what_decides(config: Config) -> dict[str, Any]:
-    """Return the configuration without the sections that do not touch the numbers."""
+    """Return the configuration without the sections that do not change the numbers."""
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
 
 
 @contextmanager
 def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
-    """Hold the run's folder for this process.
+    """Lock the folder of a run for this process, and write the configuration into it.
+
+    Args:
+        path: the folder, which is made if it is missing.
+        config: the run's configuration.
 
     Raises:
-        JasperError: another process holds it, or it was started with another configuration (the difference is named).
+        JasperError: another process has the lock, the folder was started with another configuration, or it cannot be
+            written.
     """
     difference = existing_difference(path, config)
     if difference:
@@ -94,19 +111,20 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
             + "\n  - ".join(difference)
             + "\nFix: use the old one to resume, or --out DIR for a new run"
         )
+    lock = FileLock(path / LOCK)
     try:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the block ends
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise JasperError(f"another process is at work in {path}. Fix: wait for it, or choose another --out") from None
     except OSError as error:
         raise JasperError(
             f"the run's folder {path} cannot be written: {error.strerror}. Fix: choose another --out"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JasperError(f"another process is at work in {path}; wait for it or choose another --out") from None
+    try:
         sweep_unfinished(path)
         write_atomic(path / CONFIG, dump_config(config))
         yield RunFolder(path)
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""Several processes as one run: ranks, their collectives and the detection of lost processes."""

@@ -1,0 +1,85 @@
+"""Data of a training run, teacher embeddings by row, and one batch of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jasper_fast.encode import MicroBatches
+    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.image_data import Images
+    from jasper_fast.vision_loss import Told
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Teachers(Protocol):
+    """Teacher embeddings of the training texts."""
+
+    fingerprint: str
+    width: int
+    revisions: list[str | None]
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Return the unit embeddings of some texts, (B, width) float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Texts and images of a run.
+
+    Args:
+        texts: the training texts, a dataset with columns ``text`` and ``role``.
+        transductive: names of evaluation sets with a text among the training texts.
+        images: the training images. None: the run has no images.
+        held_out: the images kept for evaluation. None: the run has no images.
+    """
+
+    texts: Any
+    transductive: tuple[str, ...] = ()
+    images: Images | None = None
+    held_out: Images | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The identity of the texts."""
+        from jasper_fast.data import texts_fingerprint
+
+        return texts_fingerprint(self.texts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a batch: the texts or images to encode, or their pooled states, and the targets.
+
+    Args:
+        rows: (B,) int64 positions among the training texts or images.
+        teacher: (B, D) float32 target embeddings.
+        texts: micro-batches to encode. None: ``pooled`` has the states.
+        pooled: (B, hidden) float32 states of a frozen encoder. None: ``texts`` are encoded.
+        tokens: number of tokens without padding.
+        padded: number of tokens with padding.
+        wait: seconds that training waited for the batch.
+        told: more inputs of a vision stage's loss. None: its loss takes none.
+    """
+
+    rows: np.ndarray
+    teacher: Tensor
+    texts: MicroBatches | ImageBatches | None
+    pooled: Tensor | None
+    tokens: int
+    padded: int
+    wait: float
+    told: Told | None = None
+
+    @property
+    def longest_text(self) -> list[int] | None:
+        """Token ids of the longest text. None: nothing is encoded, or images are."""
+        first: Any = self.texts.token_ids[0][0] if self.texts is not None else None
+        return first if isinstance(first, list) else None

@@ -1,0 +1,156 @@
+"""The end of a run: the exported model, its scores compared with the teacher's, and the report."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from jasper_fast.card import run_facts, write_card
+from jasper_fast.codes import CALIBRATION_TEXTS, int8_ranges
+from jasper_fast.data import with_trained_piece
+from jasper_fast.encode import student_encoder
+from jasper_fast.encoders import load_model, model_encoder
+from jasper_fast.env import cpu_name
+from jasper_fast.evalsets import RetrievalSet
+from jasper_fast.evaluate import PCA_ROWS, evaluate_run, load_evals
+from jasper_fast.export import export_student
+from jasper_fast.model import Student
+from jasper_fast.pictures import load_student
+from jasper_fast.report import final_line, write_report
+from jasper_fast.sharding import collect, is_sharded, load_weights
+from jasper_fast.training.data import Teachers, TrainingData
+from jasper_fast.training.preflight import build_student
+from jasper_fast.training.run.folder import RESULTS
+from jasper_fast.training.run.log import LOG, seconds_spent
+from jasper_fast.training.run.run import Run
+from jasper_fast.vision_eval import SHEET, evaluate_pictures, pictures_line, write_sheet
+
+VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
+
+
+def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -> None:
+    """Export, evaluate and report on rank 0, after the other ranks have left.
+
+    ``results.json`` is written last and marks the run as finished.
+
+    Args:
+        run: the run.
+        student: the trained student, sharded or not.
+        data: the training data.
+        labels: the teacher embeddings.
+    """
+    student = _whole_student(run, student)
+    if not run.leave_ranks():
+        return
+    assert run.folder is not None
+    began = time.perf_counter()
+    config, folder, texts = run.config, run.folder, data.texts
+    ranges = _int8_ranges(run, student, texts)
+    facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
+    export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
+    results = _evaluate(run, student, data, labels, ranges)
+    results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
+    card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
+    write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
+    write_report(folder.path, results)
+    folder.write_json(RESULTS, results)
+    print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
+    if "rows" in results:
+        print(final_line(results))
+    if "pictures" in results:
+        print(pictures_line(results["pictures"]))
+
+
+def _whole_student(run: Run, student: Student) -> Student:
+    """Return the student with all weights on rank 0. All ranks must call it."""
+    if not is_sharded(student):
+        return student
+    weights = collect(student.state_dict(), run.ranks.is_main)
+    if run.ranks.is_main:
+        student = build_student(run.config)
+        load_weights(student, weights)
+    return student
+
+
+def _evaluate(
+    run: Run, student: Student, data: TrainingData, labels: Teachers, ranges: dict[int, np.ndarray]
+) -> dict[str, Any]:
+    """Return the results of the exported model, of the student before training and of the teacher."""
+    config, device, texts = run.config, run.device, data.texts
+    evalsets = load_evals(config.evaluate)
+    before = build_student(config).to(device)
+    exported = load_model(str(run.path / "model"), trust_remote_code=config.student.trust_remote_code)
+    scores = evaluate_run(
+        config,
+        evalsets,
+        student_encoder(before, None, student.max_length, device, config.precision),
+        model_encoder(exported),  # what users will load
+        labels.read(np.arange(min(len(texts), PCA_ROWS))).numpy(),
+        ranges,
+    )
+    results: dict[str, Any] = {
+        "recipe": config.name,
+        **scores,
+        "transductive": list(data.transductive),
+        "facts": {
+            "texts": len(texts),
+            "student_parameters": sum(p.numel() for p in student.parameters()),
+            "teacher_width": labels.width,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "threads": torch.get_num_threads(),
+            "versions": {name: number for name in VERSIONS_OF if (number := _version(name))},
+        },
+    }
+    for evalset in evalsets:  # held-out docstrings belong to packages that were trained on
+        if isinstance(evalset, RetrievalSet) and evalset.kind == "docstrings":
+            trained = with_trained_piece(evalset.documents, texts, config.data.cut_sentences[1])
+            results["facts"]["held_out_docstrings"] = {"all": len(evalset.documents), "with a trained piece": trained}
+    _evaluate_images(run, student, data, results)
+    return results
+
+
+def _evaluate_images(run: Run, student: Student, data: TrainingData, results: dict[str, Any]) -> None:
+    """Add the scores of the held-out images to the results, and write their contact sheet."""
+    if data.images is None or data.held_out is None:
+        return
+    vision = run.config.student.vision
+    if student.vision is not None and len(data.held_out):
+        exported = load_student(
+            run.path / "model",
+            trust_remote_code=run.config.student.trust_remote_code,
+            trust_tower_code=vision is not None and vision.trust_remote_code,
+        ).to(run.device)
+        results["pictures"], sheet = evaluate_pictures(exported, data.images, data.held_out, run.device, run.precision)
+        write_sheet(run.path / "plots" / SHEET, sheet, data.held_out)
+    if data.images.left_out:
+        results["facts"]["pictures_left_out"] = data.images.left_out
+
+
+def _seconds(run: Run, evaluation: float) -> dict[str, float]:
+    """Return the wall-clock seconds of the run over all resumes; "in all" includes texts and teacher embeddings."""
+    spent = seconds_spent(run.path / LOG)
+    training = sum(spent.get(event, 0.0) for event in ("plan", "pooling", "step"))
+    return {
+        "training": training,
+        "evaluation": evaluation,
+        "in all": training + evaluation + spent.get("preparation", 0.0),
+    }
+
+
+def _int8_ranges(run: Run, student: Student, texts: Any) -> dict[int, np.ndarray]:
+    """Return the int8 ranges of every width, from texts spread over the training texts."""
+    rows = np.unique(np.linspace(0, len(texts) - 1, CALIBRATION_TEXTS).astype(np.int64))
+    encode = student_encoder(student.to(run.device), student.widths, student.max_length, run.device, run.precision)
+    embeddings = encode(texts[rows.tolist()]["text"], "document")
+    return {width: int8_ranges(of_width) for width, of_width in embeddings.items()}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

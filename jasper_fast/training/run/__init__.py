@@ -1,0 +1,1 @@
+"""A run: its folder, checkpoints, log, signals and GPU readings."""

@@ -1,0 +1,1 @@
+"""Kinds of training stages: texts against teachers, and images against their captions."""
