@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,42 +28,23 @@ from jasper_fast.config_checks import run_problems, stage_problems
 from jasper_fast.config_overrides import CONFIG_FILES, override, override_pairs
 from jasper_fast.config_problems import Problem, as_argument, leaves, problems_of, takes_list
 from jasper_fast.config_text import dump_yaml, read_yaml
+from jasper_fast.config_types import (
+    ByHead,
+    NotNegative,
+    Number,
+    Part,
+    Positive,
+    PositiveInt,
+    Section,
+    Seed,
+    Share,
+    Width,
+    number,
+)
 from jasper_fast.errors import ConfigError
+from jasper_fast.loss_table import TEMPERATURE, LossesConfig, LossWeights
 
 DEFAULT_RECIPE = "minilm-docstrings"
-TEMPERATURE = 0.05
-
-
-def _number(value: Any) -> Any:
-    """Accept a number, also as text, but not true for 1.0."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # what libraries take
-Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # of a head: a layer of that width must fit memory
-Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # what is made of it with stage and step fits 64 bits
-Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
-NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
-Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
-Part = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)]  # never the whole
-# One number, or one for each width. What is wrong is told of the form that was given, not of both.
-ByHead = Annotated[
-    Annotated[Positive, Tag("one-number")] | Annotated[dict[Annotated[int, Field(gt=0)], Positive], Tag("by-head")],
-    Discriminator(lambda given: "by-head" if isinstance(given, dict) else "one-number"),
-]
-
-
-class Section(BaseModel):
-    """A section of the YAML file.
-
-    A run resumes under a newer version, whose fields its stored configuration lacks. So the default of a new field must
-    mean "as before this field". Otherwise old runs would continue in another way than they began, unnoticed.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prompts(Section):
@@ -223,9 +200,9 @@ class ImagesConfig(Section):
 class AugmentConfig(Section):
     """Random changes to a training image, drawn each time it is used. By default there are no changes."""
 
-    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(_number)] = 0.0  # largest fraction of the side
+    shift: Annotated[float, Field(ge=0.0, le=0.5), BeforeValidator(number)] = 0.0  # largest fraction of the side
     scale: Part = 0.0  # factor between 1 - scale and 1 + scale, separately for each axis
-    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(_number)] = 0.0  # largest angle in degrees
+    rotate: Annotated[float, Field(ge=0.0, le=180.0), BeforeValidator(number)] = 0.0  # largest angle in degrees
     flip: bool = False  # mirror half of the images
     mix: NotNegative = 0.0  # mixup with another image of the batch: the parameter a of Beta(a, a)
 
@@ -252,25 +229,6 @@ class EvalConfig(Section):
     limit: PositiveInt | None = None  # largest number of queries or pairs
     # allow training on the documents of a retrieval set, never on its queries; the report says so
     transductive: bool = False
-
-
-class LossWeights(Section):
-    """Weights of the losses. 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
-
-    cosine: NotNegative = 10.0  # distance to the teacher's embedding; needs equal widths
-    similarity: NotNegative = 200.0  # difference of the similarity matrices
-    relative_similarity: NotNegative = 20.0  # order of the similarities of all pairs
-    neighbourhood: NotNegative = 0.0  # order of each text's nearest neighbours
-
-    @model_validator(mode="after")
-    def _some(self) -> LossWeights:
-        if not (self.cosine or self.similarity or self.relative_similarity or self.neighbourhood):
-            raise ValueError("every loss has weight 0: nothing would be learnt")
-        return self
-
-    def compares(self, texts: int) -> bool:
-        """Whether a loss that compares texts with each other can learn from a batch of so many."""
-        return bool(texts > 1 and self.similarity or texts > 2 and (self.relative_similarity or self.neighbourhood))
 
 
 class StageConfig(Section):
@@ -320,12 +278,6 @@ class StageConfig(Section):
         if problems := stage_problems(self):
             raise ValueError("\n".join(problems))
         return self
-
-
-class LossesConfig(Section):
-    """Scope of the losses when several processes train."""
-
-    scope: Literal["global", "local"] = "global"  # global: all ranks' texts; local: each rank's, as in the paper
 
 
 class ParallelConfig(Section):

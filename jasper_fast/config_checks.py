@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jasper_fast.loss_table import LOSSES, titles
+
 if TYPE_CHECKING:
     from jasper_fast.config import StageConfig
 
@@ -30,17 +32,16 @@ def stage_problems(stage: StageConfig) -> list[str]:
         problems.append("max_chars is for random batches of texts; leave it or `batches: neighbours` out")
     if len(set(stage.heads)) != len(stage.heads):
         problems.append(f"a head is named twice in {stage.heads}")
-    if stage.codes and not (narrow.similarity or narrow.relative_similarity or narrow.neighbourhood):
-        problems.append(
-            "codes are trained by the narrow heads' similarity, relative similarity or neighbourhood loss, and all of "
-            "them have weight 0"
-        )
+    if stage.codes and all(loss.equal_widths for loss in narrow.weighted()):
+        comparing = titles([loss for loss in LOSSES if not loss.equal_widths])
+        problems.append(f"codes are trained by the narrow heads' {comparing} loss, and all of them have weight 0")
     contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
     for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
-        if not weights.cosine and not weights.compares(size) and not contrastive:
+        if not weights.learns(size) and not contrastive:
+            least = ", ".join(f"{loss.title} {loss.rows}" for loss in LOSSES)
             problems.append(
-                f"nothing can be learnt by its `{name}` from a batch of {size}: the similarity loss compares 2 texts "
-                "or more, relative similarity and neighbourhood 3; raise batch_size, or give the cosine a weight"
+                f"nothing can be learnt by its `{name}` from a batch of {size} (fewest texts of each loss: {least}). "
+                "Fix: raise batch_size, or give a weight to a loss that needs fewer texts"
             )
             break  # without narrow weights both are the same
     if stage.vision is not None and stage.vision.among == "all" and not stage.vision.contrastive:

@@ -21,12 +21,13 @@ from jasper_fast.batches import POOL_CHUNK, Batch, PooledStates, batches_of
 from jasper_fast.config import AugmentConfig, StageConfig
 from jasper_fast.encode import EVAL_MICRO_BATCH, autocast, pool_texts
 from jasper_fast.image_data import Images, tied
+from jasper_fast.losses.contrastive import Captions, Mixed
 from jasper_fast.model import Student
 from jasper_fast.ranks import Ranks
 from jasper_fast.sampler import BatchPlan
 from jasper_fast.sharding import is_sharded
 from jasper_fast.stages import frozen_digest
-from jasper_fast.vision_loss import Captions, Mixed, Told
+from jasper_fast.vision_loss import Told
 
 
 @dataclass(frozen=True)
