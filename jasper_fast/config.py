@@ -42,7 +42,8 @@ from jasper_fast.config_types import (
     number,
 )
 from jasper_fast.errors import ConfigError
-from jasper_fast.loss_table import TEMPERATURE, LossesConfig, LossWeights
+from jasper_fast.loss_config import LossesConfig, LossWeights
+from jasper_fast.loss_table import TEMPERATURE
 
 DEFAULT_RECIPE = "minilm-docstrings"
 

@@ -15,7 +15,8 @@ from jasper_fast.average import keep_average
 from jasper_fast.codes import straight_through
 from jasper_fast.config import StageConfig
 from jasper_fast.errors import JasperError
-from jasper_fast.loss_table import LOSSES, TEMPERATURE, LossWeights
+from jasper_fast.loss_config import LossWeights
+from jasper_fast.loss_table import LOSSES, TEMPERATURE
 from jasper_fast.losses import CombinedLoss, LossOutput
 from jasper_fast.losses.arguments import LossOptions
 from jasper_fast.model import Student
