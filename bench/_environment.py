@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jasper_fast import env, extension
+from jasper_fast import env
+from jasper_fast.ops import native
 
 
 def environment() -> dict[str, Any]:
@@ -18,7 +19,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "digest": env.code_digest(),  # also identifies copies without a git history
         **{key: machine[key] for key in ("python", "libraries", "cpu", "gpus")},
-        "extension": extension.extension_error() or "in use",
+        "extension": native.extension_error() or "in use",
     }
 
 

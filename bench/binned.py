@@ -17,8 +17,7 @@ import torch
 
 from bench._environment import environment
 from bench.losses import _batch, _in_new_process, _peak_mib, _step, medians
-from jasper_fast import binned, ops
-from jasper_fast.losses import relative_similarity_loss
+from jasper_fast.losses import relative_binned, relative_exact, relative_similarity_loss
 
 RESULTS = Path("bench/results/binned-cpu.json")
 DOCS = Path("docs/binned.md")
@@ -61,10 +60,10 @@ def errors(batches: tuple[int, ...]) -> list[dict[str, float]]:
         target = teacher[:rows]
         for share in SHARES:
             student = torch.nn.functional.normalize(target + share * (pruned[:rows] - target))
-            (loss,), (exact,) = ops.relative_similarity([student], target, MARGIN, True, True)
+            (loss,), (exact,) = relative_exact.relative_similarity([student], target, MARGIN, True, True)
             exact = _tangent(exact, student)
             for bins in BINS:
-                (value,), (gradient,) = binned.relative_similarity([student], target, MARGIN, True, bins)
+                (value,), (gradient,) = relative_binned.relative_similarity([student], target, MARGIN, True, bins)
                 entry = {
                     "rows": rows,
                     "share": share,
@@ -146,7 +145,7 @@ def page(results: dict[str, Any]) -> str:
             lines.append("| --- |" + " ---: |" * len(losses))
             for bins in sorted({entry["bins"] for entry in of_rows}):
                 cells = [f"{entry[key]:.1e}" for entry in of_rows if entry["bins"] == bins]
-                mark = " (default)" if bins == binned.BINS else ""
+                mark = " (default)" if bins == relative_binned.BINS else ""
                 lines.append(f"| K = {bins}{mark} | " + " | ".join(cells) + " |")
             lines.append("")
     lines += [
@@ -158,6 +157,6 @@ def page(results: dict[str, Any]) -> str:
         "kernels are compiled and interpreted, and have not yet run on a GPU.",
         "",
         '`method="auto"` is the exact form until that would need more than '
-        f"{binned.EXACT_MEMORY / 2**30:.0f} GiB (`binned.preferred`).",
+        f"{relative_binned.EXACT_MEMORY / 2**30:.0f} GiB (`relative_binned.preferred`).",
     ]
     return "\n".join(lines) + "\n"

@@ -74,7 +74,7 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Read the comment of each field from the source of its class, in any module."""
+    """Read the comment of each field from the source of its class. A field made from a table has a description."""
     source = textwrap.dedent(inspect.getsource(model))
     comments = {}  # line number: text, and True for a line with nothing else
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -82,7 +82,7 @@ def meanings(model: type[BaseModel]) -> dict[str, str]:
             comments[token.start[0]] = (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
     (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
-    texts = {}
+    texts = {name: info.description for name, info in model.model_fields.items() if info.description}
     for statement in body.body:
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue

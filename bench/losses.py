@@ -22,8 +22,7 @@ from bench._budget import Budget
 from bench._check import Method, check, known
 from bench._environment import environment
 from bench._targets import Target, judged, print_judged
-from jasper_fast import reference
-from jasper_fast.losses import relative_similarity_loss, similarity_loss
+from jasper_fast.losses import reference, relative_similarity_loss, similarity_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NEAR = 1e-3  # accepted relative error against float64

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from bench._environment import environment
-from jasper_fast import cost, ops, reference
+from jasper_fast.losses import reference
+from jasper_fast.losses.similarity import similarity_op
+from jasper_fast.ops import cost
 
 OUT = Path("bench/results/similarity-forms.json")
 TABLE = Path("docs/similarity-forms.md")
@@ -60,7 +62,7 @@ def measure(rows: int, width: int, teacher_width: int, noise: float | None = Non
         seconds = []
         for _ in range(4):
             begin = time.perf_counter()
-            (loss,), (gradient,), _ = ops.similarity([student], teacher, method, True, False)
+            (loss,), (gradient,), _ = similarity_op([student], teacher, method, True, False)
             seconds.append(time.perf_counter() - begin)
         found[method] = {
             "seconds": min(seconds[1:]),
@@ -81,8 +83,8 @@ def table(found: dict[str, Any]) -> str:
         f"Written by `python -m bench similarity_forms` from `{OUT}`. Forward and gradient in float32 on "
         f"{found['threads']} CPU threads are compared with float64 autograd. The gradient's error is relative to "
         "4/B² (‖S SᵀS‖ + ‖T TᵀS‖), and the loss's to the loss. `auto` takes the feature form if "
-        "`jasper_fast.cost.feature_form_is_cheaper` says so. It takes the tile form if the sums of the feature form "
-        f"cancel, which is below {cost.CANCELLATION:g} of ‖SᵀS‖² + ‖TᵀT‖².",
+        "`jasper_fast.ops.cost.feature_form_is_cheaper` says so. It takes the tile form if the sums of the feature "
+        f"form cancel, which is below {cost.CANCELLATION:g} of ‖SᵀS‖² + ‖TᵀT‖².",
         "",
         "| B | D / E" + COLUMNS,
         "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",

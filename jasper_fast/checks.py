@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from jasper_fast.config import Config
 from jasper_fast.errors import JasperError
+from jasper_fast.loss_table import LOSSES, titles
 
 
 def check_losses(config: Config, teachers: Sequence[int]) -> None:
-    """Refuse a cosine loss that would be left out, and heads that no loss reaches: a cosine needs equal widths.
+    """Reject losses that would be left out because they need equal widths, and heads that no loss trains.
 
     Args:
-        teachers: width of each teacher's vectors.
+        config: the run's configuration.
+        teachers: width of each teacher's embeddings.
 
     Raises:
         JasperError: the first problem found.
@@ -21,19 +23,22 @@ def check_losses(config: Config, teachers: Sequence[int]) -> None:
     for stage in config.stages:
         if stage.vision is not None:  # each head is taught by its own width
             continue
-        if widest in stage.heads and stage.weights.cosine and widest != target:
-            told = " + ".join(map(str, teachers)) + (f" = {target}" if len(teachers) > 1 else "")
+        pointwise = [loss for loss in stage.weights.weighted() if loss.equal_widths]
+        if widest in stage.heads and pointwise and widest != target:
+            widths = " + ".join(map(str, teachers)) + (f" = {target}" if len(teachers) > 1 else "")
+            zero = " and ".join(f"weights.{loss.name}: 0" for loss in pointwise)
             raise JasperError(
-                f"stage {stage.name!r} asks for a cosine loss, which needs equal widths, but FC1, the student's widest "
-                f"head, is {widest} wide and the teachers' vectors {told}; let student.heads begin with {target}, cut "
-                "a wider teacher with truncate_dim, or set the stage's weights.cosine: 0"
+                f"stage {stage.name!r} has a {titles(pointwise)} loss, which needs equal widths (got FC1, the "
+                f"student's widest head, {widest} wide and the teachers' embeddings {widths}). Fix: let student.heads "
+                f"begin with {target}, cut a wider teacher with truncate_dim, or set the stage's {zero}"
             )
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target
             if not weights.compares(stage.batch_size) and width != against:
+                comparing = titles([loss for loss in LOSSES if not loss.equal_widths])
                 raise JasperError(
-                    f"stage {stage.name!r} would leave its head {width} untrained: a cosine loss needs equal widths, "
-                    f"but what teaches it is {against} wide, and no other loss learns from {stage.batch_size} texts; "
-                    "add narrow_weights with a similarity or neighbourhood loss, or leave the head out"
+                    f"stage {stage.name!r} would leave its head {width} untrained: its target is {against} wide, which "
+                    f"leaves out losses that need equal widths, and no other loss learns from {stage.batch_size} "
+                    f"texts. Fix: give narrow_weights a {comparing} loss, or leave the head out"
                 )

@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,42 +28,24 @@ from jasper_fast.config_checks import run_problems
 from jasper_fast.config_overrides import CONFIG_FILES, override, override_pairs
 from jasper_fast.config_problems import Problem, as_argument, leaves, problems_of, takes_list
 from jasper_fast.config_text import dump_yaml, read_yaml
+from jasper_fast.config_types import (
+    ByHead,
+    Fraction,
+    FractionBelowOne,
+    NotNegative,
+    Number,
+    Positive,
+    PositiveInt,
+    Section,
+    Seed,
+    Width,
+    reject_bool,
+)
 from jasper_fast.errors import ConfigError
+from jasper_fast.loss_config import LossesConfig, LossWeights
+from jasper_fast.loss_table import LOSSES, TEMPERATURE, titles
 
 DEFAULT_RECIPE = "minilm-docstrings"
-TEMPERATURE = 0.05
-
-
-def reject_bool(value: Any) -> Any:
-    """Reject booleans, which pydantic would read as 0 or 1. Numbers as text are accepted."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(reject_bool)]
-PositiveInt = Annotated[int, Field(gt=0, le=10**12, strict=True)]  # upper bound: accepted by all libraries
-Width = Annotated[int, Field(gt=0, le=10**6, strict=True)]  # upper bound: a head's weights fit in memory
-Seed = Annotated[int, Field(ge=0, le=10**9, strict=True)]  # upper bound: fits 64 bits with stage and step
-Positive = Annotated[float, Field(gt=0.0), BeforeValidator(reject_bool)]
-NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(reject_bool)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(reject_bool)]
-FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(reject_bool)]
-# One number, or one per width. The discriminator limits error messages to the given form.
-ByHead = Annotated[
-    Annotated[Positive, Tag("one-number")] | Annotated[dict[Annotated[int, Field(gt=0)], Positive], Tag("by-head")],
-    Discriminator(lambda value: "by-head" if isinstance(value, dict) else "one-number"),
-]
-
-
-class Section(BaseModel):
-    """Base class of all sections of the YAML file.
-
-    The stored configuration of a run may lack the fields of a newer version. The default of a new field must therefore
-    keep the behaviour of older versions. Otherwise a resumed run would change silently.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prompts(Section):
@@ -277,25 +255,6 @@ class EvalConfig(Section):
     transductive: bool = False
 
 
-class LossWeights(Section):
-    """Weights of the losses. 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
-
-    cosine: NotNegative = 10.0  # distance to the teacher's embedding; needs equal widths
-    similarity: NotNegative = 200.0  # difference of the similarity matrices
-    relative_similarity: NotNegative = 20.0  # order of the similarities of all pairs
-    neighbourhood: NotNegative = 0.0  # order of each text's nearest neighbours
-
-    @model_validator(mode="after")
-    def _some(self) -> LossWeights:
-        if not (self.cosine or self.similarity or self.relative_similarity or self.neighbourhood):
-            raise ValueError("every loss has weight 0: nothing would be learnt")
-        return self
-
-    def compares(self, texts: int) -> bool:
-        """Whether a loss that compares texts with each other can learn from a batch of so many."""
-        return bool(texts > 1 and self.similarity or texts > 2 and (self.relative_similarity or self.neighbourhood))
-
-
 class StageConfig(Section):
     """One stage: the parameters to train, heads, losses, batches and number of steps."""
 
@@ -388,17 +347,19 @@ def _loss_problems(stage: StageConfig) -> list[str]:
     """List problems of the loss weights of a stage."""
     problems = []
     size, narrow = stage.batch_size, stage.narrow_weights or stage.weights
-    if stage.codes and not narrow.compares(3):  # 3 texts are enough for every loss
+    if stage.codes and all(loss.equal_widths for loss in narrow.weighted()):
+        comparing = titles([loss for loss in LOSSES if not loss.equal_widths])
         problems.append(
-            "codes are trained by the narrow heads' similarity, relative similarity or neighbourhood loss, and all of "
-            "them have weight 0. Fix: give one of them a weight"
+            f"codes are trained by the narrow heads' {comparing} loss, and all of them have weight 0. "
+            "Fix: give one of them a weight"
         )
     contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
     for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
-        if not weights.cosine and not weights.compares(size) and not contrastive:
+        if not weights.learns(size) and not contrastive:
+            least = ", ".join(f"{loss.title} {loss.rows}" for loss in LOSSES)
             problems.append(
-                f"nothing can be learnt with its `{name}` from a batch of {size}: the similarity loss needs 2 texts, "
-                "relative similarity and neighbourhood need 3. Fix: raise batch_size, or give the cosine a weight"
+                f"nothing can be learnt by its `{name}` from a batch of {size} (fewest texts of each loss: {least}). "
+                "Fix: raise batch_size, or give a weight to a loss that needs fewer texts"
             )
             break  # without narrow weights both are the same
     return problems
@@ -422,12 +383,6 @@ def _vision_problems(stage: StageConfig, vision: VisionStageConfig) -> list[str]
             "head. Fix: leave `batches` and `narrow_target` out"
         )
     return problems
-
-
-class LossesConfig(Section):
-    """Scope of the losses when several processes train."""
-
-    scope: Literal["global", "local"] = "global"  # global: all ranks' texts; local: each rank's, as in the paper
 
 
 class ParallelConfig(Section):

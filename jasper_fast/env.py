@@ -17,7 +17,7 @@ import torch
 import jasper_fast
 from jasper_fast import fingerprint
 from jasper_fast.errors import run_cli
-from jasper_fast.extension import extension_path
+from jasper_fast.ops import native
 
 LIBRARIES = (
     "torch",
@@ -60,7 +60,7 @@ def cpu_name() -> str:
 
 def code_digest() -> str:
     """Return a digest of this package's sources, the kernels included, and of the compiled extension in use."""
-    return fingerprint.code_digest(Path(__file__).resolve().parent, extension_path())
+    return fingerprint.code_digest(Path(__file__).resolve().parent, native.extension_path())
 
 
 def environment() -> dict[str, Any]:
@@ -152,9 +152,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _extension() -> dict[str, Any]:
-    from jasper_fast import extension
-
-    path, reason = extension.extension_path(), extension.extension_error()
+    path, reason = native.extension_path(), native.extension_error()
     return {
         "loaded": path is not None and reason is None,
         "path": None if path is None else str(path),

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
+from jasper_fast.loss_table import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +24,8 @@ LABELS = {
     PCA: "teacher, PCA",
     TRUNCATED: "teacher, first coordinates",
 }
-PARTS = {
-    "cosine": ("cosine", "#D55E00"),
-    "similarity": ("similarity", "#009E73"),
-    "relative_similarity": ("relative similarity", "#CC79A7"),
-    "neighbourhood": ("neighbourhood", "#E69F00"),
-    "contrastive": ("contrastive", "#56B4E9"),
-}
+# The losses' colours, in the order of their table.
+PART_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#0072B2", "#000000")
 DPI = 150
 PANELS_PER_ROW = 3
 LEGEND_ENTRY = 2.1  # width of the longest entry, in inches
@@ -44,16 +40,16 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
         file: binary file for the PNG.
     """
     stages = _stages(steps)
-    parts = [part for part in PARTS if any(part in line for line in steps)]
+    colours = {part: PART_COLOURS[place % len(PART_COLOURS)] for place, part in enumerate(PARTS)}
     figure, axes = _figure(1, 2, (10, 4))
     upper, lower = axes
     window = round(SMOOTH_SHARE * len(steps)) | 1  # odd
     for _, lines in stages:
         _curve(upper, lines, "loss", COLOURS[STUDENT], None, window)
-        for part in parts:
-            present = [line for line in lines if part in line]
+        for part, colour in colours.items():
+            present = [line for line in lines if part.name in line]
             if present:
-                _curve(lower, present, part, PARTS[part][1], PARTS[part][0], window)
+                _curve(lower, present, part.name, colour, part.title, window)
     for axis, title in ((upper, "loss, weighted as in each stage"), (lower, "parts of the loss, unweighted")):
         axis.set_title(title, loc="left", fontsize=11, pad=20)
         axis.set_xlabel("step")

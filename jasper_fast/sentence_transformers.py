@@ -1,9 +1,4 @@
-"""The losses as a plug-in for sentence-transformers' trainer: teacher vectors go into the ``label`` column.
-
-train_dataset = Dataset.from_dict({"text": texts, "label": teacher_vectors})  # vectors as lists or arrays
-loss = jasper_fast.sentence_transformers.JasperLoss(model)
-SentenceTransformerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss).train()
-"""
+"""The losses as a plug-in for the trainer of sentence-transformers. Teacher embeddings go into the ``label`` column."""
 
 from __future__ import annotations
 
@@ -15,19 +10,32 @@ from torch import Tensor, nn
 
 from jasper_fast import losses
 
-ADD_LABELS = "put one teacher vector per text, a list of floats, into the dataset's label column"
+ADD_LABELS = "put one teacher embedding per text, a list of floats, into the dataset's label column"
 
 
 class JasperLoss(nn.Module):
     """`jasper_fast.losses.JasperLoss` on a SentenceTransformer's embeddings.
 
     Args:
-        model: the student, a SentenceTransformer. Where its width is not the teacher's there is no cosine term.
-        options: arguments of `jasper_fast.losses.JasperLoss`, by name.
+        model: the student, a SentenceTransformer. If its width differs from the teacher's, there is no cosine term.
+        **options: arguments of `jasper_fast.losses.JasperLoss`, by name.
 
     Raises:
-        TypeError: ``model`` is not a module, or as `jasper_fast.losses.JasperLoss`.
-        ValueError: as there.
+        TypeError: ``model`` is not a module, or `jasper_fast.losses.JasperLoss` raises it for the options.
+        ValueError: `jasper_fast.losses.JasperLoss` raises it for the options.
+
+    Example:
+        A stand-in takes the place of the SentenceTransformer here. With a real one, pass ``JasperLoss(model)`` as
+        ``loss`` to a SentenceTransformerTrainer whose dataset has the columns ``text`` and ``label``.
+
+        >>> import torch
+        >>> class Student(torch.nn.Embedding):
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": super().forward(features["input_ids"]).mean(dim=1)}
+        >>> loss = JasperLoss(Student(100, 8), weights=(10.0, 200.0, 20.0))
+        >>> texts = [{"input_ids": torch.tensor([[5, 7], [1, 2], [3, 9]])}]
+        >>> loss(texts, labels=torch.randn(3, 16)).shape
+        torch.Size([])
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -38,15 +46,15 @@ class JasperLoss(nn.Module):
         self.loss = losses.JasperLoss(**options)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
-        """Return the weighted loss of one batch; several text columns count as one batch, one column under another.
+        """Return the weighted loss of one batch. Several text columns make one batch, one column below another.
 
         Args:
-            sentence_features: tokenised texts, one entry for each text column.
-            labels: (B, E) teacher vectors for every column, or (B, columns, E) for each its own.
+            sentence_features: tokenized texts, one entry for each text column.
+            labels: teacher embeddings (B, E) that all columns share, or (B, columns, E), one for each text.
 
         Raises:
-            ValueError: no teacher vectors, or others than one for each text.
-            TypeError: a model that gives no sentence embeddings.
+            ValueError: there is not one teacher embedding for each text.
+            TypeError: the model's output has no sentence embeddings.
         """
         columns = [_embeddings(self.model(features)) for features in sentence_features]
         if not columns:
@@ -56,7 +64,7 @@ class JasperLoss(nn.Module):
         return self.loss(embeddings, teacher.to(embeddings.device)).loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the settings that the trainer writes into a model card."""
+        """Return the settings for the trainer's model card."""
         loss = self.loss
         return {
             "weights": loss.weights,
@@ -76,7 +84,7 @@ def _embeddings(output: Any) -> Tensor:
 
 def _teacher_rows(labels: Any, texts: int, columns: int) -> Tensor:
     """Check the label column and return (columns * texts, E), in the order of the embeddings."""
-    expected = f"label: expected teacher vectors of shape ({texts}, E)"
+    expected = f"label: expected teacher embeddings of shape ({texts}, E)"
     if columns > 1:
         expected += f" or ({texts}, {columns}, E)"
     if labels is None:
@@ -87,7 +95,7 @@ def _teacher_rows(labels: Any, texts: int, columns: int) -> Tensor:
         numbers = "" if labels.is_floating_point() else f" of {str(labels.dtype).removeprefix('torch.')}"
         raise ValueError(f"{expected}, got {tuple(labels.shape)}{numbers}. Fix: {ADD_LABELS}")
     if len(labels) != texts or labels.dim() == 3 and labels.shape[1] != columns:
-        raise ValueError(f"{expected}, got {tuple(labels.shape)}. Fix: give as many vectors as texts")
+        raise ValueError(f"{expected}, got {tuple(labels.shape)}. Fix: give one embedding per text")
     if labels.dim() == 2:
         return labels.repeat(columns, 1)
     return labels.transpose(0, 1).flatten(0, 1)

@@ -8,24 +8,30 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from jasper_fast.codes import straight_through
-from jasper_fast.config import TEMPERATURE, LossWeights, StageConfig
-from jasper_fast.losses import AnyOutput, JasperLoss, JasperLossOutput, NeighbourhoodLossOutput
+from jasper_fast.config import StageConfig
+from jasper_fast.loss_config import LossWeights
+from jasper_fast.loss_table import LOSSES, TEMPERATURE
+from jasper_fast.losses import CombinedLoss, LossOutput
+from jasper_fast.losses.arguments import LossOptions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class StageLoss(nn.Module):
-    """A stage's losses: FC1 against the teachers, the narrow heads against the teachers or the student's FC1 vector.
+    """The losses of a text stage.
 
-    Codes are trained beside the floats by the narrow heads' losses without the cosine: signs cannot point where a
-    teacher's vector does. They add to the loss, not to its parts.
+    FC1, the widest head, learns from the teachers. Narrow heads learn from the teachers or from FC1's embedding.
+
+    Quantized embeddings are trained next to the floats by the narrow heads' losses. Losses that compare with the
+    teacher's embedding are left out, because signs cannot point in its direction. The rest adds to the loss, not to its
+    parts.
 
     Args:
-        stage: weights, margin, temperature, codes, and what teaches the narrow heads.
+        stage: a text stage with its weights, margin, temperature, codes and the target of its narrow heads.
         widest: the width of FC1.
-        group: whose ranks' batches make one batch; None: this process's alone.
-        rows: how many of the stage's ``batch_size`` texts each rank of the group has.
+        group: process group whose ranks' batches make one batch. None means this process alone.
+        rows: number of texts of each rank of the group, of the stage's ``batch_size``.
     """
 
     def __init__(
@@ -40,56 +46,57 @@ class StageLoss(nn.Module):
         self.narrow = jasper_loss(narrow, stage, group, rows)
         self.codes, self.codes_weight, self.group = stage.codes, stage.codes_weight, group
         if stage.codes:
-            self.coded = jasper_loss(narrow.model_copy(update={"cosine": 0.0}), stage, group, rows)
+            pointwise = {loss.name: 0.0 for loss in LOSSES if loss.equal_widths}
+            self.coded = jasper_loss(narrow.model_copy(update=pointwise), stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
-        """Losses of a batch.
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
+        """Compute the losses of a batch.
 
         Args:
-            students: width -> (B, width) vectors.
-            teacher: (B, D) unit target vectors.
+            students: embeddings (B, width) by width.
+            teacher: unit target embeddings (B, D).
         """
         output = self._of_floats(students, teacher)
         target = students[self.widest].detach() if self.own_target else teacher
         for precision in self.codes:
             codes = {width: straight_through(v, precision, self.group) for width, v in students.items()}
             coded = self.coded(codes, target)
-            output = output._replace(loss=output.loss + self.codes_weight * coded.loss)
+            output = LossOutput(output.loss + self.codes_weight * coded.loss, output.parts)
         return output
 
-    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> AnyOutput:
+    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
         if self.together:
             return self.wide(students, teacher)
         narrow = {width: vectors for width, vectors in students.items() if width != self.widest}
-        outputs: list[AnyOutput] = []
+        outputs: list[LossOutput] = []
         if self.widest in students:
             outputs.append(self.wide({self.widest: students[self.widest]}, teacher))
         if narrow:
             outputs.append(self.narrow(narrow, students[self.widest].detach() if self.own_target else teacher))
-        parts: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for output in outputs:
-            for name, part in output._asdict().items():
-                parts[name] = parts[name] + part if name in parts else part
-        return NeighbourhoodLossOutput(**parts) if "neighbourhood" in parts else JasperLossOutput(**parts)
+            for name, value in output._asdict().items():
+                sums[name] = sums[name] + value if name in sums else value
+        return LossOutput(sums.pop("loss"), sums)
 
 
 def jasper_loss(
     weights: LossWeights, stage: StageConfig, group: ProcessGroup | None, rows: Sequence[int] | None
-) -> JasperLoss:
-    """The losses with a stage's margin and temperature; see :class:`StageLoss` for ``group`` and ``rows``, which one
-    process alone has no use for."""
-    return JasperLoss(
-        weights=(weights.cosine, weights.similarity, weights.relative_similarity),
-        margin=stage.margin,
-        neighbourhood=weights.neighbourhood,
-        temperature=temperature_of(stage),
-        group=group,
-        rows=rows if group is not None else None,
-    )
+) -> CombinedLoss:
+    """Return the weighted losses with a stage's margin and temperature.
+
+    Args:
+        weights: weights of the losses.
+        stage: the stage that has the options.
+        group: see `StageLoss`.
+        rows: see `StageLoss`. They are not used without a group.
+    """
+    options = LossOptions(stage.margin, temperature=temperature_of(stage))
+    return CombinedLoss(weights.model_dump(), options, group=group, rows=rows if group is not None else None)
 
 
 def temperature_of(stage: StageConfig) -> float | dict[int, float]:
-    """Of the stage's heads; those that it does not name have the default."""
+    """Return the temperature of a stage: one number, or one for each of its heads, with the default filled in."""
     if not isinstance(stage.temperature, dict):
         return stage.temperature
     return {width: stage.temperature.get(width, TEMPERATURE) for width in stage.heads}

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from jasper_fast import cost
 from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT, TILES_SOFTMAX, Tile, choose, tuned
 from jasper_fast.kernels.pair_tile import GROUP, log_sums_kernel, pair_tile_kernel
 from jasper_fast.kernels.product import exact, product
 from jasper_fast.kernels.rows import reciprocal_lengths, tangent
+from jasper_fast.ops import cost
 
 WORKSPACE = 160 * 2**20  # bytes for the strips of one student against one teacher
 STEP = 128  # strips are multiples of this many rows

@@ -8,8 +8,7 @@ import torch
 from bench import _losses_cuda, _published, losses
 from bench._budget import Budget
 from bench._targets import Target
-from jasper_fast import reference
-from jasper_fast.losses import similarity_loss
+from jasper_fast.losses import reference, similarity_loss
 
 SHAPES = {
     "similarity": [("wide", 96, [48], 48, torch.float32), ("two heads", 80, [32, 16], 32, torch.bfloat16)],

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from jasper_fast import binned, ops
-from jasper_fast.losses import JasperLoss, relative_similarity_loss
+from jasper_fast.losses import JasperLoss, relative_binned, relative_exact, relative_similarity_loss
 
 
 def batch(rows: int, noise: float, width: int = 48, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +43,10 @@ def test_any_margin(margin):
 
 def test_more_bins_are_more_exact():
     student, teacher = (x / x.norm(dim=1, keepdim=True) for x in batch(512, 0.5))
-    _, (exact,) = ops.relative_similarity([student], teacher, 0.015, True, True)
+    _, (exact,) = relative_exact.relative_similarity([student], teacher, 0.015, True, True)
     errors = []
     for bins in (32, 128, 512):
-        _, (gradient,) = binned.relative_similarity([student], teacher, 0.015, True, bins)
+        _, (gradient,) = relative_binned.relative_similarity([student], teacher, 0.015, True, bins)
         errors.append(float((gradient - exact).norm() / exact.norm()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
@@ -59,9 +58,9 @@ def test_tables_are_exact_at_their_nodes():
     x, t = torch.randint(0, bins, (2, pairs), generator=generator)
     counts = torch.zeros(bins, bins, dtype=torch.int32)
     counts.view(-1).index_add_(0, t * bins + x, torch.ones(pairs, dtype=torch.int32))
-    fine = torch.zeros(binned.FINE, dtype=torch.int32)
-    fine.index_add_(0, x * (binned.FINE // bins) + 5, torch.ones(pairs, dtype=torch.int32))
-    tables = binned._tables(counts, fine, torch.zeros(binned.FINE + 1), torch.tensor(float(steps)))
+    fine = torch.zeros(relative_binned.FINE, dtype=torch.int32)
+    fine.index_add_(0, x * (relative_binned.FINE // bins) + 5, torch.ones(pairs, dtype=torch.int32))
+    tables = relative_binned._tables(counts, fine, torch.zeros(relative_binned.FINE + 1), torch.tensor(float(steps)))
     for i in range(bins + 1):
         for j in range(bins + 1):
             above = int(((t < i) & (x >= j + steps)).sum())
@@ -69,15 +68,15 @@ def test_tables_are_exact_at_their_nodes():
             assert tables.nodes[i, j] == above - over
     for j in range(bins + 1):
         wanted = int((x < j + steps).sum()) + int((x < j - steps).sum())
-        assert tables.own[j * binned.FINE // bins] == wanted
+        assert tables.own[j * relative_binned.FINE // bins] == wanted
 
 
 def test_heads_share_a_teacher_but_nothing_else():
     student, teacher = (x / x.norm(dim=1, keepdim=True) for x in batch(90, 0.7))
     other = torch.nn.functional.normalize(student[:, :7])
-    together = binned.relative_similarity([student, other], teacher, 0.015, True)
+    together = relative_binned.relative_similarity([student, other], teacher, 0.015, True)
     for h, head in enumerate((student, other)):
-        losses, (gradient,) = binned.relative_similarity([head], teacher, 0.015, True)
+        losses, (gradient,) = relative_binned.relative_similarity([head], teacher, 0.015, True)
         assert torch.equal(losses[0], together[0][h])
         assert torch.equal(gradient, together[1][h])
 
@@ -94,7 +93,7 @@ def test_the_gradient_can_be_left_out():
 def test_the_fallback_is_the_same(monkeypatch, rows, dtype):
     student, teacher = (x.to(dtype) for x in batch(rows, 0.5, width=5))
     loss, gradient = loss_and_gradient(student, teacher, method="binned")
-    monkeypatch.setattr(binned, "native", lambda tensor: False)
+    monkeypatch.setattr(relative_binned, "native", lambda tensor: False)
     other, other_gradient = loss_and_gradient(student, teacher, method="binned")
     assert loss == pytest.approx(other, rel=1e-5)
     assert (gradient - other_gradient).norm() <= 1e-4 * gradient.norm()
@@ -104,7 +103,7 @@ def test_strips_and_threads_change_nothing_but_rounding(monkeypatch):
     student, teacher = batch(200, 0.5)
     loss, gradient = loss_and_gradient(student, teacher, method="binned")
     threads = torch.get_num_threads()
-    monkeypatch.setattr(binned, "STRIP", {"cpu": 200 * 16})
+    monkeypatch.setattr(relative_binned, "STRIP", {"cpu": 200 * 16})
     torch.set_num_threads(3)
     try:
         other, other_gradient = loss_and_gradient(student, teacher, method="binned")
@@ -126,7 +125,7 @@ def test_too_few_rows_for_two_pairs(rows):
 @pytest.mark.parametrize("native", [True, False])
 def test_what_is_not_a_number_reaches_loss_and_gradient(monkeypatch, side, value, native):
     if not native:
-        monkeypatch.setattr(binned, "native", lambda tensor: False)
+        monkeypatch.setattr(relative_binned, "native", lambda tensor: False)
     student, teacher = batch(20, 0.5)
     (student if side == "student" else teacher)[3, 2] = value
     loss, gradient = loss_and_gradient(student, teacher, method="binned")
@@ -145,11 +144,11 @@ def test_equal_rows_and_zero_rows():
 
 
 def test_large_batches_take_it(monkeypatch):
-    assert not binned.preferred(4096, 3)
-    assert binned.preferred(32768, 1)
+    assert not relative_binned.preferred(4096, 3)
+    assert relative_binned.preferred(32768, 1)
     student, teacher = batch(60, 0.5)
     wanted = relative_similarity_loss(student, teacher, method="binned")
-    monkeypatch.setattr(binned, "EXACT_MEMORY", 1000)
+    monkeypatch.setattr(relative_binned, "EXACT_MEMORY", 1000)
     assert torch.equal(relative_similarity_loss(student, teacher), wanted)
     assert torch.equal(JasperLoss((0.0, 0.0, 1.0))(student, teacher).loss, wanted)
 
@@ -166,4 +165,6 @@ def test_compiled_without_a_break():
 def test_opcheck(dtype):
     student, teacher = torch.randn(2, 12, 6, dtype=dtype)
     for gradient in (True, False):
-        torch.library.opcheck(binned.relative_similarity, ([student, student[:, :3]], teacher, 0.015, gradient, 64))
+        torch.library.opcheck(
+            relative_binned.relative_similarity, ([student, student[:, :3]], teacher, 0.015, gradient, 64)
+        )

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import jasper_fast
-from jasper_fast import env, extension
+from jasper_fast import env
+from jasper_fast.ops import native
 
 
 def run(code_or_module, *arguments, cwd):
@@ -64,14 +65,14 @@ def test_the_report_is_json_and_true(tmp_path):
     found = json.loads(run("jasper_fast.env", "--json", cwd=tmp_path))
     assert found["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["jasper_fast"]["version"] == jasper_fast.__version__
-    assert found["extension"]["loaded"] is (extension.extension_error() is None)
+    assert found["extension"]["loaded"] is (native.extension_error() is None)
     assert len(found["gpus"]["devices"]) == torch.cuda.device_count()
     assert found["kernels"]["in_use"] or found["kernels"]["reason"]
 
 
 def test_a_missing_extension_is_said_with_its_reason(monkeypatch):
-    monkeypatch.setattr(extension, "extension_path", lambda: None)
-    monkeypatch.setattr(extension, "extension_error", lambda: "no _C*.so beside the package")
+    monkeypatch.setattr(native, "extension_path", lambda: None)
+    monkeypatch.setattr(native, "extension_error", lambda: "no _C*.so beside the package")
     text = env.describe(env.environment())
     assert "extension" in text and "not in use: no _C*.so beside the package" in text
 

@@ -8,8 +8,15 @@ not write shows.
 import pytest
 import torch
 
-from jasper_fast import cost, ops, reference
-from jasper_fast.losses import JasperLoss, neighbourhood_loss, relative_similarity_loss, similarity_loss
+from jasper_fast.losses import (
+    JasperLoss,
+    neighbourhood_loss,
+    reference,
+    relative_similarity_loss,
+    similarity_loss,
+)
+from jasper_fast.ops import cost
+from jasper_fast.ops.dispatch import gradient_dtype
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
@@ -67,7 +74,7 @@ def check_similarity(student, teacher, method, found, bound):
         (gradient, student_gradient, student, teacher),
         (own, teacher_gradient, teacher, student),
     ):
-        assert got.shape == rows_.shape and got.dtype == ops.gradient_dtype(rows_)
+        assert got.shape == rows_.shape and got.dtype == gradient_dtype(rows_)
         # Where the student's weights are bfloat16, so are the teacher's gradient's.
         coarse = max(rounding.get(v.dtype, 0.0) for v in (rows_, other)) if GPU else 0.0
         assert (got.double() - expected).norm() <= bound * error_scale(rows_, other) + coarse * expected.norm()

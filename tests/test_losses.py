@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast import cost, losses, ops, reference, strips
-from jasper_fast.losses import JasperLoss, cosine_loss, neighbourhood_loss, relative_similarity_loss, similarity_loss
+from jasper_fast.losses import (
+    JasperLoss,
+    combined,
+    cosine_loss,
+    neighbourhood,
+    neighbourhood_loss,
+    reference,
+    relative_exact,
+    relative_similarity_loss,
+    similarity,
+    similarity_loss,
+)
+from jasper_fast.ops import cost, row_blocks
+from jasper_fast.ops.normalize import l2_normalize
 
 pytest.importorskip("hypothesis")
 
@@ -111,8 +123,8 @@ def test_similarity_accuracy(width, teacher_width):
 def test_strips_do_not_change_the_result(monkeypatch):
     student, teacher = torch.randn(90, 12), torch.randn(90, 20)
     whole = [gradients(LOSSES[name][0], student, teacher) for name in ("tile", "neighbourhood")]
-    monkeypatch.setattr(strips, "WORKSPACE", 90 * 16)
-    assert len(strips._strips(90)) == 6
+    monkeypatch.setattr(row_blocks, "WORKSPACE", 90 * 16)
+    assert len(row_blocks.row_blocks(90)) == 6
     cut = [gradients(LOSSES[name][0], student, teacher) for name in ("tile", "neighbourhood")]
     torch.testing.assert_close(cut, whole)
 
@@ -125,11 +137,11 @@ def test_auto_leaves_the_feature_form_when_it_cancels(monkeypatch):
     far = torch.nn.functional.normalize(torch.randn(400, 16))
 
     def value(student: torch.Tensor, method: str) -> float:
-        return ops.similarity([student], teacher, method, False, False)[0].item()
+        return similarity.similarity_op([student], teacher, method, False, False)[0].item()
 
     assert value(near, "auto") == value(near, "tile") != value(near, "feature")
     expected = value(far, "feature")
-    monkeypatch.setattr(strips, "_similarity_tile", None)  # must not be needed
+    monkeypatch.setattr(similarity, "_similarity_tile", None)  # must not be needed
     assert value(far, "auto") == expected
 
 
@@ -249,9 +261,9 @@ def test_fused_ops_keep_to_their_fakes(dtype):
     students = [torch.randn(12, 6, dtype=dtype), torch.randn(12, 9, dtype=dtype).T.contiguous().T]
     teacher = torch.randn(12, 5)
     for gradient in (True, False):
-        torch.library.opcheck(ops.neighbourhood, (students, teacher, 0.05, gradient))
+        torch.library.opcheck(neighbourhood.neighbourhood_op, (students, teacher, 0.05, gradient))
         for method in ("tile", "feature", "auto"):
-            torch.library.opcheck(ops.similarity, (students, teacher, method, gradient, gradient))
+            torch.library.opcheck(similarity.similarity_op, (students, teacher, method, gradient, gradient))
 
 
 def test_teacher_that_is_a_head_is_a_constant():
@@ -267,8 +279,9 @@ def test_weight_zero_is_not_computed(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("computed a loss of weight 0")
 
-    for name in ("similarity", "relative_similarity", "neighbourhood"):
-        monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr(similarity, "similarity_op", refuse)
+    monkeypatch.setattr(relative_exact, "relative_similarity", refuse)
+    monkeypatch.setattr(neighbourhood, "neighbourhood_op", refuse)
     student, teacher = torch.randn(2, 8, 4)
     output = JasperLoss(weights=(2.0, 0.0, 0.0))(student, teacher)
     torch.testing.assert_close(output.loss, 2.0 * cosine_loss(student, teacher))
@@ -306,7 +319,7 @@ def ones(*shape: int, **options) -> torch.Tensor:
         (lambda: similarity_loss(ones(4, 3), ones(5, 3)), ValueError, "4 rows and teacher 5"),
         (lambda: similarity_loss(ones(0, 3), ones(0, 3)), ValueError, r"B, D >= 1, got \(0, 3\)"),
         (lambda: similarity_loss(ones(3), ones(3)), ValueError, "expected shape"),
-        (lambda: similarity_loss(ones(4, 3), ones(4, 3).int()), TypeError, r"got torch.int32; convert"),
+        (lambda: similarity_loss(ones(4, 3), ones(4, 3).int()), TypeError, r"got torch.int32. Fix: convert"),
         (lambda: similarity_loss([[1.0]], ones(1, 1)), TypeError, "expected a tensor"),
         (lambda: similarity_loss(ones(4, 3), ones(4, 3, device="meta")), ValueError, r"\.to\(device\)"),
         (lambda: similarity_loss(ones(4, 3), ones(4, 3), method="fast"), ValueError, "'tile', 'feature'"),
@@ -368,7 +381,7 @@ def test_group_makes_the_losses_global(tmp_path):
 
 def test_huge_and_tiny_rows_have_unit_length():
     rows = torch.tensor([[3e38, 3e38], [1e-40, 0.0], [0.0, 0.0], [3.0, 4.0]])
-    unit = losses._unit(rows, torch.float32)
+    unit, _ = l2_normalize(rows, torch.float32)
     torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 0.0, 1.0]))
     torch.testing.assert_close(unit[3], torch.tensor([0.6, 0.8]))
 
@@ -422,14 +435,16 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_rows_of_ranks_need_their_group():
-    with pytest.raises(ValueError, match=r"rows: they are those of a group's ranks; .*leave out rows=\[2, 1\]"):
+    with pytest.raises(ValueError, match=r"rows: .* without the group .*leave out rows=\[2, 1\]"):
         JasperLoss(rows=[2, 1])
 
 
 def test_only_heads_with_a_cosine_term_are_copied(monkeypatch):
     copied = []
-    plain = losses._unit
-    monkeypatch.setattr(losses, "_unit", lambda rows, dtype: (copied.append(rows.shape[1]), plain(rows, dtype))[1])
+    plain = combined.normalize
+    monkeypatch.setattr(
+        combined, "normalize", lambda rows, dtype: (copied.append(rows.shape[1]), plain(rows, dtype))[1]
+    )
     teacher = torch.randn(20, 16)
     heads = {width: torch.randn(20, width) for width in (16, 8, 4)}
     output = JasperLoss((10.0, 200.0, 0.0))(heads, teacher)

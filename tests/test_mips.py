@@ -16,11 +16,11 @@ import torch
 from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
-from jasper_fast import extension
 from jasper_fast.mips import FlatIPIndex, scan, topk
 from jasper_fast.mips import search as search_module
 from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes, int8_plane
 from jasper_fast.mips.search import SCRATCH, search
+from jasper_fast.ops import native
 
 pytest.importorskip("hypothesis")
 
@@ -28,7 +28,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 ALWAYS = {}.fromkeys(search_module.FEW, 10**6)
-needs_extension = pytest.mark.skipif(extension.extension_path() is None, reason="the compiled extension is not built")
+needs_extension = pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def test_low_precision_alone_is_wrong_and_the_certificate_repairs_it():
     true = (base.double()[None] @ corpus.double().T).argsort(dim=1, descending=True)[:, :20]
     _, fast = index.search(base[None], 20, precision="fast")
     _, certified = index.search(base[None], 20)
-    if extension.extension_path() is not None:
+    if native.extension_path() is not None:
         assert not torch.equal(fast, true)
     assert torch.equal(certified, true)
 
@@ -174,7 +174,7 @@ def test_a_product_that_is_less_exact_than_it_claims_is_caught(monkeypatch):
     corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
     expected = (queries.double() @ corpus.double().T).argsort(dim=1, descending=True)[:, :10]
     monkeypatch.setattr(torch, "mm", sloppy)
-    if extension.extension_path() is None:
+    if native.extension_path() is None:
         pytest.skip("only the compiled path calls torch.mm")
     with pytest.warns(RuntimeWarning, match="redone in fp64"):
         _, ids = topk(queries, corpus, 10)
@@ -311,6 +311,6 @@ def test_rows_that_are_not_finite_are_named(bad, size):
 def test_without_the_extension_the_results_are_the_same(monkeypatch):
     corpus, queries = torch.randn(900, 11), torch.randn(6, 11)
     expected = topk(queries, corpus, 12)
-    monkeypatch.setattr(extension, "_PATH", None)
+    monkeypatch.setattr(native, "_PATH", None)
     scores, ids = topk(queries, corpus, 12)
     assert torch.equal(scores, expected[0]) and torch.equal(ids, expected[1])

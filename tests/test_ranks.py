@@ -314,7 +314,7 @@ def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):
 
 
 def test_kernels_and_the_compiled_extension_are_of_the_code(monkeypatch):
-    from jasper_fast.extension import extension_path
+    from jasper_fast.ops.native import extension_path
 
     read, honest = [], Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or honest(path))

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jasper_fast import extension, ops, reference
-from jasper_fast.losses import relative_similarity_loss
+from jasper_fast.losses import reference, relative_exact, relative_similarity_loss
+from jasper_fast.losses.neighbourhood import neighbourhood_op
+from jasper_fast.losses.similarity import similarity_op
+from jasper_fast.ops import native
 
 pytest.importorskip("hypothesis")
 
@@ -17,18 +19,18 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 needs_extension = pytest.mark.skipif(
-    extension.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",
+    native.extension_path() is None and os.environ.get("JASPER_FAST_NO_EXTENSION") == "1",
     reason="the extension is turned off",
 )
 
 
 def counts(student: torch.Tensor, teacher: torch.Tensor, margin: float, ties: str):
-    gradient, low, dot = ops.pair_counts(student[None], teacher, margin, ties == "exclude")
+    gradient, low, dot = relative_exact.pair_counts(student[None], teacher, margin, ties == "exclude")
     return gradient[0], int(low), float(dot)
 
 
 def fallback_counts(student: torch.Tensor, teacher: torch.Tensor, margin: float, ties: str):
-    gradient, low, dot = ops._pair_counts_torch(student, teacher, margin, ties == "exclude")
+    gradient, low, dot = relative_exact._pair_counts_torch(student, teacher, margin, ties == "exclude")
     return gradient, int(low), float(dot)
 
 
@@ -101,12 +103,12 @@ def test_counts_do_not_depend_on_the_number_of_threads_or_heads():
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(ops.pair_counts(students, teacher, 0.015, True))
+        results.append(relative_exact.pair_counts(students, teacher, 0.015, True))
     torch.set_num_threads(before)
     for result in results[1:]:
         for left, right in zip(results[0], result, strict=True):
             torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
-    alone = ops.pair_counts(students[:1], teacher, 0.015, True)
+    alone = relative_exact.pair_counts(students[:1], teacher, 0.015, True)
     assert torch.equal(alone[0][0], results[0][0][0])
     wanted = fallback_counts(students[0], teacher, 0.015, "exclude")
     assert torch.equal(wanted[0], results[0][0][0])
@@ -115,15 +117,16 @@ def test_counts_do_not_depend_on_the_number_of_threads_or_heads():
 
 @needs_extension
 def test_extension_is_in_use():
-    assert extension.extension_path() is not None, extension.extension_error()
-    assert extension.extension_error() is None
+    assert native.extension_path() is not None, native.extension_error()
+    assert native.extension_error() is None
 
 
 def test_without_the_extension_the_loss_is_the_same():
     code = """
 import torch
-from jasper_fast import extension, losses
-assert extension.extension_path() is None and "JASPER_FAST_NO_EXTENSION" in extension.extension_error()
+from jasper_fast import losses
+from jasper_fast.ops import native
+assert native.extension_path() is None and "JASPER_FAST_NO_EXTENSION" in native.extension_error()
 torch.manual_seed(0)
 student, teacher = torch.randn(40, 24, requires_grad=True), torch.randn(40, 16)
 loss = losses.relative_similarity_loss(student, teacher)
@@ -141,7 +144,7 @@ print(loss.item(), student.grad.abs().sum().item())
     assert size == pytest.approx(student.grad.abs().sum().item(), rel=1e-5)
 
 
-@pytest.mark.skipif(extension.extension_path() is None, reason="the compiled extension is not built")
+@pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
 def test_the_kernels_for_any_processor_count_the_same():
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"
@@ -164,8 +167,10 @@ def test_gradient_given_the_counts(ties):
     student, teacher = torch.randn(48, 20), torch.randn(48, 20)
     unit = torch.nn.functional.normalize(student)
     target = torch.nn.functional.normalize(teacher)
-    loss, gradients = ops.relative_similarity([unit], target, 0.015, ties == "exclude", True)
-    up, low = reference.pair_counts(ops.pack_pairs(unit @ unit.T), ops.pack_pairs(target @ target.T), 0.015, ties)
+    loss, gradients = relative_exact.relative_similarity([unit], target, 0.015, ties == "exclude", True)
+    up, low = reference.pair_counts(
+        relative_exact.pack_pairs(unit @ unit.T), relative_exact.pack_pairs(target @ target.T), 0.015, ties
+    )
     exact = unit.double().requires_grad_()
     i, j = torch.triu_indices(48, 48, offset=1)
     x = (exact @ exact.T)[i, j]
@@ -189,7 +194,9 @@ def test_end_to_end_against_the_published_formulation(ties, width):
     else:  # which pairs tie must be read off the same float32 scores
         unit = torch.nn.functional.normalize(teacher)
         x = reference.pair_scores(exact)
-        wanted = reference.relative_similarity_of_scores(x, ops.pack_pairs(unit @ unit.T).double(), 0.015, ties)
+        wanted = reference.relative_similarity_of_scores(
+            x, relative_exact.pack_pairs(unit @ unit.T).double(), 0.015, ties
+        )
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert (student.grad - exact.grad).norm() <= 3e-4 * exact.grad.norm()
@@ -252,11 +259,13 @@ def test_what_is_not_a_number_reaches_loss_and_gradient(side, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     students, teacher = [torch.randn(10, w, dtype=dtype) for w in (8, 4)], torch.randn(10, 6, dtype=dtype)
-    torch.library.opcheck(ops.pair_counts, (torch.randn(2, 45, dtype=dtype), torch.randn(45, dtype=dtype), 0.015, True))
+    torch.library.opcheck(
+        relative_exact.pair_counts, (torch.randn(2, 45, dtype=dtype), torch.randn(45, dtype=dtype), 0.015, True)
+    )
     for gradient in (True, False):
-        torch.library.opcheck(ops.registered_relative_similarity, (students, teacher, 0.015, True, gradient))
-        torch.library.opcheck(ops.neighbourhood, (students, teacher, 0.05, gradient))
-        torch.library.opcheck(ops.similarity, (students, teacher, "tile", gradient, gradient))
+        torch.library.opcheck(relative_exact.registered_relative_similarity, (students, teacher, 0.015, True, gradient))
+        torch.library.opcheck(neighbourhood_op, (students, teacher, 0.05, gradient))
+        torch.library.opcheck(similarity_op, (students, teacher, "tile", gradient, gradient))
 
 
 def test_too_many_rows_are_refused_from_their_shape():

@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
-from jasper_fast import binned, ops
-
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
+from jasper_fast.losses import relative_binned, relative_exact  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38)
@@ -52,7 +51,7 @@ def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclud
     """Checks the counts of (student, teacher) scores: the CPU's are tested against brute force."""
     x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
     students = torch.stack((x, x.flip(0)))
-    wanted = ops.pair_counts(students, t, margin, exclude_ties)
+    wanted = relative_exact.pair_counts(students, t, margin, exclude_ties)
     found = relative_similarity_exact.pair_counts(students.to(DEVICE), t.to(DEVICE), margin, exclude_ties)
     assert torch.equal(found[0].cpu(), wanted[0])
     assert torch.equal(found[1].cpu(), wanted[1])
@@ -105,10 +104,10 @@ def kernels(monkeypatch):
     def uses(vectors: list[torch.Tensor]) -> bool:
         return vectors[-1].dtype in (torch.float32, torch.int32)
 
-    monkeypatch.setattr(ops, "uses_triton", uses)
-    monkeypatch.setattr(binned, "uses_triton", uses)
-    monkeypatch.setattr(ops, "native", lambda tensor: False)
-    monkeypatch.setattr(ops, "extension_path", lambda: None)
+    monkeypatch.setattr(relative_exact, "uses_triton", uses)
+    monkeypatch.setattr(relative_binned, "uses_triton", uses)
+    monkeypatch.setattr(relative_exact, "native", lambda tensor: False)
+    monkeypatch.setattr(relative_exact, "extension_path", lambda: None)
 
 
 def unit(rows: int, width: int) -> torch.Tensor:
@@ -121,10 +120,10 @@ def test_exact_op(request, exclude_ties):
     if DEVICE == "cuda":  # the interpreter multiplies with NumPy, which rounds equal rows by where they stand
         teacher[3] = teacher[8]
     students = [torch.nn.functional.normalize(teacher + 0.3 * torch.randn(24, 9)), unit(24, 5)]
-    wanted_losses, wanted = ops.relative_similarity(students, teacher, 0.015, exclude_ties, True)
+    wanted_losses, wanted = relative_exact.relative_similarity(students, teacher, 0.015, exclude_ties, True)
     request.getfixturevalue("kernels")
     on_device = [s.to(DEVICE) for s in students]
-    losses, gradients = ops.relative_similarity(on_device, teacher.to(DEVICE), 0.015, exclude_ties, True)
+    losses, gradients = relative_exact.relative_similarity(on_device, teacher.to(DEVICE), 0.015, exclude_ties, True)
     torch.testing.assert_close(losses.cpu(), wanted_losses, rtol=1e-5, atol=0)
     for own, other in zip(gradients, wanted, strict=True):
         assert (own.cpu() - other).norm() <= 3e-4 * other.norm()
@@ -133,13 +132,13 @@ def test_exact_op(request, exclude_ties):
 @pytest.mark.parametrize("rows", [3, 70, 150])
 def test_binned_op(request, monkeypatch, rows):
     """Two heads of odd widths; strips that end inside tiles. TF32 is float32 in the interpreter."""
-    monkeypatch.setattr(binned, "STRIP", {"cpu": 45 * rows})
-    monkeypatch.setattr(binned, "DEVICE_STRIP", 45 * rows)
+    monkeypatch.setattr(relative_binned, "STRIP", {"cpu": 45 * rows})
+    monkeypatch.setattr(relative_binned, "DEVICE_STRIP", 45 * rows)
     teacher = unit(rows, 33)
     students = [torch.nn.functional.normalize(teacher + 0.1 * torch.randn(rows, 33)), unit(rows, 7)]
-    wanted_losses, wanted = binned.relative_similarity(students, teacher, 0.015, True, 64)
+    wanted_losses, wanted = relative_binned.relative_similarity(students, teacher, 0.015, True, 64)
     request.getfixturevalue("kernels")
-    losses, gradients = binned.relative_similarity(
+    losses, gradients = relative_binned.relative_similarity(
         [s.to(DEVICE) for s in students], teacher.to(DEVICE), 0.015, True, 64
     )
     # Of few pairs, one that rounding puts into the next bin is felt.
@@ -160,9 +159,9 @@ def test_no_product_is_left_to_the_library(kernels, monkeypatch, method):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     student, teacher = unit(20, 9).to(DEVICE), unit(20, 9).to(DEVICE)
     if method == "binned":
-        losses, gradients = binned.relative_similarity([student], teacher, 0.015, True)
+        losses, gradients = relative_binned.relative_similarity([student], teacher, 0.015, True)
     else:
-        losses, gradients = ops.relative_similarity([student], teacher, 0.015, True, True)
+        losses, gradients = relative_exact.relative_similarity([student], teacher, 0.015, True, True)
     assert losses.isfinite().all() and gradients[0].isfinite().all()
 
 
@@ -179,7 +178,7 @@ def test_millions_of_pairs_on_a_gpu(levels, exclude_ties):
     x, t = torch.randn(2, 3_000_000) * 0.2
     if levels:
         x, t = ((v * levels).round() / levels for v in (x, t))
-    wanted = ops.pair_counts(x[None], t, 0.015, exclude_ties)
+    wanted = relative_exact.pair_counts(x[None], t, 0.015, exclude_ties)
     for _ in range(2):
         found = relative_similarity_exact.pair_counts(x[None].cuda(), t.cuda(), 0.015, exclude_ties)
         assert torch.equal(found[0].cpu(), wanted[0])
@@ -189,8 +188,8 @@ def test_millions_of_pairs_on_a_gpu(levels, exclude_ties):
 @pytest.mark.gpu
 def test_binned_against_exact_on_a_gpu():
     student, teacher = clustered(4096, 256)
-    (loss,), (exact,) = ops.relative_similarity([student], teacher, 0.015, True, True)
-    (own,), (gradient,) = binned.relative_similarity([student], teacher, 0.015, True)
+    (loss,), (exact,) = relative_exact.relative_similarity([student], teacher, 0.015, True, True)
+    (own,), (gradient,) = relative_binned.relative_similarity([student], teacher, 0.015, True)
     assert abs(own - loss) <= 3e-3 * loss
     assert (gradient - exact).norm() <= 5e-3 * exact.norm()
 
@@ -202,8 +201,8 @@ def test_captured_in_a_graph(method):
 
     def run() -> list[torch.Tensor]:
         if method == "binned":
-            return binned.relative_similarity([student], teacher, 0.015, True)[1]
-        return ops.relative_similarity([student], teacher, 0.015, True, True)[1]
+            return relative_binned.relative_similarity([student], teacher, 0.015, True)[1]
+        return relative_exact.relative_similarity([student], teacher, 0.015, True, True)[1]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -225,8 +224,8 @@ def test_tf32_that_cublas_may_use_changes_nothing(method):
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         if method == "binned":
-            return binned.relative_similarity([student], teacher, 0.015, True)
-        return ops.relative_similarity([student], teacher, 0.015, True, True)
+            return relative_binned.relative_similarity([student], teacher, 0.015, True)
+        return relative_exact.relative_similarity([student], teacher, 0.015, True, True)
 
     (loss,), (gradient,) = run()
     torch.set_float32_matmul_precision("high")
@@ -243,8 +242,10 @@ def test_tf32_that_cublas_may_use_changes_nothing(method):
 def test_equal_rows_tie_on_a_gpu(rows):
     """Five vectors have 15 cosines, whichever stands first in a pair; and the counts are the CPU's."""
     teacher = unit(5, 128).cuda()[torch.randint(0, 5, (rows,), device="cuda")]
-    scores, target = (ops.pack_pairs(relative_similarity_exact.cosines(v)) for v in (unit(rows, 128).cuda(), teacher))
+    scores, target = (
+        relative_exact.pack_pairs(relative_similarity_exact.cosines(v)) for v in (unit(rows, 128).cuda(), teacher)
+    )
     assert len(target.unique()) <= 15
-    found = ops.pair_counts(scores[None], target, 0.015, True)
-    wanted = ops.pair_counts(scores[None].cpu(), target.cpu(), 0.015, True)
+    found = relative_exact.pair_counts(scores[None], target, 0.015, True)
+    wanted = relative_exact.pair_counts(scores[None].cpu(), target.cpu(), 0.015, True)
     assert torch.equal(found[0].cpu(), wanted[0]) and torch.equal(found[1].cpu(), wanted[1])

@@ -37,7 +37,7 @@ def test_labels_that_are_no_teacher_vectors_are_refused():
 
 
 TEXTS = {"input_ids": torch.arange(12).reshape(4, 3)}
-ADD = "Fix: put one teacher vector per text, a list of floats, into the dataset's label column"
+ADD = "Fix: put one teacher embedding per text, a list of floats, into the dataset's label column"
 
 
 class Tokens(torch.nn.Module):
@@ -55,8 +55,8 @@ class Bare(torch.nn.Module):
 @pytest.mark.parametrize(
     ("columns", "labels", "problem"),
     [
-        (1, None, f"label: expected teacher vectors of shape (4, E), got none. {ADD}"),
-        (2, None, "label: expected teacher vectors of shape (4, E) or (4, 2, E), got none"),
+        (1, None, f"label: expected teacher embeddings of shape (4, E), got none. {ADD}"),
+        (2, None, "label: expected teacher embeddings of shape (4, E) or (4, 2, E), got none"),
         (1, torch.zeros(4), f"(4, E), got (4,). {ADD}"),
         (1, torch.arange(4), f"got (4,) of int64. {ADD}"),
         (1, torch.zeros(4, 8, dtype=torch.long), "got (4, 8) of int64"),
@@ -66,10 +66,10 @@ class Bare(torch.nn.Module):
         (1, [[1.0] * 8] * 4, "as a tensor, got list"),
         (1, ["a", "b", "c", "d"], "as a tensor, got list"),
         (1, torch.zeros(4, 8).numpy(), "as a tensor, got ndarray"),
-        (1, torch.zeros(5, 8), "got (5, 8). Fix: give as many vectors as texts"),
-        (1, torch.zeros(1, 8), "got (1, 8). Fix: give as many vectors as texts"),
-        (2, torch.zeros(4, 3, 8), "(4, E) or (4, 2, E), got (4, 3, 8). Fix: give as many"),
-        (1, torch.zeros(4, 2, 8), "got (4, 2, 8). Fix: give as many"),
+        (1, torch.zeros(5, 8), "got (5, 8). Fix: give one embedding per text"),
+        (1, torch.zeros(1, 8), "got (1, 8). Fix: give one embedding per text"),
+        (2, torch.zeros(4, 3, 8), "(4, E) or (4, 2, E), got (4, 3, 8). Fix: give one embedding"),
+        (1, torch.zeros(4, 2, 8), "got (4, 2, 8). Fix: give one embedding"),
         (1, torch.zeros(4, 1, 1, 8), "got (4, 1, 1, 8)"),
         (1, torch.zeros(4, 0), "teacher: expected shape (B, D) with B, D >= 1, got (4, 0)"),
         (0, torch.zeros(4, 8), "expected at least one column of texts, got none"),
@@ -116,7 +116,7 @@ def test_a_trainer_without_a_label_column_says_so(tiny_bert: Path, tiny_texts: l
     arguments = Arguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
     texts = Dataset.from_dict({"text": tiny_texts[:8]})
     trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=texts, loss=JasperLoss(model))
-    with pytest.raises(ValueError, match=r"label: expected teacher vectors of shape \(8, E\), got none"):
+    with pytest.raises(ValueError, match=r"label: expected teacher embeddings of shape \(8, E\), got none"):
         trainer.train()
 
 

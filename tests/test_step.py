@@ -51,8 +51,7 @@ def gradients(
 
 def assert_same(a, b, tolerance: float) -> None:
     assert a[1].keys() == b[1].keys() and a[1]
-    for name in a[0]._fields:
-        torch.testing.assert_close(getattr(a[0], name), getattr(b[0], name), rtol=tolerance, atol=0)
+    torch.testing.assert_close(a[0]._asdict(), b[0]._asdict(), rtol=tolerance, atol=0)
     largest = max(float(g.abs().max()) for g in a[1].values())
     for name, gradient in a[1].items():
         torch.testing.assert_close(b[1][name], gradient, rtol=0, atol=tolerance * largest, msg=name)

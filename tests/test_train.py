@@ -302,10 +302,10 @@ def test_a_cosine_loss_against_another_width_is_refused(world):
     from jasper_fast.checks import check_losses
 
     _, tree = world
-    with pytest.raises(JasperError, match=r"'one' .*32 wide and the teachers' vectors 32 \+ 8 = 40; .*begin with 40"):
+    with pytest.raises(JasperError, match=r"'one' .*32 wide .* teachers' embeddings 32 \+ 8 = 40\).*begin with 40"):
         check_losses(load_config(tree), [32, 8])
     silent = [(f"stages.{i}.weights.cosine", 0) for i in (0, 1)]
-    with pytest.raises(JasperError, match=r"'three' .*the teachers' vectors 24; .*weights.cosine: 0"):
+    with pytest.raises(JasperError, match=r"'three' .*the teachers' embeddings 24.*weights.cosine: 0"):
         check_losses(load_config(tree, silent), [24])
     check_losses(load_config(tree, [*silent, ("stages.2.weights.cosine", 0)]), [24])
     narrow = [("stages.2.heads", [16, 8]), ("stages.2.narrow_target", "teacher"), ("stages.2.train", ["heads.*"])]
@@ -444,6 +444,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path, monk
 
 
 def spoil_third_call():
+    from jasper_fast.losses import LossOutput
     from jasper_fast.stages import StageLoss
 
     true_forward, calls = StageLoss.forward, []
@@ -453,8 +454,8 @@ def spoil_third_call():
         output = true_forward(self, students, teacher)
         if len(calls) < 3:
             return output
-        bad = output.similarity * float("nan")
-        return output._replace(similarity=bad, loss=output.loss + bad)
+        bad = output.parts["similarity"] * float("nan")
+        return LossOutput(output.loss + bad, output.parts | {"similarity": bad})
 
     return forward
 
@@ -496,7 +497,7 @@ def test_a_frozen_weight_that_moves_is_noticed(world, tmp_path, monkeypatch):
         ([("stages.2.batch_size", 4096)], "a batch of 4096 from"),
         ([("stages.1.max_length", 4096)], "stages.1.max_length is 4096, but the model has 64 positions"),
         ([("teachers.0.model", "./no-such-teacher")], "there is no such folder"),
-        ([("teachers.0.truncate_dim", 24)], "32 wide and the teachers' vectors 24"),
+        ([("teachers.0.truncate_dim", 24)], "32 wide and the teachers' embeddings 24"),
         ([("stages.2.narrow_weights", {"cosine": 1, "similarity": 0, "relative_similarity": 0})], "leave its head 16"),
         ([("stages.2", TWO_TEXTS)], "leave its head 16 untrained: .* no other loss learns from 2 texts"),
     ],

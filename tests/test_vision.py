@@ -188,7 +188,8 @@ def test_only_the_tower_may_train(student):
 
 def test_losses_are_averaged_over_heads_each_against_its_own_width():
     from jasper_fast.losses import JasperLoss
-    from jasper_fast.vision_loss import VisionLoss, contrastive_loss
+    from jasper_fast.losses.contrastive import contrastive_loss
+    from jasper_fast.vision_loss import VisionLoss
 
     vectors = {32: torch.randn(6, 32, dtype=torch.float64), 8: torch.randn(6, 8, dtype=torch.float64)}
     targets = {width: F.normalize(torch.randn_like(v), dim=1) for width, v in vectors.items()}
@@ -196,16 +197,19 @@ def test_losses_are_averaged_over_heads_each_against_its_own_width():
     plain = VisionLoss(stage())(vectors, side_by_side)
     each = [JasperLoss()({width: vectors[width]}, targets[width]) for width in (32, 8)]
     assert torch.allclose(plain.loss, (each[0].loss + each[1].loss) / 2)
-    assert torch.allclose(plain.cosine, (each[0].cosine + each[1].cosine) / 2) and plain.cosine > 0
+    assert torch.allclose(plain.parts["cosine"], (each[0].cosine + each[1].cosine) / 2) and plain.parts["cosine"] > 0
     more = VisionLoss(stage(vision={"contrastive": 2.0}, temperature=0.1))(vectors, side_by_side)
     terms = [contrastive_loss(F.normalize(vectors[w], dim=1), targets[w], 0.1) for w in (32, 8)]
     assert torch.allclose(more.loss, plain.loss + 2.0 * (terms[0] + terms[1]) / 2, rtol=1e-5)
-    assert torch.allclose(more.contrastive, ((terms[0] + terms[1]) / 2).to(more.contrastive.dtype), rtol=1e-5)
-    assert torch.equal(more.cosine, plain.cosine) and more.neighbourhood == 0
+    assert torch.allclose(
+        more.parts["contrastive"], ((terms[0] + terms[1]) / 2).to(more.parts["contrastive"].dtype), rtol=1e-5
+    )
+    assert torch.equal(more.parts["cosine"], plain.parts["cosine"]) and more.parts["neighbourhood"] == 0
 
 
 def test_balance_is_how_unevenly_captions_choose_pictures():
-    from jasper_fast.vision_loss import Captions, VisionLoss, contrastive_loss, unevenness
+    from jasper_fast.losses.contrastive import Captions, contrastive_loss, unevenness
+    from jasper_fast.vision_loss import VisionLoss
 
     scores = torch.randn(5, 7, dtype=torch.float64)
     shares = torch.softmax(scores, dim=0).mean(dim=1)
@@ -222,7 +226,9 @@ def test_balance_is_how_unevenly_captions_choose_pictures():
     told = {"contrastive": 2.0, "balance": 1.5}
     found = [VisionLoss(stage(heads=[4], vision=v))({4: pictures}, every[:3]) for v in (told, told | {"balance": 0.0})]
     extra = 1.5 * unevenness(pictures @ every[:3].T / 0.05).float()
-    torch.testing.assert_close(found[0].contrastive - found[1].contrastive, extra, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        found[0].parts["contrastive"] - found[1].parts["contrastive"], extra, atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(found[0].loss - found[1].loss, (2 * extra).to(found[0].loss.dtype), atol=1e-4, rtol=1e-4)
     for vision, size in (({"balance": 1.0}, 8), (told, 1)):
         with pytest.raises(ValueError, match="vision.balance is part of the contrastive loss, which has weight 0 or a"):
@@ -230,7 +236,7 @@ def test_balance_is_how_unevenly_captions_choose_pictures():
 
 
 def test_the_contrastive_term_by_hand():
-    from jasper_fast.vision_loss import contrastive_loss
+    from jasper_fast.losses.contrastive import contrastive_loss
 
     pictures, captions = (F.normalize(torch.randn(5, 4, dtype=torch.float64), dim=1) for _ in range(2))
     captions[3] = captions[1]  # the same caption twice: neither is wrong for the other
@@ -245,7 +251,8 @@ def test_the_contrastive_term_by_hand():
 
 
 def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
-    from jasper_fast.vision_loss import Captions, Told, VisionLoss, contrastive_loss
+    from jasper_fast.losses.contrastive import Captions, contrastive_loss
+    from jasper_fast.vision_loss import Told, VisionLoss
 
     every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
@@ -273,7 +280,8 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
 
 @pytest.mark.parametrize("among", ["batch", "all"])
 def test_a_mixed_picture_is_to_find_both_captions(among):
-    from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss, contrastive_loss
+    from jasper_fast.losses.contrastive import Captions, Mixed, contrastive_loss
+    from jasper_fast.vision_loss import Told, VisionLoss
 
     every = F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(4, 4, dtype=torch.float64), dim=1)
@@ -295,9 +303,11 @@ def test_a_mixed_picture_is_to_find_both_captions(among):
     plan = stage(heads=[4], vision={"contrastive": 2.0}, temperature=0.2)
     whole = Mixed(every[laid], torch.ones(4, 1, dtype=torch.float64))
     found = [VisionLoss(plan)({4: pictures}, every[own], Told(mixed=both)) for both in (None, whole, mixed)]
-    assert torch.allclose(found[0].cosine, found[1].cosine) and torch.allclose(found[0].similarity, found[1].similarity)
+    assert torch.allclose(found[0].parts["cosine"], found[1].parts["cosine"]) and torch.allclose(
+        found[0].parts["similarity"], found[1].parts["similarity"]
+    )
     mean = F.normalize(shares * every[own] + (1 - shares) * every[laid], dim=1)
-    assert torch.allclose(found[2].cosine, VisionLoss(plan)({4: pictures}, mean).cosine)
+    assert torch.allclose(found[2].parts["cosine"], VisionLoss(plan)({4: pictures}, mean).parts["cosine"])
 
 
 def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert, tmp_path):

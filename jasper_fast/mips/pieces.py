@@ -127,9 +127,9 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def bin_norms(piece: Piece) -> Tensor:
     """Upper bounds of the row norms of each bin, (bins,) float64; not finite where a row holds NaN or infinity."""
-    from jasper_fast import extension
+    from jasper_fast.ops import native
 
-    if extension.extension_path() is not None and piece.rows.device.type == "cpu":
+    if native.extension_path() is not None and piece.rows.device.type == "cpu":
         return torch.ops.jasper_fast_native.mips_norms(piece.rows, piece.scales)
     blocks = [piece.values(at, at + BLOCK_ROWS, torch.float64) for at in range(0, len(piece), BLOCK_ROWS)]
     return torch.cat([bin_maxima(block.square().sum(dim=1).sqrt()) for block in blocks]) * (1 + 1e-9)

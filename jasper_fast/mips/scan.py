@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jasper_fast import env, extension
+from jasper_fast import env
 from jasper_fast.mips.pieces import BIN, UNIT, Piece
 from jasper_fast.mips.state import State
+from jasper_fast.ops.native import extension_path
 
 FEW = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}  # queries up to which rows are read once by our own loops
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product: its scores, 2 MB, stay in the cache
@@ -90,7 +91,7 @@ def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
 
 def native(piece: Piece) -> bool:
     """Whether the compiled loops can search this piece."""
-    return extension.extension_path() is not None and piece.rows.device.type == "cpu"
+    return extension_path() is not None and piece.rows.device.type == "cpu"
 
 
 def candidates_for(k: int) -> int:

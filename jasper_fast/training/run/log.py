@@ -20,11 +20,11 @@ import torch
 from jasper_fast.config import Config, LogConfig
 from jasper_fast.errors import JasperError
 from jasper_fast.files import disk_errors, write_atomic
+from jasper_fast.loss_table import PARTS
 
 LOG = "log.jsonl"
 IDENTITY = "tracking-id"  # the file by which a resumed run is the same run for trackers
 SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss of SPIKE times the median of the last SPIKE_WINDOW steps is marked
-PARTS = ("cosine", "similarity", "relative_similarity", "neighbourhood", "contrastive")
 
 
 class Tracker(Protocol):
@@ -196,7 +196,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _line(stage: str, record: dict[str, Any]) -> str:
-    parts = "  ".join(f"{part} {record[part]:.5f}" for part in PARTS if part in record)
+    parts = "  ".join(f"{part.name} {record[part.name]:.5f}" for part in PARTS if part.name in record)
     speed = f"{record['texts_per_s']:.0f} texts/s  {record['tokens_per_s']:.0f} tokens/s"
     return (
         f"{stage} {record['stage_step']}  loss {record['loss']:.4f}  {parts}  |grad| {record['grad_norm']:.3f}  "

@@ -1,18 +1,18 @@
 """The relative similarity loss in O(B D + K^2) memory: scores are counted in bins, never stored.
 
-A pair with teacher score t and student score x enters the gradient with g = up - low (ops.pair_counts). Let X and R be
-how many student and teacher scores lie below a value, A(t, y) how many pairs have a teacher score below t and a student
-score above y, and C(t, y) how many have them above and below. Then
+A pair with teacher score t and student score x enters the gradient with g = up - low (`relative_exact.pair_counts`).
+Let X and R count the student and teacher scores below a value. Let A(t, y) count the pairs with a teacher score below t
+and a student score above y, and C(t, y) those with them above and below. Then
 
     g(t, x) = X(x + m) + X(x - m) - 2 R(t) + A(t, x + m) - C(t, x - m).
 
-X and R belong to one axis, so they are tabulated finely. A and C need both axes (K x K bins) but count only pairs that
-the student misplaces by more than the margin: they vanish as it gets good, and the error of a coarse table with them.
-The margin is a whole number of student bins where it can be, so what stands at the nodes of the K x K table is exact,
-and only a smooth function is interpolated between them, along both axes.
+X and R belong to one axis, so they have fine tables. A and C need both axes (K x K bins). They count only pairs that
+the student misplaces by more than the margin. As the student gets better they vanish, and with them the error of a
+coarse table. The margin is a whole number of student bins if possible. Then the nodes of the K x K table are exact, and
+only a smooth function is interpolated between them, along both axes.
 
-One pass over strips of scores counts, a second recomputes the scores, looks g up and multiplies it into the gradient.
-Equal teacher scores count as if spread over their fine bin, which is ties="label" on average.
+One pass over blocks of scores counts. A second pass computes the scores again, looks up g and multiplies it into the
+gradient. Equal teacher scores count as if spread over their fine bin, which is ties="label" on average.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jasper_fast.extension import native
-from jasper_fast.ops import multiply, uses_triton
+from jasper_fast.losses.relative_exact import multiply
+from jasper_fast.ops.dispatch import uses_triton
+from jasper_fast.ops.native import native
 
-BINS = 512  # K; docs/binned.md has the errors of other numbers
-FINE = 2**15  # bins of one axis alone
-SAMPLE = 128  # rows whose scores give the axes their range
-STRIP = {"cpu": 2**18}  # scores in a strip
+BINS = 512  # K. docs/binned.md has the errors of other numbers
+FINE = 2**15  # bins of a table over one axis
+SAMPLE = 128  # rows whose scores decide the range of the axes
+STRIP = {"cpu": 2**18}  # scores in a block
 DEVICE_STRIP = 2**25
-MAX_TABLES = 16  # threads that count at once, each into a table of its own
-EXACT_MEMORY = 2 * 2**30  # bytes
+MAX_TABLES = 16  # largest number of threads that count, each into its own table
+EXACT_MEMORY = 2 * 2**30  # bytes: method="auto" uses no more for the exact form
 
 
 def preferred(rows: int, heads: int) -> bool:
-    """Whether method="auto" takes the binned form: where the exact one would need more than EXACT_MEMORY.
+    """Return True if method="auto" takes the binned form: the exact one would need more than EXACT_MEMORY.
 
-    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores:
-    2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen although the binned form is faster
-    from B = 1,000 or so on: its gradient has no error.
+    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores.
+    That is 2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen because its gradient has no
+    error, although the binned form is faster from about B = 1,000 on.
 
     Args:
-        rows: B.
-        heads: H.
+        rows: batch size B.
+        heads: number H of heads.
     """
     return rows * (rows - 1) // 2 * (56 + 8 * heads) > EXACT_MEMORY
 
@@ -52,16 +53,16 @@ def preferred(rows: int, heads: int) -> bool:
 def relative_similarity(
     students: list[Tensor], teacher: Tensor, margin: float, gradient: bool, bins: int = BINS
 ) -> tuple[Tensor, list[Tensor]]:
-    """Relative similarity of unit rows against one teacher, binned: losses (H,) and, if asked for, their gradients.
+    """Compute the losses (H,) of unit rows against one teacher in bins and, if wanted, their gradients.
 
     Args:
         students: H tensors (B, D_h) of unit rows.
-        teacher: (B, E) unit rows, a constant.
-        margin: in cosine units.
-        gradient: whether the students' gradients are wanted; an unwanted one is an empty tensor.
-        bins: K, a power of two, at most FINE.
+        teacher: unit rows (B, E), a constant.
+        margin: difference of two cosines.
+        gradient: whether the students' gradients are wanted. An unwanted one is an empty tensor.
+        bins: number K of bins, a power of two, at most FINE.
     """
-    with torch.cuda.device_of(teacher):  # on which kernels are launched
+    with torch.cuda.device_of(teacher):  # kernels are launched on the current device
         return _relative_similarity(students, teacher, margin, gradient, bins)
 
 
@@ -88,7 +89,7 @@ def _relative_similarity(
         for h, student in enumerate(students):
             kernels.histogram(student, teacher, grids[h], counts[h, 0], fine[h, 0], None if h else fine_teacher[0])
     else:
-        for begin, end in _strips(teacher):
+        for begin, end in _blocks(teacher):
             target = _scores(teacher, begin, end)
             for h, student in enumerate(students):
                 of_teacher = nothing if h else fine_teacher
@@ -97,7 +98,7 @@ def _relative_similarity(
     tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
     del counts, fine
     totals = teacher.new_zeros(heads, dtype=torch.float64)
-    for begin, end in _strips(teacher):
+    for begin, end in _blocks(teacher):
         target = _scores(teacher, begin, end)
         for h, student in enumerate(students):
             scores = _scores(student, begin, end)
@@ -107,7 +108,7 @@ def _relative_similarity(
                 multiply(scores[:, end - begin :].T, student[begin:end], gradients[h][end:])
     terms = pairs * (pairs - 1) / 2
     low = torch.stack([own.low for own in tables])
-    # A score that is not a number has some bin all the same: the loss must not come out finite.
+    # NaN falls into some bin too. The loss must not come out finite.
     spoilt = torch.stack([(student.sum() + teacher.sum()) * 0.0 for student in students])
     losses = ((totals + margin * low) / terms).to(teacher.dtype) + spoilt
     if gradient:
@@ -123,27 +124,27 @@ def _(
     return teacher.new_empty(len(students)), [torch.empty_like(s) if gradient else s.new_empty(0) for s in students]
 
 
-def _strips(unit: Tensor) -> list[tuple[int, int]]:
+def _blocks(unit: Tensor) -> list[tuple[int, int]]:
     rows = unit.shape[0]
     height = max(16, min(rows, STRIP.get(unit.device.type, DEVICE_STRIP) // rows))
     return [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
 
 
 class _Axis(NamedTuple):
-    """Scalars, on the device."""
+    """One axis of the tables, as scalars on the device."""
 
-    origin: Tensor  # where bin 0 begins
+    origin: Tensor  # beginning of bin 0
     width: Tensor  # of one of K bins
     scale: Tensor  # fine bins per unit
     centre: Tensor  # mean score
 
 
 def _axis(unit: Tensor, margin: float, bins: int) -> _Axis:
-    """Equal bins over the range of a sample of scores; any beyond it count at its ends, where hardly a pair is."""
+    """Return equal bins over the range of a sample of scores. The few scores beyond it count at its ends."""
     rows = unit.shape[0]
     chosen = torch.arange(0, rows, max(1, rows // SAMPLE), device=unit.device)[:, None]  # (n, 1)
     scores = multiply(unit[chosen[:, 0]], unit.T)
-    scores.scatter_(1, chosen, scores.gather(1, (chosen + 1) % rows))  # a row with itself is no pair
+    scores.scatter_(1, chosen, scores.gather(1, (chosen + 1) % rows))  # a row and itself are not a pair
     low, high = scores.aminmax()
     slack = 0.02 * (high - low) + 1e-6
     width = (high - low + 2.0 * slack) / bins
@@ -161,12 +162,19 @@ class _Tables(NamedTuple):
 
 
 def _below(histogram: Tensor) -> Tensor:
-    """(n,) counts -> (n + 1,) how many lie below each edge, float64."""
+    """Count what is below each edge. (n,) counts -> (n + 1,) float64."""
     return torch.nn.functional.pad(histogram.cumsum(0, dtype=torch.int64).to(torch.float64), (1, 0))
 
 
 def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Tables:
-    """counts (K, K) by teacher and student bin, fine (FINE,), rank (FINE + 1,); steps = the margin in student bins."""
+    """Make the tables of one head.
+
+    Args:
+        counts: pairs (K, K) by teacher and student bin.
+        fine: pairs (FINE,) by fine student bin.
+        rank: teacher scores (FINE + 1,) below each edge.
+        steps: the margin in student bins.
+    """
     bins = counts.shape[0]
     both = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
     up, down = _shifted(both[:, -1:] - both, steps), _shifted(both[-1:] - both, -steps)  # A and C at the nodes, moved
@@ -184,7 +192,7 @@ def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Table
 
 
 def _shifted(table: Tensor, steps: Tensor) -> Tensor:
-    """table[..., i + steps], linear between entries and constant beyond them."""
+    """Return table[..., i + steps], linear between entries and constant beyond them."""
     last = table.shape[-1] - 1
     place = (torch.arange(last + 1, device=table.device) + steps.to(torch.float64)).clamp(0, last)
     place = place.nan_to_num(0.0)
@@ -194,7 +202,7 @@ def _shifted(table: Tensor, steps: Tensor) -> Tensor:
     return moved.addcmul_(table[..., i + 1].to(moved.dtype), part)
 
 
-# The two passes over a strip: rows [b, b + h) and columns [b, B), so that pair (row, column) is new if column > row.
+# The two passes over a block: rows [b, b + h) and columns [b, B). A pair (row, column) is new if column > row.
 
 
 def _scores(unit: Tensor, begin: int, end: int) -> Tensor:
@@ -224,7 +232,7 @@ def _histogram(
 
 
 def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables) -> Tensor:
-    """Replace scores by g, 0 on the diagonal; the sum of g (x - centre) over the new pairs, float64."""
+    """Replace scores by g, 0 on the diagonal. Return the sum of g (x - centre) over the new pairs in float64."""
     if uses_triton([scores]):
         from jasper_fast.kernels import relative_similarity_binned as kernels
 
@@ -245,7 +253,7 @@ def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables)
 
 
 def _place(scores: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-    """Fractions of fine bins; what is not a number goes to 0. The last place stays below its bin's upper end."""
+    """Return places in units of fine bins, NaN as 0. The last place stays below its bin's upper end."""
     return ((scores - origin) * scale).nan_to_num(0.0).clamp(0.0, FINE - 1.0 / 128.0)
 
 

@@ -1,27 +1,27 @@
-"""Which form of the similarity loss is cheaper, and when the cheaper one may not be trusted."""
+"""Cost model of the two forms of the similarity loss, and the limit of the cheaper one's accuracy."""
 
 from __future__ import annotations
 
-# Below this share of |S'S|^2 + |T'T|^2 the feature form has lost about three of its seven digits to cancellation.
+# Below this fraction of |S'S|^2 + |T'T|^2 the feature form has lost about three of its seven digits to cancellation.
 CANCELLATION = 1e-3
 
 
 def feature_form_is_cheaper(
     rows: int, width: int, teacher_width: int, teacher_gradient: bool, *, heads: int = 1, passes: float = 1.0
 ) -> bool:
-    """The cost model of ``method="auto"``, in multiply-adds of forward and gradient.
+    """Compare the two forms by multiply-adds of forward and gradient, for ``method="auto"``.
 
     Tile form: half of both Gram matrices by symmetry, the teacher's shared by all heads, then one product for each
-    gradient asked for, B^2 (D / 2 + E / 2H + D [+ E]). Feature form: S'S, T'S, the shared T'T and two products for each
-    gradient, B (D^2 + D E + E^2 / H + D (D + E) [+ E (D + E)]). The tile form must lose by a quarter: it is the more
-    accurate.
+    requested gradient: B^2 (D / 2 + E / 2H + D [+ E]). Feature form: S'S, T'S, the shared T'T and two products for
+    each gradient: B (D^2 + D E + E^2 / H + D (D + E) [+ E (D + E)]). The tile form is the more accurate one. It must
+    lose by a quarter.
 
     Args:
-        rows: B.
-        width: D.
-        teacher_width: E.
+        rows: batch size B.
+        width: student's width D.
+        teacher_width: teacher's width E.
         teacher_gradient: whether the teacher's gradient is wanted.
-        heads: H, students of one teacher.
+        heads: number H of students of one teacher.
         passes: products that the feature form needs for one of the tile form's, to be as exact as float32.
     """
     tile = rows * (width / 2 + teacher_width / 2 / heads + width + (teacher_width if teacher_gradient else 0))

@@ -1,0 +1,41 @@
+"""The sections of a configuration about losses. The weights come from the table, `jasper_fast.loss_table`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from jasper_fast.config_types import NotNegative, Section
+from jasper_fast.loss_table import LOSSES, Loss
+
+_fields: Any = {loss.name: (NotNegative, Field(loss.weight, description=loss.meaning)) for loss in LOSSES}
+_Weights: Any = create_model("_Weights", __base__=Section, **_fields)
+
+
+class LossWeights(_Weights):
+    """Weights of the losses. 0 leaves a loss out. The defaults are the paper's, which has no ``neighbourhood`` loss."""
+
+    @model_validator(mode="after")
+    def _some(self) -> LossWeights:
+        if not self.weighted():
+            raise ValueError("every loss has weight 0: nothing would be learnt")
+        return self
+
+    def weighted(self) -> list[Loss]:
+        """Return the losses with a weight above 0, in the table's order."""
+        return [loss for loss in LOSSES if getattr(self, loss.name)]
+
+    def learns(self, texts: int) -> bool:
+        """Return True if any weighted loss learns from a batch of so many texts."""
+        return any(texts >= loss.rows for loss in self.weighted())
+
+    def compares(self, texts: int) -> bool:
+        """Return True if a loss that compares texts with each other learns from a batch of so many."""
+        return any(texts >= loss.rows for loss in self.weighted() if not loss.equal_widths)
+
+
+class LossesConfig(Section):
+    """Scope of the losses when several processes train."""
+
+    scope: Literal["global", "local"] = "global"  # global: all ranks' texts; local: each rank's, as in the paper

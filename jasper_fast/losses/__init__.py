@@ -1,0 +1,41 @@
+"""The losses of Jasper and Stella (arXiv 2412.19048), and the neighbourhood loss, on batches of embeddings.
+
+Each takes (B, D) student and (B, E) teacher embeddings in float16, bfloat16 or float32 (computed in float32, also under
+autocast) or float64, with any strides. Rows are normalized inside. NaN and inf go through to the loss and its gradient.
+A zero row gets no gradient. Wrong arguments raise from their metadata alone, without waiting for a device.
+
+Each loss has its file. `combined` sums those in the table, `jasper_fast.loss_table`. `reference` has the slow forms.
+"""
+
+from __future__ import annotations
+
+from jasper_fast.losses.combined import (
+    REDUCTIONS,
+    AnyOutput,
+    CombinedLoss,
+    JasperLoss,
+    JasperLossOutput,
+    LossOutput,
+    NeighbourhoodLossOutput,
+)
+from jasper_fast.losses.cosine import cosine_loss
+from jasper_fast.losses.neighbourhood import neighbourhood_loss
+from jasper_fast.losses.relative_similarity import RELATIVE_METHODS, TIES, relative_similarity_loss
+from jasper_fast.losses.similarity import SIMILARITY_METHODS, similarity_loss
+
+__all__ = [
+    "REDUCTIONS",
+    "RELATIVE_METHODS",
+    "SIMILARITY_METHODS",
+    "TIES",
+    "AnyOutput",
+    "CombinedLoss",
+    "JasperLoss",
+    "JasperLossOutput",
+    "LossOutput",
+    "NeighbourhoodLossOutput",
+    "cosine_loss",
+    "neighbourhood_loss",
+    "relative_similarity_loss",
+    "similarity_loss",
+]

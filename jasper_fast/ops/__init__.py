@@ -1,0 +1,1 @@
+"""What losses and search share below the kernels: the compiled extension, dispatch, normalization and row blocks."""

@@ -1,0 +1,37 @@
+"""Choose the form of an operator, and describe its outputs to torch.compile."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(embeddings: list[Tensor]) -> bool:
+    """Return True if Triton kernels take these: on CUDA, with Triton installed, and none is float64."""
+    return embeddings[-1].is_cuda and _TRITON and all(e.dtype != torch.float64 for e in embeddings)
+
+
+def gradient_dtype(embeddings: Tensor) -> torch.dtype:
+    """Return the dtype of a mean's gradient until it is scaled: float32 for float16, which could not hold it."""
+    return torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype
+
+
+def fake_losses(students: list[Tensor], teacher: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return empty losses (H,) and gradients in the dtypes of an operator that takes rows of any length."""
+    double = any(v.dtype == torch.float64 for v in (*students, teacher))
+    losses = teacher.new_empty(len(students), dtype=torch.float64 if double else torch.float32)
+    return losses, [fake_gradient(s, gradient) for s in students]
+
+
+def fake_gradient(embeddings: Tensor, wanted: bool) -> Tensor:
+    """Return an empty gradient in the dtype of `gradient_dtype`. An unwanted one has no elements."""
+    return embeddings.new_empty(embeddings.shape if wanted else (0,), dtype=gradient_dtype(embeddings))
+
+
+def fake_unit_gradients(students: list[Tensor], gradient: bool) -> list[Tensor]:
+    """Return empty gradients of an operator that takes unit rows: in the students' dtypes."""
+    return [torch.empty_like(s) if gradient else s.new_empty(0) for s in students]

@@ -1,0 +1,10 @@
+"""The tests' table of losses: the slow form of each, in plain autograd, with which the fast form is compared."""
+
+from jasper_fast.losses import reference
+
+SLOW = {
+    "cosine": reference.cosine_loss,
+    "similarity": reference.similarity_loss,
+    "relative_similarity": reference.relative_similarity_loss,
+    "neighbourhood": reference.neighbourhood_loss,
+}
