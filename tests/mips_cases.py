@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.search import FEW
+from jasper_fast.mips.cpu import MAX_FEW_QUERIES
 
 KINDS = ("normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid")
-NEVER = {}.fromkeys(FEW, 0)  # queries up to which a CPU takes its way for few
+NEVER = {}.fromkeys(MAX_FEW_QUERIES, 0)  # query limits of the single pass on a CPU, here never taken
 
 
 def make(kind: str, rows: int, width: int, seed: int) -> Tensor:

@@ -126,7 +126,7 @@ def test_strips_heads_and_layouts(dtype, monkeypatch):
 def test_folded_product():
     """The one strip whose product cuBLAS takes, here with float32 weights, against the kernel's own product."""
     student, teacher = vectors(21, 18, "float32", 5.0), vectors(21, 10, "float32")
-    head, target = pair_losses._vectors(student), pair_losses._vectors(teacher)
+    head, target = pair_losses._embeddings(student), pair_losses._embeddings(teacher)
     found = []
     for fold in (True, False):
         sums = [None]
@@ -172,9 +172,9 @@ def test_huge_tiny_zero_and_broken_rows(dtype):
             assert value.isnan().all() and gradient[5].isnan().all()
 
 
-def test_reciprocal_lengths():
+def test_reciprocal_norms():
     table = torch.tensor([[3e38, 3e38, 0], [1e-38, 0, 0], [0, 0, 0], [3, 4, 0], [torch.inf, 1, 0], [torch.nan, 1, 0]])
-    found = rows.reciprocal_lengths(table.to(DEVICE)).cpu()
+    found = rows.reciprocal_norms(table.to(DEVICE)).cpu()
     assert found[2] == 0 and found[4:].isnan().all()
     length = table[:4].double().norm(dim=1)
     torch.testing.assert_close((found[:4] * length)[[0, 1, 3]], torch.ones(3).double(), rtol=1e-6, atol=0)

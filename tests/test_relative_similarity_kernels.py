@@ -8,7 +8,7 @@ import torch
 from jasper_fast import binned, ops
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
-from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
+from jasper_fast.kernels import dominance_counts, pairs, relative_similarity_exact, tie_correction  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38)
@@ -25,12 +25,12 @@ def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[to
 
 
 @pytest.mark.parametrize("places", [1, 2, 127, 128, 129, 1500])
-def test_dealing_counts_as_brute_force_does(places):
+def test_dominance_counts_as_brute_force_does(places):
     x = torch.randn(places).sort().values
     x[places // 3 : places // 2] = x[places // 3]
     place = torch.randperm(places).int()
     events = relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.3)
-    up, low = deal.dominance(events)
+    up, low = dominance_counts.dominance(events)
     wanted_up, wanted_low = brute_force(place, x, 0.3)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
@@ -38,11 +38,11 @@ def test_dealing_counts_as_brute_force_does(places):
 
 def test_two_passes_with_small_leaves(monkeypatch):
     """As many passes as millions of pairs need, on few: leaves and blocks are the smallest that keep nodes aligned."""
-    monkeypatch.setattr(deal, "LEAF_BITS", 3)
-    monkeypatch.setattr(deal, "BLOCK", 32)
-    monkeypatch.setattr(deal, "DIGIT_BITS", 2)
+    monkeypatch.setattr(dominance_counts, "LEAF_BITS", 3)
+    monkeypatch.setattr(dominance_counts, "BLOCK", 32)
+    monkeypatch.setattr(dominance_counts, "DIGIT_BITS", 2)
     x, place = torch.randn(700).sort().values, torch.randperm(700).int()
-    up, low = deal.dominance(relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.1))
+    up, low = dominance_counts.dominance(relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.1))
     wanted_up, wanted_low = brute_force(place, x, 0.1)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
@@ -82,7 +82,7 @@ def test_ends_of_runs_longer_than_a_block():
     up[:1500] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=1)
     low[1500:] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=0)
     up, low = up.int().to(DEVICE), low.int().to(DEVICE)
-    ties.take_off_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
+    tie_correction.subtract_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
     assert not up.any()
     assert not low.any()
 

@@ -71,7 +71,7 @@ def test_other_columns_and_limits(text_file, tiny_bert, tmp_path, tiny_texts):
 def test_what_is_wrong_is_said(built, text_file, tiny_bert, tmp_path, tiny_qwen2):
     with pytest.raises(JasperError, match=r"no text index here \(search.json is missing\)"):
         main(["ask", str(tmp_path), "x"])
-    with pytest.raises(JasperError, match="absent: there is no such folder; make an index with"):
+    with pytest.raises(JasperError, match="absent: there is no such folder. Fix: make an index with"):
         main(["ask", str(tmp_path / "absent"), "x"])
     with pytest.raises(JasperError, match="give a question or --file, not both"):
         main(["ask", str(built), "x", "--file", "y"])

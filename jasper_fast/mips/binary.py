@@ -1,4 +1,4 @@
-"""``SignIndex``: one bit an element, for shortlists. Vectors are as near as the signs they share."""
+"""``SignIndex``: one bit per element, for shortlists. Rows are ranked by the number of signs they share."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
-from jasper_fast.mips.search import SCRATCH
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_dim, check_finite, check_rows, check_width
+from jasper_fast.mips.top_k import SCRATCH
 
-ADDED_AT_ONCE = 4096  # rows
+ADD_CHUNK_ROWS = 4096
 
 
 class SignIndex:
-    """Nearest sign patterns by Hamming distance, on a CPU; what `funnel` takes as its narrow index.
+    """Search of nearest sign patterns by Hamming distance on a CPU. It can be the narrow index of `funnel`.
 
     Args:
-        dim: width of the vectors. Sign bits keep angles of centred vectors, so wider ones make better shortlists.
-        scratch: bytes that a search may use beside the patterns, queries and results.
+        dim: width of the embeddings. Sign bits keep angles of centred embeddings, so wider ones make better shortlists.
+        scratch: bytes that a search may use in addition to the patterns, queries and results.
+
+    Example:
+        >>> import numpy as np
+        >>> index = SignIndex(4)
+        >>> index.add(np.array([[1.0, 1, 1, 1], [1, -1, -1, -1], [-1, -1, -1, -1]]))
+        >>> scores, ids = index.search(np.array([[0.9, 0.8, 0.7, -0.1]]), k=2)
+        >>> scores.tolist(), ids.tolist()
+        ([[2.0, 0.0]], [[0, 1]])
     """
 
     def __init__(self, dim: int, *, scratch: int = SCRATCH) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be a whole number of at least 1, got {dim!r}")
-        self.dim = dim
+        self.dim = check_dim(dim)
         self.scratch = scratch
         self._blocks: list[np.ndarray] = []
 
@@ -36,28 +42,28 @@ class SignIndex:
         return f"SignIndex({len(self)} rows, dim={self.dim})"
 
     def add(self, x: Any) -> None:
-        """Append rows; their ids go on from len(self). All are added, or none.
+        """Append rows. Their ids continue from len(self). All rows are added, or none.
 
         Args:
             x: (n, dim) float32, bfloat16, float16 or float64 tensor or array.
 
         Raises:
-            ValueError: wrong shape, or a row that holds NaN or infinity.
+            ValueError: wrong shape, or a row with NaN or infinity.
             TypeError: wrong dtype.
         """
         rows = self._checked(x, "x")
-        self._blocks += [patterns(rows[at : at + ADDED_AT_ONCE]) for at in range(0, len(rows), ADDED_AT_ONCE)]
+        self._blocks += [patterns(rows[at : at + ADD_CHUNK_ROWS]) for at in range(0, len(rows), ADD_CHUNK_ROWS)]
 
     def search(self, q: Any, k: int) -> tuple[Any, Any]:
-        """The k rows that share most signs with each query, ties by the lower id.
+        """Return the k rows that share most signs with each query; ties go to the lower id.
 
         Args:
-            q: (Q, dim) tensor or array; its kind is the results' kind.
-            k: how many, at least 1.
+            q: (Q, dim) queries, a tensor or array. Results are of the same kind.
+            k: number of rows to return, at least 1.
 
         Returns:
-            scores (Q, k) float32, shared signs less others, which is the inner product of the signs, and ids (Q, k);
-            with fewer than k rows the rest is −inf and −1.
+            scores (Q, k) float32, the number of equal signs minus the number of different ones, which is the inner
+            product of the signs, and ids (Q, k). With fewer than k rows the rest is −inf and −1.
 
         Raises:
             ValueError: wrong shapes, k below 1, or a query with NaN or infinity.
@@ -66,28 +72,28 @@ class SignIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1; got {k}")
         k, missing = min(k, len(self)), max(0, k - len(self))
-        asked = patterns(queries)
+        query_patterns = patterns(queries)
         group = max(1, self.scratch // (2 * 8 * max(1, len(self))))  # keys of all rows, and numpy's copy of them
-        found = np.empty((len(asked), k), dtype=np.int64)
-        for start in range(0, len(asked), group):
-            keys = self._keys(asked[start : start + group])
+        best = np.empty((len(query_patterns), k), dtype=np.int64)
+        for start in range(0, len(query_patterns), group):
+            keys = self._keys(query_patterns[start : start + group])
             if k < len(self):
                 keys = np.partition(keys, k - 1, axis=1)[:, :k]
-            found[start : start + group] = np.sort(keys, axis=1)
-        distances, ids = np.divmod(found, max(1, len(self)))
+            best[start : start + group] = np.sort(keys, axis=1)
+        distances, ids = np.divmod(best, max(1, len(self)))
         scores = np.pad((self.dim - 2 * distances).astype(np.float32), ((0, 0), (0, missing)), constant_values=-np.inf)
         ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
         if isinstance(q, Tensor):
             return torch.from_numpy(scores).to(q.device), torch.from_numpy(ids).to(q.device)
         return scores, ids
 
-    def _keys(self, asked: np.ndarray) -> np.ndarray:
-        """distance · rows + id, so that one number orders both. (Q, N)"""
-        keys = np.empty((len(asked), len(self)), dtype=np.int64)
+    def _keys(self, query_patterns: np.ndarray) -> np.ndarray:
+        """Return distance · rows + id, one number that orders by both: (Q, N)."""
+        keys = np.empty((len(query_patterns), len(self)), dtype=np.int64)
         first = 0
         for block in self._blocks:
             ids = np.arange(first, first + len(block))
-            for query, out in zip(asked, keys, strict=True):
+            for query, out in zip(query_patterns, keys, strict=True):
                 distance = np.bitwise_count(block ^ query).sum(axis=1, dtype=np.int64)
                 out[first : first + len(block)] = distance * len(self) + ids
             first += len(block)
@@ -96,16 +102,13 @@ class SignIndex:
     def _checked(self, x: Any, name: str) -> Tensor:
         rows = as_tensor(x, name)
         check_rows(rows, name, QUERIES)
-        if rows.shape[1] != self.dim:
-            raise ValueError(f"{name} has width {rows.shape[1]}, the index {self.dim}")
-        bad = (~rows.isfinite().all(dim=1)).nonzero()
-        if len(bad):
-            raise ValueError(f"{name}: row {int(bad[0])} holds NaN or infinity")
+        check_width(rows, name, self.dim)
+        check_finite(rows, name)
         return rows
 
 
 def patterns(rows: Tensor) -> np.ndarray:
-    """Signs of (n, D) rows, positive or not, as (n, ceil(D / 64)) uint64."""
+    """Return the signs of (n, D) rows, positive or not, as (n, ceil(D / 64)) uint64."""
     bits = np.packbits((rows > 0).cpu().numpy(), axis=1)
     bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
     return np.ascontiguousarray(bits).view(np.uint64)

@@ -1,9 +1,9 @@
-"""Searching a piece of the corpus with the GPU kernels: a sample sets a threshold, one pass collects, proof follows.
+"""Search of one corpus segment with the GPU kernels: a sampled threshold, one pass that collects, then a proof.
 
-Every query's threshold is a low-precision order statistic of a random sample of the rows, chosen so that the whole
-corpus holds a few k rows above it. One product of the whole piece then collects what can reach it. That guess is
-checked, not trusted: if the k-th best proven lower bound of the collected rows reaches the threshold, then no row that
-was left out can be among the k best (docs/mips.md). What fails, or finds no room, is marked in ``state.missed``.
+Each query's threshold is a low-precision order statistic of a random sample of the rows. It is chosen so that a few
+times k rows of the whole corpus are above it. One product of the whole segment then collects the rows that can reach
+it. The guess is checked: if the k-th best proven lower bound of the collected rows reaches the threshold, no other row
+can be among the k best (docs/mips.md). Queries that fail, or have too many candidates, are marked in ``state.missed``.
 Nothing here waits for the device.
 """
 
@@ -15,32 +15,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jasper_fast.mips import pieces
-from jasper_fast.mips.pieces import BIN, UNIT, Piece
-from jasper_fast.mips.sample import KEPT_STEP, sample, short_norms
-from jasper_fast.mips.scan import UNDERFLOW, Queries, accumulation
-from jasper_fast.mips.settle import bytes_of_query, just_below, settle
-from jasper_fast.mips.state import State
+from jasper_fast.mips import segment as segments
+from jasper_fast.mips.cpu import UNDERFLOW, Queries, accumulation
+from jasper_fast.mips.rerank import bytes_per_query, just_below, rerank
+from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
+from jasper_fast.mips.threshold import MIN_CACHED_STEP, sample, short_norms
+from jasper_fast.mips.topk_state import TopKState
 
-LOW = torch.bfloat16  # in which float32 rows are scanned
-FEW = 16  # queries whose scan is bound by memory: a thinner sample costs less of it
-OWN_PRECISION = 64  # queries up to which converting float32 rows would cost more than it saves
-ROOM, ROOM_OF_FEW = 1024, 8192  # candidates of a query, for small k
-MOST_BINS = 16_384  # of a query whose threshold a program finds; kernels/mips_start.py has blocks up to it
-MOST_ROWS = 1 << 23  # of a slice: places in a tile's mask fit 32 bits
-STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # one row in so many is sampled
-TENSOR_CORE = 4  # times the rounding of ordinary sums: tensor cores cut off where others round
-SLACK = 16 * UNIT  # what float32 arithmetic on bounds can lose, of ‖q‖‖x‖
+SCAN_DTYPE = torch.bfloat16  # of the scan of float32 rows
+MAX_MEMORY_BOUND_QUERIES = 16  # The scan of so few queries is bound by memory, so their sample is thinner.
+MAX_UNCONVERTED_QUERIES = 64  # With so few queries, converting float32 rows would cost more than it saves.
+MIN_CAPACITY, MIN_MEMORY_BOUND_CAPACITY = 1024, 8192  # candidates of a query
+MAX_KERNEL_BINS = 16_384  # of a query for the threshold kernel; kernels/mips_prologue.py has blocks of up to this size
+MAX_SLICE_ROWS = 1 << 23  # Places in a tile's mask must fit 32 bits.
+SAMPLE_STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # One row in so many is sampled.
+TENSOR_CORE_FACTOR = 4  # Tensor cores truncate, so their error is this multiple of that of ordinary sums.
+BOUND_SLACK = 16 * UNIT_ROUNDOFF  # error of float32 arithmetic on bounds, relative to ‖q‖‖x‖
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a piece is searched.
+    """Parameters of a segment's search.
 
     Args:
-        step: one row in ``step`` is sampled; 1: all rows give the threshold, and it is proven from the start.
-        rank: the threshold is this largest of the sample's bin maxima.
-        capacity: candidates that a query has room for.
+        step: number of rows that one sampled row represents. With 1 all rows set the threshold, which is then proven.
+        rank: rank of the threshold among the sample's bin maxima, 1 for the largest.
+        capacity: maximum number of candidates of a query.
     """
 
     step: int
@@ -48,19 +48,25 @@ class Plan:
     capacity: int
 
 
-def serves(piece: Piece, k: int) -> bool:
-    """Whether the kernels can search this piece."""
-    return pieces.on_gpu(piece.rows) and k * BIN <= len(piece)
+def serves(segment: Segment, k: int) -> bool:
+    """Tell if the kernels can search this segment."""
+    return segments.on_gpu(segment.rows) and k * BIN <= len(segment)
 
 
 def plan(rows: int, k: int, size: int) -> Plan:
-    """The thinnest sample whose threshold is too high or too low for only about one query in ten thousand.
+    """Choose the thinnest sample whose threshold is too high or too low for about one query in ten thousand.
 
-    Of n rows above the r-th largest of one row in s, n / s is nearly Gamma(r) distributed, whatever the corpus, because
-    the rows are drawn at random.
+    Let n rows be above the r-th largest of a sample of one row in s. Then n / s is nearly Gamma(r) distributed for any
+    corpus, because the rows are drawn at random.
+
+    Args:
+        rows: number of rows in the segment.
+        k: number of rows to find.
+        size: number of queries.
     """
-    capacity = max(ROOM_OF_FEW if size <= FEW else ROOM, 4 * k + 4 * BIN)
-    for step in STEPS:
+    least = MIN_MEMORY_BOUND_CAPACITY if size <= MAX_MEMORY_BOUND_QUERIES else MIN_CAPACITY
+    capacity = max(least, 4 * k + 4 * BIN)
+    for step in SAMPLE_STEPS:
         rank = math.ceil(k / step + 3 + 5 * math.sqrt(k / step))
         fits = step * (rank + 5 * math.sqrt(rank) + 5) <= capacity
         if fits and rows // step // BIN >= 4 * rank:
@@ -68,89 +74,111 @@ def plan(rows: int, k: int, size: int) -> Plan:
     return Plan(1, k, capacity)
 
 
-def rows_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
-    """Rows, a multiple of 64, whose low-precision copy and sample fit an eighth of the scratch memory each.
+def rows_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
+    """Return a number of rows, a multiple of 64, whose low-precision copy and sample fit an eighth of scratch each.
 
-    What a lasting piece keeps of its sample is part of the piece.
+    A sample that a lasting segment keeps does not count as scratch.
+
+    Args:
+        segment: segment to search.
+        size: number of queries.
+        k: number of rows to find.
+        scratch: bytes of scratch memory.
     """
-    width = piece.rows.shape[1]
-    step = plan(len(piece), k, size).step
-    kept = step == 1 or (piece.lasting and step >= KEPT_STEP)
-    sample = 0 if kept else piece.rows.element_size() * width / step
-    copied = 2 * width if _converts(piece, size) else 0
+    width = segment.rows.shape[1]
+    step = plan(len(segment), k, size).step
+    free = step == 1 or (segment.lasting and step >= MIN_CACHED_STEP)
+    sample = 0 if free else segment.rows.element_size() * width / step
+    copied = 2 * width if _converts(segment, size) else 0
     fits = int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN
-    return min(max(64 * BIN, fits), MOST_ROWS)
+    return min(max(64 * BIN, fits), MAX_SLICE_ROWS)
 
 
-def queries_at_once(piece: Piece, size: int, k: int, scratch: int) -> int:
-    """Queries whose bins and candidates fit three eighths of the scratch memory."""
-    chosen = plan(len(piece), k, size)
-    bins = len(piece) // chosen.step // BIN + 1
-    each = (4 if bins <= MOST_BINS else 12) * bins + bytes_of_query(k, chosen.capacity)
+def queries_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
+    """Return the number of queries whose bins and candidates fit three eighths of the scratch memory."""
+    chosen = plan(len(segment), k, size)
+    bins = len(segment) // chosen.step // BIN + 1
+    each = (4 if bins <= MAX_KERNEL_BINS else 12) * bins + bytes_per_query(k, chosen.capacity)
     most = min(3 * scratch // 8 // each, 2**30 // chosen.capacity)
     return max(1, most // 128 * 128 or most)
 
 
-def low_plane(piece: Piece, size: int) -> Tensor:
-    """(N, D) rows as they are scanned: as stored, or float32 ones rounded where there are many queries."""
-    if piece.plane is not None:
-        return piece.plane.codes
-    return piece.rows.to(LOW) if _converts(piece, size) else piece.rows
+def scan_rows(segment: Segment, size: int) -> Tensor:
+    """Return (N, D) rows for the scan: as stored, or float32 rows rounded for many queries."""
+    if segment.scan_copy is not None:
+        return segment.scan_copy.codes
+    return segment.rows.to(SCAN_DTYPE) if _converts(segment, size) else segment.rows
 
 
-def _converts(piece: Piece, size: int) -> bool:
-    return piece.rows.dtype == torch.float32 and piece.plane is None and size > OWN_PRECISION
+def _converts(segment: Segment, size: int) -> bool:
+    return segment.rows.dtype == torch.float32 and segment.scan_copy is None and size > MAX_UNCONVERTED_QUERIES
 
 
-def search_device(
-    piece: Piece, plane: Tensor, first_id: int, queries: Queries, valid: Tensor, state: State, proven: bool
+def search_cuda(
+    segment: Segment, rows: Tensor, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool
 ) -> None:
-    """Many queries or few, on CUDA. ``piece.norms`` is known and no score can overflow.
+    """Search a segment for any number of queries on CUDA. No score may overflow.
 
     Args:
-        plane: of ``low_plane``.
-        valid: bool (N,) or (Q, N), contiguous; empty where all rows are valid.
+        segment: segment to search, with known ``norms``.
+        rows: (N, D) result of `scan_rows`.
+        first_id: id of the first row.
+        queries: the Q queries.
+        valid: bool (N,) or (Q, N) mask, contiguous. Empty if all rows are valid.
+        state: best rows so far, updated in place.
+        proven: True to rank by fp64 scores, False by the scan's.
     """
     from jasper_fast.kernels import mips as kernels
-    from jasper_fast.kernels.mips_finish import Collected
+    from jasper_fast.kernels.mips_epilogue import Collected
 
-    how = plan(len(piece), state.k, len(queries))
-    asked, query_scales, limits = operands(piece, plane, queries, proven)
-    scales = (piece.scales if query_scales is not None else None, query_scales)
-    norms = short_norms(piece)
+    chosen = plan(len(segment), state.k, len(queries))
+    scan_queries, query_scales, limits = operands(segment, rows, queries, proven)
+    scales = (segment.scales if query_scales is not None else None, query_scales)
+    norms = short_norms(segment)
     mask = valid if valid.numel() else None
-    if how.step == 1:
-        lower = kernels.lower_bounds(plane, asked, scales, mask, norms, limits, BIN)
+    if chosen.step == 1:
+        lower = kernels.lower_bounds(rows, scan_queries, scales, mask, norms, limits, BIN)
     else:
-        drawn = sample(piece, plane, how.step)
-        shown = None if mask is None else mask[..., drawn.numbers].contiguous()
-        lower = kernels.lower_bounds(drawn.plane, asked, (drawn.scales, query_scales), shown, drawn.norms, limits, 1)
-    threshold, counts = _thresholds(lower, how.rank, state)
+        drawn = sample(segment, rows, chosen.step)
+        drawn_mask = None if mask is None else mask[..., drawn.numbers].contiguous()
+        lower = kernels.lower_bounds(
+            drawn.rows, scan_queries, (drawn.scales, query_scales), drawn_mask, drawn.norms, limits, 1
+        )
+    threshold, counts = _thresholds(lower, chosen.rank, state)
     del lower
-    scores, rows = kernels.collect(plane, asked, scales, mask, norms, limits, threshold, counts, how.capacity)
-    settle(Collected(counts, scores, rows, threshold, norms, limits), piece, first_id, queries, state, proven)
+    scores, numbers = kernels.collect(
+        rows, scan_queries, scales, mask, norms, limits, threshold, counts, chosen.capacity
+    )
+    rerank(Collected(counts, scores, numbers, threshold, norms, limits), segment, first_id, queries, state, proven)
 
 
 def operands(
-    piece: Piece, plane: Tensor, queries: Queries, proven: bool
+    segment: Segment, rows: Tensor, queries: Queries, proven: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-    """Queries as the scan multiplies them, their scales if they are integers, and (relative, absolute) errors."""
-    from jasper_fast.kernels import mips_start
+    """Return queries in the scan's dtype, their scales if they are integers, and (relative, absolute) errors.
 
-    width = plane.shape[1]
+    Args:
+        segment: segment to search.
+        rows: (N, D) result of `scan_rows`.
+        queries: exact queries.
+        proven: False assumes errors of 0.
+    """
+    from jasper_fast.kernels import mips_prologue
+
+    width = rows.shape[1]
     # Sums of codes are exact.
-    product = 8 * UNIT if plane.dtype == torch.int8 else TENSOR_CORE * accumulation(width)
-    product += SLACK
-    if plane.dtype != piece.rows.dtype:  # float32 rows, each element rounded to the plane's dtype
-        product += torch.finfo(plane.dtype).eps / 2 * (1 + product)
-    return mips_start.operands(queries.exact, plane.dtype, product, width * UNDERFLOW, proven)
+    product = 8 * UNIT_ROUNDOFF if rows.dtype == torch.int8 else TENSOR_CORE_FACTOR * accumulation(width)
+    product += BOUND_SLACK
+    if rows.dtype != segment.rows.dtype:  # float32 rows, each element rounded to the scan's dtype
+        product += torch.finfo(rows.dtype).eps / 2 * (1 + product)
+    return mips_prologue.operands(queries.exact, rows.dtype, product, width * UNDERFLOW, proven)
 
 
-def _thresholds(lower: Tensor, rank: int, state: State) -> tuple[Tensor, Tensor]:
-    """What to collect by, (Q,) float32, and counters for what will be, (Q,) int32."""
-    from jasper_fast.kernels import mips_start
+def _thresholds(lower: Tensor, rank: int, state: TopKState) -> tuple[Tensor, Tensor]:
+    """Return the thresholds of a scan, (Q,) float32, and counters for the rows it collects, (Q,) int32."""
+    from jasper_fast.kernels import mips_prologue
 
-    if lower.shape[1] <= MOST_BINS:
-        return mips_start.thresholds(lower, rank, state.cutoffs)
-    found = torch.maximum(lower.topk(rank, dim=1).values[:, -1], just_below(state.cutoffs))
-    return found, torch.zeros_like(found, dtype=torch.int32)
+    if lower.shape[1] <= MAX_KERNEL_BINS:
+        return mips_prologue.thresholds(lower, rank, state.cutoffs)
+    threshold = torch.maximum(lower.topk(rank, dim=1).values[:, -1], just_below(state.cutoffs))
+    return threshold, torch.zeros_like(threshold, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""From the rows that a scan collected to the k best: what is possible is rescored, and what is missing is noticed.
+"""Rerank the rows that a scan collected: rescore the possible ones in fp64 and mark incomplete queries.
 
-The kernels (kernels/mips_finish.py) do it where one program can hold a query's candidates. Plain torch does the same
-for larger k, in some seventy launches for three, and says for tests what the kernels must find.
+The kernels (kernels/mips_epilogue.py) rerank queries whose candidates fit one program. Plain torch does the same for
+larger k with some seventy launches instead of three. Tests compare the kernels with it.
 """
 
 from __future__ import annotations
@@ -11,77 +11,91 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.pieces import BIN, Piece
-from jasper_fast.mips.scan import Queries
-from jasper_fast.mips.state import State
+from jasper_fast.mips.cpu import Queries
+from jasper_fast.mips.segment import BIN, Segment
+from jasper_fast.mips.topk_state import TopKState
 
 if TYPE_CHECKING:
-    from jasper_fast.kernels.mips_finish import Collected
+    from jasper_fast.kernels.mips_epilogue import Collected
 
-MOST = 8192  # candidates of a query that a program holds; kernels/mips_finish.py has blocks up to it
+MAX_KERNEL_CANDIDATES = 8192  # of a query; kernels/mips_epilogue.py has blocks of up to this size
 
 
-def room(k: int, capacity: int) -> int:
-    """Rows of a query that are rescored at most."""
+def max_rescored(k: int, capacity: int) -> int:
+    """Return the maximum number of rows of a query that are rescored."""
     return min(capacity, 2 * k + BIN)
 
 
-def bytes_of_query(k: int, capacity: int) -> int:
-    """Memory for the candidates of a query."""
-    return 8 * capacity + 24 * room(k, capacity) + 16 * k if capacity <= MOST else 48 * capacity
+def bytes_per_query(k: int, capacity: int) -> int:
+    """Return the bytes that a query's candidates take."""
+    if capacity > MAX_KERNEL_CANDIDATES:
+        return 48 * capacity
+    return 8 * capacity + 24 * max_rescored(k, capacity) + 16 * k
 
 
-def settle(found: Collected, piece: Piece, first_id: int, queries: Queries, state: State, proven: bool) -> None:
-    """Takes what was collected of a piece into the state; with ``proven`` rescored in fp64."""
-    if found.scores.shape[1] > MOST:
-        settle_in_torch(found, piece, first_id, queries, state, proven)
+def rerank(
+    collected: Collected, segment: Segment, first_id: int, queries: Queries, state: TopKState, proven: bool
+) -> None:
+    """Merge collected rows into the state.
+
+    Args:
+        collected: candidates of the scan.
+        segment: segment that was scanned.
+        first_id: id of the segment's first row.
+        queries: the Q queries.
+        state: best rows so far, updated in place.
+        proven: rescore in fp64. False keeps the scan's scores.
+    """
+    if collected.scores.shape[1] > MAX_KERNEL_CANDIDATES:
+        rerank_in_torch(collected, segment, first_id, queries, state, proven)
         return
-    from jasper_fast.kernels.mips_finish import finish
+    from jasper_fast.kernels.mips_epilogue import rerank as rerank_in_kernels
 
-    finish(
-        found, queries.exact, piece.rows, _row_scales(piece), first_id, room(state.k, found.scores.shape[1]), proven,
+    rerank_in_kernels(
+        collected, queries.exact, segment.rows, _row_scales(segment), first_id,
+        max_rescored(state.k, collected.scores.shape[1]), proven,
         (state.best, state.counts, state.cutoffs, state.broken, state.missed),
     )  # fmt: skip
 
 
-def settle_in_torch(
-    found: Collected, piece: Piece, first_id: int, queries: Queries, state: State, proven: bool
+def rerank_in_torch(
+    collected: Collected, segment: Segment, first_id: int, queries: Queries, state: TopKState, proven: bool
 ) -> None:
-    """`settle` for any k."""
-    from jasper_fast.kernels.mips import rescore
+    """Do the same as `rerank`, for any k."""
+    from jasper_fast.kernels.mips_rescore import rescore
 
-    counts, scores, numbers, limits = found.counts, found.scores, found.rows, found.limits
+    counts, scores, numbers, limits = collected.counts, collected.scores, collected.rows, collected.limits
     (size, capacity), k, device = scores.shape, state.k, scores.device
-    # Of what was collected, the k-th best lower bound is proven; most candidates fall below it.
-    there = torch.arange(capacity, device=device) < counts[:, None]
-    numbers = numbers.where(there, 0)
-    error = found.norms[numbers // BIN] * limits[0][:, None] + limits[1][:, None]
-    cutoff = (scores - error).where(there, -torch.inf).topk(k, dim=1).values[:, -1]
+    # The k-th best lower bound of the collected rows is proven. Most candidates fall below it.
+    filled = torch.arange(capacity, device=device) < counts[:, None]
+    numbers = numbers.where(filled, 0)
+    error = collected.norms[numbers // BIN] * limits[0][:, None] + limits[1][:, None]
+    cutoff = (scores - error).where(filled, -torch.inf).topk(k, dim=1).values[:, -1]
     cutoff = torch.maximum(cutoff, just_below(state.cutoffs))
-    upper = (scores + error).where(there, -torch.inf)
-    few = room(k, capacity)
-    best, place = upper.topk(few, dim=1)
-    kept = (best >= cutoff[:, None]) & (best > -torch.inf)
-    crowded = (upper >= cutoff[:, None]).logical_and_(there).sum(dim=1) > few
-    missed = (counts > capacity) | (found.thresholds > cutoff) | crowded
-    kept &= ~missed[:, None]
+    upper = (scores + error).where(filled, -torch.inf)
+    limit = max_rescored(k, capacity)
+    best, place = upper.topk(limit, dim=1)
+    possible = (best >= cutoff[:, None]) & (best > -torch.inf)
+    crowded = (upper >= cutoff[:, None]).logical_and_(filled).sum(dim=1) > limit
+    missed = (counts > capacity) | (collected.thresholds > cutoff) | crowded
+    possible &= ~missed[:, None]
     numbers, scores = numbers.gather(1, place).long(), scores.gather(1, place).double()
     if proven:
-        query = torch.arange(size, device=device)[:, None].expand(size, few).reshape(-1)
-        row = numbers.where(kept, -1).view(-1)
-        true = rescore(queries.exact, piece.rows, _row_scales(piece), query, row).view(size, few)
-        wrong = ((true - scores).abs() > error.gather(1, place)) & kept
+        query = torch.arange(size, device=device)[:, None].expand(size, limit).reshape(-1)
+        row = numbers.where(possible, -1).view(-1)
+        true = rescore(queries.exact, segment.rows, _row_scales(segment), query, row).view(size, limit)
+        wrong = ((true - scores).abs() > error.gather(1, place)) & possible
         state.broken |= wrong.any(dim=1)
     else:
-        true = scores.masked_fill(~kept, -torch.inf)
+        true = scores.masked_fill(~possible, -torch.inf)
     state.missed |= missed
     state.merge_table(true, numbers + first_id)
 
 
 def just_below(cutoffs: Tensor) -> Tensor:
-    """float32 numbers below float64 ones."""
+    """Return float32 numbers below the given float64 numbers."""
     return torch.nextafter(cutoffs.float(), torch.full((), -torch.inf, device=cutoffs.device))
 
 
-def _row_scales(piece: Piece) -> Tensor | None:
-    return piece.scales if piece.rows.dtype == torch.int8 else None
+def _row_scales(segment: Segment) -> Tensor | None:
+    return segment.scales if segment.rows.dtype == torch.int8 else None

@@ -1,8 +1,8 @@
-"""What a search on a GPU needs of a piece whatever is asked: short norms, and a random sample of its rows.
+"""Data of a segment from which a GPU search sets its thresholds: float32 norms and a random sample of rows.
 
-Computed once for a `Piece`, which stands for rows that do not change: rows that came or were overwritten are another.
-A piece of an index, which is searched again and again, keeps thin samples only: one row in 16 at most, and with thinner
-ones for other k and numbers of queries less than an eighth of what scans read.
+Both are computed once for a `Segment`, whose rows never change. Added or overwritten rows make a new segment. A segment
+of an index keeps thin samples only, of at most one row in 16. Together they take less than an eighth of what a scan
+reads.
 """
 
 from __future__ import annotations
@@ -14,67 +14,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.pieces import BIN, UNIT, Piece
+from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
 
-KEPT_STEP = 16  # one row in so many, or fewer, is little enough to keep
+MIN_CACHED_STEP = 16  # Samples of one row in 16, or thinner, are small enough to keep.
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows in rising order.
+    """Sampled rows in rising order.
 
     Args:
-        numbers: (n,) int64.
-        plane: (n, D), as they are scanned.
-        norms: (n,) float32, of their bins.
-        scales: (n,) float32 for int8 rows, else None.
+        numbers: (n,) int64 row numbers.
+        rows: (n, D) rows in the form that scans read.
+        norms: (n,) float32 norms of the rows' bins.
+        scales: (n,) float32 scales of int8 rows. None for other dtypes.
     """
 
     numbers: Tensor
-    plane: Tensor
+    rows: Tensor
     norms: Tensor
     scales: Tensor | None
 
 
-def short_norms(piece: Piece) -> Tensor:
-    """``piece.norms`` as float32, rounded up. (bins,)"""
+def short_norms(segment: Segment) -> Tensor:
+    """Return ``segment.norms`` as float32, rounded up: (bins,)."""
 
     def make() -> Tensor:
-        assert piece.norms is not None
-        return (piece.norms * (1 + 2 * UNIT)).float()  # the factor makes rounding go up
+        assert segment.norms is not None
+        return (segment.norms * (1 + 2 * UNIT_ROUNDOFF)).float()  # The factor makes rounding go up.
 
-    return _once(piece, "norms", make)
+    return _cached(segment, "norms", make)
 
 
-def sample(piece: Piece, plane: Tensor, step: int) -> Sample:
-    """One row in every ``step``, at random; the same ones each time."""
+def sample(segment: Segment, rows: Tensor, step: int) -> Sample:
+    """Draw one row in every ``step`` at random. Repeated calls return the same rows.
+
+    Args:
+        segment: segment to sample.
+        rows: (N, D) rows of the segment in the form that scans read.
+        step: number of rows that one sampled row represents.
+    """
 
     def make() -> Sample:
-        numbers = _drawn(len(piece), step, plane.device)
-        scales = piece.scales[numbers] if piece.rows.dtype == torch.int8 else None
-        return Sample(numbers, plane[numbers], short_norms(piece)[numbers // BIN], scales)
+        numbers = _random_rows(len(segment), step, rows.device)
+        scales = segment.scales[numbers] if segment.rows.dtype == torch.int8 else None
+        return Sample(numbers, rows[numbers], short_norms(segment)[numbers // BIN], scales)
 
-    if piece.lasting and step < KEPT_STEP:
+    if segment.lasting and step < MIN_CACHED_STEP:
         return make()
-    return _once(piece, (step, plane.dtype), make)
+    return _cached(segment, (step, rows.dtype), make)
 
 
-def _once(piece: Piece, key: object, make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, computed once for a piece, on whatever stream that was."""
-    if key not in piece.derived:
+def _cached(segment: Segment, key: object, make: Callable[[], Any]) -> Any:
+    """Return the result of ``make``, computed once for a segment on any stream."""
+    if key not in segment.derived:
         value, made = make(), None
-        if piece.rows.is_cuda:
+        if segment.rows.is_cuda:
             made = torch.cuda.Event()
             made.record()
-        piece.derived[key] = (value, made)
-    value, made = piece.derived[key]
+        segment.derived[key] = (value, made)
+    value, made = segment.derived[key]
     if made is not None:
-        made.wait()  # which is for the device to do
+        made.wait()  # The device waits, not the host.
     return value
 
 
-def _drawn(rows: int, step: int, device: torch.device) -> Tensor:
-    """(rows // step,) int64"""
+def _random_rows(rows: int, step: int, device: torch.device) -> Tensor:
+    """Draw (rows // step,) int64 row numbers, one in each run of ``step`` rows."""
     generator = torch.Generator(device).manual_seed(0)
     count = rows // step
     return torch.arange(count, device=device) * step + torch.randint(
