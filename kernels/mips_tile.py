@@ -63,7 +63,7 @@ def allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return bounds of the errors of a tile's scores. ``SHARE`` rows have one norm: (BLOCK_M, BLOCK_N)."""
+    """Return bounds (BLOCK_M, BLOCK_N) of the errors of a tile's scores. ``SHARE`` rows have one norm."""
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     norm = tl.load(NORMS + m // SHARE, mask=m < N, other=0.0)
     relative = tl.load(RELATIVE + n, mask=n < Q, other=0.0)

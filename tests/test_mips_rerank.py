@@ -154,7 +154,7 @@ def test_fast_takes_scores_as_they_are(stored):
 @pytest.mark.parametrize("k, capacity", [(1, 1024), (130, 1024), (80, 2048), (60, 4096), (40, 8192)])
 def test_many_candidates(k, capacity, programs, monkeypatch):
     """However many programs share a query, and however many rows a program holds."""
-    monkeypatch.setattr(mips_epilogue, "FILL", programs)
+    monkeypatch.setattr(mips_epilogue, "TARGET_PROGRAMS", programs)
     segment, _ = segment_of(torch.randn(2 * k + 100, 8), "float32")
     queries, pair = Queries.of(torch.randn(2, 8, device=DEVICE)), states(2, k)
     for first in (0, 10_000):
