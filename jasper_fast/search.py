@@ -176,7 +176,7 @@ def build(
     encode, width = _encoder(loaded, width)
     if pictures:
         encode = _image_encoder(model, width, trust_remote_code)
-    index, indexed = _encode_texts(model, texts, encode, width, dtype, total, " pictures" if pictures else " texts")
+    index, indexed = _encode_texts(model, texts, encode, width, dtype, total, " images" if pictures else " texts")
     if not indexed:
         raise JasperError("no texts to index. Fix: give a source with at least one text")
     settings = {
@@ -291,7 +291,7 @@ def _build(given: argparse.Namespace) -> None:
         given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
         total=given.limit, pictures=given.pictures, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
-    kind = "pictures" if given.pictures else "texts"
+    kind = "images" if given.pictures else "texts"
     print(f"{count:,} {kind} in {given.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
     print(f"  python -m jasper_fast.search ask {given.out}")
 

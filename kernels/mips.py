@@ -37,7 +37,7 @@ def lower_bounds_kernel(
     ROW_SCALES,  # (N,) fp32 of int8 codes, or None
     QUERY_SCALES,  # (Q,) fp32 of int8 codes, or None
     VALID,  # (N,) or (Q, N) uint8, or None
-    NORMS,  # (ceil(N / SHARE),) fp32
+    NORMS,  # (ceil(N / ROWS_PER_NORM),) fp32
     RELATIVE,  # (Q,) fp32
     ABSOLUTE,  # (Q,) fp32
     OUT,  # (Q, bins) fp32
@@ -48,7 +48,7 @@ def lower_bounds_kernel(
     stride_c,
     stride_q,
     stride_v,
-    SHARE: tl.constexpr,
+    ROWS_PER_NORM: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -64,7 +64,7 @@ def lower_bounds_kernel(
             CORPUS, QUERIES, ROW_SCALES, QUERY_SCALES, m0, n0, N, Q, D, stride_c, stride_q, DESCRIPTORS, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        score -= errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, SHARE, BLOCK_M, BLOCK_N)
+        score -= errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, ROWS_PER_NORM, BLOCK_M, BLOCK_N)
         # Not 0, which would exceed negative scores.
         score = tl.where(allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N), score, float("-inf"))
         best = tl.max(tl.reshape(score, (BLOCK_M // BIN, BIN, BLOCK_N)), axis=1)
@@ -194,7 +194,7 @@ def lower_bounds(
     valid: Tensor | None,
     norms: Tensor,
     limits: tuple[Tensor, Tensor],
-    share: int,
+    rows_per_norm: int,
     descriptors: bool | None = None,
 ) -> Tensor:
     """Return the highest (score - error) in each bin of 64 rows, -inf for a bin without valid rows.
@@ -204,9 +204,9 @@ def lower_bounds(
         queries: (Q, D) queries of the same dtype, contiguous.
         scales: (N,) and (Q,) float32 scales of int8 rows and queries. None for other dtypes.
         valid: (N,) or (Q, N) bool mask, contiguous. None allows all rows.
-        norms: (ceil(N / share),) float32 norms.
+        norms: (ceil(N / rows_per_norm),) float32 norms.
         limits: errors relative to the norm and absolute errors, (Q,) float32 each.
-        share: number of rows for each norm, 1 or 64.
+        rows_per_norm: number of rows for each norm, 1 or 64.
         descriptors: use tensor descriptors. None uses them if the hardware has them.
 
     Returns:
@@ -219,7 +219,7 @@ def lower_bounds(
     mask = None if valid is None else valid.view(torch.uint8)
     run(
         corpus, factor, *scales, mask, norms, *limits, out, *rows.shape[:1], len(queries), rows.shape[1], bins,
-        rows.stride(0), queries.stride(0), _mask_stride(valid), SHARE=share, **options,
+        rows.stride(0), queries.stride(0), _mask_stride(valid), ROWS_PER_NORM=rows_per_norm, **options,
     )  # fmt: skip
     return out
 
@@ -316,15 +316,18 @@ def forms() -> Iterator[Form]:
                 **rest,
             )
             yield collecting
-            for share in (1, BIN.value):
+            for rows_per_norm in (1, BIN.value):
                 bounding = Form(
-                    f"{label}, norm of {share}",
+                    f"{label}, norm of {rows_per_norm}",
                     lower_bounds_kernel,
                     types | {"OUT": "*fp32:16", "bins": "i32"},
-                    {**constants, "SHARE": share},
+                    {**constants, "ROWS_PER_NORM": rows_per_norm},
                     **{
                         **rest,
-                        "quick": rest["quick"] and descriptors and share == 1 and (kind, tile.n) == ("bf16", 128),
+                        "quick": rest["quick"]
+                        and descriptors
+                        and rows_per_norm == 1
+                        and (kind, tile.n) == ("bf16", 128),
                     },
                 )
                 yield bounding

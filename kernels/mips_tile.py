@@ -62,10 +62,12 @@ def allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def errors(NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return bounds (BLOCK_M, BLOCK_N) of the errors of a tile's scores. ``SHARE`` rows have one norm."""
+def errors(
+    NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, ROWS_PER_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return bounds (BLOCK_M, BLOCK_N) of the errors of a tile's scores. ``ROWS_PER_NORM`` rows have one norm."""
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    norm = tl.load(NORMS + m // SHARE, mask=m < N, other=0.0)
+    norm = tl.load(NORMS + m // ROWS_PER_NORM, mask=m < N, other=0.0)
     relative = tl.load(RELATIVE + n, mask=n < Q, other=0.0)
     absolute = tl.load(ABSOLUTE + n, mask=n < Q, other=0.0)
     return norm[:, None] * relative[None, :] + absolute[None, :]

@@ -210,13 +210,13 @@ def forms() -> Iterator[Form]:
         mixed.append((f"features {a}/{x}", a, x, ("INNER_A", "INNER_X"), "tf32x3"))
     layouts = {
         "": ({"stride_am": "i32:16", "stride_xk": "i32:16"}, {"stride_ak": 1, "stride_xn": 1}),
-        " turned": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
+        " transposed": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
         " strided": (dict.fromkeys(("stride_am", "stride_ak", "stride_xk", "stride_xn"), "i32"), {}),
     }
     across = ({"stride_am": "i32:16", "stride_xn": "i32:16"}, {"stride_ak": 1, "stride_xk": 1})  # the scores, S S'
     chosen = list(itertools.product(uses, layouts.items()))
     chosen += [(use, (" across", across)) for use in uses if use[0] == "plain"]
-    chosen += [(use, (" turned", layouts[" turned"])) for use in mixed]
+    chosen += [(use, (" transposed", layouts[" transposed"])) for use in mixed]
     for (name, a, x, scales, precision), (layout, (strides, ones)) in chosen:
         for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:
             types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16", "FLAG": "*i32"}
@@ -234,7 +234,7 @@ def forms() -> Iterator[Form]:
                 tensor_cores=True,
                 stack=dict.fromkeys((80, 90, 100), 96),
                 spills="strided" in layout,  # Such loads keep an address for every element.
-                quick=(name, layout) in (("row block bf16", ""), ("features fp32", " turned")) and tile.m == 128,
+                quick=(name, layout) in (("row block bf16", ""), ("features fp32", " transposed")) and tile.m == 128,
             )
             yield form
             if ones and (name, a, x, scales, precision) in uses:

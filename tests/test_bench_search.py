@@ -1,4 +1,4 @@
-"""The search benchmark at small size: it builds once, asks every question, and its parts add up."""
+"""The search benchmark at small size: it builds once, asks every question, and its times are consistent."""
 
 import json
 

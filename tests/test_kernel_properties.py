@@ -1,4 +1,4 @@
-"""The kernels on whatever hypothesis finds: interpreted on a CPU, compiled on a GPU."""
+"""The kernels on hypothesis examples: interpreted on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ needs_extension = pytest.mark.skipif(extension.extension_path() is None, reason=
 
 @contextmanager
 def path(few: dict, compiled: bool = True, bf16: bool = False, tile_rows: int = 128) -> Iterator[None]:
-    """One way through the search."""
+    """Force one path through the search."""
     with mock.patch.multiple(
         top_k,
         MAX_FEW_QUERIES=few,
@@ -52,7 +52,7 @@ PATHS = {
 
 
 def segment_of(rows: Tensor, stored: str) -> tuple[Segment, Tensor]:
-    """The segment and the float64 values its scores are true of."""
+    """Return the segment and its float64 values."""
     if stored == "int8":
         codes, scales, _ = int8_codes(rows)
         segment = Segment(codes, scales)
@@ -258,7 +258,7 @@ def test_no_queries_is_no_error():
     assert scores.shape == ids.shape == (0, 3)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_reported():
     corpus, queries = torch.randn(70, 4), torch.randn(3, 4)
     for k in (0, -1):
         with pytest.raises(ValueError, match=f"k must be at least 1; got {k}"):

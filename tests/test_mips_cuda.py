@@ -1,4 +1,4 @@
-"""The search's GPU kernels, interpreted where there is no GPU, against correctly rounded sums of exact products."""
+"""The search's GPU kernels, interpreted without a GPU, against correctly rounded sums of exact products."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ on_gpu = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What torch.empty gives is NaN, or a large integer."""
+    """Fill the results of torch.empty with NaN or a large integer."""
     plain = torch.empty
 
     def poisoned(*arguments, **options):
@@ -47,7 +47,7 @@ def _poisoned_memory(monkeypatch):
 
 @contextmanager
 def through_kernels(descriptors: bool = False) -> Iterator[None]:
-    """The GPU's way, on this machine's device. Triton's interpreter is wrong in bfloat16: float16 stands for it."""
+    """Take the GPU's path on this machine's device, with float16 for bfloat16, which the interpreter gets wrong."""
     with mock.patch.multiple(top_k, MAX_FEW_QUERIES=NEVER, native=lambda segment: False):
         if GPU:
             yield
@@ -61,7 +61,7 @@ def through_kernels(descriptors: bool = False) -> Iterator[None]:
 
 
 def segment_of(rows: Tensor, stored: str) -> tuple[Segment, Tensor]:
-    """The segment and the float64 values its scores are true of."""
+    """Return the segment and its float64 values."""
     if stored == "int8":
         codes, scales, _ = int8_codes(rows)
         segment = Segment(codes.to(DEVICE), scales.to(DEVICE))
@@ -97,7 +97,7 @@ def in_the_order_of_fp64(
     k: int,
     bins: int,
 ) -> None:
-    """Checks one search of a corpus in two segments, the first of so many bins."""
+    """Check one search of a corpus in two segments, the first of ``bins`` bins."""
     if stored == "float16" and kind in ("huge", "tiny", "mixed scales"):
         kind = "normal"  # float16 cannot hold them
     split = bins * BIN
@@ -117,7 +117,7 @@ def in_the_order_of_fp64(
 @on_gpu
 @pytest.mark.parametrize("seed", range(60))
 def test_the_order_of_fp64_of_drawn_cases(seed):
-    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
+    """Cases of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
     draw = random.Random(seed)
     rows = draw.choice((draw.randint(64, 400), draw.randint(400, 3000)))
     stored = draw.choice(("float32", "float16", "int8", "bfloat16"))
@@ -135,7 +135,7 @@ def test_the_order_of_fp64_of_drawn_cases(seed):
      pytest.param("bfloat16", "clustered", marks=on_gpu)],
 )  # fmt: skip
 def test_a_sample_sets_the_threshold(stored, order):
-    """Whatever the order of the corpus: the sample is drawn by rows, at random."""
+    """The sample is drawn by rows at random, for any order of the corpus."""
     corpus, queries = torch.randn(6000, 16), torch.randn(3, 16)
     if order == "ascending":
         corpus = corpus[(corpus @ queries[0]).argsort()]
@@ -178,8 +178,8 @@ def test_a_corrupted_bound_is_caught_and_the_query_redone():
 
 
 @pytest.mark.parametrize("rank, capacity", [(1, 1024), (60, 64)])
-def test_a_wrong_guess_is_noticed_and_redone(rank, capacity, monkeypatch):
-    """A threshold so high that k rows do not reach it, and one so low that there is no room."""
+def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
+    """One threshold is so high that fewer than k rows reach it, and one so low that rows exceed the capacity."""
     corpus, queries = torch.randn(4096, 16), torch.randn(2, 16)
     segment, values = segment_of(corpus, "float32")
     monkeypatch.setattr(cuda, "plan", lambda rows, k, size: cuda.Plan(1, rank, capacity))
@@ -195,7 +195,7 @@ def test_a_wrong_guess_is_noticed_and_redone(rank, capacity, monkeypatch):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("size", [3, 60, 150])
 def test_the_kernels_one_by_one(stored, size, descriptors):
-    """Every place is written, each tile, ragged edges; rows are counted beyond the room for them."""
+    """Every place of all tiles and ragged edges is written, and rows beyond the capacity are counted."""
     rows, width = (5000 if GPU else 300), 48
     segment, values = segment_of(torch.randn(rows, width), stored)
     queries = Queries.of(torch.randn(size, width).to(DEVICE))
@@ -263,7 +263,7 @@ def test_on_a_gpu(dtype, size):
 @on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_two_gpus_share_the_pieces(dtype, monkeypatch):
+def test_two_gpus_share_the_segments(dtype, monkeypatch):
     monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # small segments
     corpus, queries = torch.randn(30_000, 48), torch.randn(40, 48)
     alone = FlatIPIndex(48, dtype=dtype, device="cuda:0")
@@ -285,7 +285,7 @@ def test_two_gpus_share_the_pieces(dtype, monkeypatch):
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("proven", [False, True])
 def test_the_device_is_waited_for_once(k, lasting, proven):
-    """With a sample that is kept, one that an index draws again, and none."""
+    """With a cached sample, a sample drawn again, and no sample."""
     corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
     segment = Segment(corpus.bfloat16(), lasting=lasting)
     segment.norms = bin_norms(segment)

@@ -1,4 +1,4 @@
-"""FlatIPIndex: growing, saving, loading, and what damaged files say."""
+"""FlatIPIndex: growing, saving, loading, and errors of damaged files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
     assert torch.equal(index.reconstruct(5009), loaded.reconstruct(5009))
 
 
-def test_an_index_with_a_gpus_plane_is_saved_with_that_of_a_cpu(tmp_path):
+def test_an_index_with_a_gpus_scan_copy_is_saved_with_that_of_a_cpu(tmp_path):
     index, queries = filled("float32"), torch.randn(2, 24)
     ((_, segment),) = index.segments()
     gpu = ScanCopy(segment.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
@@ -135,7 +135,7 @@ def test_numpy_in_numpy_out():
     assert isinstance(scores, np.ndarray) and ids.tolist() == [[0, 1, 2]] * 2
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     folder = tmp_path / "index"
     index = filled("int8")
     index.save(folder)
@@ -182,7 +182,7 @@ def test_save_overwrites_only_an_index(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_index(tmp_path):
-    """A limit on file size fails a write as a full disk does."""
+    """A limit on file size makes a write fail as on a full disk."""
     filled("float32").save(tmp_path / "index")
     program = (
         "import resource, signal, torch\n"
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_old_index(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_reported():
     index = filled("bfloat16")
     with pytest.raises(ValueError, match="x has width 3, the index 24"):
         index.add(torch.randn(2, 3))
@@ -242,8 +242,8 @@ def test_rows_that_are_not_there_are_filled(rows):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_devices_share_the_pieces(dtype, monkeypatch, tmp_path):
-    """Two shards, here of one CPU, hold every other segment; what they find is merged."""
+def test_devices_share_the_segments(dtype, monkeypatch, tmp_path):
+    """Two shards, here on one CPU, hold every other segment, and their results are merged."""
     monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # segments of 4096 rows
     corpus, queries = torch.randn(10_000, 8), torch.randn(6, 8)
     corpus[5000:5010] = corpus[0]  # equal rows in different shards
@@ -371,7 +371,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_rows_of_floats_is_refused(kind):
+def test_inputs_without_rows_of_floats_are_rejected(kind):
     form, error, message = REFUSED[kind]
     good, bad = rows(3), form(rows(3))
     index, signs = FlatIPIndex(8), SignIndex(8)
@@ -402,7 +402,7 @@ def test_what_has_no_rows_of_floats_is_refused(kind):
         ("abc", TypeError, "valid must be bool, or row numbers"),
     ],
 )
-def test_rows_that_may_be_returned_are_said_plainly(valid, error, message):
+def test_errors_of_valid_are_plain(valid, error, message):
     with pytest.raises(error, match=message):
         topk(rows(2), rows(3), 2, valid=valid)
     found = topk(rows(2), rows(3), 3, valid=masked(np.array([True, False, True])))[1]  # nothing is masked

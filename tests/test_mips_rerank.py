@@ -1,6 +1,6 @@
-"""What the search does on a GPU before and after its scan, interpreted where there is none: against plain torch.
+"""The search on a GPU before and after its scan, interpreted without a GPU, against plain torch.
 
-Nothing of what lies beyond the counts may matter: `_poisoned_memory` fills it.
+Memory beyond the counts must not matter, and `_poisoned_memory` fills it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("counts", "cutoffs", "broken", "missed")
 
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
-    """The interpreter takes its time for each; no result depends on how many products a program makes."""
+    """The interpreter is slow for each program. No result depends on the number of products per program."""
     if not GPU:
         monkeypatch.setattr(mips_rescore, "PAIRS", 256)
 
@@ -38,7 +38,7 @@ def _fewer_programs(monkeypatch):
 def collected(
     segment: Segment, queries: Queries, wanted: int, capacity: int, valid: Tensor | None = None, proven: bool = True
 ) -> Collected:
-    """As by a scan that each query's ``wanted`` best lower bounds set the threshold of, in random order."""
+    """Collect rows as a scan with thresholds at each query's ``wanted``-th best lower bound, in random order."""
     asked, scale, limits = cuda.operands(segment, segment.rows, queries, proven)
     factor = asked.double() if scale is None else asked.double() * scale.double()[:, None]
     scores = (factor @ segment.values(0, len(segment), torch.float64).T).float()
@@ -64,7 +64,7 @@ def states(size: int, k: int) -> tuple[TopKState, TopKState]:
 def both(
     found: Collected, segment: Segment, first_id: int, queries: Queries, pair: tuple[TopKState, TopKState], proven=True
 ):
-    """The kernels and torch leave the same; returns what is left, sorted."""
+    """Check that the kernels and torch leave the same state, and return it sorted."""
     rerank.rerank(found, segment, first_id, queries, pair[0], proven)
     rerank.rerank_in_torch(found, segment, first_id, queries, pair[1], proven)
     for name in NAMES:
@@ -76,7 +76,7 @@ def both(
 
 
 def best(segment: list[tuple[int, Segment]], queries: Queries, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best of all rows' fp64 products, ties by the lower id; −inf and −1 where there are fewer."""
+    """Return the k best fp64 products of all rows, ties by the lower id, padded with −inf and −1."""
     size = len(queries)
     scores, ids = [], []
     for first, part in segment:
@@ -114,7 +114,7 @@ def test_two_pieces_leave_the_best_of_both(kind, stored, k):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("kind", ["duplicated", "grid", "constant", "zeros"])
 def test_ties_are_broken_by_the_lower_id(kind, stored):
-    """Also between segments: the earlier one's rows come first, whichever was searched first."""
+    """Rows of the earlier segment come first, in any order of search."""
     queries = Queries.of(make(kind, 2, 70, 5).to(DEVICE))
     pair, parts = states(2, 7), []
     for first, rows in ((64, 64), (0, 64)):
@@ -153,7 +153,7 @@ def test_fast_takes_scores_as_they_are(stored):
 @pytest.mark.parametrize("programs", [1, 1 << 20])
 @pytest.mark.parametrize("k, capacity", [(1, 1024), (130, 1024), (80, 2048), (60, 4096), (40, 8192)])
 def test_many_candidates(k, capacity, programs, monkeypatch):
-    """However many programs share a query, and however many rows a program holds."""
+    """With any number of programs for a query, and of rows in a program."""
     monkeypatch.setattr(mips_epilogue, "TARGET_PROGRAMS", programs)
     segment, _ = segment_of(torch.randn(2 * k + 100, 8), "float32")
     queries, pair = Queries.of(torch.randn(2, 8, device=DEVICE)), states(2, k)
@@ -164,7 +164,7 @@ def test_many_candidates(k, capacity, programs, monkeypatch):
 
 
 def equal_rows(rows: int, capacity: int, k: int) -> tuple[Segment, Queries, Collected]:
-    """None of them can be left out."""
+    """Return rows none of which can be skipped."""
     segment, _ = segment_of(torch.full((rows, 16), 0.25), "float32")
     queries = Queries.of(torch.randn(2, 16, device=DEVICE))
     return segment, queries, collected(segment, queries, k, capacity)
@@ -172,8 +172,8 @@ def equal_rows(rows: int, capacity: int, k: int) -> tuple[Segment, Queries, Coll
 
 @pytest.mark.parametrize("proven", [True, False])
 @pytest.mark.parametrize("rows, capacity, fits", [(72, 1024, True), (73, 1024, False), (60, 60, True), (61, 60, False)])
-def test_what_finds_no_room_is_missed_and_changes_nothing(rows, capacity, fits, proven):
-    """Of k = 4, 72 rows may be rescored; and none if more were collected than there was room for."""
+def test_queries_beyond_the_capacity_are_missed_and_change_nothing(rows, capacity, fits, proven):
+    """For k = 4, 72 rows may be rescored. None are if more were collected than the capacity."""
     before, queries, found = equal_rows(10, 1024, 4)
     pair = states(2, 4)
     both(found, before, 1000, queries, pair, proven)
@@ -195,7 +195,7 @@ def test_a_threshold_that_was_too_high_is_noticed():
 
 
 def test_earlier_results_are_a_cutoff():
-    """A query that holds k better rows already keeps none of these, and has missed nothing."""
+    """A query that already has k better rows keeps none of these and is complete."""
     segment, _ = segment_of(torch.rand(200, 32), "float32")
     weak, _ = segment_of(torch.rand(200, 32) - 100, "float32")
     queries, pair = Queries.of(torch.rand(3, 32, device=DEVICE) + 0.1), states(3, 6)
@@ -222,7 +222,7 @@ def test_a_planted_error_is_seen(stored):
 @pytest.mark.parametrize("width", [1, 70, 128, 300, 1000])
 @pytest.mark.parametrize("stored", STORED)
 def test_the_order_of_a_sum_depends_on_the_width_alone(stored, width):
-    """Alone, among others, and as one of a query's candidates: the same bits."""
+    """A row alone, among others, and as one of a query's candidates has the same bits."""
     segment, values = segment_of(torch.randn(100, width), stored)
     queries = Queries.of(torch.randn(2, width, dtype=torch.float64, device=DEVICE))
     own = segment.scales if stored == "int8" else None
@@ -258,7 +258,7 @@ def test_thresholds(bins):
 
 
 def test_cutoffs_are_rounded_down():
-    """As torch does it: to what lies below the nearest float32."""
+    """They become the float32 below the nearest, as in torch."""
     cutoffs = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-30, 1e-42, -1e-42, 1e-300, -1e-300, 1e37, -1e37, -torch.inf, 0.1, -0.1]
     cutoffs = torch.tensor(cutoffs, dtype=torch.float64, device=DEVICE)
     lower = torch.full((len(cutoffs), 1), -torch.inf, device=DEVICE)
@@ -303,18 +303,18 @@ def test_a_sample_is_drawn_once(monkeypatch):
     drawn = mock.Mock(side_effect=threshold._random_rows)
     monkeypatch.setattr(threshold, "_random_rows", drawn)
     segment, _ = lasting(6400, 8)
-    plane = segment.rows
-    first = sample(segment, plane, 32)
-    assert sample(segment, plane, 32) is first and drawn.call_count == 1
-    assert torch.equal(first.rows, plane[first.numbers]) and torch.equal(
+    scanned = segment.rows
+    first = sample(segment, scanned, 32)
+    assert sample(segment, scanned, 32) is first and drawn.call_count == 1
+    assert torch.equal(first.rows, scanned[first.numbers]) and torch.equal(
         first.numbers // 32, torch.arange(200).to(DEVICE)
     )
     assert torch.equal(first.norms, short_norms(segment)[first.numbers // BIN])
     assert (short_norms(segment).double() >= segment.norms).all() and short_norms(segment) is short_norms(segment)
-    sample(segment, plane, 8), sample(segment, plane, 8)  # too large to stay with an index
+    sample(segment, scanned, 8), sample(segment, scanned, 8)  # too large to stay with an index
     assert drawn.call_count == 3
     segment.lasting = False  # a search's own segment goes with it
-    sample(segment, plane, 8), sample(segment, plane, 8)
+    sample(segment, scanned, 8), sample(segment, scanned, 8)
     assert drawn.call_count == 4
     kept = [value for value, _ in segment.derived.values() if isinstance(value, threshold.Sample)]
     assert {len(value.numbers) for value in kept} == {200, 800}
@@ -322,7 +322,7 @@ def test_a_sample_is_drawn_once(monkeypatch):
 
 
 def test_a_new_look_at_a_corpus_forgets_its_samples():
-    """Norms that are set anew, and rows that come, leave nothing of the old."""
+    """New norms and new rows discard the old samples."""
     segment, _ = lasting(640, 8)
     short_norms(segment)
     top_k._check(segment, segment.norms * 2, 0)
@@ -337,7 +337,7 @@ def test_a_new_look_at_a_corpus_forgets_its_samples():
 
 
 def test_an_index_that_grows_is_searched_as_it_is():
-    """Rows of greater norm come into a bin that was begun: neither norms nor samples of the old may be used."""
+    """Longer rows fill a started bin, so neither old norms nor old samples may be used."""
     index = FlatIPIndex(16, dtype="int8", device=DEVICE)
     corpus, queries = torch.randn(7000, 16), torch.randn(2, 16)
     corpus[5110:] *= 50
@@ -353,7 +353,7 @@ def test_an_index_that_grows_is_searched_as_it_is():
                 assert torch.equal(ids, expected[1]) and torch.equal(scores, expected[0])
 
 
-def test_a_buffer_that_is_overwritten_is_looked_at_anew(monkeypatch):
+def test_an_overwritten_buffer_is_read_again(monkeypatch):
     corpus, queries = torch.randn(6000, 16), torch.randn(2, 16)
     corpus[3000:] *= 40
     expected = topk(queries, corpus, 3, precision="exact")
@@ -371,8 +371,8 @@ def test_a_buffer_that_is_overwritten_is_looked_at_anew(monkeypatch):
     assert torch.equal(ids.cpu(), expected[1]) and torch.equal(scores.cpu(), expected[0])
 
 
-def test_a_row_that_comes_twice_is_there_twice():
-    """Which no search does, but no place may be left as it was."""
+def test_a_repeated_row_is_returned_twice():
+    """No search does this, but every place must be written."""
     segment, _ = segment_of(torch.randn(300, 16), "float32")
     queries, pair = Queries.of(torch.randn(2, 16, device=DEVICE)), states(2, 6)
     for _ in range(2):
@@ -398,7 +398,7 @@ def test_more_bins_than_a_program_holds_go_through_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("size", [1, 3000])
 def test_the_same_bits_every_time(dtype, size):
-    """Though rows are collected in another order each time; also as torch finishes it."""
+    """Rows are collected in another order each time. The same holds for reranking in torch."""
     corpus, queries = torch.randn(100_000, 256), torch.randn(size, 256).cuda()
     corpus[50_000:] = corpus[:50_000]
     index = FlatIPIndex(256, dtype=dtype, device="cuda")
