@@ -1,8 +1,8 @@
 """Exact search on a CUDA device, for ``python -m bench mips --device cuda``: random unit vectors, no network.
 
-Beside each search stand what bounds it, the bare bf16 product of all queries and rows and the bytes that must be read,
-and the obvious way, bf16 products and ``topk`` chunk by chunk, which is not exact. What is wrong or cannot be run, out
-of memory for one, is written down as such.
+Each search is compared with its limits, the bare bf16 product of all queries and rows and the bytes to read. It is also
+compared with the usual method, bf16 products and ``topk`` chunk by chunk, which is not exact. Wrong results and errors,
+such as out of memory, are recorded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCRATCH = 1 << 30
 
 
 def milliseconds(search: str) -> Callable[[dict[str, Any]], float]:
-    """Of one kind of search."""
+    """Return a function that reads the milliseconds of one kind of search from a case."""
     return lambda case: case["seconds"][search] * 1e3
 
 
@@ -58,23 +58,23 @@ def measure(
     device: str,
     repeats: int,
     quick: bool = False,
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
     budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Seconds of every shape by every method, the ratios that the targets are about, and whether they are met.
+    """Measure the seconds of every shape by every method, the ratios of the targets, and compare with the targets.
 
     Args:
-        device: "cuda", or "cuda:1"; "cpu" runs the same, without kernels.
-        repeats: of which the median is taken.
-        quick: far smaller shapes, of which no target speaks.
-        keep: called with all that was found so far, after each shape.
-        budget: shapes that would begin after it are left out.
+        device: "cuda" or "cuda:1". "cpu" runs the same code without kernels.
+        repeats: number of repetitions per median.
+        quick: measure far smaller shapes without targets.
+        keep: function that is called with all results so far after each shape.
+        budget: limit after which no shape starts. None sets no limit.
     """
     budget = budget or Budget()
     shrink = 16 if quick else 1
-    found: dict[str, Any] = {"device": device, "cases": []}
-    found["read_gb_s"] = bandwidth(device, (1 << 30) // shrink**2, repeats)
-    print(f"read bandwidth {found['read_gb_s']:,.0f} GB/s")
+    results: dict[str, Any] = {"device": device, "cases": []}
+    results["read_gb_s"] = bandwidth(device, (1 << 30) // shrink**2, repeats)
+    print(f"read bandwidth {results['read_gb_s']:,.0f} GB/s")
     for size, rows, width, k, dtypes in SHAPES:
         targets = () if quick else TARGETS.get((size, rows, width, k), ())
         size, rows, width = max(1, size // shrink**2), rows // shrink, width // shrink
@@ -84,43 +84,43 @@ def measure(
             if left_out := budget.spent():
                 entry |= {"seconds": {}, "errors": {"all": left_out}, "share_of_bandwidth": {}}
             else:
-                entry |= case(device, size, rows, width, k, dtypes, repeats, found["read_gb_s"])
-        except Exception as error:  # a device that failed: what was found before it is kept
-            entry |= {"seconds": {}, "errors": {"all": _told(error)}, "share_of_bandwidth": {}}
+                entry |= case(device, size, rows, width, k, dtypes, repeats, results["read_gb_s"])
+        except Exception as error:  # The device failed. Keep the earlier results.
+            entry |= {"seconds": {}, "errors": {"all": _description(error)}, "share_of_bandwidth": {}}
         entry["took_s"] = time.perf_counter() - begin
         entry["targets"] = judged(targets, entry)
-        found["cases"].append(entry)
-        keep(found)
+        results["cases"].append(entry)
+        keep(results)
         _print(entry)
-    return found
+    return results
 
 
 def case(
     device: str, size: int, rows: int, width: int, k: int, dtypes: tuple[str, ...], repeats: int, gb_s: float
 ) -> dict[str, Any]:
-    """One shape: medians in seconds, each index checked against fp64 first; errors by method."""
+    """Measure one shape: medians in seconds after a check of each index against fp64, and errors by method."""
     corpus, queries = unit(device, rows, width, 0), unit(device, size, width, 1)
-    low, asked = corpus.bfloat16(), queries.bfloat16()
+    low, low_queries = corpus.bfloat16(), queries.bfloat16()
     scores = torch.empty(size, min(CHUNK, rows), dtype=torch.bfloat16, device=device)
 
     def bare() -> None:
         for chunk in low.split(CHUNK):
-            torch.mm(asked, chunk.T, out=scores[:, : len(chunk)])
+            torch.mm(low_queries, chunk.T, out=scores[:, : len(chunk)])
 
     def chunked() -> Tensor:
-        parts = [(asked @ chunk.T).topk(min(k, len(chunk)), dim=1) for chunk in low.split(CHUNK)]
+        parts = [(low_queries @ chunk.T).topk(min(k, len(chunk)), dim=1) for chunk in low.split(CHUNK)]
         ids = torch.cat([part.indices + n * CHUNK for n, part in enumerate(parts)], dim=1)
         return ids.gather(1, torch.cat([part.values for part in parts], dim=1).topk(k, dim=1).indices)
 
     seconds: dict[str, float] = {}
-    shares: dict[str, float] = {}
+    fractions: dict[str, float] = {}
     errors: dict[str, str] = {}
     launched: dict[str, dict[str, Any]] = {}
     for name, function in (("bare bf16 product", bare), ("bf16 matmul + topk", chunked)):
         try:
             seconds[name] = timed(function, device, repeats)
-        except Exception as error:  # one method's failure takes nothing from the others
-            errors[name] = _told(error)
+        except Exception as error:  # A failed method does not affect the others.
+            errors[name] = _description(error)
     for dtype in dtypes:
         name = dtype
         try:
@@ -131,29 +131,29 @@ def case(
                 name = f"{precision}, {dtype}"
                 search = partial(index.search, queries, k, precision=precision)
                 seconds[name], launched[name] = timed(search, device, repeats), kernels(search)
-                each = {"bfloat16": 2, "float32": 2, "int8": 1}[dtype]  # a float32 index is scanned in bfloat16
-                shares[name] = rows * width * each / seconds[name] / (gb_s * 1e9)
+                each = {"bfloat16": 2, "float32": 2, "int8": 1}[dtype]  # A float32 index is scanned in bfloat16.
+                fractions[name] = rows * width * each / seconds[name] / (gb_s * 1e9)
         except Exception as error:
-            errors[name] = _told(error)
+            errors[name] = _description(error)
         index = None
-    found: dict[str, Any] = {"seconds": seconds, "errors": errors, "share_of_bandwidth": shares}
-    found["kernels"] = launched
+    entry: dict[str, Any] = {"seconds": seconds, "errors": errors, "share_of_bandwidth": fractions}
+    entry["kernels"] = launched
     ours = seconds.get(f"certified, {dtypes[0]}")
     if ours is not None:
-        found["teraflops"] = 2e-12 * size * rows * width / ours
+        entry["teraflops"] = 2e-12 * size * rows * width / ours
         if "bare bf16 product" in seconds:
-            found["times_bare_product"] = ours / seconds["bare bf16 product"]
+            entry["times_bare_product"] = ours / seconds["bare bf16 product"]
         if "bf16 matmul + topk" in seconds:
-            found["times_faster_than_matmul_topk"] = seconds["bf16 matmul + topk"] / ours
-    return found
+            entry["times_faster_than_matmul_topk"] = seconds["bf16 matmul + topk"] / ours
+    return entry
 
 
-def _told(error: Exception) -> str:
+def _description(error: Exception) -> str:
     return "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)
 
 
 def timed(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median seconds after two calls that compile and warm up."""
+    """Return median seconds after two calls that compile and warm up."""
     for _ in range(2):
         function()
     taken = []
@@ -167,13 +167,13 @@ def timed(function: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def verify(index: FlatIPIndex, queries: Tensor, k: int) -> None:
-    """Raises where a few queries' results are not in the fp64 order of the stored vectors."""
+    """Raise unless the results of a few queries are in the fp64 order of the stored embeddings."""
     ids = index.search(queries, k)[1][:4]
-    asked = queries[:4].double()
+    few = queries[:4].double()
     blocks = [
-        asked @ piece.values(start, start + CHUNK, torch.float64).T
-        for _, piece in index.pieces()
-        for start in range(0, len(piece), CHUNK)
+        few @ segment.values(start, start + CHUNK, torch.float64).T
+        for _, segment in index.segments()
+        for start in range(0, len(segment), CHUNK)
     ]
     true = torch.cat(blocks, dim=1)
     if not torch.allclose(true.gather(1, ids), true.topk(k, dim=1).values, rtol=0, atol=1e-12):
@@ -181,13 +181,13 @@ def verify(index: FlatIPIndex, queries: Tensor, k: int) -> None:
 
 
 def bandwidth(device: str, size: int, repeats: int) -> float:
-    """GB/s of summing ``size`` float32 numbers."""
+    """Measure the GB/s of summing ``size`` float32 numbers."""
     values = torch.ones(size, device=device)
     return size * 4 / timed(values.sum, device, repeats) / 1e9
 
 
 def unit(device: str, rows: int, width: int, seed: int) -> Tensor:
-    """Random unit vectors, (rows, width) float32."""
+    """Return random unit vectors, (rows, width) float32."""
     generator = torch.Generator(device).manual_seed(seed)
     out = torch.empty(rows, width, device=device)
     for part in out.split(CHUNK):
@@ -205,8 +205,8 @@ def _print(entry: dict[str, Any]) -> None:
     for name, error in entry["errors"].items():
         print(f"  {name}: {error}")
     for name, seconds in entry["seconds"].items():
-        share = entry["share_of_bandwidth"].get(name)
-        print(f"  {name}: {seconds * 1e3:,.3f} ms" + (f", {100 * share:.0f} % of bandwidth" if share else ""))
+        fraction = entry["share_of_bandwidth"].get(name)
+        print(f"  {name}: {seconds * 1e3:,.3f} ms" + (f", {100 * fraction:.0f} % of bandwidth" if fraction else ""))
     if {"times_bare_product", "times_faster_than_matmul_topk"} <= set(entry):
         print(
             f"  certified: {entry['times_bare_product']:.2f} x the bare product's time, "

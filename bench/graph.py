@@ -1,10 +1,11 @@
-"""``python -m bench graph``: the graph of nearest neighbours against FAISS, and what a batch plan costs of a step.
+"""``python -m bench graph``: time of the graph of nearest neighbours compared with FAISS, and of a batch plan.
 
-    python -m bench graph                         100,000 clustered vectors, 384 wide
-    python -m bench graph --vectors FILE.npy      vectors of your own, (n, D) float32
+    python -m bench graph                         100,000 clustered embeddings, 384 wide
+    python -m bench graph --vectors FILE.npy      other embeddings, (n, D) float32
 
-FAISS searches the same vectors for as many neighbours with its exact index in the same run, in turn with ours. The step
-that the plan is held against is the cheapest there is: linear heads on states in memory, forward, loss and backward.
+In the same run and in turn with ours, FAISS searches the same embeddings for as many neighbours with its exact index.
+The time of a batch plan is compared with the cheapest step: linear heads on states in memory, forward, loss and
+backward.
 """
 
 from __future__ import annotations
@@ -34,35 +35,38 @@ PLANNED = 50  # steps
 def main(argv: list[str]) -> int:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench graph", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--neighbours", type=int, default=8, help="texts of a neighbourhood, its own included")
-    parser.add_argument("--repeats", type=int, default=1, help="median of this many (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=100_000, help="number of embeddings (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=384, help="width of the embeddings (default: %(default)s)")
+    parser.add_argument(
+        "--neighbours", type=int, default=8, help="texts of a neighbourhood, itself included (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="repetitions per median (default: %(default)s)")
     parser.add_argument("--vectors", type=Path, metavar="FILE.npy", help="(n, D) float32 unit vectors")
     parser.add_argument("--out", type=Path, default=Path("bench/results/graph.json"), help="JSON to write")
     options = parser.parse_args(argv)
     given = np.load(options.vectors) if options.vectors else clustered(options.rows, options.width, 0).numpy()
-    found = {
+    results = {
         "environment": environment() | {"threads": torch.get_num_threads()},
         "vectors": options.vectors.stem if options.vectors else "clustered",
         **measure(given, options.neighbours, options.repeats),
     }
-    ratio = found["faiss_seconds"] / found["seconds"]
+    ratio = results["faiss_seconds"] / results["seconds"]
     print(
-        f"{found['rows']:,} × {found['width']}, {found['neighbours']} to a neighbourhood: {found['seconds']:.1f} s; "
-        f"FAISS {found['faiss_seconds']:.1f} s ({ratio:.2f} × as long); a batch's plan takes "
-        f"{100 * found['plan_share']:.2f} % of a step of {1e3 * found['step_seconds']:.1f} ms"
+        f"{results['rows']:,} × {results['width']}, {results['neighbours']} to a neighbourhood: "
+        f"{results['seconds']:.1f} s, FAISS {results['faiss_seconds']:.1f} s ({ratio:.2f} × as long). "
+        f"A batch plan takes {100 * results['plan_share']:.2f} % of a step of {1e3 * results['step_seconds']:.1f} ms"
     )
-    write_atomic(options.out, json.dumps(found, indent=1) + "\n")
+    write_atomic(options.out, json.dumps(results, indent=1) + "\n")
     return 0
 
 
 def measure(vectors: np.ndarray, k: int, repeats: int = 1) -> dict[str, Any]:
-    """Seconds of ours and of FAISS, which also tell whether both found the same, and of plan and step.
+    """Measure the seconds of our graph, of FAISS, and of a plan and a step, and the agreement of both graphs.
 
     Args:
         vectors: (n, D) float32 unit rows.
-        k: rows of a neighbourhood.
+        k: number of rows in a neighbourhood.
+        repeats: number of repetitions per median.
     """
     import faiss
 
@@ -76,9 +80,9 @@ def measure(vectors: np.ndarray, k: int, repeats: int = 1) -> dict[str, Any]:
         started = time.perf_counter()
         index = faiss.IndexFlatIP(width)
         index.add(vectors)
-        _, found = index.search(vectors, min(n, k + SPARE))
+        _, matches = index.search(vectors, min(n, k + SPARE))
         peers.append(time.perf_counter() - started)
-        agree = float((graph.nearest[:, 1:, None] == found[:, None, :]).any(axis=2).mean())
+        agree = float((graph.nearest[:, 1:, None] == matches[:, None, :]).any(axis=2).mean())
     plan, step = _step_seconds(vectors, graph, 512 if n >= 512 else n // k * k)
     return {
         "rows": n,
@@ -94,7 +98,7 @@ def measure(vectors: np.ndarray, k: int, repeats: int = 1) -> dict[str, Any]:
 
 
 def _step_seconds(vectors: np.ndarray, graph: Graph, batch: int) -> tuple[float, float]:
-    """Median seconds of a batch's plan, and of a step on it."""
+    """Return median seconds of a batch's plan, and of a step on it."""
     stage = StageConfig(
         name="heads",
         train=["heads.*"],
@@ -107,7 +111,7 @@ def _step_seconds(vectors: np.ndarray, graph: Graph, batch: int) -> tuple[float,
     states = torch.from_numpy(vectors)
     heads = {w: torch.nn.Linear(states.shape[1], w) for w in WIDTHS}
     loss_of, plan = StageLoss(stage, WIDTHS[0]), neighbour_batches(graph, batch, 0, 0)
-    plan(0)  # an epoch's shuffle is paid once
+    plan(0)  # An epoch is shuffled once.
     planned, stepped = [], []
     for number in range(PLANNED):
         started = time.perf_counter()

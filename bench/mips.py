@@ -1,10 +1,10 @@
-"""``python -m bench mips``: exact search on a CPU against FAISS, PyTorch, NumPy and USearch, in one run.
+"""``python -m bench mips``: exact search on a CPU compared with FAISS, PyTorch, NumPy and USearch in one run.
 
-``--device cuda`` measures the GPU kernels instead, against the bare product and chunked products with ``topk``.
+``--device cuda`` measures the GPU kernels, compared with the bare product and chunked products with ``topk``.
 
-Figures are medians of measurements taken in turn, so that a busy machine slows all sides alike. Every result is first
-compared with the fp64 order. ``--vectors FILE.npy`` measures on vectors of your own; the built-in ones are unit vectors
-in clusters with the spread of real sentence vectors, and one corpus made of near-ties.
+Figures are medians of measurements taken in turn, so a busy machine slows all sides alike. Every result is first
+compared with the fp64 order. The default embeddings are unit vectors in clusters with the spread of real sentence
+embeddings, and one corpus of near-ties. ``--vectors FILE.npy`` measures on other embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench._budget import Budget
 from bench._environment import environment
 from bench.losses import _in_new_process, _peak_mib, medians
 from jasper_fast.mips import FlatIPIndex
-from jasper_fast.mips.scan import TILE_ROWS, multiply_in_bf16
+from jasper_fast.mips.cpu import TILE_ROWS, multiply_in_bf16
 
 # rows, width, queries, ks, dtypes of our index
 SHAPES: list[tuple[int, int, int, tuple[int, ...], tuple[str, ...]]] = [
@@ -45,15 +45,17 @@ QUICK = [(20_000, 64, 1, (1, 10), ("float32", "bfloat16", "int8")), (20_000, 64,
 def main(argv: list[str]) -> int:
     """Measure, print ratios first, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench mips", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/mips-cpu.json, or mips-cuda)")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/mips-DEVICE.json)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU kernels (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="median of this many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: leave out what would begin later")
-    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="only cases of so many queries")
-    parser.add_argument("--memory", action="store_true", help="only: extra memory of a search of 1,000,000 x 1024 bf16")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions per median (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="measure small shapes only")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: skip cases that would start later")
+    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="measure only cases of so many queries")
     parser.add_argument(
-        "--vectors", type=Path, metavar="FILE.npy", help="(N, D) float32; the last 1024 are the queries"
+        "--memory", action="store_true", help="measure only the extra memory of a search of 1,000,000 x 1024 bf16"
+    )
+    parser.add_argument(
+        "--vectors", type=Path, metavar="FILE.npy", help="(N, D) float32 embeddings; the last 1024 are the queries"
     )
     options = parser.parse_args(argv)
     if options.out is None:
@@ -68,12 +70,12 @@ def main(argv: list[str]) -> int:
     if options.device != "cpu":
         from bench import _mips_cuda
 
-        def keep_search(found: dict[str, Any]) -> None:
-            results["search"] = found
+        def keep_search(measured: dict[str, Any]) -> None:
+            results["search"] = measured
             keep()
 
         _mips_cuda.measure(options.device, options.repeats, options.quick, keep_search, Budget(options.budget))
-        print(f"written to {options.out}")
+        print(f"wrote {options.out}")
         return 0
     if options.memory:
         results["memory"] = memory(20_000 if options.quick else 1_000_000, 1024, 64)
@@ -81,14 +83,14 @@ def main(argv: list[str]) -> int:
         return 0
     bandwidth = results["read_gb_s"] = read_bandwidth()
     print(f"read bandwidth {bandwidth:.1f} GB/s on {results['threads']} threads")
-    for found in _cases(options, bandwidth):
-        older = [old for old in results.get("search", []) if any(old[key] != found[key] for key in IDENTITY)]
-        results["search"] = sorted([*older, found], key=lambda case: [case[key] for key in IDENTITY])
-        keep()  # after each, because all together take minutes
+    for entry in _cases(options, bandwidth):
+        older = [old for old in results.get("search", []) if any(old[key] != entry[key] for key in IDENTITY)]
+        results["search"] = sorted([*older, entry], key=lambda case: [case[key] for key in IDENTITY])
+        keep()  # after each case, because all of them take minutes
     if not options.vectors:
         results["near_ties"] = near_ties(2_000 if options.quick else 20_000, 384, 64)
         keep()
-    print(f"written to {options.out}")
+    print(f"wrote {options.out}")
     return 0
 
 
@@ -107,14 +109,14 @@ def _cases(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, 
                 corpus = clustered(rows, width, 0)
             queries = clustered(size, width, 1)
         for k in ks:
-            found = case(corpus, queries, k, dtypes, options.repeats, bandwidth)
-            yield {"vectors": options.vectors.stem if options.vectors else "clustered", **found}
+            entry = case(corpus, queries, k, dtypes, options.repeats, bandwidth)
+            yield {"vectors": options.vectors.stem if options.vectors else "clustered", **entry}
 
 
 def case(
     corpus: Tensor, queries: Tensor, k: int, dtypes: tuple[str, ...], repeats: int, bandwidth: float
 ) -> dict[str, Any]:
-    """Seconds of ours and of every peer that can be had, one prebuilt index each."""
+    """Measure the seconds of our search and of every installed peer, one prebuilt index each."""
     (rows, width), size = corpus.shape, len(queries)
     functions: dict[str, Callable[[], Any]] = {}
     for dtype in dtypes:
@@ -127,44 +129,44 @@ def case(
     functions["bare fp32 product"] = lambda: [
         torch.mm(block, queries.T, out=buffer[: len(block)]) for block in corpus.split(TILE_ROWS)
     ]
-    if multiply_in_bf16():  # as the search does then
-        low, asked, low_buffer = corpus.bfloat16(), queries.bfloat16().T, buffer.bfloat16()
+    if multiply_in_bf16():  # as the search does in this case
+        low, low_queries, low_buffer = corpus.bfloat16(), queries.bfloat16().T, buffer.bfloat16()
         functions["bare bf16 product"] = lambda: [
-            torch.mm(block, asked, out=low_buffer[: len(block)]) for block in low.split(TILE_ROWS)
+            torch.mm(block, low_queries, out=low_buffer[: len(block)]) for block in low.split(TILE_ROWS)
         ]
     seconds = dict(zip(functions, medians(list(functions.values()), repeats), strict=True))
     bare, bare_bf16 = seconds.pop("bare fp32 product"), seconds.pop("bare bf16 product", None)
     fastest = min((name for name in seconds if not name.startswith("ours")), key=seconds.__getitem__)
     print(f"N {rows:,}, D {width}, Q {size}, k {k}: fastest peer {fastest} {seconds[fastest] * 1e3:,.1f} ms")
-    ratios, shares = {}, {}
+    ratios, fractions = {}, {}
     for dtype in dtypes:
-        own = seconds[f"ours, {dtype}"]
-        ratios[dtype] = seconds[fastest] / own
-        each = {"float32": 1, "bfloat16": 2, "int8": 1}[dtype]  # a float32 index scans its int8 plane
-        shares[dtype] = rows * width * each / own / (bandwidth * 1e9) if size == 1 else bare / own
-        of = "the read bandwidth" if size == 1 else "the bare fp32 product's speed"
-        print(f"  {ratios[dtype]:.2f} x with {dtype}: {own * 1e3:,.1f} ms, {100 * shares[dtype]:.0f} % of {of}")
+        ours = seconds[f"ours, {dtype}"]
+        ratios[dtype] = seconds[fastest] / ours
+        each = {"float32": 1, "bfloat16": 2, "int8": 1}[dtype]  # a float32 index scans its int8 copy
+        fractions[dtype] = rows * width * each / ours / (bandwidth * 1e9) if size == 1 else bare / ours
+        limit = "the read bandwidth" if size == 1 else "the bare fp32 product's speed"
+        print(f"  {ratios[dtype]:.2f} x with {dtype}: {ours * 1e3:,.1f} ms, {100 * fractions[dtype]:.0f} % of {limit}")
         if bare_bf16 is not None:
-            print(f"  {own / bare_bf16:.2f} x the time of the bare bf16 product, {bare_bf16 * 1e3:,.1f} ms")
+            print(f"  {ours / bare_bf16:.2f} x the time of the bare bf16 product, {bare_bf16 * 1e3:,.1f} ms")
     return {
         "rows": rows, "width": width, "queries": size, "k": k, "fastest_peer": fastest, "ratios": ratios,
-        "roofline": shares, "seconds": seconds, "bare_product_s": bare, "bare_bf16_product_s": bare_bf16,
+        "roofline": fractions, "seconds": seconds, "bare_product_s": bare, "bare_bf16_product_s": bare_bf16,
     }  # fmt: skip
 
 
 def _peers(corpus: Tensor, queries: Tensor, k: int) -> dict[str, Callable[[], Any]]:
     peers: dict[str, Callable[[], Any]] = {"torch": lambda: (queries @ corpus.T).topk(k, dim=1)}
-    vectors, asked = corpus.numpy(), queries.numpy()
+    corpus_rows, query_rows = corpus.numpy(), queries.numpy()
     if find_spec("faiss"):
         import faiss
 
         flat = faiss.IndexFlatIP(corpus.shape[1])
-        flat.add(vectors)
-        peers["FAISS"] = lambda: flat.search(asked, k)
-    if len(queries) <= 16:  # these two take seconds beyond
+        flat.add(corpus_rows)
+        peers["FAISS"] = lambda: flat.search(query_rows, k)
+    if len(queries) <= 16:  # with more queries these two take seconds
 
         def with_numpy() -> np.ndarray:
-            scores = asked @ vectors.T
+            scores = query_rows @ corpus_rows.T
             best = np.argpartition(scores, -k, axis=1)[:, -k:]
             return np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), 1), 1)
 
@@ -172,12 +174,12 @@ def _peers(corpus: Tensor, queries: Tensor, k: int) -> dict[str, Callable[[], An
         if find_spec("usearch"):
             from usearch.index import search as usearch
 
-            peers["USearch"] = lambda: usearch(vectors, asked, k, metric="ip", exact=True)
+            peers["USearch"] = lambda: usearch(corpus_rows, query_rows, k, metric="ip", exact=True)
     return peers
 
 
 def near_ties(rows: int, width: int, size: int) -> dict[str, float]:
-    """Ours on rows a relative 1e-7 apart, which no fp32 score tells apart, against torch on the same."""
+    """Compare our search with torch on rows a relative 1e-7 apart, which fp32 scores cannot distinguish."""
     generator = torch.Generator().manual_seed(3)
     base = clustered(1, width, 2)
     corpus = base * (1 + 1e-7 * torch.randint(0, 8, (rows, 1), generator=generator))
@@ -196,13 +198,13 @@ def near_ties(rows: int, width: int, size: int) -> dict[str, float]:
 
 
 def memory(rows: int, width: int, size: int) -> dict[str, float]:
-    """Peak memory of a search above the index, in a process of its own, MiB."""
-    found = _in_new_process(_measure_memory, rows, width, size, torch.get_num_threads())
+    """Measure the peak memory of a search in addition to the index, in MiB, in a separate process."""
+    measured = _in_new_process(_measure_memory, rows, width, size, torch.get_num_threads())
     print(
-        f"N {rows:,}, D {width}, bfloat16: {found['extra_mib']:,.0f} MiB above the index's {found['index_mib']:,.0f} "
-        f"while searching {size} queries in {found['seconds']:.2f} s"
+        f"N {rows:,}, D {width}, bfloat16: {measured['extra_mib']:,.0f} MiB above the index's "
+        f"{measured['index_mib']:,.0f} during a search of {size} queries in {measured['seconds']:.2f} s"
     )
-    return {"rows": rows, "width": width, "queries": size, **found}
+    return {"rows": rows, "width": width, "queries": size, **measured}
 
 
 def _measure_memory(rows: int, width: int, size: int, threads: int) -> dict[str, float]:
@@ -212,13 +214,13 @@ def _measure_memory(rows: int, width: int, size: int, threads: int) -> dict[str,
     index = FlatIPIndex(width)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, rows, 1 << 14):
-        # Random bits under one exponent: uniform numbers, made ten times faster than normal ones.
+        # Random bits with one exponent are uniform numbers, generated ten times faster than normal ones.
         bits = torch.randint(
             0x3F80, 0x4000, (min(1 << 14, rows - start), width), generator=generator, dtype=torch.int16
         )
         index.add(bits.view(torch.bfloat16) - 1.5)
     queries = torch.randn(size, width, generator=generator)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building the index needed more
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak, because building the index needed more.
     before = _peak_mib()
     begin = time.perf_counter()
     index.search(queries, 100)
@@ -231,25 +233,27 @@ def _measure_memory(rows: int, width: int, size: int, threads: int) -> dict[str,
 
 
 def _verify(index: FlatIPIndex, queries: Tensor, k: int) -> None:
-    """Raises where a few queries' results are not in the fp64 order of the stored vectors."""
-    asked = queries[:2]
-    best, ids = index.search(asked, k)
-    true = torch.cat([asked.double() @ piece.values(0, len(piece), torch.float64).T for _, piece in index.pieces()], 1)
+    """Raise unless the results of a few queries are in the fp64 order of the stored embeddings."""
+    few = queries[:2]
+    best, ids = index.search(few, k)
+    true = torch.cat(
+        [few.double() @ segment.values(0, len(segment), torch.float64).T for _, segment in index.segments()], 1
+    )
     expected = true.topk(k, dim=1).values
     if not torch.allclose(true.gather(1, ids), expected, rtol=0, atol=1e-12):
         raise AssertionError("the search is not exact")
 
 
 def clustered(rows: int, width: int, seed: int) -> Tensor:
-    """Unit vectors (rows, width) around 500 shared centres, cosines within a cluster about 0.5."""
+    """Return unit vectors (rows, width) around 500 shared centres, with cosines within a cluster of about 0.5."""
     centres = torch.randn(500, width, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(100 + seed)
-    own = centres[torch.randint(0, 500, (rows,), generator=generator)]
-    return torch.nn.functional.normalize(own + torch.randn(rows, width, generator=generator), dim=1)
+    centre = centres[torch.randint(0, 500, (rows,), generator=generator)]
+    return torch.nn.functional.normalize(centre + torch.randn(rows, width, generator=generator), dim=1)
 
 
 def read_bandwidth() -> float:
-    """GB/s of summing 512 MB."""
+    """Measure the GB/s of summing 512 MB."""
     values = torch.ones(1 << 27)
     (seconds,) = medians([values.sum], 5)
     return values.numel() * 4 / seconds / 1e9

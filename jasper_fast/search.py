@@ -1,8 +1,8 @@
 """Search texts by meaning: build an index from a model and texts, then ask it questions.
 
 python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
-python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or neither
-python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # a folder of pictures, by words
+python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or interactively
+python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find a folder's images by words
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from jasper_fast.sources import read_source, say_ignored
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-ENCODED_AT_ONCE = 4096  # texts; sorted by length among themselves
+ENCODE_CHUNK_TEXTS = 4096  # The model sorts these by length.
+Dtype = Literal["bfloat16", "float32", "int8"]
 SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
 SETTING_TYPES: dict[str, Any] = {
     "model": str,
@@ -55,7 +56,7 @@ SETTING_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Hit:
-    """A text that was found: its inner product with the question, its number in the index, and itself."""
+    """One result: the inner product with the question, the number in the index, and the text."""
 
     score: float
     id: int
@@ -63,16 +64,16 @@ class Hit:
 
 
 class TextIndex:
-    """An index of texts on disk, opened with the model that made it.
+    """An index of texts on disk, opened with the model that built it.
 
     Args:
-        path: the folder that ``build`` wrote.
-        model: where the model lies now; None: where it lay when the index was built.
-        verify: compare the files' checksums, and the model with the one the index was built with.
-        trust_remote_code: whether code that the model brings may run.
+        path: folder that ``build`` wrote.
+        model: current location of the model. None takes the location at the time of the build.
+        verify: compare the files' checksums, and check that the model built the index.
+        trust_remote_code: allow code that the model brings to run.
 
     Raises:
-        JasperError: no index there, it is damaged, or the model is another one.
+        JasperError: the folder has no index, the index is damaged, or another model built it.
     """
 
     def __init__(
@@ -88,16 +89,18 @@ class TextIndex:
         except FileNotFoundError as error:
             missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
             raise JasperError(
-                f"{path}: {missing if path.exists() else 'there is no such folder'}; make an index with "
+                f"{path}: {missing if path.exists() else 'there is no such folder'}. Fix: make an index with "
                 "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
             ) from None
         except (ValueError, KeyError, OSError, pa.ArrowException) as error:
-            raise JasperError(f"{path}: damaged ({error}); build the index again") from error
+            raise JasperError(f"{path}: damaged ({error}). Fix: build the index again") from error
         self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
         if len(self.vectors) != len(self.texts):
-            raise JasperError(f"{path}: {len(self.texts)} texts but {len(self.vectors)} vectors; build the index again")
+            raise JasperError(
+                f"{path}: damaged ({len(self.texts)} texts, {len(self.vectors)} embeddings). Fix: build the index again"
+            )
         if verify and model_revision(_weights(name)) != settings["revision"]:
-            raise JasperError(f"{name}: not the model that {path} was built with; build the index again")
+            raise JasperError(f"{name}: not the model that {path} was built with. Fix: build the index again")
         loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
         self._encode = model_encoder(loaded, [self.width])
 
@@ -107,6 +110,9 @@ class TextIndex:
     def encode(self, questions: Sequence[str]) -> np.ndarray:
         """Encode questions, (Q, width) float32.
 
+        Args:
+            questions: Q questions.
+
         Raises:
             JasperError: a question has a lone surrogate.
         """
@@ -114,7 +120,15 @@ class TextIndex:
         return self._encode(checked, self.role)[self.width]
 
     def ask(self, questions: Sequence[str], k: int = 10) -> list[list[Hit]]:
-        """The k texts nearest to every question, nearest first."""
+        """Return the k texts nearest to every question, nearest first.
+
+        Args:
+            questions: Q questions.
+            k: number of texts to return for each.
+
+        Raises:
+            JasperError: a question has a lone surrogate.
+        """
         if not questions:
             return []
         scores, ids = self.vectors.search(self.encode(questions), min(k, len(self)))
@@ -130,69 +144,87 @@ def build(
     out: str | Path,
     *,
     width: int | None = None,
-    dtype: Literal["bfloat16", "float32", "int8"] = "float32",
+    dtype: Dtype = "float32",
     max_length: int | None = None,
     total: int | None = None,
     pictures: bool = False,
     trust_remote_code: bool = False,
 ) -> int:
-    """Encode texts and publish their index as a folder, whole or not at all.
+    """Encode texts and write their index as a folder, atomically.
 
     Args:
-        model: a run folder, path, name, or ``package:import_name/folder``.
-        texts: the documents; a text that stands there twice is kept once.
-        out: the folder to write; an index that is there already gives way.
-        width: of the vectors; None takes the model's widest.
-        dtype: how vectors are stored, see ``FlatIPIndex``.
-        max_length: tokens per text; None keeps the model's own.
-        total: how many texts there are, for the progress bar.
-        pictures: whether the texts are paths of pictures, which a model that sees encodes; words find them.
-        trust_remote_code: whether code that the model brings may run.
+        model: run folder, path, name, or ``package:import_name/folder`` of the model.
+        texts: documents. Repeated texts are indexed once.
+        out: folder to write. An index at this path is replaced.
+        width: width of the embeddings. None takes the model's widest.
+        dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
+        max_length: maximum number of tokens per text. None keeps the model's limit.
+        total: number of texts for the progress bar. None shows no total.
+        pictures: treat the texts as paths of images. The model must have a vision tower; words find the images.
+        trust_remote_code: allow code that the model brings to run.
 
     Returns:
-        how many texts the index holds.
+        number of texts in the index.
 
     Raises:
-        JasperError: no such model or width, no text, or a place that cannot be written.
+        JasperError: no such model or width, no text, or a folder that cannot be written.
     """
-    import pyarrow as pa
-    from tqdm import tqdm
-
     out = Path(out)
     if out.exists() and not (out / SETTINGS).is_file():
-        raise JasperError(f"{out} exists and is not a text index; remove it or choose another place")
+        raise JasperError(f"{out}: exists and is not a text index. Fix: choose another path, or remove it")
     loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:
-        seeing, wide = jasper_fast.pictures.load(_weights(model), trust_remote_code=trust_remote_code), width
-
-        def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
-            return {wide: seeing.encode(texts, wide)}
-
-    index, kept = FlatIPIndex(width, dtype=dtype), list[str]()
-    with tqdm(total=total, unit=" pictures" if pictures else " texts", desc="encoding") as bar:
-        for chunk in _chunks(texts):
-            try:
-                index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
-            except ValueError as error:
-                raise JasperError(f"{model}: its vectors cannot be indexed: {error}") from error
-            kept += chunk
-            bar.update(len(chunk))
-    if not kept:
-        raise JasperError("no texts to index; give a source with at least one text")
+        encode = _image_encoder(model, width, trust_remote_code)
+    index, indexed = _encode_texts(model, texts, encode, width, dtype, total, " images" if pictures else " texts")
+    if not indexed:
+        raise JasperError("no texts to index. Fix: give a source with at least one text")
     settings = {
         "model": str(Path(model).resolve()) if Path(model).exists() else model,
         "revision": model_revision(_weights(model)),
         "width": width,
         "max_length": max_length,
-        "texts": len(kept),
-        "role": "document" if pictures else "query",  # as what captions were when pictures were learnt from them
+        "texts": len(indexed),
+        "role": "document" if pictures else "query",  # the captions' role in training on images
     }
+    _write(out, index, indexed, settings)
+    return len(indexed)
+
+
+def _image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidths:
+    embedder = jasper_fast.pictures.load(_weights(model), trust_remote_code=trust_remote_code)
+
+    def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
+        return {width: embedder.encode(texts, width)}
+
+    return encode
+
+
+def _encode_texts(
+    model: str, texts: Iterable[str], encode: EncodeWidths, width: int, dtype: Dtype, total: int | None, unit: str
+) -> tuple[FlatIPIndex, list[str]]:
+    """Return the index of the distinct texts, and these texts."""
+    from tqdm import tqdm
+
+    index, indexed = FlatIPIndex(width, dtype=dtype), list[str]()
+    with tqdm(total=total, unit=unit, desc="encoding") as bar:
+        for chunk in _chunks(texts):
+            try:
+                index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
+            except ValueError as error:
+                raise JasperError(f"{model}: its embeddings cannot be indexed: {error}") from error
+            indexed += chunk
+            bar.update(len(chunk))
+    return index, indexed
+
+
+def _write(out: Path, index: FlatIPIndex, texts: list[str], settings: dict[str, Any]) -> None:
+    import pyarrow as pa
+
     with publish_dir(out, replace=True) as folder:
         index.save(folder / VECTORS)
-        (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(kept, pa.large_string())})))
+        (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(texts, pa.large_string())})))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    return len(kept)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -205,7 +237,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     settings = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{file.name} has no settings")
-    settings = {"role": "query", "max_length": None, **settings}  # which the first version lacked
+    settings = {"role": "query", "max_length": None, **settings}  # missing in the first version
     for name, kinds in SETTING_TYPES.items():
         if not isinstance(settings.get(name), kinds):
             raise ValueError(f"{file.name}: {name} is {settings.get(name)!r}")
@@ -223,7 +255,7 @@ def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidth
 
 
 def _weights(model: str) -> str:
-    """A run folder's model, so that its checkpoints are not part of its identity."""
+    """Return a run folder's model, so that checkpoints are not part of its identity."""
     path = Path(resolve_model(model))
     return str(path / "model") if (path / "model" / "modules.json").is_file() else model
 
@@ -236,7 +268,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
             continue
         seen.add(check_text(text, f"text {number}"))
         chunk.append(text)
-        if len(chunk) == ENCODED_AT_ONCE:
+        if len(chunk) == ENCODE_CHUNK_TEXTS:
             yield chunk
             chunk = []
     if chunk:
@@ -244,23 +276,23 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _build(given: argparse.Namespace) -> None:
-    found: Iterator[str]
+    documents: Iterator[str]
     check_place(given.out)
     if given.pictures:
-        found = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
+        documents = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
     else:
         source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
         say_ignored(source)
-        found = (" ".join(part for part in row if part) for row in read_source(source))
-    first = list(islice(found, 1))  # what is wrong with them is told before the model is opened
-    texts = islice(chain(first, found), given.limit)
+        documents = (" ".join(part for part in row if part) for row in read_source(source))
+    first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
+    texts = islice(chain(first, documents), given.limit)
     begin = time.perf_counter()
     count = build(
         given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
         total=given.limit, pictures=given.pictures, trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
-    kind = "pictures" if given.pictures else "texts"
-    print(f"{count:,} {kind} in {given.out}, {time.perf_counter() - begin:.0f} s; ask with:")
+    kind = "images" if given.pictures else "texts"
+    print(f"{count:,} {kind} in {given.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
     print(f"  python -m jasper_fast.search ask {given.out}")
 
 
@@ -275,9 +307,9 @@ def _ask(given: argparse.Namespace) -> None:
             for question, hits in zip(part, index.ask(part, given.k), strict=True):
                 _show(question, hits, given.json)
         return
-    index.ask(["a first question, so that the first of yours is not slow"], 1)
-    print(f"{len(index):,} texts; type a question, or nothing to leave", file=sys.stderr)
-    while question := _typed():
+    index.ask(["a question that warms up the model"], 1)
+    print(f"{len(index):,} texts. Type a question, or an empty line to quit.", file=sys.stderr)
+    while question := _read_question():
         begin = time.perf_counter()
         (hits,) = index.ask([question], given.k)
         seconds = time.perf_counter() - begin
@@ -285,7 +317,7 @@ def _ask(given: argparse.Namespace) -> None:
         print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
 
 
-def _typed() -> str:
+def _read_question() -> str:
     try:
         typed = input("? ").lstrip(BOM).strip()
         return text_argument(typed, "the question") if typed else ""
@@ -304,8 +336,8 @@ def _lines(file: str) -> list[str]:
 
 def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
     if as_json:
-        found = {"question": question, "hits": [vars(hit) for hit in hits]}
-        print(json.dumps(found, ensure_ascii=not shows_unicode()))
+        answer = {"question": question, "hits": [vars(hit) for hit in hits]}
+        print(json.dumps(answer, ensure_ascii=not shows_unicode()))
         return
     print(f"\n{question}")
     for place, hit in enumerate(hits, 1):
@@ -314,40 +346,53 @@ def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Build an index or ask one."""
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.search", description=(__doc__ or "").splitlines()[0])
-    commands: Any = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("build", help="encode texts and write their index")
-    make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
-    make.add_argument("--out", required=True, metavar="DIR", help="the index's folder")
-    make.add_argument("--columns", type=column_names, default=["text"], help="joined to one text (default: text)")
-    make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of pictures, to be found by words")
-    make.add_argument("--split", default="train", help="of a datasets name (default: train)")
-    make.add_argument("--width", type=whole_number, metavar="N", help="of the vectors; default: the model's widest")
-    make.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the vectors")
-    make.add_argument("--max-length", type=whole_number, metavar="N", help="tokens per text; default: the model's own")
-    make.add_argument("--limit", type=whole_number, metavar="N", help="the first N texts only")
-    ask = commands.add_parser("ask", help="questions on the command line, from a file, or interactively")
-    ask.add_argument("index", help="the folder that build wrote")
-    ask.add_argument("question", nargs="?")
-    ask.add_argument("--file", metavar="FILE", help="one question per line")
-    ask.add_argument("-k", type=whole_number, default=10, help="hits per question (default: 10)")
-    ask.add_argument("--json", action="store_true", help="one JSON object per question")
-    ask.add_argument("--model", help="where the model lies now, if it moved")
-    ask.add_argument("--no-verify", action="store_true", help="open at once, without comparing checksums")
-    for command in (make, ask):
-        command.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
+    """Build an index or ask one.
+
+    Args:
+        argv: command-line arguments.
+    """
+    parser = _parser()
     check_command(argv, ("build", "ask"), "python -m jasper_fast.search", "ask")
     given = parser.parse_args(argv)
     if given.model is not None:
         check_model_argument(given.model, f"search {given.command}")
     if given.command == "ask" and given.question is not None:
         if given.file is not None:
-            raise JasperError("give a question or --file, not both")
+            raise JasperError("give a question or --file, not both. Fix: leave out one of them")
         given.question = text_argument(given.question, "the question")
     (_build if given.command == "build" else _ask)(given)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jasper_fast.search", description=(__doc__ or "").splitlines()[0])
+    commands: Any = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("build", help="encode texts and write their index")
+    make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
+    make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
+    make.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
+    make.add_argument("--columns", type=column_names, default=["text"], help="columns to join (default: text)")
+    make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of images, found by words")
+    make.add_argument("--split", default="train", help="split of a datasets name (default: train)")
+    make.add_argument("--width", type=whole_number, metavar="N", help="width of the embeddings (default: the widest)")
+    make.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="storage dtype of the embeddings"
+    )
+    make.add_argument(
+        "--max-length", type=whole_number, metavar="N", help="maximum tokens per text (default: the model's)"
+    )
+    make.add_argument("--limit", type=whole_number, metavar="N", help="index the first N texts only")
+    ask = commands.add_parser("ask", help="answer questions from the command line, a file, or interactively")
+    ask.add_argument("index", help="folder that build wrote")
+    ask.add_argument("question", nargs="?", help="question to answer (default: read questions interactively)")
+    ask.add_argument("--file", metavar="FILE", help="file with one question per line")
+    ask.add_argument("-k", type=whole_number, default=10, help="results per question (default: 10)")
+    ask.add_argument("--json", action="store_true", help="print one JSON object per question")
+    ask.add_argument("--model", help="current location of the model, if it moved")
+    ask.add_argument("--no-verify", action="store_true", help="skip the checksums, to open the index faster")
+    for command in (make, ask):
+        command.add_argument("--trust-remote-code", action="store_true", help="allow code that the model brings to run")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Which tile a kernel takes: by shape and dtype, or by measuring, where ``JASPER_FAST_AUTOTUNE=1`` asks for it.
+"""Choice of a kernel's tile by shape and dtype, or by measurement with ``JASPER_FAST_AUTOTUNE=1``.
 
-B and D are never compile-time constants: a new shape may choose another tile, but compiles nothing that was compiled.
+B and D are never compile-time constants. A new shape may choose another tile, but recompiles no compiled form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """A block's share of a product: rows, columns, and the depth of one step."""
+    """A block's part of a product: rows, columns, and the depth of one step."""
 
     m: int
     n: int
@@ -27,30 +27,30 @@ class Tile:
 
     @property
     def constants(self) -> dict[str, int]:
-        """As the kernels' arguments call them."""
+        """Constants under the names of the kernels' arguments."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
 
     @property
     def launch(self) -> dict[str, int]:
-        """`constants`, and what a launch takes besides."""
+        """`constants` and the other options of a launch."""
         return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"
 
 
-# The first is for ordinary batches, the last for those too small to fill a GPU with large tiles.
+# The first is for ordinary batches, the last for batches too small to fill a GPU with large tiles.
 TILES_16_BIT = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3))
-# Three TF32 products for one keep their operands' halves in registers: smaller steps.
+# Three TF32 products in place of one keep their operands' halves in registers, so steps are smaller.
 TILES_32_BIT = (Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3))
-# An online softmax keeps four numbers of each row and column beside the tile.
+# An online softmax keeps four numbers of each row and column in addition to the tile.
 TILES_SOFTMAX = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 
 _measured: dict[tuple[Any, ...], Tile] = {}
 
 
 def choose(candidates: tuple[Tile, ...], m: int, n: int) -> Tile:
-    """The largest tile of which an (m, n) result has at least 128, else the last."""
+    """Return the first tile of which an (m, n) result has at least 128, else the last."""
     for tile in candidates:
         if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= 128:
             return tile
@@ -60,14 +60,16 @@ def choose(candidates: tuple[Tile, ...], m: int, n: int) -> Tile:
 def tuned(
     key: tuple[Any, ...], candidates: tuple[Tile, ...], usual: Tile, run: Callable[[Tile], object], out: Tensor
 ) -> Tile:
-    """The usual tile; under JASPER_FAST_AUTOTUNE=1 the fastest of all, measured once for each key.
+    """Return the default tile, or with JASPER_FAST_AUTOTUNE=1 the fastest one, measured once for each key.
+
+    Nothing is measured on a CPU or during the capture of a CUDA graph.
 
     Args:
-        key: what decides the best tile, shapes rounded up to powers of two.
-        candidates: to choose among.
-        usual: without measuring.
-        run: one launch; it must be harmless to repeat.
-        out: any tensor of the launch; only on CUDA, and not while a CUDA graph is captured, is anything measured.
+        key: properties that decide the best tile, with shapes rounded up to powers of two.
+        candidates: tiles to measure.
+        usual: default tile.
+        run: function of one launch, safe to repeat.
+        out: any tensor of the launch.
     """
     if os.environ.get("JASPER_FAST_AUTOTUNE") != "1" or not out.is_cuda or torch.cuda.is_current_stream_capturing():
         return usual

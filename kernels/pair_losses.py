@@ -1,7 +1,7 @@
-"""The similarity and neighbourhood losses on CUDA: which kernels run over which strips, and nothing waits for them.
+"""The similarity and neighbourhood losses on CUDA: choice of kernels and row blocks, without waiting for the device.
 
-Each loss takes vectors as they are, and gives the losses of several students against one teacher together with the
-gradients with respect to those vectors, so that a backward pass only scales.
+Each loss takes raw embeddings. It returns the losses of several students against one teacher, together with the
+gradients with respect to the embeddings. So the backward pass only scales.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT, TILES_SOFTMAX, Tile, choose, tuned
 from jasper_fast.kernels.pair_tile import GROUP, log_sums_kernel, pair_tile_kernel
 from jasper_fast.kernels.product import exact, product
-from jasper_fast.kernels.rows import reciprocal_lengths, tangent
+from jasper_fast.kernels.rows import l2_normalize_backward, reciprocal_norms
 from jasper_fast.ops import cost
 
-WORKSPACE = 160 * 2**20  # bytes for the strips of one student against one teacher
-STEP = 128  # strips are multiples of this many rows
-PRECISION = "tf32x3"  # of float32 operands; others are exact
-BLOCKS = 264  # that keep a large GPU busy: two for each of 132 multiprocessors
+WORKSPACE = 160 * 2**20  # bytes for the row blocks of one student against one teacher
+STEP = 128  # rows of a row block are a multiple of this
+PRECISION = "tf32x3"  # of float32 operands; 16-bit ones are exact
+BLOCKS = 264  # that keep a large GPU busy: two on each of 132 multiprocessors
 
 
-class Vectors(NamedTuple):
-    """(B, D) vectors, their reciprocal lengths (B,), and for a softmax their log2-sum-exp2 (B,)."""
+class Embeddings(NamedTuple):
+    """(B, D) embeddings, their reciprocal norms (B,), and for a softmax their log2-sum-exp2 (B,)."""
 
     rows: Tensor
     reciprocals: Tensor
@@ -36,9 +36,9 @@ class Vectors(NamedTuple):
 def similarity(
     students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """See `ops.similarity`."""
-    heads = [_vectors(s) for s in students]
-    target = _vectors(teacher)
+    """Compute losses (H,) and gradients as `ops.similarity` does."""
+    heads = [_embeddings(s) for s in students]
+    target = _embeddings(teacher)
     rows = len(teacher)
     scale = 4.0 / rows**2
     totals = torch.zeros(len(heads), dtype=torch.float64, device=teacher.device)
@@ -47,11 +47,11 @@ def similarity(
     by_feature = [h for h in range(len(heads)) if _by_feature(h, students, teacher, method, teacher_gradient)]
     teacher_gram = _features(target, target) if by_feature else None
     for h in by_feature:
-        total, kept = _feature(heads[h], target, teacher_gram, gradient, teacher_gradient)
-        sums[h], teacher_sums[h] = kept.students, kept.teacher
+        total, result = _feature(heads[h], target, teacher_gram, gradient, teacher_gradient)
+        sums[h], teacher_sums[h] = result.students, result.teacher
         if method == "auto":
-            # Where the sums cancelled, the tile form overwrites: its blocks look themselves whether they must run.
-            flag = kept.cancelled
+            # If the sums cancelled, the tile form overwrites them. Its blocks read the flag on the device.
+            flag = result.cancelled
             (tile_total,) = _tiles([heads[h]], target, [sums[h]], [teacher_sums[h]], gradient, teacher_gradient, flag)
             total = torch.where(flag == 1, tile_total, total)
         totals[h] = total
@@ -59,62 +59,62 @@ def similarity(
     if rest:
         parts: list[Tensor | None] = [None] * len(rest)
         teacher_parts: list[Tensor | None] = [None] * len(rest)
-        found = _tiles([heads[h] for h in rest], target, parts, teacher_parts, gradient, teacher_gradient)
+        rest_totals = _tiles([heads[h] for h in rest], target, parts, teacher_parts, gradient, teacher_gradient)
         for n, h in enumerate(rest):
-            totals[h], sums[h], teacher_sums[h] = found[n], parts[n], teacher_parts[n]
-    gradients = [_finish(s, head, scale) for s, head in zip(sums, heads, strict=True)]
-    teacher_gradients = [_finish(s, target, -scale) for s in teacher_sums]
+            totals[h], sums[h], teacher_sums[h] = rest_totals[n], parts[n], teacher_parts[n]
+    gradients = [_row_gradient(s, head, scale) for s, head in zip(sums, heads, strict=True)]
+    teacher_gradients = [_row_gradient(s, target, -scale) for s in teacher_sums]
     return (totals / rows**2).to(torch.float32), gradients, teacher_gradients
 
 
 def neighbourhood(
     students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `ops.neighbourhood`."""
+    """Compute losses (H,) and gradients as `ops.neighbourhood` does."""
     rows = len(teacher)
     if rows < 2:
-        gradients = [_result(s).zero_() if gradient else s.new_empty(0) for s in students]
+        gradients = [_empty_gradient(s).zero_() if gradient else s.new_empty(0) for s in students]
         return torch.zeros(len(students), dtype=torch.float32, device=teacher.device), gradients
     logit_scale = math.log2(math.e) / temperature
-    heads = [_log_sums(_vectors(s), logit_scale) for s in students]
-    target = _log_sums(_vectors(teacher), logit_scale)
+    heads = [_log_sums(_embeddings(s), logit_scale) for s in students]
+    target = _log_sums(_embeddings(teacher), logit_scale)
     sums: list[Tensor | None] = [None] * len(heads)
     totals = _tiles(heads, target, sums, [None] * len(heads), gradient, False, logit_scale=logit_scale)
-    gradients = [_finish(s, head, 1.0 / (rows * temperature)) for s, head in zip(sums, heads, strict=True)]
+    gradients = [_row_gradient(s, head, 1.0 / (rows * temperature)) for s, head in zip(sums, heads, strict=True)]
     return (totals / rows).to(torch.float32), gradients
 
 
-def _vectors(rows: Tensor) -> Vectors:
+def _embeddings(rows: Tensor) -> Embeddings:
     if max(rows.stride()) >= 2**22:  # offsets inside a tile are 32-bit
         rows = rows.contiguous()
-    return Vectors(rows, reciprocal_lengths(rows))
+    return Embeddings(rows, reciprocal_norms(rows))
 
 
-def _result(rows: Tensor) -> Tensor:
-    """float16 could not hold a mean's gradient before it is scaled."""
+def _empty_gradient(rows: Tensor) -> Tensor:
+    """Return an empty tensor for a gradient, in float32 for float16 rows, which could not hold an unscaled mean's."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
     return torch.empty(rows.shape, dtype=dtype, device=rows.device)
 
 
-def _finish(unit_gradient: Tensor | None, vectors: Vectors, scale: float) -> Tensor:
-    """From a gradient with respect to unit rows to that of the rows; nothing wanted, an empty tensor."""
+def _row_gradient(unit_gradient: Tensor | None, embeddings: Embeddings, scale: float) -> Tensor:
+    """Return the gradient with respect to rows from that with respect to unit rows. None gives an empty tensor."""
     if unit_gradient is None:
-        return vectors.rows.new_empty(0, dtype=_result(vectors.rows[:0]).dtype)
-    out = unit_gradient if unit_gradient.dtype == vectors.rows.dtype else _result(vectors.rows)
-    tangent(unit_gradient, vectors.rows, vectors.reciprocals, scale, out)
+        return embeddings.rows.new_empty(0, dtype=_empty_gradient(embeddings.rows[:0]).dtype)
+    out = unit_gradient if unit_gradient.dtype == embeddings.rows.dtype else _empty_gradient(embeddings.rows)
+    l2_normalize_backward(unit_gradient, embeddings.rows, embeddings.reciprocals, scale, out)
     return out
 
 
-def _on(vectors: Vectors) -> Tensor:
-    return torch.ones((), dtype=torch.int32, device=vectors.rows.device)
+def _always_on(embeddings: Embeddings) -> Tensor:
+    return torch.ones((), dtype=torch.int32, device=embeddings.rows.device)
 
 
-# Tiles of B x B.
+# The tile form: tiles of B x B.
 
 
 def _tiles(
-    heads: list[Vectors],
-    target: Vectors,
+    heads: list[Embeddings],
+    target: Embeddings,
     sums: list[Tensor | None],
     teacher_sums: list[Tensor | None],
     gradient: bool,
@@ -124,26 +124,26 @@ def _tiles(
     logit_scale: float = 0.0,
     fold: bool | None = None,
 ) -> Tensor:
-    """Totals (H,) float64 of the similarity loss, or of the neighbourhood loss where there are log sums.
+    """Return totals (H,) float64 of the similarity loss, or with log sums of the neighbourhood loss.
 
     Args:
-        heads: the students.
+        heads: students.
         target: their teacher.
-        sums: a place for each student's gradient with respect to its unit rows, unscaled: float32 (B, D) tensors that
-            are overwritten, or None, in which case a tensor is put there.
-        teacher_sums: the same for the teacher's, with the sign turned.
-        gradient: whether the students' are wanted.
-        teacher_gradient: whether the teacher's are.
-        flag: () int32; where it is 0 nothing is written, and the totals mean nothing.
+        sums: unscaled gradients with respect to each student's unit rows. Float32 (B, D) tensors are overwritten, and
+            None is replaced by a new tensor.
+        teacher_sums: the same for the teacher's unit rows, with the opposite sign.
+        gradient: compute the students' gradients.
+        teacher_gradient: compute the teacher's gradients.
+        flag: () int32 switch. With 0 nothing is written, and the totals are undefined. None computes all.
         logit_scale: log2(e) / temperature.
-        fold: whether one strip's product is left to cuBLAS; by default where it is a bfloat16 product.
+        fold: leave the product of a single row block to cuBLAS. None does so for bfloat16.
     """
     rows = len(target.rows)
-    pitch = -(-rows // 16) * 16  # elements from row to row of the workspace
+    pitch = -(-rows // 16) * 16  # elements between rows of the workspace
     many, wanted = len(heads) > 1, gradient or teacher_gradient
     stores = {head.rows.dtype: torch.bfloat16 if head.rows.dtype == torch.bfloat16 else torch.float32 for head in heads}
     element = 4 * many + max(store.itemsize for store in stores.values()) * wanted
-    # Several students share one budget three times as large: with one strip there is nothing to add up.
+    # Several students share a budget three times as large. A single row block needs no addition.
     fit = WORKSPACE * (3 if many else 1) // (max(element, 1) * pitch)
     height = rows if fit >= rows else max(fit // STEP, 1) * STEP
     height = min(height, rows)
@@ -155,7 +155,7 @@ def _tiles(
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     # cuBLAS takes no flag.
     may_fold = height == rows and gradient and not teacher_gradient and flag is None
-    flag = _on(target) if flag is None else flag
+    flag = _always_on(target) if flag is None else flag
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
         for h, head in enumerate(heads):
@@ -168,18 +168,18 @@ def _tiles(
             if folded:
                 sums[h] = weights[:, :rows] @ head.rows
                 continue
-            for side, places, use in ((head, sums, gradient), (target, teacher_sums, teacher_gradient)):
+            for side, results, use in ((head, sums, gradient), (target, teacher_sums, teacher_gradient)):
                 if use:
-                    place = places[h]
-                    if place is None:
-                        place = places[h] = torch.empty(side.rows.shape, dtype=torch.float32, device=device)
-                    _add_strip(place, weights, side, begin, end, flag)
+                    result = results[h]
+                    if result is None:
+                        result = results[h] = torch.empty(side.rows.shape, dtype=torch.float32, device=device)
+                    _add_row_block(result, weights, side, begin, end, flag)
     return totals
 
 
 def _pair_tile(
-    head: Vectors,
-    target: Vectors,
+    head: Embeddings,
+    target: Embeddings,
     shared: Tensor | None,
     weights: Tensor | None,
     flag: Tensor,
@@ -230,54 +230,54 @@ def _pair_tile(
     return run(tuned(key, candidates, choose(candidates, end - begin, rows - begin), run, head.rows))
 
 
-def _pair_tiles(softmax: bool, *vectors: Tensor) -> tuple[Tile, ...]:
-    if any(v.dtype == torch.float32 for v in vectors):
+def _pair_tiles(softmax: bool, *embeddings: Tensor) -> tuple[Tile, ...]:
+    if any(v.dtype == torch.float32 for v in embeddings):
         return TILES_32_BIT
     return TILES_SOFTMAX if softmax else TILES_16_BIT
 
 
-def _add_strip(sums: Tensor, weights: Tensor, side: Vectors, begin: int, end: int, flag: Tensor) -> None:
-    """To the gradient of the strip's rows, and by symmetry to that of the rows after it."""
+def _add_row_block(sums: Tensor, weights: Tensor, side: Embeddings, begin: int, end: int, flag: Tensor) -> None:
+    """Add to the gradient of the block's rows, and by symmetry to that of the rows after it."""
     rows, height = len(sums), end - begin
     bf16 = side.rows.dtype == weights.dtype == torch.bfloat16
-    # float16 values are TF32 values: one product keeps what they have. The weights are rounded to its 11 bits.
+    # float16 values are TF32 values, so one product keeps them. The weights are rounded to 11 bits.
     precision = "bf16" if bf16 else "tf32" if side.rows.dtype == torch.float16 else PRECISION
-    for strip, of, to in (
+    for block, of, to in (
         (weights[:height, : rows - begin], slice(begin, rows), slice(begin, end)),
         (weights[:height, height : rows - begin].T, slice(begin, end), slice(end, rows)),
     ):
-        if len(strip):
+        if len(block):
             inner = side.reciprocals[of]
-            product(strip, side.rows[of], sums[to], flag, inner_a=inner, accumulate=begin > 0, precision=precision)
+            product(block, side.rows[of], sums[to], flag, inner_a=inner, accumulate=begin > 0, precision=precision)
 
 
-def _log_sums(vectors: Vectors, logit_scale: float) -> Vectors:
-    """log2 of the sum of exp2 over a row's logits, itself left out."""
-    rows, width = vectors.rows.shape
-    tile = choose(_pair_tiles(True, vectors.rows), rows, rows)
+def _log_sums(embeddings: Embeddings, logit_scale: float) -> Embeddings:
+    """Add log2 of the sum of exp2 over each row's logits, without the self-pair."""
+    rows, width = embeddings.rows.shape
+    tile = choose(_pair_tiles(True, embeddings.rows), rows, rows)
     blocks = triton.cdiv(rows, tile.m)
     splits = max(1, min(triton.cdiv(BLOCKS, blocks), rows // (2 * tile.n)))
     columns = triton.cdiv(triton.cdiv(rows, splits), tile.n) * tile.n
     splits = triton.cdiv(rows, columns)
-    top, total = torch.empty(2, splits, rows, dtype=torch.float32, device=vectors.rows.device)
+    top, total = torch.empty(2, splits, rows, dtype=torch.float32, device=embeddings.rows.device)
     log_sums_kernel[(blocks, splits)](
-        vectors.rows,
-        vectors.reciprocals,
+        embeddings.rows,
+        embeddings.reciprocals,
         top,
         total,
         logit_scale,
         rows,
         width,
         columns,
-        *vectors.rows.stride(),
+        *embeddings.rows.stride(),
         PRECISION=PRECISION,
         **tile.launch,
     )
     highest = top.amax(dim=0)
-    return vectors._replace(log_sums=highest + ((top - highest).exp2() * total).sum(dim=0).log2())
+    return embeddings._replace(log_sums=highest + ((top - highest).exp2() * total).sum(dim=0).log2())
 
 
-# Products of D x D.
+# The feature form: products of D x D.
 
 
 class _Feature(NamedTuple):
@@ -292,7 +292,7 @@ def _by_feature(h: int, students: list[Tensor], teacher: Tensor, method: str, te
     width, teacher_width = students[h].shape[1], teacher.shape[1]
     if 4 * max(width, teacher_width) * teacher_width > WORKSPACE:
         return False
-    # bfloat16 products are exact in one pass for tiles and take three for features; float16 takes six.
+    # bfloat16 products are exact in one pass for tiles and take three for features. float16 takes six.
     passes = {torch.bfloat16: 3.0, torch.float16: 6.0}.get(students[h].dtype, 1.0)
     return cost.feature_form_is_cheaper(
         len(teacher), width, teacher_width, teacher_gradient, heads=len(students), passes=passes
@@ -300,14 +300,14 @@ def _by_feature(h: int, students: list[Tensor], teacher: Tensor, method: str, te
 
 
 def _feature(
-    head: Vectors, target: Vectors, teacher_gram: Tensor | None, gradient: bool, teacher_gradient: bool
+    head: Embeddings, target: Embeddings, teacher_gram: Tensor | None, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, _Feature]:
-    """|S'S|^2 - 2 |T'S|^2 + |T'T|^2 in float64, and gradients with respect to unit rows, as `_tiles` leaves them."""
+    """Return |S'S|^2 - 2 |T'S|^2 + |T'T|^2 in float64, and the gradients of `_tiles` with respect to unit rows."""
     assert teacher_gram is not None
     gram, cross = _features(head, head), _features(target, head)  # (D, D), (E, D)
-    own, mixed, other = (matrix.square().sum() for matrix in (gram, cross, teacher_gram))
-    total = own - 2.0 * mixed + other
-    cancelled = (total < cost.CANCELLATION * (own + other)).to(torch.int32)
+    student_sum, cross_sum, teacher_sum = (matrix.square().sum() for matrix in (gram, cross, teacher_gram))
+    total = student_sum - 2.0 * cross_sum + teacher_sum
+    cancelled = (total < cost.CANCELLATION * (student_sum + teacher_sum)).to(torch.int32)
     sums = teacher_sums = None
     if gradient:
         sums = _difference(head, gram, target, cross)
@@ -316,18 +316,18 @@ def _feature(
     return total.clamp(min=0.0), _Feature(sums, teacher_sums, cancelled)
 
 
-def _difference(head: Vectors, first: Tensor, target: Vectors, second: Tensor) -> Tensor:
-    """Unit students times first minus unit teachers times second."""
+def _difference(head: Embeddings, first: Tensor, target: Embeddings, second: Tensor) -> Tensor:
+    """Return unit students times first minus unit teachers times second."""
     out = torch.empty(len(head.rows), first.shape[1], dtype=torch.float32, device=head.rows.device)
-    on = _on(head)
+    on = _always_on(head)
     product(head.rows, first.float(), out, on, row=head.reciprocals, precision=exact(head.rows.dtype))
     negative = (-second).float()
     product(target.rows, negative, out, on, row=target.reciprocals, accumulate=True, precision=exact(target.rows.dtype))
     return out
 
 
-def _features(left: Vectors, right: Vectors) -> Tensor:
-    """Unit left' times unit right, in parts of bounded length that are added in float64. (D, E)"""
+def _features(left: Embeddings, right: Embeddings) -> Tensor:
+    """Return unit left' times unit right, in parts of bounded length that are added in float64: (D, E)."""
     (rows, m), n = left.rows.shape, right.rows.shape[1]
     tile = choose(TILES_32_BIT, m, n)
     blocks = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
@@ -338,7 +338,7 @@ def _features(left: Vectors, right: Vectors) -> Tensor:
         left.rows.T,
         right.rows,
         parts,
-        _on(left),
+        _always_on(left),
         inner_a=left.reciprocals,
         inner_x=right.reciprocals,
         depth=depth,

@@ -1,7 +1,7 @@
-"""Tiles of the B x B matrices of cosines, and what the similarity and neighbourhood losses make of them.
+"""Tiles of the B x B matrices of cosines, with the terms of the similarity and neighbourhood losses.
 
-Cosines come from the raw rows: products of 16-bit rows are exact in float32, and each row's reciprocal length is
-multiplied in afterwards. No normalised copy, no rounding of unit rows.
+Cosines come from the raw rows. Products of 16-bit rows are exact in float32, and each row's reciprocal norm is
+multiplied in afterwards. There is no normalised copy and no rounding of unit rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def products(
     X, r0, r1, i0, j0, B, D, stride_xb, stride_xd,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Products of rows i0.. with rows j0.. of X, of unit rows if UNIT. (BLOCK_M, BLOCK_N)"""
+    """Return products of rows i0.. with rows j0.. of X, of unit rows if UNIT: (BLOCK_M, BLOCK_N)."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     rows, columns = (B - i0).to(tl.int32), (B - j0).to(tl.int32)
     # 64-bit scalars, 32-bit offsets inside a tile.
@@ -46,8 +46,8 @@ def products(
 
 
 @triton.jit
-def strays(r):
-    """Whether products with a row of reciprocal length r may leave float32's range."""
+def out_of_range(r):
+    """Return 1 if products with a row of reciprocal norm r may leave float32's range, else 0."""
     return ((r > 1e12) | ((r < 1e-12) & (r > 0.0))).to(tl.int32)
 
 
@@ -56,7 +56,7 @@ def cosines(
     X, R, i0, j0, B, D, stride_xb, stride_xd,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of rows i0.. with rows j0.. of X, R the reciprocal lengths. (BLOCK_M, BLOCK_N)"""
+    """Return cosines of rows i0.. with rows j0.. of X, with R their reciprocal norms: (BLOCK_M, BLOCK_N)."""
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     r0 = tl.load(R + i0 + m, mask=m < B - i0, other=0.0)
     r1 = tl.load(R + j0 + n, mask=n < B - j0, other=0.0)
@@ -66,8 +66,8 @@ def cosines(
         acc = products(X, r0, r1, i0, j0, B, D, stride_xb, stride_xd, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         acc = acc * r0[:, None] * r1[None, :]
     else:
-        # bfloat16 has float32's range: the few rows whose squares do not fit are normalised before they are multiplied.
-        if tl.max(strays(r0), axis=0) + tl.max(strays(r1), axis=0) == 0:
+        # bfloat16 has float32's range, so the few rows whose squares overflow are normalised before the product.
+        if tl.max(out_of_range(r0), axis=0) + tl.max(out_of_range(r1), axis=0) == 0:
             acc = products(X, r0, r1, i0, j0, B, D, stride_xb, stride_xd, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             acc = acc * r0[:, None] * r1[None, :]
         else:
@@ -79,14 +79,14 @@ def cosines(
 def pair_tile_kernel(
     S,  # (B, D) student rows
     T,  # (B, E) teacher rows
-    RS,  # (B,) fp32 reciprocal lengths
+    RS,  # (B,) fp32 reciprocal norms
     RT,  # (B,) fp32
-    LS,  # (B,) fp32 log2-sum-exp2 of each student row's logits, or None: the similarity loss
+    LS,  # (B,) fp32 log2-sum-exp2 of each student row's logits; None computes the similarity loss
     LT,  # (B,) fp32
     SHARED,  # (end - begin, B - begin) fp32 teacher cosines, or None
     W,  # (end - begin, B - begin) weights for the gradient's product, or None
     PARTIAL,  # (blocks,) fp32 sums of the loss
-    FLAG,  # () int32: nothing is done where it is 0
+    FLAG,  # () int32: 0 skips the work
     logit_scale,  # log2(e) / temperature
     begin,
     end,
@@ -107,10 +107,10 @@ def pair_tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile, on or right of the diagonal, of rows begin..end against rows begin..B; both losses are symmetric in it.
+    """Compute one tile, on or right of the diagonal, of rows begin..end against rows begin..B, for a symmetric loss.
 
-    SHARED is written if FIRST, read otherwise: several students meet one teacher tile. FOLD multiplies W's columns by
-    RS, so that W times the raw students is the gradient with respect to unit rows.
+    SHARED is written if FIRST and read otherwise, so several students share one teacher tile. FOLD multiplies W's
+    columns by RS. Then W times the raw students is the gradient with respect to unit rows.
     """
     if tl.load(FLAG) == 0:
         return
@@ -120,13 +120,13 @@ def pair_tile_kernel(
     height = min(tl.cdiv(end - begin, BLOCK_M) - group * GROUP, GROUP)
     m0 = (group * GROUP + pid % (GROUP * across) % height) * BLOCK_M
     n0 = (pid % (GROUP * across)) // height * BLOCK_N
-    # By element, not by tile: tiles need not be square.
+    # Compare elements, because tiles need not be square.
     if n0 + BLOCK_N <= m0:
         tl.store(PARTIAL + pid, 0.0)
         return
     i0, j0 = (begin + m0).to(tl.int64), (begin + n0).to(tl.int64)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    i, j = m0 + m, n0 + n  # from begin on
+    i, j = m0 + m, n0 + n  # relative to begin
     inside = (i[:, None] < end - begin) & (j[None, :] < B - begin)
     if SHARED is not None and not FIRST:
         t = tl.load(SHARED + m0.to(tl.int64) * stride_gb + n0 + m[:, None] * stride_gb + n[None, :], mask=inside)
@@ -139,7 +139,7 @@ def pair_tile_kernel(
     if LS is None:
         g = s - t
         terms = g * g
-        # Each pair stands for itself and its mirror image, the diagonal for itself.
+        # Each pair counts for itself and its mirror image, the diagonal once.
         terms = tl.where(above, 2.0 * terms, tl.where((i[:, None] == j[None, :]) & inside, terms, 0.0))
     else:
         row_s = tl.load(LS + i0 + m, mask=m < B - i0, other=0.0)[:, None]
@@ -147,7 +147,7 @@ def pair_tile_kernel(
         column_s = tl.load(LS + j0 + n, mask=n < B - j0, other=0.0)[None, :]
         column_t = tl.load(LT + j0 + n, mask=n < B - j0, other=0.0)[None, :]
         s, t = s * logit_scale, t * logit_scale
-        # Rows and columns are masked before exp2: what lies outside or left of the diagonal may overflow.
+        # Mask before exp2, because values outside or left of the diagonal may overflow.
         s, t = tl.where(above, s, 0.0), tl.where(above, t, 0.0)
         wanted, given = tl.exp2(t - row_t), tl.exp2(s - row_s)
         terms = wanted * ((t - row_t) - (s - row_s))
@@ -156,7 +156,7 @@ def pair_tile_kernel(
         terms += wanted * ((t - column_t) - (s - column_s))
         terms = tl.where(above, terms * LOG_2, 0.0)
         g = tl.where(above, g + (given - wanted), 0.0)
-    # Over both axes at once: one after the other, Triton 3.6 cannot compile for sm_100.
+    # Over both axes at once. Triton 3.6 cannot compile one after the other for sm_100.
     tl.store(PARTIAL + pid, tl.sum(terms))
     if W is not None:
         tile = W + m0.to(tl.int64) * stride_wb + n0
@@ -169,10 +169,10 @@ def pair_tile_kernel(
             on, off = g, g
         upper = (i[:, None] <= j[None, :]) & inside
         tl.store(tile + m[:, None] * stride_wb + n[None, :], on.to(W.dtype.element_ty), mask=upper)
-        if n0 < end - begin:  # the mirror image, where it belongs to these rows
-            turned = tl.trans(off).to(W.dtype.element_ty)
+        if n0 < end - begin:  # the mirror image, if it belongs to these rows
+            transposed = tl.trans(off).to(W.dtype.element_ty)
             below = (j[:, None] > i[None, :]) & (j[:, None] < end - begin) & (i[None, :] < end - begin)
-            tl.store(mirror + n[:, None] * stride_wb + m[None, :], turned, mask=below)
+            tl.store(mirror + n[:, None] * stride_wb + m[None, :], transposed, mask=below)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def log_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Online softmax of a block of rows over the z-th ``width`` columns, each row without itself, in powers of two."""
+    """Run an online softmax in powers of two over the z-th ``width`` columns of some rows, without self-pairs."""
     i0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     split = tl.program_id(1).to(tl.int64)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -205,7 +205,7 @@ def log_sums_kernel(
         others = (n[None, :] < B - j0) & (n[None, :] + (j0 - i0) != m[:, None])
         logits = tl.where(others, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
-        # A row that has met nobody yet has no largest logit: nothing is subtracted, and exp2(-inf) is 0.
+        # A row without logits so far has no largest one. Nothing is subtracted, and exp2(-inf) is 0.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), axis=1)
         top = higher
@@ -217,7 +217,7 @@ GROUP = 8
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     layouts: list[tuple[dict[str, str], dict[str, int]]] = [
         ({"stride_sb": "i32:16", "stride_tb": "i32:16"}, {"stride_sd": 1, "stride_td": 1}),
         (dict.fromkeys(("stride_sb", "stride_sd", "stride_tb", "stride_td"), "i32"), {}),
@@ -230,7 +230,7 @@ def forms() -> Iterator[Form]:
         whole, store = "fp32" in (student, teacher), "bf16" if student == "bf16" else "fp32"
         layout = "dense" if ones else "strided"
         for tile in TILES_32_BIT if whole else TILES_16_BIT if loss == "similarity" else TILES_SOFTMAX:
-            # Other layouts and mixed dtypes change the loads alone: one use shows them.
+            # Other layouts and mixed dtypes change the loads only, so one use covers them.
             for use in ("alone", "first", "next", "loss only") if ones and student == teacher != "fp16" else ("alone",):
                 types = {"S": f"*{student}:16", "T": f"*{teacher}:16", "RS": "*fp32:16", "RT": "*fp32:16"}
                 types |= {"SHARED": "*fp32:16", "W": f"*{store}:16", "LS": "*fp32:16", "LT": "*fp32:16"}
@@ -249,7 +249,7 @@ def forms() -> Iterator[Form]:
                     tile.warps,
                     tile.stages,
                     tensor_cores=True,
-                    # On sm_100 the epilogue is the larger part; strided loads keep an address for every element.
+                    # On sm_100 the epilogue is the larger part. Strided loads keep an address for every element.
                     stack={80: 8, 90: 8, 100: 144},
                     spills=not ones,
                     quick=use in ("alone", "first")

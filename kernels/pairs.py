@@ -1,4 +1,4 @@
-"""Between (B, B) matrices and their strict upper triangle, row by row."""
+"""Packing of (B, B) matrices into their strict upper triangle, row by row, and unpacking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pack_kernel(
     stride_mb,
     BLOCK: tl.constexpr,
 ):
-    """Right of the diagonal, one row and BLOCK columns at a time."""
+    """Pack elements right of the diagonal, one row and BLOCK columns at a time."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     new = (columns > row) & (columns < B)
@@ -40,7 +40,7 @@ def unpack_kernel(
     tiles,
     TILE: tl.constexpr,
 ):
-    """scale * PACKED on both sides of a zero diagonal; a program reads a tile of the upper half and writes both."""
+    """Write scale * PACKED on both sides of a zero diagonal. A program reads an upper tile and writes both."""
     tile_row, tile_column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if tile_column >= tile_row:
         rows = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
@@ -54,7 +54,7 @@ def unpack_kernel(
 
 
 def pack_pairs(matrix: Tensor) -> Tensor:
-    """(B, B) float32, rows contiguous -> (P,)."""
+    """Pack a (B, B) float32 matrix with contiguous rows into (P,)."""
     rows = len(matrix)
     packed = torch.empty(rows * (rows - 1) // 2, dtype=matrix.dtype, device=matrix.device)
     pack_kernel[(rows, triton.cdiv(rows, COLUMNS))](matrix, packed, rows, matrix.stride(0), BLOCK=COLUMNS)
@@ -62,7 +62,7 @@ def pack_pairs(matrix: Tensor) -> Tensor:
 
 
 def unpack_pairs(packed: Tensor, rows: int, scale: float) -> Tensor:
-    """(P,) int32 -> (B, B) float32: scale * packed on both sides of a zero diagonal."""
+    """Unpack (P,) int32 into (B, B) float32: scale * packed on both sides of a zero diagonal."""
     matrix = torch.empty(rows, rows, dtype=torch.float32, device=packed.device)
     tiles = triton.cdiv(rows, TILE)
     unpack_kernel[(tiles * tiles,)](packed, matrix, scale, rows, tiles, TILE=TILE, num_warps=8)
@@ -70,7 +70,7 @@ def unpack_pairs(packed: Tensor, rows: int, scale: float) -> Tensor:
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     pack = Form(
         f"{COLUMNS}",
         pack_kernel,

@@ -1,7 +1,7 @@
-"""A matrix product with the row normalisation of its operands folded in: gradients, and the feature form's products.
+"""A matrix product that normalises its operands' rows: for gradients and the feature form.
 
-Used where cuBLAS cannot serve: float32 at its own precision whatever `allow_tf32` says, operands scaled by row without
-a normalised copy, results added to what is there, the long dimension split with its parts kept apart.
+It does what cuBLAS cannot: full float32 precision for any `allow_tf32`, operands scaled by row without a normalised
+copy, addition to a result, and a long dimension split into separate parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def product_kernel(
     INNER_A,  # (K,) fp32 or None: scales the columns of A
     INNER_X,  # (K,) fp32 or None: scales the rows of X
     OUT,  # (splits, M, N) fp32
-    FLAG,  # () int32: nothing is done where it is 0
+    FLAG,  # () int32: 0 skips the work
     M,
     N,
     K,
@@ -44,17 +44,17 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """OUT[z] (+)= (ROW A INNER_A) (INNER_X X) over the z-th ``depth`` of K; in bf16 if PRECISION is "bf16"."""
+    """Write OUT[z] (+)= (ROW A INNER_A) (INNER_X X) over the z-th ``depth`` of K, in bf16 if PRECISION is "bf16"."""
     if tl.load(FLAG) == 0:
         return
-    # Blocks that run together share rows and columns in the L2 cache.
+    # Concurrent blocks share rows and columns in the L2 cache.
     pid, split = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP * across)
     height = min(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
     m0 = (group * GROUP + pid % (GROUP * across) % height).to(tl.int64) * BLOCK_M
     n0 = ((pid % (GROUP * across)) // height).to(tl.int64) * BLOCK_N
-    # Scalars carry the 64-bit part of every address, which leaves 32-bit offsets inside a tile: half the registers.
+    # Scalars carry the 64-bit part of every address. 32-bit offsets inside a tile take half the registers.
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     rows, columns = (M - m0).to(tl.int32), (N - n0).to(tl.int32)
     begin = split.to(tl.int64) * depth
@@ -89,15 +89,15 @@ def product_kernel(
 
 
 GROUP = 8
-# Scaling A goes through registers: half the depth of a step that needs none.
+# Scaling A goes through registers, so a step has half the usual depth.
 TILES_BF16 = (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4))
 
 
 def exact(*dtypes: torch.dtype) -> str:
-    """The precision at which products of these dtypes lose nothing that float32 has.
+    """Return the precision at which products of these dtypes keep float32's accuracy.
 
-    TF32 keeps 11 bits and bfloat16 8; three products of the parts give 22 and 16. A value that was bfloat16 before a
-    float32 factor was multiplied in has 8 bits of its own, so 16 are enough for it; float16's 11 are not.
+    TF32 keeps 11 bits and bfloat16 8. Three products of the parts give 22 and 16. A bfloat16 value times a float32
+    factor has 8 bits of information, for which 16 are enough. The 11 bits of float16 need more.
     """
     if INTERPRETED:
         return "ieee"
@@ -121,20 +121,20 @@ def product(
     depth: int | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """out (+)= (row a inner_a) (inner_x x).
+    """Compute out (+)= (row a inner_a) (inner_x x).
 
     Args:
-        a: (M, K), any strides.
-        x: (K, N), any strides.
-        out: (M, N) float32 with contiguous rows; or (splits, M, N), one result for each ``depth`` of K.
-        flag: () int32; where it is 0, out is left as it is.
-        row: (M,) float32, scales the rows of a.
-        inner_a: (K,) float32, scales the columns of a.
-        inner_x: (K,) float32, scales the rows of x.
+        a: (M, K) left factor, any strides.
+        x: (K, N) right factor, any strides.
+        out: (M, N) float32 result with contiguous rows, or (splits, M, N), one result for each ``depth`` of K.
+        flag: () int32 switch. 0 leaves out unchanged.
+        row: (M,) float32 scales of the rows of a. None scales nothing.
+        inner_a: (K,) float32 scales of the columns of a. None scales nothing.
+        inner_x: (K,) float32 scales of the rows of x. None scales nothing.
         accumulate: add to out.
-        precision: "bf16" (operands rounded to bfloat16), or of float32 operands: "ieee", "tf32", "tf32x3", "bf16x3".
-        depth: rows of x in each split.
-        tile: by default chosen by shape.
+        precision: "bf16" (operands rounded to bfloat16), or for float32 operands "ieee", "tf32", "tf32x3" or "bf16x3".
+        depth: number of rows of x in each split. None makes one split.
+        tile: tile of the launch. None chooses one by shape.
     """
     (m, k), n = a.shape, x.shape[1]
     depth = depth or k
@@ -167,14 +167,23 @@ def product(
     if tile is None:
         size = tuple(triton.next_power_of_2(i) for i in (m, n, depth, len(parts)))
         key = ("product", size, a.dtype, x.dtype, precision, out.device)
-        # Without adding, a launch may be repeated; a result that is added to must be kept from the measuring.
+        # Only a launch that does not accumulate can be repeated for measurement.
         usual = choose(candidates, m, n * len(parts))
         tile = usual if accumulate else tuned(key, candidates, usual, run, out)
     run(tile)
 
 
 def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """a x of float32 as float32: (M, K), (K, N) of any strides -> (M, N), new or added to ``into``, rows contiguous."""
+    """Multiply float32 matrices with full precision.
+
+    Args:
+        a: (M, K) left factor, any strides.
+        x: (K, N) right factor, any strides.
+        into: (M, N) result to add to, rows contiguous. None makes a new one.
+
+    Returns:
+        (M, N) float32 result.
+    """
     out = torch.empty(len(a), x.shape[1], dtype=torch.float32, device=a.device) if into is None else into
     if out.numel():
         on = torch.ones((), dtype=torch.int32, device=a.device)
@@ -183,37 +192,37 @@ def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
-    # The ways pair_losses.py multiplies: name, dtypes of A and X, what scales, precision. Mixed: unlike its teacher.
+    """Yield the forms of this module's kernels. See `registry`."""
+    # Products of pair_losses.py: name, dtypes of A and X, scales, precision. Mixed: the teacher has another dtype.
     uses: list[tuple[str, str, str, tuple[str, ...], str]] = []
     mixed: list[tuple[str, str, str, tuple[str, ...], str]] = []
     for x in TYPES.values():
         precision = {"bf16": "bf16", "fp16": "tf32", "fp32": "tf32x3"}[x]
-        uses.append((f"strip {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))
+        uses.append((f"row block {x}", "bf16" if x == "bf16" else "fp32", x, ("INNER_A",), precision))
         precision = "bf16x3" if x == "bf16" else "tf32x3"
         uses.append((f"features {x}", x, x, ("INNER_A", "INNER_X"), precision))
         uses.append((f"feature gradient {x}", x, "fp32", ("ROW",), precision))
-    # `multiply`: the relative similarity losses' gradients, exact and binned.
-    uses += [(name, "fp32", "fp32", (), "tf32x3") for name in ("plain", "strip plain")]
+    # Products of `multiply`: gradients of the relative similarity losses, exact and binned.
+    uses += [(name, "fp32", "fp32", (), "tf32x3") for name in ("plain", "row block plain")]
     for a, x, precision in (("fp32", "bf16", "tf32x3"), ("bf16", "fp32", "tf32x3"), ("bf16", "fp16", "tf32")):
-        mixed.append((f"strip {a}/{x}", a, x, ("INNER_A",), precision))
+        mixed.append((f"row block {a}/{x}", a, x, ("INNER_A",), precision))
     for a, x in itertools.permutations(TYPES.values(), 2):
         mixed.append((f"features {a}/{x}", a, x, ("INNER_A", "INNER_X"), "tf32x3"))
     layouts = {
         "": ({"stride_am": "i32:16", "stride_xk": "i32:16"}, {"stride_ak": 1, "stride_xn": 1}),
-        " turned": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
+        " transposed": ({"stride_ak": "i32:16", "stride_xk": "i32:16"}, {"stride_am": 1, "stride_xn": 1}),
         " strided": (dict.fromkeys(("stride_am", "stride_ak", "stride_xk", "stride_xn"), "i32"), {}),
     }
     across = ({"stride_am": "i32:16", "stride_xn": "i32:16"}, {"stride_ak": 1, "stride_xk": 1})  # the scores, S S'
     chosen = list(itertools.product(uses, layouts.items()))
     chosen += [(use, (" across", across)) for use in uses if use[0] == "plain"]
-    chosen += [(use, (" turned", layouts[" turned"])) for use in mixed]
+    chosen += [(use, (" transposed", layouts[" transposed"])) for use in mixed]
     for (name, a, x, scales, precision), (layout, (strides, ones)) in chosen:
         for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:
             types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16", "FLAG": "*i32"}
             types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "depth": "i32:16", **strides}
             types |= {"stride_oz": "i64", "stride_om": "i32:16", **dict.fromkeys(scales, "*fp32:16")}
-            constants = {"ACCUMULATE": name.startswith("strip"), "PRECISION": precision, "GROUP": GROUP}
+            constants = {"ACCUMULATE": name.startswith("row block"), "PRECISION": precision, "GROUP": GROUP}
             constants |= {scale: None for scale in ("ROW", "INNER_A", "INNER_X") if scale not in scales}
             form = Form(
                 f"{name}{layout}, {tile}",
@@ -224,8 +233,8 @@ def forms() -> Iterator[Form]:
                 tile.stages,
                 tensor_cores=True,
                 stack=dict.fromkeys((80, 90, 100), 96),
-                spills="strided" in layout,  # such loads keep an address for every element
-                quick=(name, layout) in (("strip bf16", ""), ("features fp32", " turned")) and tile.m == 128,
+                spills="strided" in layout,  # Such loads keep an address for every element.
+                quick=(name, layout) in (("row block bf16", ""), ("features fp32", " transposed")) and tile.m == 128,
             )
             yield form
             if ones and (name, a, x, scales, precision) in uses:

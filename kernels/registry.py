@@ -1,7 +1,7 @@
-"""Every Triton kernel in every form it is launched in: the list that is compiled and checked without a GPU.
+"""Registry of every Triton kernel in every form of launch: the list that is compiled and checked without a GPU.
 
-A kernel's module ends with ``forms()``, which gives its kernels' `Form`s; `MODULES` names the modules. A form's types
-carry what a launch would find out: ``"*fp32:16"`` is an aligned pointer, ``"i32:16"`` an integer divisible by 16. An
+A kernel's module ends with ``forms()``, which yields its kernels' `Form`s. `MODULES` lists the modules. A form's types
+carry what a launch would detect: ``"*fp32:16"`` is an aligned pointer, ``"i32:16"`` an integer divisible by 16. An
 argument that is 1 at launch, such as a unit stride, belongs to the constants.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 MODULES = (
-    *("rows", "product", "pair_tile", "deal", "pairs", "ties", "relative_similarity_binned"),
-    *("mips", "mips_start", "mips_finish"),
+    *("rows", "product", "pair_tile", "dominance_counts", "pairs", "tie_correction", "relative_similarity_binned"),
+    *("mips", "mips_rescore", "mips_prologue", "mips_epilogue"),
 )
-TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names, and Triton's
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names to Triton's
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Form:
     """One way of compiling a kernel.
 
     Args:
-        label: distinct among the kernel's forms: dtypes, tile, and whatever constants matter.
-        kernel: the ``@triton.jit`` function.
-        types: of the arguments that are not constant, by name.
-        constants: the ``tl.constexpr`` arguments, and arguments that a launch would find to be 1.
-        warps: warps in a block.
-        stages: loads in flight.
-        tensor_cores: whether the form is wrong to compile without an architecture's own tensor-core instructions, or
-            on which architectures.
-        stack: bytes a thread may keep on its stack, by architecture (80, 90, 100); elsewhere none.
-        spills: whether it may keep more there: for layouts that are seldom met, at their price in speed.
-        architectures: those it is launched on.
-        quick: whether ``make test`` compiles it; ``make soak`` compiles all.
+        label: description of the form, distinct among the kernel's forms: dtypes, tile, and relevant constants.
+        kernel: ``@triton.jit`` function.
+        types: types of the arguments that are not constant, by name.
+        constants: ``tl.constexpr`` arguments, and arguments that are 1 at launch.
+        warps: number of warps in a block.
+        stages: number of loads in flight.
+        tensor_cores: True for a form that must use the architecture's tensor-core instructions, or the architectures
+            on which it must.
+        stack: allowed bytes of a thread's stack by architecture (80, 90, 100). The default is 0.
+        spills: True to allow more stack, for rare layouts that may be slow.
+        architectures: architectures of the launch.
+        quick: True for a form that ``make test`` compiles. ``make soak`` compiles all.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Form:
 
 
 def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
-    """The form of a launch that finds these arguments to be 1: Triton makes them constants, which have no methods."""
+    """Return the form of a launch with these arguments 1, which Triton makes constants without methods."""
     types = {name: kind for name, kind in form.types.items() if name not in names}
     assert len(types) + len(names) == len(form.types)
     constants = {**form.constants, **dict.fromkeys(names, 1)}
@@ -60,9 +60,9 @@ def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
 
 
 def odd(form: Form, *even: str) -> Form:
-    """The form of a launch whose counts and strides are no multiples of 16, but for ``even``.
+    """Return the form of a launch whose counts and strides, except ``even``, are no multiples of 16.
 
-    Its loads keep an address for every element, which do not fit the registers.
+    Its loads keep an address for every element, and these do not fit the registers.
     """
     types = {
         name: kind if kind.startswith("*") or name in even else kind.removesuffix(":16")
@@ -72,6 +72,6 @@ def odd(form: Form, *even: str) -> Form:
 
 
 def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:
-    """The forms of all kernels; needs Triton."""
+    """Yield the forms of all kernels. Needs Triton."""
     for name in modules:
         yield from importlib.import_module(f"jasper_fast.kernels.{name}").forms()

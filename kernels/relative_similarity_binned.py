@@ -2,13 +2,14 @@
 
 Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024), a hundredth of a bin and less than a thousandth
 of the margin, whereas the exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
-in registers and adds integers to tables in the second-level cache, so its result does not depend on the order. The
-second writes strips of scores, replaces them by coefficients from eight table entries each, and leaves their product
-with the student, in float32, to `product.py`. (Looked up while still in registers, coefficients spilled.)
+in registers. It adds integers to tables in the L2 cache, so its result does not depend on the order. The second pass
+writes row blocks of scores and replaces them by coefficients from eight table entries each. Their float32 product with
+the student is left to `product.py`. Coefficients looked up in registers spilled.
 
-Estimated for B = 32768, D = 1024 on one H200 (5.4e8 pairs): 2.2 TFLOP a pass at 300 TFLOP/s, 7 ms each; 1.6e9
-additions in the cache, 20 ms; 4.3e9 table reads and 11 GB through memory, 15 ms; the gradient's 2.2 TFLOP in float32,
-45 ms: 95 ms. Extra memory: two strips of 128 MiB, tables of 4 MiB. Compiled and interpreted, not yet run on a GPU.
+Estimate for B = 32768, D = 1024 on one H200 (5.4e8 pairs): each pass does 2.2 TFLOP at 300 TFLOP/s, 7 ms. 1.6e9
+additions in the cache take 20 ms. 4.3e9 table reads and 11 GB through memory take 15 ms. The gradient's 2.2 TFLOP in
+float32 take 45 ms, 95 ms in all. Extra memory is two row blocks of 128 MiB and tables of 4 MiB. Compiled and
+interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jasper_fast.kernels.registry import Form, with_ones
 PRECISION = "tf32"
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
 WARPS, STAGES = 8, 3
-COLUMNS = 1024  # of a strip that a program looks up
+COLUMNS = 1024  # of a row block that a program looks up
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _scores(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of X X'. (BLOCK_M,), (BLOCK_N,) -> (BLOCK_M, BLOCK_N)"""
+    """Return a tile of X X': (BLOCK_M,), (BLOCK_N,) -> (BLOCK_M, BLOCK_N)."""
     k = tl.arange(0, BLOCK_K)
     left = X + rows.to(tl.int64)[:, None] * stride_xb + k[None, :]
     right = X + columns.to(tl.int64)[None, :] * stride_xb + k[:, None]
@@ -56,7 +57,7 @@ def _scores(
 
 @triton.jit
 def _place(scores, GRID, AXIS: tl.constexpr, last):
-    """Fractions of fine bins; what is not a number goes to 0: the loss is spoilt elsewhere."""
+    """Return positions in fine bins. NaN goes to 0, because the loss becomes NaN elsewhere."""
     place = (scores - tl.load(GRID + AXIS)) * tl.load(GRID + AXIS + 1)
     return tl.minimum(tl.where(place > 0.0, place, 0.0), last)
 
@@ -120,7 +121,7 @@ def scores_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of a strip of X X'."""
+    """Write a tile of a row block of X X'."""
     tiles = tl.cdiv(B - begin, BLOCK_N)
     rows = begin + tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = begin + tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -144,7 +145,7 @@ def coefficients_kernel(
     last,
     BLOCK: tl.constexpr,
 ):
-    """Scores to coefficients, 0 on the diagonal."""
+    """Replace scores by coefficients, 0 on the diagonal."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < w
@@ -195,7 +196,7 @@ def histogram(
 
 
 def scores(vectors: Tensor, begin: int, end: int) -> Tensor:
-    """(end - begin, B - begin): rows begin to end with all rows from begin on."""
+    """Return scores of rows begin to end with all rows from begin on, (end - begin, B - begin)."""
     rows = len(vectors)
     out = torch.empty(end - begin, rows - begin, dtype=torch.float32, device=vectors.device)
     programs = triton.cdiv(end - begin, TILE["BLOCK_M"]) * triton.cdiv(rows - begin, TILE["BLOCK_N"])
@@ -215,8 +216,10 @@ def scores(vectors: Tensor, begin: int, end: int) -> Tensor:
     return out
 
 
-def coefficients(student: Tensor, teacher: Tensor, grid: Tensor, nodes: Tensor, own: Tensor, rank: Tensor) -> Tensor:
-    """Replace a strip of student scores by coefficients; the sum of coefficient * (score - centre), float64."""
+def coefficients(
+    student: Tensor, teacher: Tensor, grid: Tensor, nodes: Tensor, student_table: Tensor, rank: Tensor
+) -> Tensor:
+    """Replace student scores by coefficients, and return the float64 sum of coefficient * (score - centre)."""
     height, width = student.shape
     sums = torch.empty(height, triton.cdiv(width, COLUMNS), dtype=torch.float32, device=student.device)
     coefficients_kernel[sums.shape](
@@ -224,13 +227,13 @@ def coefficients(student: Tensor, teacher: Tensor, grid: Tensor, nodes: Tensor, 
         teacher,
         grid,
         nodes,
-        own,
+        student_table,
         rank,
         sums,
         width,
         len(nodes) - 1,
-        (len(nodes) - 1) / (len(own) - 1),
-        _last(own[1:]),
+        (len(nodes) - 1) / (len(student_table) - 1),
+        _last(student_table[1:]),
         BLOCK=COLUMNS,
     )
     return sums.sum(dtype=torch.float64)
@@ -241,7 +244,7 @@ def _last(fine: Tensor) -> float:
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     vectors = {"STUDENT": "*fp32:16", "TEACHER": "*fp32:16", "GRID": "*fp32"}
     numbers = {name: "i32" for name in ("B", "D", "E", "stride_sb", "stride_tb", "bins")}
     aligned = {**numbers, "D": "i32:16", "E": "i32:16", "stride_sb": "i32:16", "stride_tb": "i32:16"}

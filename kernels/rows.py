@@ -1,4 +1,4 @@
-"""Row by row: the reciprocal lengths that normalise vectors, and the way back through the normalisation."""
+"""L2 normalisation by rows: reciprocal norms and the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST = tl.constexpr(3.4028234e38)
 
 
 @triton.jit
-def reciprocal_lengths_kernel(
+def reciprocal_norms_kernel(
     X,  # (B, D)
     R,  # (B,) fp32
     D,
@@ -23,14 +23,14 @@ def reciprocal_lengths_kernel(
     stride_xd,
     BLOCK: tl.constexpr,
 ):
-    """R = 1 / |x| for each row; 0 for a zero row, NaN for a row that is not finite."""
+    """Write R = 1 / |x| for each row, 0 for a zero row and NaN for a row with NaN or infinity."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         columns = (start + offsets).to(tl.int64)
         x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float32)
-        # A maximum may drop NaN: what is not a number counts as infinite.
+        # A maximum may drop NaN, so NaN counts as infinite.
         largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
     top = tl.max(largest, axis=0)
     # Divided by the largest entry, squares neither overflow nor vanish.
@@ -48,7 +48,7 @@ def reciprocal_lengths_kernel(
 
 
 @triton.jit
-def tangent_kernel(
+def l2_normalize_backward_kernel(
     G,  # (B, D) gradient with respect to the unit rows
     X,  # (B, D)
     R,  # (B,) fp32
@@ -61,7 +61,7 @@ def tangent_kernel(
     stride_ob,
     BLOCK: tl.constexpr,
 ):
-    """OUT = scale * R (g - u (u . g)) with u = R x: the gradient with respect to the rows before normalisation."""
+    """Write OUT = scale * R (g - u (u . g)) with u = R x, the gradient with respect to the raw rows."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     r = tl.load(R + row)
@@ -86,26 +86,26 @@ def _block(width: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), 2048)
 
 
-def reciprocal_lengths(vectors: Tensor) -> Tensor:
-    """1 / |x| of each row in float32; 0 for a zero row, NaN for one that is not finite. (B, D) -> (B,)."""
+def reciprocal_norms(vectors: Tensor) -> Tensor:
+    """Return 1 / |x| of each row in float32, 0 for a zero row and NaN for one with NaN or infinity: (B, D) -> (B,)."""
     rows, width = vectors.shape
     out = torch.empty(rows, dtype=torch.float32, device=vectors.device)
-    reciprocal_lengths_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=_block(width))
+    reciprocal_norms_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=_block(width))
     return out
 
 
-def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float, out: Tensor) -> None:
-    """Into out: scale times the gradient with respect to vectors, from that with respect to their unit rows.
+def l2_normalize_backward(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float, out: Tensor) -> None:
+    """Write the scaled gradient with respect to rows, from the gradient with respect to unit rows.
 
     Args:
-        gradient: (B, D), rows contiguous.
-        vectors: (B, D), any strides.
-        reciprocals: (B,) float32, of `reciprocal_lengths`.
-        scale: of the whole gradient.
-        out: (B, D), rows contiguous; may be gradient itself.
+        gradient: (B, D) gradient with respect to the unit rows, rows contiguous.
+        vectors: (B, D) rows before normalisation, any strides.
+        reciprocals: (B,) float32 result of `reciprocal_norms`.
+        scale: factor of the result.
+        out: (B, D) result, rows contiguous. It may be ``gradient``.
     """
     rows, width = vectors.shape
-    tangent_kernel[(rows,)](
+    l2_normalize_backward_kernel[(rows,)](
         gradient,
         vectors,
         reciprocals,
@@ -120,7 +120,7 @@ def tangent(gradient: Tensor, vectors: Tensor, reciprocals: Tensor, scale: float
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     for dtype in TYPES.values():
         for block in (16, 2048):
             for unit in (True, False):
@@ -130,14 +130,14 @@ def forms() -> Iterator[Form]:
                 quick = dtype == "bf16" and block == 2048 and unit
                 lengths = Form(
                     label,
-                    reciprocal_lengths_kernel,
+                    reciprocal_norms_kernel,
                     {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
                     constants,
                     quick=quick,
                 )
                 types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
                 types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
-                back = Form(label, tangent_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
+                back = Form(label, l2_normalize_backward_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
                 yield from (lengths, back)
                 if unit:
                     yield from (odd(lengths), odd(back))

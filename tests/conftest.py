@@ -26,7 +26,7 @@ pytest.register_assert_rewrite("mips_cases")
 
 KERNEL_TESTS = (
     *("test_kernels", "test_kernel_properties", "test_relative_similarity_kernels"),
-    *("test_mips_device", "test_mips_settle"),
+    *("test_mips_cuda", "test_mips_rerank"),
 )
 HIDDEN, MAX_LENGTH = 32, 64
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

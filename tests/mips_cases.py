@@ -1,4 +1,4 @@
-"""Corpora that are hard to search, the truth about them, and what an answer must be."""
+"""Corpora that are hard to search, their exact scores, and a check of results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.search import FEW
+from jasper_fast.mips.cpu import MAX_FEW_QUERIES
 
 KINDS = ("normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid")
-NEVER = {}.fromkeys(FEW, 0)  # queries up to which a CPU takes its way for few
+NEVER = {}.fromkeys(MAX_FEW_QUERIES, 0)  # query limits of the single pass on a CPU, here never taken
 
 
 def make(kind: str, rows: int, width: int, seed: int) -> Tensor:
-    """(rows, width) float32 of one kind of difficulty."""
+    """Return (rows, width) float32 rows of one kind of difficulty."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator)
     if kind == "duplicated":
@@ -40,13 +40,13 @@ def make(kind: str, rows: int, width: int, seed: int) -> Tensor:
 
 
 def truth(queries: Tensor, rows: Tensor) -> np.ndarray:
-    """Correctly rounded inner products: products of float32 are exact in float64, and fsum rounds once. (Q, N)"""
+    """Return correctly rounded inner products (Q, N). Products of float32 are exact in float64, fsum rounds once."""
     products = queries.double()[:, None, :] * rows.double()[None]
     return np.array([[math.fsum(pair) for pair in query] for query in products.tolist()])
 
 
 def check(scores: Tensor, ids: Tensor, true: np.ndarray, rows: Tensor, scale: np.ndarray, valid: np.ndarray) -> None:
-    """The order of the fp64 truth wherever gaps exceed 1e-12 of the scale; equal rows by the lower index."""
+    """Check the fp64 order for gaps above 1e-12 of the scale, and equal rows by the lower index."""
     size, k = ids.shape
     _, group = np.unique(rows.double().numpy() + 0.0, axis=0, return_inverse=True)
     for q in range(size):

@@ -1,4 +1,4 @@
-"""What a GPU benchmark tells of its kernels."""
+"""The kernel times that a GPU benchmark reports."""
 
 import torch
 

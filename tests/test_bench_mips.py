@@ -1,4 +1,4 @@
-"""The search benchmark runs whole, checks what it measures, and writes what the documentation reads."""
+"""The search benchmark runs completely, checks its results, and writes the JSON of the documentation."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_a_wrong_result_is_not_measured(monkeypatch):
 
 
 def test_the_gpu_benchmark_measures_what_its_targets_name(tmp_path, capsys, monkeypatch):
-    """Here on a CPU: the same code but for the kernels."""
+    """On a CPU, with the same code except for the kernels."""
     monkeypatch.setattr(_mips_cuda, "SHAPES", [(512, 65_536, 256, 16, ("bfloat16", "int8"))])
     found = _mips_cuda.measure("cpu", 1, quick=True)
     (case,) = found["cases"]

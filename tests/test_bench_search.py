@@ -1,4 +1,4 @@
-"""The search benchmark at small size: it builds once, asks every question, and its parts add up."""
+"""The search benchmark at small size: it builds once, asks every question, and its times are consistent."""
 
 import json
 
@@ -14,6 +14,6 @@ def test_a_question_is_timed_with_and_without_the_model(tiny_bert, tiny_texts, t
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["texts"] == 50 and found["questions"] == 20 and found["build_seconds"] > 0
     assert 0 < found["search_milliseconds"] < found["milliseconds"] <= found["milliseconds_p95"]
-    assert "50 texts, vectors 32 wide" in capsys.readouterr().out
+    assert "50 texts, embeddings 32 wide" in capsys.readouterr().out
     main([*command, "--questions", str(texts)])
     assert json.loads((tmp_path / "found.json").read_text())["build_seconds"] is None

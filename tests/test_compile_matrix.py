@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for three generations of GPUs without spills; judged in a process of its own."""
+"""Every Triton kernel compiles for three generations of GPUs without spills, in a separate process."""
 
 import json
 import os

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jasper_fast.ops.native import extension_path
 
 import jasper_fast
 from jasper_fast import env, files
 from jasper_fast.data import text_digest
 from jasper_fast.fingerprint import code_digest, content_digest, file_sha256, settings_digest, sha256
+from jasper_fast.ops.native import extension_path
 
 TEXTS = ["", "plain", "ü…🦊", "half \udcff", "nul\0"]
 SETTINGS = {"b": [1, 2.5, None], "a": {"d": "ü", "c": True}}

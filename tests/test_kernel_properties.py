@@ -1,4 +1,4 @@
-"""The kernels on whatever hypothesis finds: interpreted on a CPU, compiled on a GPU."""
+"""The kernels on hypothesis examples: interpreted on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from mips_cases import KINDS  # noqa: E402
-from test_mips_device import GPU, SHARES, WIDTHS, _poisoned_memory, in_the_order_of_fp64  # noqa: E402, F401
+from test_mips_cuda import GPU, SHARES, WIDTHS, _poisoned_memory, in_the_order_of_fp64  # noqa: E402, F401
 from test_relative_similarity_kernels import EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
-from jasper_fast.mips.pieces import BIN  # noqa: E402
-from jasper_fast.mips.state import State  # noqa: E402
+from jasper_fast.mips.segment import BIN  # noqa: E402
+from jasper_fast.mips.topk_state import TopKState  # noqa: E402
 
 NUMBERS = st.one_of(st.floats(-1, 1, width=32), st.sampled_from(EQUAL), st.sampled_from(SPECIAL))
 
@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_cpu(values, margin, exclude_ties):
 )
 def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descriptors, seed, data):
     k = data.draw(st.one_of(st.integers(1, -(-rows // 64)), st.integers(1, rows)), label="k")
-    bins = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins")
+    bins = data.draw(st.integers(1, -(-rows // BIN)), label="first segment in bins")
     in_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descriptors, seed, k, bins)
 
 
@@ -50,7 +50,7 @@ def test_the_order_of_fp64(kind, stored, rows, size, width, share, masks, descri
 @given(st.integers(1, 6), st.integers(1, 5), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
 def test_tables_merge_as_lists_do(k, size, widths, seed):
     generator = torch.Generator().manual_seed(seed)
-    one, other = State(size, k, torch.device("cpu")), State(size, k, torch.device("cpu"))
+    one, other = TopKState(size, k, torch.device("cpu")), TopKState(size, k, torch.device("cpu"))
     first = 0
     for width in widths:
         scores = torch.randint(-3, 3, (size, width), generator=generator).double()

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 references: interpreted on a CPU, small; compiled on a GPU with ``-m gpu``, large.
+"""The Triton kernels against float64 references: small on a CPU, interpreted; large on a GPU with ``-m gpu``, compiled.
 
 Triton's interpreter computes bfloat16 wrongly and hides races, so the GPU run repeats everything with bfloat16, asks
 for identical bits, and runs each tile by itself. Every allocation is filled with NaN first, so that what a kernel does
@@ -33,7 +33,7 @@ LARGE = [pytest.param(shape, marks=on_gpu) for shape in ((1000, 384, 1000), (204
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What torch.empty gives is NaN, or a large integer."""
+    """Fill the results of torch.empty with NaN or a large integer."""
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
 
@@ -49,7 +49,7 @@ def vectors(count: int, width: int, dtype: str, scale: float = 1.0) -> torch.Ten
 
 
 def wanted(loss, student: torch.Tensor, teacher: torch.Tensor):
-    """The reference's loss and gradients in float64."""
+    """Return the reference's loss and gradients in float64."""
     student, teacher = (v.detach().double().requires_grad_() for v in (student, teacher))
     value = loss(student, teacher)
     value.backward()
@@ -57,7 +57,7 @@ def wanted(loss, student: torch.Tensor, teacher: torch.Tensor):
 
 
 def error_scale(student: torch.Tensor, teacher: torch.Tensor) -> float:
-    """4/B^2 (|S S'S| + |T T'S|), carried through rows of the students' lengths."""
+    """Return 4/B^2 (|S S'S| + |T T'S|), scaled by the students' norms."""
     s, t = (reference.normalise(v.double()) for v in (student, teacher))
     size = (s @ (s.T @ s)).norm() + (t @ (t.T @ s)).norm()
     return float(4 / len(s) ** 2 * size / student.double().norm(dim=1).max())
@@ -107,15 +107,15 @@ def test_neighbourhood(shape, dtype, temperature):
 
 
 @pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=on_gpu) for d in ("float16", "bfloat16"))])
-def test_strips_heads_and_layouts(dtype, monkeypatch):
-    """Several strips, two students of one teacher, rows and columns far apart: as whole, one by one, dense."""
+def test_row_blocks_heads_and_layouts(dtype, monkeypatch):
+    """Several row blocks, two students and strided rows give the results of one block, one student and dense rows."""
     count = 2500 if GPU else 37
     students = [vectors(count, width, dtype) for width in (24, 5)]
     teacher = vectors(count, 2 * 19, dtype)[:, ::2]
     loose = [s.T.contiguous().T for s in students]
     if not GPU:
         monkeypatch.setattr(pair_losses, "STEP", 16)
-    monkeypatch.setattr(pair_losses, "WORKSPACE", 0)  # the lowest strips
+    monkeypatch.setattr(pair_losses, "WORKSPACE", 0)  # the smallest row blocks
     value = pair_losses.similarity(loose, teacher, "tile", True, True)
     softmax = pair_losses.neighbourhood(loose, teacher, 0.05, True)
     monkeypatch.setattr(pair_losses, "WORKSPACE", 2**30)
@@ -131,9 +131,9 @@ def test_strips_heads_and_layouts(dtype, monkeypatch):
 
 
 def test_folded_product():
-    """The one strip whose product cuBLAS takes, here with float32 weights, against the kernel's own product."""
+    """The product of a single row block by cuBLAS, here with float32 weights, equals the kernel's product."""
     student, teacher = vectors(21, 18, "float32", 5.0), vectors(21, 10, "float32")
-    head, target = pair_losses._vectors(student), pair_losses._vectors(teacher)
+    head, target = pair_losses._embeddings(student), pair_losses._embeddings(teacher)
     found = []
     for fold in (True, False):
         sums = [None]
@@ -179,9 +179,9 @@ def test_huge_tiny_zero_and_broken_rows(dtype):
             assert value.isnan().all() and gradient[5].isnan().all()
 
 
-def test_reciprocal_lengths():
+def test_reciprocal_norms():
     table = torch.tensor([[3e38, 3e38, 0], [1e-38, 0, 0], [0, 0, 0], [3, 4, 0], [torch.inf, 1, 0], [torch.nan, 1, 0]])
-    found = rows.reciprocal_lengths(table.to(DEVICE)).cpu()
+    found = rows.reciprocal_norms(table.to(DEVICE)).cpu()
     assert found[2] == 0 and found[4:].isnan().all()
     length = table[:4].double().norm(dim=1)
     torch.testing.assert_close((found[:4] * length)[[0, 1, 3]], torch.ones(3).double(), rtol=1e-6, atol=0)
@@ -189,7 +189,7 @@ def test_reciprocal_lengths():
 
 @pytest.mark.parametrize("tile", product.TILES_BF16 + configs.TILES_32_BIT, ids=str)
 def test_product_by_each_tile(tile):
-    """Scaled on every side, split, added to what is there, with a turned left operand and a ragged edge."""
+    """Products with all scales, splits, accumulation, a transposed left operand and ragged edges."""
     m, n, k = 70, 75, 90
     a, x = vectors(k, m, "float32").T, vectors(k, n, "float32")
     row, inner_a, inner_x = (vectors(1, size, "float32")[0] for size in (m, k, k))

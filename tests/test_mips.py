@@ -16,10 +16,9 @@ import torch
 from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
-from jasper_fast.mips import FlatIPIndex, scan, topk
-from jasper_fast.mips import search as search_module
-from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes, int8_plane
-from jasper_fast.mips.search import SCRATCH, search
+from jasper_fast.mips import FlatIPIndex, cpu, top_k, topk
+from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes, int8_scan_copy
+from jasper_fast.mips.top_k import SCRATCH, search
 from jasper_fast.ops import native
 
 pytest.importorskip("hypothesis")
@@ -27,19 +26,19 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-ALWAYS = {}.fromkeys(search_module.FEW, 10**6)
+ALWAYS = {}.fromkeys(cpu.MAX_FEW_QUERIES, 10**6)
 needs_extension = pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
 
 
 @contextmanager
 def path(few: dict, compiled: bool = True, bf16: bool = False, tile_rows: int = 128) -> Iterator[None]:
-    """One way through the search."""
+    """Force one path through the search."""
     with mock.patch.multiple(
-        search_module,
-        FEW=few,
+        top_k,
+        MAX_FEW_QUERIES=few,
         TILE_ROWS=tile_rows,
         multiply_in_bf16=lambda: bf16,
-        **({} if compiled else {"native": lambda piece: False}),
+        **({} if compiled else {"native": lambda segment: False}),
     ):
         yield
 
@@ -52,18 +51,18 @@ PATHS = {
 }
 
 
-def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
-    """The piece and the float64 values its scores are true of."""
+def segment_of(rows: Tensor, stored: str) -> tuple[Segment, Tensor]:
+    """Return the segment and its float64 values."""
     if stored == "int8":
         codes, scales, _ = int8_codes(rows)
-        piece = Piece(codes, scales)
-        piece.norms = bin_norms(piece)
-        return piece, piece.values(0, len(rows), torch.float64)
-    piece = Piece(rows.bfloat16() if stored == "bfloat16" else rows)
-    piece.norms = bin_norms(piece)
+        segment = Segment(codes, scales)
+        segment.norms = bin_norms(segment)
+        return segment, segment.values(0, len(rows), torch.float64)
+    segment = Segment(rows.bfloat16() if stored == "bfloat16" else rows)
+    segment.norms = bin_norms(segment)
     if stored == "planed":
-        piece.plane = int8_plane(rows)
-    return piece, piece.rows.double()
+        segment.scan_copy = int8_scan_copy(rows)
+    return segment, segment.rows.double()
 
 
 @needs_extension
@@ -83,15 +82,15 @@ def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
 )
 def test_every_path_gives_the_order_of_fp64(kind, stored, way, precision, rows, size, width, share, masks, seed, data):
     k = data.draw(st.integers(1, rows), label="k")
-    split = data.draw(st.integers(1, -(-rows // BIN)), label="first piece in bins") * BIN
+    split = data.draw(st.integers(1, -(-rows // BIN)), label="first segment in bins") * BIN
     corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
-    piece, values = piece_of(corpus, stored)
-    pieces = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
+    segment, values = segment_of(corpus, stored)
+    segments = [(0, segment.slice(0, split)), *([(split, segment.slice(split, rows))] if split < rows else [])]
     generator = torch.Generator().manual_seed(seed)
     shape = (size, rows) if masks else (rows,)
     valid = None if share is None else torch.rand(shape, generator=generator) < share
     with PATHS[way]():
-        scores, ids = search(lambda: pieces, rows, queries, k, precision, valid, SCRATCH)
+        scores, ids = search(lambda: segments, rows, queries, k, precision, valid, SCRATCH)
     # int8 values are code · scale, whose products are exact where the float64 of the row is
     true = truth(queries, values)
     scale = (queries.double().norm(dim=1) * values.norm(dim=1).max()).numpy()
@@ -117,9 +116,9 @@ def test_many_rows_few_of_which_matter(way):
 def test_the_largest_codes_overflow_nothing(way):
     corpus = torch.ones(100, 5000)
     corpus[77] += 2.0**-20
-    piece, _ = piece_of(corpus, "planed")
+    segment, _ = segment_of(corpus, "planed")
     with PATHS[way]():
-        scores, ids = search(lambda: [(0, piece)], 100, torch.ones(4, 5000), 3, "certified", None, SCRATCH)
+        scores, ids = search(lambda: [(0, segment)], 100, torch.ones(4, 5000), 3, "certified", None, SCRATCH)
     assert ids.tolist() == [[77, 0, 1]] * 4 and scores[0, 1] == 5000.0
 
 
@@ -155,13 +154,13 @@ def test_low_precision_alone_is_wrong_and_the_certificate_repairs_it():
 @pytest.mark.parametrize("way", sorted(PATHS))
 def test_a_corrupted_bound_is_caught_and_the_query_redone(way):
     corpus = torch.randn(500, 32)
-    piece = Piece(corpus, plane=int8_plane(corpus))
-    piece.norms = bin_norms(piece) * 1e-9
-    assert piece.plane is not None
-    piece.plane.residuals *= 1e-9
+    segment = Segment(corpus, scan_copy=int8_scan_copy(corpus))
+    segment.norms = bin_norms(segment) * 1e-9
+    assert segment.scan_copy is not None
+    segment.scan_copy.residuals *= 1e-9
     queries = torch.randn(3, 32)
     with PATHS[way](), pytest.warns(RuntimeWarning, match="of 3 queries were redone in fp64"):
-        _, ids = search(lambda: [(0, piece)], 500, queries, 5, "certified", None, SCRATCH)
+        _, ids = search(lambda: [(0, segment)], 500, queries, 5, "certified", None, SCRATCH)
     assert torch.equal(ids, (queries.double() @ corpus.double().T).argsort(dim=1, descending=True)[:, :5])
 
 
@@ -197,9 +196,9 @@ def test_a_precision_that_torch_refuses_to_tell_counts_as_low(monkeypatch):
 
     corpus, queries = torch.randn(1000, 48), torch.randn(20, 48)
     expected = topk(queries, corpus, 10, precision="exact")[1]
-    plain = scan._product_rounding(corpus, torch.float32)
+    plain = cpu._product_rounding(corpus, torch.float32)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
-    assert plain == 0.0 < scan._product_rounding(corpus, torch.float32)
+    assert plain == 0.0 < cpu._product_rounding(corpus, torch.float32)
     assert torch.equal(topk(queries, corpus, 10)[1], expected)
 
 
@@ -259,7 +258,7 @@ def test_no_queries_is_no_error():
     assert scores.shape == ids.shape == (0, 3)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_reported():
     corpus, queries = torch.randn(70, 4), torch.randn(3, 4)
     for k in (0, -1):
         with pytest.raises(ValueError, match=f"k must be at least 1; got {k}"):

@@ -1,4 +1,4 @@
-"""The funnel against full-width search, and the exports against what they export."""
+"""The funnel against full-width search, and the exports against the index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlatIPIndex: growing, saving, loading, and what damaged files say."""
+"""FlatIPIndex: growing, saving, loading, and errors of damaged files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from jasper_fast.errors import JasperError
 from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, storage, topk
 from jasper_fast.mips import index as index_module
-from jasper_fast.mips.pieces import Piece, Plane
+from jasper_fast.mips.segment import ScanCopy, Segment
 
 DTYPES = ("bfloat16", "float32", "int8")
 
@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_stored_vectors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
-    monkeypatch.setattr(index_module, "PIECE_BYTES", 0)  # pieces of 4096 rows
+    monkeypatch.setattr(index_module, "SEGMENT_BYTES", 0)  # segments of 4096 rows
     rows, queries = torch.randn(9000, 8), torch.randn(5, 8)
     whole, parts = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype)
     whole.add(rows)
@@ -73,16 +73,18 @@ def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
             expected.add(rows[:at])
             assert torch.equal(parts.search(queries, 1)[1], expected.search(queries, 1)[1])
     assert len(parts) == len(whole) == 9000
-    for (_, a), (_, b) in zip(parts.pieces(), whole.pieces(), strict=True):
+    for (_, a), (_, b) in zip(parts.segments(), whole.segments(), strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.norms, b.norms)
-        if a.plane is not None:
-            assert torch.equal(a.plane.codes, b.plane.codes) and torch.equal(a.plane.residuals, b.plane.residuals)
+        if a.scan_copy is not None:
+            assert torch.equal(a.scan_copy.codes, b.scan_copy.codes) and torch.equal(
+                a.scan_copy.residuals, b.scan_copy.residuals
+            )
     assert all(map(torch.equal, parts.search(queries, 50), whole.search(queries, 50)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "PIECE_BYTES", 0)
+    monkeypatch.setattr(index_module, "SEGMENT_BYTES", 0)
     index, queries = filled(dtype, 5000), torch.randn(7, 24)
     index.save(tmp_path / "index")
     loaded = FlatIPIndex.load(tmp_path / "index")
@@ -97,15 +99,17 @@ def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
     assert torch.equal(index.reconstruct(5009), loaded.reconstruct(5009))
 
 
-def test_an_index_with_a_gpus_plane_is_saved_with_that_of_a_cpu(tmp_path):
+def test_an_index_with_a_gpus_scan_copy_is_saved_with_that_of_a_cpu(tmp_path):
     index, queries = filled("float32"), torch.randn(2, 24)
-    ((_, piece),) = index.pieces()
-    gpu = Plane(piece.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
-    storage.save(tmp_path / "index", 24, "float32", [Piece(piece.rows, piece.scales, piece.norms, gpu)])
+    ((_, segment),) = index.segments()
+    gpu = ScanCopy(segment.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
+    storage.save(tmp_path / "index", 24, "float32", [Segment(segment.rows, segment.scales, segment.norms, gpu)])
     loaded = FlatIPIndex.load(tmp_path / "index")
-    ((_, found),) = loaded.pieces()
-    assert torch.equal(found.plane.codes, piece.plane.codes) and torch.equal(found.plane.scales, piece.plane.scales)
-    torch.testing.assert_close(found.plane.residuals, piece.plane.residuals)
+    ((_, found),) = loaded.segments()
+    assert torch.equal(found.scan_copy.codes, segment.scan_copy.codes) and torch.equal(
+        found.scan_copy.scales, segment.scan_copy.scales
+    )
+    torch.testing.assert_close(found.scan_copy.residuals, segment.scan_copy.residuals)
     assert all(map(torch.equal, loaded.search(queries, 9), index.search(queries, 9)))
 
 
@@ -131,7 +135,7 @@ def test_numpy_in_numpy_out():
     assert isinstance(scores, np.ndarray) and ids.tolist() == [[0, 1, 2]] * 2
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     folder = tmp_path / "index"
     index = filled("int8")
     index.save(folder)
@@ -162,7 +166,7 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "manifest.json").write_text(manifest.replace("FlatIPIndex", "Other"))
     expect("not that of an index")
     (folder / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"rows": 5}))
-    expect("the manifest says otherwise")
+    expect("the files hold 333 rows, but the manifest says 5")
     (folder / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"dtype": "int4"}))
     expect("damaged")
     assert len(FlatIPIndex.load(folder)) == 333
@@ -178,7 +182,7 @@ def test_save_overwrites_only_an_index(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_index(tmp_path):
-    """A limit on file size fails a write as a full disk does."""
+    """A limit on file size makes a write fail as on a full disk."""
     filled("float32").save(tmp_path / "index")
     program = (
         "import resource, signal, torch\n"
@@ -197,7 +201,7 @@ def test_a_full_disk_leaves_the_old_index(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_reported():
     index = filled("bfloat16")
     with pytest.raises(ValueError, match="x has width 3, the index 24"):
         index.add(torch.randn(2, 3))
@@ -238,9 +242,9 @@ def test_rows_that_are_not_there_are_filled(rows):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_devices_share_the_pieces(dtype, monkeypatch, tmp_path):
-    """Two shards, here of one CPU, hold every other piece; what they find is merged."""
-    monkeypatch.setattr("jasper_fast.mips.index.PIECE_BYTES", 1)  # pieces of 4096 rows
+def test_devices_share_the_segments(dtype, monkeypatch, tmp_path):
+    """Two shards, here on one CPU, hold every other segment, and their results are merged."""
+    monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # segments of 4096 rows
     corpus, queries = torch.randn(10_000, 8), torch.randn(6, 8)
     corpus[5000:5010] = corpus[0]  # equal rows in different shards
     alone, shared = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype, device=["cpu", "cpu"])
@@ -367,7 +371,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_rows_of_floats_is_refused(kind):
+def test_inputs_without_rows_of_floats_are_rejected(kind):
     form, error, message = REFUSED[kind]
     good, bad = rows(3), form(rows(3))
     index, signs = FlatIPIndex(8), SignIndex(8)
@@ -398,7 +402,7 @@ def test_what_has_no_rows_of_floats_is_refused(kind):
         ("abc", TypeError, "valid must be bool, or row numbers"),
     ],
 )
-def test_rows_that_may_be_returned_are_said_plainly(valid, error, message):
+def test_errors_of_valid_are_plain(valid, error, message):
     with pytest.raises(error, match=message):
         topk(rows(2), rows(3), 2, valid=valid)
     found = topk(rows(2), rows(3), 3, valid=masked(np.array([True, False, True])))[1]  # nothing is masked

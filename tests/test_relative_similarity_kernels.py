@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
-from jasper_fast.kernels import deal, pairs, relative_similarity_exact, ties  # noqa: E402
+from jasper_fast.kernels import dominance_counts, pairs, relative_similarity_exact, tie_correction  # noqa: E402
 from jasper_fast.losses import relative_binned, relative_exact  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,7 +16,7 @@ MARGINS = (0.015, 0.0, -0.1, 0.25, 1e-9, 1e30)
 
 
 def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """up and low by place, from scores in any order."""
+    """Return up and low by place, from scores in any order."""
     scores = torch.empty_like(x)
     scores[place.long()] = x
     active = (scores[:, None] > (scores - margin)[None, :]).triu(1)
@@ -24,31 +24,31 @@ def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[to
 
 
 @pytest.mark.parametrize("places", [1, 2, 127, 128, 129, 1500])
-def test_dealing_counts_as_brute_force_does(places):
+def test_dominance_counts_as_brute_force_does(places):
     x = torch.randn(places).sort().values
     x[places // 3 : places // 2] = x[places // 3]
     place = torch.randperm(places).int()
     events = relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.3)
-    up, low = deal.dominance(events)
+    up, low = dominance_counts.dominance(events)
     wanted_up, wanted_low = brute_force(place, x, 0.3)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
 
 
 def test_two_passes_with_small_leaves(monkeypatch):
-    """As many passes as millions of pairs need, on few: leaves and blocks are the smallest that keep nodes aligned."""
-    monkeypatch.setattr(deal, "LEAF_BITS", 3)
-    monkeypatch.setattr(deal, "BLOCK", 32)
-    monkeypatch.setattr(deal, "DIGIT_BITS", 2)
+    """Few pairs take the passes of millions, with the smallest leaves and blocks that keep nodes aligned."""
+    monkeypatch.setattr(dominance_counts, "LEAF_BITS", 3)
+    monkeypatch.setattr(dominance_counts, "BLOCK", 32)
+    monkeypatch.setattr(dominance_counts, "DIGIT_BITS", 2)
     x, place = torch.randn(700).sort().values, torch.randperm(700).int()
-    up, low = deal.dominance(relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.1))
+    up, low = dominance_counts.dominance(relative_similarity_exact._merged(x.to(DEVICE), place.to(DEVICE), 0.1))
     wanted_up, wanted_low = brute_force(place, x, 0.1)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
 
 
 def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclude_ties: bool) -> None:
-    """Checks the counts of (student, teacher) scores: the CPU's are tested against brute force."""
+    """Check the counts of (student, teacher) scores against the CPU's, which are tested by brute force."""
     x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
     students = torch.stack((x, x.flip(0)))
     wanted = relative_exact.pair_counts(students, t, margin, exclude_ties)
@@ -62,7 +62,7 @@ def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclud
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(40))
 def test_counts_of_drawn_scores(seed):
-    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and more of them."""
+    """Cases of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and more."""
     draw = random.Random(seed)
 
     def number() -> float:
@@ -73,7 +73,7 @@ def test_counts_of_drawn_scores(seed):
 
 
 def test_ends_of_runs_longer_than_a_block():
-    """Nothing is left of what groups of equal teacher scores count among themselves."""
+    """The counts inside groups of equal teacher scores are subtracted completely."""
     teacher = torch.cat((torch.zeros(1500), torch.ones(700)))
     student = torch.cat((torch.arange(1500.0).flip(0), torch.full((700,), 5.0)))
     place = torch.arange(2200)
@@ -81,7 +81,7 @@ def test_ends_of_runs_longer_than_a_block():
     up[:1500] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=1)
     low[1500:] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=0)
     up, low = up.int().to(DEVICE), low.int().to(DEVICE)
-    ties.take_off_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
+    tie_correction.subtract_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
     assert not up.any()
     assert not low.any()
 
@@ -99,7 +99,7 @@ def test_pairs_of_a_matrix(rows):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The ops take the kernels for float32, wherever the tensors are."""
+    """Let the ops take the kernels for float32 on any device."""
 
     def uses(vectors: list[torch.Tensor]) -> bool:
         return vectors[-1].dtype in (torch.float32, torch.int32)
@@ -131,7 +131,7 @@ def test_exact_op(request, exclude_ties):
 
 @pytest.mark.parametrize("rows", [3, 70, 150])
 def test_binned_op(request, monkeypatch, rows):
-    """Two heads of odd widths; strips that end inside tiles. TF32 is float32 in the interpreter."""
+    """Two heads of odd widths, and row blocks that end inside tiles. TF32 is float32 in the interpreter."""
     monkeypatch.setattr(relative_binned, "STRIP", {"cpu": 45 * rows})
     monkeypatch.setattr(relative_binned, "DEVICE_STRIP", 45 * rows)
     teacher = unit(rows, 33)
@@ -150,7 +150,7 @@ def test_binned_op(request, monkeypatch, rows):
 
 @pytest.mark.parametrize("method", ["exact", "binned"])
 def test_no_product_is_left_to_the_library(kernels, monkeypatch, method):
-    """Which may have been told to multiply in TF32."""
+    """The library may be set to multiply in TF32."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("a product of the library's")
@@ -240,7 +240,7 @@ def test_tf32_that_cublas_may_use_changes_nothing(method):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 17, 20, 23, 24, 700])
 def test_equal_rows_tie_on_a_gpu(rows):
-    """Five vectors have 15 cosines, whichever stands first in a pair; and the counts are the CPU's."""
+    """Five embeddings have 15 cosines in either order of a pair, and the counts are the CPU's."""
     teacher = unit(5, 128).cuda()[torch.randint(0, 5, (rows,), device="cuda")]
     scores, target = (
         relative_exact.pack_pairs(relative_similarity_exact.cosines(v)) for v in (unit(rows, 128).cuda(), teacher)

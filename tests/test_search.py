@@ -1,4 +1,4 @@
-"""`python -m jasper_fast.search`: what is built can be asked, and finds what the vectors say."""
+"""`python -m jasper_fast.search`: a built index answers questions as its embeddings do."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_other_columns_and_limits(text_file, tiny_bert, tmp_path, tiny_texts):
     assert index.vectors.dtype == "int8" and len(index) == 5
 
 
-def test_what_is_wrong_is_said(built, text_file, tiny_bert, tmp_path, tiny_qwen2):
+def test_errors_say_what_is_wrong(built, text_file, tiny_bert, tmp_path, tiny_qwen2):
     with pytest.raises(JasperError, match=r"no text index here \(search.json is missing\)"):
         main(["ask", str(tmp_path), "x"])
-    with pytest.raises(JasperError, match="absent: there is no such folder; make an index with"):
+    with pytest.raises(JasperError, match="absent: there is no such folder. Fix: make an index with"):
         main(["ask", str(tmp_path / "absent"), "x"])
     with pytest.raises(JasperError, match="give a question or --file, not both"):
         main(["ask", str(built), "x", "--file", "y"])

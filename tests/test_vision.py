@@ -817,7 +817,7 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     out = str(tmp_path / "index")
     main(["build", str(folder / "run"), str(tmp_path / "some"), "--pictures", "--out", out, "--width", "8"])
     said = capsys.readouterr().out
-    assert "broken.png: not an image but a PDF" in said and "6 pictures in " in said
+    assert "broken.png: not an image but a PDF" in said and "6 images in " in said
     main(["ask", out, "a red square top left, 0", "-k", "6", "--json"])
     hits = json.loads(capsys.readouterr().out)["hits"]
     model = load(folder / "run")

@@ -1,4 +1,4 @@
-"""Taking an index to what others run: FAISS, parquet for vector databases, a ``datasets`` column."""
+"""Exports of an index: FAISS, parquet for vector databases, and a ``datasets`` column."""
 
 from __future__ import annotations
 
@@ -18,19 +18,29 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-ROWS_AT_ONCE = 8192
+EXPORT_CHUNK_ROWS = 8192
 
 
 def to_faiss(index: FlatIPIndex) -> Any:
-    """A ``faiss.IndexFlatIP`` of the stored vectors in float32; save it with ``faiss.write_index``.
+    """Return a ``faiss.IndexFlatIP`` of the stored embeddings in float32. Save it with ``faiss.write_index``.
+
+    Args:
+        index: index to export.
 
     Raises:
         JasperError: FAISS is not installed.
+
+    Example:
+        >>> import torch
+        >>> index = FlatIPIndex(4)
+        >>> index.add(torch.eye(4))
+        >>> to_faiss(index).ntotal
+        4
     """
     try:
         import faiss
     except ImportError:
-        raise JasperError("FAISS is not installed; type `pip install faiss-cpu`") from None
+        raise JasperError("FAISS is not installed. Fix: type `pip install faiss-cpu`") from None
     flat = faiss.IndexFlatIP(index.dim)
     for _, vectors in _blocks(index):
         flat.add(vectors)
@@ -38,16 +48,25 @@ def to_faiss(index: FlatIPIndex) -> Any:
 
 
 def to_parquet(index: FlatIPIndex, path: str | Path, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Write ``id`` and ``vector`` (a fixed-size list of float32), and other columns beside them, to one parquet file.
+    """Write ``id``, ``vector`` (a fixed-size list of float32) and other columns to one parquet file.
 
     Args:
-        index: the vectors.
-        path: the file, in a folder of its own making: ``path/vectors.parquet`` appears whole or not at all.
-        columns: more columns by name, one value per row, e.g. {"text": texts}.
+        index: index to export.
+        path: new folder for ``vectors.parquet``, written atomically.
+        columns: more columns by name, with one value per row, e.g. {"text": texts}. None adds no column.
 
     Raises:
-        JasperError: the place cannot be written or is taken.
+        JasperError: the index is empty, or the folder exists or cannot be written.
         ValueError: a column of another length.
+
+    Example:
+        >>> import pyarrow.parquet, tempfile, torch
+        >>> index = FlatIPIndex(4)
+        >>> index.add(torch.eye(4)[:2])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     to_parquet(index, f"{folder}/export", {"text": ["a", "b"]})
+        ...     pyarrow.parquet.read_table(f"{folder}/export/vectors.parquet").to_pylist()
+        [{'id': 0, 'vector': [1.0, 0.0, 0.0, 0.0], 'text': 'a'}, {'id': 1, 'vector': [0.0, 1.0, 0.0, 0.0], 'text': 'b'}]
     """
     import pyarrow.parquet as pq
 
@@ -57,12 +76,28 @@ def to_parquet(index: FlatIPIndex, path: str | Path, columns: Mapping[str, Seque
             writer = writer or pq.ParquetWriter(folder / "vectors.parquet", table.schema)
             writer.write_table(table)
         if writer is None:
-            raise JasperError("the index is empty: there is nothing to export")
+            raise JasperError("the index is empty: there is nothing to export. Fix: add rows first")
         writer.close()
 
 
 def to_dataset(index: FlatIPIndex, columns: Mapping[str, Sequence[Any]] | None = None) -> Dataset:
-    """A ``datasets.Dataset`` with columns ``id`` and ``vector`` and those given; on disk, memory-mapped."""
+    """Return a memory-mapped ``datasets.Dataset`` with the columns of `to_parquet`.
+
+    Args:
+        index: index to export.
+        columns: more columns by name, with one value per row. None adds no column.
+
+    Raises:
+        JasperError: the index is empty.
+        ValueError: a column of another length.
+
+    Example:
+        >>> import torch
+        >>> index = FlatIPIndex(4)
+        >>> index.add(torch.eye(4))
+        >>> to_dataset(index, {"text": ["a", "b", "c", "d"]}).column_names
+        ['id', 'vector', 'text']
+    """
     from datasets import Dataset
 
     folder = tempfile.mkdtemp(prefix="jasper-fast-dataset-")
@@ -71,9 +106,9 @@ def to_dataset(index: FlatIPIndex, columns: Mapping[str, Sequence[Any]] | None =
 
 
 def _blocks(index: FlatIPIndex) -> Iterator[tuple[int, np.ndarray]]:
-    for first, piece in index.pieces():
-        for start in range(0, len(piece), ROWS_AT_ONCE):
-            yield first + start, piece.values(start, start + ROWS_AT_ONCE, torch.float32).cpu().numpy()
+    for first, segment in index.segments():
+        for start in range(0, len(segment), EXPORT_CHUNK_ROWS):
+            yield first + start, segment.values(start, start + EXPORT_CHUNK_ROWS, torch.float32).cpu().numpy()
 
 
 def _tables(index: FlatIPIndex, columns: Mapping[str, Sequence[Any]]) -> Iterator[pa.Table]:

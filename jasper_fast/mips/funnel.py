@@ -1,4 +1,4 @@
-"""Matryoshka funnel: a shortlist by narrow vectors, ranked again by the wide ones."""
+"""Matryoshka funnel: a shortlist by narrow embeddings, reranked by the wide ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jasper_fast.mips.binary import SignIndex
+from jasper_fast.mips.cpu import Queries
 from jasper_fast.mips.index import FlatIPIndex
-from jasper_fast.mips.inputs import QUERIES, as_tensor, check_rows
-from jasper_fast.mips.scan import Queries
-from jasper_fast.mips.signs import SignIndex
-from jasper_fast.mips.state import State
+from jasper_fast.mips.inputs import QUERIES, as_tensor, check_finite, check_rows
+from jasper_fast.mips.topk_state import TopKState
 
 
 def funnel(
@@ -24,73 +24,91 @@ def funnel(
     *,
     shortlist: int,
 ) -> tuple[Any, Any]:
-    """The k best of a shortlist: found with narrow vectors, ranked by exact products of the wide ones.
+    """Return the k best rows of a shortlist by narrow embeddings, ranked by exact products of the wide ones.
 
     Args:
-        narrow_queries: (Q, narrow.dim) tensor or array.
-        wide_queries: (Q, wide.dim) of the same questions; its kind is the results' kind.
-        narrow: the narrow vectors of a corpus; dtype "int8" makes a small shortlist index, a `SignIndex` the smallest.
-        wide: the wide vectors of the same corpus, in the same order.
-        k: how many, at most ``shortlist``.
-        shortlist: rows per query that the narrow vectors choose; more cost time and give recall.
+        narrow_queries: (Q, narrow.dim) queries, a tensor or array.
+        wide_queries: (Q, wide.dim) embeddings of the same queries. Results are of the same kind.
+        narrow: index of the corpus's narrow embeddings. A FlatIPIndex of dtype "int8" is small, a `SignIndex` smallest.
+        wide: index of the wide embeddings of the same corpus, in the same order.
+        k: number of rows to return, at most ``shortlist``.
+        shortlist: number of rows per query that the narrow embeddings choose. A longer one takes more time and
+            improves recall.
 
     Returns:
-        scores (Q, k) float32 by the wide vectors and ids (Q, k), best first, ties by the lower id.
+        scores (Q, k) float32 by the wide embeddings and ids (Q, k), best first; ties go to the lower id.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not match each other, or a query with NaN or infinity.
+
+    Example:
+        >>> import numpy as np
+        >>> embeddings = np.random.default_rng(0).standard_normal((100, 64), dtype=np.float32)
+        >>> narrow, wide = FlatIPIndex(16, dtype="int8"), FlatIPIndex(64, dtype="float32")
+        >>> narrow.add(embeddings[:, :16])
+        >>> wide.add(embeddings)
+        >>> scores, ids = funnel(embeddings[:3, :16], embeddings[:3], narrow, wide, k=1, shortlist=20)
+        >>> ids.tolist()
+        [[0], [1], [2]]
     """
     if len(narrow) != len(wide):
         raise ValueError(f"the narrow index holds {len(narrow)} rows and the wide one {len(wide)}; both need the same")
     if not 1 <= k <= shortlist:
         raise ValueError(f"k must be from 1 to the shortlist's length, {shortlist}; got {k}")
-    asked = as_tensor(wide_queries, "wide_queries")
-    check_rows(asked, "wide_queries", QUERIES)
-    if asked.shape[1] != wide.dim:
-        raise ValueError(f"wide_queries have width {asked.shape[1]}, the wide index {wide.dim}")
+    queries = as_tensor(wide_queries, "wide_queries")
+    check_rows(queries, "wide_queries", QUERIES)
+    if queries.shape[1] != wide.dim:
+        raise ValueError(f"wide_queries have width {queries.shape[1]}, the wide index {wide.dim}")
     length = min(shortlist, len(narrow))
     if isinstance(narrow, SignIndex):
         chosen = narrow.search(narrow_queries, length)[1]
     else:
         chosen = narrow.search(narrow_queries, length, precision="fast")[1]
     ids = torch.as_tensor(chosen)
-    if len(ids) != len(asked):
-        raise ValueError(f"{len(ids)} narrow queries and {len(asked)} wide ones; both need the same")
-    bad = (~asked.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        raise ValueError(f"wide_queries: row {int(bad[0])} holds NaN or infinity")
-    scores, best = _rank(Queries.of(asked.to(wide.device)), ids.to(wide.device), wide, k)
-    scores, best = scores.to(asked.device), best.to(asked.device)
+    if len(ids) != len(queries):
+        raise ValueError(f"{len(ids)} narrow queries and {len(queries)} wide ones; both need the same")
+    check_finite(queries, "wide_queries")
+    scores, best = _rank(Queries.of(queries.to(wide.device)), ids.to(wide.device), wide, k)
+    scores, best = scores.to(queries.device), best.to(queries.device)
     return (scores, best) if isinstance(wide_queries, Tensor) else (scores.numpy(), best.numpy())
 
 
 def funnel_recall(found: Any, wide_queries: Any, wide: FlatIPIndex) -> float:
-    """The share of the full-width top k that a funnel found; of an index of fewer than k rows, of all of them.
+    """Return the fraction of the full-width top k that a funnel returned.
+
+    If the index has fewer than k rows, the fraction is of all rows.
 
     Args:
-        found: (Q, k) ids from ``funnel``.
-        wide_queries: as given there.
-        wide: as given there.
+        found: (Q, k) ids that ``funnel`` returned.
+        wide_queries: (Q, wide.dim) queries of that call.
+        wide: wide index of that call.
+
+    Example:
+        >>> import numpy as np
+        >>> index = FlatIPIndex(2, dtype="float32")
+        >>> index.add(np.array([[1.0, 0], [0.8, 0], [0, 1]]))
+        >>> funnel_recall(np.array([[0, 2]]), np.array([[1.0, 0.1]]), index)
+        0.5
     """
     if not len(wide):
         return 1.0
     ids = np.asarray(found)
     _, expected = wide.search(wide_queries, ids.shape[1])
-    there = np.asarray(expected)[:, : len(wide)]  # the rest is filled up with -1
-    return float(np.mean([np.isin(full, own).mean() for full, own in zip(there, ids, strict=True)]))
+    full_ids = np.asarray(expected)[:, : len(wide)]  # the rest is padded with -1
+    return float(np.mean([np.isin(full, row).mean() for full, row in zip(full_ids, ids, strict=True)]))
 
 
 def _rank(queries: Queries, ids: Tensor, wide: FlatIPIndex, k: int) -> tuple[Tensor, Tensor]:
-    state = State(len(queries), k, ids.device)
+    state = TopKState(len(queries), k, ids.device)
     query = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids).reshape(-1)
     numbers = ids.reshape(-1)
     chunk = max(1, wide.scratch // (3 * 8 * wide.dim))  # pairs scored at once
-    for first, piece in wide.pieces():
-        inside = ((numbers >= first) & (numbers < first + len(piece))).nonzero()[:, 0]
+    for first, segment in wide.segments():
+        inside = ((numbers >= first) & (numbers < first + len(segment))).nonzero()[:, 0]
         for part in inside.split(chunk):
             pairs = query[part], numbers[part] - first
-            there = piece.rows.device
-            scored = piece.exact(queries.exact.to(there), (pairs[0].to(there), pairs[1].to(there)))
+            device = segment.rows.device
+            scored = segment.exact(queries.exact.to(device), (pairs[0].to(device), pairs[1].to(device)))
             state.merge(pairs[0], scored.to(ids.device), numbers[part])
     scores, best = state.sorted()
     return torch.ldexp(scores, queries.exponents[:, None].double()).float(), best

@@ -1,4 +1,4 @@
-"""What searches take as rows, queries and masks: tensors and arrays of floats whose entries all have a value."""
+"""Checks of rows, queries and masks: dense tensors and arrays of floats without masked entries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ QUERIES = (*FLOATS, torch.float64)
 def as_tensor(array: Any, name: str) -> Tensor:
     """Return a tensor that shares memory with a numpy array, or the tensor itself without its gradient.
 
+    Args:
+        array: tensor or numpy array of floats.
+        name: name of the argument for error messages.
+
     Raises:
-        TypeError: another type, another kind of numbers, or a tensor without ordinary memory.
+        TypeError: another type, another kind of numbers, or a tensor without dense values.
         ValueError: a masked array with masked entries.
     """
     if isinstance(array, Tensor):
@@ -31,11 +35,11 @@ def as_tensor(array: Any, name: str) -> Tensor:
         raise TypeError(f"{name} must hold floats, got {array.dtype}: convert them with .astype(numpy.float32)")
     if array.dtype.itemsize > 8:
         raise TypeError(f"{name} must not hold {array.dtype}: convert them with .astype(numpy.float64)")
-    array = np.asarray(array)  # of a subclass the array itself
+    array = np.asarray(array)  # the plain array of a subclass
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we only read it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
         return torch.from_numpy(array)
 
 
@@ -51,7 +55,7 @@ def _plain_tensor(tensor: Tensor, name: str) -> Tensor:
 
 
 def _check_mask(array: Any, name: str) -> None:
-    """Reject masked entries: a search would take what is under the mask."""
+    """Reject masked entries, because a search would read the values under the mask."""
     if np.ma.is_masked(array):
         raise ValueError(
             f"{name}: {np.ma.count_masked(array)} masked entries; fill them with .filled(0), or leave out their rows"
@@ -63,13 +67,47 @@ def check_rows(rows: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None
     if rows.dim() != 2 or rows.shape[1] == 0:
         raise ValueError(f"{name} must have the shape (rows, width), got {tuple(rows.shape)}")
     if rows.dtype not in dtypes:
-        named = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        given = str(rows.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be one of {named}; got {given}: convert them, for instance to float32")
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(rows.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be one of {allowed}; got {got}: convert them, for instance to float32")
+
+
+def check_width(rows: Tensor, name: str, dim: int) -> None:
+    """Raise unless ``rows`` have the width of the index."""
+    if rows.shape[1] != dim:
+        raise ValueError(f"{name} has width {rows.shape[1]}, the index {dim}")
+
+
+def check_finite(rows: Tensor, name: str) -> None:
+    """Raise if a row holds NaN or infinity."""
+    bad = (~rows.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}: row {int(bad[0])} holds NaN or infinity")
+
+
+def check_dim(dim: int) -> int:
+    """Return ``dim``, or raise if it is no positive whole number."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim must be a whole number of at least 1, got {dim!r}")
+    return dim
 
 
 def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
-    """Return rows that may be found, (N,) or (Q, N) bool on the device; empty for all rows."""
+    """Return a mask of the rows that may be returned.
+
+    Args:
+        valid: bool (N,) or (Q, N), or (n,) row numbers. None allows all rows.
+        size: number of queries Q.
+        total: number of rows N.
+        device: device of the mask.
+
+    Returns:
+        bool (N,) or (Q, N); empty if all rows are allowed.
+
+    Raises:
+        TypeError: wrong dtype, or zeros and ones that look like a mask.
+        ValueError: wrong shape, or a row number outside the corpus.
+    """
     if valid is None:
         return torch.empty(0, dtype=torch.bool, device=device)
     if isinstance(valid, Tensor):
@@ -77,9 +115,9 @@ def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
     else:
         _check_mask(valid, "valid")
         valid = np.asarray(valid)
-        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy takes an empty list for one of floats
+        if valid.shape == (0,) and valid.dtype.kind == "f":  # numpy reads an empty list as floats
             valid = valid.astype(np.int64)
-        if valid.dtype.kind == "u":  # torch would take the largest for negative ones
+        if valid.dtype.kind == "u":  # torch would read the largest ones as negative
             _check_numbers(valid, total)
             valid = valid.astype(np.int64)
         if valid.dtype.kind not in "bi":

@@ -1,4 +1,4 @@
-"""An index on disk: a folder of safetensors files, one per piece, and a manifest with their checksums."""
+"""An index on disk: a folder with one safetensors file per segment and a manifest with their checksums."""
 
 from __future__ import annotations
 
@@ -14,97 +14,126 @@ from torch import Tensor
 
 from jasper_fast.errors import JasperError
 from jasper_fast.files import publish_dir, sha256
-from jasper_fast.mips.pieces import BIN, Piece, Plane, int8_plane
+from jasper_fast.mips.segment import BIN, ScanCopy, Segment, int8_scan_copy
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "jasper_fast.FlatIPIndex", 1
 
 
-def save(path: str | Path, dim: int, dtype: str, pieces: Sequence[Piece]) -> None:
-    """Write pieces as a folder that appears whole or not at all.
+def save(path: str | Path, dim: int, dtype: str, segments: Sequence[Segment]) -> None:
+    """Write segments as a folder, atomically.
+
+    Args:
+        path: folder to write. An index at this path is replaced.
+        dim: width of the embeddings.
+        dtype: name of the storage dtype.
+        segments: segments in order of ids.
 
     Raises:
-        JasperError: the disk is full or the place cannot be written, or something that is no index stands there.
+        JasperError: the disk is full, the folder cannot be written, or the path holds something else than an index.
     """
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file():
-        raise JasperError(f"{path} exists and is not an index; remove it or choose another place")
+        raise JasperError(f"{path}: exists and is not an index. Fix: choose another path, or remove it")
     with publish_dir(path, replace=True) as folder:
         files = []
-        for number, piece in enumerate(pieces):
-            file = folder / f"piece-{number:05d}.safetensors"
-            with open(file, "wb") as out:  # not safetensors' own writer, which hides why writing failed
-                out.write(to_bytes(_tensors(piece)))
-            files.append({"name": file.name, "rows": len(piece), "sha256": sha256(file)})
-        rows = sum(map(len, pieces))
+        for number, segment in enumerate(segments):
+            file = folder / f"piece-{number:05d}.safetensors"  # part of the format
+            with open(file, "wb") as out:  # safetensors' own writer hides the reason of a failed write
+                out.write(to_bytes(_tensors(segment)))
+            files.append({"name": file.name, "rows": len(segment), "sha256": sha256(file)})
+        rows = sum(map(len, segments))
         manifest = {"format": FORMAT, "version": VERSION, "dim": dim, "dtype": dtype, "rows": rows, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> tuple[int, str, list[Piece]]:
-    """The width, dtype name and memory-mapped pieces of a saved index.
+def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> tuple[int, str, list[Segment]]:
+    """Return the width, dtype name and memory-mapped segments of a saved index.
+
+    Args:
+        path: folder of the index.
+        verify: compare every file with its checksum.
+        dtypes: storage dtypes by name.
 
     Raises:
-        JasperError: no index there, one of a newer version, or a file that is missing, truncated or changed.
+        JasperError: the folder has no index or a newer format, or a file is missing, truncated or changed.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise JasperError(f"{path}: no index here ({MANIFEST} is missing); FlatIPIndex.save makes one") from None
+        raise JasperError(
+            f"{path}: no index here ({MANIFEST} is missing). Fix: write one with FlatIPIndex.save"
+        ) from None
     except (OSError, ValueError) as error:
-        raise JasperError(f"{path / MANIFEST}: not readable ({error}); build the index again") from error
+        raise JasperError(f"{path / MANIFEST}: not readable ({error}). Fix: build the index again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise JasperError(f"{path}: {MANIFEST} is not that of an index")
+        raise JasperError(f"{path}: {MANIFEST} is not that of an index. Fix: give the folder of a FlatIPIndex")
     if manifest.get("version") != VERSION:
         raise JasperError(
-            f"{path}: written in version {manifest.get('version')} of the format; this jasper_fast reads {VERSION}"
+            f"{path}: written in version {manifest.get('version')} of the format; this jasper_fast reads {VERSION}. "
+            "Fix: build the index again"
         )
     try:
         dim, dtype, files = int(manifest["dim"]), manifest["dtype"], list(manifest["files"])
         stored = dtypes[dtype]
-        pieces = [_load_piece(path / file["name"], file, verify, dim, stored) for file in files]
-        if sum(map(len, pieces)) != manifest["rows"]:
-            raise JasperError(f"{path}: its files hold {sum(map(len, pieces))} rows, the manifest says otherwise")
+        segments = [_load_segment(path / file["name"], file, verify, dim, stored) for file in files]
+        rows = sum(map(len, segments))
+        if rows != manifest["rows"]:
+            raise JasperError(
+                f"{path}: the files hold {rows} rows, but the manifest says {manifest['rows']}. "
+                "Fix: build the index again"
+            )
     except (KeyError, TypeError, ValueError) as error:
-        raise JasperError(f"{path / MANIFEST}: damaged ({error!r}); build the index again") from error
-    return dim, dtype, pieces
+        raise JasperError(f"{path / MANIFEST}: damaged ({error!r}). Fix: build the index again") from error
+    return dim, dtype, segments
 
 
-def _tensors(piece: Piece) -> dict[str, Tensor]:
-    assert piece.norms is not None
-    tensors = {"rows": piece.rows, "norms": piece.norms}
-    if piece.rows.dtype == torch.int8:
-        tensors["scales"] = piece.scales
-    if piece.plane is not None:
-        # Always the plane of a CPU: a GPU's is made again, in no time, from the rows.
-        plane = piece.plane if piece.plane.codes.dtype == torch.int8 else int8_plane(piece.rows)
-        tensors |= {"codes": plane.codes, "code_scales": plane.scales, "residuals": plane.residuals}
+def _tensors(segment: Segment) -> dict[str, Tensor]:
+    assert segment.norms is not None
+    tensors = {"rows": segment.rows, "norms": segment.norms}
+    if segment.rows.dtype == torch.int8:
+        tensors["scales"] = segment.scales
+    if segment.scan_copy is not None:
+        # Always the CPU's scan copy. A GPU's is quickly made from the rows.
+        copy = segment.scan_copy
+        copy = copy if copy.codes.dtype == torch.int8 else int8_scan_copy(segment.rows)
+        tensors |= {"codes": copy.codes, "code_scales": copy.scales, "residuals": copy.residuals}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _load_piece(file: Path, listed: dict[str, Any], verify: bool, dim: int, dtype: torch.dtype) -> Piece:
+def _load_segment(file: Path, entry: dict[str, Any], verify: bool, dim: int, dtype: torch.dtype) -> Segment:
     if not file.is_file():
-        raise JasperError(f"{file} is missing; build the index again or bring the file back")
-    if verify and sha256(file) != listed["sha256"]:
-        raise JasperError(f"{file} is damaged: its checksum differs from the manifest's; build the index again")
+        raise JasperError(f"{file}: the file is missing. Fix: build the index again, or restore the file")
+    if verify and sha256(file) != entry["sha256"]:
+        raise JasperError(f"{file}: damaged, its checksum differs from the manifest's. Fix: build the index again")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise JasperError(f"{file} is damaged or truncated ({error}); build the index again") from error
-    rows, n = listed["rows"], -(-listed["rows"] // BIN)
-    expected = {"rows": ((rows, dim), dtype), "norms": ((n,), torch.float64)}
+        raise JasperError(f"{file}: damaged or truncated ({error}). Fix: build the index again") from error
+    for name, (shape, kind) in _expected_tensors(entry["rows"], dim, dtype, "codes" in tensors).items():
+        if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:
+            raise JasperError(f"{file}: damaged, {name} should be {kind} of shape {shape}. Fix: build the index again")
+    copy = ScanCopy(*(tensors[name] for name in ("codes", "code_scales", "residuals"))) if "codes" in tensors else None
+    return Segment(tensors["rows"], tensors.get("scales", torch.empty(0)), tensors["norms"], copy)
+
+
+def _expected_tensors(
+    rows: int, dim: int, dtype: torch.dtype, copied: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shapes and dtypes of a file's tensors by name."""
+    bins = -(-rows // BIN)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "rows": ((rows, dim), dtype),
+        "norms": ((bins,), torch.float64),
+    }
     if dtype == torch.int8:
         expected["scales"] = ((rows,), torch.float32)
-    if dtype == torch.float32 and "codes" in tensors:
+    if dtype == torch.float32 and copied:
         expected |= {
             "codes": ((rows, dim), torch.int8),
             "code_scales": ((rows,), torch.float32),
-            "residuals": ((n,), torch.float64),
+            "residuals": ((bins,), torch.float64),
         }
-    for name, (shape, kind) in expected.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:
-            raise JasperError(f"{file} is damaged: {name} should be {kind} of shape {shape}; build the index again")
-    plane = Plane(*(tensors[name] for name in ("codes", "code_scales", "residuals"))) if "codes" in tensors else None
-    return Piece(tensors["rows"], tensors.get("scales", torch.empty(0)), tensors["norms"], plane)
+    return expected

@@ -58,8 +58,8 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
     """
     import torch
 
-    from jasper_fast.mips.pieces import Piece
-    from jasper_fast.mips.search import SCRATCH, search
+    from jasper_fast.mips.segment import Segment
+    from jasper_fast.mips.top_k import SCRATCH, search
 
     if n < k:
         raise ValueError(f"a neighbourhood of {k} needs at least {k} rows, got {n}")
@@ -67,8 +67,8 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
     def block_at(start: int) -> torch.Tensor:
         return torch.as_tensor(vectors(np.arange(start, min(start + block, n)))).contiguous()
 
-    def pieces() -> Iterator[tuple[int, Piece]]:
-        return ((at, Piece(block_at(at))) for at in range(0, n, block))
+    def pieces() -> Iterator[tuple[int, Segment]]:
+        return ((at, Segment(block_at(at))) for at in range(0, n, block))
 
     centre = sum((block_at(at).double().sum(dim=0) for at in range(0, n, block)), start=torch.zeros(())) / n
     same = 1.0 - max(ROUNDING, duplicate * (1.0 - float(centre @ centre)))  # the mean cosine is the centre's square

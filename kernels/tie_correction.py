@@ -1,4 +1,4 @@
-"""Ends of the runs of equal values in a sorted sequence, and what `deal` counted inside them."""
+"""Correction of `dominance_counts` for ties: subtract the counts between pairs of equal teacher score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ends_kernel(
     N,
     BLOCK: tl.constexpr,
 ):
-    """First and last place of each run. torch has no parallel cummax for one long row; this needs none."""
+    """Write the first and last place of each run. torch has no parallel cummax for one long row."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N
     run = tl.load(RUN + place, mask=inside, other=0)
@@ -34,7 +34,7 @@ def ends_kernel(
 
 
 @triton.jit
-def take_off_kernel(
+def subtract_ties_kernel(
     UP,  # (N,) int32 by place
     LOW,
     MOVES,  # (N,) int8: fl(x - m) < x
@@ -47,7 +47,11 @@ def take_off_kernel(
     N,
     BLOCK: tl.constexpr,
 ):
-    """A pair is active with all equals of greater score, and with those of its own score if its threshold moves."""
+    """Subtract the counts inside each group of equal teacher scores.
+
+    A pair is active with all pairs of its group with a greater score. If its threshold moves, it is also active with
+    those of equal score.
+    """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N
     moves = tl.load(MOVES + place, mask=inside, other=0) != 0
@@ -59,10 +63,17 @@ def take_off_kernel(
     tl.store(UP + place, tl.load(UP + place, mask=inside) - after, mask=inside)
 
 
-def take_off_ties(up: Tensor, low: Tensor, teacher: Tensor, student: Tensor, margin: float) -> None:
-    """Take off, in place, what up and low count between pairs of equal teacher score; margin > 0.
+def subtract_ties(up: Tensor, low: Tensor, teacher: Tensor, student: Tensor, margin: float) -> None:
+    """Subtract, in place, the counts between pairs of equal teacher score.
 
-    All tensors are (N,) by place. In a group of equal teacher scores, student scores descend.
+    In a group of equal teacher scores, student scores must descend.
+
+    Args:
+        up: (N,) int32 counts by place.
+        low: (N,) int32 counts by place.
+        teacher: (N,) teacher scores by place.
+        student: (N,) student scores by place.
+        margin: margin of the loss, above 0.
     """
     groups, runs = _differs_from_last(teacher), _differs_from_last(student)
     runs |= groups
@@ -75,7 +86,7 @@ def take_off_ties(up: Tensor, low: Tensor, teacher: Tensor, student: Tensor, mar
         first, last = torch.empty(2, places, dtype=torch.int32, device=up.device)
         ends_kernel[grid](starts.view(torch.int8), run, first, last, places, BLOCK=BLOCK)
         ends += [run, first, last]
-    take_off_kernel[grid](up, low, moves.view(torch.int8), *ends, places, BLOCK=BLOCK)
+    subtract_ties_kernel[grid](up, low, moves.view(torch.int8), *ends, places, BLOCK=BLOCK)
 
 
 def _differs_from_last(values: Tensor) -> Tensor:
@@ -83,11 +94,11 @@ def _differs_from_last(values: Tensor) -> Tensor:
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     names = ("RUN", "FIRST", "LAST")
     types = {"STARTS": "*i8:16", **{name: "*i32:16" for name in names}, "N": "i32"}
     ends = Form(f"{BLOCK}", ends_kernel, types, {"BLOCK": BLOCK}, quick=True)
     tables = ("UP", "LOW", "GROUP", "GROUP_FIRST", "GROUP_LAST", "RUN", "RUN_FIRST", "RUN_LAST")
     types = {"MOVES": "*i8:16", **{name: "*i32:16" for name in tables}, "N": "i32"}
-    take_off = Form(f"{BLOCK}", take_off_kernel, types, {"BLOCK": BLOCK}, quick=True)
-    yield from (ends, with_ones(ends, "N"), take_off, with_ones(take_off, "N"))
+    subtract = Form(f"{BLOCK}", subtract_ties_kernel, types, {"BLOCK": BLOCK}, quick=True)
+    yield from (ends, with_ones(ends, "N"), subtract, with_ones(subtract, "N"))

@@ -1,22 +1,23 @@
-"""Two-dimensional dominance counts by dealing: the counting half of the exact relative similarity loss.
+"""Two-dimensional dominance counts by a counting radix sort: half of the exact relative similarity loss.
 
-N pairs have a place 0..N-1 in teacher order, a score x and a threshold y = fl(x - m). The 2N events, scores and
-thresholds in ascending order (a score first where equal), are dealt out by their pair's place, most significant digit
-first, each pass keeping the order: a radix sort from student order to teacher order. In each pass an event learns how
-many earlier events of the other kind in its node went to a digit on its far side: a score counts thresholds at greater
-digits, a threshold scores at smaller ones. What stays in one node of LEAF places is compared there directly. So
+N pairs have a place 0..N-1 in teacher order, a score x and a threshold y = fl(x - m). Scores and thresholds in
+ascending order (a score first if equal) are 2N events. They are distributed by their pair's place, most significant
+digit first, and each pass keeps the order. This is a radix sort from student order to teacher order. In each pass an
+event counts the earlier events of the other kind in its node with a digit on its far side. A score counts thresholds at
+greater digits, a threshold counts scores at smaller ones. Events that end in one node of LEAF places are compared there
+directly. So
 
     up[p]  = #{q: place_q > place_p, y_q < x_p}                = the sum of a score's counts,
     low[q] = #{p: place_p < place_q, x_p > y_q} = place_q      - the sum of a threshold's counts.
 
-Every place has exactly two events, so a node of 2^k places begins at an event that is a multiple of 2^(k+1): no tile
-ever straddles two nodes, no node needs an offset. All counts are integers; nothing is atomic; repeated runs give the
-same bits.
+Every place has exactly two events, so a node of 2^k places begins at an event that is a multiple of 2^(k+1). No tile
+straddles two nodes, and no node needs an offset. All counts are integers and nothing is atomic, so repeated runs give
+the same bits.
 
-Bytes for N = 33.5 M (B = 8192): a pass reads 0.27 GB to count digits and moves 1.07 GB, four passes and the leaves make
-6 GB: 1.5 ms at 4.3 TB/s. A pass does about 10 operations for each event and digit, 2e10, 3 ms at a fifth of an H200's
-integer rate; the leaves 256 comparisons an event, 2 ms: an estimate of 15 ms in all. Compiled and interpreted, not yet
-run on a GPU.
+Bytes for N = 33.5 M (B = 8192): a pass reads 0.27 GB to count digits and moves 1.07 GB. Four passes and the leaves move
+6 GB, 1.5 ms at 4.3 TB/s. A pass does about 10 operations for each event and digit, 2e10 in all, 3 ms at a fifth of an
+H200's integer rate. The leaves do 256 comparisons per event, 2 ms. The estimate is 15 ms in all. Compiled and
+interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from jasper_fast.kernels.registry import Form, with_ones
 
 DIGIT_BITS = 5
 LEAF_BITS = 7
-BLOCK = 512  # events; at most those of the smallest node that is dealt, 2^(LEAF_BITS + 2)
-WARPS = {"counts": 8, "deal": 16, "leaf": 8}
-CHUNK = 16  # events that a leaf's are compared with at once
+BLOCK = 512  # events; at most those of the smallest distributed node, 2^(LEAF_BITS + 2)
+WARPS = {"counts": 8, "distribute": 16, "leaf": 8}
+CHUNK = 16  # events that the events of a leaf are compared with at once
 MAX_PLACES = 2**30  # an event holds place and kind in 32 bits
 
 
@@ -49,7 +50,7 @@ def digit_counts_kernel(
     RADIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many scores and thresholds of each tile have each digit."""
+    """Count the scores and thresholds of each tile with each digit."""
     tile = tl.program_id(0)
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < events
@@ -65,10 +66,10 @@ def digit_counts_kernel(
 
 
 @triton.jit
-def deal_kernel(
+def distribute_kernel(
     EVENTS,  # (2N,) int32
-    SUMS,  # (2N,) int32, what each event has counted; not read if FIRST
-    BEFORE,  # (2, RADIX, tiles) int32: running sums of COUNTS, the tile itself left out
+    SUMS,  # (2N,) int32 counts of the events so far; not read if FIRST
+    BEFORE,  # (2, RADIX, tiles) int32: exclusive running sums of COUNTS
     EVENTS_OUT,
     SUMS_OUT,
     events,
@@ -80,7 +81,7 @@ def deal_kernel(
     RADIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass: every event to its digit's child of its node, with what it counted on the way."""
+    """Run one pass: move every event to its digit's child node, and add to its counts."""
     tile = tl.program_id(0)
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < events
@@ -91,26 +92,26 @@ def deal_kernel(
     first = tile // tiles_in_node * tiles_in_node
     of_scores = BEFORE + digits.to(tl.int64) * tiles
     of_thresholds = BEFORE + (digits.to(tl.int64) + RADIX) * tiles
-    scores = tl.load(of_scores + tile) - tl.load(of_scores + first)  # (RADIX,) of the node, in earlier tiles
+    scores = tl.load(of_scores + tile) - tl.load(of_scores + first)  # (RADIX,) in earlier tiles of the node
     thresholds = tl.load(of_thresholds + tile) - tl.load(of_thresholds + first)
     scores_below = tl.cumsum(scores, axis=0) - scores
     thresholds_above = tl.sum(thresholds, axis=0) - tl.cumsum(thresholds, axis=0)
 
-    own = digit[:, None] == digits[None, :]  # (BLOCK, RADIX)
+    is_digit = digit[:, None] == digits[None, :]  # (BLOCK, RADIX)
     one = tl.where(inside, 1 + kind * 65535, 0)
-    entered = tl.where(own, one[:, None], 0)
+    entered = tl.where(is_digit, one[:, None], 0)
     entered = tl.cumsum(entered, axis=0) - entered  # in this tile, before each event
     threshold = kind[:, None] == 1
     far = tl.where(threshold, digits[None, :] < digit[:, None], digits[None, :] > digit[:, None])
     counted = tl.sum(tl.where(far, entered, 0), axis=1)
     counted = tl.where(kind == 1, counted & 0xFFFF, counted >> 16)
     earlier = tl.where(threshold, scores_below[None, :], thresholds_above[None, :])
-    counted += tl.sum(tl.where(own, earlier, 0), axis=1)
+    counted += tl.sum(tl.where(is_digit, earlier, 0), axis=1)
     if not FIRST:
         counted += tl.load(SUMS + offsets, mask=inside, other=0)
 
-    same = tl.sum(tl.where(own, entered, 0), axis=1)
-    place = (same & 0xFFFF) + (same >> 16) + tl.sum(tl.where(own, (scores + thresholds)[None, :], 0), axis=1)
+    same = tl.sum(tl.where(is_digit, entered, 0), axis=1)
+    place = (same & 0xFFFF) + (same >> 16) + tl.sum(tl.where(is_digit, (scores + thresholds)[None, :], 0), axis=1)
     to = first * BLOCK + (digit << (shift + 1)) + place
     tl.store(EVENTS_OUT + to, event, mask=inside)
     tl.store(SUMS_OUT + to, counted, mask=inside)
@@ -124,10 +125,10 @@ def leaf_kernel(
     LOW,  # (N,) int32
     events,
     FIRST: tl.constexpr,
-    LEAF: tl.constexpr,  # places; a program takes their 2 LEAF events
+    LEAF: tl.constexpr,  # places; a program compares their 2 LEAF events
     CHUNK: tl.constexpr,
 ):
-    """Compare all events of a leaf, and write up and low of its places."""
+    """Compare all events of a leaf, and write the counts of its places."""
     base = tl.program_id(0) * (2 * LEAF)
     index = tl.arange(0, 2 * LEAF)
     inside = base + index < events
@@ -148,10 +149,14 @@ def leaf_kernel(
 
 
 def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
-    """up (N,) and low (N,) int32 by place.
+    """Count dominated pairs.
 
     Args:
-        events: (2N,) int32 in ascending order of score or threshold, place << 1 | kind, 1 <= N < 2**30. Overwritten.
+        events: (2N,) int32 events, place << 1 | kind, in ascending order of score or threshold, with 1 <= N < 2**30.
+            They are overwritten.
+
+    Returns:
+        up (N,) and low (N,) int32 by place.
     """
     total = len(events)
     bits = max(total // 2 - 1, 1).bit_length()
@@ -171,7 +176,7 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
         before = counts.cumsum(0, dtype=torch.int32).sub_(counts)
         in_node = 2 ** (shift + digit_bits + 1) // BLOCK
         out = spare
-        deal_kernel[(tiles,)](
+        distribute_kernel[(tiles,)](
             events,
             sums,
             before,
@@ -184,7 +189,7 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
             FIRST=first,
             RADIX=radix,
             BLOCK=BLOCK,
-            num_warps=WARPS["deal"],
+            num_warps=WARPS["distribute"],
         )
         spare = (events, torch.empty_like(events) if first else sums)
         (events, sums), first = out, False
@@ -196,7 +201,7 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     radix = 2**DIGIT_BITS
     numbers = {name: "i32" for name in ("events", "tiles", "shift", "digit_mask")}
     counts = Form(
@@ -213,17 +218,17 @@ def forms() -> Iterator[Form]:
     for first in (True, False):
         label = f"{BLOCK} x {radix}, {'first' if first else 'later'} pass"
         pointers = {name: "*i32:16" for name in ("EVENTS", "SUMS", "BEFORE", "EVENTS_OUT", "SUMS_OUT")}
-        deal = Form(
+        distribute = Form(
             label,
-            deal_kernel,
+            distribute_kernel,
             {**pointers, **numbers, "tiles_in_node": "i32"},
             {"FIRST": first, "RADIX": radix, "BLOCK": BLOCK},
-            warps=WARPS["deal"],
+            warps=WARPS["distribute"],
             quick=not first,
         )
-        yield deal
+        yield distribute
         if first:
-            yield with_ones(deal, "tiles", "tiles_in_node", "digit_mask", quick=True)
+            yield with_ones(distribute, "tiles", "tiles_in_node", "digit_mask", quick=True)
         yield Form(
             f"{2**LEAF_BITS} places, {'after no' if first else 'after a'} pass",
             leaf_kernel,

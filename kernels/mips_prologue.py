@@ -1,7 +1,7 @@
-"""Inner-product search, what comes before the scan: queries as it multiplies them, and thresholds from bin maxima.
+"""Inner-product search, before the scan: queries in the scan's dtype, and thresholds from bin maxima.
 
-Each is one small launch for what would be a dozen of torch's: with one query, launches are most of what is not the
-scan.
+Each step is one small launch in place of a dozen torch launches. With one query, launches take most of the time
+outside the scan.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 STEP = 512  # elements of a query at once
-BLOCKS = (64, 1024, 4096, 16_384)  # values of which one program finds the k-th
+BLOCKS = (64, 1024, 4096, 16_384)  # values among which one program finds the k-th
 
 
 @triton.jit
 def kth_largest(values, k):
-    """The k-th largest of (BLOCK,) float32 without NaN: bit by bit, the largest number that k of them reach."""
+    """Return the k-th largest of (BLOCK,) float32 without NaN: bit by bit, the largest number that k of them reach."""
     bits = values.to(tl.int32, bitcast=True)
-    # Integers in the order of the floats: of negative ones all bits turned, of others the first.
+    # Integers in the order of the floats: all bits of negative ones flipped, the first bit of others.
     order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-    found = tl.full((), 0, tl.uint32)
+    prefix = tl.full((), 0, tl.uint32)
     bit = tl.full((), 2147483648, tl.uint32)
     for _ in range(32):
-        reached = tl.sum((order >= (found | bit)).to(tl.int32), axis=0)
-        found = tl.where(reached >= k, found | bit, found)
+        reached = tl.sum((order >= (prefix | bit)).to(tl.int32), axis=0)
+        prefix = tl.where(reached >= k, prefix | bit, prefix)
         bit = bit >> 1
-    kth = found.to(tl.int32, bitcast=True)
+    kth = prefix.to(tl.int32, bitcast=True)
     return (kth ^ tl.where(kth < 0, -2147483648, -1)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def just_below(cutoff):
-    """A float32 below a float64: the one next to the nearest. -inf stays."""
+    """Return a float32 below a float64: the one below the nearest. -inf stays."""
     nearest = cutoff.to(tl.float32)
     bits = nearest.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 2147483647)
@@ -57,7 +57,7 @@ def thresholds_kernel(
     rank,
     BLOCK: tl.constexpr,
 ):
-    """The rank-th largest of a query's bounds, or what lies just below its cutoff, if that is more."""
+    """Write the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger."""
     q = tl.program_id(0)
     b = tl.arange(0, BLOCK)
     lower = tl.load(LOWER + q.to(tl.int64) * bins + b, mask=b < bins, other=float("-inf"))
@@ -68,17 +68,17 @@ def thresholds_kernel(
 @triton.jit
 def operands_kernel(
     EXACT,  # (Q, D) fp64, no element beyond 1
-    ASKED,  # (Q, D) of the plane's dtype
+    SCAN_QUERIES,  # (Q, D) in the scan's dtype
     SCALES,  # (Q,) fp32 of int8 codes, or None
     RELATIVE,  # (Q,) fp32
     ABSOLUTE,  # (Q,) fp32
     D,
-    product,  # fp32: error of the scan's own arithmetic, relative to the norms
+    product,  # fp32: error of the scan's arithmetic, relative to the norms
     absolute,  # fp32
     PROVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A query rounded for the scan, and the error of its scores: relative to a row's norm, and absolute."""
+    """Write a query rounded for the scan, and its scores' errors: relative to a row's norm, and absolute."""
     q = tl.program_id(0)
     first = q.to(tl.int64) * D
     k = tl.arange(0, BLOCK)
@@ -97,16 +97,16 @@ def operands_kernel(
         if SCALES is not None:
             code = x / scale + 6755399441055744.0 - 6755399441055744.0  # 1.5 x 2^52: nearest integer, half to even
             code = tl.minimum(tl.maximum(code, -127.0), 127.0)
-            tl.store(ASKED + first + start + k, code.to(tl.int32).to(tl.int8), mask=inside)
+            tl.store(SCAN_QUERIES + first + start + k, code.to(tl.int32).to(tl.int8), mask=inside)
             scanned = code * scale
         else:
-            low = x.to(tl.float32).to(ASKED.dtype.element_ty)
-            tl.store(ASKED + first + start + k, low, mask=inside)
+            low = x.to(tl.float32).to(SCAN_QUERIES.dtype.element_ty)
+            tl.store(SCAN_QUERIES + first + start + k, low, mask=inside)
             scanned = low.to(tl.float64)
         squares += scanned * scanned
         lost += (x - scanned) * (x - scanned)
     relative = tl.sqrt(tl.sum(squares, axis=0)) * product + tl.sqrt(tl.sum(lost, axis=0))
-    # 1 + 2^-19 is more than the roundings here and of the product on its way to float32.
+    # 1 + 2^-19 exceeds the roundings here and those of the product's conversion to float32.
     if PROVEN:
         tl.store(RELATIVE + q, (relative * 1.0000019073486328125).to(tl.float32))
         tl.store(ABSOLUTE + q, absolute)
@@ -118,52 +118,58 @@ def operands_kernel(
 def operands(
     exact: Tensor, dtype: torch.dtype, product: float, absolute: float, proven: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-    """Queries as the scan multiplies them (Q, D), their scales (Q,) if they are int8 codes, and errors.
+    """Round queries for the scan.
 
     Args:
-        exact: (Q, D) float64, contiguous, no element beyond 1.
-        dtype: of the scan.
-        product: error of the scan's own arithmetic, relative to the norms of row and query.
-        absolute: error beside that.
-        proven: False: no error is assumed, as where order need not be proven.
+        exact: (Q, D) float64 queries, contiguous, with no element beyond 1.
+        dtype: dtype of the scan.
+        product: error of the scan's arithmetic, relative to the norms of row and query.
+        absolute: absolute error of the scan's arithmetic.
+        proven: False assumes errors of 0, for an order that need not be proven.
 
     Returns:
-        The third: (error relative to a row's norm, absolute error), (Q,) float32 each.
+        queries (Q, D) in the scan's dtype, their scales (Q,) float32 if they are int8 codes, and errors: relative to a
+        row's norm, and absolute, (Q,) float32 each.
     """
     size, width = exact.shape
-    asked = torch.empty(size, width, dtype=dtype, device=exact.device)
+    scan_queries = torch.empty(size, width, dtype=dtype, device=exact.device)
     scales = torch.empty(size, device=exact.device) if dtype == torch.int8 else None
     limits = torch.empty(size, device=exact.device), torch.empty(size, device=exact.device)
     operands_kernel[(size,)](
-        exact, asked, scales, *limits, width, product, absolute * (1 + 2.0**-20), PROVEN=proven, BLOCK=STEP,
+        exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), PROVEN=proven, BLOCK=STEP,
         num_warps=4,
     )  # fmt: skip
-    return asked, scales, limits
+    return scan_queries, scales, limits
 
 
 def thresholds(lower: Tensor, rank: int, cutoffs: Tensor) -> tuple[Tensor, Tensor]:
-    """The rank-th largest of each query's bounds or a float32 below its cutoff, (Q,) float32; zeros, (Q,) int32.
+    """Return the scan's thresholds and zeroed counters.
+
+    A threshold is the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger.
 
     Args:
-        lower: (Q, bins) float32, contiguous; at most `BLOCKS`[-1] bins, and no fewer than ``rank``.
-        rank: 1: the largest.
-        cutoffs: (Q,) float64.
+        lower: (Q, bins) float32 bounds, contiguous, with ``rank`` to `BLOCKS`[-1] bins.
+        rank: rank of the threshold, 1 for the largest.
+        cutoffs: (Q,) float64 cutoffs.
+
+    Returns:
+        thresholds (Q,) float32 and zeros (Q,) int32.
     """
     size, bins = lower.shape
-    found = torch.empty(size, dtype=torch.float32, device=lower.device)
+    threshold = torch.empty(size, dtype=torch.float32, device=lower.device)
     counts = torch.empty(size, dtype=torch.int32, device=lower.device)
     block = next(block for block in BLOCKS if block >= bins)
-    thresholds_kernel[(size,)](lower, cutoffs, found, counts, bins, rank, BLOCK=block, num_warps=warps(block))
-    return found, counts
+    thresholds_kernel[(size,)](lower, cutoffs, threshold, counts, bins, rank, BLOCK=block, num_warps=warps(block))
+    return threshold, counts
 
 
 def warps(block: int) -> int:
-    """For a program that holds ``block`` values: at most 32 of them in a thread."""
+    """Return the warps of a program that holds ``block`` values, at most 32 of them in a thread."""
     return min(16, max(1 if block <= 64 else 4, block // 512))
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     for block in BLOCKS:
         types = {"LOWER": "*fp32:16", "CUTOFFS": "*fp64:16", "THRESHOLDS": "*fp32:16", "COUNTS": "*i32:16"}
         types |= {"bins": "i32", "rank": "i32"}
@@ -173,7 +179,7 @@ def forms() -> Iterator[Form]:
             yield from (with_ones(form, "rank"), with_ones(form, "bins", "rank"))
     for kind in (*TYPES.values(), "i8"):
         for proven in (True, False):
-            types = {"EXACT": "*fp64:16", "ASKED": f"*{kind}:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16"}
+            types = {"EXACT": "*fp64:16", "SCAN_QUERIES": f"*{kind}:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16"}
             types |= {"D": "i32:16", "product": "fp32", "absolute": "fp32"}
             types |= {"SCALES": "*fp32:16"} if kind == "i8" else {}
             constants: dict[str, Any] = {"PROVEN": proven, "BLOCK": STEP} | ({} if kind == "i8" else {"SCALES": None})

@@ -1,4 +1,4 @@
-"""What a search remembers between pieces of the corpus: the k best so far of every query, exactly scored."""
+"""The state that a search carries between corpus segments: the best exactly scored rows of every query so far."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 
-class State:
+class TopKState:
     """The k best rows so far of Q queries.
 
-    Args:
-        size: Q.
-        k: how many to keep.
-        device: where.
+    ``broken`` marks queries with a score outside its error bound. ``missed`` marks queries with an incomplete set of
+    candidates. ``best`` holds (score as the bits of a float64, id) pairs. The first ``counts`` pairs of each query are
+    a heap with the worst pair on top, the form that csrc/mips_select.h works on. All other code leaves them sorted from
+    worst to best, which is such a heap.
 
-    ``broken`` marks queries for which a score lay outside its bound, ``missed`` those of which not everything that
-    matters could be collected. ``best`` holds (score as the bits of a float64, id) pairs, for each query a heap with
-    the worst on top in its first ``counts`` places: the form csrc/mips_select.h works on. Sorted from worst to best is
-    such a heap, and what all but that file leave here.
+    Args:
+        size: number of queries Q.
+        k: number of rows to keep for each query.
+        device: device of the state.
     """
 
     def __init__(self, size: int, k: int, device: torch.device) -> None:
@@ -29,9 +29,9 @@ class State:
         self.missed = torch.zeros(size, dtype=torch.bool, device=device)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Scores (Q, k) float64 and ids (Q, k), best first; −inf and −1 where there are fewer than k."""
+        """Return scores (Q, k) float64 and ids (Q, k), best first, padded with −inf and −1."""
         if self.best.is_cuda:
-            return self.turned()
+            return self.reversed()
         scores, ids = self.best[..., 0].view(torch.float64), self.best[..., 1]
         empty = torch.arange(self.k, device=ids.device) >= self.counts[:, None]
         scores, ids = scores.masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
@@ -39,22 +39,28 @@ class State:
         scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
         return scores, ids.gather(1, by_score)
 
-    def turned(self) -> tuple[Tensor, Tensor]:
-        """`sorted`, where no heap of a CPU's loops is among these: from worst to best it is that already."""
+    def reversed(self) -> tuple[Tensor, Tensor]:
+        """Return the result of `sorted` for a state that is already sorted from worst to best."""
         place = (self.counts[:, None] - 1) - torch.arange(self.k, device=self.best.device)
         empty, place = place < 0, place.clamp(min=0)
         scores, ids = self.best[..., 0].gather(1, place), self.best[..., 1].gather(1, place)
         return scores.view(torch.float64).masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
 
     def merge(self, queries: Tensor, scores: Tensor, ids: Tensor) -> None:
-        """Takes in M exactly scored rows, each of a query: query numbers, float64 scores and ids, (M,) each."""
+        """Merge M exactly scored rows, each for one query.
+
+        Args:
+            queries: (M,) int64 query numbers.
+            scores: (M,) float64 scores.
+            ids: (M,) int64 row ids.
+        """
         if not len(queries):
             return
         size = len(self.counts)
-        kept = torch.arange(self.k, device=ids.device) < self.counts[:, None]
-        query = torch.cat((kept.nonzero()[:, 0], queries))
-        score = torch.cat((self.best[..., 0].view(torch.float64)[kept], scores))
-        number = torch.cat((self.best[..., 1][kept], ids))
+        filled = torch.arange(self.k, device=ids.device) < self.counts[:, None]
+        query = torch.cat((filled.nonzero()[:, 0], queries))
+        score = torch.cat((self.best[..., 0].view(torch.float64)[filled], scores))
+        number = torch.cat((self.best[..., 1][filled], ids))
         order = number.argsort()
         order = order[score[order].argsort(descending=True, stable=True)]
         order = order[query[order].argsort(stable=True)]
@@ -72,10 +78,14 @@ class State:
         self.cutoffs.copy_(torch.where(full, torch.maximum(self.cutoffs, worst), self.cutoffs))
 
     def merge_table(self, scores: Tensor, ids: Tensor) -> None:
-        """Takes in M exactly scored rows of every query, without waiting for the device: float64 scores, −inf where
-        there is none, and ids, (Q, M) each."""
-        own, numbers = self.sorted()
-        scores, numbers = torch.cat((own, scores), 1), torch.cat((numbers, ids), 1)
+        """Merge M exactly scored rows of every query, without waiting for the device.
+
+        Args:
+            scores: (Q, M) float64 scores; −inf marks an absent row.
+            ids: (Q, M) int64 row ids.
+        """
+        held_scores, numbers = self.sorted()
+        scores, numbers = torch.cat((held_scores, scores), 1), torch.cat((numbers, ids), 1)
         numbers, order = numbers.sort(dim=1)
         scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
         scores, numbers = scores[:, : self.k], numbers.gather(1, by_score)[:, : self.k]
@@ -87,9 +97,9 @@ class State:
         worst = scores[:, -1] if scores.shape[1] == self.k else torch.full_like(self.cutoffs, -torch.inf)
         self.cutoffs.copy_(torch.maximum(self.cutoffs, worst))
 
-    def part(self, rows: slice) -> State:
-        """Some of the queries; views, so that changes in place show here."""
-        part = object.__new__(State)
+    def part(self, rows: slice) -> TopKState:
+        """Return a state of some queries. Its tensors are views, so in-place changes affect this state."""
+        part = object.__new__(TopKState)
         part.k = self.k
         part.best, part.counts = self.best[rows], self.counts[rows]
         part.cutoffs, part.broken, part.missed = self.cutoffs[rows], self.broken[rows], self.missed[rows]

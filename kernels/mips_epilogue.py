@@ -1,8 +1,8 @@
-"""Inner-product search, what comes after the scan: from the rows it collected to the k best, exactly scored.
+"""Inner-product search, after the scan: from the collected rows to the k best, exactly scored.
 
-`select` finds each query's proven k-th best bound, and keeps the rows that reach it; `rescore_kept` gives their fp64
-products; `rank` counts for every row those ahead of it, which is its place among the k best. Three launches, because
-between them the work is dealt out anew: with one query, each of its rows to a program of its own.
+`select` finds each query's proven k-th best bound and keeps the rows that reach it. `rescore_kept` computes their fp64
+products. `rank` counts the rows ahead of every row, which gives its place among the k best. The three launches divide
+the work differently: with one query, each of its rows goes to a separate program.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.mips import BIN, DEPTH, PAIRS, exact_products
-from jasper_fast.kernels.mips_start import just_below, kth_largest, warps
+from jasper_fast.kernels.mips import BIN
+from jasper_fast.kernels.mips_prologue import just_below, kth_largest, warps
+from jasper_fast.kernels.mips_rescore import DEPTH, PAIRS, exact_products
 from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
 
 BLOCKS = (1024, 2048, 4096, 8192)  # candidates that one program holds
 RIVALS = 32  # rows that are compared with as many at once
-FILL = 1024  # programs that keep a GPU busy
+TARGET_PROGRAMS = 1024  # that keep a GPU busy
 
 
 @triton.jit
@@ -30,40 +31,40 @@ def select_kernel(
     COUNTS,  # (Q,) int32: rows collected, which may be more than the capacity
     SCORES,  # (Q, capacity) fp32
     ROWS,  # (Q, capacity) int32
-    THRESHOLDS,  # (Q,) fp32 that they were collected by
+    THRESHOLDS,  # (Q,) fp32 thresholds of the scan
     CUTOFFS,  # (Q,) fp64
     NORMS,  # (ceil(N / 64),) fp32
     RELATIVE,  # (Q,) fp32
     ABSOLUTE,  # (Q,) fp32
-    MISSED,  # (Q,) uint8, set to 1 where something that matters may have been left out
+    MISSED,  # (Q,) uint8, set to 1 if a top-k row may be missing
     KEPT,  # (Q,) int32
-    KEPT_SCORES,  # (Q, room) fp32
-    KEPT_ROWS,  # (Q, room) int32
+    KEPT_SCORES,  # (Q, max_kept) fp32
+    KEPT_ROWS,  # (Q, max_kept) int32
     k,
     capacity,
-    room,
+    max_kept,
     BLOCK: tl.constexpr,
 ):
-    """Keeps the rows whose upper bounds reach the k-th best lower bound, in no order; none of a query that missed."""
+    """Keep the rows whose upper bounds reach the k-th best lower bound, in no order, and none of a missed query."""
     q = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     count = tl.load(COUNTS + q)
-    there = place < tl.minimum(count, capacity)
+    inside = place < tl.minimum(count, capacity)
     first = q.to(tl.int64) * capacity
-    score = tl.load(SCORES + first + place, mask=there, other=0.0)
-    row = tl.load(ROWS + first + place, mask=there, other=0)
-    norm = tl.load(NORMS + row // BIN, mask=there, other=0.0)
+    score = tl.load(SCORES + first + place, mask=inside, other=0.0)
+    row = tl.load(ROWS + first + place, mask=inside, other=0)
+    norm = tl.load(NORMS + row // BIN, mask=inside, other=0.0)
     error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q)
-    kth = kth_largest(tl.where(there, score - error, float("-inf")), k)
+    kth = kth_largest(tl.where(inside, score - error, float("-inf")), k)
     cutoff = tl.maximum(kth, just_below(tl.load(CUTOFFS + q)))
-    keep = there & (score + error >= cutoff)
+    keep = inside & (score + error >= cutoff)
     kept = tl.sum(keep.to(tl.int32), axis=0)
-    missed = (count > capacity) | (tl.load(THRESHOLDS + q) > cutoff) | (kept > room)
+    missed = (count > capacity) | (tl.load(THRESHOLDS + q) > cutoff) | (kept > max_kept)
     if missed:
         tl.store(MISSED + q, 1)
         tl.store(KEPT + q, 0)
     else:
-        out = q.to(tl.int64) * room + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        out = q.to(tl.int64) * max_kept + tl.cumsum(keep.to(tl.int32), axis=0) - 1
         tl.store(KEPT_SCORES + out, score, mask=keep)
         tl.store(KEPT_ROWS + out, row, mask=keep)
         tl.store(KEPT + q, kept)
@@ -78,36 +79,36 @@ def rescore_kept_kernel(
     RELATIVE,  # (Q,) fp32
     ABSOLUTE,  # (Q,) fp32
     KEPT,  # (Q,) int32
-    KEPT_SCORES,  # (Q, room) fp32
-    KEPT_ROWS,  # (Q, room) int32
+    KEPT_SCORES,  # (Q, max_kept) fp32
+    KEPT_ROWS,  # (Q, max_kept) int32
     BEST,  # (Q, k, 2) int64: bits of a score, id
-    HELD,  # (Q,) int64: how many of them there are
-    BROKEN,  # (Q,) uint8, set to 1 where a score lay outside its bound
+    HELD,  # (Q,) int64: number of held rows
+    BROKEN,  # (Q,) uint8, set to 1 if a score was outside its bound
     TOTALS,  # (Q,) int32
-    TRUE,  # (Q, room + k) fp64
-    IDS,  # (Q, room + k) int64
+    TRUE,  # (Q, max_kept + k) fp64
+    IDS,  # (Q, max_kept + k) int64
     D,
     k,
-    room,
+    max_kept,
     first_id,
     PROVEN: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RIVALS: tl.constexpr,
 ):
-    """A query's candidates: the kept rows, exactly scored if ``PROVEN``, and behind them what it held before."""
+    """Write a query's candidates: the kept rows, exactly scored if ``PROVEN``, then its rows held so far."""
     q = tl.program_id(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     kept = tl.load(KEPT + q)
-    out = q * (room + k)
+    out = q * (max_kept + k)
     for start in range(part * PAIRS, kept, parts * PAIRS):
         place = start + tl.arange(0, PAIRS)
         inside = place < kept
-        score = tl.load(KEPT_SCORES + q * room + place, mask=inside, other=0.0)
-        row = tl.load(KEPT_ROWS + q * room + place, mask=inside, other=0)
+        score = tl.load(KEPT_SCORES + q * max_kept + place, mask=inside, other=0.0)
+        row = tl.load(KEPT_ROWS + q * max_kept + place, mask=inside, other=0)
         if PROVEN:
-            asked = QUERIES + (q + tl.zeros((1, 1), tl.int64)) * D
-            true = exact_products(asked, CORPUS, ROW_SCALES, row.to(tl.int64), inside, D, PAIRS, BLOCK_K)
+            query = QUERIES + (q + tl.zeros((1, 1), tl.int64)) * D
+            true = exact_products(query, CORPUS, ROW_SCALES, row.to(tl.int64), inside, D, PAIRS, BLOCK_K)
             norm = tl.load(NORMS + row // BIN, mask=inside, other=0.0)
             error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q)
             wrong = inside & (tl.abs(true - score.to(tl.float64)) > error.to(tl.float64))
@@ -140,7 +141,7 @@ def rank_kernel(
     width,
     RIVALS: tl.constexpr,
 ):
-    """The k best of a query's candidates from worst to best, how many they are, and the cutoff if they are k."""
+    """Write the k best of a query's candidates from worst to best, their number, and the cutoff if they are k."""
     q = tl.program_id(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     total = tl.load(TOTALS + q)
@@ -153,18 +154,20 @@ def rank_kernel(
         number = tl.load(IDS + q * width + place, mask=inside, other=0)
         rank = tl.zeros((RIVALS,), tl.int32)
         for other in range(0, total, RIVALS):
-            there = other + tl.arange(0, RIVALS)
-            rival = tl.load(TRUE + q * width + there, mask=there < total, other=float("-inf"))[None, :]
-            named = tl.load(IDS + q * width + there, mask=there < total, other=0)[None, :]
-            # A row that came twice takes two places, so that each place is taken.
-            before = (named < number[:, None]) | ((named == number[:, None]) & (there[None, :] < place[:, None]))
+            other_place = other + tl.arange(0, RIVALS)
+            rival = tl.load(TRUE + q * width + other_place, mask=other_place < total, other=float("-inf"))[None, :]
+            rival_id = tl.load(IDS + q * width + other_place, mask=other_place < total, other=0)[None, :]
+            # A repeated row takes two places, so that every place is filled.
+            before = (rival_id < number[:, None]) | (
+                (rival_id == number[:, None]) & (other_place[None, :] < place[:, None])
+            )
             ahead = (rival > score[:, None]) | ((rival == score[:, None]) & before)
             rank += tl.sum(ahead.to(tl.int32), axis=1)
         wins = inside & (rank < k)
         out = BEST + (q * k + count - 1 - rank) * 2
         tl.store(out, score.to(tl.int64, bitcast=True), mask=wins)
         tl.store(out + 1, number, mask=wins)
-        # Of all programs, one has the last of k.
+        # One of all programs has the k-th row.
         tl.store(CUTOFFS + q + tl.zeros((RIVALS,), tl.int32), tl.maximum(score, cutoff), mask=wins & (rank == k - 1))
     if part == 0:
         tl.store(HELD + q, count.to(tl.int64))
@@ -172,15 +175,15 @@ def rank_kernel(
 
 @dataclass(frozen=True)
 class Collected:
-    """What a scan collected, and how far its scores may be from the true ones.
+    """Collected rows of a scan, and the bounds of their scores' errors.
 
     Args:
-        counts: (Q,) int32: how many rows, which may be more than there was room for.
-        scores: (Q, capacity) float32.
+        counts: (Q,) int32 numbers of rows, which may exceed the capacity.
+        scores: (Q, capacity) float32 scores.
         rows: (Q, capacity) int32 row numbers.
-        thresholds: (Q,) float32 that they were collected by.
-        norms: (ceil(N / 64),) float32.
-        limits: error relative to the norm, and absolute; (Q,) float32 each.
+        thresholds: (Q,) float32 thresholds of the scan.
+        norms: (ceil(N / 64),) float32 norms of the bins.
+        limits: errors relative to the norm and absolute errors, (Q,) float32 each.
     """
 
     counts: Tensor
@@ -191,65 +194,66 @@ class Collected:
     limits: tuple[Tensor, Tensor]
 
 
-def finish(
-    found: Collected,
+def rerank(
+    collected: Collected,
     queries: Tensor,
     corpus: Tensor,
     scales: Tensor | None,
     first_id: int,
-    room: int,
+    max_kept: int,
     proven: bool,
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Brings what was collected into what the search remembers; see `jasper_fast.mips.state.State`.
+    """Merge collected rows into the state of a search. See `jasper_fast.mips.topk_state.TopKState`.
 
     Args:
-        found: with a capacity of at most `BLOCKS`[-1], and no less than k.
-        queries: (Q, D) float64, contiguous.
-        corpus: (N, D) contiguous.
-        scales: (N,) float32 for int8 rows.
+        collected: candidates of the scan, with a capacity of k to `BLOCKS`[-1].
+        queries: (Q, D) float64 queries, contiguous.
+        corpus: (N, D) rows, contiguous.
+        scales: (N,) float32 scales of int8 rows. None for other dtypes.
         first_id: id of the first row.
-        room: rows of a query that are rescored at most; with more it has missed something.
-        proven: whether to rescore; without, scores stay as they are.
+        max_kept: maximum number of rows rescored for a query. A query with more is marked as missed.
+        proven: rescore in fp64. False keeps the scan's scores.
         state: best (Q, k, 2) int64, counts (Q,) int64, cutoffs (Q,) float64, broken and missed (Q,) bool, contiguous.
     """
     best, held, cutoffs, broken, missed = state
     size, k, device = len(queries), best.shape[1], corpus.device
-    capacity = found.scores.shape[1]
+    capacity = collected.scores.shape[1]
     kept = torch.empty(size, dtype=torch.int32, device=device)
-    scores = torch.empty(size, room, dtype=torch.float32, device=device)
-    rows = torch.empty(size, room, dtype=torch.int32, device=device)
+    scores = torch.empty(size, max_kept, dtype=torch.float32, device=device)
+    rows = torch.empty(size, max_kept, dtype=torch.int32, device=device)
     block = next(block for block in BLOCKS if block >= capacity)
     select_kernel[(size,)](
-        found.counts, found.scores, found.rows, found.thresholds, cutoffs, found.norms, *found.limits,
-        missed.view(torch.uint8), kept, scores, rows, k, capacity, room, BLOCK=block, num_warps=warps(block),
+        collected.counts, collected.scores, collected.rows, collected.thresholds, cutoffs, collected.norms,
+        *collected.limits, missed.view(torch.uint8), kept, scores, rows, k, capacity, max_kept, BLOCK=block,
+        num_warps=warps(block),
     )  # fmt: skip
     totals = torch.empty(size, dtype=torch.int32, device=device)
-    true = torch.empty(size, room + k, dtype=torch.float64, device=device)
-    ids = torch.empty(size, room + k, dtype=torch.int64, device=device)
-    rescore_kept_kernel[(size, _parts(size, room, PAIRS))](
-        queries, corpus, scales, found.norms, *found.limits, kept, scores, rows, best, held, broken.view(torch.uint8),
-        totals, true, ids, corpus.shape[1], k, room, first_id, PROVEN=proven, PAIRS=PAIRS, BLOCK_K=DEPTH,
-        RIVALS=RIVALS, num_warps=4,
+    true = torch.empty(size, max_kept + k, dtype=torch.float64, device=device)
+    ids = torch.empty(size, max_kept + k, dtype=torch.int64, device=device)
+    rescore_kept_kernel[(size, _parts(size, max_kept, PAIRS))](
+        queries, corpus, scales, collected.norms, *collected.limits, kept, scores, rows, best, held,
+        broken.view(torch.uint8), totals, true, ids, corpus.shape[1], k, max_kept, first_id, PROVEN=proven, PAIRS=PAIRS,
+        BLOCK_K=DEPTH, RIVALS=RIVALS, num_warps=4,
     )  # fmt: skip
-    rank_kernel[(size, _parts(size, room + k, RIVALS))](
-        totals, true, ids, best, held, cutoffs, k, room + k, RIVALS=RIVALS, num_warps=4
+    rank_kernel[(size, _parts(size, max_kept + k, RIVALS))](
+        totals, true, ids, best, held, cutoffs, k, max_kept + k, RIVALS=RIVALS, num_warps=4
     )
 
 
 def _parts(size: int, places: int, each: int) -> int:
-    """Programs for a query: one where there are many queries, else as many as there are blocks of places."""
-    return max(1, min(triton.cdiv(places, each), FILL // size))
+    """Return the number of programs for a query: 1 for many queries, else up to one per block of places."""
+    return max(1, min(triton.cdiv(places, each), TARGET_PROGRAMS // size))
 
 
 def forms() -> Iterator[Form]:
-    """See `registry`."""
+    """Yield the forms of this module's kernels. See `registry`."""
     numbers = {"NORMS": "*fp32:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16", "KEPT": "*i32:16"}
     numbers |= {"KEPT_SCORES": "*fp32:16", "KEPT_ROWS": "*i32:16"}
     state = {"BEST": "*i64:16", "HELD": "*i64:16"}
     for block in BLOCKS:
         types = {**numbers, "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16", "THRESHOLDS": "*fp32:16"}
-        types |= {"CUTOFFS": "*fp64:16", "MISSED": "*u8:16", "k": "i32", "capacity": "i32:16", "room": "i32"}
+        types |= {"CUTOFFS": "*fp64:16", "MISSED": "*u8:16", "k": "i32", "capacity": "i32:16", "max_kept": "i32"}
         form = Form(f"{block}", select_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == BLOCKS[0])
         yield form
         if block == BLOCKS[0]:
@@ -258,7 +262,7 @@ def forms() -> Iterator[Form]:
         for proven in (True, False):
             types = {**numbers, **state, "QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "BROKEN": "*u8:16"}
             types |= {"TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16"}
-            types |= {"D": "i32:16", "k": "i32", "room": "i32", "first_id": "i32"}
+            types |= {"D": "i32:16", "k": "i32", "max_kept": "i32", "first_id": "i32"}
             types |= {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
             constants: dict[str, Any] = {"PROVEN": proven, "PAIRS": PAIRS, "BLOCK_K": DEPTH, "RIVALS": RIVALS}
             constants |= {} if kind == "i8" else {"ROW_SCALES": None}

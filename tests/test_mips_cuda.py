@@ -1,4 +1,4 @@
-"""The search's GPU kernels, interpreted where there is no GPU, against correctly rounded sums of exact products."""
+"""The search's GPU kernels, interpreted without a GPU, against correctly rounded sums of exact products."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
-from jasper_fast.mips import FlatIPIndex, device, pieces, topk
-from jasper_fast.mips import search as search_module
-from jasper_fast.mips.pieces import BIN, Piece, bin_norms, int8_codes
-from jasper_fast.mips.scan import Queries
-from jasper_fast.mips.search import SCRATCH, search
-from jasper_fast.mips.state import State
-from jasper_fast.mips.stream import chunks
+from jasper_fast.mips import FlatIPIndex, cuda, top_k, topk
+from jasper_fast.mips import segment as segments
+from jasper_fast.mips.cpu import Queries
+from jasper_fast.mips.prefetch import chunks
+from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes
+from jasper_fast.mips.top_k import SCRATCH, search
+from jasper_fast.mips.topk_state import TopKState
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 from jasper_fast.kernels import mips as kernels  # noqa: E402
+from jasper_fast.kernels.mips_rescore import rescore  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,7 +33,7 @@ on_gpu = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """What torch.empty gives is NaN, or a large integer."""
+    """Fill the results of torch.empty with NaN or a large integer."""
     plain = torch.empty
 
     def poisoned(*arguments, **options):
@@ -46,33 +47,35 @@ def _poisoned_memory(monkeypatch):
 
 @contextmanager
 def through_kernels(descriptors: bool = False) -> Iterator[None]:
-    """The GPU's way, on this machine's device. Triton's interpreter is wrong in bfloat16: float16 stands for it."""
-    with mock.patch.multiple(search_module, FEW=NEVER, native=lambda piece: False):
+    """Take the GPU's path on this machine's device, with float16 for bfloat16, which the interpreter gets wrong."""
+    with mock.patch.multiple(top_k, MAX_FEW_QUERIES=NEVER, native=lambda segment: False):
         if GPU:
             yield
             return
         with (
-            mock.patch.object(pieces, "on_gpu", lambda rows: True),
+            mock.patch.object(segments, "on_gpu", lambda rows: True),
             mock.patch.object(kernels, "described", lambda rows, queries: descriptors and rows.shape[1] % 16 == 0),
-            mock.patch.object(device, "LOW", torch.float16),
+            mock.patch.object(cuda, "SCAN_DTYPE", torch.float16),
         ):
             yield
 
 
-def piece_of(rows: Tensor, stored: str) -> tuple[Piece, Tensor]:
-    """The piece and the float64 values its scores are true of."""
+def segment_of(rows: Tensor, stored: str) -> tuple[Segment, Tensor]:
+    """Return the segment and its float64 values."""
     if stored == "int8":
         codes, scales, _ = int8_codes(rows)
-        piece = Piece(codes.to(DEVICE), scales.to(DEVICE))
+        segment = Segment(codes.to(DEVICE), scales.to(DEVICE))
     else:
-        piece = Piece(rows.to(getattr(torch, stored)).to(DEVICE))
-    with mock.patch.object(pieces, "on_gpu", lambda rows: GPU):
-        piece.norms = bin_norms(piece) if stored != "float16" else pieces.bin_maxima(piece.rows.double().norm(dim=1))
-    return piece, piece.values(0, len(rows), torch.float64).cpu()
+        segment = Segment(rows.to(getattr(torch, stored)).to(DEVICE))
+    with mock.patch.object(segments, "on_gpu", lambda rows: GPU):
+        segment.norms = (
+            bin_norms(segment) if stored != "float16" else segments.bin_maxima(segment.rows.double().norm(dim=1))
+        )
+    return segment, segment.values(0, len(rows), torch.float64).cpu()
 
 
-def found(piece: list[tuple[int, Piece]], total: int, queries: Tensor, k: int, valid=None, precision="certified"):
-    scores, ids = search(lambda: piece, total, queries.to(DEVICE), k, precision, valid, SCRATCH)
+def found(segment: list[tuple[int, Segment]], total: int, queries: Tensor, k: int, valid=None, precision="certified"):
+    scores, ids = search(lambda: segment, total, queries.to(DEVICE), k, precision, valid, SCRATCH)
     return scores.cpu(), ids.cpu()
 
 
@@ -94,13 +97,13 @@ def in_the_order_of_fp64(
     k: int,
     bins: int,
 ) -> None:
-    """Checks one search of a corpus in two pieces, the first of so many bins."""
+    """Check one search of a corpus in two segments, the first of ``bins`` bins."""
     if stored == "float16" and kind in ("huge", "tiny", "mixed scales"):
         kind = "normal"  # float16 cannot hold them
     split = bins * BIN
     corpus, queries = make(kind, rows, width, seed), make(kind, size, width, seed + 1)
-    piece, values = piece_of(corpus, stored)
-    parts = [(0, piece.slice(0, split)), *([(split, piece.slice(split, rows))] if split < rows else [])]
+    segment, values = segment_of(corpus, stored)
+    parts = [(0, segment.slice(0, split)), *([(split, segment.slice(split, rows))] if split < rows else [])]
     generator = torch.Generator().manual_seed(seed)
     shape = (size, rows) if masks else (rows,)
     valid = None if share is None else torch.rand(shape, generator=generator) < share
@@ -114,7 +117,7 @@ def in_the_order_of_fp64(
 @on_gpu
 @pytest.mark.parametrize("seed", range(60))
 def test_the_order_of_fp64_of_drawn_cases(seed):
-    """Those of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
+    """Cases of test_kernel_properties.py without hypothesis, which a GPU machine may lack, and longer corpora."""
     draw = random.Random(seed)
     rows = draw.choice((draw.randint(64, 400), draw.randint(400, 3000)))
     stored = draw.choice(("float32", "float16", "int8", "bfloat16"))
@@ -132,17 +135,17 @@ def test_the_order_of_fp64_of_drawn_cases(seed):
      pytest.param("bfloat16", "clustered", marks=on_gpu)],
 )  # fmt: skip
 def test_a_sample_sets_the_threshold(stored, order):
-    """Whatever the order of the corpus: the sample is drawn by rows, at random."""
+    """The sample is drawn by rows at random, for any order of the corpus."""
     corpus, queries = torch.randn(6000, 16), torch.randn(3, 16)
     if order == "ascending":
         corpus = corpus[(corpus @ queries[0]).argsort()]
     elif order == "clustered":
         corpus = (torch.randn(60, 16).repeat_interleave(100, 0) + 0.1 * corpus)[:6000]
-    piece, values = piece_of(corpus, stored)
-    assert device.plan(6000, 3, 3).step > 1
-    with through_kernels(), mock.patch.object(search_module, "_again", side_effect=AssertionError("redone")):
-        scores, ids = found([(0, piece)], 6000, queries, 3)
-        fast = found([(0, piece)], 6000, queries, 3, precision="fast") if stored == "int8" else (scores, ids)
+    segment, values = segment_of(corpus, stored)
+    assert cuda.plan(6000, 3, 3).step > 1
+    with through_kernels(), mock.patch.object(top_k, "_repeat", side_effect=AssertionError("redone")):
+        scores, ids = found([(0, segment)], 6000, queries, 3)
+        fast = found([(0, segment)], 6000, queries, 3, precision="fast") if stored == "int8" else (scores, ids)
     true = queries.double() @ values.T
     assert torch.equal(ids, true.argsort(dim=1, descending=True)[:, :3])
     torch.testing.assert_close(scores, true.gather(1, ids).float(), rtol=1e-6, atol=1e-6)
@@ -154,36 +157,36 @@ def test_many_queries_scan_rounded_rows_and_the_certificate_repairs_it():
     base = torch.randn(16)
     corpus = base + 1e-3 * torch.randn(256, 16)  # sixteen bits cannot tell these apart
     queries = (base + 0.01 * torch.randn(70, 16)).contiguous()
-    piece, values = piece_of(corpus, "float32")
+    segment, values = segment_of(corpus, "float32")
     true = (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :4]
     with through_kernels():
-        assert device.low_plane(piece, 70).dtype != torch.float32
-        _, fast = found([(0, piece)], 256, queries, 4, precision="fast")
-        _, certified = found([(0, piece)], 256, queries, 4)
+        assert cuda.scan_rows(segment, 70).dtype != torch.float32
+        _, fast = found([(0, segment)], 256, queries, 4, precision="fast")
+        _, certified = found([(0, segment)], 256, queries, 4)
     assert not torch.equal(fast, true)
     assert torch.equal(certified, true)
 
 
 def test_a_corrupted_bound_is_caught_and_the_query_redone():
     corpus, queries = torch.randn(500, 32), torch.randn(3, 32)
-    piece, values = piece_of(corpus, "float16")
-    assert piece.norms is not None
-    piece.norms = piece.norms * 1e-9
+    segment, values = segment_of(corpus, "float16")
+    assert segment.norms is not None
+    segment.norms = segment.norms * 1e-9
     with through_kernels(), pytest.warns(RuntimeWarning, match="of 3 queries were redone in fp64"):
-        _, ids = found([(0, piece)], 500, queries, 5)
+        _, ids = found([(0, segment)], 500, queries, 5)
     assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :5])
 
 
 @pytest.mark.parametrize("rank, capacity", [(1, 1024), (60, 64)])
-def test_a_wrong_guess_is_noticed_and_redone(rank, capacity, monkeypatch):
-    """A threshold so high that k rows do not reach it, and one so low that there is no room."""
+def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
+    """One threshold is so high that fewer than k rows reach it, and one so low that rows exceed the capacity."""
     corpus, queries = torch.randn(4096, 16), torch.randn(2, 16)
-    piece, values = piece_of(corpus, "float32")
-    monkeypatch.setattr(device, "plan", lambda rows, k, size: device.Plan(1, rank, capacity))
-    again = mock.Mock(side_effect=search_module._again)
-    monkeypatch.setattr(search_module, "_again", again)
+    segment, values = segment_of(corpus, "float32")
+    monkeypatch.setattr(cuda, "plan", lambda rows, k, size: cuda.Plan(1, rank, capacity))
+    again = mock.Mock(side_effect=top_k._repeat)
+    monkeypatch.setattr(top_k, "_repeat", again)
     with through_kernels():
-        _, ids = found([(0, piece)], 4096, queries, 20)
+        _, ids = found([(0, segment)], 4096, queries, 20)
     assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :20])
     assert again.call_count == 1 and len(again.call_args.args[4]) == 2
 
@@ -192,19 +195,19 @@ def test_a_wrong_guess_is_noticed_and_redone(rank, capacity, monkeypatch):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("size", [3, 60, 150])
 def test_the_kernels_one_by_one(stored, size, descriptors):
-    """Every place is written, each tile, ragged edges; rows are counted beyond the room for them."""
+    """Every place of all tiles and ragged edges is written, and rows beyond the capacity are counted."""
     rows, width = (5000 if GPU else 300), 48
-    piece, values = piece_of(torch.randn(rows, width), stored)
+    segment, values = segment_of(torch.randn(rows, width), stored)
     queries = Queries.of(torch.randn(size, width).to(DEVICE))
     valid = torch.rand(rows, device=DEVICE) < 0.9
     valid[64:128] = False
-    asked, scale, limits = device.operands(piece, piece.rows, queries, True)
-    scales = (piece.scales if scale is not None else None, scale)
-    norms = piece.norms.float()
-    lower = kernels.lower_bounds(piece.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
+    asked, scale, limits = cuda.operands(segment, segment.rows, queries, True)
+    scales = (segment.scales if scale is not None else None, scale)
+    norms = segment.norms.float()
+    lower = kernels.lower_bounds(segment.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
     true = (queries.exact.cpu() @ values.T).masked_fill(~valid.cpu(), -torch.inf)
     best = torch.stack(
-        [pieces.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true]
+        [segments.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true]
     )
     error = (norms[:, None].cpu() * limits[0].cpu() + limits[1].cpu()).T.double()
     assert (lower[:, 1] == -torch.inf).all() and (lower <= best).all()
@@ -212,7 +215,7 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     threshold = true.topk(20, dim=1).values[:, -1].float().to(DEVICE)
     counts = torch.zeros(size, dtype=torch.int32, device=DEVICE)
     scores, numbers = kernels.collect(
-        piece.rows, asked, scales, valid, norms, limits, threshold, counts, 64, descriptors
+        segment.rows, asked, scales, valid, norms, limits, threshold, counts, 64, descriptors
     )
     for q in range(size):
         count = min(int(counts[q]), 64)
@@ -224,10 +227,10 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
         assert (scores[q, count:].isnan()).all()
     everything = torch.full_like(threshold, -torch.inf)
     counts.zero_()
-    kernels.collect(piece.rows, asked, scales, valid, norms, limits, everything, counts, 16, descriptors)
+    kernels.collect(segment.rows, asked, scales, valid, norms, limits, everything, counts, 16, descriptors)
     assert (counts == valid.sum()).all()
     query, row = torch.arange(size, device=DEVICE), torch.arange(size, device=DEVICE) % 7 - 1
-    exact = kernels.rescore(queries.exact, piece.rows, scales[0], query, row).cpu()
+    exact = rescore(queries.exact, segment.rows, scales[0], query, row).cpu()
     assert torch.equal(exact == -torch.inf, row.cpu() == -1)
     wanted = (queries.exact.cpu() @ values.T)[query.cpu(), row.cpu()]
     torch.testing.assert_close(exact[row.cpu() >= 0], wanted[row.cpu() >= 0], rtol=1e-13, atol=1e-13)
@@ -250,7 +253,7 @@ def test_on_a_gpu(dtype, size):
     index.add(corpus)
     for k in (1, 10, 100, 1000):
         scores, ids = index.search(queries.cuda(), k)
-        values = torch.cat([piece.values(0, len(piece), torch.float64) for _, piece in index.pieces()])
+        values = torch.cat([segment.values(0, len(segment), torch.float64) for _, segment in index.segments()])
         for part in range(0, size, 500):
             true = queries[part : part + 500].cuda().double() @ values.T
             best = true.topk(k, dim=1).values
@@ -260,15 +263,15 @@ def test_on_a_gpu(dtype, size):
 @on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_two_gpus_share_the_pieces(dtype, monkeypatch):
-    monkeypatch.setattr("jasper_fast.mips.index.PIECE_BYTES", 1)  # small pieces
+def test_two_gpus_share_the_segments(dtype, monkeypatch):
+    monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # small segments
     corpus, queries = torch.randn(30_000, 48), torch.randn(40, 48)
     alone = FlatIPIndex(48, dtype=dtype, device="cuda:0")
     shared = FlatIPIndex(48, dtype=dtype, device=["cuda:0", "cuda:1"])
     for start in range(0, len(corpus), 10_000):
         for index in (alone, shared):
             index.add(corpus[start : start + 10_000])
-    assert {piece.rows.device.index for _, piece in shared.pieces()} == {0, 1}
+    assert {segment.rows.device.index for _, segment in shared.segments()} == {0, 1}
     for size in (1, 40):
         expected, found = alone.search(queries[:size], 10), shared.search(queries[:size], 10)
         assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
@@ -282,16 +285,16 @@ def test_two_gpus_share_the_pieces(dtype, monkeypatch):
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("proven", [False, True])
 def test_the_device_is_waited_for_once(k, lasting, proven):
-    """With a sample that is kept, one that an index draws again, and none."""
+    """With a cached sample, a sample drawn again, and no sample."""
     corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
-    piece = Piece(corpus.bfloat16(), lasting=lasting)
-    piece.norms = bin_norms(piece)
-    asked, state = Queries.of(queries), State(500, k, corpus.device)
-    device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
+    segment = Segment(corpus.bfloat16(), lasting=lasting)
+    segment.norms = bin_norms(segment)
+    asked, state = Queries.of(queries), TopKState(500, k, corpus.device)
+    cuda.search_cuda(segment, segment.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        device.search_device(piece, piece.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
+        cuda.search_cuda(segment, segment.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,285 @@
+"""Search of one corpus segment on a CPU: approximate scores with proven bounds, fp64 for possible top-k rows.
+
+For a query q and a row x of a bin with longest row n, |approximate − q·x| ≤ ε with
+
+    ε = relative · n + residual · ρ + absolute
+
+``relative`` covers the rounding of the query and of the matrix product (γ_D of Higham, Accuracy and Stability of
+Numerical Algorithms, §3.1, for any order of summation). ρ is the rounding of the bin's rows, and ``absolute`` covers
+underflow. A row is skipped only if approximate + ε is below a proven lower bound of the k-th best score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jasper_fast import env
+from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
+from jasper_fast.mips.topk_state import TopKState
+from jasper_fast.ops.native import extension_path
+
+# Queries up to which the compiled loops, which read the rows once, are faster than library products.
+MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
+TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
+UNDERFLOW = 2.0**-125
+MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
+BF16_ROUNDING = 2.0**-8  # bound of an element's relative rounding, with a margin
+
+
+@dataclass
+class Queries:
+    """Queries scaled by powers of two to a largest element in [0.5, 1), so that no scale overflows.
+
+    Args:
+        exact: (Q, D) float64 queries.
+        scan: (Q, D) float32 queries, rounded. Only float64 queries and denormals change.
+        exponents: (Q,) int32 exponents, query = exact · 2^exponent.
+        longest: largest norm. None until it is needed.
+    """
+
+    exact: Tensor
+    scan: Tensor
+    exponents: Tensor
+    longest: float | None = None
+
+    def largest_norm(self) -> float:
+        """Return the largest norm of the scaled queries. Waits for the device once."""
+        if self.longest is None:
+            self.longest = float(self.exact.norm(dim=1).max()) if len(self) else 0.0
+        return self.longest
+
+    @classmethod
+    def of(cls, queries: Tensor) -> Queries:
+        """Scale (Q, D) float queries."""
+        exact = queries.double()
+        _, exponents = torch.frexp(exact.abs().amax(dim=1))
+        exact = torch.ldexp(exact, -exponents[:, None].double()).contiguous()
+        return cls(exact, exact.float(), exponents)
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def take(self, rows: slice | Tensor) -> Queries:
+        """Return some of the queries."""
+        return Queries(self.exact[rows], self.scan[rows], self.exponents[rows])
+
+    def to(self, device: torch.device) -> Queries:
+        """Return the same queries on another device."""
+        return Queries(self.exact.to(device), self.scan.to(device), self.exponents.to(device))
+
+
+def accumulation(width: int) -> float:
+    """Return γ, the relative error of an fp32 dot product in any order, with roundings of its factors."""
+    return (width + 4) * UNIT_ROUNDOFF / (1 - (width + 4) * UNIT_ROUNDOFF)
+
+
+def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
+    """Return (relative, residual, absolute) of every query, (Q, 3) float64.
+
+    Args:
+        scanned: (Q, D) float64 values of the queries that the scan multiplies.
+        queries: exact queries.
+        product: relative error of the scan's arithmetic.
+    """
+    width = scanned.shape[1]
+    norm, rounding = scanned.norm(dim=1), (queries.exact - scanned).norm(dim=1)
+    relative = (norm * product + rounding) * (1 + 1e-9)
+    residual = norm * (1 + product) * (1 + 1e-9)
+    return torch.stack((relative, residual, torch.full_like(norm, width * UNDERFLOW)), dim=1)
+
+
+def native(segment: Segment) -> bool:
+    """Tell if the compiled loops can search this segment."""
+    return extension_path() is not None and segment.rows.device.type == "cpu"
+
+
+def candidates_for(k: int) -> int:
+    """Return the capacity for a query's candidates. A full list is reduced to about k."""
+    return 4 * k + 4 * BIN
+
+
+def search_few(
+    segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool
+) -> None:
+    """Search for few queries with compiled loops that read the rows, or their int8 scan copy, once.
+
+    Args:
+        segment: segment to search. Its ``norms`` are computed if they are None.
+        first_id: id of the first row.
+        queries: the Q queries.
+        valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
+        state: best rows so far, updated in place.
+        proven: True to rank by fp64 scores, False by the scan's.
+    """
+    scan_rows, scales, residuals = _scan_operands(segment)
+    if scan_rows.dtype == torch.int8:
+        scanned, query_scales, limits = _integers(queries)
+    else:
+        scanned, query_scales = queries.scan, torch.empty(0)
+        limits = bounds(scanned.double(), queries, accumulation(segment.rows.shape[1]))
+    fill = segment.norms is None
+    norms = segment.norms
+    if norms is None:
+        norms = segment.norms = torch.empty(-(-len(segment) // BIN), dtype=torch.float64)
+    torch.ops.jasper_fast_native.mips_few(
+        scanned, query_scales, scan_rows, scales, residuals, fill, queries.exact, segment.rows, segment.scales, norms,
+        limits, valid, first_id, proven, candidates_for(state.k), state.best, state.counts, state.cutoffs, state.broken,
+    )  # fmt: skip
+
+
+def search_tiles(
+    segment: Segment,
+    first_id: int,
+    queries: Queries,
+    valid: Tensor,
+    state: TopKState,
+    proven: bool,
+    rows: int,
+    bf16: bool,
+) -> None:
+    """Search for many queries with matrix products and the compiled selection.
+
+    The products are the library's. The exception is a segment with an int8 scan copy on a CPU without a faster bf16
+    unit. There the compiled integer products run at up to twice the speed of fp32 ones, with nearly the copy's bound.
+
+    Args:
+        segment: segment to search, with known ``norms``.
+        first_id: id of the first row.
+        queries: the Q queries.
+        valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
+        state: best rows so far, updated in place.
+        proven: True to rank by fp64 scores, False by the scan's.
+        rows: number of corpus rows in one product.
+        bf16: multiply in bf16.
+    """
+    width, size = segment.rows.shape[1], len(queries)
+    scan_rows, scales, residuals = _scan_operands(segment)
+    product: Callable[[int, int], Tensor]
+    if scan_rows.dtype == torch.int8 and not bf16:
+        codes, query_scales, limits = _integers(queries)
+        packed = torch.ops.jasper_fast_native.mips_pack(codes)
+        columns = packed.shape[0] * packed.shape[2]
+        query_scales = torch.nn.functional.pad(query_scales, (0, columns - size))
+        scores = torch.empty(min(rows, len(segment)), columns)
+
+        def product(start: int, stop: int) -> Tensor:
+            out = scores[: stop - start]
+            torch.ops.jasper_fast_native.mips_product(
+                scan_rows[start:stop], scales[start:stop], packed, query_scales, out
+            )
+            return out[:, :size]
+
+    else:
+        factor = torch.bfloat16 if bf16 else torch.float32
+        scanned, residuals = queries.scan.to(factor), torch.empty(0, dtype=torch.float64)
+        limits = bounds(scanned.double(), queries, accumulation(width) + _product_rounding(segment.rows, factor))
+        scores = torch.empty(min(rows, len(segment)), size, dtype=factor)
+
+        def product(start: int, stop: int) -> Tensor:
+            # Libraries are fastest with the corpus as the left factor.
+            return torch.mm(segment.values(start, stop, factor), scanned.T, out=scores[: stop - start]).float()
+
+    candidates = torch.empty(size, candidates_for(state.k), dtype=torch.int64)
+    counts = torch.zeros(size, dtype=torch.int64)
+    assert segment.norms is not None
+    common = (queries.exact, segment.rows, segment.scales, segment.norms, residuals, limits, valid, first_id, proven)
+    selection = (candidates, counts, state.best, state.counts, state.cutoffs, state.broken)
+    for start in range(0, len(segment), rows):
+        tile = product(start, min(start + rows, len(segment)))
+        torch.ops.jasper_fast_native.mips_tile(tile, start, *common, *selection)
+    torch.ops.jasper_fast_native.mips_settle(*common, *selection)
+
+
+def _scan_operands(segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a scan reads: rows or codes, their scales or none, and norms of their rounding errors or none."""
+    if segment.scan_copy is None:
+        return segment.rows, segment.scales, torch.empty(0, dtype=torch.float64)
+    return segment.scan_copy.codes, segment.scan_copy.scales, segment.scan_copy.residuals
+
+
+def _integers(queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries as int16 codes (Q, D), their scales (Q,) float32, and the bounds of integer scores."""
+    width = queries.exact.shape[1]
+    top = min(32767, (2**31 - 1) // (127 * width))  # sums of products fit 32 bits
+    scales = queries.exact.abs().amax(dim=1).div(top).float()
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    codes = (queries.exact / scales.double()[:, None]).round_().clamp_(-top, top)
+    return codes.to(torch.int16), scales, bounds(codes * scales.double()[:, None], queries, 8 * UNIT_ROUNDOFF)
+
+
+def search_plain(
+    segment: Segment,
+    first_id: int,
+    queries: Queries,
+    valid: Tensor,
+    state: TopKState,
+    precision: str,
+    rows: int,
+) -> None:
+    """Search for any number of queries on any device in plain torch.
+
+    Args:
+        segment: segment to search, with known ``norms``.
+        first_id: id of the first row.
+        queries: the Q queries.
+        valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
+        state: best rows so far, updated in place.
+        precision: "certified", "exact" or "fast". "exact" scans in fp64.
+        rows: number of corpus rows in one product.
+    """
+    width, size = segment.rows.shape[1], len(queries)
+    proven, k = precision != "fast", state.k
+    factor = torch.float64 if precision == "exact" else torch.float32
+    scanned = queries.exact if precision == "exact" else queries.scan
+    product = 2.0**-28 * accumulation(width) if precision == "exact" else accumulation(width)
+    product += _product_rounding(segment.rows, factor)
+    limits = bounds(scanned.double(), queries, product)
+    assert segment.norms is not None
+    chunk = max(1, rows * size * 4 // (3 * width))  # pairs rescored at once
+    for start in range(0, len(segment), rows):
+        block = segment.values(start, start + rows, factor)
+        scores = (scanned @ block.T).double()  # (Q, R)
+        stop = start + len(block)
+        norms = segment.norms[start // BIN : -(-stop // BIN)].repeat_interleave(BIN)[: len(block)]
+        errors = limits[:, :1] * norms + limits[:, 2:] if proven else torch.zeros_like(scores)
+        if valid.numel():
+            scores.masked_fill_(~valid[..., start:stop], -torch.inf)
+        if len(block) >= k:
+            kth = (scores - errors).topk(k, dim=1).values[:, -1]
+            torch.maximum(state.cutoffs, kth, out=state.cutoffs)
+        possible = (scores + errors >= state.cutoffs[:, None]) & (scores > -torch.inf)
+        query, row = possible.nonzero(as_tuple=True)
+        for at in range(0, len(query), chunk):
+            part = query[at : at + chunk], row[at : at + chunk] + start
+            approximate = scores[part[0], part[1] - start]
+            true = segment.exact(queries.exact, part) if proven else approximate
+            wrong = (true - approximate).abs() > errors[part[0], part[1] - start] if proven else part[0] < 0
+            state.broken[part[0][wrong]] = True
+            state.merge(part[0], true, part[1] + first_id)
+
+
+def _product_rounding(rows: Tensor, factor: torch.dtype) -> float:
+    """Return what a library product adds to γ: the rounding of its factors and result, relative to the norms."""
+    if factor == torch.bfloat16:
+        # A CPU's bf16 product rounds its result too. bf16 rows are not rounded.
+        return BF16_ROUNDING if rows.dtype == torch.bfloat16 else 2 * BF16_ROUNDING + BF16_ROUNDING**2
+    if factor == torch.float32 and _low_precision_allowed():
+        return 2 * BF16_ROUNDING + BF16_ROUNDING**2
+    return 0.0
+
+
+def _low_precision_allowed() -> bool:
+    """Tell if torch may be allowed to multiply float32 in TF32 or bf16."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # raised after fp32_precision was set in torch.backends
+        return True
+
+
+def multiply_in_bf16() -> bool:
+    """Tell if library products in bf16 save more time on this CPU than their wider bounds cost."""
+    return env.cpu_bf16_is_fast()
