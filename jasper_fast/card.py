@@ -45,7 +45,7 @@ def run_facts(
     padded = [*revisions, *[None] * (len(config.teachers) - len(revisions))]
     teachers = [
         {
-            "model": _public(teacher.model) if teacher.model else f"embeddings in {Path(str(teacher.vectors)).name}",
+            "model": public_name(teacher.model) if teacher.model else f"embeddings in {Path(str(teacher.vectors)).name}",
             "revision": revision or teacher.revision,
             "licence": model_licence(teacher.model, teacher.revision) if teacher.model else UNKNOWN_LICENCE,
         }
@@ -58,21 +58,21 @@ def run_facts(
         "student": student_facts(config.student),
         "licence": model_licence(config.student.model, config.student.revision),
         "teachers": teachers,
-        "sources": [_public(source.path) for source in config.data.sources],
+        "sources": [public_name(source.path) for source in config.data.sources],
         "texts": texts,
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
         "pictures": results.get("pictures"),
-        "picture_sources": [_public(source.path) for source in config.images.sources] if config.images else [],
+        "picture_sources": [public_name(source.path) for source in config.images.sources] if config.images else [],
     }
 
 
 def student_facts(config: StudentConfig) -> dict[str, Any]:
     """Return the student's configuration as plain JSON, without local folders."""
-    facts = {**config.model_dump(mode="json"), "model": _public(config.model)}
+    facts = {**config.model_dump(mode="json"), "model": public_name(config.model)}
     if config.vision is not None and config.vision.model is not None:
-        facts["vision"]["model"] = _public(config.vision.model)
+        facts["vision"]["model"] = public_name(config.vision.model)
     return facts
 
 
@@ -157,7 +157,7 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         prompts={role: json.dumps(prompt, ensure_ascii=False) for role, prompt in prompts if prompt},
         **(_image_facts(facts) if not flat and student.get("vision") else {}),
         teachers=[
-            (_public(t["model"]), t.get("revision") or "not recorded", t.get("licence", UNKNOWN_LICENCE))
+            (public_name(t["model"]), t.get("revision") or "not recorded", t.get("licence", UNKNOWN_LICENCE))
             for t in facts.get("teachers", [])
         ],
         **(_training_facts(facts) if facts.get("stages") else {}),
@@ -176,7 +176,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     licence = facts.get("licence", UNKNOWN_LICENCE)
-    base = _public(facts.get("student", {}).get("model", ""))
+    base = public_name(facts.get("student", {}).get("model", ""))
     sources = facts.get("sources", [])
     datasets = [source for source in sources if HUB_NAME.fullmatch(source) and not Path(source).exists()]
     return ModelCardData(
@@ -207,7 +207,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     student, texts = facts["student"], facts.get("texts")
     layers = student.get("layers")
     return {
-        "student_name": _public(student["model"]),
+        "student_name": public_name(student["model"]),
         "layers": {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers"),
         "max_length": student["max_length"],
         "texts": f"{texts:,} texts" if texts else "texts",
@@ -235,7 +235,7 @@ def _weights(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{weight:g} {loss}" for loss, weight in weights.items() if weight)
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """Return the hub name of a model if there is one, otherwise its name without local folders."""
     if name in HUB_NAMES:
         return HUB_NAMES[name]

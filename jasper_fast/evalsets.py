@@ -79,9 +79,9 @@ class RetrievalSet:
         """Describe unmatched judgements and queries without a relevant document. Return "" if there are none."""
         documents, queries = self.unmatched
         counts = (
-            _count(documents, "judgement of an absent document", "judgements of absent documents"),
-            _count(queries, "judgement of an absent query", "judgements of absent queries"),
-            _count(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
+            count_of(documents, "judgement of an absent document", "judgements of absent documents"),
+            count_of(queries, "judgement of an absent query", "judgements of absent queries"),
+            count_of(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
         )
         return ", ".join(count for count in counts if count)
 
@@ -418,7 +418,7 @@ def _id(row: dict[str, Any], where: str) -> str:
     return check_text(str(name).strip(), f"{where}: `_id`")
 
 
-def _count(count: int, one: str, several: str, rest: str = "") -> str:
+def count_of(count: int, one: str, several: str, rest: str = "") -> str:
     return f"{count:,} {one if count == 1 else several}{rest}" if count else ""
 
 

@@ -72,9 +72,9 @@ def export_student(
             student.vision.save(folder / VISION)
         student.encoder.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)
-        _write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
+        write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
         _write_modules(student, folder)
-        _write_json(folder / "config_sentence_transformers.json", _model_settings(student))
+        write_json(folder / "config_sentence_transformers.json", _model_settings(student))
         for width, pair in (ranges or {}).items():
             np.save(folder / ranges_file(width), pair)
         facts = dict(card) if card is not None else {"student": student_facts(student.config)}
@@ -108,7 +108,7 @@ def _write_modules(student: Student, folder: Path) -> None:
         (folder / place).mkdir()
         module.save(str(folder / place))
         listing.append(_entry(number, place, type(module)))
-    _write_json(folder / "modules.json", listing)
+    write_json(folder / "modules.json", listing)
 
 
 def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -128,9 +128,9 @@ def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_
             from those of ``model``.
     """
     source = model_folder(model)
-    width = _known_width(source, width)
+    width = known_width(source, width)
     with publish_dir(out) as folder:
-        _write_flat(source, width, folder)
+        write_flat(source, width, folder)
         check_same(source, folder, width, trust_remote_code=trust_remote_code)
     return Path(out)
 
@@ -157,9 +157,9 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
     """
     _need_onnx()
     source = model_folder(model)
-    width = _known_width(source, width)
+    width = known_width(source, width)
     with publish_dir(out) as folder:
-        _write_flat(source, width, folder)
+        write_flat(source, width, folder)
         loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     check_model_argument(arguments.run, "export")
     source = model_folder(arguments.run)
-    width = _known_width(source, arguments.width)
+    width = known_width(source, arguments.width)
     ending = "-onnx" if arguments.onnx else ""
     out = arguments.out or source.resolve().parent / f"{source.resolve().name}-{width}{ending}"
     if arguments.onnx:
@@ -295,7 +295,7 @@ def _need_onnx() -> None:
         ) from None
 
 
-def _write_flat(source: Path, width: int, folder: Path) -> None:
+def write_flat(source: Path, width: int, folder: Path) -> None:
     rewritten = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
     for file in source.iterdir():
         of_other_width = file.match(ranges_file("*")) and file.name != ranges_file(width)
@@ -305,7 +305,7 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
     hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]
     (folder / POOLING).mkdir()
     (folder / NORMALIZE).mkdir()
-    _write_json(
+    write_json(
         folder / POOLING / "config.json",
         {
             "word_embedding_dimension": hidden,
@@ -317,13 +317,13 @@ def _write_flat(source: Path, width: int, folder: Path) -> None:
     )
     settings = json.loads((source / "sentence_bert_config.json").read_text(encoding="utf-8"))
     shared = {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
-    _write_json(folder / "sentence_bert_config.json", shared)
+    write_json(folder / "sentence_bert_config.json", shared)
     places = {"Transformer": "", "Pooling": POOLING, "Dense": "2_Dense", "Normalize": NORMALIZE}
     listing = [
         {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
         for number, (kind, place) in enumerate(places.items())
     ]
-    _write_json(folder / "modules.json", listing)
+    write_json(folder / "modules.json", listing)
     facts = source / FACTS_FILE
     write_card(folder, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, [width], flat=True)
 
@@ -348,7 +348,7 @@ def routes_of(source: Path) -> dict[int, str]:
     return dict(sorted(routes.items(), reverse=True))
 
 
-def _known_width(source: Path, width: int | None) -> int:
+def known_width(source: Path, width: int | None) -> int:
     widths = list(routes_of(source))
     if width is not None and width not in widths:
         raise JasperError(f"{source}: no head of width {width}. Fix: give --width {' or '.join(map(str, widths))}")
@@ -390,7 +390,7 @@ def _entry(number: int, place: str, kind: type) -> dict[str, Any]:
     return {"idx": number, "name": str(number), "path": place, "type": f"{kind.__module__}.{kind.__name__}"}
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

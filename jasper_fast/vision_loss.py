@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Told(NamedTuple):
+class LossInputs(NamedTuple):
     """Inputs of the vision loss next to the embeddings of the batch's captions.
 
     The first field has the captions' indices among the stage's distinct ones, (B,) int64. None means that the loss does
@@ -30,16 +30,16 @@ class Told(NamedTuple):
     places: Tensor | None = None
     mixed: Mixed | None = None
 
-    def to(self, device: torch.device) -> Told:
+    def to(self, device: torch.device) -> LossInputs:
         """Move all tensors to a device."""
         places = None if self.places is None else self.places.to(device)
         if self.mixed is None:
-            return Told(places)
+            return LossInputs(places)
         captions, shares, laid = self.mixed
-        return Told(places, Mixed(captions.to(device), shares.to(device), None if laid is None else laid.to(device)))
+        return LossInputs(places, Mixed(captions.to(device), shares.to(device), None if laid is None else laid.to(device)))
 
 
-NOTHING = Told()
+NO_INPUTS = LossInputs()
 
 
 class VisionLoss(nn.Module):
@@ -73,21 +73,21 @@ class VisionLoss(nn.Module):
             self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
         self.one = jasper_loss(stage.weights, stage, group, rows)
 
-    def forward(self, students: Mapping[int, Tensor], teacher: Tensor, told: Told = NOTHING) -> LossOutput:
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor, inputs: LossInputs = NO_INPUTS) -> LossOutput:
         """Compute the losses of a batch.
 
         Args:
             students: image embeddings (B, width) by width.
             teacher: unit embeddings of the captions (B, sum of the heads' widths), in the order of ``heads``.
-            told: the captions' indices, if ``captions`` were given, and the images that are mixed in. The teacher of a
+            inputs: the captions' indices, if ``captions`` were given, and the images that are mixed in. The teacher of a
                 mixed image is the weighted mean of both captions.
         """
         own = self._by_head(teacher)
-        laid = own if told.mixed is None else self._by_head(told.mixed.captions)
+        laid = own if inputs.mixed is None else self._by_head(inputs.mixed.captions)
         outputs = []
         for width, vectors in students.items():
-            mixed = None if told.mixed is None else told.mixed._replace(captions=laid[width])
-            outputs.append(self._head(width, vectors, own[width], told.places, mixed))
+            mixed = None if inputs.mixed is None else inputs.mixed._replace(captions=laid[width])
+            outputs.append(self._head(width, vectors, own[width], inputs.places, mixed))
         means = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
         return LossOutput(torch.stack([output.loss for output in outputs]).mean(), means)
 

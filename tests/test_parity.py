@@ -170,9 +170,9 @@ def test_an_architecture_without_an_onnx_form_is_named(kind: str, tiny_bert: Pat
 
 def test_a_flat_form_that_differs_is_not_published(student: Student, tmp_path: Path, monkeypatch: Any) -> None:
     export_student(student, tmp_path / "model")
-    write = export._write_flat
+    write = export.write_flat
     monkeypatch.setattr(
-        export, "_write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
+        export, "write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
     )
     with pytest.raises(JasperError, match="at width 8"):
         export_flat(tmp_path / "model", 8, tmp_path / "flat")

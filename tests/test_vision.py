@@ -252,7 +252,7 @@ def test_the_contrastive_term_by_hand():
 
 def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     from jasper_fast.losses.contrastive import Captions, contrastive_loss
-    from jasper_fast.vision_loss import Told, VisionLoss
+    from jasper_fast.vision_loss import LossInputs, VisionLoss
 
     every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
@@ -268,7 +268,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     assert abs(float(contrastive_loss(pictures, captions, 0.2, others, places)) - expected) < 1e-10
     single = others._replace(vectors=others.vectors.float())
     plan = stage(heads=[4], vision={"contrastive": 2.0, "among": "all"}, temperature=0.2)
-    told = Told(places)
+    told = LossInputs(places)
     losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions, told).loss) for known in (None, single)]
     plain = float(contrastive_loss(pictures.float(), captions.float(), 0.2))
     assert abs(losses[1] - losses[0] - 2.0 * (expected - plain)) < 1e-5
@@ -281,7 +281,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
 @pytest.mark.parametrize("among", ["batch", "all"])
 def test_a_mixed_picture_is_to_find_both_captions(among):
     from jasper_fast.losses.contrastive import Captions, Mixed, contrastive_loss
-    from jasper_fast.vision_loss import Told, VisionLoss
+    from jasper_fast.vision_loss import LossInputs, VisionLoss
 
     every = F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(4, 4, dtype=torch.float64), dim=1)
@@ -302,7 +302,7 @@ def test_a_mixed_picture_is_to_find_both_captions(among):
 
     plan = stage(heads=[4], vision={"contrastive": 2.0}, temperature=0.2)
     whole = Mixed(every[laid], torch.ones(4, 1, dtype=torch.float64))
-    found = [VisionLoss(plan)({4: pictures}, every[own], Told(mixed=both)) for both in (None, whole, mixed)]
+    found = [VisionLoss(plan)({4: pictures}, every[own], LossInputs(mixed=both)) for both in (None, whole, mixed)]
     assert torch.allclose(found[0].parts["cosine"], found[1].parts["cosine"]) and torch.allclose(
         found[0].parts["similarity"], found[1].parts["similarity"]
     )
@@ -386,8 +386,8 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         values = [
             {
                 "pixels": torch.cat(batch.texts.token_ids),
-                "captions": batch.told.mixed.captions,
-                "shares": batch.told.mixed.shares,
+                "captions": batch.inputs.mixed.captions,
+                "shares": batch.inputs.mixed.shares,
                 "teacher": batch.teacher,
                 "rows": torch.from_numpy(batch.rows),
             }[name]
@@ -395,15 +395,15 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         ]
         assert torch.equal(values[0], torch.cat(values[1:])), name
     for batch in parts:  # places are those of the captions whose vectors stand there
-        assert torch.equal(batch.told.places, batch.teacher[:, 0].long())
-        assert torch.equal(batch.told.mixed.places, batch.told.mixed.captions[:, 0].long())
+        assert torch.equal(batch.inputs.places, batch.teacher[:, 0].long())
+        assert torch.equal(batch.inputs.mixed.places, batch.inputs.mixed.captions[:, 0].long())
     for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
         alone = next(image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
-        assert sorted(alone.told.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
-        assert not torch.equal(alone.told.mixed.captions, alone.teacher)
+        assert sorted(alone.inputs.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
+        assert not torch.equal(alone.inputs.mixed.captions, alone.teacher)
     partners, shares = draw_partners(0.4, (3, 1, 1), 11)
     assert sorted(partners) == list(range(11)) and shares.min() >= 0.5 and shares.max() <= 1 and shares.std() > 0
-    assert torch.equal(whole.told.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
+    assert torch.equal(whole.inputs.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
     seen = Shown().pixels(plan(1), SIDE)
     if "shift" in views:
         seen = other_views(seen, draw_views(plain.vision.augment, (3, 1, 1), 11))
@@ -744,7 +744,7 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
     from jasper_fast.training.parameters import set_trained
     from jasper_fast.training.stages.base import trained_names
     from jasper_fast.training.step import take_gradients
-    from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss
+    from jasper_fast.vision_loss import Captions, Mixed, LossInputs, VisionLoss
 
     torch.manual_seed(3)
     student = Student.build(config_of(Path(bert))).double().train()
@@ -756,7 +756,7 @@ def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tenso
     mixed = Mixed(teacher[partners][mine], shares[mine, None], places[partners][mine])
     others = Captions(torch.cat([teacher.flip(0), -teacher]).float(), torch.arange(22))
     passes = ImageBatches(list(pixels[mine].split(4)), 7)
-    batch = Batch(np.arange(11)[mine], teacher[mine], passes, None, 0, 0, 0.0, Told(places[mine], mixed))
+    batch = Batch(np.arange(11)[mine], teacher[mine], passes, None, 0, 0, 0.0, LossInputs(places[mine], mixed))
     loss_of = VisionLoss(plan, ranks.group, counts if ranks.world > 1 else None, others)
     output, _ = take_gradients(student, batch, plan, loss_of, torch.device("cpu"), "fp32")
     ranks.average_gradients(student.parameters())

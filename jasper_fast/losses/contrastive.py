@@ -27,7 +27,7 @@ class Mixed(NamedTuple):
     """The other images that are mixed into a batch's images.
 
     The fields are the others' captions in the form of the loss's captions, (B, sum of the heads' widths), each image's
-    own fraction (B, 1), and the others' `Told.places`.
+    own fraction (B, 1), and the others' `LossInputs.places`.
     """
 
     captions: Tensor

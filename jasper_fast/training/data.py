@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jasper_fast.encode import MicroBatches
     from jasper_fast.image_batches import ImageBatches
     from jasper_fast.image_data import Images
-    from jasper_fast.vision_loss import Told
+    from jasper_fast.vision_loss import LossInputs
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -66,7 +66,7 @@ class Batch:
         tokens: number of tokens without padding.
         padded: number of tokens with padding.
         wait: seconds that training waited for the batch.
-        told: more inputs of a vision stage's loss. None: its loss takes none.
+        inputs: more inputs of a vision stage's loss. None: its loss takes none.
     """
 
     rows: np.ndarray
@@ -76,7 +76,7 @@ class Batch:
     tokens: int
     padded: int
     wait: float
-    told: Told | None = None
+    inputs: LossInputs | None = None
 
     @property
     def longest_text(self) -> list[int] | None:

@@ -84,7 +84,7 @@ def take_gradients(
         student: the student, whose trained parameters require a gradient.
         batch: this rank's part of the batch.
         stage: heads, gradient caching and activation offload.
-        loss: the stage's loss, of embeddings by width, the teacher's embeddings, and ``batch.told`` if it is set.
+        loss: the stage's loss, of embeddings by width, the teacher's embeddings, and ``batch.inputs`` if it is set.
         device: the device of the student.
         precision: the precision of encoder passes.
         dropout: (B, H) factors of the pooled states. None: no dropout.
@@ -106,7 +106,7 @@ def take_gradients(
     leaf = states.detach().requires_grad_(trains)  # (B, H)
     with timer.part("loss"):
         embeddings = student.project(leaf, stage.heads, dropout)
-        more = [] if batch.told is None else [batch.told.to(device)]
+        more = [] if batch.inputs is None else [batch.inputs.to(device)]
         output = loss(embeddings, batch.teacher.to(device), *more)
         output.loss.backward()
     if not trains:

@@ -29,7 +29,7 @@ from jasper_fast.training.prefetch import batches_of
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan
 from jasper_fast.training.stages.base import BaseStage
-from jasper_fast.vision_loss import Captions, Mixed, Told, VisionLoss
+from jasper_fast.vision_loss import Captions, Mixed, LossInputs, VisionLoss
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
@@ -235,8 +235,8 @@ def image_batches(
             pixels = see(rows[here], step, here)
         micro = ImageBatches(list(pixels.split(stage.micro_batch)), each)
         teacher = targets.read(captions[mine])
-        told = Told(targets.places(captions[here]), mixed)
-        return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, told)
+        inputs = LossInputs(targets.places(captions[here]), mixed)
+        return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, inputs)
 
     def see(rows: np.ndarray, step: int, places: np.ndarray) -> Tensor:
         """Return augmented images, given their rows and their places in the whole batch."""
