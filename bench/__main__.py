@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from jasper_fast.errors import run_cli
+from jasper_fast.utils.errors import run_cli
 
 SUITE = ("losses", "mips", "train")  # benchmarks with --device and --budget that write JSON to bench/results
 

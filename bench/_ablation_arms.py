@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jasper_fast.config import StageConfig
+from jasper_fast.config.stage import StageConfig
 
 BATCH, RATE = 512, 2e-3
 

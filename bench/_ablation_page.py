@@ -11,8 +11,8 @@ from bench._ablation_arms import BEST, PAPERS, STATEMENTS
 from bench._ablation_scores import KINDS, SURE, Key, collect, kind_means, kinds_of, markdown, verdict
 from bench._ablation_targets import targets
 from bench._arms import spread
-from jasper_fast.codes import PRECISIONS
-from jasper_fast.files import write_atomic
+from jasper_fast.models.quantization import PRECISIONS
+from jasper_fast.utils.atomic import write_atomic
 
 BY_HAND = ("<!-- by hand: start -->", "<!-- by hand: end -->")
 QUESTIONS = {
@@ -171,7 +171,7 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
     """Plot all arms in the order of their scores at the two narrowest widths. Return the images' Markdown."""
     import io
 
-    from jasper_fast.plots import _figure, _save
+    from jasper_fast.reporting.plots import _figure, _save
 
     drawn = []
     kinds, widths = kinds_of(results), results["widths"][-2:]

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.codes import PRECISIONS
-from jasper_fast.config import Config
-from jasper_fast.encoders import cached, load_model, normalise, routes, teacher_encoder
-from jasper_fast.errors import JasperError
-from jasper_fast.evaluate import PCA_ROWS, TEACHER, EvalSet, embed, load_evals, score_rows, teacher_floors
-from jasper_fast.metrics import score_codes, score_vectors
-from jasper_fast.models import prompt_of
+from jasper_fast.config.run import Config
+from jasper_fast.data.eval_loaders import load_evals
+from jasper_fast.data.eval_sets import EvalSet
+from jasper_fast.evaluation.metrics import score_codes, score_vectors
+from jasper_fast.evaluation.score import PCA_ROWS, TEACHER, embed, score_rows, teacher_floors
+from jasper_fast.models.embedder import load_model, normalise, routes
+from jasper_fast.models.hub import prompt_of
+from jasper_fast.models.quantization import PRECISIONS
+from jasper_fast.teachers.encoder import cached, teacher_encoder
+from jasper_fast.utils.errors import JasperError
 
 LEXICAL_WIDTH = 128
 STUDENT = "student"
@@ -120,8 +123,8 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
     Raises:
         JasperError: the encoder has no Router, or no head of the configuration's full width.
     """
-    from jasper_fast.data import prepare_texts
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.data.prepare import prepare_texts
+    from jasper_fast.teachers.label import ensure_teachers
     from jasper_fast.train import train
 
     folder = Path(run) if run else train(config, out=work / "encoder")

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from bench._arms import spread
-from jasper_fast.files import write_atomic
+from jasper_fast.utils.atomic import write_atomic
 
 OURS = "jasper_fast"
 TEACHERS = ("teacher", "teacher PCA", "teacher truncated")  # twice as deep as the student: for reference, not a peer

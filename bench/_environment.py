@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
     machine = env.environment()
     return {
         "commit": commit(),
-        "digest": env.code_digest(),  # also identifies copies without a git history
+        "digest": native.code_digest(),  # also identifies copies without a git history
         **{key: machine[key] for key in ("python", "libraries", "cpu", "gpus")},
         "extension": native.extension_error() or "in use",
     }
@@ -31,7 +31,7 @@ def commit() -> str | None:
 
 def code(files: Iterable[Path]) -> dict[str, str | None]:
     """Return the commit, and a digest of the package and of the benchmark's files."""
-    digest = hashlib.blake2b(env.code_digest().encode(), digest_size=8)
+    digest = hashlib.blake2b(native.code_digest().encode(), digest_size=8)
     for file in files:
         digest.update(file.read_bytes())
     return {"commit": commit(), "digest": digest.hexdigest()}

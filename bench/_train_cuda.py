@@ -20,9 +20,9 @@ from bench._targets import Target, judged, print_judged
 from bench._train_loop import PreparedStage, one_stage, recorded_steps
 from bench._train_sides import RandomTeachers
 from bench.train import NumberTokenizer, Texts, _loop, _stage
-from jasper_fast.config import StudentConfig
-from jasper_fast.encode import MicroBatches
-from jasper_fast.model import Student
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.micro_batches import MicroBatches
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 
 H100_FLOPS = 989e12  # dense bf16 of an H100 or H200
@@ -149,7 +149,7 @@ def qwen2_student(length: int, heads: list[int]) -> Student:
     """A student of random weights in the shape of stella_en_1.5B_v5, made on the GPU: 28 layers, 1536 wide."""
     from transformers import Qwen2Config, Qwen2Model
 
-    from jasper_fast.pretrained import make_bidirectional
+    from jasper_fast.models.backbone import make_bidirectional
 
     config = Qwen2Config(
         vocab_size=151_646,

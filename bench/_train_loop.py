@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from jasper_fast.config import Config, DataConfig, SourceConfig, StageConfig, TeacherConfig
-from jasper_fast.model import Student
+from jasper_fast.config.data import DataConfig, SourceConfig
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Precision, Teachers, TrainingData
 from jasper_fast.training.loop import train_stage
 from jasper_fast.training.prefetch import batches_of

@@ -47,8 +47,8 @@ def trainer(file: str, batch: int, length: int, layers: int, steps: int, grouped
     from torch.utils.data import BatchSampler
     from transformers import TrainerCallback
 
-    from jasper_fast.env import cpu_bf16_is_fast
     from jasper_fast.sentence_transformers import JasperLoss
+    from jasper_fast.utils.hardware import cpu_bf16_is_fast
 
     marks: list[float] = []
     tokens: list[int] = []
@@ -103,7 +103,7 @@ def published(file: str, batch: int, length: int, layers: int, steps: int) -> di
     """
     from transformers import get_cosine_schedule_with_warmup
 
-    from jasper_fast.encode import autocast
+    from jasper_fast.utils.device import autocast
 
     texts = json.loads(Path(file).read_text())
     model = sentence_transformer(layers, length).train()
@@ -145,7 +145,7 @@ def sentence_transformer(layers: int, length: int) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models.hub import resolve_model
 
     transformer = Transformer(resolve_model(MINILM), max_seq_length=length)
     encoder = transformer.auto_model.encoder

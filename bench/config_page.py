@@ -22,13 +22,13 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from jasper_fast.config import Config
-from jasper_fast.files import write_atomic
+from jasper_fast.config.run import Config
+from jasper_fast.utils.atomic import write_atomic
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRO = """# Configuration reference
 
-Written by `python -m bench config-page` from the classes of `jasper_fast.config`.
+Written by `python -m bench config-page` from the classes of `jasper_fast.config.run`.
 
 A run is a YAML 1.2 file, or the name of a shipped recipe. `python -m jasper_fast.train --print-config` prints the
 resolved values of a run. Unknown fields and impossible values are errors, and all of them are reported at once.

@@ -35,10 +35,11 @@ import torch
 from bench._arms import known_settings, result_file
 from bench._distil_page import OURS, of_sets, table, write_page
 from bench._environment import code, environment
-from jasper_fast.config import Config, load_config
-from jasper_fast.errors import JasperError
-from jasper_fast.files import write_atomic
-from jasper_fast.teachers import prompts_of
+from jasper_fast.config.load import load_config
+from jasper_fast.config.run import Config
+from jasper_fast.teachers.model import prompts_of
+from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.errors import JasperError
 
 PEERS = ("st-mse", "st-cosine", "st-mse-matryoshka", "st-cosine-matryoshka")
 SEARCHED = "st-cosine"  # its learning rate is searched and used for all peers, as AdamW ignores a loss's scale
@@ -63,7 +64,7 @@ class Job:
 
 def main(argv: list[str]) -> int:
     """Run the arms without a result, then write results and page, and print the table."""
-    from jasper_fast.config_overrides import parse_overrides
+    from jasper_fast.config.overrides import parse_overrides
 
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
@@ -133,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: Config) -> None:
     """Prepare texts, teacher embeddings and neighbour graph for all arms, on all cores."""
-    from jasper_fast.data import prepare_texts
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.data.prepare import prepare_texts
+    from jasper_fast.teachers.label import ensure_teachers
     from jasper_fast.training.sampler import batch_plan
 
     texts = prepare_texts(config)[0]
@@ -224,8 +225,8 @@ def _decided(config: Config, **which: set[str]) -> dict[str, Any]:
 
 def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its scores. All arms and seeds share texts and teacher embeddings."""
-    from jasper_fast.data import prepare_texts
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.data.prepare import prepare_texts
+    from jasper_fast.teachers.label import ensure_teachers
 
     work = Path(options.work)
     outcome: dict[str, Any] = {"arm": job.arm, "seed": job.seed, "settings": settings_of(job, config, options)}
@@ -265,8 +266,8 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     The seconds are those of the log (steps and pooling), and those of building the neighbour graphs again. The arms
     share these graphs, so the log has no time for them.
     """
-    from jasper_fast.data import prepare_texts
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.data.prepare import prepare_texts
+    from jasper_fast.teachers.label import ensure_teachers
     from jasper_fast.train import train
     from jasper_fast.training.neighbours import neighbour_graph
 
@@ -289,7 +290,7 @@ def train_peer(
     job: Job, config: Config, texts: Any, teachers: Any, seconds: float, options: Any
 ) -> tuple[float, int, Any]:
     """Train a peer with sentence-transformers' trainer for ``seconds`` of wall time. Return seconds, steps, encoder."""
-    from jasper_fast.encoders import model_encoder
+    from jasper_fast.models.embedder import model_encoder
 
     trainer = peer_trainer(job, config, peer_dataset(config, texts, teachers), options)
     clock = by_the_clock(seconds, job.lr)
@@ -302,7 +303,8 @@ def train_peer(
 
 def score_peer(arm: str, config: Config, encoder: Any, texts: Any) -> list[dict[str, Any]]:
     """Return a peer's result rows. Peers without narrow heads are reduced by their PCA and by truncation."""
-    from jasper_fast.evaluate import PCA, TEACHER, TRUNCATED, load_evals, score_rows, teacher_floors
+    from jasper_fast.data.eval_loaders import load_evals
+    from jasper_fast.evaluation.score import PCA, TEACHER, TRUNCATED, score_rows, teacher_floors
 
     evalsets = load_evals(config.evaluate)
     if arm.endswith("matryoshka"):
@@ -365,7 +367,7 @@ def peer_student(config: Config) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-    from jasper_fast.model import Student
+    from jasper_fast.models.student import Student
 
     torch.manual_seed(config.seed)
     student = Student.build(config.student)
@@ -386,7 +388,7 @@ def peer_student(config: Config) -> Any:
 
 def pick() -> torch.device:
     """Return the best device of this machine."""
-    from jasper_fast.encode import pick_device
+    from jasper_fast.utils.device import pick_device
 
     return pick_device()
 

@@ -22,11 +22,11 @@ import torch
 
 from bench._environment import environment
 from bench.mips import clustered
-from jasper_fast.config import StageConfig
-from jasper_fast.files import write_atomic
-from jasper_fast.stages import StageLoss
+from jasper_fast.config.stage import StageConfig
 from jasper_fast.training.neighbours import SPARE, Graph, neighbour_graph
 from jasper_fast.training.sampler import neighbour_batches
+from jasper_fast.training.stages.losses import StageLoss
+from jasper_fast.utils.atomic import write_atomic
 
 WIDTHS = [384, 128, 64, 32]
 PLANNED = 50  # steps

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
-from jasper_fast.files import write_atomic
+from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
+from jasper_fast.utils.atomic import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "docs" / "runs"

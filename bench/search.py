@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from bench._environment import environment
-from jasper_fast.config import SourceConfig
-from jasper_fast.files import write_atomic
+from jasper_fast.config.data import SourceConfig
+from jasper_fast.data.text_sources import read_source
 from jasper_fast.search import TextIndex, build
-from jasper_fast.sources import read_source
+from jasper_fast.utils.atomic import write_atomic
 
 WARMUP = 5  # questions
 

@@ -28,10 +28,11 @@ from bench._environment import environment
 from bench._train_loop import PlannedStage, one_stage, recorded_steps
 from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
 from bench.losses import _in_new_process, _peak_mib
-from jasper_fast.config import StageConfig, StudentConfig
-from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Precision
+from jasper_fast.training.stages.losses import StageLoss
 from jasper_fast.training.step import take_gradients
 
 PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
@@ -130,7 +131,7 @@ class Texts:
 
 def docstrings(count: int) -> list[str]:
     """Real texts of every length: docstrings of the installed packages."""
-    from jasper_fast.docstrings import docstring_pairs
+    from jasper_fast.data.docstrings import docstring_pairs
 
     texts = [text for pair in docstring_pairs() for text in pair]
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))[:count]]

@@ -12,11 +12,13 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from jasper_fast import _renamed
+from jasper_fast._version import __version__
+
 if TYPE_CHECKING:
     from jasper_fast import losses, mips, pictures, sentence_transformers
     from jasper_fast.train import train
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "losses", "mips", "pictures", "sentence_transformers", "train"]
 
 _LAZY = ("losses", "mips", "pictures", "sentence_transformers", "train")
@@ -43,6 +45,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+_renamed.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,19 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import jasper_fast
-from jasper_fast import fingerprint
-from jasper_fast.errors import run_cli
+from jasper_fast._renamed import old_names
+from jasper_fast._version import __version__
 from jasper_fast.ops import native
+from jasper_fast.utils.errors import run_cli
+from jasper_fast.utils.hardware import FAST_BF16, ISA, cpu_bf16_is_fast, cpu_features, cpu_name
+
+__getattr__ = old_names(__name__)
 
 LIBRARIES = (
     "torch",
@@ -31,42 +33,12 @@ LIBRARIES = (
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
-ISA = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-FAST_BF16 = "amx_bf16"
-
-
-def cpu_bf16_is_fast() -> bool:
-    """Return True if this CPU multiplies bf16 matrices faster than fp32 ones, which needs AMX.
-
-    oneDNN does the multiplication. It does not use AMX if ONEDNN_MAX_CPU_ISA is an instruction set without it.
-
-    The bf16 instructions of AVX-512 are slower than fp32. On a Sapphire Rapids without AMX, products reach 174 GFLOP/s
-    in bf16 and 298 in fp32, and a training step takes twice as long. Other CPUs emulate bf16, up to 300 times slower.
-    """
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    return FAST_BF16 in cpu_features() and (allowed in ("DEFAULT", "ALL") or "AMX" in allowed)
-
-
-@lru_cache(maxsize=1)
-def cpu_features() -> frozenset[str]:
-    """Return the CPU's instruction sets from /proc/cpuinfo. The set is empty on systems without that file."""
-    return frozenset(_cpuinfo("flags").split())
-
-
-def cpu_name() -> str:
-    """Return the name of the processor."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def code_digest() -> str:
-    """Return a digest of this package's sources, the kernels included, and of the compiled extension in use."""
-    return fingerprint.code_digest(Path(__file__).resolve().parent, native.extension_path())
 
 
 def environment() -> dict[str, Any]:
     """Collect versions, CPU, extension, GPUs and optional tools as plain JSON values."""
     return {
-        "jasper_fast": {"version": jasper_fast.__version__, "path": str(Path(jasper_fast.__file__).parent)},
+        "jasper_fast": {"version": __version__, "path": str(Path(__file__).parent)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -174,18 +146,6 @@ def _gpus() -> dict[str, Any]:
 
 def _gpu_line(gpu: Mapping[str, Any]) -> str:
     return f"{gpu['name']}, {gpu['capability']}, {gpu['memory_gb']} GB"
-
-
-def _cpuinfo(key: str) -> str:
-    """Return the first value of a key in /proc/cpuinfo, or an empty string if it is missing."""
-    source = Path("/proc/cpuinfo")
-    if not source.is_file():
-        return ""
-    for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
 
 
 if __name__ == "__main__":

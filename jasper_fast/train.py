@@ -16,17 +16,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.command_line import Once
-from jasper_fast.config import Config, dump_config, load_arguments, load_config, recipe_names
-from jasper_fast.errors import run_cli
-from jasper_fast.files import check_place
-from jasper_fast.model import Student
+from jasper_fast._renamed import old_names
+from jasper_fast.config.load import dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config.run import Config
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.loop import train_stage
 from jasper_fast.training.preflight import check_start, describe_plan, prepare
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stages
+from jasper_fast.utils.atomic import check_place
+from jasper_fast.utils.command_line import Once
+from jasper_fast.utils.errors import run_cli
+
+__getattr__ = old_names(__name__)
 
 __all__ = ["Stopped", "label_texts", "main", "train"]
 
@@ -84,7 +88,7 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
     Raises:
         JasperError: a teacher cannot be used, or a tracker does not start.
     """
-    from jasper_fast.teach import ensure_teachers
+    from jasper_fast.teachers.label import ensure_teachers
 
     run.start_trackers()
     return ensure_teachers(run.config, data.texts, progress=run.ranks.is_main, student=student)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast.config import ImagesConfig, ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.image_data import build_images
-from jasper_fast.image_sources import read_images, source_stamp
+from jasper_fast.config.data import ImagesConfig, ImageSourceConfig
+from jasper_fast.data.image_dataset import build_images
+from jasper_fast.data.image_sources import read_images, source_stamp
 from jasper_fast.pictures import picture_files
+from jasper_fast.utils.errors import JasperError
 
 Image = pytest.importorskip("PIL.Image")
 GHOST = b"\0\5\x16\7\0\2\0\0Mac OS X        "  # AppleDouble

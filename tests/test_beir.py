@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from packing import pack
 
-from jasper_fast import metrics
-from jasper_fast.config import EvalConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import RetrievalSet, load_eval
-from jasper_fast.evaluate import describe_sets, main, remark_lines
-from jasper_fast.judgements import read_judgements
+from jasper_fast.config.data import EvalConfig
+from jasper_fast.data.eval_loaders import load_eval
+from jasper_fast.data.eval_sets import RetrievalSet
+from jasper_fast.data.judgements import read_judgements
+from jasper_fast.evaluate import main
+from jasper_fast.evaluation import metrics
+from jasper_fast.evaluation.score import describe_sets, remark_lines
+from jasper_fast.utils.errors import JasperError
 
 CORPUS = [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(4)]
 QUERIES = [{"_id": f"q{i}", "text": f"question {i}"} for i in range(3)]
@@ -287,7 +289,7 @@ def test_lone_surrogates_of_classification_sets(text: str, label: Any, tmp_path:
     ],
 )
 def test_columns_known_in_part_are_not_read_by_position(header: str, rows: str, tmp_path: Path) -> None:
-    from jasper_fast.judgements import read_judgements
+    from jasper_fast.data.judgements import read_judgements
 
     (tmp_path / "test.tsv").write_text(f"{header}\n{rows}\n")
     with pytest.raises(JasperError, match="line 1: unknown columns"):

@@ -195,7 +195,7 @@ def test_targets_are_read_from_the_means():
 
 
 def test_the_recipe_of_installed_packages_is_valid():
-    from jasper_fast.config import load_config
+    from jasper_fast.config.load import load_config
 
     assert load_config(ablation.HERE / "recipes" / "ablation-docstrings.yaml").evaluate[0].path == "docstrings"
 

@@ -9,8 +9,8 @@ from test_train import settings, write_data
 
 from bench._distil_page import table, write_page
 from bench.distil import PAGE, PEERS, RESULTS, Job, main, peer_student, run_arm, settings_of
-from jasper_fast.config import load_config
-from jasper_fast.config_text import dump_yaml, parse_yaml
+from jasper_fast.config.load import load_config
+from jasper_fast.config.yaml import dump_yaml, parse_yaml
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_peers_train_for_the_seconds_given_and_are_scored_at_every_width(arms):
 def test_every_peer_starts_from_our_student(arms, tiny_texts):
     import torch
 
-    from jasper_fast.model import Student
+    from jasper_fast.models.student import Student
 
     _, config = arms
     assert len(PEERS) == 4

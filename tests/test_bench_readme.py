@@ -15,7 +15,7 @@ from bench.readme import (
     section,
     summary_section,
 )
-from jasper_fast.report import final_line
+from jasper_fast.reporting.report import final_line
 
 RESULTS = {
     "primary": {"set": "s", "metric": "nDCG@10"},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from processes import exit_code
 
-from jasper_fast.errors import JasperError
 from jasper_fast.training.run.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
+from jasper_fast.utils.errors import JasperError
 
 
 def trained(steps=3):

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.codes import coded, int8_ranges, known_precisions, read_ranges, straight_through
-from jasper_fast.config import StageConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import RetrievalSet, SimilaritySet
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.data.eval_sets import RetrievalSet, SimilaritySet
+from jasper_fast.evaluation.metrics import score_codes, score_vectors
+from jasper_fast.evaluation.quantized import coded, known_precisions
 from jasper_fast.losses import neighbourhood_loss
-from jasper_fast.metrics import score_codes, score_vectors
-from jasper_fast.stages import StageLoss
+from jasper_fast.models.quantization import int8_ranges, read_ranges, straight_through
+from jasper_fast.training.stages.losses import StageLoss
+from jasper_fast.utils.errors import JasperError
 
 quantize_embeddings = pytest.importorskip("sentence_transformers.util").quantize_embeddings
 

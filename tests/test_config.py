@@ -2,9 +2,11 @@
 
 import pytest
 
-from jasper_fast.config import StageConfig, config_difference, dump_config, load_arguments, load_config, recipe_names
-from jasper_fast.config_overrides import parse_overrides
-from jasper_fast.errors import ConfigError
+from jasper_fast.config.diff import config_difference
+from jasper_fast.config.load import dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config.overrides import parse_overrides
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jasper_fast.card import front_matter
-from jasper_fast.config import load_arguments, load_config
-from jasper_fast.config_text import dump_yaml, parse_yaml, read_yaml
-from jasper_fast.errors import ConfigError
+from jasper_fast.config.load import load_arguments, load_config
+from jasper_fast.config.yaml import dump_yaml, parse_yaml, read_yaml
+from jasper_fast.reporting.model_card import front_matter
+from jasper_fast.utils.errors import ConfigError
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join(f'*{old}' for _ in range(9))}]\n"

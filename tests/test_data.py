@@ -17,20 +17,16 @@ import pytest
 from processes import exit_code
 from test_evaluate import write_beir
 
-from jasper_fast import data as data_module
-from jasper_fast.config import Config, DataConfig, EvalConfig, SourceConfig
-from jasper_fast.data import (
-    build_texts,
-    normal_form,
-    prepare_texts,
-    read_source,
-    text_digest,
-    texts_fingerprint,
-    with_trained_piece,
-)
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import load_evals
-from jasper_fast.treatment import Exchanges, sentences, treat
+from jasper_fast.config.data import DataConfig, EvalConfig, SourceConfig
+from jasper_fast.config.run import Config
+from jasper_fast.data import text_dataset as data_module
+from jasper_fast.data.augment import Exchanges, sentences, treat
+from jasper_fast.data.eval_loaders import load_evals
+from jasper_fast.data.prepare import prepare_texts, with_trained_piece
+from jasper_fast.data.text import normal_form, text_digest
+from jasper_fast.data.text_dataset import build_texts, texts_fingerprint
+from jasper_fast.data.text_sources import read_source
+from jasper_fast.utils.errors import JasperError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -458,7 +454,7 @@ def test_order_and_treatment_do_not_depend_on_process_or_source_order(tmp_path: 
     assert here == turned
     config = settings(tmp_path, source(one), source(two), cut_share=0.5, cache=str(tmp_path / "elsewhere"))
     code = (
-        "import sys; from jasper_fast.config import DataConfig; from jasper_fast.data import *;"
+        "import sys; from jasper_fast.config.run.data import DataConfig; from jasper_fast.data.text_dataset import *;"
         "print(texts_fingerprint(build_texts(DataConfig.model_validate_json(sys.argv[1]), 3)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}

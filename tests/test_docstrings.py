@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast import docstrings
-from jasper_fast.data import normal_form
-from jasper_fast.errors import JasperError
+from jasper_fast.data import docstrings
+from jasper_fast.data.text import normal_form
+from jasper_fast.utils.errors import JasperError
 
 SAMPLE = '''#!/usr/bin/env python
 # A comment first.

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.config import StudentConfig
-from jasper_fast.encode import MicroBatches, cheapest_cuts, pool_texts, student_encoder
-from jasper_fast.model import Student
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.encode import pool_texts, student_encoder
+from jasper_fast.models.micro_batches import MicroBatches, cheapest_cuts
+from jasper_fast.models.student import Student
 
 
 def cost(lengths, cuts, per_pass):

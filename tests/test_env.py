@@ -13,6 +13,7 @@ import torch
 import jasper_fast
 from jasper_fast import env
 from jasper_fast.ops import native
+from jasper_fast.utils import hardware
 
 
 def run(code_or_module, *arguments, cwd):
@@ -37,11 +38,11 @@ def run(code_or_module, *arguments, cwd):
     ],
 )
 def test_bf16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch, flags, allowed, fast):
-    monkeypatch.setattr(env, "cpu_features", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(hardware, "cpu_features", lambda: frozenset(flags.split()))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     if allowed is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
-    assert env.cpu_bf16_is_fast() is fast
+    assert hardware.cpu_bf16_is_fast() is fast
     cpu = env.environment()["cpu"]
     assert cpu["precision"] == ("bf16" if fast else "fp32")
     assert ("slower" in cpu["precision_reason"]) is not fast
@@ -53,12 +54,12 @@ def test_cpuinfo_is_read_by_its_own_keys(monkeypatch):
     )
     monkeypatch.setattr(env.Path, "is_file", lambda self: True)
     monkeypatch.setattr(env.Path, "read_text", lambda self, encoding, errors: lines)
-    env.cpu_features.cache_clear()
+    hardware.cpu_features.cache_clear()
     try:
-        assert env.cpu_features() == {"fpu", "avx2", "amx_bf16"}
+        assert hardware.cpu_features() == {"fpu", "avx2", "amx_bf16"}
         assert env._cpu()["model"] == "A CPU: fast"
     finally:
-        env.cpu_features.cache_clear()
+        hardware.cpu_features.cache_clear()
 
 
 def test_the_report_is_json_and_true(tmp_path):
@@ -124,7 +125,7 @@ for order in {IMPORT_ORDERS!r}:
         names = {{}}
         exec(order, names)
         t = names["t"]
-        from jasper_fast.errors import JasperError
+        from jasper_fast.utils.errors import JasperError
         assert t.train.__name__ == "train" and callable(t.main)
         try:
             t({{"no such key": 1}})

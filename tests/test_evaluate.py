@@ -13,22 +13,16 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from jasper_fast import metrics
-from jasper_fast.config import EvalConfig, load_config
-from jasper_fast.encoders import cached, flat_model, load_model, model_encoder, normalise
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import ClassificationSet, RetrievalSet, SimilaritySet
-from jasper_fast.evaluate import (
-    embed,
-    evaluate_run,
-    evaluate_vectors,
-    load_eval,
-    load_evals,
-    main,
-    score_rows,
-    scores_table,
-    teacher_floors,
-)
+from jasper_fast.config.data import EvalConfig
+from jasper_fast.config.load import load_config
+from jasper_fast.data.eval_loaders import load_eval, load_evals
+from jasper_fast.data.eval_sets import ClassificationSet, RetrievalSet, SimilaritySet
+from jasper_fast.evaluate import main
+from jasper_fast.evaluation import metrics
+from jasper_fast.evaluation.score import embed, evaluate_run, evaluate_vectors, score_rows, scores_table, teacher_floors
+from jasper_fast.models.embedder import flat_model, load_model, model_encoder, normalise
+from jasper_fast.teachers.encoder import cached
+from jasper_fast.utils.errors import JasperError
 
 ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
 WIDTHS = (24, 8)
@@ -246,9 +240,9 @@ def test_docstrings_are_summary_to_body(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(held_out)
         return [], [("Sort a list.", "Stable, in place."), ("Open a file.", "Closes itself.")][:held_out]
 
-    module = ModuleType("jasper_fast.docstrings")
+    module = ModuleType("jasper_fast.data.docstrings")
     module.split_docstrings = split  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jasper_fast.docstrings", module)
+    monkeypatch.setitem(sys.modules, "jasper_fast.data.docstrings", module)
     evalset = load_eval(EvalConfig(path="docstrings", limit=2))
     assert isinstance(evalset, RetrievalSet) and asked == [2]
     assert (evalset.kind, evalset.queries, evalset.relevant) == (
@@ -428,10 +422,10 @@ def test_evaluate_run_returns_every_row_and_caches_teacher_embeddings(
         loaded.append(offset)
         return SimpleNamespace(encode=encode)
 
-    module = ModuleType("jasper_fast.teachers")
+    module = ModuleType("jasper_fast.teachers.model")
     module.load_teacher = load_teacher  # type: ignore[attr-defined]
     module.describe_teacher = lambda c: {"model": c.model, "length": c.max_length}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jasper_fast.teachers", module)
+    monkeypatch.setitem(sys.modules, "jasper_fast.teachers.model", module)
     config = load_config(
         {
             "name": "x",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from loss_table import SLOW
 
-from jasper_fast.loss_table import LOSSES
+from jasper_fast.config.losses import LOSSES
 from jasper_fast.losses import CombinedLoss
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=[loss.name for loss in LOSSES])

@@ -17,12 +17,16 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from jasper_fast.card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
-from jasper_fast.config import Config, StudentConfig
-from jasper_fast.config_text import parse_yaml
-from jasper_fast.errors import JasperError
-from jasper_fast.export import export_flat, export_onnx, export_student, main
-from jasper_fast.model import Student
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.run import Config
+from jasper_fast.config.yaml import parse_yaml
+from jasper_fast.export import main
+from jasper_fast.exporting.forms import export_flat
+from jasper_fast.exporting.onnx import export_onnx
+from jasper_fast.exporting.student import export_student
+from jasper_fast.models.student import Student
+from jasper_fast.reporting.model_card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
+from jasper_fast.utils.errors import JasperError
 
 WIDTHS = [24, 8, 4]
 PROMPTS = {"query": "the city council {text}", "document": ""}
@@ -199,8 +203,8 @@ def test_onnx_gives_the_same_vectors(qwen2: tuple[Student, Path], tmp_path: Path
 def test_a_graph_that_differs_is_not_published(
     bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jasper_fast.export._write_graph", lambda vectors, loaded, path: path.write_bytes(b""))
-    monkeypatch.setattr("jasper_fast.export._onnx_difference", lambda loaded, path: float("nan"))
+    monkeypatch.setattr("jasper_fast.exporting.onnx._write_graph", lambda vectors, loaded, path: path.write_bytes(b""))
+    monkeypatch.setattr("jasper_fast.exporting.onnx._onnx_difference", lambda loaded, path: float("nan"))
     with pytest.raises(JasperError, match="differs from PyTorch"):
         export_onnx(bert[1], 8, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []

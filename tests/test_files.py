@@ -15,8 +15,7 @@ from processes import exit_code
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from jasper_fast.errors import JasperError
-from jasper_fast.files import (
+from jasper_fast.utils.atomic import (
     check_file,
     check_place,
     check_room,
@@ -26,6 +25,7 @@ from jasper_fast.files import (
     sweep_unfinished,
     write_atomic,
 )
+from jasper_fast.utils.errors import JasperError
 
 
 def test_a_folder_appears_only_when_the_block_ends_well(tmp_path):

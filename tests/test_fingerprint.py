@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import jasper_fast
-from jasper_fast import env, files
-from jasper_fast.data import text_digest
-from jasper_fast.fingerprint import code_digest, content_digest, file_sha256, settings_digest, sha256
+from jasper_fast.data.text import text_digest
+from jasper_fast.ops import native as env
 from jasper_fast.ops.native import extension_path
+from jasper_fast.utils import atomic as files
+from jasper_fast.utils.fingerprint import code_digest, content_digest, file_sha256, settings_digest, sha256
 
 TEXTS = ["", "plain", "ü…🦊", "half \udcff", "nul\0"]
 SETTINGS = {"b": [1, 2.5, None], "a": {"d": "ü", "c": True}}

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasper_fast.config import ImagesConfig, ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.image_data import build_images, hold_out
-from jasper_fast.image_sources import read_images
-from jasper_fast.images import BadImage, decode, resize
+from jasper_fast.config.data import ImagesConfig, ImageSourceConfig
+from jasper_fast.data.image_dataset import build_images, hold_out
+from jasper_fast.data.image_files import BadImage, decode, resize
+from jasper_fast.data.image_sources import read_images
+from jasper_fast.utils.errors import JasperError
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -228,7 +228,7 @@ def test_of_a_webdataset_sample_the_plain_picture_counts(tmp_path, folder, monke
     members |= {"3.mask.png": b, "3.jpg": a, "3.png": c, "4.left.png": a, "4.right.png": b}
     items = found(path=str(write_tar(tmp_path / "masks.tar", members)))
     assert items == {"1.jpg": (a, ["x"]), "2.jpg": (a, ["y"]), "3.jpg": (a, []), "4.left.png": (a, [])}
-    monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE", 10)
     data, _ = found(path=str(tmp_path / "masks.tar"))["1.jpg"]
     assert data == f"too large when unpacked (got {len(a)} bytes, expected at most 10)"
 
@@ -271,7 +271,7 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
     content[6] |= 1
     (place / "pictures.zip").write_bytes(content)
     assert "encrypted" in found(**fields)["a.png"][0]
-    monkeypatch.setattr("jasper_fast.images.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE", 10)
     assert "expected at most 10)" in found(**fields)["c.png"][0]
 
 
@@ -440,7 +440,7 @@ def test_other_fonts_draw_the_same_names_for_training_alone(tmp_path):
 
 def test_glyphs_are_distinct_drawings_with_their_names():
     pytest.importorskip("matplotlib")
-    from jasper_fast.glyphs import draw_glyphs, glyph_names
+    from jasper_fast.data.glyphs import draw_glyphs, glyph_names
 
     drawn = draw_glyphs()
     names = glyph_names()
@@ -488,7 +488,7 @@ def test_an_image_in_memory_is_turned_upright() -> None:
 
 @pytest.mark.parametrize("given", [None, 3, object()])
 def test_what_is_no_image_is_an_error(given: object) -> None:
-    from jasper_fast.images import BadImage
+    from jasper_fast.data.image_files import BadImage
     from jasper_fast.pictures import _square
 
     with pytest.raises(BadImage, match="not an image that can be used"):

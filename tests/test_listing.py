@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast.config import DataConfig, ImageSourceConfig, SourceConfig
-from jasper_fast.data import build_texts
-from jasper_fast.errors import JasperError
-from jasper_fast.image_sources import source_stamp as image_stamp
-from jasper_fast.listing import is_hidden, listed_files, natural_key, user_path
-from jasper_fast.sources import read_source, source_files, source_stamp
+from jasper_fast.config.data import DataConfig, ImageSourceConfig, SourceConfig
+from jasper_fast.data.image_sources import source_stamp as image_stamp
+from jasper_fast.data.listing import is_hidden, listed_files, natural_key, user_path
+from jasper_fast.data.text_dataset import build_texts
+from jasper_fast.data.text_sources import read_source, source_files, source_stamp
+from jasper_fast.utils.errors import JasperError
 
 ORDERS = [
     ["part-1", "part-2", "part-10", "part-100"],

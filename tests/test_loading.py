@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jasper_fast.config import StudentConfig, TeacherConfig
-from jasper_fast.encoders import load_model, model_encoder
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.teachers import load_teacher
+from jasper_fast.config.models import StudentConfig, TeacherConfig
+from jasper_fast.models.embedder import load_model, model_encoder
+from jasper_fast.models.student import Student
+from jasper_fast.teachers.model import load_teacher
+from jasper_fast.utils.errors import JasperError
 
 TEXTS = ["forty boxes of apples", "the city council quietly sold the bridge", "one"]
 Edit = Callable[[Path], None]
@@ -322,7 +322,7 @@ def test_a_teacher_without_a_padding_token(kind: str, tiny_bert: Path, tmp_path:
 
 
 def test_dry_run_reports_a_teacher_that_cannot_be_used(tiny_bert: Path, tmp_path: Path) -> None:
-    from jasper_fast.config import load_config
+    from jasper_fast.config.load import load_config
     from jasper_fast.training.preflight import describe_plan
 
     broken = shutil.copytree(tiny_bert, tmp_path / "teacher")

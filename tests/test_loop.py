@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from test_train import settings, write_data
 
-from jasper_fast.config import load_config
-from jasper_fast.errors import JasperError
-from jasper_fast.teach import ensure_teachers
+from jasper_fast.config.load import load_config
+from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.train import train
 from jasper_fast.training.loop import train_stage
 from jasper_fast.training.preflight import prepare
@@ -20,6 +19,7 @@ from jasper_fast.training.run.folder import open_run
 from jasper_fast.training.run.log import SilentLog
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.stages.base import STAGES, build_stage, build_stages, stage_class
+from jasper_fast.utils.errors import JasperError
 
 CPU = torch.device("cpu")
 

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_train import settings, write_data
 
-from jasper_fast.config import load_config
-from jasper_fast.config_text import dump_yaml
-from jasper_fast.errors import run_cli
+from jasper_fast.config.load import load_config
+from jasper_fast.config.yaml import dump_yaml
+from jasper_fast.utils.errors import run_cli
 
 JUNK = bytes(range(256)) * 8
 Make = Callable[[Path, Path], None]
@@ -440,8 +440,8 @@ CASES += [
 def world(tmp_path_factory, tiny_bert, tiny_texts) -> Path:
     """Write a configuration, texts, a similarity set, a plain model, the model of a run, and an index."""
     from jasper_fast import search
-    from jasper_fast.export import export_student
-    from jasper_fast.training.preflight import build_student
+    from jasper_fast.exporting.student import export_student
+    from jasper_fast.models.student import build_student
 
     folder = tmp_path_factory.mktemp("good")
     write_data(folder, tiny_texts)

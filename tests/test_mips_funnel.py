@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.errors import JasperError
 from jasper_fast.mips import FlatIPIndex, SignIndex
 from jasper_fast.mips.exports import to_dataset, to_faiss, to_parquet
 from jasper_fast.mips.funnel import funnel, funnel_recall
+from jasper_fast.utils.errors import JasperError
 
 
 def filled(vectors: torch.Tensor, dtype: str) -> FlatIPIndex:

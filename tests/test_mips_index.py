@@ -18,10 +18,10 @@ import torch
 from processes import fork_server
 from safetensors.torch import load_file, save_file
 
-from jasper_fast.errors import JasperError
 from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, storage, topk
 from jasper_fast.mips import index as index_module
 from jasper_fast.mips.segment import ScanCopy, Segment
+from jasper_fast.utils.errors import JasperError
 
 DTYPES = ("bfloat16", "float32", "int8")
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from jasper_fast.config import StudentConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student, pad
-from jasper_fast.pretrained import check_max_length, layer_list, make_bidirectional, sees_later_tokens
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.backbone import check_max_length, make_bidirectional, sees_later_tokens
+from jasper_fast.models.layers import layer_list
+from jasper_fast.models.student import Student, pad
+from jasper_fast.utils.errors import JasperError
 
 WIDTHS = [24, 8, 4]
 SIZES: dict[str, Any] = {
@@ -278,7 +279,7 @@ def test_a_sentence_transformers_folder_gives_its_transformer(tiny_qwen2: Path, 
 def test_a_decoder_without_padding_token_pads_with_its_end_of_text(tiny_qwen2: Path) -> None:
     from transformers import AutoTokenizer
 
-    from jasper_fast.pretrained import give_pad_token
+    from jasper_fast.models.backbone import give_pad_token
 
     model = student(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)

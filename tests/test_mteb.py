@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasper_fast.errors import JasperError
 from jasper_fast.mteb import load
+from jasper_fast.utils.errors import JasperError
 
 mteb = pytest.importorskip("mteb")
 pytest.importorskip("mteb.mocks")

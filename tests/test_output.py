@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from test_train import settings, write_data
 
-from jasper_fast.config import dump_config, load_config
-from jasper_fast.errors import JasperError, run_cli
-from jasper_fast.output import TolerantStream, tolerant_output
+from jasper_fast.config.load import dump_config, load_config
+from jasper_fast.utils.errors import JasperError, run_cli
+from jasper_fast.utils.output import TolerantStream, tolerant_output
 
 LINES = "läuft … 東京 🦊 \udcff"  # the last: a byte of a file name that is not UTF-8
 
@@ -135,7 +135,7 @@ def test_real_redirections(redirection, expected, tmp_path):
     """No traceback, also none from Python's own last flush; no file of ours gets a closed stream's descriptor."""
     code = (
         "import sys\n"
-        "from jasper_fast.errors import run_cli\n"
+        "from jasper_fast.utils.errors import run_cli\n"
         "def main(argv):\n"
         "    out = open(argv[0], 'w')\n"
         "    [print('…' * 1000, file=f) for f in (sys.stdout, sys.stderr) for _ in range(200)]\n"
@@ -212,7 +212,7 @@ def test_questions_typed_in_another_encoding_are_read(typed, encoding, read, mon
     ],
 )
 def test_bytes_of_an_argument_are_read_as_utf_8_where_they_are(argument, read):
-    from jasper_fast.command_line import text_argument
+    from jasper_fast.utils.command_line import text_argument
 
     if read is not None:
         assert text_argument(argument, "the question") == read
@@ -236,10 +236,11 @@ def test_json_of_a_search_is_json_in_any_encoding(encoding, monkeypatch):
 
 def test_the_environment_on_a_terminal_of_ascii(monkeypatch):
     from jasper_fast import env
+    from jasper_fast.utils import hardware
 
     stream = terminal("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(env, "cpu_name", lambda: "CPU™")
+    monkeypatch.setattr(hardware, "cpu_name", lambda: "CPU™")
     assert status(env.main, monkeypatch) == 0 and r"CPU\u2122" in shown(stream)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from jasper_fast import evaluate, pictures, search
-from jasper_fast.config import StudentConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.export import export_student
-from jasper_fast.model import Student
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.exporting.student import export_student
+from jasper_fast.models import folder as models_folder
+from jasper_fast.models.student import Student
 from jasper_fast.train import train
+from jasper_fast.utils.errors import JasperError
 
 CODE = """
 from transformers import BertConfig, BertModel
@@ -106,28 +107,28 @@ def test_trusted_code_trains_and_is_evaluated_and_searched(
 
 
 def test_mteb_and_onnx_need_permission(homemade: Path, tmp_path: Path) -> None:
-    from jasper_fast import export
+    from jasper_fast.exporting import onnx, student
     from jasper_fast.mteb import load
 
     config = StudentConfig(model=str(homemade), heads=[16], max_length=16, trust_remote_code=True)
-    model = export.export_student(Student.build(config), tmp_path / "model")
+    model = student.export_student(Student.build(config), tmp_path / "model")
     with pytest.raises(JasperError, match="custom code"):
         load(model)
     assert load(model, trust_remote_code=True).mteb_model_meta.embed_dim == 16
     for trusted in (False, True):
         try:
-            written = export.export_onnx(model, None, tmp_path / "onnx", trust_remote_code=trusted)
+            written = onnx.export_onnx(model, None, tmp_path / "onnx", trust_remote_code=trusted)
         except JasperError as error:
             assert not trusted and "custom code" in str(error)
         else:
-            assert trusted and (written / export.ONNX_FILE).is_file()
+            assert trusted and (written / onnx.ONNX_FILE).is_file()
 
 
 def test_a_folder_cannot_permit_its_own_code(homemade: Path, tiny_bert: Path, tmp_path: Path) -> None:
     """``training.json`` records the permission of the training run, which does not extend to later users."""
     from PIL import Image
 
-    from jasper_fast.vision import new_tower
+    from jasper_fast.models.vision_tower import new_tower
 
     (tmp_path / "shown").mkdir()
     picture = tmp_path / "shown" / "grey.png"
@@ -158,12 +159,12 @@ def test_a_folder_cannot_permit_its_own_code(homemade: Path, tiny_bert: Path, tm
         if not own:  # permission can be for the tower's code alone
             assert marker.exists()
             with pytest.raises(JasperError, match="custom code"):
-                pictures.load_student(folder, trust_remote_code=True, trust_tower_code=False)
-            assert pictures.load_student(folder, trust_tower_code=True).seeing.side == 16
+                models_folder.load_student(folder, trust_remote_code=True, trust_tower_code=False)
+            assert models_folder.load_student(folder, trust_tower_code=True).seeing.side == 16
 
 
 def test_recipes_do_not_permit_remote_code() -> None:
-    from jasper_fast.config import load_config, recipe_names
+    from jasper_fast.config.load import load_config, recipe_names
 
     for name in recipe_names():
         config = load_config(name)

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from jasper_fast import export
-from jasper_fast.config import StudentConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.export import export_flat, export_onnx, export_student
-from jasper_fast.model import Student
-from jasper_fast.parity import check_export
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.exporting import forms
+from jasper_fast.exporting import student as exporting_student
+from jasper_fast.exporting.forms import export_flat
+from jasper_fast.exporting.onnx import export_onnx
+from jasper_fast.exporting.parity import check_export
+from jasper_fast.exporting.student import export_student
+from jasper_fast.models.student import Student
+from jasper_fast.utils.errors import JasperError
 
 TEXTS = ["forty boxes of apples", "one", "the city council quietly sold the wooden bridge near the station"]
 PROMPTS = {"query": "the old bridge: ", "document": ""}
@@ -91,9 +94,9 @@ def test_an_export_that_differs_is_not_published(
     case: str, student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil, message = SPOILT[case]
-    write_card = export.write_card
+    write_card = exporting_student.write_card
     monkeypatch.setattr(
-        export, "write_card", lambda folder, *a, **k: (write_card(folder, *a, **k), spoil(Path(folder)))
+        exporting_student, "write_card", lambda folder, *a, **k: (write_card(folder, *a, **k), spoil(Path(folder)))
     )
     with pytest.raises(JasperError, match=message):
         export_student(student, tmp_path / "out" / "model")
@@ -170,9 +173,9 @@ def test_an_architecture_without_an_onnx_form_is_named(kind: str, tiny_bert: Pat
 
 def test_a_flat_form_that_differs_is_not_published(student: Student, tmp_path: Path, monkeypatch: Any) -> None:
     export_student(student, tmp_path / "model")
-    write = export.write_flat
+    write = forms.write_flat
     monkeypatch.setattr(
-        export, "write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
+        forms, "write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
     )
     with pytest.raises(JasperError, match="at width 8"):
         export_flat(tmp_path / "model", 8, tmp_path / "flat")

@@ -19,19 +19,20 @@ from safetensors.torch import load_file
 from test_checkpoint import die_half_way_through
 from test_train import settings, write_data
 
-from jasper_fast.config import StageConfig, StudentConfig
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import is_sharded, shard, whole
+from jasper_fast.distributed.gather import split_rows
 from jasper_fast.distributed.ranks import Ranks, join_ranks
-from jasper_fast.encode import MicroBatches
-from jasper_fast.env import code_digest
-from jasper_fast.errors import JasperError
-from jasper_fast.gather import split_rows
-from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded, shard, whole
-from jasper_fast.stages import StageLoss
+from jasper_fast.models.micro_batches import MicroBatches
+from jasper_fast.models.student import Student
+from jasper_fast.ops.native import code_digest
 from jasper_fast.training.data import Batch
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.stages.losses import StageLoss
 from jasper_fast.training.step import dropout_mask, take_gradients
+from jasper_fast.utils.errors import JasperError
 
 CPU = torch.device("cpu")
 ROWS = 23  # 12 + 11, 6 + 6 + 6 + 5
@@ -473,7 +474,7 @@ def die_in_a_save(moment: str) -> None:
     """Whoever writes is killed while a checkpoint lies under its temporary name: half way through a file, or before all
     of them are on the disk.
     """
-    import jasper_fast.files as module
+    import jasper_fast.utils.atomic as module
 
     detect_lost_ranks_quickly()
     if moment != "sync":
@@ -532,7 +533,7 @@ def test_torchrun_trains_and_goes_on(run, tmp_path):
     import subprocess
     import sys
 
-    from jasper_fast.config_text import dump_yaml
+    from jasper_fast.config.yaml import dump_yaml
 
     folder, tree = run
     (tmp_path / "tiny.yaml").write_text(dump_yaml(tree))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from jasper_fast.config import load_arguments, load_config, recipe_names
-from jasper_fast.config_text import dump_yaml, parse_yaml
+from jasper_fast.config.load import load_arguments, load_config, recipe_names
+from jasper_fast.config.yaml import dump_yaml, parse_yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

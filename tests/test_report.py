@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jasper_fast.config import dump_config, load_config
-from jasper_fast.errors import JasperError
-from jasper_fast.report import final_line, write_report
+from jasper_fast.config.load import dump_config, load_config
+from jasper_fast.reporting.report import final_line, write_report
+from jasper_fast.utils.errors import JasperError
 
 CONFIG = {
     "name": "small",

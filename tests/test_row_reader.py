@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from packing import PACKERS, pack
 
-from jasper_fast.config import EvalConfig, ImageSourceConfig, SourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import ClassificationSet, RetrievalSet, SimilaritySet, load_eval
-from jasper_fast.image_sources import read_images
-from jasper_fast.row_reader import read_lines, read_rows
+from jasper_fast.config.data import EvalConfig, ImageSourceConfig, SourceConfig
+from jasper_fast.data.eval_loaders import load_eval
+from jasper_fast.data.eval_sets import ClassificationSet, RetrievalSet, SimilaritySet
+from jasper_fast.data.image_sources import read_images
+from jasper_fast.data.rows import read_lines, read_rows
+from jasper_fast.data.text_sources import read_source
 from jasper_fast.search import _lines as read_questions
-from jasper_fast.sources import read_source
+from jasper_fast.utils.errors import JasperError
 
 TEXTS = ["first text", "a second, longer", "third \u2028 with \x85 odd \x0b breaks \x0c in \x1c it \u2029 \x1d\x1e end"]
 

@@ -56,11 +56,11 @@ def test_a_stage_may_draw_from_short_texts_only(tmp_path, tiny_bert, tiny_texts)
     from datasets import Dataset
     from test_train import settings
 
-    from jasper_fast.config import load_config
-    from jasper_fast.errors import ConfigError, JasperError
+    from jasper_fast.config.load import load_config
     from jasper_fast.training.data import TrainingData
     from jasper_fast.training.preflight import check_sizes
     from jasper_fast.training.sampler import batch_plan
+    from jasper_fast.utils.errors import ConfigError, JasperError
 
     texts = Dataset.from_dict({"text": ["ä" * (1 + i % 20) for i in range(100)]})
     tree = settings(tmp_path, tiny_bert)

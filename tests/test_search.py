@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from packing import pack
 
-from jasper_fast.errors import JasperError
 from jasper_fast.search import TextIndex, build, main
+from jasper_fast.utils.errors import JasperError
 
 SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 

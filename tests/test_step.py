@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.config import Config, StageConfig, StudentConfig
-from jasper_fast.encode import MicroBatches, cheapest_cuts
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.stages import StageLoss
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.micro_batches import MicroBatches, cheapest_cuts
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 from jasper_fast.training.offload import Offload
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.stages.base import trained_names
+from jasper_fast.training.stages.losses import StageLoss
 from jasper_fast.training.step import StepTimer, dropout_mask, take_gradients
+from jasper_fast.utils.errors import JasperError
 
 CPU = torch.device("cpu")
 WEIGHTS = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0, "neighbourhood": 1.0}

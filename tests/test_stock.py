@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.config import StudentConfig, TeacherConfig
-from jasper_fast.encoders import flat_model, load_model, model_encoder
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.models import routes_by_role
-from jasper_fast.probes import find_batching
-from jasper_fast.teachers import describe_teacher, load_teacher, token_batches
+from jasper_fast.config.models import StudentConfig, TeacherConfig
+from jasper_fast.models.embedder import flat_model, load_model, model_encoder
+from jasper_fast.models.hub import routes_by_role
+from jasper_fast.models.probes import find_batching
+from jasper_fast.models.student import Student
+from jasper_fast.teachers.model import describe_teacher, load_teacher, token_batches
+from jasper_fast.utils.errors import JasperError
 
 TEXTS = [
     "forty boxes of apples",
@@ -367,7 +367,7 @@ def test_an_encoder_that_changes_for_good_is_rejected(tiny_bert: Path, tmp_path:
 
 
 def test_a_run_folder_and_a_home_folder_are_models(tiny_bert: Path, tmp_path: Path, monkeypatch) -> None:
-    from jasper_fast.models import model_revision, resolve_model
+    from jasper_fast.models.hub import model_revision, resolve_model
 
     folder = prompts_by_role(tiny_bert, tmp_path / "run" / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -390,7 +390,7 @@ def test_a_disabled_prompt_takes_no_tokens(tiny_bert: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "somebody/something"])
 def test_the_kind_of_a_hub_model_is_read_from_the_cache_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jasper_fast import stock as module
+    from jasper_fast.models import sentence_transformer as module
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: pytest.fail("the network was used"))
     assert module._kind(name, None) == "SentenceTransformer"

@@ -12,11 +12,13 @@ import torch
 from pydantic import AliasChoices, Field
 from test_train import assert_same_run, settings, write_data
 
-import jasper_fast.config as config_module
-from jasper_fast.config import Config, Section, load_config
-from jasper_fast.config_text import dump_yaml
-from jasper_fast.errors import JasperError
+import jasper_fast.config.run as config_module
+from jasper_fast.config.load import load_config
+from jasper_fast.config.run import Config
+from jasper_fast.config.types import Section
+from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.training.run.folder import existing_difference, stored_difference, what_decides
+from jasper_fast.utils.errors import JasperError
 
 OLDER = [
     ("losses",),

@@ -21,14 +21,18 @@ import torch
 from processes import fork_server
 
 from jasper_fast import teach
-from jasper_fast.cache import TeacherCache
-from jasper_fast.config import Config, TeacherConfig, load_config
-from jasper_fast.data import build_texts, text_digest
-from jasper_fast.errors import JasperError
-from jasper_fast.models import model_revision, resolve_model
-from jasper_fast.stock import token_lengths
-from jasper_fast.teach import ensure_teachers, open_teachers, teacher_caches
-from jasper_fast.teachers import apply_prompt, describe_teacher, load_teacher, token_batches
+from jasper_fast.config.load import load_config
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.run import Config
+from jasper_fast.data.text import text_digest
+from jasper_fast.data.text_dataset import build_texts
+from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.models.sentence_transformer import token_lengths
+from jasper_fast.teachers import label
+from jasper_fast.teachers.cache import TeacherCache
+from jasper_fast.teachers.label import ensure_teachers, open_teachers, teacher_caches
+from jasper_fast.teachers.model import apply_prompt, describe_teacher, load_teacher, token_batches
+from jasper_fast.utils.errors import JasperError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -184,7 +188,7 @@ def test_prompts_that_are_left_out_are_the_models_own(tiny_bert: Path, tmp_path:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
-    from jasper_fast.encoders import load_model, model_encoder
+    from jasper_fast.models.embedder import load_model, model_encoder
 
     own = {"query": "the old bridge: ", "document": "apples ", "passage": "not read by encode_document "}
     layers = [modules.Transformer(str(tiny_bert)), modules.Pooling(32, "mean", include_prompt=False)]
@@ -273,7 +277,7 @@ def test_custom_code_of_a_model_is_not_run_by_default(tiny_bert: Path, tmp_path:
         load_teacher(config)
     tree = load_config().model_dump() | {"teachers": [config, TeacherConfig(model=str(tmp_path / "absent"))]}
     with pytest.raises(JasperError, match="(?s)2 problems.*own-code: needs custom code.*absent: there is no"):
-        teach.check_teachers(Config.model_validate(tree))
+        label.check_teachers(Config.model_validate(tree))
     assert not (tmp_path / "ran").exists()
 
 
@@ -441,13 +445,13 @@ def test_texts_of_another_dataset_are_not_encoded_again(
     config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
     first = ensure_teachers(config, texts.select(range(150)), progress=False, shard_rows=SHARD)
     read: list[str] = []
-    encode = teach.Teacher.encode
+    encode = label.Teacher.encode
 
     def counted(self, words, *others, **named):
         read.extend(words)
         return encode(self, words, *others, **named)
 
-    monkeypatch.setattr(teach.Teacher, "encode", counted)
+    monkeypatch.setattr(label.Teacher, "encode", counted)
     (other,) = teacher_caches(config, texts.select(range(150)), SHARD)
     other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard is not reused
     turned = [*range(199, 99, -1), 40, *range(100)]  # shard 2 is rows 32 to 47
@@ -583,7 +587,7 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
             quiet(config, texts)
         assert not list((tmp_path / "cache").glob("teacher-*"))
 
-    monkeypatch.setattr(teach.Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(label.Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
     broken = shutil.copytree(tiny_bert, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut short")
     refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
@@ -661,7 +665,7 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
 SLOW_FIRST = f"""
 import os, time
 from jasper_fast import teach
-from jasper_fast.errors import run_cli
+from jasper_fast.utils.errors import run_cli
 ensure = teach.ensure_teachers
 def slow_first(config, texts):
     time.sleep(2 if os.environ["RANK"] == "0" else 0)
@@ -706,7 +710,7 @@ def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path:
 def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(teach, "SILENCE", 0.5)
+    monkeypatch.setattr(label, "SILENCE", 0.5)
     config = config_of({"model": str(tiny_bert)})
     with pytest.raises(
         JasperError, match=r"no new shard for 0 minutes \(got 4 of 13 shards\)"
@@ -721,7 +725,7 @@ def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_be
     code = (
         "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
-        "from jasper_fast.teachers import Teacher; encode = Teacher.encode;"
+        "from jasper_fast.teachers.model.model import Teacher; encode = Teacher.encode;"
         "Teacher.encode = lambda *a, **k: (encode(*a, **k), time.sleep(0.2))[0];"
         "runpy.run_module('jasper_fast.teach', run_name='__main__')"
     )
@@ -746,7 +750,7 @@ def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_be
 
 
 def test_the_command_reports_a_missing_teacher(tmp_path: Path, capsys, monkeypatch) -> None:
-    from jasper_fast.errors import run_cli
+    from jasper_fast.utils.errors import run_cli
 
     absent = str(tmp_path / "absent")
     monkeypatch.setattr(sys, "argv", ["teach", "--teachers.0.model", absent, "--data.cache", str(tmp_path / "cache")])

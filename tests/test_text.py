@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jasper_fast.config import DataConfig, SourceConfig
-from jasper_fast.data import build_texts
-from jasper_fast.text import lone_surrogate, normal_form
+from jasper_fast.config.data import DataConfig, SourceConfig
+from jasper_fast.data.text import lone_surrogate, normal_form
+from jasper_fast.data.text_dataset import build_texts
 
 SAME = {
     "decomposed": ("caf\u00e9 au lait", unicodedata.normalize("NFD", "caf\u00e9 au lait")),

@@ -15,8 +15,8 @@ import torch
 from processes import exit_code, fork_server
 from safetensors.torch import load_file
 
-from jasper_fast.config import load_config
-from jasper_fast.errors import ConfigError, JasperError
+from jasper_fast.config.load import load_config
+from jasper_fast.utils.errors import ConfigError, JasperError
 
 LOSSES = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0}
 TWO_TEXTS = {
@@ -299,7 +299,7 @@ def test_two_teachers_run_end_to_end(world, tiny_bert, tmp_path):
 
 
 def test_a_cosine_loss_against_another_width_is_refused(world):
-    from jasper_fast.checks import check_losses
+    from jasper_fast.config.run import check_losses
 
     _, tree = world
     with pytest.raises(JasperError, match=r"'one' .*32 wide .* teachers' embeddings 32 \+ 8 = 40\).*begin with 40"):
@@ -435,7 +435,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path, monk
     from jasper_fast.train import train
 
     folder, tree = world
-    monkeypatch.setattr("jasper_fast.stages.StageLoss.forward", spoil_third_call())
+    monkeypatch.setattr("jasper_fast.training.stages.losses.StageLoss.forward", spoil_third_call())
     with pytest.raises(JasperError, match=r"stage 'one', step 3 .* loss part similarity is not finite"):
         train(tree, out=tmp_path / "nan")
     saved = sorted((tmp_path / "nan" / "checkpoints").iterdir())
@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path, monk
 
 def spoil_third_call():
     from jasper_fast.losses import LossOutput
-    from jasper_fast.stages import StageLoss
+    from jasper_fast.training.stages.losses import StageLoss
 
     true_forward, calls = StageLoss.forward, []
 
@@ -560,7 +560,7 @@ def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
 
 
 def test_print_config_and_dry_run(world, tmp_path, capsys):
-    from jasper_fast.config_text import dump_yaml, parse_yaml
+    from jasper_fast.config.yaml import dump_yaml, parse_yaml
     from jasper_fast.train import main
 
     _, tree = world

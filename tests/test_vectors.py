@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_fast.config import DataConfig, TeacherConfig, load_config
-from jasper_fast.data import text_digest
-from jasper_fast.errors import JasperError
-from jasper_fast.row_order import centred_similarities, fit_of_order, lexical_similarities
-from jasper_fast.teach import ensure_teachers
-from jasper_fast.teachers import load_teacher
-from jasper_fast.vectors import ReadyVectors, describe_vectors
+from jasper_fast.config.data import DataConfig
+from jasper_fast.config.load import load_config
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.data.text import text_digest
+from jasper_fast.teachers.label import ensure_teachers
+from jasper_fast.teachers.model import load_teacher
+from jasper_fast.teachers.precomputed import ReadyVectors, describe_vectors
+from jasper_fast.teachers.row_order import centred_similarities, fit_of_order, lexical_similarities
+from jasper_fast.utils.errors import JasperError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -572,7 +574,7 @@ REFUSED = {
 def test_the_dry_run_rejects_the_same_embeddings_as_training(
     name: str, message: str, real: np.ndarray, tiny_bert: Path, mixed_texts: list[str], tmp_path: Path
 ) -> None:
-    from jasper_fast.data import prepare_texts
+    from jasper_fast.data.prepare import prepare_texts
     from jasper_fast.train import train
     from jasper_fast.training.preflight import describe_plan
 
@@ -593,8 +595,8 @@ def test_the_dry_run_rejects_the_same_embeddings_as_training(
 def test_the_dry_run_checks_the_widths_of_models(
     real: np.ndarray, tiny_bert: Path, mixed_texts: list[str], tmp_path: Path
 ) -> None:
-    from jasper_fast.model import Student
-    from jasper_fast.teach import check_targets
+    from jasper_fast.models.student import Student
+    from jasper_fast.teachers.label import check_targets
 
     np.save(tmp_path / "v.npy", real)
     tree = run_of(tmp_path, [{"model": str(tiny_bert)}, {"vectors": str(tmp_path / "v.npy")}], model=str(tiny_bert))

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from jasper_fast.config import AugmentConfig, StageConfig, StudentConfig, VisionConfig, load_config
-from jasper_fast.errors import ConfigError, JasperError
-from jasper_fast.model import Student
-from jasper_fast.vision import pool_tokens
+from jasper_fast.config.load import load_config
+from jasper_fast.config.models import StudentConfig, VisionConfig
+from jasper_fast.config.stage import AugmentConfig, StageConfig
+from jasper_fast.models.student import Student
+from jasper_fast.models.vision_tower import pool_tokens
+from jasper_fast.utils.errors import ConfigError, JasperError
 
 SIDE = 16
 TOWER = {"image_size": SIDE, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -189,7 +191,7 @@ def test_only_the_tower_may_train(student):
 def test_losses_are_averaged_over_heads_each_against_its_own_width():
     from jasper_fast.losses import JasperLoss
     from jasper_fast.losses.contrastive import contrastive_loss
-    from jasper_fast.vision_loss import VisionLoss
+    from jasper_fast.training.stages.losses import VisionLoss
 
     vectors = {32: torch.randn(6, 32, dtype=torch.float64), 8: torch.randn(6, 8, dtype=torch.float64)}
     targets = {width: F.normalize(torch.randn_like(v), dim=1) for width, v in vectors.items()}
@@ -209,7 +211,7 @@ def test_losses_are_averaged_over_heads_each_against_its_own_width():
 
 def test_balance_is_how_unevenly_captions_choose_pictures():
     from jasper_fast.losses.contrastive import Captions, contrastive_loss, unevenness
-    from jasper_fast.vision_loss import VisionLoss
+    from jasper_fast.training.stages.losses import VisionLoss
 
     scores = torch.randn(5, 7, dtype=torch.float64)
     shares = torch.softmax(scores, dim=0).mean(dim=1)
@@ -252,7 +254,8 @@ def test_the_contrastive_term_by_hand():
 
 def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
     from jasper_fast.losses.contrastive import Captions, contrastive_loss
-    from jasper_fast.vision_loss import LossInputs, VisionLoss
+    from jasper_fast.training.data import LossInputs
+    from jasper_fast.training.stages.losses import VisionLoss
 
     every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
@@ -281,7 +284,8 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
 @pytest.mark.parametrize("among", ["batch", "all"])
 def test_a_mixed_picture_is_to_find_both_captions(among):
     from jasper_fast.losses.contrastive import Captions, Mixed, contrastive_loss
-    from jasper_fast.vision_loss import LossInputs, VisionLoss
+    from jasper_fast.training.data import LossInputs
+    from jasper_fast.training.stages.losses import VisionLoss
 
     every = F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(4, 4, dtype=torch.float64), dim=1)
@@ -313,7 +317,7 @@ def test_a_mixed_picture_is_to_find_both_captions(among):
 def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert, tmp_path):
     from datasets import Dataset
 
-    from jasper_fast.image_data import Images
+    from jasper_fast.data.image_dataset import Images
     from jasper_fast.training.pooled import PooledStates
     from jasper_fast.training.stages.vision import CaptionTargets
 
@@ -563,12 +567,12 @@ def test_a_stopped_vision_stage_goes_on_bit_for_bit(run, monkeypatch):
 
 
 def test_gradient_caching_and_checkpointing_give_the_same_gradient(student):
-    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.models.micro_batches import ImageBatches
     from jasper_fast.training.data import Batch
     from jasper_fast.training.parameters import set_trained
     from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.stages.losses import VisionLoss
     from jasper_fast.training.step import take_gradients
-    from jasper_fast.vision_loss import VisionLoss
 
     pixels = pictures(10)
     teacher = torch.cat([F.normalize(torch.randn(10, w), dim=1) for w in (32, 8)], dim=1)
@@ -640,14 +644,14 @@ def test_sources_that_cannot_be_read_are_told_at_once_before_pictures_are(run, t
 
 
 def test_a_tower_learns_to_tell_pictures_apart(tiny_bert):
-    from jasper_fast.image_batches import ImageBatches
+    from jasper_fast.evaluation.images import retrieval_scores
+    from jasper_fast.models.micro_batches import ImageBatches
     from jasper_fast.training.data import Batch
     from jasper_fast.training.optim import make_optimizer
     from jasper_fast.training.parameters import set_trained
     from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.stages.losses import VisionLoss
     from jasper_fast.training.step import take_gradients
-    from jasper_fast.vision_eval import retrieval_scores
-    from jasper_fast.vision_loss import VisionLoss
 
     student = Student.build(config_of(tiny_bert, image_tokens=2)).train()
     plan = stage(heads=[32], lr=1e-2, vision={"contrastive": 5.0}, temperature=0.1)
@@ -664,7 +668,7 @@ def test_a_tower_learns_to_tell_pictures_apart(tiny_bert):
 
 
 def test_recall_by_hand():
-    from jasper_fast.vision_eval import retrieval_scores
+    from jasper_fast.evaluation.images import retrieval_scores
 
     pictures = np.eye(3, dtype=np.float32)
     captions = np.array([[0.9, 0.1, 0], [0, 1, 0.5], [0, 0.8, 0.7], [0, 0, 1]], np.float32)
@@ -678,7 +682,8 @@ def test_recall_by_hand():
 
 
 def test_the_reference_leaves_out_the_caption_that_asks():
-    from jasper_fast.vision_eval import REFERENCE, reference_scores, retrieval_scores, scores_markdown
+    from jasper_fast.evaluation.images import REFERENCE, reference_scores, retrieval_scores
+    from jasper_fast.reporting.tables import scores_markdown
 
     captions = np.random.default_rng(0).standard_normal((9, 4))
     captions = (captions / np.linalg.norm(captions, axis=1, keepdims=True)).astype(np.float32)
@@ -709,7 +714,8 @@ def test_the_reference_leaves_out_the_caption_that_asks():
 
 
 def test_results_of_the_version_that_called_the_reference_a_ceiling_still_render():
-    from jasper_fast.vision_eval import REFERENCE, scores_markdown
+    from jasper_fast.evaluation.images import REFERENCE
+    from jasper_fast.reporting.tables import scores_markdown
 
     for file in sorted((Path(__file__).parent.parent / "docs" / "runs" / "glyphs").glob("results*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))["pictures"]
@@ -722,7 +728,7 @@ def test_results_of_the_version_that_called_the_reference_a_ceiling_still_render
 def test_the_floor_is_what_ridge_regression_gives():
     from sklearn.linear_model import Ridge
 
-    from jasper_fast.vision_eval import RIDGES, fit_ridge
+    from jasper_fast.evaluation.images import RIDGES, fit_ridge
 
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(60, 9)) * 3 + 1, generator.normal(size=(60, 4))
@@ -739,12 +745,13 @@ def test_the_floor_is_what_ridge_regression_gives():
 
 def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradient and losses of one step of 11 pictures over all ranks, in float64."""
-    from jasper_fast.image_batches import ImageBatches
-    from jasper_fast.training.data import Batch
+    from jasper_fast.losses.contrastive import Captions, Mixed
+    from jasper_fast.models.micro_batches import ImageBatches
+    from jasper_fast.training.data import Batch, LossInputs
     from jasper_fast.training.parameters import set_trained
     from jasper_fast.training.stages.base import trained_names
+    from jasper_fast.training.stages.losses import VisionLoss
     from jasper_fast.training.step import take_gradients
-    from jasper_fast.vision_loss import Captions, Mixed, LossInputs, VisionLoss
 
     torch.manual_seed(3)
     student = Student.build(config_of(Path(bert))).double().train()

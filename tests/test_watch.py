@@ -19,14 +19,16 @@ import pytest
 import torch
 from test_train import settings, write_data
 
-from jasper_fast.config import StageConfig, StudentConfig, load_config
-from jasper_fast.encode import MicroBatches
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
+from jasper_fast.config.load import load_config
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.micro_batches import MicroBatches
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 from jasper_fast.training.memory import graph_bytes_per_token, memory_advice, out_of_memory, saved_bytes
 from jasper_fast.training.run.gpu_monitor import GpuMonitor
 from jasper_fast.training.run.log import SPIKE_WINDOW, RunLog, start_trackers
+from jasper_fast.utils.errors import JasperError
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The sections of a configuration about losses. The weights come from the table, `jasper_fast.loss_table`."""
+"""The sections of a configuration about losses. The weights come from the table, `jasper_fast.config.losses`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from jasper_fast.config_types import NotNegative, Section
-from jasper_fast.loss_table import LOSSES, Loss
+from jasper_fast.config.losses import LOSSES, Loss
+from jasper_fast.config.types import NotNegative, Section
 
 _fields: Any = {loss.name: (NotNegative, Field(loss.weight, description=loss.meaning)) for loss in LOSSES}
 _Weights: Any = create_model("_Weights", __base__=Section, **_fields)

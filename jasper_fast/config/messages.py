@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-Location = tuple[int | str, ...]
+from jasper_fast.config.schema import Location, field_keys, section_at
+
 MAX_VALUE_CHARS = 200  # longer values are cut in messages
 MAX_PROPOSALS = 4  # similar keys in a message
 # Names that other tools use for a field.
@@ -64,32 +65,6 @@ def as_argument(schema: type[BaseModel], problem: Problem, options: Sequence[str
     if problem.unknown is None:
         return problem.line
     return "--" + _unknown_key(schema, problem.unknown, options, dashes="--")
-
-
-def takes_list(schema: type[BaseModel], key: str, several: bool) -> bool:
-    """Return True if a value of the command line becomes a list of plain values.
-
-    Args:
-        schema: schema of the whole configuration.
-        key: dotted key of the field, e.g. ``stages.0.heads``.
-        several: True if the value has commas. Without commas, a field that also takes a single value gets that.
-    """
-    *path, name = key.split(".")
-    field = section_at(schema, path).model_fields.get(name)
-    if field is None:
-        return False
-    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple) and nested_section(kind) is None]
-    return bool(lists) and (several or len(lists) == len(kinds))
-
-
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of each leaf of a tree."""
-    if isinstance(tree, (dict, list)) and tree:
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 def _as_meant(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[Location]) -> dict[str, Any]:
@@ -150,39 +125,3 @@ def _elsewhere(schema: type[BaseModel], name: str) -> list[str]:
     keys = list(field_keys(schema))
     near = _near(name, sorted({key.rpartition(".")[2] for key in keys}))
     return [key for key in keys if key.rpartition(".")[2] in near]
-
-
-def field_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all fields. A position in a list is ``N``."""
-    for name, field in schema.model_fields.items():
-        yield prefix + name
-        if (inner := nested_section(field.annotation)) is not None:
-            yield from field_keys(inner, f"{prefix}{name}.{'N.' if get_origin(field.annotation) is list else ''}")
-
-
-def section_at(schema: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
-    """Return the section at a path. Unknown parts and positions are skipped."""
-    for part in path:
-        field = schema.model_fields.get(str(part))
-        if field is not None:
-            schema = nested_section(field.annotation) or schema
-    return schema
-
-
-def nested_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section inside a field's type, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for inner in get_args(annotation) if (section := nested_section(inner)) is not None), None)
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """Return the types of a union, or the one type."""
-    origin = get_origin(annotation)
-    if origin in (list, tuple, dict) or not get_args(annotation):
-        return [annotation]
-    if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if origin is Literal:
-        return [annotation]
-    return [kind for inner in get_args(annotation) for kind in _alternatives(inner)]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.config_text import NOT_YAML, DuplicateKey, parse_yaml
-from jasper_fast.errors import ConfigError
-
-CONFIG_FILES = (".yaml", ".yml", ".json")
+from jasper_fast.config.yaml import NOT_YAML, DuplicateKey, parse_yaml
+from jasper_fast.utils.errors import ConfigError
+from jasper_fast.utils.names import CONFIG_FILES
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Types that the sections of a configuration share: numbers with their limits, and the section itself."""
+"""Types that the sections of a configuration share."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from jasper_fast.errors import ConfigError
+from jasper_fast.utils.errors import ConfigError
 
 MAX_VALUES = 100_000  # per document, with expanded aliases; the longest recipe has a few hundred
 # ruamel.yaml also raises built-in errors: for an impossible date, tag, escape or version, 5,000 digits, deep nesting.

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.config import ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.images import BadImage
-from jasper_fast.listing import listed_files, user_path
-from jasper_fast.row_reader import packed
-from jasper_fast.text import lone_surrogate
+from jasper_fast.config.data import ImageSourceConfig
+from jasper_fast.data.image_files import BadImage
+from jasper_fast.data.listing import listed_files, user_path
+from jasper_fast.data.rows import packed
+from jasper_fast.data.text import lone_surrogate
+from jasper_fast.utils.errors import JasperError
 
 CAPTION_FILES = packed(".jsonl")
 

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from jasper_fast.errors import JasperError
-from jasper_fast.text import lone_surrogate, normal_form
+from jasper_fast.data.text import lone_surrogate, normal_form
+from jasper_fast.utils.errors import JasperError
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # plus the stdlib
 MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; a docstring longer than MAX_BODY is a manual

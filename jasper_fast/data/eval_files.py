@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.errors import JasperError
-from jasper_fast.listing import listed_files
-from jasper_fast.row_reader import check_text, read_rows
+from jasper_fast.data.listing import listed_files
+from jasper_fast.data.rows import check_text, read_rows
+from jasper_fast.utils.errors import JasperError
 
 SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # in order of preference
 

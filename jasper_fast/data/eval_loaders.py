@@ -8,149 +8,23 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from jasper_fast.config import EvalConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.eval_files import SPLITS, find, first_split, json_rows, text_cell
-from jasper_fast.judgements import ENDINGS, Judgements, read_judgements
-from jasper_fast.listing import user_path
-from jasper_fast.row_reader import PACKED, check_text, packed, read_rows
-from jasper_fast.text import normal_form
+from jasper_fast.config.data import EvalConfig
+from jasper_fast.data.eval_files import SPLITS, find, first_split, json_rows, text_cell
+from jasper_fast.data.eval_sets import ClassificationSet, EvalSet, RetrievalSet, SimilaritySet
+from jasper_fast.data.judgements import ENDINGS, Judgements, read_judgements
+from jasper_fast.data.listing import user_path
+from jasper_fast.data.rows import PACKED, check_text, packed, read_rows
+from jasper_fast.data.text import normal_form
+from jasper_fast.utils.errors import JasperError
 
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # default number of held-out docstring pairs to evaluate
 T = TypeVar("T")
 _JSONL, _TSV = packed(".jsonl"), packed(".tsv")
-
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Queries, a corpus, and the relevant documents of each query.
-
-    Args:
-        name: the name of the set in score reports.
-        queries: the texts of the queries.
-        documents: the texts of the corpus. A judged document that is absent from the corpus has a position after the
-            last one.
-        relevant: the positions and grades (above 0) of the relevant documents, for each query. A query without relevant
-            documents scores 0.
-        kind: "beir" or "docstrings".
-        parts: the titles and bodies of the documents, used only to exclude them from training.
-        itself: for each query, the position of the document with the same id and the same text, or -1. This document
-            does not count as a result. BEIR compares only the ids, but many sets simply number queries and documents
-            from 1. An empty list means that no query has such a document.
-        transductive: whether training may use the documents, because the corpus is known in advance.
-        ids: the ids of the documents, including absent ones. Equal scores are ranked by id, as in BEIR and mteb. If the
-            list is empty, they are ranked by position.
-        unmatched: the number of judgements with an absent document, and the number with an absent query.
-    """
-
-    name: str
-    queries: list[str]
-    documents: list[str]
-    relevant: list[dict[int, int]]
-    kind: str = "beir"
-    parts: list[str] = field(default_factory=list)
-    itself: list[int] = field(default_factory=list)
-    transductive: bool = False
-    ids: list[str] = field(default_factory=list)
-    unmatched: tuple[int, int] = (0, 0)
-    metrics: ClassVar[tuple[str, ...]] = ("nDCG@10", "recall@100")
-
-    def groups(self) -> dict[str, tuple[list[str], str]]:
-        """Return the texts to encode and their role, by group."""
-        return {"queries": (self.queries, "query"), "documents": (self.documents, "document")}
-
-    def texts(self) -> Iterator[str]:
-        """Yield every text of the set: queries, documents, and the titles and bodies of the documents."""
-        yield from self.queries
-        yield from self.documents
-        yield from self.parts
-
-    def kept_apart(self) -> Iterator[str]:
-        """Yield the texts to exclude from training."""
-        yield from self.queries if self.transductive else self.texts()
-
-    def remarks(self) -> str:
-        """Describe unmatched judgements and queries without a relevant document. Return "" if there are none."""
-        documents, queries = self.unmatched
-        counts = (
-            count_of(documents, "judgement of an absent document", "judgements of absent documents"),
-            count_of(queries, "judgement of an absent query", "judgements of absent queries"),
-            count_of(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
-        )
-        return ", ".join(count for count in counts if count)
-
-
-@dataclass(frozen=True)
-class SimilaritySet:
-    """Pairs of sentences with human similarity scores.
-
-    Args:
-        name: the name of the set in score reports.
-        left: the first sentence of each pair.
-        right: the second sentence of each pair.
-        scores: the finite score of each pair, on any scale.
-        kind: "sts".
-    """
-
-    name: str
-    left: list[str]
-    right: list[str]
-    scores: list[float]
-    kind: str = "sts"
-    metrics: ClassVar[tuple[str, ...]] = ("Spearman",)
-
-    def groups(self) -> dict[str, tuple[list[str], str]]:
-        """Return the texts to encode and their role, by group. Similarity is symmetric, so both are documents."""
-        return {"left": (self.left, "document"), "right": (self.right, "document")}
-
-    def texts(self) -> Iterator[str]:
-        """Yield every sentence of the set."""
-        yield from self.left
-        yield from self.right
-
-    kept_apart = texts  # training excludes every text
-
-
-@dataclass(frozen=True)
-class ClassificationSet:
-    """Labelled texts, split into a part to fit a linear classifier and a part to test it.
-
-    Args:
-        name: the name of the set in score reports.
-        train_texts: the texts to fit the classifier on.
-        train_labels: the label of each training text.
-        test_texts: the texts to test the classifier on.
-        test_labels: the label of each test text.
-        kind: "classification".
-    """
-
-    name: str
-    train_texts: list[str]
-    train_labels: list[str]
-    test_texts: list[str]
-    test_labels: list[str]
-    kind: str = "classification"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-
-    def groups(self) -> dict[str, tuple[list[str], str]]:
-        """Return the texts to encode and their role, by group."""
-        return {"train": (self.train_texts, "document"), "test": (self.test_texts, "document")}
-
-    def texts(self) -> Iterator[str]:
-        """Yield every text of both parts."""
-        yield from self.train_texts
-        yield from self.test_texts
-
-    kept_apart = texts  # training excludes every text
-
-
-EvalSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load_eval(config: EvalConfig) -> EvalSet:
@@ -226,7 +100,7 @@ def load_evals(configs: Sequence[EvalConfig]) -> list[EvalSet]:
 
 
 def _docstrings(config: EvalConfig) -> RetrievalSet:
-    from jasper_fast.docstrings import split_docstrings
+    from jasper_fast.data.docstrings import split_docstrings
 
     if config.transductive:
         raise JasperError(
@@ -416,10 +290,6 @@ def _id(row: dict[str, Any], where: str) -> str:
             f"{where}: `_id` is not text or a whole number (got {name!r}). Fix: correct or remove the row"
         )
     return check_text(str(name).strip(), f"{where}: `_id`")
-
-
-def count_of(count: int, one: str, several: str, rest: str = "") -> str:
-    return f"{count:,} {one if count == 1 else several}{rest}" if count else ""
 
 
 def _number(cell: str, where: str) -> float:

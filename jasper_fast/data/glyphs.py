@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
 
 GLYPHS = "glyphs"
 FONTS, FONT = "fonts/ttf", "DejaVuSans"  # matplotlib's font folder, and the default font

@@ -20,17 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.arrow import write_index
-from jasper_fast.config import Config, ImagesConfig, ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.files import locked, publish_dir
-from jasper_fast.glyphs import GLYPHS
-from jasper_fast.image_sources import Item, read_images, source_stamp
-from jasper_fast.images import BadImage, decode, need_pillow, resize
-from jasper_fast.text import normal_form
+from jasper_fast.config.data import ImagesConfig, ImageSourceConfig
+from jasper_fast.config.run import Config
+from jasper_fast.data.captions import Item
+from jasper_fast.data.glyphs import GLYPHS
+from jasper_fast.data.image_files import BadImage, decode, need_pillow, resize
+from jasper_fast.data.image_sources import read_images, source_stamp
+from jasper_fast.data.text import normal_form
+from jasper_fast.utils.arrow_files import write_index
+from jasper_fast.utils.atomic import locked, publish_dir
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 FORMAT = 4  # increment it when a code change makes the same settings give other images
 KEPT_PIXELS = 1 << 29  # maximum bytes of decoded images in memory
@@ -164,7 +167,7 @@ def try_images(source: ImageSourceConfig) -> None:
     """Read the first image of a source, to find errors that affect all its images. A damaged image is not an error.
 
     Raises:
-        JasperError: the source cannot be read, as in `jasper_fast.image_sources.read_images`.
+        JasperError: the source cannot be read, as in `jasper_fast.data.image_sources.read_images`.
     """
     if source.path != GLYPHS:
         next(read_images(source), None)

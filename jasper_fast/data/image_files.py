@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 MAX_FILE = 1 << 30  # bytes of one image file; 100 million pixels of four 16-bit channels fit

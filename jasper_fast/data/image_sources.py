@@ -21,16 +21,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.captions import CAPTION_FILES, Item, caption_file, captions_of
-from jasper_fast.config import ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.glyphs import GLYPHS, draw_glyphs, font_file
-from jasper_fast.images import PICTURES, BadImage, check_size
-from jasper_fast.listing import all_files, is_hidden, listed_files, user_path
-from jasper_fast.models import first_line, looks_like_path
-from jasper_fast.row_reader import read_rows
-from jasper_fast.sources import numbered
-from jasper_fast.webdataset import TARS, read_tar
+from jasper_fast.config.data import ImageSourceConfig
+from jasper_fast.data.captions import CAPTION_FILES, Item, caption_file, captions_of
+from jasper_fast.data.glyphs import GLYPHS, draw_glyphs, font_file
+from jasper_fast.data.image_files import PICTURES, BadImage, check_size
+from jasper_fast.data.listing import all_files, is_hidden, listed_files, user_path
+from jasper_fast.data.rows import read_rows
+from jasper_fast.data.text_sources import numbered
+from jasper_fast.data.webdataset import TARS, read_tar
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line, looks_like_path
 
 
 def read_images(source: ImageSourceConfig) -> Iterator[Item]:

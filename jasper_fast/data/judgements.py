@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from jasper_fast.errors import JasperError
-from jasper_fast.row_reader import packed, read_lines, read_rows, unpacked_name
+from jasper_fast.data.rows import packed, read_lines, read_rows, unpacked_name
+from jasper_fast.utils.errors import JasperError
 
 ENDINGS = packed(".tsv", ".txt", ".jsonl", ".qrels", ".qrel")
 NEEDED = "give query-id, corpus-id and score"  # the advice in error messages

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
 
 # Names that operating systems write next to data. Names with a leading dot are hidden too.
 SYSTEM_NAMES = {

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.errors import JasperError
-from jasper_fast.text import lone_surrogate
+from jasper_fast.data.text import lone_surrogate
+from jasper_fast.utils.errors import JasperError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

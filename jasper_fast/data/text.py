@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 
@@ -37,3 +38,15 @@ def lone_surrogate(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"has a lone surrogate ({text[error.start]!a}, half a character) at character {error.start + 1}"
     return None
+
+
+def text_digest(text: str, role: str = "document") -> str:
+    """Return the identity of a training text, as 32 hexadecimal digits.
+
+    It is the BLAKE2b-128 digest of role and text.
+
+    Args:
+        text: the text.
+        role: "document" or "query". The default is "document".
+    """
+    return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

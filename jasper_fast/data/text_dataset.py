@@ -15,18 +15,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_fast.arrow import read_mapped, stream_bytes, write_index
-from jasper_fast.config import Config, DataConfig, SourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.files import TEMPORARY, locked, publish_dir, sha256, write_atomic
-from jasper_fast.sources import draw, read_source, say_ignored, source_stamp, try_source
-from jasper_fast.text import normal_form
-from jasper_fast.treatment import Exchanges, sentences, treat
+from jasper_fast.config.data import DataConfig, SourceConfig
+from jasper_fast.data.augment import Exchanges, treat
+from jasper_fast.data.text import normal_form, text_digest
+from jasper_fast.data.text_sources import draw, read_source, say_ignored, source_stamp, try_source
+from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
+from jasper_fast.utils.atomic import TEMPORARY, locked, publish_dir, sha256, write_atomic
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-__all__ = ["build_texts", "normal_form", "prepare_texts", "read_source", "text_digest", "texts_fingerprint"]
 
 FORMAT = 2  # increment it when a code change makes the same settings give other texts
 BUCKETS = 256
@@ -35,18 +34,6 @@ FILE_CHARACTERS = 2**28  # characters per published file
 EXCHANGE_ROWS = 100_000  # rows of a source that supply words for its variants
 
 Text = tuple[str, str, str]  # text, role, digest
-
-
-def text_digest(text: str, role: str = "document") -> str:
-    """Return the identity of a training text, as 32 hexadecimal digits.
-
-    It is the BLAKE2b-128 digest of role and text.
-
-    Args:
-        text: the text.
-        role: "document" or "query". The default is "document".
-    """
-    return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def texts_fingerprint(texts: Dataset) -> str:
@@ -98,58 +85,6 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
             with publish_dir(folder, replace=True) as temporary:
                 _build(data, seed, barred, settings, temporary)
     return load_from_disk(str(folder))
-
-
-def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
-    """Build the training texts of a run, without its evaluation texts and the captions of its held-out images.
-
-    Returns:
-        The texts, as from `build_texts`, and the names of the evaluation sets that share a text with them. Normally
-        only ``transductive`` sets do.
-
-    Raises:
-        JasperError: a text source, an evaluation set or an image source cannot be used.
-    """
-    from jasper_fast.evalsets import load_evals
-    from jasper_fast.image_data import prepare_images
-
-    evalsets = load_evals(config.evaluate)
-    forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in evalsets}
-    barred = frozenset(normal_form(t) for evalset in evalsets for t in evalset.kept_apart())
-    if config.images is not None:
-        _, held_out = prepare_images(config)
-        barred |= {normal_form(caption) for captions in held_out.captions() for caption in captions}
-    texts = build_texts(config.data, config.data.seed, barred)
-    evaluated = barred.union(*forms.values())
-    shared: set[str] = set()
-    if evaluated:
-        shared = {form for text in _column(texts, "text") if (form := normal_form(text)) in evaluated}
-    return texts, [name for name, own_forms in forms.items() if not own_forms.isdisjoint(shared)]
-
-
-def with_trained_piece(held_out: Iterable[str], texts: Dataset, longest: int) -> int:
-    """Count the held-out texts that contain a training text as a piece.
-
-    Only whole texts are excluded from training. Two documents can still share a passage, such as an example.
-
-    Args:
-        held_out: the held-out texts.
-        texts: the training texts, with a column ``text``.
-        longest: the maximum number of sentences in a piece.
-    """
-    pieces: dict[str, set[int]] = {}
-    for number, text in enumerate(held_out):
-        spans = sentences(text)
-        for first in range(len(spans)):
-            for _, end in spans[first : first + longest]:
-                pieces.setdefault(normal_form(text[spans[first][0] : end]), set()).add(number)
-    trained = (normal_form(text) for text in _column(texts, "text"))
-    return len(set[int]().union(*(pieces[form] for form in trained if form in pieces)))
-
-
-def _column(texts: Dataset, column: str) -> Iterator[str]:
-    for batch in texts.select_columns([column]).with_format("arrow").iter(10_000):
-        yield from batch.column(column).to_pylist()
 
 
 def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[str, Any], folder: Path) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.config import ImageSourceConfig, SourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.glyphs import GLYPHS, glyph_names
-from jasper_fast.listing import all_files, listed_files, user_path
-from jasper_fast.models import looks_like_path
-from jasper_fast.row_reader import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
+from jasper_fast.config.data import ImageSourceConfig, SourceConfig
+from jasper_fast.data.glyphs import GLYPHS, glyph_names
+from jasper_fast.data.listing import all_files, listed_files, user_path
+from jasper_fast.data.rows import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import looks_like_path
 
 DOCSTRINGS = "docstrings"
 BUILT_IN = (DOCSTRINGS, GLYPHS)
@@ -47,7 +47,7 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
         JasperError: the source is missing, empty or unreadable, a column is missing, or a cell is null or not text.
     """
     if source.path == DOCSTRINGS:
-        from jasper_fast.docstrings import split_docstrings
+        from jasper_fast.data.docstrings import split_docstrings
 
         yield from split_docstrings()[0]
         return

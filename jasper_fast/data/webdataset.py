@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from jasper_fast.captions import Item, captions_of
-from jasper_fast.config import ImageSourceConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.images import PICTURES, BadImage, check_size
-from jasper_fast.listing import is_hidden
-from jasper_fast.row_reader import decode
+from jasper_fast.config.data import ImageSourceConfig
+from jasper_fast.data.captions import Item, captions_of
+from jasper_fast.data.image_files import PICTURES, BadImage, check_size
+from jasper_fast.data.listing import is_hidden
+from jasper_fast.data.rows import decode
+from jasper_fast.utils.errors import JasperError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TEXT_FILES = ("txt", "caption")  # suffixes of caption files; a .json file can contain caption columns too

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from jasper_fast.config import config_difference
+from jasper_fast.config.diff import config_difference
+from jasper_fast.distributed.gather import split_rows
 from jasper_fast.distributed.liveness import Liveness
-from jasper_fast.errors import JasperError
-from jasper_fast.gather import split_rows
+from jasper_fast.utils.errors import JasperError
 
 RESUME = "Fix: run the same command to resume from the last checkpoint"
 LIVENESS_WAIT = 5.0  # seconds in which ranks detect a failure

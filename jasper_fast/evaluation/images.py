@@ -7,26 +7,22 @@ single caption has no reference. A student can beat the reference, because it se
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from jasper_fast.encode import student_encoder
-from jasper_fast.encoders import normalise
-from jasper_fast.files import write_atomic
-from jasper_fast.image_batches import image_embeddings
-from jasper_fast.image_data import Images
-from jasper_fast.metrics import top_documents
-from jasper_fast.model import Student
+from jasper_fast.data.image_dataset import Images
+from jasper_fast.evaluation.metrics import top_documents
+from jasper_fast.models.embedder import normalise
+from jasper_fast.models.encode import student_encoder
+from jasper_fast.models.micro_batches import EVAL_MICRO_BATCH, ImageBatches
+from jasper_fast.models.student import Student
 
 STUDENT, FLOOR, REFERENCE = "student", "floor: ridge regression", "reference: its other captions"
-OLD_NAMES = {"ceiling: its other captions": REFERENCE}  # in results of earlier versions
 DEPTHS = (1, 5, 10)
-SHEET = "pictures.png"
 FLOOR_SIDE, FLOOR_ROWS = 32, 8000  # side of the floor's images in pixels, and images to fit it on
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 SHEET_QUERIES, SHEET_TOP = 12, 8
@@ -193,110 +189,6 @@ def fit_ridge(features: np.ndarray, targets: np.ndarray) -> Any:
     return lambda rows: normalise((((rows - mean) / deviation) @ weights + centre).astype(np.float32))
 
 
-def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes], side: int = 96) -> None:
-    """Draw a contact sheet. A row shows a caption, its image, and the images it retrieved, with the right one framed.
-
-    Args:
-        sheet: content of the sheet, from :func:`evaluate_pictures`.
-        held_out: held-out images.
-        file: binary file for the PNG.
-        side: side of an image in pixels. Default: 96.
-    """
-    from matplotlib import get_data_path
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
-    gap, left, top = 8, 300, 34
-    places = sorted({*sheet["own"], *(i for retrieved in sheet["found"] for i in retrieved)})
-    pixels = dict(zip(places, held_out.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
-    wide = max(map(len, sheet["found"]))
-    size = (left + (wide + 1) * (side + gap) + 3 * gap, top + len(sheet["captions"]) * (side + gap) + gap)
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    for x, title in ((gap, "query"), (left, "its image"), (left + side + 4 * gap, "retrieved, best first")):
-        draw.text((x, gap), title, fill="#555555", font=font)
-    rows = zip(sheet["captions"], sheet["own"], sheet["found"], strict=True)
-    for line, (caption, target, retrieved) in enumerate(rows):
-        y = top + line * (side + gap)
-        draw.multiline_text((gap, y + 4), _wrapped(caption, 36, 5), fill="black", font=font)
-        page.paste(Image.fromarray(pixels[target]), (left, y))
-        for place, picture in enumerate(retrieved):
-            x = left + side + 4 * gap + place * (side + gap)
-            page.paste(Image.fromarray(pixels[picture]), (x, y))
-            right = picture == target
-            draw.rectangle(
-                (x - 2, y - 2, x + side + 1, y + side + 1),
-                outline="#009E73" if right else "#DDDDDD",
-                width=3 if right else 1,
-            )
-    page.save(file, "png")
-
-
-def write_sheet(path: Path, sheet: Mapping[str, Any], held_out: Images) -> bool:
-    """Draw the contact sheet to a file, if matplotlib is installed. The sheet uses its font.
-
-    Args:
-        path: PNG file to write.
-        sheet: content of the sheet, from :func:`evaluate_pictures`.
-        held_out: held-out images.
-
-    Returns:
-        True if the sheet was drawn, False if matplotlib is missing.
-
-    Raises:
-        JasperError: the file cannot be written.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    content = io.BytesIO()
-    plot_sheet(sheet, held_out, content)
-    write_atomic(path, content.getvalue())
-    return True
-
-
-def scores_markdown(results: Mapping[str, Any]) -> str:
-    """Return the Markdown table of report and model card, with a row per model and width.
-
-    Args:
-        results: scores from :func:`evaluate_pictures`.
-    """
-    ways = ("text → image", "image → text")
-    names = [*(f"R@{k}" for k in DEPTHS), "median rank"]
-    lines = [
-        "| | width | " + " | ".join(f"{way} {name}" for way in ways for name in names) + " |",
-        "| --- | ---: |" + " ---: |" * (len(ways) * len(names)),
-    ]
-    for row in results["rows"]:
-        cells = []
-        for way in ways if row["scores"] else []:
-            cells += [f"{100 * row['scores'][f'{way} R@{k}']:.1f}" for k in DEPTHS]
-            cells.append(f"{row['scores'][f'{way} median rank']:g}")
-        cells = cells or ["–"] * (len(ways) * len(names))
-        name = OLD_NAMES.get(row["model"], row["model"])
-        lines.append(f"| {name} | {row['width']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def pictures_line(results: Mapping[str, Any]) -> str:
-    """Return one line with R@10 and R@1 in both directions at the widest head, compared with the floor.
-
-    Args:
-        results: scores from :func:`evaluate_pictures`.
-    """
-    student, floor = (
-        next((row["scores"] for row in results["rows"] if row["model"] == model), None) for model in (STUDENT, FLOOR)
-    )
-    parts = []
-    for way in ("text → image", "image → text"):
-        name = f"{way} R@10"
-        compared = "" if floor is None else f" (floor {100 * floor[name]:.1f})"
-        assert student is not None
-        parts.append(f"{name} {100 * student[name]:.1f}{compared}, R@1 {100 * student[f'{way} R@1']:.1f}")
-    return f"{results['pictures']} held-out images: " + "; ".join(parts)
-
-
 def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, Any]:
     return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, image_of)}
 
@@ -308,7 +200,17 @@ def _means(vectors: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     return normalise(sums)
 
 
-def _wrapped(text: str, width: int, lines: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+@torch.no_grad()
+def image_embeddings(
+    student: Student, images: Images, device: torch.device, precision: Literal["auto", "fp32", "bf16"]
+) -> dict[int, np.ndarray]:
+    """Return the unit embeddings of all images by width, {width: (n, width)}."""
+    training = student.training
+    student.eval()
+    parts = []
+    for start in range(0, len(images), EVAL_MICRO_BATCH):
+        pixels = images.pixels(np.arange(start, min(start + EVAL_MICRO_BATCH, len(images))), student.seeing.side)
+        parts.append(ImageBatches([pixels], 0).pool(student, device, precision))
+    vectors = student.project(torch.cat(parts))
+    student.train(training)
+    return {width: F.normalize(v.float(), dim=1).cpu().numpy() for width, v in vectors.items()}

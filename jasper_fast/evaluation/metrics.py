@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jasper_fast.codes import CANDIDATES, coded
-from jasper_fast.errors import JasperError
-from jasper_fast.evalsets import ClassificationSet, EvalSet, RetrievalSet
+from jasper_fast.data.eval_sets import ClassificationSet, EvalSet, RetrievalSet
+from jasper_fast.evaluation.quantized import coded
 from jasper_fast.mips import topk
+from jasper_fast.models.quantization import CANDIDATES
+from jasper_fast.utils.errors import JasperError
 
 DEPTH = 100  # ranked documents per query, for recall@100
 DEEPEST = 1000  # ranked documents per query if several tie with the last: the depth of BEIR and mteb

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jasper_fast.errors import JasperError
-from jasper_fast.stock import ROLES
+from jasper_fast.models.sentence_transformer import ROLES
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.model import Student
+    from jasper_fast.models.student import Student
+
 
 TOLERANCE = 1e-5  # maximum difference of a coordinate between an export and its source
 PROBES = {  # texts that exports often encode differently, by property
@@ -77,7 +78,7 @@ def check_same(first: Path, second: Path, width: int, *, trust_remote_code: bool
 @torch.no_grad()
 def _check_images(student: Student, folder: Path) -> None:
     """Compare the image embeddings of an export with the student's at the widest head."""
-    from jasper_fast.pictures import load_student
+    from jasper_fast.models.folder import load_student
 
     vision = student.config.vision
     reloaded = load_student(
@@ -110,7 +111,8 @@ def _student_vectors(student: Student, texts: list[str], role: str) -> Mapping[i
 def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.models import CANNOT_LOAD, first_line
+    from jasper_fast.models.hub import CANNOT_LOAD
+    from jasper_fast.utils.names import first_line
 
     try:
         with torch.random.fork_rng(devices=[]):  # loading draws random weights before it reads the saved ones

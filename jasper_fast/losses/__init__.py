@@ -4,7 +4,7 @@ Each takes (B, D) student and (B, E) teacher embeddings in float16, bfloat16 or 
 autocast) or float64, with any strides. Rows are normalized inside. NaN and inf go through to the loss and its gradient.
 A zero row gets no gradient. Wrong arguments raise from their metadata alone, without waiting for a device.
 
-Each loss has its file. `combined` sums those in the table, `jasper_fast.loss_table`. `reference` has the slow forms.
+Each loss has its file. `combined` sums those in the table, `jasper_fast.config.losses`. `reference` has the slow forms.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weighted sum of the losses in `jasper_fast.loss_table`, over one or several heads."""
+"""The weighted sum of the losses in `jasper_fast.config.losses`, over one or several heads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.gather import gather_rows
-from jasper_fast.loss_table import LOSSES
+from jasper_fast.config.losses import LOSSES
+from jasper_fast.distributed.gather import gather_rows
 from jasper_fast.losses.arguments import (
     LossOptions,
     check_choice,

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jasper_fast import env
 from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
 from jasper_fast.mips.topk_state import TopKState
 from jasper_fast.ops.native import extension_path
+from jasper_fast.utils import hardware as env
 
 # Queries up to which the compiled loops, which read the rows once, are faster than library products.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}

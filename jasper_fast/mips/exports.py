@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jasper_fast.errors import JasperError
-from jasper_fast.files import publish_dir
 from jasper_fast.mips.index import FlatIPIndex
+from jasper_fast.utils.atomic import publish_dir
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     import pyarrow as pa

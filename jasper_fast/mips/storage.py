@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from jasper_fast.errors import JasperError
-from jasper_fast.files import publish_dir, sha256
 from jasper_fast.mips.segment import BIN, ScanCopy, Segment, int8_scan_copy
+from jasper_fast.utils.atomic import publish_dir, sha256
+from jasper_fast.utils.errors import JasperError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "jasper_fast.FlatIPIndex", 1

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jasper_fast.config import TeacherConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.files import write_atomic
-from jasper_fast.models import CANNOT_LOAD, OWN_CODE, first_line, prompt_of, resolve_model
-from jasper_fast.stock import encode_role, load_stock, model_batching, set_length
+from jasper_fast.models.hub import CANNOT_LOAD, OWN_CODE, prompt_of, resolve_model
+from jasper_fast.models.sentence_transformer import encode_role, load_stock, model_batching, set_length
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.teachers import Precision
 
 EncodeWidths = Callable[[list[str], str], Mapping[int, np.ndarray]]
 
@@ -180,75 +174,3 @@ def _chosen_widths(model: SentenceTransformer, heads: dict[int, Any], widths: Se
         got = ", ".join(map(str, missing))
         raise JasperError(f"the model has no width {got} (expected {available}). Fix: choose an available width")
     return chosen
-
-
-def teacher_encoder(
-    configs: Sequence[TeacherConfig], cache: str | Path | None, precision: Precision
-) -> EncodeWidths | None:
-    """Make an encoder of the target embeddings norm(concat(norm(t_i))) of all teachers.
-
-    The target is that of the paper (section "problem", arXiv 2412.19048).
-
-    Args:
-        configs: teachers of the run.
-        cache: folder that keeps embeddings of evaluation texts between runs. None keeps none.
-        precision: precision of the forward pass, as in the run.
-
-    Returns:
-        An encoder of one width. None if a teacher is a file of precomputed embeddings, which cannot encode new texts.
-    """
-    if not configs or any(config.model is None for config in configs):
-        return None
-    parts = [_teacher_part(config, cache, precision) for config in configs]
-
-    def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
-        vectors = normalise(np.concatenate([normalise(np.asarray(part(texts, role))) for part in parts], axis=1))
-        return {vectors.shape[1]: vectors}
-
-    return encode
-
-
-def _teacher_part(
-    config: TeacherConfig, cache: str | Path | None, precision: Precision
-) -> Callable[[list[str], str], np.ndarray]:
-    """Make an encoder of one teacher, whose model loads only if the cache lacks embeddings."""
-    from jasper_fast.encode import pick_device, used_precision
-    from jasper_fast.teachers import describe_teacher, load_teacher
-
-    teacher = functools.cache(lambda: load_teacher(config, precision=precision))
-
-    def encode(texts: list[str], role: str) -> np.ndarray:
-        return teacher().encode(texts, role)
-
-    if cache is None:
-        return encode
-    key = describe_teacher(config) | {"precision": used_precision(pick_device(), precision)}
-    return cached(encode, json.dumps(key, sort_keys=True), cache)
-
-
-def cached(
-    encode: Callable[[list[str], str], np.ndarray], key: str, folder: str | Path
-) -> Callable[[list[str], str], np.ndarray]:
-    """Cache the embeddings of an encoder on disk.
-
-    Args:
-        encode: function from n texts and a role to (n, D) embeddings.
-        key: identity of the model.
-        folder: folder of the cache, with one .npy file for each key, role and list of texts.
-
-    Returns:
-        A function with the arguments of ``encode`` and results in float32.
-    """
-
-    def wrapped(texts: list[str], role: str) -> np.ndarray:
-        digest = hashlib.blake2b(json.dumps([key, role, texts]).encode(), digest_size=16).hexdigest()
-        file = Path(folder) / f"evaluation-{digest}.npy"
-        if file.is_file():
-            return np.load(file)
-        vectors = np.ascontiguousarray(encode(texts, role), dtype=np.float32)
-        content = io.BytesIO()
-        np.save(content, vectors)
-        write_atomic(file, content.getvalue())
-        return vectors
-
-    return wrapped

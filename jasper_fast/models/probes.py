@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jasper_fast.errors import JasperError
-from jasper_fast.models import first_line
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
 
 Encode = Callable[[list[str]], Tensor]  # texts -> (n, D) embeddings, all in one batch
 Batching = Literal["padded", "equal lengths"]  # batches in which a text has the same embedding as alone

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.errors import JasperError
-from jasper_fast.loading import check_tokenizer, load_checked
-from jasper_fast.models import PROMPTS, prompt_of, settings_of
-from jasper_fast.pretrained import give_pad_token, position_limit, position_table
-from jasper_fast.probes import LONG, SHORT, Batching, explained, find_batching
+from jasper_fast.models.backbone import give_pad_token, position_limit, position_table
+from jasper_fast.models.hub import PROMPTS, prompt_of, settings_of
+from jasper_fast.models.loading import check_tokenizer, load_checked
+from jasper_fast.models.probes import LONG, SHORT, Batching, explained, find_batching
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
 
 ROLES = ("query", "document")
 TOKENIZED_AT_ONCE = 512  # texts per call of the tokenizer
@@ -46,7 +47,7 @@ def load_stock(
 
     Raises:
         JasperError: files are missing, weights do not match, or the tokenizer or a length belongs to another model.
-        Exception: one of `jasper_fast.models.CANNOT_LOAD`, raised by the libraries.
+        Exception: one of `jasper_fast.models.hub.CANNOT_LOAD`, raised by the libraries.
     """
     from sentence_transformers import SentenceTransformer
 

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jasper_fast.config import StudentConfig
-from jasper_fast.config_checks import prompt_problem
-from jasper_fast.errors import JasperError
-from jasper_fast.pretrained import (
+from jasper_fast.config.models import StudentConfig, prompt_problem
+from jasper_fast.config.run import Config
+from jasper_fast.models.backbone import (
     OTHER_STUDENT,
     check_max_length,
-    keep_layers,
-    layer_list,
     load_encoder,
     make_bidirectional,
-    no_layers,
     token_type_template,
 )
-from jasper_fast.probes import LONG, SHORT, explained, find_batching
-from jasper_fast.vision import VisionTower
+from jasper_fast.models.layers import keep_layers, layer_list, no_layers
+from jasper_fast.models.probes import LONG, SHORT, explained, find_batching
+from jasper_fast.models.vision_tower import VisionTower
+from jasper_fast.utils.errors import JasperError
 
 FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # names of the norm after the last layer
 
@@ -375,3 +373,9 @@ def pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
         return flat.view(len(token_ids), longest), None
     mask = torch.arange(longest) < lengths[:, None]  # (B, L)
     return torch.full(mask.shape, pad_id).masked_scatter_(mask, flat), mask
+
+
+def build_student(config: Config) -> Student:
+    """Return the untrained student. Its new heads depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    return Student.build(config.student)

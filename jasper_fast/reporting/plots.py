@@ -8,12 +8,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
-from jasper_fast.loss_table import PARTS
+from jasper_fast.config.losses import PARTS
+from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Palette of Okabe and Ito, safe for colour-blind readers. Markers and dashes differ as well.
 COLOURS = {TEACHER: "#333333", STUDENT: "#0072B2", BEFORE: "#A6CEE8", PCA: "#E69F00", TRUNCATED: "#009E73"}

@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jasper_fast.codes import CANDIDATES, PRECISIONS
-from jasper_fast.config_text import NOT_YAML, parse_yaml
-from jasper_fast.errors import JasperError
-from jasper_fast.evaluate import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share, remark_lines
-from jasper_fast.files import write_atomic
-from jasper_fast.models import resolve_model
-from jasper_fast.vision_eval import SHEET, pictures_line, scores_markdown
+from jasper_fast.config.yaml import NOT_YAML, parse_yaml
+from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share, remark_lines
+from jasper_fast.models.hub import resolve_model
+from jasper_fast.models.quantization import CANDIDATES, PRECISIONS
+from jasper_fast.reporting.contact_sheet import SHEET
+from jasper_fast.reporting.tables import pictures_line, scores_markdown
+from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.errors import JasperError
 
 TOLD = 20  # entries of a list that the report prints
 NO_PLOTS = (
@@ -130,7 +131,7 @@ def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[st
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         return {"missing": NO_PLOTS}
-    from jasper_fast import plots
+    from jasper_fast.reporting import plots
 
     drawings: dict[str, tuple[str, Any]] = {}
     if steps:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.arrow import read_mapped, stream_bytes, write_index
-from jasper_fast.config import config_difference
-from jasper_fast.errors import JasperError
-from jasper_fast.files import TEMPORARY, sha256, sweep_unfinished, write_atomic
+from jasper_fast.config.diff import config_difference
+from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
+from jasper_fast.utils.atomic import TEMPORARY, sha256, sweep_unfinished, write_atomic
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Features
+
 
 HEADER = "teacher.json"
 SHARD_ROWS = 2048  # texts; a killed process loses at most one shard

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jasper_fast.data import text_digest
-from jasper_fast.errors import JasperError
-from jasper_fast.files import disk_errors
-from jasper_fast.lending import digest_keys
-from jasper_fast.listing import listed_files, user_path
-from jasper_fast.row_reader import packed, read_rows
+from jasper_fast.data.listing import listed_files, user_path
+from jasper_fast.data.rows import packed, read_rows
+from jasper_fast.data.text import text_digest
+from jasper_fast.teachers.reuse import digest_keys
+from jasper_fast.utils.atomic import disk_errors
+from jasper_fast.utils.errors import JasperError
 
 SUFFIXES = (".npy", ".parquet", *packed(".jsonl"))
 KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"

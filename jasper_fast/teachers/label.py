@@ -1,16 +1,7 @@
-"""Cache the teacher embeddings of a run's training texts.
-
-    python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
-    python -m jasper_fast.teach … --texts texts.parquet                    # only write the texts, to embed elsewhere
-    torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # split the shards between processes
-
-Rerun the same command to resume. Embeddings are reused from the caches of other datasets with the same teacher.
-Training runs this step by itself if embeddings are missing.
-"""
+"""Label texts with teacher embeddings: fill the caches, in one process or several."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -22,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
-from jasper_fast.command_line import Once
-from jasper_fast.config import Config, TeacherConfig, load_arguments
-from jasper_fast.data import prepare_texts, texts_fingerprint
-from jasper_fast.distributed.ranks import join_ranks
-from jasper_fast.errors import JasperError, Problems, run_cli
-from jasper_fast.files import TEMPORARY, check_file, disk_errors, locked
-from jasper_fast.lending import Lenders
-from jasper_fast.targets import Log, Opened, Place, open_all, open_teacher, share
-from jasper_fast.teachers import Teacher, check_own_code, describe_teacher
-from jasper_fast.vectors import ReadyVectors, describe_vectors
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.run import Config
+from jasper_fast.data.text_dataset import texts_fingerprint
+from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
+from jasper_fast.teachers.model import Teacher, check_own_code, describe_teacher
+from jasper_fast.teachers.opening import Log, Opened, Place, open_all, open_teacher, share
+from jasper_fast.teachers.precomputed import ReadyVectors, describe_vectors
+from jasper_fast.teachers.reuse import Lenders
+from jasper_fast.utils.atomic import TEMPORARY, disk_errors, locked
+from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from jasper_fast.model import Student
+    from jasper_fast.models.student import Student
+
 
 SILENCE = 1800.0  # seconds without a new shard after which the other processes count as dead
 
@@ -339,44 +330,3 @@ def print_error(message: str) -> None:
 
 def _silent(message: str) -> None:
     pass
-
-
-def main(argv: list[str]) -> int:
-    """Build the training texts of a configuration and cache the embeddings of all its teachers."""
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
-    parser.add_argument("--config", action=Once, help="YAML file or name of a recipe (default: the embedded recipe)")
-    parser.add_argument(
-        "--texts",
-        metavar="FILE.parquet",
-        action=Once,
-        help="only write the training texts to this file, in the row order of precomputed embeddings",
-    )
-    known, rest = parser.parse_known_args(argv)
-    config = load_arguments(known.config, rest, ("config", "texts"))
-    if known.texts is None:
-        check_teachers(config)
-    elif not known.texts.endswith(".parquet"):
-        raise JasperError(
-            f"--texts: not a parquet file (got {known.texts!r}). Fix: give a name that ends with .parquet"
-        )
-    else:
-        check_file(known.texts)
-    with join_ranks(config.parallel.timeout) as ranks:
-        texts, remaining = prepare_texts(config)
-        if ranks.is_main:
-            print(f"{len(texts)} training texts ({config.data.cache})")
-            for name in remaining:
-                print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
-        if known.texts is not None:
-            ranks.on_main(lambda: write_texts(texts, Path(known.texts)))
-            if ranks.is_main:
-                print(f"{known.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
-            return 0
-        vectors = ensure_teachers(config, texts)
-    if ranks.is_main:
-        print(f"{len(vectors)} target embeddings of width {' + '.join(map(str, vectors.widths))} are ready")
-    return 0
-
-
-if __name__ == "__main__":
-    run_cli(main, resumes=True)

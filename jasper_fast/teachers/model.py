@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from jasper_fast.config import TeacherConfig
-from jasper_fast.encode import autocast, used_precision
-from jasper_fast.errors import JasperError
-from jasper_fast.models import CANNOT_LOAD, first_line, model_revision, own_prompts, resolve_model, routes_by_role
-from jasper_fast.probes import Batching
-from jasper_fast.stock import encode_role, limit_length, load_stock, model_batching, token_lengths
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.models.hub import CANNOT_LOAD, model_revision, own_prompts, resolve_model, routes_by_role
+from jasper_fast.models.probes import Batching
+from jasper_fast.models.sentence_transformer import encode_role, limit_length, load_stock, model_batching, token_lengths
+from jasper_fast.utils.device import autocast, used_precision
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
 
 Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], object]  # number of texts and of tokens in the batch that was just encoded

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jasper_fast.cache import TeacherCache
-from jasper_fast.checks import check_losses
-from jasper_fast.config import Config, TeacherConfig
-from jasper_fast.encode import pick_device, pool_texts
-from jasper_fast.errors import JasperError
-from jasper_fast.files import check_room, disk_errors
-from jasper_fast.row_order import centred_similarities, lexical_similarities
-from jasper_fast.teachers import Teacher, load_teacher
-from jasper_fast.vectors import ReadyVectors
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.run import Config, check_losses
+from jasper_fast.models.encode import pool_texts
+from jasper_fast.teachers.cache import TeacherCache
+from jasper_fast.teachers.model import Teacher, load_teacher
+from jasper_fast.teachers.precomputed import ReadyVectors
+from jasper_fast.teachers.row_order import centred_similarities, lexical_similarities
+from jasper_fast.utils.atomic import check_room, disk_errors
+from jasper_fast.utils.device import pick_device
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from jasper_fast.model import Student
+    from jasper_fast.models.student import Student
+
 
 Opened = Teacher | ReadyVectors
 Place = tuple[int, int]  # rank of this process, number of processes
@@ -142,7 +144,7 @@ def _similarities(
     config: Config, student: Student | None, log: Log, texts: list[str], roles: list[str]
 ) -> list[np.ndarray]:
     """Similarities of the texts by their words, and by the untrained student if it can be built. Each (n, n)."""
-    from jasper_fast.training.preflight import build_student
+    from jasper_fast.models.student import build_student
 
     lexical = lexical_similarities(texts)
     try:

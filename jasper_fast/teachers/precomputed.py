@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.config import DataConfig, TeacherConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.lending import digest_keys
-from jasper_fast.listing import listed_files, user_path
-from jasper_fast.row_order import FEWEST, Fit, centred_similarities, fit_of_order
-from jasper_fast.teachers import normalised
-from jasper_fast.text import normal_form
-from jasper_fast.vector_files import KINDS, SUFFIXES, Keys, open_vectors, texts_of, vector_paths
+from jasper_fast.config.data import DataConfig
+from jasper_fast.config.models import TeacherConfig
+from jasper_fast.data.listing import listed_files, user_path
+from jasper_fast.data.text import normal_form
+from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, Keys, open_vectors, texts_of, vector_paths
+from jasper_fast.teachers.model import normalised
+from jasper_fast.teachers.reuse import digest_keys
+from jasper_fast.teachers.row_order import FEWEST, Fit, centred_similarities, fit_of_order
+from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 FORMAT = 2  # incremented when the same files would give other embeddings
 TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jasper_fast.arrow import read_mapped
-from jasper_fast.cache import HEADER, TeacherCache
-from jasper_fast.files import sha256
+from jasper_fast.teachers.cache import HEADER, TeacherCache
+from jasper_fast.utils.arrow_files import read_mapped
+from jasper_fast.utils.atomic import sha256
 
 
 class Lent(NamedTuple):

@@ -10,10 +10,13 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jasper_fast.encode import MicroBatches
-    from jasper_fast.image_batches import ImageBatches
-    from jasper_fast.image_data import Images
-    from jasper_fast.vision_loss import LossInputs
+    from jasper_fast.data.image_dataset import Images
+    from jasper_fast.models.micro_batches import ImageBatches, MicroBatches
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from jasper_fast.losses.contrastive import Mixed
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -49,7 +52,7 @@ class TrainingData:
     @cached_property
     def fingerprint(self) -> str:
         """The identity of the texts."""
-        from jasper_fast.data import texts_fingerprint
+        from jasper_fast.data.text_dataset import texts_fingerprint
 
         return texts_fingerprint(self.texts)
 
@@ -83,3 +86,27 @@ class Batch:
         """Token ids of the longest text. None: nothing is encoded, or images are."""
         first: Any = self.texts.token_ids[0][0] if self.texts is not None else None
         return first if isinstance(first, list) else None
+
+
+class LossInputs(NamedTuple):
+    """Inputs of the vision loss next to the embeddings of the batch's captions.
+
+    The first field has the captions' indices among the stage's distinct ones, (B,) int64. None means that the loss does
+    not use those. The second has the images that are mixed in, or None.
+    """
+
+    places: Tensor | None = None
+    mixed: Mixed | None = None
+
+    def to(self, device: torch.device) -> LossInputs:
+        """Move all tensors to a device."""
+        places = None if self.places is None else self.places.to(device)
+        if self.mixed is None:
+            return LossInputs(places)
+        captions, shares, laid = self.mixed
+        return LossInputs(
+            places, Mixed(captions.to(device), shares.to(device), None if laid is None else laid.to(device))
+        )
+
+
+NO_INPUTS = LossInputs()

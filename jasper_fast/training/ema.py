@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jasper_fast.sharding import own_part
+from jasper_fast.distributed.fsdp import own_part
 
 EMA = "average"  # its key in the optimizer's state
 

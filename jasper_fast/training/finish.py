@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from jasper_fast.card import run_facts, write_card
-from jasper_fast.codes import CALIBRATION_TEXTS, int8_ranges
-from jasper_fast.data import with_trained_piece
-from jasper_fast.encode import student_encoder
-from jasper_fast.encoders import load_model, model_encoder
-from jasper_fast.env import cpu_name
-from jasper_fast.evalsets import RetrievalSet
-from jasper_fast.evaluate import PCA_ROWS, evaluate_run, load_evals
-from jasper_fast.export import export_student
-from jasper_fast.model import Student
-from jasper_fast.pictures import load_student
-from jasper_fast.report import final_line, write_report
-from jasper_fast.sharding import collect, is_sharded, load_weights
+from jasper_fast.data.eval_loaders import load_evals
+from jasper_fast.data.eval_sets import RetrievalSet
+from jasper_fast.data.prepare import with_trained_piece
+from jasper_fast.distributed.fsdp import collect, is_sharded, load_weights
+from jasper_fast.evaluation.images import evaluate_pictures
+from jasper_fast.evaluation.score import PCA_ROWS, evaluate_run
+from jasper_fast.exporting.student import export_student
+from jasper_fast.models.embedder import load_model, model_encoder
+from jasper_fast.models.encode import student_encoder
+from jasper_fast.models.folder import load_student
+from jasper_fast.models.quantization import CALIBRATION_TEXTS, int8_ranges
+from jasper_fast.models.student import Student, build_student
+from jasper_fast.reporting.contact_sheet import SHEET, write_sheet
+from jasper_fast.reporting.model_card import run_facts, write_card
+from jasper_fast.reporting.report import final_line, write_report
+from jasper_fast.reporting.tables import pictures_line
 from jasper_fast.training.data import Teachers, TrainingData
-from jasper_fast.training.preflight import build_student
 from jasper_fast.training.run.folder import RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.run import Run
-from jasper_fast.vision_eval import SHEET, evaluate_pictures, pictures_line, write_sheet
+from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
 

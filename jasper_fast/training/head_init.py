@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.config import StageConfig
-from jasper_fast.model import Student
-from jasper_fast.sharding import set_whole, whole
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import set_whole, whole
+from jasper_fast.models.student import Student
 
 PRINCIPAL_ROWS = 16_384  # texts from which the axes are computed
 

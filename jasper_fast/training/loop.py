@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from jasper_fast.config import StageConfig
-from jasper_fast.model import Student
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 from jasper_fast.training.ema import load_ema
 from jasper_fast.training.memory import measure_activations

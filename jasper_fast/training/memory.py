@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.config import StageConfig
-from jasper_fast.encode import EVAL_MICRO_BATCH, autocast
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import is_sharded
+from jasper_fast.models.micro_batches import EVAL_MICRO_BATCH
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Precision
 from jasper_fast.training.rng import random_state, set_random_state
+from jasper_fast.utils.device import autocast
+from jasper_fast.utils.errors import JasperError
 
 
 def saved_bytes(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.files import locked, publish_dir
+from jasper_fast.utils.atomic import locked, publish_dir
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from jasper_fast.model import Student
-from jasper_fast.sharding import own_part
+from jasper_fast.distributed.fsdp import own_part
+from jasper_fast.models.student import Student
 
 
 def offload_activations(on: bool, student: Student, device: torch.device) -> AbstractContextManager[Any]:

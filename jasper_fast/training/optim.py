@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from jasper_fast.config import StageConfig
-from jasper_fast.model import Student
-from jasper_fast.sharding import whole
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import whole
+from jasper_fast.models.student import Student
 from jasper_fast.training.ema import track_ema
 
 

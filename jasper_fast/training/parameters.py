@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 import torch
 
-from jasper_fast.config import StageConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.sharding import own_part
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import own_part
+from jasper_fast.models.student import Student
+from jasper_fast.utils.errors import JasperError
 
 
 def text_parameters(student: Student, stage: StageConfig) -> list[str]:

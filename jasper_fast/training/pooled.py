@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.config import StageConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import is_sharded
 from jasper_fast.distributed.ranks import Ranks
-from jasper_fast.encode import pool_texts
-from jasper_fast.files import write_atomic
-from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
+from jasper_fast.models.encode import pool_texts
+from jasper_fast.models.student import Student
 from jasper_fast.training.parameters import frozen_digest
 from jasper_fast.training.sampler import BatchPlan
+from jasper_fast.utils.atomic import write_atomic
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run

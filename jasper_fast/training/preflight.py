@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from jasper_fast.config import Config
-from jasper_fast.errors import JasperError, Problems
-from jasper_fast.files import check_room, check_writable
-from jasper_fast.model import Student
+from jasper_fast.config.run import Config
+from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.run.folder import POOLED, existing_difference, what_decides
 from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
+from jasper_fast.utils.atomic import check_room, check_writable
+from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
@@ -35,9 +33,9 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
     Raises:
         JasperError: something is missing, unreadable or impossible. All that is known before the texts is listed.
     """
-    from jasper_fast.data import prepare_texts
-    from jasper_fast.image_data import prepare_images
-    from jasper_fast.teach import check_teachers
+    from jasper_fast.data.image_dataset import prepare_images
+    from jasper_fast.data.prepare import prepare_texts
+    from jasper_fast.teachers.label import check_teachers
 
     problems = Problems()
     with problems:
@@ -57,12 +55,6 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
     data = TrainingData(texts, tuple(transductive), images, held_out)
     check_sizes(config, data)
     return student, data
-
-
-def build_student(config: Config) -> Student:
-    """Return the untrained student. Its new heads depend on the seed alone."""
-    torch.manual_seed(config.seed)
-    return Student.build(config.student)
 
 
 def check_stages(config: Config, student: Student, ranks: int) -> None:
@@ -85,9 +77,9 @@ def check_sources(config: Config) -> None:
     Raises:
         JasperError: every set and source that cannot be read.
     """
-    from jasper_fast.evalsets import load_evals
-    from jasper_fast.image_data import images_built, try_images
-    from jasper_fast.sources import is_local, try_source
+    from jasper_fast.data.eval_loaders import load_evals
+    from jasper_fast.data.image_dataset import images_built, try_images
+    from jasper_fast.data.text_sources import is_local, try_source
 
     problems, to_build = Problems(), False
     with problems:
@@ -143,8 +135,8 @@ def check_start(run: Run, student: Student, data: TrainingData) -> None:
 
 def _facts(config: Config, data: TrainingData, ranks: int) -> dict[str, Any]:
     """Return fingerprints of all that changes the numbers of a run."""
-    from jasper_fast.cache import joined_fingerprint
-    from jasper_fast.teach import teacher_caches
+    from jasper_fast.teachers.cache import joined_fingerprint
+    from jasper_fast.teachers.label import teacher_caches
 
     facts: dict[str, Any] = {
         "teachers": joined_fingerprint(teacher_caches(config, data.texts)),
@@ -190,7 +182,7 @@ def describe_plan(config: Config, folder: Path) -> str:
     Raises:
         JasperError: a run would reject the configuration before its first step.
     """
-    from jasper_fast.teach import check_targets
+    from jasper_fast.teachers.label import check_targets
 
     student, data = prepare(config)
     check_disk(config, folder, student, data)

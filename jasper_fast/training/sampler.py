@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.config import Config
-from jasper_fast.errors import JasperError
+from jasper_fast.config.run import Config
 from jasper_fast.training.data import Teachers
 from jasper_fast.training.neighbours import Graph, cached_graph
+from jasper_fast.utils.errors import JasperError
 
 BatchPlan = Callable[[int], np.ndarray]  # stage step -> (B,) int64 rows
 

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.config import StageConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import is_sharded
 from jasper_fast.distributed.ranks import Ranks
-from jasper_fast.encode import autocast
-from jasper_fast.errors import JasperError
 from jasper_fast.losses import AnyOutput
-from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Precision
 from jasper_fast.training.offload import offload_activations
 from jasper_fast.training.rng import random_state, replay
+from jasper_fast.utils.device import autocast
+from jasper_fast.utils.errors import JasperError
 
 
 class StepTimer:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jasper_fast.files import write_atomic
+from jasper_fast.utils.atomic import write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa

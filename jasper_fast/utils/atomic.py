@@ -19,8 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from jasper_fast.errors import JasperError
-from jasper_fast.fingerprint import file_sha256
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256
 
 TEMPORARY = ".unfinished-"  # prefix of unpublished files and folders, which may be deleted
 REPLACED = ".replaced-"  # the folder .replaced-NAME-xxxxxxxx holds the old NAME during its replacement

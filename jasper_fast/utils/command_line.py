@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jasper_fast.config_overrides import CONFIG_FILES
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import CONFIG_FILES
 
 LARGEST = 10**9  # limit for numbers of texts, tokens and widths, which all libraries accept
 

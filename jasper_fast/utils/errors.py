@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from jasper_fast.output import drop_buffers, open_standard_streams, output_status, tolerant_output
+from jasper_fast.utils.output import drop_buffers, open_standard_streams, output_status, tolerant_output
 
 # Errors of the system that only the user can fix.
 FIXES = {
@@ -84,8 +84,8 @@ class Problems(list[str]):
 def run_cli(main: Callable[[list[str]], int | None], resumes: bool = False) -> None:
     """Run a command and end the process. A JasperError becomes one message and exit status 2.
 
-    Failed output does not stop the command (:mod:`jasper_fast.output`). Afterwards the exit status is 141 for a closed
-    pipe, or 1 for another error. It stays 0 for a command that resumes, because its results are files.
+    Failed output does not stop the command (:mod:`jasper_fast.utils.output`). Afterwards the exit status is 141 for a
+    closed pipe, or 1 for another error. It stays 0 for a command that resumes, because its results are files.
 
     Args:
         main: function of the command, which takes the arguments and returns an exit status or None.

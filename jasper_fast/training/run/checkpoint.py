@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jasper_fast.errors import JasperError
-from jasper_fast.files import publish_dir, sha256, sweep_unfinished
-from jasper_fast.sharding import collect, load_optimizer, load_weights
+from jasper_fast.distributed.fsdp import collect, load_optimizer, load_weights
+from jasper_fast.utils.atomic import publish_dir, sha256, sweep_unfinished
+from jasper_fast.utils.errors import JasperError
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 

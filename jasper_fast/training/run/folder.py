@@ -10,11 +10,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from jasper_fast.config import Config, config_difference, dump_config, stored_config
-from jasper_fast.config_text import read_yaml
-from jasper_fast.errors import ConfigError, JasperError
-from jasper_fast.files import disk_errors, sweep_unfinished, write_atomic
+from jasper_fast.config.diff import config_difference
+from jasper_fast.config.load import dump_config, stored_config
+from jasper_fast.config.run import Config
+from jasper_fast.config.yaml import read_yaml
 from jasper_fast.training.run.log import LOG
+from jasper_fast.utils.atomic import disk_errors, sweep_unfinished, write_atomic
+from jasper_fast.utils.errors import ConfigError, JasperError
 
 CONFIG, RESULTS, CHECKPOINTS, POOLED, LOCK = "config.yaml", "results.json", "checkpoints", "pooled", ".lock"
 MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not change the numbers

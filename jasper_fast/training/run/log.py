@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-from jasper_fast.config import Config, LogConfig
-from jasper_fast.errors import JasperError
-from jasper_fast.files import disk_errors, write_atomic
-from jasper_fast.loss_table import PARTS
+from jasper_fast.config.losses import PARTS
+from jasper_fast.config.run import Config, LogConfig
+from jasper_fast.utils.atomic import disk_errors, write_atomic
+from jasper_fast.utils.errors import JasperError
 
 LOG = "log.jsonl"
 IDENTITY = "tracking-id"  # the file by which a resumed run is the same run for trackers

@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 
-from jasper_fast.config import Config, StageConfig, config_difference
+from jasper_fast.config.diff import config_difference
+from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import shard
 from jasper_fast.distributed.ranks import Ranks, join_ranks
-from jasper_fast.encode import pick_device
-from jasper_fast.env import code_digest
-from jasper_fast.errors import JasperError
-from jasper_fast.model import Student
-from jasper_fast.output import tolerant_output
-from jasper_fast.sharding import shard
+from jasper_fast.models.student import Student
+from jasper_fast.ops.native import code_digest
 from jasper_fast.training.data import Batch, Precision
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.training.run.folder import RunFolder, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog, Tracker, start_trackers
 from jasper_fast.training.run.signals import RESUME, Stopped, leave_on_sigterm, stop_on_signal
+from jasper_fast.utils.device import pick_device
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.output import tolerant_output
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jasper_fast.errors import JasperError
+from jasper_fast.utils.errors import JasperError
 
 RESUME = "Run the same command to resume"
 

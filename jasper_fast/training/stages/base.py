@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from jasper_fast.config import Config, StageConfig
-from jasper_fast.errors import JasperError, Problems
+from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
 from jasper_fast.losses import AnyOutput
-from jasper_fast.model import Student
-from jasper_fast.pretrained import check_max_length
+from jasper_fast.models.backbone import check_max_length
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Teachers, TrainingData
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.optim import learning_rate, make_optimizer
@@ -25,6 +25,7 @@ from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.pooled import PooledStates
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan, batch_plan
+from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run

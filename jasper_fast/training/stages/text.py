@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jasper_fast.config import StageConfig
+from jasper_fast.config.stage import StageConfig
+from jasper_fast.distributed.fsdp import is_sharded
 from jasper_fast.distributed.ranks import Ranks
-from jasper_fast.encode import MicroBatches
-from jasper_fast.model import Student
-from jasper_fast.sharding import is_sharded
-from jasper_fast.stages import StageLoss
+from jasper_fast.models.micro_batches import MicroBatches
+from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Teachers
 from jasper_fast.training.head_init import PRINCIPAL_ROWS, start_at_principal_axes
 from jasper_fast.training.parameters import text_parameters
@@ -19,6 +18,7 @@ from jasper_fast.training.prefetch import batches_of
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan
 from jasper_fast.training.stages.base import BaseStage
+from jasper_fast.training.stages.losses import StageLoss
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run

@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jasper_fast.config import AugmentConfig, StageConfig
+from jasper_fast.config.stage import AugmentConfig, StageConfig
+from jasper_fast.data.image_dataset import Images, tied
 from jasper_fast.distributed.ranks import Ranks
-from jasper_fast.errors import JasperError, Problems
-from jasper_fast.image_batches import ImageBatches
-from jasper_fast.image_data import Images, tied
-from jasper_fast.model import Student
-from jasper_fast.models import first_line
-from jasper_fast.training.data import Batch
+from jasper_fast.losses.contrastive import Captions, Mixed
+from jasper_fast.models.micro_batches import ImageBatches
+from jasper_fast.models.student import Student
+from jasper_fast.training.data import Batch, LossInputs
 from jasper_fast.training.parameters import tower_parameters
 from jasper_fast.training.pooled import PooledStates, pooled_states
 from jasper_fast.training.prefetch import batches_of
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan
 from jasper_fast.training.stages.base import BaseStage
-from jasper_fast.vision_loss import Captions, Mixed, LossInputs, VisionLoss
+from jasper_fast.training.stages.losses import VisionLoss
+from jasper_fast.utils.errors import JasperError, Problems
+from jasper_fast.utils.names import first_line
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run

@@ -1,0 +1,170 @@
+"""Old module names as aliases, kept for one release: ``jasper_fast.files`` is now ``jasper_fast.utils.atomic``.
+
+Importing an old module, or an old name from one, works and raises a DeprecationWarning with the new place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+REMOVED_IN = "0.3"
+# Old module: the modules that its names are in now.
+MODULES: dict[str, str] = {
+    "arrow": "utils.arrow_files",
+    "batches": "training.pooled training.prefetch training.sampler training.data training.preflight",
+    "binned": "losses.relative_binned",
+    "cache": "teachers.cache",
+    "captions": "data.captions",
+    "card": "reporting.model_card models.folder utils.names",
+    "checkpoint": "training.run.checkpoint",
+    "checks": "training.step config.run training.parameters training.preflight",
+    "codes": "models.quantization evaluation.quantized",
+    "command_line": "utils.command_line",
+    "config": (
+        "config.types config.load config.data config.models config.run config.stage "
+        "config.loss_weights config.diff config.losses"
+    ),
+    "config_checks": "config.models config.run config.stage",
+    "config_overrides": "config.overrides utils.names",
+    "config_problems": "config.messages config.schema config.diff models.probes",
+    "config_text": "config.yaml",
+    "cost": "ops.cost",
+    "data": "data.text_dataset data.prepare data.text",
+    "docstrings": "data.docstrings",
+    "encode": "models.micro_batches utils.device models.encode",
+    "encoders": "models.embedder teachers.encoder",
+    "env": "utils.hardware ops.native",
+    "errors": "utils.errors",
+    "eval_files": "data.eval_files",
+    "evalsets": "data.eval_sets data.eval_loaders",
+    "evaluate": "evaluation.score",
+    "export": "models.folder exporting.onnx exporting.forms exporting.student",
+    "extension": "ops.native",
+    "files": "utils.atomic",
+    "finish": "train training.finish",
+    "gather": "distributed.gather",
+    "glyphs": "data.glyphs",
+    "image_data": "data.image_dataset",
+    "image_sources": "data.image_sources",
+    "images": "data.image_files",
+    "judgements": "data.judgements",
+    "lending": "teachers.reuse",
+    "listing": "data.listing",
+    "loading": "models.loading",
+    "log": "training.run.log config.losses",
+    "losses": "losses.combined losses.relative_similarity losses.similarity losses.reference",
+    "metrics": "evaluation.metrics",
+    "model": "models.student",
+    "models": "models.hub utils.names",
+    "neighbours": "training.neighbours",
+    "ops": "losses.relative_exact kernels.pair_losses ops.dispatch",
+    "output": "utils.output",
+    "parity": "exporting.parity",
+    "pictures": "models.folder",
+    "plots": "reporting.plots config.losses",
+    "prepare": "training.preflight models.student training.stages.base",
+    "pretrained": "models.backbone models.layers",
+    "probes": "models.probes",
+    "ranks": "distributed.ranks",
+    "reference": "losses.reference",
+    "report": "reporting.report",
+    "roll": "distributed.liveness",
+    "row_order": "teachers.row_order",
+    "row_reader": "data.rows",
+    "run_folder": "training.run.folder",
+    "sampler": "training.sampler",
+    "sharding": "distributed.fsdp",
+    "sources": "data.text_sources",
+    "stages": "training.stages.losses training.optim training.parameters training.stages.base",
+    "starts": "training.head_init",
+    "step": "training.memory training.offload training.step",
+    "stock": "models.sentence_transformer",
+    "targets": "teachers.opening",
+    "teach": "teachers.label",
+    "teachers": "teachers.model",
+    "text": "data.text",
+    "train": "training.run.signals training.loop",
+    "treatment": "data.augment",
+    "vector_files": "teachers.embedding_files",
+    "vectors": "teachers.precomputed",
+    "vision": "models.vision_tower",
+    "vision_batches": "training.stages.vision models.micro_batches",
+    "vision_eval": "evaluation.images reporting.contact_sheet reporting.tables",
+    "vision_loss": "losses.contrastive training.stages.losses",
+    "webdataset": "data.webdataset",
+}
+
+
+def find(old: str, name: str) -> Any:
+    """Return what an old module's name is now.
+
+    Args:
+        old: the old module without the package, such as "files".
+        name: a function, class or constant of it.
+
+    Raises:
+        AttributeError: the old module had no such name, or it was removed.
+    """
+    for module in MODULES[old].split():
+        place = importlib.import_module(f"{__package__}.{module}")
+        if hasattr(place, name):
+            warnings.warn(
+                f"{__package__}.{old}.{name} is now {place.__name__}.{name}; the old name works until {REMOVED_IN}",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            return getattr(place, name)
+    raise AttributeError(f"module {__package__}.{old!r} has no attribute {name!r}")
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a module that still exists and lost some of its names to others."""
+    old = module.removeprefix(f"{__package__}.")
+
+    def get(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return find(old, name)
+
+    return get
+
+
+class _OldModule(ModuleType):
+    """A module whose names are looked up in the modules that took its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(self.__name__.removeprefix(f"{__package__}."), name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find the modules of the table under their old names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return a spec for an old name, and None for any other module."""
+        package, _, old = fullname.partition(".")
+        known = package == __package__ and old in MODULES
+        return importlib.machinery.ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Make the alias."""
+        return _OldModule(spec.name, f"Alias of {MODULES[spec.name.partition('.')[2]]}, kept until {REMOVED_IN}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: names are looked up when they are used."""
+
+
+def install() -> None:
+    """Make the old names importable. They are looked up last, after every module that exists."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

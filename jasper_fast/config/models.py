@@ -1,0 +1,134 @@
+"""Sections `student` and `teachers`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from jasper_fast.config.types import (
+    FractionBelowOne,
+    Number,
+    PositiveInt,
+    Section,
+    Width,
+)
+
+
+class Prompts(Section):
+    """Prompts put before each query or document.
+
+    ``{text}`` marks where the text goes. Without it, the text follows the prompt.
+    """
+
+    query: str = ""  # prompt of queries
+    document: str = ""  # prompt of documents
+
+
+class TeacherPrompts(Section):
+    """Prompts of a teacher.
+
+    A missing field means the model's own prompt. An empty string disables it.
+    """
+
+    query: str | None = None  # prompt of queries
+    document: str | None = None  # prompt of documents
+
+
+class TeacherConfig(Section):
+    """One teacher: a model to run, or a file of precomputed embeddings."""
+
+    model: str | None = None  # hub name, path, or `package:import_name/folder`
+    # .parquet or .jsonl file with a `digest` or `text` column, .npy file with one row per text in order, or a folder
+    vectors: str | None = None
+    revision: str | None = None  # branch, tag or commit on the model hub
+    prompts: TeacherPrompts = TeacherPrompts()
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's setting, or mean if it has none
+    max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
+    dense: str | None = None  # folder of the Dense head to use inside the model, e.g. 2_Dense_8192 (Stella)
+    truncate_dim: PositiveInt | None = None  # keep only the first coordinates (Matryoshka teachers)
+    batch_tokens: PositiveInt = 8192  # tokens per forward pass, padding included
+    trust_remote_code: bool = False  # permission to run code that comes with the model
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.model is None) == (self.vectors is None):
+            raise ValueError(
+                "expected exactly one of `model` and `vectors`. "
+                "Fix: give either `model` (a teacher to run) or `vectors` (precomputed embeddings)"
+            )
+        if self.vectors is not None and self.dense is not None:
+            raise ValueError(
+                "`dense` chooses a head of a `model`, and precomputed `vectors` have no heads. Fix: leave `dense` out"
+            )
+        return self
+
+
+class VisionConfig(Section):
+    """Vision tower of the student.
+
+    The tower's tokens are resampled and enter the text encoder as input embeddings.
+    """
+
+    model: str | None = None  # Hugging Face vision tower with a fixed image size, e.g. SigLIP
+    tower: dict[str, Number] | None = None  # fields of a SiglipVisionConfig, for a tower trained from scratch
+    revision: str | None = None  # branch, tag or commit on the model hub
+    image_tokens: PositiveInt = 300  # input embeddings per image for the text encoder
+    start_token: str = "<|image_start|>"  # token before an image; added if the tokenizer lacks it
+    end_token: str = "<|image_end|>"  # token after an image; added if the tokenizer lacks it
+    trust_remote_code: bool = False  # permission to run code that comes with the tower
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> VisionConfig:
+        if (self.model is None) == (self.tower is None):
+            raise ValueError(
+                "expected exactly one of `model` and `tower`. "
+                "Fix: give either `model` (a tower to load) or `tower` (the size of a tower to train from scratch)"
+            )
+        if self.start_token == self.end_token:
+            raise ValueError(f"start_token and end_token must differ (got {self.start_token!r} twice). Fix: change one")
+        return self
+
+
+class StudentConfig(Section):
+    """Model to train: a text encoder, mean pooling, and one linear head per width."""
+
+    model: str  # Hugging Face text encoder: hub name, path, or `package:import_name/folder`
+    revision: str | None = None  # branch, tag or commit on the model hub
+    # layers to keep: the first n, or a list of indices from 0; null keeps all
+    layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    heads: list[Width] = Field(min_length=1)  # widths of the embeddings; the widest is the default of the export
+    # independent: one linear layer per width; prefix: the first rows of the widest head
+    head_type: Literal["independent", "prefix"] = "independent"
+    head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
+    max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
+    bidirectional: bool = True  # remove the causal mask of decoder models
+    prompts: Prompts = Prompts()
+    vector_dropout: FractionBelowOne = 0.0  # dropout on the pooled state
+    trust_remote_code: bool = False  # permission to run code that comes with the model
+    vision: VisionConfig | None = None  # vision tower; null: the student reads text only
+
+    @field_validator("heads")
+    @classmethod
+    def _distinct(cls, heads: list[int]) -> list[int]:
+        if len(set(heads)) != len(heads):
+            raise ValueError(f"head widths must differ, got {heads}")
+        return sorted(heads, reverse=True)
+
+
+def prompt_problem(prompt: str) -> str | None:
+    """Describe why a student cannot have a prompt, or return None.
+
+    sentence-transformers supports prefixes only, so ``{text}`` may only be at the end.
+    """
+    prefix, _, rest = prompt.partition("{text}")
+    if not rest:
+        return None
+    return (
+        f"prompt {prompt!r}: nothing may follow {{text}}, because sentence-transformers can only put a prompt before "
+        f"the text. Fix: write {prefix + '{text}'!r}"
+    )

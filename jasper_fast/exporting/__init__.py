@@ -1,0 +1,1 @@
+"""Exports of a student, checked before they are published."""

@@ -1,0 +1,86 @@
+"""Export one width as a flat sentence-transformers folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from jasper_fast.exporting.parity import check_same
+from jasper_fast.models.folder import (
+    FACTS_FILE,
+    NORMALIZE,
+    POOLING,
+    ROUTER,
+    model_folder,
+    routes_of,
+    write_json,
+)
+from jasper_fast.models.quantization import ranges_file
+from jasper_fast.reporting.model_card import write_card
+from jasper_fast.utils.atomic import publish_dir
+from jasper_fast.utils.errors import JasperError
+
+
+def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Write one width as Transformer, Pooling, Dense and Normalize, with module names that servers recognise.
+
+    Args:
+        model: model folder from export_student, or its run folder.
+        width: width of the embeddings. None: the widest.
+        out: new model folder.
+        trust_remote_code: permission to run code from the model while the export is checked. Default: False.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        JasperError: the model or the width does not exist, ``out`` exists already, or the exported embeddings differ
+            from those of ``model``.
+    """
+    source = model_folder(model)
+    width = known_width(source, width)
+    with publish_dir(out) as folder:
+        write_flat(source, width, folder)
+        check_same(source, folder, width, trust_remote_code=trust_remote_code)
+    return Path(out)
+
+
+def write_flat(source: Path, width: int, folder: Path) -> None:
+    rewritten = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
+    for file in source.iterdir():
+        of_other_width = file.match(ranges_file("*")) and file.name != ranges_file(width)
+        if file.is_file() and file.name not in rewritten and not of_other_width:
+            shutil.copy2(file, folder)
+    shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
+    hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]
+    (folder / POOLING).mkdir()
+    (folder / NORMALIZE).mkdir()
+    write_json(
+        folder / POOLING / "config.json",
+        {
+            "word_embedding_dimension": hidden,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    settings = json.loads((source / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    shared = {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
+    write_json(folder / "sentence_bert_config.json", shared)
+    places = {"Transformer": "", "Pooling": POOLING, "Dense": "2_Dense", "Normalize": NORMALIZE}
+    listing = [
+        {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, place) in enumerate(places.items())
+    ]
+    write_json(folder / "modules.json", listing)
+    facts = source / FACTS_FILE
+    write_card(folder, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, [width], flat=True)
+
+
+def known_width(source: Path, width: int | None) -> int:
+    widths = list(routes_of(source))
+    if width is not None and width not in widths:
+        raise JasperError(f"{source}: no head of width {width}. Fix: give --width {' or '.join(map(str, widths))}")
+    return width or widths[0]

@@ -1,0 +1,121 @@
+"""The folder of an exported model: its layout, and loading a student from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.hub import OWN_CODE
+from jasper_fast.models.student import Student
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line, public_name
+
+if TYPE_CHECKING:
+    from jasper_fast.models.student import Student
+
+
+FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
+
+
+def student_facts(config: StudentConfig) -> dict[str, Any]:
+    """Return the student's configuration as plain JSON, without local folders."""
+    facts = {**config.model_dump(mode="json"), "model": public_name(config.model)}
+    if config.vision is not None and config.vision.model is not None:
+        facts["vision"]["model"] = public_name(config.vision.model)
+    return facts
+
+
+POOLING, ROUTER, NORMALIZE = "1_Pooling", "2_Router", "3_Normalize"
+VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, sentence-transformers ignores it
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the exported model folder: ``path`` itself, or ``model`` in a run folder.
+
+    Args:
+        path: model folder or run folder.
+
+    Raises:
+        JasperError: the folder is missing, or it contains no exported model.
+    """
+    path = Path(path)
+    for folder in (path / "model", path):
+        if (folder / ROUTER / "router_config.json").is_file():
+            return folder
+    if not path.is_dir():
+        raise JasperError(f"{path}: there is no such folder. Fix: give a run folder, for example runs/NAME")
+    raise JasperError(
+        f"{path}: no finished model here (no {ROUTER}/router_config.json in it or in its folder `model`). "
+        "Fix: finish the run with the command that started it"
+    )
+
+
+def routes_of(source: Path) -> dict[int, str]:
+    """Map each width to the folder of its head, relative to the Router's folder, widest first.
+
+    Args:
+        source: model folder.
+
+    Raises:
+        JasperError: the Router's settings are damaged, or its routes are not widths.
+    """
+    file = source / ROUTER / "router_config.json"
+    try:
+        structure = json.loads(file.read_text(encoding="utf-8"))["structure"]
+        routes = {int(name): str(folders[0]) for name, folders in structure.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise JasperError(f"{file} is damaged ({first_line(error)}). Fix: export the run again") from error
+    if not routes:
+        raise JasperError(f"{file}: no heads are listed. Fix: export the run again")
+    return dict(sorted(routes.items(), reverse=True))
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tower_code: bool | None = None) -> Student:
+    """Load the student of an exported folder: encoder, heads and the vision tower if there is one.
+
+    Settings in the folder never permit its code to run, because the folder may come from anywhere.
+
+    Args:
+        path: model folder or run folder.
+        trust_remote_code: permission to run code from the model. Default: False.
+        trust_tower_code: permission to run code from the vision tower. None: as ``trust_remote_code``.
+
+    Returns:
+        The student on the CPU, in evaluation mode.
+
+    Raises:
+        JasperError: the folder is missing, it has no training.json, or it has code that may not run.
+
+    Example:
+        >>> student = load_student("runs/minilm-docstrings")  # doctest: +SKIP
+        >>> student.widths  # doctest: +SKIP
+        [384, 128, 64, 32]
+    """
+    folder = model_folder(path)
+    facts = folder / FACTS_FILE
+    if not facts.is_file():
+        raise JasperError(f"{facts} is missing, and loading the student needs it. Fix: export the run again")
+    fields = json.loads(facts.read_text(encoding="utf-8"))["student"]
+    fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}
+    if fields.get("vision"):
+        fields["vision"] |= {"model": str(folder / VISION), "tower": None, "revision": None}
+        fields["vision"]["trust_remote_code"] = trust_remote_code if trust_tower_code is None else trust_tower_code
+    try:
+        student = Student.build(StudentConfig(**fields))
+    except JasperError as error:
+        if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
+            raise JasperError(f"{folder}: {OWN_CODE}") from error
+        raise
+    heads = routes_of(folder)
+    for name, head in student.heads.items():
+        weights = load_file(folder / ROUTER / heads[int(name)] / "model.safetensors")
+        head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+    return student.eval()
