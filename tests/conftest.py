@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-pytest.register_assert_rewrite("mips_cases")
+pytest.register_assert_rewrite("tests.helpers")
 
 KERNEL_TESTS = (
     *("test_kernels", "test_kernel_properties", "test_relative_similarity_kernels"),

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_train import settings, write_data
+from tests.test_train import settings, write_data
 
 from jasper_fast.config.load import load_config
 from jasper_fast.config.yaml import dump_yaml

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packing import pack
+from tests.packing import pack
 
 from jasper_fast.search import TextIndex, build, main
 from jasper_fast.utils.errors import JasperError
