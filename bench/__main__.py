@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: ``python -m bench NAME [arguments]`` runs ``main(argv)`` of ``bench/NAME.py``.
+"""Command line of the benchmarks: ``python -m bench NAME [arguments]`` runs a benchmark or a page generator.
 
 Without a name, it runs losses, mips and train:
 
@@ -10,21 +10,34 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from jasper_fast.utils.errors import run_cli
 
+BENCHMARKS = {  # name: module, each with main(argv)
+    "ablation": "bench.quality.ablation",
+    "binned": "bench.losses.binned",
+    "compile_matrix": "bench.kernels.compile_matrix",
+    "config_page": "bench.pages.config",
+    "distil": "bench.quality.peers",
+    "gpu": "bench.pages.gpu",
+    "graph": "bench.mips.graph",
+    "losses": "bench.losses.cpu",
+    "mips": "bench.mips.cpu",
+    "prose": "bench.pages.prose",
+    "readme": "bench.pages.readme",
+    "search": "bench.mips.search",
+    "similarity_forms": "bench.losses.forms",
+    "train": "bench.train.cpu",
+}
 SUITE = ("losses", "mips", "train")  # benchmarks with --device and --budget that write JSON to bench/results
 
 
 def names() -> list[str]:
-    """List the benchmarks: modules of this folder that are neither private nor pytest files."""
-    modules = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in modules if not name.startswith(("_", "test_", "bench_", "conftest")))
+    """List the benchmarks."""
+    return sorted(BENCHMARKS)
 
 
 def suite(arguments: list[str]) -> int:
@@ -70,7 +83,7 @@ def main(argv: list[str]) -> int:
         )
         return 0 if wanted_help else 2
     if argv and argv[0] in names():
-        return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
+        return importlib.import_module(BENCHMARKS[argv[0]]).main(argv[1:]) or 0
     return suite(argv)
 
 

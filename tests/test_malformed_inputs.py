@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.test_train import settings, write_data
 
 from jasper_fast.config.load import load_config
 from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.utils.errors import run_cli
+from tests.helpers.runs import settings, write_data
 
 JUNK = bytes(range(256)) * 8
 Make = Callable[[Path, Path], None]

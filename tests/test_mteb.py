@@ -13,6 +13,8 @@ from jasper_fast.utils.errors import JasperError
 
 mteb = pytest.importorskip("mteb")
 pytest.importorskip("mteb.mocks")
+
+
 PROMPT = "find: "
 
 

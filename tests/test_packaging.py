@@ -108,7 +108,7 @@ def test_without_a_name_the_suite_runs(monkeypatch):
     monkeypatch.setattr(
         command.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: ran.append((name, argv)))
     )
-    assert command.main(["binned", "--rows", "3"]) == 0 and ran == [("bench.binned", ["--rows", "3"])]
+    assert command.main(["binned", "--rows", "3"]) == 0 and ran == [("bench.losses.binned", ["--rows", "3"])]
     asked = []
 
     def run(line, timeout):
@@ -183,6 +183,10 @@ def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tm
 
 
 def test_losses_search_and_their_benchmarks_need_none_of_what_a_gpu_machine_may_lack():
-    modules = "jasper_fast.losses, jasper_fast.mips, bench._losses_cuda, bench._mips_cuda, bench.losses, bench.mips"
-    command = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); import bench.__main__, bench.gpu, {modules}"
+    modules = (
+        "jasper_fast.losses, jasper_fast.mips, bench.losses.cuda, bench.mips.cuda, bench.losses.cpu, bench.mips.cpu"
+    )
+    command = (
+        f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); import bench.__main__, bench.pages.gpu, {modules}"
+    )
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.packing import pack
 
 from jasper_fast.search import TextIndex, build, main
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.packing import pack
 
 SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from bench._environment import environment
-from bench.losses import _batch, _in_new_process, _peak_mib, _step, medians
+from bench.common.environment import environment
+from bench.common.measure import in_new_process, medians, peak_mib
+from bench.losses.cpu import _batch, _step
 from jasper_fast.losses import relative_binned, relative_exact, relative_similarity_loss
 
 RESULTS = Path("bench/results/binned-cpu.json")
@@ -87,7 +88,7 @@ def speed(rows: int, width: int) -> dict[str, Any]:
     ours, exact = medians([step("binned"), step("exact")], 3)
     figures = {"rows": rows, "width": width, "binned_s": ours, "exact_s": exact}
     for method in ("binned", "exact"):
-        figures[f"{method}_mib"] = _in_new_process(_peak_of, method, rows, width)["peak_mib"]
+        figures[f"{method}_mib"] = in_new_process(_peak_of, method, rows, width)["peak_mib"]
     print(figures)
     return figures
 
@@ -95,9 +96,9 @@ def speed(rows: int, width: int) -> dict[str, Any]:
 def _peak_of(method: str, rows: int, width: int) -> dict[str, float]:
     _step(lambda s, t: relative_similarity_loss(s, t, method=method), *_batch(8, 8, 8))()  # memory of torch itself
     student, teacher = _batch(rows, width, width)
-    before = _peak_mib()
+    before = peak_mib()
     _step(lambda s, t: relative_similarity_loss(s, t, method=method), student, teacher)()
-    return {"peak_mib": _peak_mib() - before}
+    return {"peak_mib": peak_mib() - before}
 
 
 def _tangent(gradient: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

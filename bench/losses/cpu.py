@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,11 @@ from typing import Any
 
 import torch
 
-from bench._budget import Budget
-from bench._check import Method, check, known
-from bench._environment import environment
-from bench._targets import Target, judged, print_judged
+from bench.common.budget import Budget
+from bench.common.check import Method, check, known
+from bench.common.environment import environment
+from bench.common.measure import in_new_process, medians, peak_mib
+from bench.common.targets import Target, judged, print_judged
 from jasper_fast.losses import reference, relative_similarity_loss, similarity_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,7 +101,7 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 def on_cuda(out: Path, repeats: int, quick: bool, budget: float | None = None) -> int:
     """Run the GPU cases, which need torch, Triton and a device."""
-    from bench import _losses_cuda
+    from bench.losses import cuda as _losses_cuda
 
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device is in use (python -m jasper_fast.env gives the reason). Fix: --device cpu")
@@ -171,7 +169,7 @@ def similarity(rows: int, width: int, teacher_width: int, threads: int, repeats:
         [partial(similarity_loss, method=m) for m in ("feature", "tile", "auto")], *_batch(rows, width, teacher_width)
     )
     figures = {
-        method: _in_new_process(_measure_similarity, method, rows, width, teacher_width, threads, repeats)
+        method: in_new_process(_measure_similarity, method, rows, width, teacher_width, threads, repeats)
         for method in ("reference", "tile", "feature", "auto")
     }
     plain = figures["reference"]
@@ -192,35 +190,13 @@ def _measure_similarity(
     torch.set_num_threads(threads)
     _step(similarity_loss, *_batch(8, 8, 8))()  # memory of torch itself
     student, teacher = _batch(rows, width, teacher_width)
-    before = _peak_mib()
+    before = peak_mib()
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return similarity_loss(s, t, method=method)
 
     (seconds,) = medians([_step(loss, student, teacher)], repeats)
-    return {"seconds": seconds, "peak_mib": _peak_mib() - before}
-
-
-def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float = 0.05) -> list[float]:
-    """Return the median seconds of each function, measured alternately after one run without timing.
-
-    Args:
-        functions: functions to time.
-        repeats: number of turns.
-        turn_s: shortest duration of a turn in seconds. Shorter functions are repeated within a turn.
-    """
-    times: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for function, own in zip(functions, times, strict=True):
-            turn: list[float] = []
-            while not turn or sum(turn) < turn_s:
-                begin = time.perf_counter()
-                function()
-                turn.append(time.perf_counter() - begin)
-            own.append(statistics.median(turn))
-    return [statistics.median(own) for own in times]
+    return {"seconds": seconds, "peak_mib": peak_mib() - before}
 
 
 def _batch(rows: int, width: int, teacher_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,16 +229,3 @@ def _step(loss: Loss, student: torch.Tensor, teacher: torch.Tensor) -> Callable[
         loss(leaf, teacher).backward()
 
     return run
-
-
-def _in_new_process(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def _peak_mib() -> float:
-    """Return the peak resident memory of this process from /proc, because getrusage includes the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**10
-    raise OSError("/proc/self/status: no peak memory (VmHWM) here. Fix: run this benchmark on Linux")

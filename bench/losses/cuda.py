@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench import _published
-from bench._budget import Budget
-from bench._check import Heads, Known, Method, check, known, value_and_gradients
-from bench._kernels import kernels
-from bench._mips_cuda import bandwidth
-from bench._targets import Target, judged, print_judged
+from bench.common.budget import Budget
+from bench.common.check import Heads, Known, Method, check, known, value_and_gradients
+from bench.common.profile import kernels
+from bench.common.targets import Target, judged, print_judged
+from bench.losses import published as _published
+from bench.mips.cuda import bandwidth
 from jasper_fast.losses import JasperLoss, reference, relative_similarity_loss
 
 Shape = tuple[str, int, list[int], int, torch.dtype]

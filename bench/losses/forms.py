@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench._environment import environment
+from bench.common.environment import environment
 from jasper_fast.losses import reference
 from jasper_fast.losses.similarity import similarity_op
 from jasper_fast.ops import cost

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench._budget import Budget
-from bench._environment import environment
-from bench.losses import _in_new_process, _peak_mib, medians
+from bench.common.budget import Budget
+from bench.common.environment import environment
+from bench.common.measure import in_new_process, medians, peak_mib
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.mips.cpu import TILE_ROWS, multiply_in_bf16
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
     if options.device != "cpu":
-        from bench import _mips_cuda
+        from bench.mips import cuda as _mips_cuda
 
         def keep_search(measured: dict[str, Any]) -> None:
             results["search"] = measured
@@ -199,7 +199,7 @@ def near_ties(rows: int, width: int, size: int) -> dict[str, float]:
 
 def memory(rows: int, width: int, size: int) -> dict[str, float]:
     """Measure the peak memory of a search in addition to the index, in MiB, in a separate process."""
-    measured = _in_new_process(_measure_memory, rows, width, size, torch.get_num_threads())
+    measured = in_new_process(_measure_memory, rows, width, size, torch.get_num_threads())
     print(
         f"N {rows:,}, D {width}, bfloat16: {measured['extra_mib']:,.0f} MiB above the index's "
         f"{measured['index_mib']:,.0f} during a search of {size} queries in {measured['seconds']:.2f} s"
@@ -221,12 +221,12 @@ def _measure_memory(rows: int, width: int, size: int, threads: int) -> dict[str,
         index.add(bits.view(torch.bfloat16) - 1.5)
     queries = torch.randn(size, width, generator=generator)
     Path("/proc/self/clear_refs").write_text("5")  # Reset the peak, because building the index needed more.
-    before = _peak_mib()
+    before = peak_mib()
     begin = time.perf_counter()
     index.search(queries, 100)
     index.search(queries[:1], 100)
     return {
-        "extra_mib": _peak_mib() - before,
+        "extra_mib": peak_mib() - before,
         "index_mib": rows * width * 2 / 2**20,
         "seconds": time.perf_counter() - begin,
     }

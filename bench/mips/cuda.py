@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench._budget import Budget
-from bench._kernels import kernels
-from bench._targets import Target, judged, print_judged
+from bench.common.budget import Budget
+from bench.common.profile import kernels
+from bench.common.targets import Target, judged, print_judged
 from jasper_fast.mips import FlatIPIndex
 
 # queries, rows, width, k, dtypes of the index

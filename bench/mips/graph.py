@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench._environment import environment
-from bench.mips import clustered
+from bench.common.environment import environment
+from bench.mips.cpu import clustered
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.training.neighbours import SPARE, Graph, neighbour_graph
 from jasper_fast.training.sampler import neighbour_batches

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench._environment import environment
+from bench.common.environment import environment
 from jasper_fast.config.data import SourceConfig
 from jasper_fast.data.text_sources import read_source
 from jasper_fast.search import TextIndex, build

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench._kernels import kernel_section
-from bench._roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
+from bench.common.profile import kernel_section
+from bench.common.roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
 LOSSES = ("similarity", "relative_similarity", "neighbourhood", "jasper_loss")

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench._ablation_arms import ARMS, ENCODER_ARMS, Arm
-from bench._ablation_page import write_page
-from bench._ablation_world import World, prepare
-from bench._arms import known_settings, result_file
-from bench._environment import environment
+from bench.common.arms import known_settings, result_file
+from bench.common.environment import environment
+from bench.quality.ablation_arms import ARMS, ENCODER_ARMS, Arm
+from bench.quality.ablation_page import write_page
+from bench.quality.ablation_setup import World, prepare
 from jasper_fast.config.load import load_config
 from jasper_fast.config.overrides import parse_overrides
 from jasper_fast.config.run import Config

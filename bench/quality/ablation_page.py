@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench._ablation_arms import BEST, PAPERS, STATEMENTS
-from bench._ablation_scores import KINDS, SURE, Key, collect, kind_means, kinds_of, markdown, verdict
-from bench._ablation_targets import targets
-from bench._arms import spread
+from bench.common.arms import spread
+from bench.quality.ablation_arms import BEST, PAPERS, STATEMENTS
+from bench.quality.ablation_scores import KINDS, SURE, Key, collect, kind_means, kinds_of, markdown, verdict
+from bench.quality.ablation_targets import targets
 from jasper_fast.models.quantization import PRECISIONS
 from jasper_fast.utils.atomic import write_atomic
 

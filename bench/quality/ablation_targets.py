@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from statistics import mean
 from typing import Any
 
-from bench._ablation_arms import (
+from bench.quality.ablation_arms import (
     ENCODER_PAPERS,
     ENCODER_RECIPE,
     FULL_WIDTH_BITS,
@@ -16,7 +16,7 @@ from bench._ablation_arms import (
     RECIPE_OWN,
     RECIPE_SEARCHED,
 )
-from bench._ablation_scores import Key, kind_means, kinds_of, markdown, verdict
+from bench.quality.ablation_scores import Key, kind_means, kinds_of, markdown, verdict
 
 # Width, kind, and required gain of the recipe over the paper's losses: retrieval in per cent of theirs, similarity in
 # points.

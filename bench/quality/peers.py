@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from bench._arms import known_settings, result_file
-from bench._distil_page import OURS, of_sets, table, write_page
-from bench._environment import code, environment
+from bench.common.arms import known_settings, result_file
+from bench.common.environment import code, environment
+from bench.quality.peers_page import OURS, of_sets, table, write_page
 from jasper_fast.config.load import load_config
 from jasper_fast.config.run import Config
 from jasper_fast.teachers.model import prompts_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench._arms import spread
+from bench.common.arms import spread
 from jasper_fast.utils.atomic import write_atomic
 
 OURS = "jasper_fast"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.losses import _peak_mib
+from bench.common.measure import peak_mib
 from jasper_fast.losses import reference
 
 WARM_UP = 2  # steps that are not counted
@@ -91,7 +91,7 @@ def trainer(file: str, batch: int, length: int, layers: int, steps: int, grouped
         "texts_per_s": batch * (len(marks) - 1) / seconds,
         "tokens_per_s": sum(tokens[WARM_UP:]) / seconds,
         "tokens": sum(tokens[WARM_UP:]),
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_mib(),
     }
 
 
@@ -136,7 +136,7 @@ def published(file: str, batch: int, length: int, layers: int, steps: int) -> di
         "texts_per_s": batch * (total - WARM_UP) / seconds,
         "tokens_per_s": sum(tokens[WARM_UP:]) / seconds,
         "tokens": sum(tokens[WARM_UP:]),
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_mib(),
     }
 
 

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench._budget import Budget
-from bench._environment import environment
-from bench._train_loop import PlannedStage, one_stage, recorded_steps
-from bench._train_sides import MINILM, WARM_UP, RandomTeachers, published, trainer
-from bench.losses import _in_new_process, _peak_mib
+from bench.common.budget import Budget
+from bench.common.environment import environment
+from bench.common.measure import in_new_process, peak_mib
+from bench.train.baselines import MINILM, WARM_UP, RandomTeachers, published, trainer
+from bench.train.loop import PlannedStage, one_stage, recorded_steps
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.models.student import Student
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if options.memory:
         keep(memory(options.batch or 8192))
     elif options.device == "cuda":
-        from bench import _train_cuda
+        from bench.train import cuda as _train_cuda
 
         if not torch.cuda.is_available():
             raise SystemExit(
@@ -85,12 +85,12 @@ def on_cpu(batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
         file.write_text(json.dumps(docstrings(batch * (steps + WARM_UP))))
         shape = (str(file), batch, length, layers, steps)
         sides = {
-            "ours": _in_new_process(_ours, *shape),
-            "sentence-transformers": _in_new_process(trainer, *shape, False),
-            "sentence-transformers, tuned": _in_new_process(trainer, *shape, True),
+            "ours": in_new_process(_ours, *shape),
+            "sentence-transformers": in_new_process(trainer, *shape, False),
+            "sentence-transformers, tuned": in_new_process(trainer, *shape, True),
         }
         if batch <= PUBLISHED_BATCH:
-            sides["published training code"] = _in_new_process(published, *shape)
+            sides["published training code"] = in_new_process(published, *shape)
         else:
             print(f"the published training code is left out: beyond {PUBLISHED_BATCH} texts its loss takes gigabytes")
     own = sides["ours"]
@@ -109,7 +109,7 @@ def on_cpu(batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
 
 def memory(large: int, small: int = 256) -> dict[str, Any]:
     """Peak resident memory of one step of a small encoder, with gradient caching, in processes of their own."""
-    peaks = {rows: _in_new_process(_one_step, rows) for rows in (small, large)}
+    peaks = {rows: in_new_process(_one_step, rows) for rows in (small, large)}
     ratio = peaks[large]["peak_mib"] / peaks[small]["peak_mib"]
     print(f"a batch of {large} takes {ratio:.2f} x the peak memory of one of {small}", end=" ")
     print(f"({peaks[large]['peak_mib']:,.0f} MiB against {peaks[small]['peak_mib']:,.0f})")
@@ -213,7 +213,7 @@ def _ours(file: str, batch: int, length: int, layers: int, steps: int) -> dict[s
     student = Student.build(StudentConfig(model=MINILM, layers=layers, heads=[384], max_length=length))
     stage = _stage([384], batch_size=batch, steps=steps)
     found = _loop(student, stage, texts, 384, torch.device("cpu"), "auto", cpu_flops())
-    return {**found, "peak_mib": _peak_mib()}
+    return {**found, "peak_mib": peak_mib()}
 
 
 def _one_step(rows: int) -> dict[str, float]:
@@ -222,9 +222,9 @@ def _one_step(rows: int) -> dict[str, float]:
     draw = np.random.default_rng(0)
     texts = Texts([" ".join(map(str, draw.integers(5, 999, draw.integers(4, 33)))) for _ in range(rows)])
     stage = _stage([128, 32], batch_size=rows, steps=1, gradient_caching=True)
-    before = _peak_mib()
+    before = peak_mib()
     _loop(student, stage, texts, 128, torch.device("cpu"), "fp32", 1.0, warm_up=0)
-    return {"peak_mib": _peak_mib(), "before_mib": before}
+    return {"peak_mib": peak_mib(), "before_mib": before}
 
 
 def small_student(heads: list[int]) -> Student:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench._budget import Budget
-from bench._targets import Target, judged, print_judged
-from bench._train_loop import PreparedStage, one_stage, recorded_steps
-from bench._train_sides import RandomTeachers
-from bench.train import NumberTokenizer, Texts, _loop, _stage
+from bench.common.budget import Budget
+from bench.common.targets import Target, judged, print_judged
+from bench.train.baselines import RandomTeachers
+from bench.train.cpu import NumberTokenizer, Texts, _loop, _stage
+from bench.train.loop import PreparedStage, one_stage, recorded_steps
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.models.micro_batches import MicroBatches
 from jasper_fast.models.student import Student

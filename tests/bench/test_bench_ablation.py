@@ -1,16 +1,18 @@
 """The ablation at small size: arms, both budgets, going on, and a page whose words follow the figures."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
-from tests.test_evaluate import write_beir
-from tests.test_train import settings, write_data
 
-from bench import ablation
-from bench._ablation_arms import ARMS, BEST, FULL_WIDTH_BITS, PAPERS, RECIPE, STATEMENTS, Arm, mined
-from bench._ablation_page import BY_HAND, write_page
-from bench._ablation_scores import verdict
-from bench._ablation_targets import targets
+from bench.quality import ablation
+from bench.quality.ablation_arms import ARMS, BEST, FULL_WIDTH_BITS, PAPERS, RECIPE, STATEMENTS, Arm, mined
+from bench.quality.ablation_page import BY_HAND, write_page
+from bench.quality.ablation_scores import verdict
+from bench.quality.ablation_targets import targets
+from tests.helpers.beir import write_beir
+from tests.helpers.runs import settings, write_data
 
 
 def tiny_arms():
@@ -201,7 +203,7 @@ def test_the_recipe_of_installed_packages_is_valid():
 
 
 def test_the_shipped_arms_are_valid_and_every_statement_has_its_arms():
-    from bench._ablation_arms import ENCODER_ARMS
+    from bench.quality.ablation_arms import ENCODER_ARMS
 
     names = [arm.name for arm in ARMS]
     assert len(set(names)) == len(names)

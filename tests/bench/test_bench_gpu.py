@@ -1,14 +1,18 @@
 """The page about GPUs is made of what the benchmarks write: they run here, small, on a CPU."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import _losses_cuda, _mips_cuda, gpu
-from bench._environment import environment
-from bench._roofline import Roof, loss_point, search_point, train_point
+from bench.common.environment import environment
+from bench.common.roofline import Roof, loss_point, search_point, train_point
+from bench.losses import cuda as _losses_cuda
+from bench.mips import cuda as _mips_cuda
+from bench.pages import gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +47,8 @@ def results():
 @pytest.fixture(scope="module")
 def training(results):
     pytest.importorskip("pydantic")
-    from bench import _train_cuda
-    from bench.train import small_student
+    from bench.train import cuda as _train_cuda
+    from bench.train.cpu import small_student
 
     found = _train_cuda.measure(small_student([32, 16]), torch.device("cpu"), 16, 8)
     return {"environment": results["losses"]["environment"]} | found

@@ -1,10 +1,12 @@
 """The graph benchmark at small size: ours and FAISS find the same neighbours."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
 
-from bench.graph import main
+from bench.mips.graph import main
 
 
 def test_the_graph_is_the_one_that_faiss_finds(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The kernel times that a GPU benchmark reports."""
 
+from __future__ import annotations
+
 import torch
 
-from bench._kernels import LONGEST, kernel_section, kernels, summary
+from bench.common.profile import LONGEST, kernel_section, kernels, summary
 
 
 def test_launches_of_one_name_are_added_up_longest_first():

@@ -1,13 +1,17 @@
 """The loss benchmarks check what they time, go on after an error, keep what they have, and judge their targets."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
 import torch
 
-from bench import _losses_cuda, _published, losses
-from bench._budget import Budget
-from bench._targets import Target
+from bench.common.budget import Budget
+from bench.common.targets import Target
+from bench.losses import cpu as losses
+from bench.losses import cuda as _losses_cuda
+from bench.losses import published as _published
 from jasper_fast.losses import reference, similarity_loss
 
 SHAPES = {

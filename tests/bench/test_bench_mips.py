@@ -1,14 +1,17 @@
 """The search benchmark runs completely, checks its results, and writes the JSON of the documentation."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from bench import _mips_cuda, mips
-from bench._budget import Budget
-from bench._targets import Target
+from bench.common.budget import Budget
+from bench.common.targets import Target
+from bench.mips import cpu as mips
+from bench.mips import cuda as _mips_cuda
 from jasper_fast.mips import FlatIPIndex
 
 

@@ -1,16 +1,18 @@
 """The peer benchmark runs every kind of arm on the same student, texts and seconds, and prints the whole table."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 
 import pytest
-from tests.test_train import settings, write_data
 
-from bench._distil_page import table, write_page
-from bench.distil import PAGE, PEERS, RESULTS, Job, main, peer_student, run_arm, settings_of
+from bench.quality.peers import PAGE, PEERS, RESULTS, Job, main, peer_student, run_arm, settings_of
+from bench.quality.peers_page import table, write_page
 from jasper_fast.config.load import load_config
 from jasper_fast.config.yaml import dump_yaml, parse_yaml
+from tests.helpers.runs import settings, write_data
 
 
 @pytest.fixture(scope="module")

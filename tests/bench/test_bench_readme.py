@@ -1,8 +1,10 @@
 """The tables of README and docs/results.md are what the committed results give."""
 
+from __future__ import annotations
+
 import re
 
-from bench.readme import (
+from bench.pages.readme import (
     DEFAULT,
     FIGURE,
     PUBLIC,

@@ -1,8 +1,10 @@
 """The search benchmark at small size: it builds once, asks every question, and its times are consistent."""
 
+from __future__ import annotations
+
 import json
 
-from bench.search import main
+from bench.mips.search import main
 
 
 def test_a_question_is_timed_with_and_without_the_model(tiny_bert, tiny_texts, tmp_path, capsys):

@@ -1,16 +1,18 @@
 """The training benchmark at small size: its sides take the same texts, and what is measured runs."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from bench import _train_cuda
-from bench._budget import Budget
-from bench._train_cuda import stage_one
-from bench._train_sides import WARM_UP, length_grouped
-from bench.train import Texts, on_cpu, small_student
+from bench.common.budget import Budget
+from bench.train import cuda as _train_cuda
+from bench.train.baselines import WARM_UP, length_grouped
+from bench.train.cpu import Texts, on_cpu, small_student
+from bench.train.cuda import stage_one
 
 
 def test_grouping_by_length_takes_the_same_texts_after_the_warm_up():

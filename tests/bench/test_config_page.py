@@ -1,7 +1,9 @@
 """docs/config.md is what the schema gives, and explains every field."""
 
+from __future__ import annotations
+
 from bench.__main__ import main as bench
-from bench.config_page import meanings, page, parts, sections
+from bench.pages.config import meanings, page, parts, sections
 from jasper_fast.config.stage import StageConfig
 
 

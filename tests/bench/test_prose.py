@@ -1,8 +1,10 @@
 """The README and docs keep to plain English: short sentences, and no words from the substitution list."""
 
+from __future__ import annotations
+
 import pytest
 
-from bench import prose
+from bench.pages import prose
 
 
 def test_the_pages_keep_the_limits(capsys):

@@ -1,5 +1,7 @@
 """What README and docs show can be typed: configurations are valid, commands, names, files and links exist."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib

@@ -1,5 +1,7 @@
 """A configuration is checked whole: every problem at once, each with its key and the mend."""
 
+from __future__ import annotations
+
 import pytest
 
 from jasper_fast.config.diff import config_difference

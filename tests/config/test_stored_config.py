@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import AliasChoices, Field
-from tests.test_train import assert_same_run, settings, write_data
 
 import jasper_fast.config.run as config_module
 from jasper_fast.config.load import load_config
@@ -19,6 +18,7 @@ from jasper_fast.config.types import Section
 from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.training.run.folder import existing_difference, stored_difference, what_decides
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.runs import assert_same_run, settings, write_data
 
 OLDER = [
     ("losses",),

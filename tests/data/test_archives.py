@@ -21,6 +21,8 @@ from jasper_fast.pictures import picture_files
 from jasper_fast.utils.errors import JasperError
 
 Image = pytest.importorskip("PIL.Image")
+
+
 GHOST = b"\0\5\x16\7\0\2\0\0Mac OS X        "  # AppleDouble
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.packing import pack
 
 from jasper_fast.config.data import EvalConfig
 from jasper_fast.data.eval_loaders import load_eval
@@ -18,6 +17,7 @@ from jasper_fast.evaluate import main
 from jasper_fast.evaluation import metrics
 from jasper_fast.evaluation.score import describe_sets, remark_lines
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.packing import pack
 
 CORPUS = [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(4)]
 QUERIES = [{"_id": f"q{i}", "text": f"question {i}"} for i in range(3)]

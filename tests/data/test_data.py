@@ -14,8 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.processes import exit_code
-from tests.test_evaluate import write_beir
 
 from jasper_fast.config.data import DataConfig, EvalConfig, SourceConfig
 from jasper_fast.config.run import Config
@@ -27,9 +25,13 @@ from jasper_fast.data.text import normal_form, text_digest
 from jasper_fast.data.text_dataset import build_texts, texts_fingerprint
 from jasper_fast.data.text_sources import read_source
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.beir import write_beir
+from tests.helpers.processes import exit_code
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+
+
 ROWS = [{"title": f"Title {i}", "text": f'The {i}th text, with a "quote" and an ü.'} for i in range(20)]
 DOCUMENT = "A first sentence stands here. Dr. Smith wrote the second one! Is this the third? It is."
 

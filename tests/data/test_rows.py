@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.packing import PACKERS, pack
 
 from jasper_fast.config.data import EvalConfig, ImageSourceConfig, SourceConfig
 from jasper_fast.data.eval_loaders import load_eval
@@ -19,6 +18,7 @@ from jasper_fast.data.rows import read_lines, read_rows
 from jasper_fast.data.text_sources import read_source
 from jasper_fast.search import _lines as read_questions
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.packing import PACKERS, pack
 
 TEXTS = ["first text", "a second, longer", "third \u2028 with \x85 odd \x0b breaks \x0c in \x1c it \u2029 \x1d\x1e end"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -14,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.processes import fork_server
 from safetensors.torch import load_file
-from tests.test_checkpoint import die_half_way_through
-from tests.test_train import settings, write_data
 
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.config.stage import StageConfig
@@ -33,6 +28,8 @@ from jasper_fast.training.stages.base import trained_names
 from jasper_fast.training.stages.losses import StageLoss
 from jasper_fast.training.step import dropout_mask, take_gradients
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.ranks import end, start
+from tests.helpers.runs import die_half_way_through, settings, write_data
 
 CPU = torch.device("cpu")
 ROWS = 23  # 12 + 11, 6 + 6 + 6 + 5
@@ -50,39 +47,6 @@ CASES = {
     "codes": {"weights": EVERY, "codes": ["int8", "ubinary"]},
     "prefix heads": {"weights": EVERY},
 }
-
-
-def start(world: int, function, *arguments, environment=None) -> list[multiprocessing.Process]:
-    """Start ``function(*arguments)`` in so many processes, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = fork_server().Process(target=as_rank, args=(own | (environment or {}), function, *arguments))
-        process.start()
-        processes.append(process)
-    return processes
-
-
-def as_rank(environment: dict, function, *arguments) -> None:
-    os.environ.update({key: str(value) for key, value in environment.items()})
-    torch.set_num_threads(1)
-    function(*arguments)
-
-
-def end(processes: list, seconds: float = 90.0) -> list[int]:
-    """Exit codes, once all have ended by themselves."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
-        process.kill()
-        process.join()
-    assert not late, "a process hangs"
-    return [process.exitcode for process in processes]
 
 
 def stage(**given) -> StageConfig:
@@ -548,6 +512,6 @@ def test_torchrun_trains_and_goes_on(run, tmp_path):
 
 @pytest.mark.soak
 def test_a_batch_of_8192_takes_the_memory_of_a_small_one():
-    from bench.train import memory
+    from bench.train.cpu import memory
 
     assert memory(8192, 256)["ratio"] < 1.3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 import sys
@@ -23,28 +22,12 @@ from jasper_fast.evaluation.score import embed, evaluate_run, evaluate_vectors, 
 from jasper_fast.models.embedder import flat_model, load_model, model_encoder, normalise
 from jasper_fast.teachers.encoder import cached
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.beir import write_beir, write_jsonl
 
 ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
+
+
 WIDTHS = (24, 8)
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
-        file.write(text)
-
-
-def write_beir(folder: Path, texts: list[str], queries: int = 6, suffix: str = "") -> Path:
-    """Write a BEIR folder. Query i is the first half of document i, its only relevant document."""
-    rows = [{"_id": f"d{i}", "title": f"title {i}", "text": text} for i, text in enumerate(texts)]
-    write_jsonl(folder / f"corpus.jsonl{suffix}", rows)
-    asked = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[: queries + 1])]
-    write_jsonl(folder / f"queries.jsonl{suffix}", asked)  # the last query has no judgement
-    (folder / "qrels").mkdir(exist_ok=True)
-    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(queries))]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def write_sts(path: Path, texts: list[str]) -> Path:

@@ -1,5 +1,7 @@
 """The tests' table of losses: the slow form of each, in plain autograd, with which the fast form is compared."""
 
+from __future__ import annotations
+
 from jasper_fast.losses import reference
 
 SLOW = {

@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for three generations of GPUs without spills, in a separate process."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -9,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import compile_matrix
+from bench.kernels import compile_matrix
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,7 +72,7 @@ def test_faults_are_found(result, words):
 
 
 def test_the_similarity_forms_table_is_drawn_from_the_committed_result():
-    from bench import similarity_forms
+    from bench.losses import forms as similarity_forms
 
     found = json.loads((ROOT / similarity_forms.OUT).read_text())
     assert (ROOT / similarity_forms.TABLE).read_text() == similarity_forms.table(found)

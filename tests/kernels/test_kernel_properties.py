@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jasper_fast.mips.segment import BIN  # noqa: E402
+from jasper_fast.mips.topk_state import TopKState  # noqa: E402
+from tests.helpers.mips_cases import KINDS  # noqa: E402
+
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from tests.mips_cases import KINDS  # noqa: E402
-from tests.test_mips_cuda import GPU, SHARES, WIDTHS, _poisoned_memory, in_the_order_of_fp64  # noqa: E402, F401
-from tests.test_relative_similarity_kernels import EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
-from jasper_fast.mips.segment import BIN  # noqa: E402
-from jasper_fast.mips.topk_state import TopKState  # noqa: E402
+from tests.helpers.mips_kernels import GPU, SHARES, WIDTHS, _poisoned_memory, in_the_order_of_fp64  # noqa: E402, F401
+from tests.helpers.pair_counts import EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
 NUMBERS = st.one_of(st.floats(-1, 1, width=32), st.sampled_from(EQUAL), st.sampled_from(SPECIAL))
 

@@ -5,6 +5,8 @@ for identical bits, and runs each tile by itself. Every allocation is filled wit
 not write shows.
 """
 
+from __future__ import annotations
+
 import pytest
 import torch
 

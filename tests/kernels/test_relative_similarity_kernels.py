@@ -1,18 +1,18 @@
 """The Triton kernels of the relative similarity losses: interpreted here, compiled in test_compile_matrix.py."""
 
+from __future__ import annotations
+
 import random
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
-from jasper_fast.kernels import dominance_counts, pairs, relative_similarity_exact, tie_correction  # noqa: E402
 from jasper_fast.losses import relative_binned, relative_exact  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3e38, -3e38)
-EQUAL = (-0.5, 0.0, 0.25, 0.265, 0.28)
-MARGINS = (0.015, 0.0, -0.1, 0.25, 1e-9, 1e30)
+pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+
+from jasper_fast.kernels import dominance_counts, pairs, relative_similarity_exact, tie_correction  # noqa: E402
+from tests.helpers.pair_counts import DEVICE, EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
 
 def brute_force(place: torch.Tensor, x: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,18 +45,6 @@ def test_two_passes_with_small_leaves(monkeypatch):
     wanted_up, wanted_low = brute_force(place, x, 0.1)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
-
-
-def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclude_ties: bool) -> None:
-    """Check the counts of (student, teacher) scores against the CPU's, which are tested by brute force."""
-    x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
-    students = torch.stack((x, x.flip(0)))
-    wanted = relative_exact.pair_counts(students, t, margin, exclude_ties)
-    found = relative_similarity_exact.pair_counts(students.to(DEVICE), t.to(DEVICE), margin, exclude_ties)
-    assert torch.equal(found[0].cpu(), wanted[0])
-    assert torch.equal(found[1].cpu(), wanted[1])
-    size = (wanted[0] * students.double().nan_to_num(0.0, 0.0, 0.0)).abs().sum()
-    torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=1e-12, atol=1e-12 * float(size), equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """The binned relative similarity loss against the exact one, its tables against brute force, its fallback."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

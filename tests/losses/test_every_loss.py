@@ -1,11 +1,13 @@
 """Promises of every loss in the table, each through the combined loss that training uses."""
 
+from __future__ import annotations
+
 import pytest
 import torch
-from tests.loss_table import SLOW
 
 from jasper_fast.config.losses import LOSSES
 from jasper_fast.losses import CombinedLoss
+from tests.helpers.loss_table import SLOW
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=[loss.name for loss in LOSSES])
 

@@ -1,5 +1,7 @@
 """The public losses against their slow references, and what they promise about inputs, gradients and errors."""
 
+from __future__ import annotations
+
 import os
 import socket
 

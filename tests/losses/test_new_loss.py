@@ -1,5 +1,7 @@
 """A new loss touches four files: the steps of docs/architecture.md, made in a copy of the project."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """The exact relative similarity loss: integer counts, what follows from them, the native op against its fallback."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -13,13 +13,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tests.mips_cases import KINDS, NEVER, check, make, truth
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, cpu, top_k, topk
 from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes, int8_scan_copy
 from jasper_fast.mips.top_k import SCRATCH, search
 from jasper_fast.ops import native
+from tests.helpers.mips_cases import KINDS, NEVER, check, make, truth
 
 pytest.importorskip("hypothesis")
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.processes import fork_server
 from safetensors.torch import load_file, save_file
 
 from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, storage, topk
 from jasper_fast.mips import index as index_module
 from jasper_fast.mips.segment import ScanCopy, Segment
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.processes import fork_server
 
 DTYPES = ("bfloat16", "float32", "int8")
 

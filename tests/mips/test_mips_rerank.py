@@ -9,8 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.mips_cases import KINDS, make
-from tests.test_mips_cuda import DEVICE, GPU, STORED, _poisoned_memory, on_gpu, segment_of, through_kernels  # noqa: F401
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, cuda, rerank, threshold, top_k, topk
@@ -19,11 +17,13 @@ from jasper_fast.mips.segment import BIN, Segment
 from jasper_fast.mips.threshold import sample, short_norms
 from jasper_fast.mips.top_k import SCRATCH, search
 from jasper_fast.mips.topk_state import TopKState
+from tests.helpers.mips_cases import KINDS, make
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 from jasper_fast.kernels import mips_epilogue, mips_prologue, mips_rescore  # noqa: E402
 from jasper_fast.kernels.mips_epilogue import Collected  # noqa: E402
+from tests.helpers.mips_kernels import DEVICE, GPU, STORED, _poisoned_memory, on_gpu, segment_of, through_kernels  # noqa: E402, F401
 
 NAMES = ("counts", "cutoffs", "broken", "missed")
 

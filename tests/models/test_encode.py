@@ -1,5 +1,7 @@
 """Micro-batches change the cost of a pass, not the embeddings."""
 
+from __future__ import annotations
+
 import itertools
 
 import numpy as np

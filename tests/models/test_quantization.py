@@ -1,5 +1,7 @@
 """Embeddings as int8 codes and bits: sentence-transformers' codes, and straight-through training for them."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.processes import fork_server
 
 from jasper_fast import teach
 from jasper_fast.config.load import load_config
@@ -33,6 +32,7 @@ from jasper_fast.teachers.cache import TeacherCache
 from jasper_fast.teachers.label import ensure_teachers, open_teachers, teacher_caches
 from jasper_fast.teachers.model import apply_prompt, describe_teacher, load_teacher, token_batches
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.processes import fork_server
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -1,5 +1,7 @@
 """A checkpoint restores everything, and a damaged one is never loaded."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -8,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.processes import exit_code
 
 from jasper_fast.training.run.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.processes import exit_code
+from tests.helpers.runs import die_half_way_through
 
 
 def trained(steps=3):
@@ -181,21 +184,6 @@ def test_a_folder_removed_while_a_checkpoint_is_written_is_made_once_more(tmp_pa
     else:
         with pytest.raises(JasperError, match="was removed, and removed again, .*leave it alone"):
             save_checkpoint(tmp_path / "checkpoints", Position(1, 0, 1), model, optimizer, {}, keep=2)
-
-
-def die_half_way_through(name: str) -> None:
-    """From now on this process is killed when half of such a file of a checkpoint is written."""
-    import jasper_fast.training.run.checkpoint as module
-
-    writer = {"model.safetensors": "save_file", "state.pt": "_save_state"}[name]
-    honest = getattr(module, writer)
-
-    def trap(content, path):
-        honest(content, path)
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(module, writer, trap)
 
 
 def save_two(folder: Path, name: str) -> None:

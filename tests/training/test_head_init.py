@@ -1,5 +1,7 @@
 """Narrow heads begin as the principal axes of the widest, turned."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

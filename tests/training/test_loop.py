@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.test_train import settings, write_data
 
 from jasper_fast.config.load import load_config
 from jasper_fast.teachers.label import ensure_teachers
@@ -20,6 +19,7 @@ from jasper_fast.training.run.log import SilentLog
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.stages.base import STAGES, build_stage, build_stages, stage_class
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.runs import settings, write_data
 
 CPU = torch.device("cpu")
 

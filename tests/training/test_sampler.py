@@ -1,5 +1,7 @@
 """Batches are a pure function of (seed, step)."""
 
+from __future__ import annotations
+
 import threading
 
 import numpy as np
@@ -54,13 +56,13 @@ def test_too_few_rows():
 
 def test_a_stage_may_draw_from_short_texts_only(tmp_path, tiny_bert, tiny_texts):
     from datasets import Dataset
-    from tests.test_train import settings
 
     from jasper_fast.config.load import load_config
     from jasper_fast.training.data import TrainingData
     from jasper_fast.training.preflight import check_sizes
     from jasper_fast.training.sampler import batch_plan
     from jasper_fast.utils.errors import ConfigError, JasperError
+    from tests.helpers.runs import settings
 
     texts = Dataset.from_dict({"text": ["ä" * (1 + i % 20) for i in range(100)]})
     tree = settings(tmp_path, tiny_bert)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.processes import exit_code, fork_server
 from safetensors.torch import load_file
 
 from jasper_fast.config.load import load_config
 from jasper_fast.utils.errors import ConfigError, JasperError
+from tests.helpers.processes import exit_code, fork_server
+from tests.helpers.runs import assert_same_run, final_weights, losses_in, records, run_in_child, settings, write_data
 
 LOSSES = {"cosine": 10.0, "similarity": 200.0, "relative_similarity": 20.0}
 TWO_TEXTS = {
@@ -30,62 +31,6 @@ TWO_TEXTS = {
 }
 
 
-def write_data(folder: Path, texts: list[str]) -> None:
-    """Training texts, and a similarity set whose sentences are not among them."""
-    with open(folder / "texts.jsonl", "w") as file:
-        for text in texts[:160]:
-            file.write(json.dumps({"text": text}) + "\n")
-    lines = [f"{i % 5}.0\t{texts[160 + i]}\t{texts[199 - i]}" for i in range(18)]
-    (folder / "pairs.tsv").write_text("score\tsentence1\tsentence2\n" + "\n".join(lines) + "\n")
-
-
-def settings(folder: Path, bert: Path) -> dict:
-    """A run of three stages that takes a second or two."""
-    return {
-        "name": "tiny",
-        "student": {
-            "model": str(bert),
-            "layers": [0, 2],
-            "heads": [32, 16, 8],
-            "max_length": 32,
-            "vector_dropout": 0.1,
-        },
-        "teachers": [{"model": str(bert), "max_length": 32}],
-        "data": {"sources": [{"path": str(folder / "texts.jsonl")}], "cache": str(folder / "cache")},
-        "evaluate": [{"path": str(folder / "pairs.tsv")}],
-        "stages": [
-            {"name": "one", "train": ["heads.32.*"], "heads": [32], "batch_size": 16, "steps": 6, "lr": 1e-2},
-            {
-                "name": "two",
-                "train": ["heads.32.*"],
-                "last_layers": 1,
-                "heads": [32],
-                "batch_size": 16,
-                "steps": 6,
-                "lr": 1e-3,
-                "gradient_checkpointing": True,
-                "average": 0.7,
-            },
-            {
-                "name": "three",
-                "train": ["*"],
-                "heads": [32, 16, 8],
-                "batch_size": 16,
-                "steps": 8,
-                "lr": 1e-3,
-                "average": 0.8,
-                "narrow_target": "self",
-                "batches": "neighbours",
-                "neighbours": 4,
-                "micro_batch": 5,
-                "narrow_weights": {"similarity": 200.0, "neighbourhood": 1.0},
-            },
-        ],
-        "log": {"every": 2},
-        "checkpoint": {"every": 2},
-    }
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_bert, tiny_texts):
     """Data, and one run of the tiny recipe left alone from start to end."""
@@ -96,30 +41,6 @@ def world(tmp_path_factory, tiny_bert, tiny_texts):
     tree = settings(folder, tiny_bert)
     train(tree, out=folder / "alone")
     return folder, tree
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    assert newest.name == "step-00000020"
-    return load_file(newest / "model.safetensors")
-
-
-def assert_same_run(run: Path, alone: Path) -> None:
-    """Weights bit for bit, and the log of every step once, with the same numbers."""
-    ours, expected = final_weights(run), final_weights(alone)
-    assert ours.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(ours[name], expected[name]), name
-    assert losses_in(run) == losses_in(alone)
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def losses_in(run: Path) -> list[tuple]:
-    keep = ("step", "loss", "cosine", "similarity", "relative_similarity", "grad_norm", "lr")
-    return [tuple(r.get(k) for k in keep) for r in records(run) if r["event"] == "step"]
 
 
 def test_a_run_leaves_everything_a_user_expects(world):
@@ -310,17 +231,6 @@ def test_a_cosine_loss_against_another_width_is_refused(world):
     check_losses(load_config(tree, [*silent, ("stages.2.weights.cosine", 0)]), [24])
     narrow = [("stages.2.heads", [16, 8]), ("stages.2.narrow_target", "teacher"), ("stages.2.train", ["heads.*"])]
     check_losses(load_config(tree, [*silent, *narrow]), [24])  # no FC1 in it, so no cosine is left out
-
-
-def run_in_child(tree: dict, out: str) -> None:
-    """Entry point of a process that will be killed."""
-    torch.set_num_threads(1)
-    from jasper_fast.train import Stopped, train
-
-    try:
-        train(tree, out=out)
-    except Stopped as stopped:
-        Path(out, "said").write_text(str(stopped))
 
 
 def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:

@@ -780,9 +780,8 @@ def gradient_rank(bert: str, given: dict[str, torch.Tensor], out: str) -> None:
 
 
 def test_the_gradient_of_two_processes_is_that_of_one(tiny_bert, tmp_path):
-    from tests.test_ranks import end, start
-
     from jasper_fast.distributed.ranks import Ranks
+    from tests.helpers.ranks import end, start
 
     generator = torch.Generator().manual_seed(1)
     sides = [torch.randn(11, width, generator=generator, dtype=torch.float64) for width in (32, 8)]
@@ -799,8 +798,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(tiny_bert, tmp_path):
 
 
 def test_two_processes_see_as_one(run, tmp_path):
-    from tests.test_ranks import end, start
-    from tests.test_train import run_in_child
+    from tests.helpers.ranks import end, start
+    from tests.helpers.runs import run_in_child
 
     folder, tree = run
     assert end(start(2, run_in_child, tree, str(tmp_path / "run"))) == [0, 0]

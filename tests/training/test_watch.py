@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.test_train import settings, write_data
 
 from jasper_fast.config.load import load_config
 from jasper_fast.config.models import StudentConfig
@@ -29,6 +28,7 @@ from jasper_fast.training.memory import graph_bytes_per_token, memory_advice, ou
 from jasper_fast.training.run.gpu_monitor import GpuMonitor
 from jasper_fast.training.run.log import SPIKE_WINDOW, RunLog, start_trackers
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.runs import settings, write_data
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,7 @@
 """What is written is whole or absent."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -11,7 +13,6 @@ from collections import namedtuple
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from tests.processes import exit_code
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -26,6 +27,7 @@ from jasper_fast.utils.atomic import (
     write_atomic,
 )
 from jasper_fast.utils.errors import JasperError
+from tests.helpers.processes import exit_code
 
 
 def test_a_folder_appears_only_when_the_block_ends_well(tmp_path):

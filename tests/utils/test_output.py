@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_train import settings, write_data
 
 from jasper_fast.config.load import dump_config, load_config
 from jasper_fast.utils.errors import JasperError, run_cli
 from jasper_fast.utils.output import TolerantStream, tolerant_output
+from tests.helpers.runs import settings, write_data
 
 LINES = "läuft … 東京 🦊 \udcff"  # the last: a byte of a file name that is not UTF-8
 

@@ -1,0 +1,1 @@
+"""Compilation of the Triton kernels."""

@@ -1,0 +1,1 @@
+"""Distillation quality against peers and ablations."""
