@@ -11,6 +11,9 @@ import jasper_fast.losses
 
 MODULES = [
     *(f"jasper_fast.losses.{module.name}" for module in pkgutil.iter_modules(jasper_fast.losses.__path__)),
+    *(f"jasper_fast.mips.{name}" for name in ("top_k", "index", "binary", "funnel", "exports")),
+    "jasper_fast.mteb",
+    "jasper_fast.pictures",
     "jasper_fast.sentence_transformers",
 ]
 # Public functions and classes that must have an example.
@@ -20,7 +23,18 @@ PUBLIC = [
     "jasper_fast.losses.relative_similarity_loss",
     "jasper_fast.losses.neighbourhood_loss",
     "jasper_fast.losses.JasperLoss",
+    "jasper_fast.mips.FlatIPIndex",
+    "jasper_fast.mips.SignIndex",
+    "jasper_fast.mips.funnel",
+    "jasper_fast.mips.funnel_recall",
+    "jasper_fast.mips.topk",
+    "jasper_fast.mteb.load",
+    "jasper_fast.pictures.PictureModel",
+    "jasper_fast.pictures.load",
+    "jasper_fast.pictures.picture_files",
     "jasper_fast.sentence_transformers.JasperLoss",
+    "jasper_fast.train.train",
+    "jasper_fast.training.loop.train_stage",
 ]
 
 

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAME = "l1_similarity"
-TABLE, CASES = "jasper_fast/loss_table.py", "tests/loss_table.py"
+TABLE, CASES = "jasper_fast/config/losses.py", "tests/helpers/loss_table.py"
+TESTS = "tests/losses/test_every_loss.py"
 
 
 def steps() -> dict[str, str]:
@@ -58,8 +59,8 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
     ignored = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "jasper_fast", copy / "jasper_fast", ignore=ignored)
     shutil.copytree(ROOT / "kernels", copy / "jasper_fast" / "kernels", ignore=ignored)
-    (copy / "tests").mkdir()
-    for file in ("CHANGELOG.md", "pyproject.toml", CASES, "tests/conftest.py", "tests/test_every_loss.py"):
+    for file in ("CHANGELOG.md", "pyproject.toml", CASES, "tests/conftest.py", TESTS):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, copy / file)
     before = digests(copy)
 
@@ -75,7 +76,7 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
     (tmp_path / "texts.txt").write_text("\n".join(tiny_texts[:40]), encoding="utf-8")
     (tmp_path / "run.yaml").write_text(json.dumps(config(tmp_path, tiny_bert)), encoding="utf-8")
     train = ["jasper_fast.train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
-    check = ["pytest", "-q", "-p", "no:cacheprovider", "tests/test_every_loss.py", "-k", f"{NAME} or slow_form"]
+    check = ["pytest", "-q", "-p", "no:cacheprovider", TESTS, "-k", f"{NAME} or slow_form"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     processes = [
         subprocess.Popen(
