@@ -67,7 +67,6 @@ MODULES: dict[str, str] = {
     "ops": "losses.relative_exact kernels.pair_losses ops.dispatch",
     "output": "utils.output",
     "parity": "exporting.parity",
-    "pictures": "models.folder",
     "plots": "reporting.plots config.losses",
     "prepare": "training.preflight models.student training.stages.base",
     "pretrained": "models.backbone models.layers",
@@ -114,13 +113,14 @@ def find(old: str, name: str) -> Any:
     """
     for module in MODULES[old].split():
         place = importlib.import_module(f"{__package__}.{module}")
-        if hasattr(place, name):
+        value = getattr(place, name, None)
+        if value is not None and not isinstance(value, ModuleType):
             warnings.warn(
                 f"{__package__}.{old}.{name} is now {place.__name__}.{name}; the old name works until {REMOVED_IN}",
                 DeprecationWarning,
                 stacklevel=3,
             )
-            return getattr(place, name)
+            return value
     raise AttributeError(f"module {__package__}.{old!r} has no attribute {name!r}")
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from jasper_fast._renamed import old_names
 from jasper_fast.data.image_files import DAMAGE, PICTURES, BadImage, decode, resize, upright
 from jasper_fast.data.image_sources import shown
 from jasper_fast.data.listing import all_files, user_path
@@ -26,8 +25,6 @@ from jasper_fast.models.student import Student
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
-
-__getattr__ = old_names(__name__)
 
 
 class PictureModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import BENCHMARKS
 from jasper_fast.config.load import load_arguments, load_config, recipe_names
 from jasper_fast.config.yaml import dump_yaml, parse_yaml
 
@@ -88,9 +89,8 @@ def test_commands_shown_exist(page):
     targets = set(re.findall(r"^(\w+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
     assert {words[1] for words in commands(page) if words[0] == "make"} <= targets
     assert set(re.findall(r"`make (\w+)", text_of(page))) <= targets
-    names = {path.stem for path in (ROOT / "bench").glob("*.py")}
     shown = re.findall(r"python -m bench ([a-z][\w-]*)", text_of(page))
-    assert {name.replace("-", "_") for name in shown} <= names
+    assert {name.replace("-", "_") for name in shown} <= set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -147,13 +147,20 @@ def test_the_table_of_recipes_is_complete():
 
 
 def test_files_named_in_the_architecture_exist():
+    page = text_of(ROOT / "docs" / "architecture.md").partition("### Add a loss")[0]
+    for name in re.findall(r"`([\w/.]+\.(?:py|cpp|yaml))`", page):
+        places = [ROOT / name, ROOT / "jasper_fast" / name]
+        assert "NAME" in name or any(place.is_file() for place in places), name
+
+
+def test_the_layer_table_has_every_package_and_command():
     page = text_of(ROOT / "docs" / "architecture.md")
-    for name in set(re.findall(r"`([\w/]+(?:\.py|\.cpp|/))`", page)):
-        places = (ROOT, ROOT / "jasper_fast")
-        assert any((place / name).exists() for place in places) or name == "bench/NAME.py", name
-    layers = page.split("| layer |")[1].split("\n\n")[0]
-    modules = {path.stem for path in (ROOT / "jasper_fast").glob("*.py")} - {"__init__"}
-    assert set(re.findall(r"`(\w+)\.py`", layers)) == modules
+    rows = page.split("| layer |")[1].split("\n\n")[0]
+    layers = set(re.findall(r"`([\w/]+)`", "".join(line.split("|")[1] for line in rows.splitlines() if "|" in line)))
+    package = ROOT / "jasper_fast"
+    folders = {f"{file.parent.relative_to(package)}/" for file in package.rglob("__init__.py")} - {"./"}
+    modules = {file.stem for file in package.glob("*.py") if not file.stem.startswith("_")}
+    assert layers == folders | modules | {"kernels/"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

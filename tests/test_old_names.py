@@ -1,0 +1,62 @@
+"""Old module names work for one release, and say where the name is now."""
+
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from jasper_fast._renamed import MODULES
+
+
+def load(module, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return getattr(importlib.import_module(f"jasper_fast.{module}"), name)
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("files", "publish_dir", "utils.atomic"),
+        ("errors", "JasperError", "utils.errors"),
+        ("model", "Student", "models.student"),
+        ("evalsets", "load_eval", "data.eval_loaders"),
+        ("sharding", "shard", "distributed.fsdp"),
+        ("reference", "pair_scores", "losses.reference"),
+        ("checkpoint", "Saver", "training.run.checkpoint"),
+        ("data", "build_texts", "data.text_dataset"),  # a package now
+        ("teachers", "load_teacher", "teachers.model"),
+        ("config", "stage_problems", "config.stage"),
+        ("export", "export_student", "exporting.student"),  # a command
+        ("evaluate", "evaluate_widths", "evaluation.score"),
+    ],
+)
+def test_an_old_name_is_the_new_one_with_a_warning(old, name, new):
+    assert load(old, name) is load(new, name)
+    with pytest.warns(DeprecationWarning, match=rf"jasper_fast.{old}.{name} is now jasper_fast.{new}.{name}; "):
+        getattr(importlib.import_module(f"jasper_fast.{old}"), name)
+
+
+@pytest.mark.parametrize("old", MODULES)
+def test_every_old_module_imports(old):
+    assert importlib.import_module(f"jasper_fast.{old}")
+    for new in MODULES[old].split():
+        assert importlib.import_module(f"jasper_fast.{new}")
+
+
+@pytest.mark.parametrize("old", ["files", "data", "export", "config"])
+def test_a_name_that_never_existed_is_an_error(old):
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        load(old, "no_such_name")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("jasper_fast.no_such_module")
+
+
+def test_the_package_itself_does_not_use_old_names():
+    """Also not through ``from package import module``, for which Python asks the package first."""
+    modules = "train, teach, evaluate, export, search, env, pictures, sentence_transformers, mips, losses"
+    command = f"import jasper_fast; from jasper_fast import {modules}; from jasper_fast.ops import cost; import types; "
+    command += "assert isinstance(cost, types.ModuleType)"
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:jasper_fast", "-c", command], check=True)
