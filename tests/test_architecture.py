@@ -1,6 +1,7 @@
 """The rules that keep the tree readable: one import direction, short modules, one loop, every package listed."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -48,9 +49,9 @@ def test_only_stages_ask_which_kind_they_are():
     asking = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")
-        if "kernels" not in file.parts and "stage.vision is" in file.read_text()
+        if "kernels" not in file.parts and re.search(r"(?<!assert )\bstage\.vision is", file.read_text())
     }
-    assert asking <= {"config/stage.py", "config/run.py", "training/stages/__init__.py"}
+    assert asking <= {"config/stage.py", "config/run.py", "training/stages/base.py"}
 
 
 def test_the_configuration_is_light():

@@ -60,8 +60,9 @@ def test_every_package_and_every_data_file_is_declared():
         if path.suffix == ".py":
             assert package in SETUPTOOLS["packages"], f"add {package} to [tool.setuptools] packages"
         else:
-            inside = path.relative_to("jasper_fast").as_posix()
-            assert any(fnmatch(inside, glob) for glob in data["jasper_fast"]), f"{path} would not be in the wheel"
+            places = [(".".join(folder.parts), path.relative_to(folder).as_posix()) for folder in path.parents]
+            packed = [fnmatch(inside, glob) for package, inside in places for glob in data.get(package, ())]
+            assert any(packed), f"{path} would not be in the wheel"
 
 
 def test_kernels_is_the_symlinked_folder_and_no_regular_package():
@@ -179,7 +180,7 @@ def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tm
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("test_each_tile_alone", "test_millions_of_pairs_on_a_gpu", "test_the_order_of_fp64_of_drawn_cases"):
         assert name in done.stdout
-    assert ("test_dealing_counts_as_brute_force_does" in done.stdout) == gpu
+    assert ("test_dominance_counts_as_brute_force_does" in done.stdout) == gpu
 
 
 def test_losses_search_and_their_benchmarks_need_none_of_what_a_gpu_machine_may_lack():

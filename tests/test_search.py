@@ -82,7 +82,7 @@ def test_errors_say_what_is_wrong(built, text_file, tiny_bert, tmp_path, tiny_qw
         main(["ask", str(built), "--file", str(tmp_path / "blank.txt")])
     with pytest.raises(JasperError, match="is not a text index"):
         main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path)])
-    with pytest.raises(JasperError, match="32 coordinates"):
+    with pytest.raises(JasperError, match="no width 33 .expected at most 32."):
         main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), "--width", "33"])
     with pytest.raises(JasperError, match="no texts to index"):
         build(str(tiny_bert), [" "], tmp_path / "i")

@@ -27,7 +27,7 @@ def test_comments_above_a_field_and_on_its_line_are_read():
 def test_comments_are_read_from_the_module_of_the_class(tmp_path, monkeypatch):
     fields = "    steps: int = 3  # number of steps\n    # peak rate\n    rate: float = 0.1\n"
     (tmp_path / "section_elsewhere.py").write_text(
-        f"from jasper_fast.config.run.run import Section\nclass Other(Section):\n{fields}"
+        f"from jasper_fast.config.run import Section\nclass Other(Section):\n{fields}"
     )
     monkeypatch.syspath_prepend(tmp_path)
     from section_elsewhere import Other

@@ -11,7 +11,6 @@ import pytest
 import torch
 from pydantic import AliasChoices, Field
 
-import jasper_fast.config.run as config_module
 from jasper_fast.config.load import load_config
 from jasper_fast.config.run import Config
 from jasper_fast.config.types import Section
@@ -120,7 +119,7 @@ def test_a_renamed_field_is_read_under_its_old_name(monkeypatch, tmp_path):
         seed: int = 0
 
     assert issubclass(Renamed, Section)
-    monkeypatch.setattr(config_module, "Config", Renamed)
+    monkeypatch.setattr("jasper_fast.config.load.Config", Renamed)
     old = plain().model_dump(mode="json") | {"seed": 5}
     del old["start"]
     run = started(tmp_path / "run", old)

@@ -285,7 +285,7 @@ def test_run_texts_leave_out_its_evaluation_sets(tmp_path: Path, monkeypatch: py
     assert len(texts) == 28 and remaining == []
     assert not {"A sentence about 3.", "A sentence about 4."} & set(texts["text"])
     everything = build_texts(config.data, config.seed)
-    monkeypatch.setattr(data_module, "build_texts", lambda *_: everything)
+    monkeypatch.setattr("jasper_fast.data.prepare.build_texts", lambda *_: everything)
     assert prepare_texts(config)[1] == ["near"]
 
 
@@ -456,7 +456,7 @@ def test_order_and_treatment_do_not_depend_on_process_or_source_order(tmp_path: 
     assert here == turned
     config = settings(tmp_path, source(one), source(two), cut_share=0.5, cache=str(tmp_path / "elsewhere"))
     code = (
-        "import sys; from jasper_fast.config.run.data import DataConfig; from jasper_fast.data.text_dataset import *;"
+        "import sys; from jasper_fast.config.data import DataConfig; from jasper_fast.data.text_dataset import *;"
         "print(texts_fingerprint(build_texts(DataConfig.model_validate_json(sys.argv[1]), 3)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}

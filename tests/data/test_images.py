@@ -491,5 +491,5 @@ def test_what_is_no_image_is_an_error(given: object) -> None:
     from jasper_fast.data.image_files import BadImage
     from jasper_fast.pictures import _square
 
-    with pytest.raises(BadImage, match="not an image that can be used"):
+    with pytest.raises(BadImage, match="not a readable image"):
         _square(given, 8)

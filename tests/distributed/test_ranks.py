@@ -78,7 +78,7 @@ def gradients(student: Student, config: StageConfig, ranks: Ranks, texts: list[s
     output, _ = take_gradients(student, batch, config, StageLoss(config, 24, group, rows), CPU, "fp32", mask)
     ranks.average_gradients(student.parameters())
     found = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
-    return {"losses": [part.detach() for part in output], "gradients": found}
+    return {"losses": [part.detach() for part in output._asdict().values()], "gradients": found}
 
 
 def every_case(model: str, texts: list[str], out: str) -> None:

@@ -513,8 +513,8 @@ def test_command_compares_student_and_teacher(
     [
         (["{missing}", "{pairs}"], "no such model on this machine"),
         (["{empty}", "{pairs}"], "the folder holds no model"),
-        (["{cut}", "{pairs}"], "cannot be loaded .* make or copy it again"),
-        (["{listless}", "{pairs}"], "cannot be loaded .* make or copy it again"),
+        (["{cut}", "{pairs}"], "cannot be loaded .* copy or save the model again"),
+        (["{listless}", "{pairs}"], "cannot be loaded .* copy or save the model again"),
         (["{model}", "{pairs}", "--widths", "8,wide"], "--widths takes numbers"),
         (["{model}"], "no evaluation set is given"),
         (["run.yaml", "{pairs}"], "run.yaml is a configuration, and a model is expected.*train --config run.yaml"),

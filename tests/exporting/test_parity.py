@@ -166,7 +166,7 @@ def test_an_architecture_without_an_onnx_form_is_named(kind: str, tiny_bert: Pat
         StudentConfig(model=str(unusual(kind, tiny_bert, tmp_path / "base")), heads=[16], max_length=24)
     )
     export_student(trained, tmp_path / "model")
-    with pytest.raises(JasperError, match=r"(T5Encoder|XLNet)Model has no ONNX form"):
+    with pytest.raises(JasperError, match=r"cannot export (T5Encoder|XLNet)Model to ONNX"):
         export_onnx(tmp_path / "model", 16, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

@@ -149,8 +149,7 @@ print(loss.item(), student.grad.abs().sum().item())
 @pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
 def test_the_kernels_for_any_processor_count_the_same():
     program = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import test_relative_similarity as t\n"
+        "from tests.losses import test_relative_similarity as t\n"
         "t.test_counts_equal_brute_force_bit_for_bit()\n"
         "for levels in (None, 200, 1):\n"
         "    for ties in ('exclude', 'label'):\n"

@@ -125,8 +125,7 @@ def test_the_largest_codes_overflow_nothing(way):
 @needs_extension
 def test_the_kernels_for_any_processor_give_the_same():
     program = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import test_mips as t\n"
+        "from tests.mips import test_mips as t\n"
         "t.test_every_path_gives_the_order_of_fp64()\n"
         "[t.test_many_rows_few_of_which_matter(way) for way in t.PATHS]\n"
     )

@@ -559,7 +559,7 @@ def bad_run(folder: Path, name: str, order: np.ndarray, real: np.ndarray, texts:
 
 
 REFUSED = {
-    "width": "8 wide and the teachers' vectors 32",
+    "width": "8 wide and the teachers' embeddings 32",
     "rows": "199 embeddings for 200 training texts",
     "order": "row order",
     "not finite": "text row 50 is not finite",
@@ -603,7 +603,7 @@ def test_the_dry_run_checks_the_widths_of_models(
     tree["stages"][0]["weights"] = {"cosine": 1}
     config, texts = load_config(tree), genuine(mixed_texts)
     student = Student.build(config.student)
-    message = r"8 wide and the teachers' vectors 32 \+ 32 = 64"
+    message = r"8 wide and the teachers' embeddings 32 \+ 32 = 64"
     with pytest.raises(JasperError, match=message):
         check_targets(config, texts, student)
     tree["stages"][0]["weights"] = {"cosine": 0}

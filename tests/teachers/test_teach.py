@@ -593,7 +593,7 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
     refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
     vectors = {"vectors": str(tmp_path / "v.npy")}
     np.save(tmp_path / "v.npy", ready)
-    refused(vectors, r"8 wide and the teachers' vectors 32 \+ 6 = 38", {"cosine": 1})
+    refused(vectors, r"8 wide and the teachers' embeddings 32 \+ 6 = 38", {"cosine": 1})
     np.save(tmp_path / "v.npy", ready[:150])
     refused(vectors, "150 embeddings for 200 training texts", STAGE["weights"])
     ready[101] = np.nan
@@ -725,7 +725,7 @@ def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_be
     code = (
         "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
-        "from jasper_fast.teachers.model.model import Teacher; encode = Teacher.encode;"
+        "from jasper_fast.teachers.model import Teacher; encode = Teacher.encode;"
         "Teacher.encode = lambda *a, **k: (encode(*a, **k), time.sleep(0.2))[0];"
         "runpy.run_module('jasper_fast.teach', run_name='__main__')"
     )

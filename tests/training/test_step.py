@@ -220,6 +220,6 @@ def test_checkpointing_counts_layers(tiny_bert):
     set_trained(student, student.layer_parameters(1))
     assert student.set_gradient_checkpointing(1) == 1 and student.set_gradient_checkpointing(True) == 1
     assert [layer.gradient_checkpointing for layer in student.encoder.encoder.layer] == [True, True, True]
-    with pytest.raises(JasperError, match="asks for 2 layers; 1 take part"):
+    with pytest.raises(JasperError, match="asks for 2 layers, but 1 take part"):
         student.set_gradient_checkpointing(2)
     assert student.set_gradient_checkpointing(False) == 0

@@ -332,7 +332,7 @@ def test_sigterm_before_and_after_the_steps_ends_as_ctrl_c_does(tiny_bert, tiny_
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    module = {"ensure_teachers": "jasper_fast.teach", "finalize": "jasper_fast.training.finish"}[moment]
+    module = {"ensure_teachers": "jasper_fast.teachers.label", "finalize": "jasper_fast.training.finish"}[moment]
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:

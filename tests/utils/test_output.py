@@ -193,11 +193,11 @@ def test_streams_are_the_users_again_and_a_tolerant_one_is_kept():
     ],
 )
 def test_questions_typed_in_another_encoding_are_read(typed, encoding, read, monkeypatch, capsys):
-    from jasper_fast.search import _typed
+    from jasper_fast.search import _read_question
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed + b"\n"), encoding=encoding))
     found = []
-    left = status(lambda argv: found.append(_typed()), monkeypatch)
+    left = status(lambda argv: found.append(_read_question()), monkeypatch)
     assert (found, left) == (([], 2) if read is None else ([read], 0))
 
 
@@ -236,11 +236,10 @@ def test_json_of_a_search_is_json_in_any_encoding(encoding, monkeypatch):
 
 def test_the_environment_on_a_terminal_of_ascii(monkeypatch):
     from jasper_fast import env
-    from jasper_fast.utils import hardware
 
     stream = terminal("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(hardware, "cpu_name", lambda: "CPU™")
+    monkeypatch.setattr(env, "cpu_name", lambda: "CPU™")
     assert status(env.main, monkeypatch) == 0 and r"CPU\u2122" in shown(stream)
 
 
