@@ -101,8 +101,8 @@ MODULES: dict[str, str] = {
 }
 
 
-def find(old: str, name: str) -> Any:
-    """Return what an old module's name is now.
+def find(old: str, name: str) -> tuple[ModuleType, Any]:
+    """Return the module that a name of an old module is in now, and its value.
 
     Args:
         old: the old module without the package, such as "files".
@@ -120,8 +120,8 @@ def find(old: str, name: str) -> Any:
                 DeprecationWarning,
                 stacklevel=3,
             )
-            return value
-    raise AttributeError(f"module {__package__}.{old!r} has no attribute {name!r}")
+            return place, value
+    raise AttributeError(f"module '{__package__}.{old}' has no attribute {name!r}")
 
 
 def old_names(module: str) -> Callable[[str], Any]:
@@ -131,7 +131,7 @@ def old_names(module: str) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return find(old, name)
+        return find(old, name)[1]
 
     return get
 
@@ -142,7 +142,13 @@ class _OldModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return find(self.__name__.removeprefix(f"{__package__}."), name)
+        return find(self.__name__.removeprefix(f"{__package__}."), name)[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__"):
+            super().__setattr__(name, value)
+        else:
+            setattr(find(self.__name__.removeprefix(f"{__package__}."), name)[0], name, value)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -39,6 +39,17 @@ def test_an_old_name_is_the_new_one_with_a_warning(old, name, new):
         getattr(importlib.import_module(f"jasper_fast.{old}"), name)
 
 
+def test_setting_an_old_name_sets_the_new_one():
+    old, new = (importlib.import_module(f"jasper_fast.{name}") for name in ("cache", "teachers.cache"))
+    before = new.SHARD_ROWS
+    try:
+        with pytest.warns(DeprecationWarning):
+            old.SHARD_ROWS = 7
+        assert new.SHARD_ROWS == 7
+    finally:
+        new.SHARD_ROWS = before
+
+
 @pytest.mark.parametrize("old", MODULES)
 def test_every_old_module_imports(old):
     assert importlib.import_module(f"jasper_fast.{old}")

@@ -724,7 +724,7 @@ def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_be
     # the command with small, slow shards
     code = (
         "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
+        f"from jasper_fast.teachers import cache; cache.SHARD_ROWS = {SHARD};"
         "from jasper_fast.teachers.model import Teacher; encode = Teacher.encode;"
         "Teacher.encode = lambda *a, **k: (encode(*a, **k), time.sleep(0.2))[0];"
         "runpy.run_module('jasper_fast.teach', run_name='__main__')"
