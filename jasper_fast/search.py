@@ -1,8 +1,10 @@
 """Search texts by meaning: build an index from a model and texts, then ask it questions.
 
-python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
-python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or interactively
-python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find a folder's images by words
+    python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
+    python -m jasper_fast.search ask my-index "how do I reverse a list?"
+    python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find images by words
+
+``ask`` also reads questions from a file (``--file``). Without a question it reads them interactively.
 """
 
 from __future__ import annotations

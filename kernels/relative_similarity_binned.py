@@ -1,7 +1,7 @@
 """The two passes of the binned relative similarity loss on CUDA (see jasper_fast/binned.py).
 
-Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024), a hundredth of a bin and less than a thousandth
-of the margin, whereas the exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
+Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024). It is a hundredth of a bin and less than a
+thousandth of the margin. The exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
 in registers. It adds integers to tables in the L2 cache, so its result does not depend on the order. The second pass
 writes row blocks of scores and replaces them by coefficients from eight table entries each. Their float32 product with
 the student is left to `product.py`. Coefficients looked up in registers spilled.

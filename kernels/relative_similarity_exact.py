@@ -10,8 +10,8 @@ equals above it are active, except those of its score if fl(x - m) = x.
 Scores and gradient are products of `product`. The TF32 products that users may allow in cuBLAS would change the order
 of nearly equal scores.
 
-Estimate for B = 8192 on one H200 (33.5 M pairs, D = 1024): three float32 products 6 ms, two sorts 4 ms, searches and
-gathers 8 ms, `dominance_counts` 15 ms, 33 ms in all. Interpreted, not yet run on a GPU.
+Estimate for B = 8192 on one H200 (33.5 M pairs, D = 1024): 33 ms in all. Three float32 products take 6 ms, two sorts
+4 ms, searches and gathers 8 ms, and `dominance_counts` 15 ms. Interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Liveness:
         """Return the ranks that most likely caused the failure; empty if all of them detected it.
 
         Ranks whose process has ended come first. If there are none, the result is the ranks that did not reach this
-        barrier; if all reached it, the ranks that stay silent. A rank that calls this method has detected the failure,
+        barrier. If all reached it, the result is the ranks that stay silent. A rank that calls this method has detected the failure,
         so it is not a cause, even if it has ended since. The end of a process on another machine cannot be seen.
 
         Args:

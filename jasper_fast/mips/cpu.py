@@ -4,8 +4,8 @@ For a query q and a row x of a bin with longest row n, |approximate − q·x| �
 
     ε = relative · n + residual · ρ + absolute
 
-``relative`` covers the rounding of the query and of the matrix product (γ_D of Higham, Accuracy and Stability of
-Numerical Algorithms, §3.1, for any order of summation). ρ is the rounding of the bin's rows, and ``absolute`` covers
+``relative`` covers the rounding of the query and of the matrix product, in any order of summation. It is γ_D of Higham,
+Accuracy and Stability of Numerical Algorithms, §3.1. ρ is the rounding of the bin's rows, and ``absolute`` covers
 underflow. A row is skipped only if approximate + ε is below a proven lower bound of the k-th best score.
 """
 

@@ -2,7 +2,7 @@
 
 Each query's threshold is a low-precision order statistic of a random sample of the rows. It is chosen so that a few
 times k rows of the whole corpus are above it. One product of the whole segment then collects the rows that can reach
-it. The guess is checked: if the k-th best proven lower bound of the collected rows reaches the threshold, no other row
+it. The guess is checked. If the k-th best proven lower bound of the collected rows reaches the threshold, no other row
 can be among the k best (docs/mips.md). Queries that fail, or have too many candidates, are marked in ``state.missed``.
 Nothing here waits for the device.
 """

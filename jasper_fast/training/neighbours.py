@@ -31,9 +31,9 @@ class Graph:
     """Nearest neighbours and near-duplicates among n texts.
 
     Args:
-        nearest: (n, k) int32; column 0 is the row itself, then its nearest rows, nearest first, without
-            near-duplicates of each other; −1 where there are too few.
-        copies: (n,) int32; rows with the same number are near-duplicates of each other.
+        nearest: (n, k) int32. Column 0 is the row itself. Its nearest rows follow, nearest first, without near-duplicates
+            of each other. The rest is −1.
+        copies: (n,) int32. Rows with the same number are near-duplicates of each other.
     """
 
     nearest: np.ndarray

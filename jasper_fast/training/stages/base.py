@@ -184,7 +184,7 @@ class BaseStage(ABC):
 
     @property
     def global_loss(self) -> bool:
-        """Whether a loss compares the texts of all ranks."""
+        """True if a loss compares the texts of all ranks."""
         return self.run_config.losses.scope == "global"
 
     def problems(self, student: Student, ranks: int) -> list[str]:
