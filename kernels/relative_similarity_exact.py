@@ -39,7 +39,7 @@ def cosines(unit: Tensor) -> Tensor:
 
 
 def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count pairs as `ops.pair_counts` does, for any floating-point dtype."""
+    """Count pairs as `jasper_fast.losses.relative_exact` does, for any floating-point dtype."""
     gradient = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     sums, dots = [], []
     nan_if_missing = torch.where(teacher.isnan().any(), torch.nan, 0.0).to(torch.float64)

@@ -35,8 +35,9 @@ class Liveness:
         """Return the ranks that most likely caused the failure; empty if all of them detected it.
 
         Ranks whose process has ended come first. If there are none, the result is the ranks that did not reach this
-        barrier. If all reached it, the result is the ranks that stay silent. A rank that calls this method has detected the failure,
-        so it is not a cause, even if it has ended since. The end of a process on another machine cannot be seen.
+        barrier. If all reached it, the result is the ranks that stay silent. A rank that calls this method has
+        detected the failure, so it is not a cause, even if it has ended since. The end of a process on another machine
+        cannot be seen.
 
         Args:
             seconds: time to wait until the others detect the failure.

@@ -58,8 +58,8 @@ def contrastive_loss(
         others: the (n, D) captions among which an image's caption is to be recognized, the batch's included. Those of
             the same image are left out. None means the batch's alone.
         places: the captions' indices (B,) among the others.
-        mixed: the captions (B, D) of the images that are mixed in, the fractions of the images themselves, and the places
-            of those captions. All mixed images are in the batch. None means that nothing is mixed.
+        mixed: the captions (B, D) of the images that are mixed in, the fractions of the images themselves, and the
+            places of those captions. All mixed images are in the batch. None means that nothing is mixed.
         balance: weight of `unevenness`, so that no image is found by captions of all kinds.
 
     Returns:

@@ -87,7 +87,8 @@ def pair_counts(student: Tensor, teacher: Tensor, margin: float, ties: str = "ex
     """Count active terms by brute force: (P,) student and teacher scores -> up (P,) and low (P,), int64.
 
     A term of p and q, with p below q in teacher order, is active if x_p > fl(x_q - margin). For a pair, up counts the
-    active terms with it as p, and low those with it as q. The gradient of the summed loss with respect to x is up - low.
+    active terms with it as p, and low those with it as q. The gradient of the summed loss with respect to x is
+    up - low.
     """
     threshold = student - margin
     below = teacher[:, None] < teacher[None, :]  # (P, P): the row's pair comes before the column's

@@ -39,8 +39,8 @@ def preferred(rows: int, heads: int) -> bool:
     """Return True if method="auto" takes the binned form: the exact one would need more than EXACT_MEMORY.
 
     The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs. It also stores a B x B matrix of 4-byte
-    scores. That is 2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen because its gradient has no
-    error, although the binned form is faster from about B = 1,000 on.
+    scores. That is 2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen because its gradient
+    has no error, although the binned form is faster from about B = 1,000 on.
 
     Args:
         rows: batch size B.

@@ -31,8 +31,8 @@ class Graph:
     """Nearest neighbours and near-duplicates among n texts.
 
     Args:
-        nearest: (n, k) int32. Column 0 is the row itself. Its nearest rows follow, nearest first, without near-duplicates
-            of each other. The rest is −1.
+        nearest: (n, k) int32. Column 0 is the row itself. Its nearest rows follow, nearest first, without
+            near-duplicates of each other. The rest is −1.
         copies: (n,) int32. Rows with the same number are near-duplicates of each other.
     """
 

@@ -1,8 +1,8 @@
 """The gradient of one training step, for a batch of any size in the memory of one micro-batch.
 
 The graph is cut at the pooled states (gradient caching). The encoder computes them, and heads and loss compute their
-gradient. The encoder then propagates that gradient, micro-batch by micro-batch. With ``gradient_caching`` the first pass
-keeps no graph, and each micro-batch is encoded again, with a graph, just before its backward pass.
+gradient. The encoder then propagates that gradient, micro-batch by micro-batch. With ``gradient_caching`` the first
+pass keeps no graph, and each micro-batch is encoded again, with a graph, just before its backward pass.
 """
 
 from __future__ import annotations
