@@ -3,7 +3,7 @@
 A sentence has at most 25 words. The mean is at most 18 words, and the 90th percentile at most 30. No word is in
 SUBSTITUTIONS. Headings, tables and code blocks are not counted, and inline code is one word. Only code is exempt from
 the word list. The pages are the README, CONTRIBUTING, CHANGELOG and docs/. The docstrings and comments are those of
-jasper_fast/ and kernels/. A docstring also must not begin with a word of OPENERS.
+jasper_fast/, kernels/ and bench/. A docstring also must not begin with a word of OPENERS.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def sources() -> list[Path]:
     """List the Python files to check."""
     linked = ROOT / "jasper_fast" / "kernels"
     package = sorted(path for path in (ROOT / "jasper_fast").rglob("*.py") if linked not in path.parents)
-    return [*package, *sorted((ROOT / "kernels").glob("*.py"))]
+    return [*package, *sorted((ROOT / "kernels").glob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
 
 def docstrings(source: str) -> list[tuple[int, str]]:
@@ -242,7 +242,7 @@ class Report:
 
     def check_source(self, name: str, source: str) -> None:
         """Check the docstrings and comments of a Python file."""
-        folder = "jasper_fast" if name.startswith("jasper_fast/") else Path(name).parent.name
+        folder = name.split("/")[0] if name.startswith(("jasper_fast/", "bench/")) else Path(name).parent.name
         for line, docstring in docstrings(source):
             self.check(f"{folder} docstrings", name, docstring_page(docstring), line)
             if word := bad_opening(docstring):
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
         "files",
         nargs="*",
         type=Path,
-        help="pages and Python files to check; default: README, CONTRIBUTING, CHANGELOG, docs/, jasper_fast/, kernels/",
+        help="pages and Python files to check; default: README, CONTRIBUTING, CHANGELOG, docs/, and all sources",
     )
     options = parser.parse_args(argv)
     report = Report()
