@@ -162,7 +162,7 @@ def build(
         dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
         max_length: maximum number of tokens per text. None keeps the model's limit.
         total: number of texts for the progress bar. None shows no total.
-        pictures: treat the texts as paths of images. The model must have a vision tower; words find the images.
+        pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
         trust_remote_code: allow code that the model brings to run.
 
     Returns:

@@ -25,7 +25,7 @@ from jasper_fast.kernels.tie_correction import subtract_ties
 
 
 def takes(pairs: int) -> bool:
-    """Tell if the events of `dominance` can hold so many pairs."""
+    """Return True if the events of `dominance` can hold so many pairs."""
     return 1 <= pairs < MAX_PLACES
 
 

@@ -49,7 +49,7 @@ class Plan:
 
 
 def serves(segment: Segment, k: int) -> bool:
-    """Tell if the kernels can search this segment."""
+    """Return True if the kernels can search this segment."""
     return segments.on_gpu(segment.rows) and k * BIN <= len(segment)
 
 

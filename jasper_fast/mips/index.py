@@ -111,7 +111,7 @@ class FlatIPIndex:
                     self._open = None
 
     def search(self, q: Any, k: int, *, valid: Any = None, precision: Precision = "certified") -> tuple[Any, Any]:
-        """Return the k stored rows of highest inner product for every query, best first; ties go to the lower id.
+        """Return the k stored rows of highest inner product for every query, best first. Ties go to the lower id.
 
         Args:
             q: (Q, dim) float queries, a tensor or array. Results are of the same kind.

@@ -154,7 +154,7 @@ class ImageBatches:
 
     @property
     def order(self) -> Tensor:
-        """(B,) int64; images are encoded in the batch's own order."""
+        """(B,) int64. Images are encoded in the batch's own order."""
         return torch.arange(sum(map(len, self.token_ids)))
 
     def pool(

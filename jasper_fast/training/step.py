@@ -173,7 +173,7 @@ class StepReport:
     """Numbers of a step that are equal on all ranks.
 
     Args:
-        numbers: mean losses and the gradient norm; this rank's own if a number is not finite.
+        numbers: mean losses and the gradient norm. This rank's own if a number is not finite.
         tokens: tokens of the whole batch, without padding.
         padded: tokens with padding.
         stop: whether a rank received a signal to stop.
