@@ -34,9 +34,13 @@ test: $(VENV)/.dev  ## set up, then run the tests in JOBS processes; ARGS go to 
 soak: $(VENV)/.dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-lint: $(VENV)/.dev  ## check rules and format with ruff
+lint: $(VENV)/.dev  ## check rules, format, imports between layers, prose and generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m bench prose
+	$(BIN)/python -m bench config-page --check
+	$(BIN)/python -m bench readme --check
 
 format: $(VENV)/.dev  ## fix and format with ruff
 	$(BIN)/ruff check --fix .

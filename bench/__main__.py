@@ -1,9 +1,9 @@
 """Command line of the benchmarks: ``python -m bench NAME [arguments]`` runs a benchmark or a page generator.
 
-Without a name, it runs losses, mips and train:
+    python -m bench --device cuda                 on a GPU, about six minutes
+    python -m bench --device cuda --budget 400    leave out cases that would start after 400 seconds
 
-python -m bench --device cuda                 on a GPU, about six minutes
-python -m bench --device cuda --budget 400    leave out cases that would start after 400 seconds
+Without a name, it runs losses, mips and train.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def suite(arguments: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Run one benchmark, or the suite without a name. An unknown name lists the benchmarks and returns 2."""
     if argv and not argv[0].startswith("-"):
-        argv = [argv[0].replace("-", "_"), *argv[1:]]  # config-page is config_page.py
+        argv = [argv[0].replace("-", "_"), *argv[1:]]  # config-page is config_page
     wanted_help = bool(argv) and argv[0] in ("-h", "--help")
     if wanted_help or (argv and not argv[0].startswith("-") and argv[0] not in names()):
         if not wanted_help:

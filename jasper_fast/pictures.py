@@ -1,7 +1,9 @@
 """Embeddings of images and texts from one exported model with a vision tower.
 
-model = jasper_fast.pictures.load("runs/glyphs/model")
-embeddings = model.encode(["a.jpg", "b.png"])
+    model = jasper_fast.pictures.load("runs/glyphs/model")
+    embeddings = model.encode(["a.jpg", "b.png"])
+
+``encode_text`` embeds texts in the same space, and ``encode_mixed`` embeds both.
 """
 
 from __future__ import annotations

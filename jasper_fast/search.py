@@ -1,8 +1,10 @@
 """Search texts by meaning: build an index from a model and texts, then ask it questions.
 
-python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
-python -m jasper_fast.search ask my-index "how do I reverse a list?"   # or --file questions.txt, or interactively
-python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find a folder's images by words
+    python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
+    python -m jasper_fast.search ask my-index "how do I reverse a list?"
+    python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find images by words
+
+``ask`` also reads questions from a file (``--file``). Without a question it reads them interactively.
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ def build(
         dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
         max_length: maximum number of tokens per text. None keeps the model's limit.
         total: number of texts for the progress bar. None shows no total.
-        pictures: treat the texts as paths of images. The model must have a vision tower; words find the images.
+        pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
         trust_remote_code: allow code that the model brings to run.
 
     Returns:

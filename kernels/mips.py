@@ -158,7 +158,7 @@ def choose(dtype: torch.dtype, size: int, masked: bool) -> Tile:
 
 
 def described(rows: Tensor, queries: Tensor) -> bool:
-    """Tell if tensor descriptors can read both: Hopper or later, and rows that begin at multiples of 16 bytes."""
+    """Return True if tensor descriptors can read both: from Hopper on, with rows at multiples of 16 bytes."""
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (rows, queries))
     return aligned and (INTERPRETED or torch.cuda.get_device_capability(rows.device) >= (9, 0))
 

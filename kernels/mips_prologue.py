@@ -128,8 +128,8 @@ def operands(
         proven: False assumes errors of 0, for an order that need not be proven.
 
     Returns:
-        queries (Q, D) in the scan's dtype, their scales (Q,) float32 if they are int8 codes, and errors: relative to a
-        row's norm, and absolute, (Q,) float32 each.
+        queries (Q, D) in the scan's dtype, their scales (Q,) float32 if they are int8 codes, and two errors. One is
+        relative to a row's norm and one absolute, (Q,) float32 each.
     """
     size, width = exact.shape
     scan_queries = torch.empty(size, width, dtype=dtype, device=exact.device)

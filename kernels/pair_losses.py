@@ -36,7 +36,7 @@ class Embeddings(NamedTuple):
 def similarity(
     students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Compute losses (H,) and gradients as `ops.similarity` does."""
+    """Compute losses (H,) and gradients as `jasper_fast.losses.similarity` does."""
     heads = [_embeddings(s) for s in students]
     target = _embeddings(teacher)
     rows = len(teacher)
@@ -70,7 +70,7 @@ def similarity(
 def neighbourhood(
     students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute losses (H,) and gradients as `ops.neighbourhood` does."""
+    """Compute losses (H,) and gradients as `jasper_fast.losses.neighbourhood` does."""
     rows = len(teacher)
     if rows < 2:
         gradients = [_empty_gradient(s).zero_() if gradient else s.new_empty(0) for s in students]

@@ -1,7 +1,7 @@
 """A matrix product that normalises its operands' rows: for gradients and the feature form.
 
-It does what cuBLAS cannot: full float32 precision for any `allow_tf32`, operands scaled by row without a normalised
-copy, addition to a result, and a long dimension split into separate parts.
+cuBLAS lacks four of its features. It has full float32 precision for any `allow_tf32`. It scales operands by row without
+a normalised copy. It adds to a result, and it splits a long dimension into separate parts.
 """
 
 from __future__ import annotations

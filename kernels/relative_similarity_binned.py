@@ -1,10 +1,10 @@
-"""The two passes of the binned relative similarity loss on CUDA (see jasper_fast/binned.py).
+"""The two passes of the binned relative similarity loss on CUDA (see jasper_fast/losses/relative_binned.py).
 
-Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024), a hundredth of a bin and less than a thousandth
-of the margin, whereas the exact form needs float32 scores. The first pass keeps a tile of student and of teacher scores
-in registers. It adds integers to tables in the L2 cache, so its result does not depend on the order. The second pass
-writes row blocks of scores and replaces them by coefficients from eight table entries each. Their float32 product with
-the student is left to `product.py`. Coefficients looked up in registers spilled.
+Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024). It is a hundredth of a bin and less than a
+thousandth of the margin. The exact form needs float32 scores. The first pass keeps a tile of student and of teacher
+scores in registers. It adds integers to tables in the L2 cache, so its result does not depend on the order. The second
+pass writes row blocks of scores and replaces them by coefficients from eight table entries each. Their float32 product
+with the student is left to `product.py`. Coefficients looked up in registers spilled.
 
 Estimate for B = 32768, D = 1024 on one H200 (5.4e8 pairs): each pass does 2.2 TFLOP at 300 TFLOP/s, 7 ms. 1.6e9
 additions in the cache take 20 ms. 4.3e9 table reads and 11 GB through memory take 15 ms. The gradient's 2.2 TFLOP in

@@ -10,8 +10,8 @@ equals above it are active, except those of its score if fl(x - m) = x.
 Scores and gradient are products of `product`. The TF32 products that users may allow in cuBLAS would change the order
 of nearly equal scores.
 
-Estimate for B = 8192 on one H200 (33.5 M pairs, D = 1024): three float32 products 6 ms, two sorts 4 ms, searches and
-gathers 8 ms, `dominance_counts` 15 ms, 33 ms in all. Interpreted, not yet run on a GPU.
+Estimate for B = 8192 on one H200 (33.5 M pairs, D = 1024): 33 ms in all. Three float32 products take 6 ms, two sorts
+4 ms, searches and gathers 8 ms, and `dominance_counts` 15 ms. Interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jasper_fast.kernels.tie_correction import subtract_ties
 
 
 def takes(pairs: int) -> bool:
-    """Tell if the events of `dominance` can hold so many pairs."""
+    """Return True if the events of `dominance` can hold so many pairs."""
     return 1 <= pairs < MAX_PLACES
 
 
@@ -39,7 +39,7 @@ def cosines(unit: Tensor) -> Tensor:
 
 
 def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count pairs as `ops.pair_counts` does, for any floating-point dtype."""
+    """Count pairs as `jasper_fast.losses.relative_exact` does, for any floating-point dtype."""
     gradient = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     sums, dots = [], []
     nan_if_missing = torch.where(teacher.isnan().any(), torch.nan, 0.0).to(torch.float64)

@@ -1,4 +1,4 @@
-"""Tiny real models and texts that many tests share. Nothing here needs a network or a model hub."""
+"""Tiny real models and texts for many tests. They need no network and no model hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Forking after tokenizers has started its threads would only print warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Without a GPU, kernels are interpreted; Triton looks when it decorates one, so before anything imports it.
+# Without a GPU, kernels are interpreted. Triton reads this when it decorates a kernel, so set it before any import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -58,16 +58,16 @@ OBJECTS = (
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """``-m gpu`` alone reads only files that hold GPU tests: a machine with a GPU may lack what the others import."""
+    """Collect only files with GPU tests for ``-m gpu``, because a machine with a GPU may lack what others import."""
     if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
         return None
-    held = collection_path.stem in KERNEL_TESTS or "mark.gpu" in collection_path.read_text(encoding="utf-8")
-    return None if held else True
+    has_gpu_tests = collection_path.stem in KERNEL_TESTS or "mark.gpu" in collection_path.read_text(encoding="utf-8")
+    return None if has_gpu_tests else True
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where there is a GPU, the kernels are compiled for it: then all their tests are GPU tests."""
+    """Mark all tests of the kernels as GPU tests on a machine with a GPU, because the kernels are compiled for it."""
     if torch.cuda.is_available():
         for item in items:
             if item.path.stem in KERNEL_TESTS:
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_texts() -> list[str]:
-    """200 distinct English sentences of 8 to 29 words, in a fixed order that mixes subjects."""
+    """Return 200 distinct English sentences of 8 to 29 words, in a fixed order that mixes subjects."""
     texts = [f"{subject} {action} {thing}" for thing, action, subject in product(OBJECTS, ACTIONS, SUBJECTS)]
     assert len(set(texts)) == len(texts) == 200
     return texts
@@ -84,7 +84,7 @@ def tiny_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    """A random BERT of 3 layers, hidden 32, 2 heads, 64 positions: a plain Hugging Face folder with its tokenizer."""
+    """Save a random BERT as a plain Hugging Face folder: 3 layers, hidden 32, 2 heads, 64 positions, tokenizer."""
     from transformers import BertConfig, BertModel
 
     tokenizer = _wordpiece(tiny_texts)
@@ -96,7 +96,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -
         intermediate_size=2 * HIDDEN,
         max_position_embeddings=MAX_LENGTH,
         pad_token_id=tokenizer.pad_token_id,
-        # The usual 0.02 gives all texts nearly the same vector at this width.
+        # With the usual 0.02, all texts have nearly the same embedding at this width.
         initializer_range=0.2,
     )
     return _save(BertModel, config, tokenizer, tmp_path_factory.mktemp("models") / "tiny-bert")
@@ -104,7 +104,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    """A random Qwen2 decoder of 2 layers, hidden 32, 2 heads (1 key-value head): a plain Hugging Face folder."""
+    """Save a random Qwen2 decoder as a plain Hugging Face folder: 2 layers, hidden 32, 2 heads (1 key-value head)."""
     from transformers import Qwen2Config, Qwen2Model
 
     tokenizer = _byte_level_bpe(tiny_texts)
@@ -126,15 +126,15 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from the same torch random state, whichever tests ran before it."""
+    """Start every test from the same torch random state."""
     torch.manual_seed(0)
     yield
 
 
 def _wordpiece(texts: list[str]):
-    """A lower-casing WordPiece tokenizer with BERT's special tokens: letters, and five words in six whole.
+    """Build a lower-casing WordPiece tokenizer with BERT's special tokens, letters, and five of six words.
 
-    Written, not trained: training gives other token ids from one process to the next.
+    The vocabulary is fixed, because training assigns other token ids in each process.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -161,7 +161,7 @@ def _wordpiece(texts: list[str]):
 
 
 def _byte_level_bpe(texts: list[str]):
-    """Qwen2's own kind of tokenizer: transformers reads a decoder folder with it, whatever class the folder names."""
+    """Build Qwen2's tokenizer class, because transformers loads every Qwen2 folder with it."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import Qwen2Tokenizer
 

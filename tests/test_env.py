@@ -1,4 +1,4 @@
-"""What `python -m jasper_fast.env` says is what is in use, and `import jasper_fast` stays light."""
+"""`python -m jasper_fast.env` reports the libraries in use, and `import jasper_fast` stays light."""
 
 import json
 import os

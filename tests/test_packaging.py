@@ -1,4 +1,4 @@
-"""What is declared is what is there: packages, data, dependencies, pins; and the wheel works away from the checkout."""
+"""Declared packages, data, dependencies and pins match the files, and the wheel works without the checkout."""
 
 import ast
 import json

@@ -1,1 +1,1 @@
-"""What the benchmarks share."""
+"""Helpers of the benchmarks: budgets, checks, measurement and targets."""

@@ -1,4 +1,4 @@
-"""Arms of a comparison: each leaves a result of its own, which is used again as long as its settings are the same."""
+"""Arms of a comparison. Each has a result file, which is reused while its settings are the same."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 
 def result_file(work: Path, arm: str, seed: int) -> Path:
+    """Return the result file of an arm and a seed."""
     return work / f"{arm}-seed{seed}.json"
 
 
 def known_settings(file: Path) -> dict[str, Any] | None:
-    """The settings behind a stored result; None where there is none."""
+    """Return the settings of a stored result, or None without a result."""
     return json.loads(file.read_text())["settings"] if file.exists() else None
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in per cent."""
+    """Format mean ± standard deviation, in per cent."""
     deviation = f" ± {100 * stdev(values):.2f}" if len(set(values)) > 1 else ""
     return f"{100 * mean(values):.2f}{deviation}"

@@ -14,7 +14,7 @@ Method = Callable[[Heads, Tensor], Tensor]
 
 
 class Known(NamedTuple):
-    """A loss and its gradients with respect to the students, in float64."""
+    """Loss and its gradients with respect to the students, in float64."""
 
     loss: float
     gradients: list[Tensor]

@@ -5,8 +5,9 @@ a student width, E the teacher width, and n the bytes of a number.
 
 - Loss by pairs: B^2 E + sum of 3 B^2 D FLOP. S S' and T T' are symmetric, so each takes half of 2 B^2 D. The gradient
   multiplies a B x B matrix with S.
-- Loss by features, for similarity only: B E^2 + sum of B (3 D^2 + 4 D E) FLOP, for half of S'S and T'T, and for T'S,
-  S (S'S) and T (T'S). Similarity counts as the cheaper of both forms. Sorting in relative similarity is not counted.
+- Loss by features, for similarity only: B E^2 + sum of B (3 D^2 + 4 D E) FLOP. These are half of S'S and T'T, and all
+  of T'S, S (S'S) and T (T'S). Similarity counts as the cheaper of both forms. Sorting in relative similarity is not
+  counted.
 - Bytes of a loss: n B (E + sum of 2 D), as embeddings are read and gradients are written once.
 - Search of Q queries among N rows of width D: 2 Q N D FLOP. Bytes are those of the scanned rows (2 per number, 1 in
   int8), of float32 queries, and 12 for each of Q k results.

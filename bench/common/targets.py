@@ -1,4 +1,4 @@
-"""What a benchmark's figures are to reach, and whether they do."""
+"""Targets for a benchmark's figures, and comparison of results with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Target(NamedTuple):
     """A bound of one figure.
 
     Args:
-        what: the figure's unit, in words: "x the speed of eager", "ms".
-        of: the figure of a case's results; KeyError where it was not measured.
-        bound: what it is to reach.
-        at_most: whether it is to stay below the bound; else above.
+        what: unit of the figure in words, e.g. "x the speed of eager" or "ms".
+        of: function that reads the figure from a case's results. It raises KeyError if the figure was not measured.
+        bound: required value of the figure.
+        at_most: True if the bound is an upper limit. Default: a lower limit.
     """
 
     what: str
@@ -23,8 +23,17 @@ class Target(NamedTuple):
 
 
 def judged(targets: Iterable[Target], case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of every target: its words, the figure, its bound and whether it is met; None where nothing was measured."""
-    found = []
+    """Compare a case with its targets.
+
+    Args:
+        targets: targets of the case.
+        case: results of the case.
+
+    Returns:
+        A dictionary for each target: ``what``, ``value``, the bound and ``met``. Value and ``met`` are None if the
+        figure was not measured.
+    """
+    verdicts = []
     for target in targets:
         try:
             value = target.of(case)
@@ -32,14 +41,14 @@ def judged(targets: Iterable[Target], case: dict[str, Any]) -> list[dict[str, An
             value = None
         met = None if value is None else bool(value <= target.bound if target.at_most else value >= target.bound)
         bound = {"at_most" if target.at_most else "at_least": target.bound}
-        found.append({"what": target.what, "value": value, **bound, "met": met})
-    return found
+        verdicts.append({"what": target.what, "value": value, **bound, "met": met})
+    return verdicts
 
 
-def print_judged(found: Iterable[dict[str, Any]]) -> None:
-    """One line for each target."""
-    for own in found:
-        bound = f"at most {own['at_most']:g}" if "at_most" in own else f"at least {own['at_least']:g}"
-        value = "not measured" if own["value"] is None else f"{own['value']:,.3g}"
-        verdict = {None: "", True: ": met", False: ": NOT met"}[own["met"]]
-        print(f"  target: {value} {own['what']}, {bound}{verdict}")
+def print_judged(verdicts: Iterable[dict[str, Any]]) -> None:
+    """Print one line for each target."""
+    for verdict in verdicts:
+        bound = f"at most {verdict['at_most']:g}" if "at_most" in verdict else f"at least {verdict['at_least']:g}"
+        value = "not measured" if verdict["value"] is None else f"{verdict['value']:,.3g}"
+        result = {None: "", True: ": met", False: ": NOT met"}[verdict["met"]]
+        print(f"  target: {value} {verdict['what']}, {bound}{result}")

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(rows: int, width: int, teacher_width: int, noise: float | None = None) -> dict[str, Any]:
-    """Both forms of one random batch; with noise, a student that is its teacher and that much noise."""
+    """Measure both forms on one random batch. With noise, the student is its teacher plus that much noise."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(rows, teacher_width, generator=generator)
     student = torch.randn(rows, width, generator=generator)
@@ -76,7 +76,7 @@ def measure(rows: int, width: int, teacher_width: int, noise: float | None = Non
 
 
 def table(found: dict[str, Any]) -> str:
-    """Two Markdown tables: over shapes, and as the student nears its teacher."""
+    """Format two Markdown tables: over shapes, and as the student nears its teacher."""
     lines = [
         "# The two forms of the similarity loss",
         "",

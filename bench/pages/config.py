@@ -1,7 +1,7 @@
 """Write docs/config.md, the reference of all YAML fields: ``python -m bench config-page`` (``--check`` only compares).
 
 Names, types and defaults come from the pydantic schema. The meaning of a field is its comment in the source of its
-class, at the end of the line or on the lines directly above.
+class. The comment is at the end of the line or on the lines directly above.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ python -m bench gpu              # this page, from those files
 ```
 
 Every method's result is compared with float64 before it is timed. Ratios above 1 mean that ours is faster. Memory is in
-addition to inputs and gradient. *binned* is our form of relative similarity for large batches. `bench/_roofline.py`
-defines useful FLOP and least bytes."""
+addition to inputs and gradient. *binned* is our form of relative similarity for large batches.
+`bench/common/roofline.py` defines useful FLOP and least bytes."""
 
 
 def main(argv: list[str]) -> int:

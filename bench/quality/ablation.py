@@ -1,13 +1,13 @@
-"""``python -m bench ablation``: what each loss, batch, target and head is worth for narrow vectors.
+"""``python -m bench ablation``: measure the effect of each loss, batch, target and head on narrow embeddings.
 
-    python -m bench ablation                          all arms, three seeds; the same command again goes on
+    python -m bench ablation                          all arms, three seeds; the same command resumes
     python -m bench ablation --groups losses batch    only these questions
-    python -m bench ablation --page                   only draw the page again from the results
+    python -m bench ablation --page                   only write the page again from the results
 
-One encoder is distilled at full width first and then frozen; its pooled states are kept, so that an arm, which trains
-narrow heads, takes seconds. Every arm is trained twice: for equally many seconds, and on
-equally many texts. The encoder arms, which compare losses at full width, train it anew on equally many texts.
-What is asked for is trained; results and page have everything that is known of the same encoder, budgets and arms.
+One encoder is distilled at full width first and then frozen. Its pooled states are kept, so training the narrow heads
+of an arm takes seconds. Every arm is trained twice: for equally many seconds, and on equally many texts. The encoder
+arms compare losses at full width, so they train the encoder again, on equally many texts. Only the selected groups and
+seeds are trained. Results and page have all stored results of the same encoder, budgets and arms.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from jasper_fast.utils.atomic import write_atomic
 HERE = Path(__file__).parents[1]
 RESULTS, PAGE = HERE / "results" / "ablation.json", HERE.parent / "docs" / "ablation.md"
 WARMUP, CLIP = 0.05, 1.0
-ENCODER = "encoder"  # the group of arms that train it
+ENCODER = "encoder"  # group of the arms that train the encoder
 
 
 def main(argv: list[str]) -> int:
@@ -62,16 +62,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--config",
         default=str(HERE / "recipes" / "minilm-ablation.yaml"),
-        help="default: %(default)s, on public sets in ../shared/data; ablation-docstrings.yaml beside it needs nothing "
-        "but the installed packages",
+        help="default: %(default)s, on public sets in ../shared/data; ablation-docstrings.yaml next to it needs only "
+        "the installed packages",
     )
-    parser.add_argument("--encoder", help="a finished run's folder instead of training the configuration's")
+    parser.add_argument("--encoder", help="folder of a finished run, instead of training the encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--groups", nargs="+", default=groups, choices=groups)
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32], help="of the narrow heads")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of training, for an arm's first run")
-    parser.add_argument("--texts", type=int, default=131_072, help="texts of its second run, repeats counted")
-    parser.add_argument("--work", default="runs/bench-ablation", help="the encoder and the results of single arms")
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 64, 32], help="widths of the narrow heads")
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds of training in an arm's first run")
+    parser.add_argument("--texts", type=int, default=131_072, help="texts of its second run, including repeats")
+    parser.add_argument("--work", default="runs/bench-ablation", help="folder of the encoder and of single results")
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--page-out", default=str(PAGE))
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
@@ -85,16 +85,16 @@ def main(argv: list[str]) -> int:
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
-    """Every arm asked for with every seed, each kept as soon as it is done; then all that are known in one file."""
+    """Run the selected arms and seeds, and store each result at once. Then write all stored results to one file."""
     work = Path(options.work)
     world = prepare(config, options.encoder, work)
     budgets: list[tuple[str, float]] = [("seconds", options.seconds), ("texts", options.texts)]
-    found: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = []
     for seed in _seeds(work, options.seeds):
         for arm in ARMS:
             if arm.searched and world.texts == len(world.states):
-                continue  # nothing is searched, or the teacher cannot read it
-            asked = seed in options.seeds and arm.group in options.groups
+                continue  # no retrieval set, or a teacher that cannot encode its documents
+            selected = seed in options.seeds and arm.group in options.groups
             for budget, amount in budgets:
                 settings = {
                     "arm": asdict(arm) | {"stage": arm.settings(world.width, options.widths).model_dump(mode="json")},
@@ -103,25 +103,25 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 }
                 file = result_file(work, f"{arm.name} by {budget}", seed)
                 if settings != known_settings(file):
-                    if not asked:
+                    if not selected:
                         continue
                     outcome = run_arm(world, arm, options.widths, seed, budget, amount)
                     outcome |= {"group": arm.group, "arm": arm.name, "budget": budget, "seed": seed}
                     write_atomic(file, json.dumps({"settings": settings} | outcome, indent=1) + "\n")
                     print(f"{arm.name}, seed {seed}, {outcome['steps']} steps, {outcome['seconds']:.1f} s", flush=True)
-                found.append(json.loads(file.read_text()))
-        asked = seed in options.seeds and ENCODER in options.groups
-        found += list(run_encoder_arms(config, seed, work, asked))
+                outcomes.append(json.loads(file.read_text()))
+        selected = seed in options.seeds and ENCODER in options.groups
+        outcomes += list(run_encoder_arms(config, seed, work, selected))
     results = {
         "environment": environment() | {"threads": torch.get_num_threads()},
         "config": config.model_dump(mode="json"),
         "budgets": dict(budgets),
-        "seeds": sorted({one["seed"] for one in found}),
+        "seeds": sorted({one["seed"] for one in outcomes}),
         "widths": [world.width, *options.widths],
         "facts": world.facts,
         "sets": [{"name": e.name, "kind": e.kind, "metric": e.metrics[0]} for e, _ in world.evals],
         "floors": world.floors(options.widths),
-        "runs": [{key: value for key, value in one.items() if key != "settings"} for one in found],
+        "runs": [{key: value for key, value in one.items() if key != "settings"} for one in outcomes],
     }
     write_atomic(options.out, json.dumps(results, indent=1) + "\n")
 
@@ -130,7 +130,7 @@ def run_arm(world: World, arm: Arm, widths: list[int], seed: int, budget: str, a
     """Train and score one arm.
 
     Returns:
-        seconds, steps and texts of training; rows of scores by width and precision.
+        The seconds, steps and texts of training, and rows of scores by width and precision.
     """
     stage = arm.settings(world.width, widths)
     heads, spent = train_heads(world, arm, stage, seed, budget, amount)
@@ -149,7 +149,7 @@ def run_arm(world: World, arm: Arm, widths: list[int], seed: int, budget: str, a
 def train_heads(
     world: World, arm: Arm, stage: StageConfig, seed: int, budget: str, amount: float
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, float]]:
-    """Return the heads' (weight, bias) by width after so many seconds or texts, and what was spent."""
+    """Return the heads' (weight, bias) by width after the budget, and the seconds, steps and texts of training."""
     torch.manual_seed(seed)
     heads = FrozenStudent(world, arm, stage, seed)
     timed = BudgetStage(world, arm, stage, seed, budget, amount)
@@ -163,9 +163,9 @@ class FrozenStudent(nn.Module):
 
     Args:
         world: the states and the widest head.
-        arm: the kind of heads and their start.
-        stage: the widths.
-        seed: the seed of principal axes.
+        arm: arm with the kind of heads and their initialization.
+        stage: stage with the widths.
+        seed: seed of the principal axes.
     """
 
     def __init__(self, world: World, arm: Arm, stage: StageConfig, seed: int) -> None:
@@ -196,15 +196,15 @@ class FrozenStudent(nn.Module):
 
 
 class BudgetStage:
-    """A stage that ends after so many seconds or texts. The learning rate rises and falls over that budget.
+    """A stage that ends after a budget of seconds or texts. The learning rate rises and falls over that budget.
 
     Args:
         world: states and teachers.
-        arm: which of the teachers and texts.
-        stage: the settings, of which ``steps`` is not used.
-        seed: the seed of the batches.
+        arm: arm with the choice of teachers and texts.
+        stage: settings of the stage. ``steps`` is not used.
+        seed: seed of the batches.
         budget: "seconds" or "texts".
-        amount: how many.
+        amount: number of seconds or texts.
     """
 
     def __init__(self, world: World, arm: Arm, stage: StageConfig, seed: int, budget: str, amount: float) -> None:
@@ -242,11 +242,14 @@ class BudgetStage:
             self._done = self.spent[self._budget] / self._amount
 
     def end(self, run: Run) -> None:
-        """Keep everything."""
+        """Do nothing."""
 
 
-def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iterator[dict[str, Any]]:
-    """The configuration's run with other losses in its last stage, at full width; unless asked for, what has ended."""
+def run_encoder_arms(config: Config, seed: int, work: Path, selected: bool) -> Iterator[dict[str, Any]]:
+    """Train the configuration with other losses in its last stage, at full width, and yield the results.
+
+    Without ``selected`` it yields only the results of finished runs.
+    """
     from jasper_fast.evaluation.score import STUDENT
     from jasper_fast.train import train
     from jasper_fast.training.run.folder import RunFolder, existing_difference
@@ -255,10 +258,10 @@ def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iter
     for name, weights in ENCODER_ARMS.items():
         folder = work / f"{name.replace(': ', '-').replace(' ', '-')}-seed{seed}"
         overrides = [("seed", seed), (f"stages.{last}.weights", weights)]
-        own = load_config(config.model_dump(mode="json"), overrides)
-        if not asked and (not RunFolder(folder).finished or existing_difference(folder, own)):
+        changed = load_config(config.model_dump(mode="json"), overrides)
+        if not selected and (not RunFolder(folder).finished or existing_difference(folder, changed)):
             continue
-        run = train(own, out=folder)
+        run = train(changed, out=folder)
         rows = json.loads((run / "results.json").read_text())["rows"]
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         steps = [line for line in lines if line["event"] == "step" and line["stage"] == config.stages[last].name]
@@ -278,10 +281,10 @@ def run_encoder_arms(config: Config, seed: int, work: Path, asked: bool) -> Iter
         }
 
 
-def _seeds(work: Path, asked: list[int]) -> list[int]:
-    """Those asked for, and those that something is known of."""
-    known = (path.name.removesuffix(".json").rpartition("-seed")[2] for path in work.glob("*-seed*"))
-    return sorted({*asked, *(int(seed) for seed in known if seed.isdigit())})
+def _seeds(work: Path, selected: list[int]) -> list[int]:
+    """Return the selected seeds and those with stored results."""
+    stored = (path.name.removesuffix(".json").rpartition("-seed")[2] for path in work.glob("*-seed*"))
+    return sorted({*selected, *(int(seed) for seed in stored if seed.isdigit())})
 
 
 def _texts(world: World, arm: Arm) -> int:

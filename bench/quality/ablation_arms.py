@@ -1,4 +1,4 @@
-"""What the ablation compares, as data: each arm is the last stage of a run, on an encoder that is distilled already."""
+"""Arms and questions of the ablation. Each arm is the last stage of a run, on an encoder that is distilled already."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Arm:
     """One way to train the narrow heads.
 
     Args:
-        group: the question it answers.
-        name: unique among all arms.
-        stage: what differs from ``StageConfig``'s defaults below.
-        heads: "prefix": every width is the beginning of the widest head; "widest": that head alone.
-        teachers: "two": the lexical teacher's vectors are concatenated to the model's; "own": the student's full width.
-        start: "principal": narrow heads begin as full width's principal axes, not at random.
-        codes: whether int8 and bits are scored too.
-        searched: the documents that the retrieval sets search are among the texts (not the questions).
+        group: question that the arm answers.
+        name: unique name.
+        stage: differences from the stage of `settings`.
+        heads: "prefix" makes every width the beginning of the widest head. "widest" trains only that head.
+        teachers: "two" concatenates the embeddings of a lexical teacher to the model's. "own" is the student's
+            full-width embedding.
+        start: "principal" initializes narrow heads to the principal axes of the full width.
+        codes: True also scores int8 and bits.
+        searched: True adds the documents of the retrieval sets to the texts, without queries.
     """
 
     group: str
@@ -35,9 +36,9 @@ class Arm:
     searched: bool = False
 
     def settings(self, widest: int, narrow: list[int]) -> StageConfig:
-        """The stage, at a learning rate that grows with the root of the batch.
+        """Return the stage, at a learning rate that grows with the root of the batch.
 
-        The widest head trains only where prefix heads are cut from it, or where it is alone.
+        The widest head trains only if prefix heads are cut from it, or if it is alone.
         """
         heads = {"independent": narrow, "prefix": [widest, *narrow], "widest": [widest]}[self.heads]
         batch = self.stage.get("batch_size", BATCH)
@@ -70,7 +71,7 @@ ALL = {"narrow_weights": _weights(similarity=50.0, relative_similarity=20.0, nei
 
 
 def mined(k: int = 8, share: float = 0.0) -> dict[str, Any]:
-    """Batches of groups of k neighbours, a share of them random."""
+    """Return the settings of batches of groups of k neighbours, with a fraction of random texts."""
     return {"batches": "neighbours", "neighbours": k, "random_share": share}
 
 
@@ -141,7 +142,7 @@ ARMS = [
     Arm("codes", "trained for int8 and bits", NEIGHBOURHOOD | mined() | {"codes": ["int8", "ubinary"]}, codes=True),
 ]
 
-# At full width, where the encoder trains too: weights of the recipe's second stage.
+# At full width the encoder also trains: weights of the recipe's second stage.
 ENCODER_ARMS = {
     ENCODER_RECIPE: _weights(cosine=10.0),
     ENCODER_PAPERS: _weights(cosine=10.0, similarity=200.0, relative_similarity=20.0),
@@ -149,7 +150,7 @@ ENCODER_ARMS = {
     "encoder: cosine and neighbourhood": _weights(cosine=10.0, neighbourhood=1.0),
 }
 
-# Question, the arm that ought to win by what was known before, and what it is held against.
+# Question, the arm expected to win, and the arm to compare it with.
 STATEMENTS = [
     ("Which losses", BEST, PAPERS),
     ("Which losses, both on mined batches", BEST, "paper's, mined"),

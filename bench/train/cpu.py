@@ -1,13 +1,13 @@
 """``python -m bench train``: a training step against sentence-transformers' trainer with the same loss, model and data.
 
-    python -m bench train                     texts/s, tokens/s, MFU, memory and shares of time on this machine's CPU
+    python -m bench train                     texts/s, tokens/s, MFU, memory and fractions of time on this machine's CPU
     python -m bench train --memory            peak memory of one large batch against a small one, with gradient caching
-    python -m bench train --device cuda       a 1.5 B-parameter student of random weights on one GPU (_train_cuda.py)
+    python -m bench train --device cuda       a 1.5 B-parameter student of random weights on one GPU (train/cuda.py)
 
-Each side is measured in a process of its own, on the same texts, which all sides but the one that groups by length take
-in the same batches. The student is all-MiniLM-L6-v2 with one head; the targets are random, since no speed depends on
-them. Ours is the loop of a run (jasper_fast/training/loop.py). The published training code is written out as one loop;
-its relative similarity loss has a term for each pair of pairs.
+Each side is measured in a separate process, on the same texts. All sides take the same batches, except for the one that
+groups by length. The student is all-MiniLM-L6-v2 with one head. The targets are random, since no speed depends on them.
+Ours is the loop of a run (jasper_fast/training/loop.py). The published training code is written out as one loop. Its
+relative similarity loss has a term for each pair of pairs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def on_cpu(batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
-    """Ours, sentence-transformers' trainer as it comes and tuned (bf16, grouping by length), the published code."""
+    """Measure our loop, the published code, and the trainer of sentence-transformers by default and tuned."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "texts.json")
         file.write_text(json.dumps(docstrings(batch * (steps + WARM_UP))))
@@ -108,7 +108,7 @@ def on_cpu(batch: int, length: int, layers: int, steps: int) -> dict[str, Any]:
 
 
 def memory(large: int, small: int = 256) -> dict[str, Any]:
-    """Peak resident memory of one step of a small encoder, with gradient caching, in processes of their own."""
+    """Measure the peak resident memory of one step of a small encoder with gradient caching, in separate processes."""
     peaks = {rows: in_new_process(_one_step, rows) for rows in (small, large)}
     ratio = peaks[large]["peak_mib"] / peaks[small]["peak_mib"]
     print(f"a batch of {large} takes {ratio:.2f} x the peak memory of one of {small}", end=" ")
@@ -130,7 +130,7 @@ class Texts:
 
 
 def docstrings(count: int) -> list[str]:
-    """Real texts of every length: docstrings of the installed packages."""
+    """Return real texts of all lengths: docstrings of the installed packages."""
     from jasper_fast.data.docstrings import docstring_pairs
 
     texts = [text for pair in docstring_pairs() for text in pair]
@@ -163,7 +163,7 @@ def _loop(
         precision: the precision of encoder passes.
         peak_flops: the FLOP/s of the device, for MFU.
         warm_up: steps before the measured ones.
-        warm_up_texts: texts of such a step. None: a whole batch. The loss is tried on a whole batch all the same.
+        warm_up_texts: texts of such a step. None: a whole batch. The loss still runs on a whole batch.
     """
     stage = stage.model_copy(update={"steps": stage.steps + warm_up})
     teachers = RandomTeachers(len(texts), width)
@@ -217,7 +217,7 @@ def _ours(file: str, batch: int, length: int, layers: int, steps: int) -> dict[s
 
 
 def _one_step(rows: int) -> dict[str, float]:
-    """One step, with the paper's three losses, of a small random BERT over so many texts of 4 to 32 tokens."""
+    """Run one step of a small random BERT on texts of 4 to 32 tokens, with the paper's three losses."""
     student = small_student([128, 32])
     draw = np.random.default_rng(0)
     texts = Texts([" ".join(map(str, draw.integers(5, 999, draw.integers(4, 33)))) for _ in range(rows)])
@@ -228,7 +228,7 @@ def _one_step(rows: int) -> dict[str, float]:
 
 
 def small_student(heads: list[int]) -> Student:
-    """A random BERT of two layers, 128 wide."""
+    """Build a random BERT of two layers, 128 wide."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ class NumberTokenizer:
 
 
 def cpu_flops(side: int = 1024) -> float:
-    """What this CPU's float32 product does a second, best of a few: the yardstick of its MFU."""
+    """Measure the FLOP/s of this CPU's float32 product, best of a few, as the reference of its MFU."""
     a, b = torch.randn(side, side), torch.randn(side, side)
     times = []
     for _ in range(5):

@@ -1,8 +1,8 @@
 """Training steps of a 1.5 B-parameter student on a GPU, for ``python -m bench train --device cuda``: about 100 s.
 
-Random weights in the shape of stella_en_1.5B_v5, full batches of texts of full length, bf16, the paper's four heads. A
-full batch of 2,048 texts takes half a minute, so one step of it is measured, after a small one that warms up. MFU is
-6 x parameters (without embeddings) x tokens / seconds, of 989 TFLOP/s: what is computed twice does not count.
+The student has random weights in the shape of stella_en_1.5B_v5 and the paper's four heads. Batches are full, of texts
+of full length, in bf16. A full batch of 2,048 texts takes half a minute, so one step is measured after a small warm-up
+step. MFU is 6 x parameters (without embeddings) x tokens / seconds, of 989 TFLOP/s. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def measure(
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
     budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Every configuration, then stage 1: speed, memory, shares of the time, and the targets.
+    """Measure speed, memory and fractions of the time of every configuration and of stage 1, and compare with targets.
 
     Args:
-        student: with heads; its widest one alone is trained in stage 1.
-        device: of a CPU, peak memory is left out.
-        batch: texts of a full batch.
-        length: tokens of a text.
-        keep: called with all that was found so far, after each configuration.
-        budget: configurations that would begin after it are left out.
+        student: student with heads. Stage 1 trains only the widest head.
+        device: device that trains. Peak memory is left out on a CPU.
+        batch: number of texts in a full batch.
+        length: number of tokens in a text.
+        keep: function that is called with all results so far after each configuration.
+        budget: limit after which no configuration starts. None sets no limit.
     """
     budget = budget or Budget()
     texts = Texts([" ".join(["7"] * length)] * batch)
@@ -89,7 +89,7 @@ def measure(
                 own = stage_one(student, texts, device, "bf16") if name == STAGE_ONE else step(name)
         except torch.OutOfMemoryError:
             own = {"error": "out of memory"}
-        except Exception as error:  # the others are measured all the same
+        except Exception as error:  # the other configurations are still measured
             own = {"error": repr(error)}
         if device.type == "cuda" and "error" not in own:
             own["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -114,13 +114,13 @@ def _print(name: str, own: dict[str, Any]) -> None:
 def stage_one(
     student: Student, texts: Texts, device: torch.device, precision: Any, plain_texts: int = 256, steps: int = 2
 ) -> dict[str, Any]:
-    """Seconds that stage 1 takes for a text, on states pooled once, against encoding it in every step without a graph.
+    """Measure stage 1 in seconds per text, with states pooled once and with encoding in every step without a graph.
 
     Args:
-        student: its widest head alone trains.
-        texts: of one batch, which the cached steps take whole.
-        plain_texts: those of a step that encodes, where all would take half a minute, and each as long.
-        steps: measured of the steps that encode; three times as many of the cached ones.
+        student: student whose widest head alone trains.
+        texts: number of texts in a batch. Steps on pooled states take all of them.
+        plain_texts: number of texts in a step that encodes. The whole batch would take half a minute.
+        steps: number of measured steps that encode. Steps on pooled states are three times as many.
     """
     width, count = student.widths[0], len(texts)
     teachers = RandomTeachers(count, width)
@@ -146,7 +146,7 @@ def stage_one(
 
 
 def qwen2_student(length: int, heads: list[int]) -> Student:
-    """A student of random weights in the shape of stella_en_1.5B_v5, made on the GPU: 28 layers, 1536 wide."""
+    """Build a student on the GPU with random weights in the shape of stella_en_1.5B_v5: 28 layers, 1536 wide."""
     from transformers import Qwen2Config, Qwen2Model
 
     from jasper_fast.models.backbone import make_bidirectional

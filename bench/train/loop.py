@@ -39,7 +39,7 @@ class PlannedStage(TextStage):
     """A stage of texts with a given plan of batches.
 
     Args:
-        config: from :func:`one_stage`.
+        config: configuration from :func:`one_stage`.
         texts: a dataset with columns ``text`` and ``role``.
         teachers: the teacher embeddings.
         rows: the plan of batches.
@@ -58,7 +58,7 @@ class PreparedStage(TextStage):
     """A stage with given batches, one per step.
 
     Args:
-        config: from :func:`one_stage`.
+        config: configuration from :func:`one_stage`.
         prepared: the batches.
     """
 

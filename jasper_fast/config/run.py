@@ -118,7 +118,7 @@ def run_problems(tree: Mapping[str, Any]) -> list[str]:
     """List the contradictions between stages, student and images.
 
     Args:
-        tree: configuration as plain values. A missing or invalid value is skipped here, because the checks of its own
+        tree: configuration as plain values. A missing or invalid value is skipped here, because the checks of the
             field report it.
     """
     student, listed = _section(tree.get("student")), tree.get("stages")

@@ -1,4 +1,4 @@
-"""Types that the sections of a configuration share."""
+"""Types common to the sections of a configuration."""
 
 from __future__ import annotations
 

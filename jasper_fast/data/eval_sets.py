@@ -134,4 +134,5 @@ EvalSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def count_of(count: int, one: str, several: str, rest: str = "") -> str:
+    """Return a count with its noun, or an empty string for zero."""
     return f"{count:,} {one if count == 1 else several}{rest}" if count else ""

@@ -209,7 +209,7 @@ def _tsv(file: Path) -> Cells:
     """Yield the rows of a tab-separated table.
 
     If the header is quoted, the table is read like CSV. Otherwise quotes are text, except in a cell that a CSV writer
-    must have quoted: it is in quotes and all quotes in it are doubled.
+    must have quoted. Such a cell is in quotes, and all quotes in it are doubled.
     """
     lines = read_lines(file)
     number, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))

@@ -32,11 +32,12 @@ class Liveness:
         self.store.set(f"at/{self.rank}", str(self.position))
 
     def lost(self, seconds: float) -> list[int]:
-        """Return the ranks that most likely caused the failure; empty if all of them detected it.
+        """Return the ranks that most likely caused the failure. Empty if all of them detected it.
 
         Ranks whose process has ended come first. If there are none, the result is the ranks that did not reach this
-        barrier; if all reached it, the ranks that stay silent. A rank that calls this method has detected the failure,
-        so it is not a cause, even if it has ended since. The end of a process on another machine cannot be seen.
+        barrier. If all reached it, the result is the ranks that stay silent. A rank that calls this method has
+        detected the failure, so it is not a cause, even if it has ended since. The end of a process on another machine
+        cannot be seen.
 
         Args:
             seconds: time to wait until the others detect the failure.
@@ -72,7 +73,7 @@ def _machine() -> list[str]:
 
 
 def _start_time(process: int) -> str | None:
-    """Return when a process of this machine started, in ticks; None if it has ended or the system does not say."""
+    """Return when a process of this machine started, in ticks. None if it has ended or the system does not say."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:

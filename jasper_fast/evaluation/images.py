@@ -45,9 +45,9 @@ def evaluate_pictures(
         precision: "fp32", "bf16", or "auto" for the best that the device supports.
 
     Returns:
-        The scores, {"pictures": int, "captions": int, "rows": [{"model", "width", "scores"}]}, and the sheet,
-        {"captions", "own", "found"}. Scores have names such as "text → image R@10". They are empty for the reference
-        if no image has two captions. ``found``, (queries, top), are positions among the held-out images.
+        The scores, ``{"pictures": int, "captions": int, "rows": [{"model", "width", "scores"}]}``, and the sheet,
+        ``{"captions", "own", "found"}``. Scores have names such as "text → image R@10". They are empty for the
+        reference if no image has two captions. ``found``, (queries, top), are positions among the held-out images.
     """
     encode = student_encoder(student, student.widths, student.max_length, device, precision)
     texts = [caption for captions in held_out.captions() for caption in captions]

@@ -47,6 +47,7 @@ def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_
 
 
 def write_flat(source: Path, width: int, folder: Path) -> None:
+    """Write one width of a model folder as a flat SentenceTransformer of four modules."""
     rewritten = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
     for file in source.iterdir():
         of_other_width = file.match(ranges_file("*")) and file.name != ranges_file(width)
@@ -80,6 +81,7 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
 
 
 def known_width(source: Path, width: int | None) -> int:
+    """Check that the model has a width, and return it. None means the first width."""
     widths = list(routes_of(source))
     if width is not None and width not in widths:
         raise JasperError(f"{source}: no head of width {width}. Fix: give --width {' or '.join(map(str, widths))}")

@@ -40,8 +40,8 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
         ``out`` as a path.
 
     Raises:
-        JasperError: the model or the width does not exist, a package is missing, the architecture cannot be exported
-            to ONNX, or the embeddings of the graph differ.
+        JasperError: the model, the width or a package is missing, the architecture cannot be exported to ONNX, or the
+            embeddings of the graph differ.
     """
     _need_onnx()
     source = model_folder(model)

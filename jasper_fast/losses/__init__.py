@@ -1,8 +1,9 @@
 """The losses of Jasper and Stella (arXiv 2412.19048), and the neighbourhood loss, on batches of embeddings.
 
-Each takes (B, D) student and (B, E) teacher embeddings in float16, bfloat16 or float32 (computed in float32, also under
-autocast) or float64, with any strides. Rows are normalized inside. NaN and inf go through to the loss and its gradient.
-A zero row gets no gradient. Wrong arguments raise from their metadata alone, without waiting for a device.
+Each takes (B, D) student and (B, E) teacher embeddings in float16, bfloat16, float32 or float64, with any strides. All
+but float64 are computed in float32, also under autocast. Rows are normalized inside. NaN and inf go through to the loss
+and its gradient. A zero row gets no gradient. Wrong arguments raise from their metadata alone, without waiting for a
+device.
 
 Each loss has its file. `combined` sums those in the table, `jasper_fast.config.losses`. `reference` has the slow forms.
 """

@@ -1,4 +1,4 @@
-"""What the losses share of autograd: normalization, and gradients that the forward pass computed."""
+"""Autograd functions of the losses: normalization, and gradients that the forward pass computed."""
 
 from __future__ import annotations
 

@@ -26,8 +26,10 @@ class Captions(NamedTuple):
 class Mixed(NamedTuple):
     """The other images that are mixed into a batch's images.
 
-    The fields are the others' captions in the form of the loss's captions, (B, sum of the heads' widths), each image's
-    own fraction (B, 1), and the others' `LossInputs.places`.
+    Args:
+        captions: (B, sum of the heads' widths) captions of the others, in the form of the loss's captions.
+        shares: (B, 1) fraction of each image itself.
+        places: `LossInputs.places` of the others.
     """
 
     captions: Tensor
@@ -56,8 +58,8 @@ def contrastive_loss(
         others: the (n, D) captions among which an image's caption is to be recognized, the batch's included. Those of
             the same image are left out. None means the batch's alone.
         places: the captions' indices (B,) among the others.
-        mixed: the captions (B, D) of the images that are mixed in, all of them the batch's, the images' own fractions,
-            and the places of those captions. None means that nothing is mixed.
+        mixed: the captions (B, D) of the images that are mixed in, the fractions of the images themselves, and the
+            places of those captions. All mixed images are in the batch. None means that nothing is mixed.
         balance: weight of `unevenness`, so that no image is found by captions of all kinds.
 
     Returns:

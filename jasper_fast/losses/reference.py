@@ -86,8 +86,9 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
 def pair_counts(student: Tensor, teacher: Tensor, margin: float, ties: str = "exclude") -> tuple[Tensor, Tensor]:
     """Count active terms by brute force: (P,) student and teacher scores -> up (P,) and low (P,), int64.
 
-    A term of p and q, with p below q in teacher order, is active if x_p > fl(x_q - margin). up counts a pair's active
-    terms as p, low as q. The gradient of the summed loss with respect to x is up - low.
+    A term of p and q, with p below q in teacher order, is active if x_p > fl(x_q - margin). For a pair, up counts the
+    active terms with it as p, and low those with it as q. The gradient of the summed loss with respect to x is
+    up - low.
     """
     threshold = student - margin
     below = teacher[:, None] < teacher[None, :]  # (P, P): the row's pair comes before the column's

@@ -2,7 +2,7 @@
 
 A pair with teacher score t and student score x enters the gradient with g = up - low (`relative_exact.pair_counts`).
 Let X and R count the student and teacher scores below a value. Let A(t, y) count the pairs with a teacher score below t
-and a student score above y, and C(t, y) those with them above and below. Then
+and a student score above y. Let C(t, y) count those with a teacher score above t and a student score below y. Then
 
     g(t, x) = X(x + m) + X(x - m) - 2 R(t) + A(t, x + m) - C(t, x - m).
 
@@ -38,9 +38,9 @@ EXACT_MEMORY = 2 * 2**30  # bytes: method="auto" uses no more for the exact form
 def preferred(rows: int, heads: int) -> bool:
     """Return True if method="auto" takes the binned form: the exact one would need more than EXACT_MEMORY.
 
-    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs, and a B x B matrix of 4-byte scores.
-    That is 2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen because its gradient has no
-    error, although the binned form is faster from about B = 1,000 on.
+    The exact form stores about 48 + 8 H bytes for each of B (B - 1) / 2 pairs. It also stores a B x B matrix of 4-byte
+    scores. That is 2 GiB at B = 8,100 with one head and 7,300 with three. Below that it is chosen because its gradient
+    has no error, although the binned form is faster from about B = 1,000 on.
 
     Args:
         rows: batch size B.

@@ -33,8 +33,8 @@ def relative_similarity_loss(
 
     Raises:
         TypeError: a floating-point tensor, or a number as the margin, was expected.
-        ValueError: the two are not matrices with equally many rows on one device, B is too large, the margin is not
-            finite, or a choice is unknown.
+        ValueError: the inputs are not matrices of B rows on one device, B is too large, the margin is not finite, or a
+            choice is unknown.
 
     Example:
         >>> import torch

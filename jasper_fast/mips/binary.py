@@ -1,4 +1,4 @@
-"""``SignIndex``: one bit per element, for shortlists. Rows are ranked by the number of signs they share."""
+"""``SignIndex``: one bit per element, for shortlists. Rows are ranked by the number of equal signs."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class SignIndex:
         self._blocks += [patterns(rows[at : at + ADD_CHUNK_ROWS]) for at in range(0, len(rows), ADD_CHUNK_ROWS)]
 
     def search(self, q: Any, k: int) -> tuple[Any, Any]:
-        """Return the k rows that share most signs with each query; ties go to the lower id.
+        """Return the k rows with the most signs equal to those of each query. Ties go to the lower id.
 
         Args:
             q: (Q, dim) queries, a tensor or array. Results are of the same kind.
             k: number of rows to return, at least 1.
 
         Returns:
-            scores (Q, k) float32, the number of equal signs minus the number of different ones, which is the inner
-            product of the signs, and ids (Q, k). With fewer than k rows the rest is −inf and −1.
+            scores (Q, k) float32 and ids (Q, k). A score is the inner product of the signs, the number of equal signs
+            minus the number of different ones. With fewer than k rows the rest is −inf and −1.
 
         Raises:
             ValueError: wrong shapes, k below 1, or a query with NaN or infinity.

@@ -4,8 +4,8 @@ For a query q and a row x of a bin with longest row n, |approximate − q·x| �
 
     ε = relative · n + residual · ρ + absolute
 
-``relative`` covers the rounding of the query and of the matrix product (γ_D of Higham, Accuracy and Stability of
-Numerical Algorithms, §3.1, for any order of summation). ρ is the rounding of the bin's rows, and ``absolute`` covers
+``relative`` covers the rounding of the query and of the matrix product, in any order of summation. It is γ_D of Higham,
+Accuracy and Stability of Numerical Algorithms, §3.1. ρ is the rounding of the bin's rows, and ``absolute`` covers
 underflow. A row is skipped only if approximate + ε is below a proven lower bound of the k-th best score.
 """
 
@@ -93,7 +93,7 @@ def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
 
 
 def native(segment: Segment) -> bool:
-    """Tell if the compiled loops can search this segment."""
+    """Return True if the compiled loops can search this segment."""
     return extension_path() is not None and segment.rows.device.type == "cpu"
 
 
@@ -273,7 +273,7 @@ def _product_rounding(rows: Tensor, factor: torch.dtype) -> float:
 
 
 def _low_precision_allowed() -> bool:
-    """Tell if torch may be allowed to multiply float32 in TF32 or bf16."""
+    """Return True if torch may be allowed to multiply float32 in TF32 or bf16."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # raised after fp32_precision was set in torch.backends
@@ -281,5 +281,5 @@ def _low_precision_allowed() -> bool:
 
 
 def multiply_in_bf16() -> bool:
-    """Tell if library products in bf16 save more time on this CPU than their wider bounds cost."""
+    """Return True if library products in bf16 save more time on this CPU than their wider bounds cost."""
     return env.cpu_bf16_is_fast()

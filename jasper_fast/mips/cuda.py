@@ -2,7 +2,7 @@
 
 Each query's threshold is a low-precision order statistic of a random sample of the rows. It is chosen so that a few
 times k rows of the whole corpus are above it. One product of the whole segment then collects the rows that can reach
-it. The guess is checked: if the k-th best proven lower bound of the collected rows reaches the threshold, no other row
+it. The guess is checked. If the k-th best proven lower bound of the collected rows reaches the threshold, no other row
 can be among the k best (docs/mips.md). Queries that fail, or have too many candidates, are marked in ``state.missed``.
 Nothing here waits for the device.
 """
@@ -49,7 +49,7 @@ class Plan:
 
 
 def serves(segment: Segment, k: int) -> bool:
-    """Tell if the kernels can search this segment."""
+    """Return True if the kernels can search this segment."""
     return segments.on_gpu(segment.rows) and k * BIN <= len(segment)
 
 

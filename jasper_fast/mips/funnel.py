@@ -36,7 +36,7 @@ def funnel(
             improves recall.
 
     Returns:
-        scores (Q, k) float32 by the wide embeddings and ids (Q, k), best first; ties go to the lower id.
+        scores (Q, k) float32 by the wide embeddings and ids (Q, k), best first. Ties go to the lower id.
 
     Raises:
         ValueError: sizes that do not match each other, or a query with NaN or infinity.

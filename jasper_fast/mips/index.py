@@ -29,7 +29,7 @@ class FlatIPIndex:
             storing segments of at least 256 MB. A search merges the results of all devices.
         dtype: storage dtype. Scores are those of the stored values. "bfloat16" and "int8" (codes and a scale per row)
             round the added rows. "float32" keeps them, together with a shorter copy for scans. The copy is int8 on a
-            CPU (5 bytes per element in all), where it makes few queries fast, and bfloat16 on a GPU (6 bytes).
+            CPU (5 bytes per element in all) and bfloat16 on a GPU (6 bytes). On a CPU it makes few queries fast.
         scratch: bytes that a search may use in addition to the embeddings, queries and results.
 
     Raises:
@@ -111,7 +111,7 @@ class FlatIPIndex:
                     self._open = None
 
     def search(self, q: Any, k: int, *, valid: Any = None, precision: Precision = "certified") -> tuple[Any, Any]:
-        """Return the k stored rows of highest inner product for every query, best first; ties go to the lower id.
+        """Return the k stored rows of highest inner product for every query, best first. Ties go to the lower id.
 
         Args:
             q: (Q, dim) float queries, a tensor or array. Results are of the same kind.

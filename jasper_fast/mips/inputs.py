@@ -102,7 +102,7 @@ def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
         device: device of the mask.
 
     Returns:
-        bool (N,) or (Q, N); empty if all rows are allowed.
+        bool (N,) or (Q, N). Empty if all rows are allowed.
 
     Raises:
         TypeError: wrong dtype, or zeros and ones that look like a mask.

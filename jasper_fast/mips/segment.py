@@ -16,7 +16,7 @@ BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
 
 
 def on_gpu(rows: Tensor) -> bool:
-    """Tell if the GPU kernels can process these rows."""
+    """Return True if the GPU kernels can process these rows."""
     return TRITON and rows.is_cuda
 
 

@@ -57,7 +57,7 @@ def topk(
     valid: Any = None,
     scratch: int = SCRATCH,
 ) -> tuple[Any, Any]:
-    """Return the k rows of highest inner product for every query, best first; ties go to the lower index.
+    """Return the k rows of highest inner product for every query, best first. Ties go to the lower index.
 
     Args:
         queries: (Q, D) float tensor or array. The search runs on its device, and results are of the same kind.
@@ -332,7 +332,7 @@ def _check(segment: Segment, norms: Tensor, first_id: int) -> None:
 
 
 def _in_range(segment: Segment, queries: Queries) -> bool:
-    """Tell if no fp32 score or partial sum of this segment can overflow."""
+    """Return True if no fp32 score or partial sum of this segment can overflow."""
     return segment.largest_norm() * queries.largest_norm() < MAX_FLOAT32_SCORE
 
 

@@ -81,7 +81,7 @@ class TopKState:
         """Merge M exactly scored rows of every query, without waiting for the device.
 
         Args:
-            scores: (Q, M) float64 scores; −inf marks an absent row.
+            scores: (Q, M) float64 scores. −inf marks an absent row.
             ids: (Q, M) int64 row ids.
         """
         held_scores, numbers = self.sorted()

@@ -315,7 +315,7 @@ def token_type_template(tokenizer: Any, encoder: Any) -> TokenTypes | None:
 
 
 class TokenTypes(NamedTuple):
-    """Token types of a single text: of the special tokens before it, of its own tokens, and of those after it."""
+    """Token types of the special tokens before a text, of the text's tokens, and of the special tokens after it."""
 
     before: list[int]
     text: int

@@ -75,6 +75,7 @@ def routes_of(source: Path) -> dict[int, str]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

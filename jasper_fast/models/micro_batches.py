@@ -50,8 +50,8 @@ class MicroBatches:
         Args:
             token_ids: token ids of B texts.
             micro_batch: maximum number of texts in a micro-batch.
-            micro_tokens: maximum number of tokens in a micro-batch, padding included. A longer text is a micro-batch
-                of its own. None means no limit.
+            micro_tokens: maximum number of tokens in a micro-batch, padding included. A longer text is alone in
+                its micro-batch. None means no limit.
             passes: exact number of micro-batches, with equal numbers of texts up to rounding. It replaces both limits.
                 None means that the lowest cost decides.
         """
@@ -107,8 +107,8 @@ def cheapest_cuts(
     Args:
         lengths: (n,) number of tokens of each text, ascending.
         micro_batch: maximum number of texts in a part.
-        micro_tokens: maximum number of tokens in a part, padding included. A longer text is a part of its own. None
-            means no limit.
+        micro_tokens: maximum number of tokens in a part, padding included. A longer text is alone in its part.
+            None means no limit.
         per_pass: fixed cost of a forward pass, in tokens.
 
     Returns:
@@ -154,7 +154,7 @@ class ImageBatches:
 
     @property
     def order(self) -> Tensor:
-        """(B,) int64; images are encoded in the batch's own order."""
+        """(B,) int64. Images are encoded in the batch's own order."""
         return torch.arange(sum(map(len, self.token_ids)))
 
     def pool(

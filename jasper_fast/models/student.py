@@ -36,7 +36,7 @@ FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # names of the norm 
 class Student(nn.Module):
     """Text encoder with one linear head per width.
 
-    Parameters are named ``encoder.…`` and ``heads.<width>.weight|bias``. A student with ``vision`` also reads images.
+    Parameter names are ``encoder.…`` and ``heads.<width>.weight|bias``. A student with ``vision`` also reads images.
     It also has the parameters ``vision.tower.…`` and ``vision.marks``.
 
     Args:

@@ -1,4 +1,4 @@
-"""What losses and search share below the kernels: the compiled extension, dispatch, normalization and row blocks."""
+"""Operations of losses and search: the compiled extension, dispatch, normalization, row blocks and cost."""
 
 from jasper_fast._renamed import old_names
 

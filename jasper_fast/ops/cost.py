@@ -11,10 +11,10 @@ def feature_form_is_cheaper(
 ) -> bool:
     """Compare the two forms by multiply-adds of forward and gradient, for ``method="auto"``.
 
-    Tile form: half of both Gram matrices by symmetry, the teacher's shared by all heads, then one product for each
-    requested gradient: B^2 (D / 2 + E / 2H + D [+ E]). Feature form: S'S, T'S, the shared T'T and two products for
-    each gradient: B (D^2 + D E + E^2 / H + D (D + E) [+ E (D + E)]). The tile form is the more accurate one. It must
-    lose by a quarter.
+    The tile form computes half of both Gram matrices by symmetry, and one product for each requested gradient. The
+    heads share the teacher's Gram matrix. Its cost is B^2 (D / 2 + E / 2H + D [+ E]). The feature form computes S'S,
+    T'S, the shared T'T and two products for each gradient. Its cost is B (D^2 + D E + E^2 / H + D (D + E)
+    [+ E (D + E)]). The tile form is more accurate, so the feature form must be cheaper by a quarter.
 
     Args:
         rows: batch size B.

@@ -1,6 +1,6 @@
 """Read .npy, .parquet and .jsonl files of precomputed embeddings, with the keys of their rows.
 
-A row's key is the digest of its training text (`data.text_digest`). It comes from a column ``digest``, or from ``text``
+A row's key is the digest of its training text (`text_digest`). It comes from a column ``digest``, or from ``text``
 and ``role``. Embeddings stay on disk: .npy files are memory-mapped, and others are copied to a temporary file first.
 """
 

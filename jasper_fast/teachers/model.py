@@ -279,7 +279,7 @@ def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts
         vectors: (B, D) float.
         name: teacher, for messages.
         rows: row numbers for messages. None numbers them from 0.
-        texts: encoded texts for messages. None means that the vectors come from a file.
+        texts: encoded texts for messages. None means that the embeddings come from a file.
 
     Raises:
         JasperError: a row is not finite or is zero.

@@ -81,7 +81,7 @@ def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) ->
     Args:
         config: configuration of the run, for the precision.
         teacher: one of its teachers.
-        cache: that teacher's cache; temporary copies of files go next to it.
+        cache: that teacher's cache. Temporary copies of files go next to it.
 
     Raises:
         JasperError: the model or a file cannot be used, or the cache's folder cannot be created.

@@ -197,7 +197,7 @@ class ReadyVectors:
                 )
 
     def _find(self, digests: Sequence[str]) -> np.ndarray:
-        """Find the rows of texts among all files, (n,) int64; -1 for a text without a row."""
+        """Find the rows of texts among all files, (n,) int64. -1 for a text without a row."""
         wanted, keys = digest_keys(digests), self._keys
         # Among a billion texts, two share their first 64 bits with a probability of 3 %. Such a text counts as missing.
         places = np.minimum(np.searchsorted(keys.digests[:, 0], wanted[:, 0]), len(keys.rows) - 1)

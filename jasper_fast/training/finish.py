@@ -133,7 +133,7 @@ def _evaluate_images(run: Run, student: Student, data: TrainingData, results: di
 
 
 def _seconds(run: Run, evaluation: float) -> dict[str, float]:
-    """Return the wall-clock seconds of the run over all resumes; "in all" includes texts and teacher embeddings."""
+    """Return the wall-clock seconds of the run over all resumes. "in all" includes texts and teacher embeddings."""
     spent = seconds_spent(run.path / LOG)
     training = sum(spent.get(event, 0.0) for event in ("plan", "pooling", "step"))
     return {

@@ -34,7 +34,7 @@ def train_stage(run: Run, student: Student, stage: Stage, start: Position) -> No
     """Train one stage from ``start.stage_step`` to its end.
 
     Args:
-        run: the run; :meth:`Run.local` makes one without a folder.
+        run: the run. :meth:`Run.local` makes one without a folder.
         student: the student on the run's device. It is trained in place.
         stage: what trains, on which batches, with which loss.
         start: the position to start or resume from.

@@ -123,7 +123,7 @@ def out_of_memory(
     device: torch.device,
     precision: Precision,
 ) -> JasperError:
-    """Return the error with settings that would fit, from measured bytes per token; see :func:`memory_advice`."""
+    """Return the error with settings that would fit, from measured bytes per token. See :func:`memory_advice`."""
     sentences = str(error).split(". ")
     reason = next((sentence for sentence in sentences if "memory" in sentence), str(error) or type(error).__name__)
     failure = f"stage {stage.name!r}: out of memory ({reason})"

@@ -31,9 +31,9 @@ class Graph:
     """Nearest neighbours and near-duplicates among n texts.
 
     Args:
-        nearest: (n, k) int32; column 0 is the row itself, then its nearest rows, nearest first, without
-            near-duplicates of each other; −1 where there are too few.
-        copies: (n,) int32; rows with the same number are near-duplicates of each other.
+        nearest: (n, k) int32. Column 0 is the row itself. Its nearest rows follow, nearest first, without
+            near-duplicates of each other. The rest is −1.
+        copies: (n,) int32. Rows with the same number are near-duplicates of each other.
     """
 
     nearest: np.ndarray
@@ -47,7 +47,7 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
     times the mean over all pairs. The distance is relative because some teachers' embeddings fill a narrow cone.
 
     Args:
-        vectors: a function from rows to embeddings; it is called for every block n/block times.
+        vectors: a function from rows to embeddings. It is called for every block n/block times.
         n: the number of rows.
         k: rows per neighbourhood, the row itself included.
         duplicate: the fraction of the mean distance.
@@ -158,7 +158,7 @@ def _probe(teachers: Teachers, n: int) -> str:
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
-    """Return the identity of a cached graph; None if there is no graph or it cannot be read."""
+    """Return the identity of a cached graph. None if there is no graph or it cannot be read."""
     try:
         return json.loads((path / "graph.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -39,7 +39,7 @@ class Offload:
 
     @torch.no_grad()
     def pack(self, tensor: Tensor) -> Tensor | tuple[Any, ...]:
-        """Return what the graph keeps in place of the tensor."""
+        """Return the replacement of the tensor in the graph."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._stay:
             return tensor

@@ -19,8 +19,8 @@ def batches_of(
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, ``prepare(step)``) from ``first_step`` to before ``steps``.
 
-    A thread prepares the next batches while a GPU computes. On a CPU the step itself uses all cores, and a second
-    thread would bring its own team of OpenMP threads: short steps took 1.4 times as long.
+    A thread prepares the next batches while a GPU computes. On a CPU the step itself uses all cores. A second
+    thread would start its own team of OpenMP threads, which made short steps take 1.4 times as long.
     """
     if device.type == "cpu":
         for step in range(first_step, steps):

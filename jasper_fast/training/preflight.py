@@ -125,7 +125,7 @@ def check_start(run: Run, student: Student, data: TrainingData) -> None:
     """Find the checkpoint to resume from, and check the disk and that nothing changed since.
 
     Raises:
-        JasperError: checkpoints will not fit on the disk; all checkpoints are damaged; or texts, teachers or settings
+        JasperError: checkpoints will not fit on the disk, all checkpoints are damaged, or texts, teachers or settings
             differ between ranks or from the checkpoint's.
     """
     start = run.find_checkpoint()

@@ -1,8 +1,8 @@
 """The gradient of one training step, for a batch of any size in the memory of one micro-batch.
 
-The graph is cut at the pooled states (gradient caching): the encoder computes them, heads and loss compute their
-gradient, and the encoder takes that gradient back, micro-batch by micro-batch. With ``gradient_caching`` the first pass
-keeps no graph, and each micro-batch is encoded again, with a graph, just before its backward pass.
+The graph is cut at the pooled states (gradient caching). The encoder computes them, and heads and loss compute their
+gradient. The encoder then propagates that gradient, micro-batch by micro-batch. With ``gradient_caching`` the first
+pass keeps no graph, and each micro-batch is encoded again, with a graph, just before its backward pass.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def dropout_mask(
 ) -> Tensor | None:
     """Return the factors of pooled states under dropout: 0 for a fraction of them, 1 / (1 - fraction) for the rest.
 
-    They depend on the step and a text's place in the batch alone, so they are the same after a resume, on whichever
-    rank and in whichever micro-batch the text is.
+    They depend only on the step and the position of a text in the batch. So they are the same after a resume, on any
+    rank and in any micro-batch.
 
     Args:
         fraction: the dropout probability.
@@ -173,7 +173,7 @@ class StepReport:
     """Numbers of a step that are equal on all ranks.
 
     Args:
-        numbers: mean losses and the gradient norm; this rank's own if a number is not finite.
+        numbers: mean losses and the gradient norm. This rank's own if a number is not finite.
         tokens: tokens of the whole batch, without padding.
         padded: tokens with padding.
         stop: whether a rank received a signal to stop.

@@ -1,4 +1,4 @@
-"""The ablation at small size: arms, both budgets, going on, and a page whose words follow the figures."""
+"""Test the ablation at small size: arms, both budgets, resuming, and a page whose words follow the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss benchmarks check what they time, go on after an error, keep what they have, and judge their targets."""
+"""The loss benchmarks check results before timing, continue after an error, keep results, and judge targets."""
 
 from __future__ import annotations
 

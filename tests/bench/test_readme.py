@@ -1,4 +1,4 @@
-"""What README and docs show can be typed: configurations are valid, commands, names, files and links exist."""
+"""Examples in README and docs work: configurations are valid, and commands, names, files and links exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration is checked whole: every problem at once, each with its key and the mend."""
+"""A configuration is checked whole: all problems at once, each with its key and the fix."""
 
 from __future__ import annotations
 

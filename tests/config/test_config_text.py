@@ -217,7 +217,7 @@ def test_lists_take_commas_and_empty_text_is_text():
 
     assert changed("student.heads", "384, 128,64,32") == load_config()
     assert changed("student.layers", "0,3").student.layers == [0, 3]
-    assert changed("student.layers", "3").student.layers == 3  # a number of its own
+    assert changed("student.layers", "3").student.layers == 3  # the number 3, not a list
     assert changed("stages.1.train", "heads.*,encoder.*").stages[1].train == ["heads.*", "encoder.*"]
     assert changed("stages.1.train", "*").stages[1].train == ["*"]
     assert changed("data.cut_sentences", "1,3").data.cut_sentences == (1, 3)

@@ -135,7 +135,7 @@ def assert_close(found, expected, dtype) -> None:
 
 
 def mean_over_parts(model: str, texts: list[str], dtype: torch.dtype, world: int) -> dict:
-    """What scope "local" means: every rank's own loss, and the mean of their gradients."""
+    """Compute scope "local" in one process: the loss of each rank, and the mean of their gradients."""
     parts = []
     for rank in range(world):
         student = build(model, dtype)
@@ -180,7 +180,7 @@ def run(tmp_path_factory, tiny_bert, tiny_texts):
 
 
 def run_as_rank(tree: dict, out: str, before=None) -> None:
-    """A rank's whole life; what it says at the end goes into a file of its own."""
+    """Run one rank from start to end, and write its last message to a file."""
     from jasper_fast.train import Stopped, train
 
     said = Path(f"{out}-said-{os.environ['RANK']}")
@@ -352,7 +352,7 @@ def test_a_rank_that_hangs_is_named(run, tmp_path, where):
 
 
 def exchange(out: str, how: str, when: str) -> None:
-    """Four exchanges, in the third of which rank 1 is lost; what a rank ends with goes into a file of its own."""
+    """Run four exchanges and lose rank 1 in the third. Each rank writes its last message to a file."""
     from torch import distributed
 
     fail = {
@@ -390,7 +390,7 @@ def test_of_four_ranks_the_lost_one_alone_is_named(tmp_path, how, when):
     assert end(processes) == [3, 3, 3]
     lost.kill()
     lost.join()
-    if how == "an error":  # of its own: it is told as it is, and blames nobody
+    if how == "an error":  # its error is reported unchanged, without other ranks
         assert said(out, 1).startswith("RuntimeError: ") and "size" in said(out, 1) and "rank" not in said(out, 1)
     assert said(out, 0).startswith("JasperError: step 2: rank 1 ended or did not arrive within"), said(out, 0)
     gone = "rank 0, which holds the store of all ranks, ended"  # without torchrun it may have ended by then
@@ -435,8 +435,9 @@ def test_more_processes_than_texts_are_refused(run, tmp_path):
 
 
 def die_in_a_save(moment: str) -> None:
-    """Whoever writes is killed while a checkpoint lies under its temporary name: half way through a file, or before all
-    of them are on the disk.
+    """Kill the writing process while a checkpoint has its temporary name.
+
+    Half of a file is written then, or not all files are on the disk.
     """
     import jasper_fast.utils.atomic as module
 

@@ -93,7 +93,7 @@ def loaded(bert: tuple[Student, Path]):
 def test_stock_sentence_transformers_gives_the_same_vectors(
     bert: tuple[Student, Path], qwen2: tuple[Student, Path], tiny_bert: Path, tmp_path: Path
 ) -> None:
-    """In a process of its own, in which jasper_fast cannot be imported."""
+    """Load the exports in a new process that cannot import jasper_fast."""
     prefix = build(tiny_bert, head_type="prefix")
     folders = {"bert": bert, "qwen2": qwen2, "prefix": (prefix, export_student(prefix, tmp_path / "prefix"))}
     wanted, expected = [], {}

@@ -18,8 +18,8 @@ def write_beir(folder: Path, texts: list[str], queries: int = 6, suffix: str = "
     """Write a BEIR folder. Query i is the first half of document i, its only relevant document."""
     rows = [{"_id": f"d{i}", "title": f"title {i}", "text": text} for i, text in enumerate(texts)]
     write_jsonl(folder / f"corpus.jsonl{suffix}", rows)
-    asked = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[: queries + 1])]
-    write_jsonl(folder / f"queries.jsonl{suffix}", asked)  # the last query has no judgement
+    questions = [{"_id": f"q{i}", "text": text[: len(text) // 2]} for i, text in enumerate(texts[: queries + 1])]
+    write_jsonl(folder / f"queries.jsonl{suffix}", questions)  # the last query has no judgement
     (folder / "qrels").mkdir(exist_ok=True)
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(queries))]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")

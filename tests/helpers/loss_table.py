@@ -1,4 +1,4 @@
-"""The tests' table of losses: the slow form of each, in plain autograd, with which the fast form is compared."""
+"""Table of losses for tests: the slow form of each in plain autograd, to compare with the fast form."""
 
 from __future__ import annotations
 

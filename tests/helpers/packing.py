@@ -1,4 +1,4 @@
-"""Compress test files as their names say."""
+"""Compress test files by their suffix."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def pack(data: bytes, name: str) -> bytes:
-    """Return the bytes of a file of this name."""
+    """Compress the content of a file by the suffix of its name."""
     return PACKERS.get(name[name.rindex(".") :].lower(), bytes)(data)

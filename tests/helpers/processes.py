@@ -1,7 +1,7 @@
-"""Processes that tests start and kill: forked from a clean one.
+"""Processes that tests start and kill, forked from a clean process.
 
-Forks of the tests' own process share its locks. tqdm's is one between processes: a child that was killed while it held
-that lock left every later one waiting for ever.
+Forks of the test process would share its locks. tqdm has a lock between processes. If a child is killed while it holds
+that lock, all later children wait forever.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import multiprocessing
 
 
 def fork_server():
-    """A multiprocessing context whose processes have the slow imports done. The first call's process takes seconds."""
+    """Return a multiprocessing context with the slow imports preloaded. Its first process takes seconds to start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -25,7 +25,7 @@ def fork_server():
 
 
 def exit_code(function, *arguments) -> int:
-    """Run ``function(*arguments)`` in a process of its own; its exit code, or minus the signal that ended it."""
+    """Run ``function(*arguments)`` in a new process. Return its exit code, or minus the signal that ended it."""
     process = fork_server().Process(target=function, args=arguments)
     process.start()
     process.join()

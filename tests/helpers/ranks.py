@@ -13,14 +13,15 @@ from tests.helpers.processes import fork_server
 
 
 def start(world: int, function, *arguments, environment=None) -> list[multiprocessing.Process]:
-    """Start ``function(*arguments)`` in so many processes, as torchrun would."""
+    """Start ``function(*arguments)`` in ``world`` processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(world):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = fork_server().Process(target=as_rank, args=(own | (environment or {}), function, *arguments))
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+        launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = fork_server().Process(target=as_rank, args=(launch | (environment or {}), function, *arguments))
         process.start()
         processes.append(process)
     return processes
@@ -33,7 +34,7 @@ def as_rank(environment: dict, function, *arguments) -> None:
 
 
 def end(processes: list, seconds: float = 90.0) -> list[int]:
-    """Exit codes, once all have ended by themselves."""
+    """Return the exit codes after all processes have ended by themselves."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 
 def die_half_way_through(name: str) -> None:
-    """From now on this process is killed when half of such a file of a checkpoint is written."""
+    """Kill this process at the next checkpoint, when half of the file ``name`` is written."""
     import jasper_fast.training.run.checkpoint as module
 
     writer = {"model.safetensors": "save_file", "state.pt": "_save_state"}[name]
@@ -27,7 +27,7 @@ def die_half_way_through(name: str) -> None:
 
 
 def write_data(folder: Path, texts: list[str]) -> None:
-    """Training texts, and a similarity set whose sentences are not among them."""
+    """Write training texts, and a similarity set of other sentences."""
     with open(folder / "texts.jsonl", "w") as file:
         for text in texts[:160]:
             file.write(json.dumps({"text": text}) + "\n")
@@ -36,7 +36,7 @@ def write_data(folder: Path, texts: list[str]) -> None:
 
 
 def settings(folder: Path, bert: Path) -> dict:
-    """A run of three stages that takes a second or two."""
+    """Return the configuration of a run of three stages that takes a second or two."""
     return {
         "name": "tiny",
         "student": {
@@ -89,7 +89,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(run: Path, alone: Path) -> None:
-    """Weights bit for bit, and the log of every step once, with the same numbers."""
+    """Check that both runs have the same weights bit for bit, and the same log with every step once."""
     ours, expected = final_weights(run), final_weights(alone)
     assert ours.keys() == expected.keys()
     for name in expected:

@@ -1,8 +1,8 @@
 """The Triton kernels against float64 references: small on a CPU, interpreted; large on a GPU with ``-m gpu``, compiled.
 
-Triton's interpreter computes bfloat16 wrongly and hides races, so the GPU run repeats everything with bfloat16, asks
-for identical bits, and runs each tile by itself. Every allocation is filled with NaN first, so that what a kernel does
-not write shows.
+Triton's interpreter computes bfloat16 wrongly and hides races. So the GPU run repeats everything with bfloat16,
+requires identical bits, and runs each tile by itself. Every allocation is filled with NaN first, which shows missing
+writes.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def unit(rows: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("exclude_ties", [True, False])
 def test_exact_op(request, exclude_ties):
     teacher = unit(24, 9)
-    if DEVICE == "cuda":  # the interpreter multiplies with NumPy, which rounds equal rows by where they stand
+    if DEVICE == "cuda":  # the interpreter multiplies with NumPy, which rounds equal rows by their position
         teacher[3] = teacher[8]
     students = [torch.nn.functional.normalize(teacher + 0.3 * torch.randn(24, 9)), unit(24, 5)]
     wanted_losses, wanted = relative_exact.relative_similarity(students, teacher, 0.015, exclude_ties, True)

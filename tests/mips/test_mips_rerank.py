@@ -104,7 +104,7 @@ def test_two_pieces_leave_the_best_of_both(kind, stored, k):
         parts.append((first, segment))
         both(collected(segment, queries, k + 4, 1024), segment, first, queries, pair)
     scores, ids = pair[0].reversed()
-    # Rows that nothing can tell apart, or beside others so large that bounds tell nothing.
+    # Exceptions: indistinguishable rows, and rows so much smaller than others that bounds do not separate them.
     done = ~pair[0].missed
     assert done.all() or kind in ("near-tied", "mixed scales")
     expected = best(parts, queries, k, None)

@@ -1,4 +1,4 @@
-"""The report says what was kept of the teacher, in one line, in tables and in pictures."""
+"""The report shows the kept fraction of the teacher's quality, in one line, in tables and in plots."""
 
 from __future__ import annotations
 

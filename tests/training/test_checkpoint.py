@@ -118,7 +118,7 @@ def test_no_folder_is_no_checkpoint(tmp_path):
 
 
 def test_a_saver_copies_at_once_and_writes_meanwhile(tmp_path, monkeypatch):
-    """Training goes on while a checkpoint is written; what is written is what was there when it was saved."""
+    """Training continues while a checkpoint is written, and the checkpoint has the values at the time of saving."""
     import threading
 
     import jasper_fast.training.run.checkpoint as module

@@ -1,5 +1,8 @@
-"""The weights' moving average. That a stage ends in it, and that restarts, ranks and shards keep it, is seen where
-whole runs are: stages of tests/test_train.py, tests/test_ranks.py and tests/test_vision.py have one."""
+"""Moving average of the weights.
+
+Whole runs with an average are in test_train.py, test_ranks.py and test_vision_stage.py. They test that a stage ends in
+it, and that restarts, ranks and shards keep it.
+"""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_near_duplicates_count_once_in_a_neighbourhood():
 def test_what_is_near_depends_on_how_far_texts_are_apart():
     vectors = cosines(60)
     cone = torch.nn.functional.normalize(torch.from_numpy(vectors) + 20 * torch.eye(6)[0], dim=1).numpy()
-    assert (cone @ cone.T).min() > 0.98  # as some teachers' vectors lie
+    assert (cone @ cone.T).min() > 0.98  # as embeddings of some teachers
     graph = neighbour_graph(lambda rows: cone[rows], 60, 5)
     plain = neighbour_graph(lambda rows: vectors[rows], 60, 5)
     assert len(np.unique(graph.copies)) > 50 and len(np.unique(plain.copies)) == 60

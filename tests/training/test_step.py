@@ -36,7 +36,7 @@ def gradients(
     """Losses and every trained parameter's gradient of one step."""
     torch.manual_seed(3)
     student = Student.build(StudentConfig(model=str(model), heads=[24, 8], max_length=32)).to(dtype).train()
-    for module in student.modules():  # an encoder with dropout of its own
+    for module in student.modules():  # an encoder with dropout
         if noise and isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, noise))
     set_trained(student, trained_names(student, settings))

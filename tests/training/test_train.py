@@ -236,7 +236,7 @@ def test_a_cosine_loss_against_another_width_is_refused(world):
 def kill_and_restart(tree: dict, out: Path, kills: int, seed: int) -> int:
     """Start the run again and again, SIGKILL it at random moments, then let it end. Returns the kills that struck.
 
-    Moments are drawn up to a bound that shrinks, so that a run that goes on from its checkpoints is hit as often.
+    Moments are drawn up to a bound that shrinks, so that a resumed run is killed as often.
     """
     context, chance, struck, bound = fork_server(), random.Random(seed), 0, 1.5
     while struck < kills and not (out / "results.json").exists():
@@ -324,7 +324,7 @@ def test_pooled_states_of_other_texts_are_not_used(world, tmp_path):
     for key, value in (("one", 1.0), ("one", 2.0), ("other", 3.0)):
         states = PooledStates(tmp_path / "pooled", rows, key)
         states.compute(lambda part, value=value: np.full((len(part), 2), value, np.float32), lambda n: None)
-        expected = 3.0 if key == "other" else 1.0  # the second time they are found, for another key made anew
+        expected = 3.0 if key == "other" else 1.0  # cached the second time, computed again for another key
         assert torch.equal(states.read(rows), torch.full((5, 2), expected))
 
 

@@ -1,4 +1,4 @@
-"""Stage 4: the pooler, pictures beside texts, what a vision stage may touch, and all four stages from end to end."""
+"""Stage 4: the pooler, images and texts, the weights a vision stage may change, and all four stages end to end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def draw(colour: str, place: str, shade: int) -> bytes:
-    """A square of a colour in a corner of a grey picture, as PNG."""
+    """Draw a square of a colour in a corner of a grey image, as PNG."""
     from PIL import Image
 
     pixels = np.full((SIDE, SIDE, 3), 90 + 20 * shade, np.uint8)
@@ -43,7 +43,7 @@ def draw(colour: str, place: str, shade: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory) -> Path:
-    """48 pictures of 16 kinds in a folder; each has two captions. One more cannot be read."""
+    """Write 48 images of 16 kinds to a folder, with two captions each, and one unreadable image."""
     folder = tmp_path_factory.mktemp("squares")
     with open(folder / "captions.jsonl", "w") as rows:
         for number, (colour, place, shade) in enumerate((c, p, s) for s in range(3) for c in COLOURS for p in PLACES):
@@ -259,7 +259,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
 
     every = F.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1)
     pictures = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
-    groups = torch.tensor([5, 9, 5, 1, 2, 3, 4])  # the first and the third are of one picture
+    groups = torch.tensor([5, 9, 5, 1, 2, 3, 4])  # the first and the third have the same image
     captions, others = every[[0, 1, 3]], Captions(every, groups)
     expected = 0.0
     for i, (own, left) in enumerate(((0, [1, 3, 4, 5, 6]), (1, [0, 2, 3, 4, 5, 6]), (3, [0, 1, 2, 4, 5, 6]))):
@@ -333,7 +333,7 @@ def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert,
     assert targets.places(np.array([4, 1, 3, 0, 2])).tolist() == [3, 1, 1, 0, 2]  # "b" is one caption
     assert torch.equal(vectors, targets.read(np.array([0, 1, 2, 4])))  # a, b, c, d
     a, b, c, d = pictures.tolist()
-    assert a == b == d != c  # the first picture and the third share a caption
+    assert a == b == d != c  # the first and the third image share a caption
 
 
 def test_views_are_a_function_of_the_step_and_leave_what_they_should():
@@ -398,7 +398,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
             for batch in parts
         ]
         assert torch.equal(values[0], torch.cat(values[1:])), name
-    for batch in parts:  # places are those of the captions whose vectors stand there
+    for batch in parts:  # the embeddings are those of the captions at these places
         assert torch.equal(batch.inputs.places, batch.teacher[:, 0].long())
         assert torch.equal(batch.inputs.mixed.places, batch.inputs.mixed.captions[:, 0].long())
     for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
@@ -672,7 +672,9 @@ def test_recall_by_hand():
 
     pictures = np.eye(3, dtype=np.float32)
     captions = np.array([[0.9, 0.1, 0], [0, 1, 0.5], [0, 0.8, 0.7], [0, 0, 1]], np.float32)
-    own = np.array([0, 1, 2, 2])  # the third finds its picture second; every picture finds one of its captions first
+    own = np.array(
+        [0, 1, 2, 2]
+    )  # the third caption finds its image second, and every image finds one of its captions first
     scores = retrieval_scores(pictures, captions, own)
     assert scores["text → image R@1"] == 0.75 and scores["text → image median rank"] == 1
     assert scores["image → text R@1"] == 1.0
@@ -688,7 +690,7 @@ def test_the_reference_leaves_out_the_caption_that_asks():
     captions = np.random.default_rng(0).standard_normal((9, 4))
     captions = (captions / np.linalg.norm(captions, axis=1, keepdims=True)).astype(np.float32)
     assert reference_scores(captions, np.arange(9), 9) == {}
-    own = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3])  # picture 2 has one caption: it is found, but never asks
+    own = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3])  # image 2 has one caption, so it is never a query
     members = [np.flatnonzero(own == picture) for picture in range(4)]
 
     def vector(rows: np.ndarray) -> np.ndarray:
@@ -744,7 +746,7 @@ def test_the_floor_is_what_ridge_regression_gives():
 
 
 def vision_gradient(bert: str, ranks, pixels: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradient and losses of one step of 11 pictures over all ranks, in float64."""
+    """Compute gradient and losses of one step of 11 images over all ranks, in float64."""
     from jasper_fast.losses.contrastive import Captions, Mixed
     from jasper_fast.models.micro_batches import ImageBatches
     from jasper_fast.training.data import Batch, LossInputs
@@ -830,7 +832,7 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     scores = model.encode([hit["text"] for hit in hits], 8) @ model.encode_text(["a red square top left, 0"], 8)[0]
     assert len(hits) == 6 and np.allclose(scores, [hit["score"] for hit in hits], atol=1e-5)
     (tmp_path / "some.zip").touch()
-    model = "no-such-model"  # pictures are looked at before it is
+    model = "no-such-model"  # images are checked before the model
     for place, says in (
         ("index", "no readable images"),
         ("absent", "there is no such folder"),

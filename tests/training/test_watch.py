@@ -1,4 +1,4 @@
-"""What a run notices of itself: spikes, full disks, memory that does not suffice, and the GPU's own readings."""
+"""Monitoring of a run: loss spikes, full disks, insufficient memory, and readings of the GPU."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_tensorboard_shows_each_step_once_however_often_a_run_goes_on(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = load_config(None, [("log.trackers", ["tensorboard"])])
-    for start, losses in ((1, [1.0, 2.0, 3.0, 4.0]), (3, [30.0, 40.0, 50.0])):  # stopped at 4, went on from 2
+    for start, losses in ((1, [1.0, 2.0, 3.0, 4.0]), (3, [30.0, 40.0, 50.0])):  # stopped at 4, resumed from 2
         with start_trackers(tmp_path, config) as trackers:
             log = RunLog(tmp_path, config, 10, start - 1, trackers)
             for step, loss in enumerate(losses, start):
@@ -305,7 +305,7 @@ def test_telemetry_reads_the_gpu_that_trains(monkeypatch):
 
 
 def test_energy_is_of_the_texts_since_the_last_reading(tiny_bert, tiny_texts, tmp_path, monkeypatch):
-    """At a stage's end, and where a run goes on, these are not as many as between two lines of the log."""
+    """The last reading of a stage covers fewer texts than the readings between two lines of the log."""
     import jasper_fast.train as module
 
     read = []

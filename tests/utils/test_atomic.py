@@ -1,4 +1,4 @@
-"""What is written is whole or absent."""
+"""Files and folders are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def test_a_finished_run_is_reported_from_python_too(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_ends_whatever_its_names_and_its_terminal(tmp_path, tiny_bert, tiny_texts, monkeypatch):
-    """From Python, on a terminal of ASCII whose standard error is gone; a set's name is not UTF-8 and has a formula."""
+    """Train on an ASCII terminal without standard error. A set has a formula in a name that is not UTF-8."""
     from jasper_fast.train import train
 
     folder = tmp_path / "läuft…"

@@ -222,7 +222,7 @@ class Checkpoint:
 
 
 def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
-    """Return the newest complete checkpoint; None if there are no checkpoints.
+    """Return the newest complete checkpoint. None if there are no checkpoints.
 
     Damaged checkpoints are reported and deleted.
 
@@ -257,7 +257,7 @@ def _published(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is complete."""
+    """Return the problem of a checkpoint, or None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, _, _ = dict(manifest["files"]), dict(manifest["facts"]), Position(**manifest["position"])

@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has written its results."""
+        """True after the run has written its results."""
         return (self.path / RESULTS).exists()
 
     def write_json(self, name: str, content: Any) -> None:

@@ -34,7 +34,7 @@ class GpuMonitor:
         self._energy = self._joules() or 0.0
 
     def read(self, texts: int) -> dict[str, float]:
-        """Return the present readings; energy is per 1,000 texts since the last call.
+        """Return the present readings. Energy is per 1,000 texts since the last call.
 
         Args:
             texts: texts of this GPU's rank since the last call.

@@ -46,7 +46,7 @@ class RunLog:
         folder: the run's folder.
         config: the run's configuration.
         total: steps over all stages.
-        done: steps done before a resume; later lines of the old log are dropped.
+        done: steps done before a resume. Later lines of the old log are dropped.
         trackers: trackers that record what is printed, as from :func:`start_trackers`.
     """
 
@@ -180,7 +180,7 @@ def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
 
 
 def seconds_spent(log: Path) -> dict[str, float]:
-    """Return the wall-clock seconds of a ``log.jsonl`` by event, over all resumes; repeated steps count once."""
+    """Return the wall-clock seconds of a ``log.jsonl`` by event, over all resumes. Repeated steps count once."""
     spent: dict[str, float] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

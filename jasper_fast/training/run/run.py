@@ -33,7 +33,7 @@ from jasper_fast.utils.output import tolerant_output
 
 @dataclass
 class Run:
-    """What stages need besides the student and the data. See :meth:`open` and :meth:`local`.
+    """State of a run that its stages use. See :meth:`open` and :meth:`local`.
 
     Args:
         config: the run's configuration.
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has written its results before."""
+        """True if the run has written its results before."""
         return self.ranks.on_main(lambda: self.folder is not None and self.folder.finished)
 
     def say_finished(self) -> Path:

@@ -18,7 +18,7 @@ class Stopped(JasperError):
 
 @contextmanager
 def leave_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does; during training steps, :func:`stop_on_signal` takes its place."""
+    """Let SIGTERM end the block as Ctrl-C does. During training steps, :func:`stop_on_signal` takes its place."""
     try:
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread: signals belong to somebody else
@@ -32,7 +32,7 @@ def leave_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGINT or SIGTERM arrived in the block; a second signal stops at once."""
+    """Yield a function that returns whether SIGINT or SIGTERM arrived in the block. A second signal stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

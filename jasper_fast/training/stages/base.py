@@ -43,7 +43,7 @@ class Stage(Protocol):
     Args:
         config: the stage's settings.
         index: its position in the run's configuration.
-        loss: the loss of a batch; see :func:`jasper_fast.training.step.take_gradients`. It is set by ``begin``.
+        loss: the loss of a batch. See :func:`jasper_fast.training.step.take_gradients`. It is set by ``begin``.
     """
 
     config: StageConfig
@@ -51,7 +51,7 @@ class Stage(Protocol):
     loss: Callable[..., AnyOutput]
 
     def problems(self, student: Student, ranks: int) -> list[str]:
-        """Return what makes the stage impossible for a student and a number of ranks, before texts are read."""
+        """Return the problems of the stage with a student and a number of ranks, before texts are read."""
         ...
 
     def begin(self, run: Run, student: Student, start: Position) -> torch.optim.Optimizer:
@@ -91,7 +91,7 @@ def build_stage(
 
 
 def build_stages(config: Config, data: TrainingData | None = None, labels: Teachers | None = None) -> list[BaseStage]:
-    """Return all stages of a run; see :func:`build_stage`."""
+    """Return all stages of a run. See :func:`build_stage`."""
     return [build_stage(config, index, data, labels) for index in range(len(config.stages))]
 
 
@@ -122,7 +122,7 @@ def describe_stage(student: Student, stage: StageConfig, done: int = 0) -> str:
 
 
 class BaseStage(ABC):
-    """The part that stages have in common; see :class:`Stage`.
+    """The part that stages have in common. See :class:`Stage`.
 
     Args:
         config: the run's configuration.
@@ -184,11 +184,11 @@ class BaseStage(ABC):
 
     @property
     def global_loss(self) -> bool:
-        """Whether a loss compares the texts of all ranks."""
+        """True if a loss compares the texts of all ranks."""
         return self.run_config.losses.scope == "global"
 
     def problems(self, student: Student, ranks: int) -> list[str]:
-        """Return what makes the stage impossible for a student and a number of ranks, before texts are read."""
+        """Return the problems of the stage with a student and a number of ranks, before texts are read."""
         problems, stage = Problems(), self.config
         with problems:
             names = self.trained_names(student, stage)
@@ -205,11 +205,11 @@ class BaseStage(ABC):
         return [*problems, *(f"stage {stage.name!r}: {problem}" for problem in self.parallel_problems(ranks))]
 
     def initialization_problems(self, student: Student, names: list[str]) -> list[str]:
-        """Return what keeps the stage's weights from the initialization that it asks for."""
+        """Return the problems of the initialization of weights that the stage sets."""
         return []
 
     def parallel_problems(self, ranks: int) -> list[str]:
-        """Return what keeps several ranks from training the stage."""
+        """Return the problems of training the stage on several ranks."""
         problems, stage = [], self.config
         if stage.batch_size < ranks:
             problems.append(

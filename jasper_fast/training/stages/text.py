@@ -51,7 +51,7 @@ class TextStage(BaseStage):
         return min(texts, stage.texts or texts, stage.steps * stage.batch_size)
 
     def initialization_problems(self, student: Student, names: list[str]) -> list[str]:
-        """Return what keeps narrow heads from a start at the widest head's principal axes."""
+        """Return the problems of starting narrow heads at the widest head's principal axes."""
         stage, problems = self.config, []
         if stage.narrow_start != "principal":
             return []

@@ -68,14 +68,14 @@ class VisionStage(BaseStage):
         return min(int(self.images.starts[-1]), self.config.steps * self.config.batch_size)
 
     def problems(self, student: Student, ranks: int) -> list[str]:
-        """Return what makes the stage impossible for a student and a number of ranks, before images are read."""
+        """Return the problems of the stage with a student and a number of ranks, before images are read."""
         problems = Problems()
         with problems:
             _check_tower(student)
         return [*problems, *super().problems(student, ranks)]
 
     def parallel_problems(self, ranks: int) -> list[str]:
-        """Return what keeps several ranks from training the stage."""
+        """Return the problems of training the stage on several ranks."""
         problems = super().parallel_problems(ranks)
         if self.run_config.parallel.mode == "fsdp" and ranks > 1:
             problems.append(
@@ -175,7 +175,7 @@ class CaptionTargets:
         return Captions(self.read(numbers[chosen]).to(self.device), images_of)  # once: every step compares with them
 
     def places(self, numbers: np.ndarray) -> Tensor | None:
-        """Return the positions of captions among those of :meth:`every`, (B,) int64; None before its first call."""
+        """Return the positions of captions among those of :meth:`every`, (B,) int64. None before its first call."""
         return None if self._places is None else torch.from_numpy(self._places[numbers])
 
 
