@@ -85,6 +85,15 @@ def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]]
     return train, pool[:held_out]
 
 
+def training_rows() -> list[tuple[str, str]]:
+    """Return the training pairs as the rows of a built-in text source.
+
+    Raises:
+        JasperError: this machine has no sources with docstrings.
+    """
+    return split_docstrings()[0]
+
+
 def _key(body: str) -> bytes:
     """Hash the case-folded words of a body. Do not change this form: pairs would move between the two parts."""
     return hashlib.sha256(" ".join(body.split()).casefold().encode()).digest()

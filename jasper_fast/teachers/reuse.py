@@ -29,14 +29,14 @@ class Lenders:
 
     Args:
         cache: cache to fill.
-        digests: hexadecimal digests of all its texts, in order.
+        digests: hexadecimal digests of all its texts, in order. Without digests, nothing is reused.
     """
 
     def __init__(self, cache: TeacherCache, digests: Sequence[str]) -> None:
         self._shards: list[tuple[TeacherCache, int]] = []
         self._shard_of = np.full(cache.rows, -1, np.int32)
         self._row_of = np.zeros(cache.rows, np.int32)
-        others = list(_others(cache))
+        others = list(_others(cache)) if digests else []
         if not others:
             return
         wanted = digest_keys(digests)

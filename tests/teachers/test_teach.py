@@ -30,7 +30,7 @@ from jasper_fast.models.sentence_transformer import token_lengths
 from jasper_fast.teachers import label
 from jasper_fast.teachers.cache import TeacherCache
 from jasper_fast.teachers.label import ensure_teachers, open_teachers, teacher_caches
-from jasper_fast.teachers.model import apply_prompt, describe_teacher, load_teacher, token_batches
+from jasper_fast.teachers.model import Teacher, apply_prompt, describe_teacher, load_teacher, token_batches
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.processes import fork_server
 
@@ -445,13 +445,13 @@ def test_texts_of_another_dataset_are_not_encoded_again(
     config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
     first = ensure_teachers(config, texts.select(range(150)), progress=False, shard_rows=SHARD)
     read: list[str] = []
-    encode = label.Teacher.encode
+    encode = Teacher.encode
 
     def counted(self, words, *others, **named):
         read.extend(words)
         return encode(self, words, *others, **named)
 
-    monkeypatch.setattr(label.Teacher, "encode", counted)
+    monkeypatch.setattr(Teacher, "encode", counted)
     (other,) = teacher_caches(config, texts.select(range(150)), SHARD)
     other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard is not reused
     turned = [*range(199, 99, -1), 40, *range(100)]  # shard 2 is rows 32 to 47
@@ -587,7 +587,7 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
             quiet(config, texts)
         assert not list((tmp_path / "cache").glob("teacher-*"))
 
-    monkeypatch.setattr(label.Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
     broken = shutil.copytree(tiny_bert, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut short")
     refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
@@ -724,7 +724,7 @@ def test_control_c_loses_no_shard_and_says_how_to_resume(run_file: Path, tiny_be
     # the command with small, slow shards
     code = (
         "import runpy, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"from jasper_fast import cache; cache.SHARD_ROWS = {SHARD};"
+        f"from jasper_fast.teachers import cache; cache.SHARD_ROWS = {SHARD};"
         "from jasper_fast.teachers.model import Teacher; encode = Teacher.encode;"
         "Teacher.encode = lambda *a, **k: (encode(*a, **k), time.sleep(0.2))[0];"
         "runpy.run_module('jasper_fast.teach', run_name='__main__')"
