@@ -5,7 +5,6 @@ Every row is checked when it is read. Errors give the file and the row.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zlib
@@ -21,6 +20,7 @@ from jasper_fast.config.data import ImageSourceConfig, SourceConfig
 from jasper_fast.data.listing import all_files, listed_files, user_path
 from jasper_fast.data.rows import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import sha256
 from jasper_fast.utils.names import looks_like_path
 
 # Path of a built-in source -> the function that yields its rows, imported when it is read.
@@ -102,8 +102,7 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
-    name = hashlib.sha256(source.model_dump_json().encode()).digest()
-    generator = np.random.default_rng([seed, int.from_bytes(name[:8])])
+    generator = np.random.default_rng([seed, int(sha256(source.model_dump_json())[:16], 16)])
     chosen = np.zeros(total, dtype=bool)
     chosen[generator.choice(total, size=min(source.limit, total), replace=False, shuffle=False)] = True
     position = 0
@@ -170,10 +169,7 @@ def source_stamp(source: SourceConfig) -> list[Any]:
     a digest of the texts.
     """
     if source.path in BUILT_IN:
-        whole = hashlib.sha256()
-        for pair in read_source(source):
-            whole.update("\0".join((*pair, "")).encode())
-        return [whole.hexdigest()]
+        return [sha256("\0".join((*row, "")) for row in read_source(source))]
     stats = [(str(p), p.stat()) for p in source_files(source)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -6,7 +6,6 @@ fixed range of texts. Interruptions do not change the bytes of a cache. ``teache
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from jasper_fast.config.diff import config_difference
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
-from jasper_fast.utils.atomic import TEMPORARY, sha256, sweep_unfinished, write_atomic
+from jasper_fast.utils.atomic import TEMPORARY, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest, file_sha256, settings_digest, sha256
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -46,9 +46,7 @@ class TeacherCache:
     def __init__(self, root: str | Path, identity: dict[str, Any], rows: int, shard_rows: int = SHARD_ROWS) -> None:
         self.identity = {**identity, "rows": rows, "shard_rows": shard_rows}
         self.name = str(identity.get("model") or identity.get("vectors"))
-        self.fingerprint = hashlib.blake2b(
-            json.dumps(self.identity, sort_keys=True).encode(), digest_size=8
-        ).hexdigest()
+        self.fingerprint = settings_digest(self.identity)
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.name.removeprefix("package:")).strip("-.")[-60:].lower()
         self.slug = slug
         self.folder = Path(root).expanduser() / f"teacher-{slug}-{self.fingerprint}"
@@ -97,7 +95,7 @@ class TeacherCache:
             return f"{self._facts_file(shard)} is not JSON"
         if not file.is_file():
             return f"{file} is missing"
-        if sha256(file) != facts["sha256"]:
+        if file_sha256(file) != facts["sha256"]:
             return f"{file} failed its checksum"
         if read_mapped(file).column("digest").to_pylist() != list(digests):
             return f"{file} holds the embeddings of other texts"
@@ -143,7 +141,7 @@ class TeacherCache:
             "error_sum": float(np.maximum(error, earlier[0]).sum()),
             "precision": precision,
             "rows": len(vectors),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": sha256(content),
             "tokens": tokens,
             "width": vectors.shape[1],
         }
@@ -282,7 +280,7 @@ class TeacherVectors:
 
 def joined_fingerprint(caches: Sequence[TeacherCache]) -> str:
     """Hash the identities of several teachers' caches, computed or not, into one hexadecimal string."""
-    return hashlib.blake2b("".join(cache.fingerprint for cache in caches).encode(), digest_size=16).hexdigest()
+    return content_digest(cache.fingerprint for cache in caches)
 
 
 def quantise(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jasper_fast.teachers.cache import HEADER, TeacherCache
 from jasper_fast.utils.arrow_files import read_mapped
-from jasper_fast.utils.atomic import sha256
+from jasper_fast.utils.fingerprint import file_sha256
 
 
 class Lent(NamedTuple):
@@ -49,7 +49,7 @@ class Lenders:
                 continue  # damaged: recomputed when that cache is used
             places = order[np.minimum(np.searchsorted(sorted_halves, keys[:, 0]), len(order) - 1)]
             hit = (wanted[places] == keys).all(axis=1)
-            if hit.any() and sha256(other.file(shard)) == other.facts(shard)["sha256"]:
+            if hit.any() and file_sha256(other.file(shard)) == other.facts(shard)["sha256"]:
                 self._shard_of[places[hit]] = len(self._shards)
                 self._row_of[places[hit]] = np.flatnonzero(hit)
                 self._shards.append((other, shard))

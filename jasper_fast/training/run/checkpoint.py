@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jasper_fast.distributed.fsdp import collect, load_optimizer, load_weights
-from jasper_fast.utils.atomic import publish_dir, sha256, sweep_unfinished
+from jasper_fast.utils.atomic import publish_dir, sweep_unfinished
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
@@ -161,7 +162,7 @@ def _write(path: Path, position: Position, content: Snapshot, facts: dict[str, A
     with publish_dir(path) as temporary:
         save_file(content.weights, temporary / WEIGHTS)
         _save_state(content.state, temporary / STATE)
-        files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
+        files = {name: file_sha256(temporary / name) for name in (WEIGHTS, STATE)}
         manifest = {"position": asdict(position), "facts": facts, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -266,7 +267,7 @@ def _damage(path: Path) -> str | None:
     for name, digest in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256(path / name) != digest:
+        if file_sha256(path / name) != digest:
             return f"{name} is not what was written"
     return None
 
