@@ -86,13 +86,12 @@ class Images:
         captions = self.captions(rows)
         return [captions[i][n - self.starts[row]] for i, (n, row) in enumerate(zip(numbers, rows, strict=True))]
 
-    def pixels(self, rows: Sequence[int] | np.ndarray, side: int, workers: int | None = None) -> Tensor:
+    def pixels(self, rows: Sequence[int] | np.ndarray, side: int) -> Tensor:
         """Decode images and resize them to squares. A small dataset is kept in memory decoded.
 
         Args:
             rows: the indices of the images, (B,).
             side: the side of the squares, in pixels.
-            workers: the number of decoder threads. None uses one per CPU core, at most 8.
 
         Returns:
             A (B, 3, side, side) uint8 tensor.
@@ -103,7 +102,7 @@ class Images:
         decoded: dict[int, np.ndarray] = {}
         if missing:
             files = self.table.select_columns(["image"])[missing]["image"]
-            with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 decoded = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
             if len(self) * 3 * side * side <= KEPT_PIXELS:
                 cached.update(decoded)

@@ -324,18 +324,6 @@ def features(dtype: str, width: int) -> Features:
     return Features({**columns, "scale": Value("float32")} if dtype == "int8" else columns)
 
 
-def nearest_cache(cache: TeacherCache) -> str | None:
-    """Describe the most similar cache of a teacher with the same name and its differences, or return None."""
-    candidates = []
-    for header in cache.folder.parent.glob(f"teacher-{cache.slug}-*/{HEADER}"):
-        identity = json.loads(header.read_text(encoding="utf-8"))["identity"]
-        candidates.append((config_difference(identity, cache.identity), header.parent))
-    if not candidates:
-        return None
-    differences, folder = min(candidates, key=lambda pair: (len(pair[0]), str(pair[1])))
-    return "\n  - ".join([f"the nearest cache is {folder}, which differs (got -> expected):", *differences])
-
-
 def _gather(
     rows: np.ndarray, shard_rows: int, vectors: list[np.ndarray], scales: list[np.ndarray | None], width: int
 ) -> np.ndarray:

@@ -15,7 +15,7 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
-from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
+from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors
 from jasper_fast.teachers.model import check_own_code
 from jasper_fast.teachers.opening import Place, open_all, open_teacher, share
 from jasper_fast.teachers.reuse import Lenders
@@ -29,35 +29,6 @@ if TYPE_CHECKING:
 
 
 SILENCE = 1800.0  # seconds without a new shard after which the other processes count as dead
-
-
-def open_teachers(config: Config, texts: Dataset, *, shard_rows: int = SHARD_ROWS) -> TeacherVectors:
-    """Open the teacher embeddings of these texts, which must be complete.
-
-    Args:
-        config: configuration of the run.
-        texts: training texts with columns ``text``, ``role`` and ``digest``.
-        shard_rows: texts per shard.
-
-    Raises:
-        JasperError: a cache is missing (the message shows how the nearest one differs), is unfinished, belongs to
-            another teacher or other texts, or failed its checksum.
-    """
-    caches = teacher_caches(config, texts, shard_rows)
-    fix = "Fix: run `python -m jasper_fast.teach` with this configuration"
-    for cache in caches:
-        if not cache.complete:
-            state = "unfinished" if cache.folder.exists() else "missing"
-            nearest = nearest_cache(cache) if state == "missing" else None
-            raise JasperError(
-                f"{cache.folder}: the embeddings of these texts by {cache.name} are {state}\n"
-                + (f"{nearest}\n" if nearest else "")
-                + fix
-            )
-        damage = _damaged(cache, texts, range(cache.shards))
-        if damage:
-            raise JasperError(f"{next(iter(damage.values()))}. {fix}")
-    return TeacherVectors(caches)
 
 
 def ensure_teachers(
@@ -151,8 +122,6 @@ def check_targets(
     config: Config,
     texts: Dataset,
     student: Student,
-    *,
-    shard_rows: int = SHARD_ROWS,
 ) -> None:
     """Run the checks that `ensure_teachers` makes before encoding. Teachers with missing shards load one at a time.
 
@@ -160,12 +129,11 @@ def check_targets(
         config: configuration of the run.
         texts: training texts with columns ``text``, ``role`` and ``digest``.
         student: untrained student for the row-order check of embeddings without keys.
-        shard_rows: texts per shard.
 
     Raises:
         JasperError: a model, file of embeddings or width cannot be used, or the disk is too small.
     """
-    caches = teacher_caches(config, texts, shard_rows)
+    caches = teacher_caches(config, texts)
     open_all(config, caches, texts, (0, 1), student, print_error)
 
 

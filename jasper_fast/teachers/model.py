@@ -159,15 +159,12 @@ def _truncation(limit: int, configured: int) -> str | None:
     return f"truncates texts at {limit} tokens, the limit of its model or tokenizer (max_length is {configured})"
 
 
-def load_teacher(
-    config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "fp32"
-) -> Teacher:
+def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Teacher:
     """Load a teacher, whose embeddings equal those of stock sentence-transformers.
 
     Args:
         config: teacher with ``model``. A model with ``modules.json`` keeps its pooling, dense layers and normalisation.
             Any other encoder gets mean pooling. ``pooling`` overrides both.
-        device: torch device. None is this process's GPU, or the CPU if there is no GPU.
         precision: precision of the forward pass. "auto" is bf16 autocast on devices with fast bf16.
 
     Raises:
@@ -183,7 +180,7 @@ def load_teacher(
         model = load_stock(
             config.model,
             where,
-            device=str(device) if device is not None else own_device(),
+            device=own_device(),
             revision=None if revision.startswith("sha256:") else revision,
             trust_remote_code=config.trust_remote_code,
             dtype=torch.float32,

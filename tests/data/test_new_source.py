@@ -13,7 +13,6 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "_walkthroughs.md"
 TABLE, NEW = "jasper_fast/data/text_sources.py", "jasper_fast/data/days.py"
 READ = """
 import json
@@ -27,8 +26,9 @@ print(json.dumps([[*read_source(source)], drawn, is_local(source), source_files(
 
 
 def steps() -> tuple[str, str]:
-    """Return the new file and the new line from the section of the page."""
-    section = PAGE.read_text(encoding="utf-8").partition("### Add a text source")[2].partition("\n#")[0]
+    """Return the new file and the new line from the section of the documentation."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+    section = pages.partition("### Add a text source")[2].partition("\n#")[0]
     file = re.search(rf"^1\. `{NEW}`.*?```python\n(.*?)^ *```", section, re.DOTALL | re.MULTILINE)
     line = re.search(rf"^2\. `{TABLE}`: the line `(.*?)` in `BUILT_IN`", section, re.MULTILINE)
     assert file and line
