@@ -47,7 +47,10 @@ class OpenTeacher(Protocol):
 
     @staticmethod
     def describe(config: TeacherConfig) -> dict[str, Any]:
-        """Return everything that determines the embeddings, as JSON values. It is part of the cache's identity."""
+        """Return everything that determines the embeddings, as JSON values, by which the cache is found.
+
+        The field that selects the type must be among them, as it names the cache.
+        """
         ...
 
     @classmethod

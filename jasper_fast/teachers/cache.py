@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.config.diff import config_difference
+from jasper_fast.config.models import TEACHER_KINDS
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
 from jasper_fast.utils.atomic import TEMPORARY, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import JasperError
@@ -45,7 +46,7 @@ class TeacherCache:
 
     def __init__(self, root: str | Path, identity: dict[str, Any], rows: int, shard_rows: int = SHARD_ROWS) -> None:
         self.identity = {**identity, "rows": rows, "shard_rows": shard_rows}
-        self.name = str(identity.get("model") or identity.get("vectors"))
+        self.name = str(next((identity[kind] for kind in TEACHER_KINDS if identity.get(kind)), None))
         self.fingerprint = settings_digest(self.identity)
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.name.removeprefix("package:")).strip("-.")[-60:].lower()
         self.slug = slug

@@ -21,13 +21,14 @@ import torch
 
 from jasper_fast import teach
 from jasper_fast.config.load import load_config
-from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.models import TEACHER_KINDS, TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text import text_digest
 from jasper_fast.data.text_dataset import build_texts
 from jasper_fast.models.hub import model_revision, resolve_model
 from jasper_fast.models.sentence_transformer import token_lengths
 from jasper_fast.teachers import label
+from jasper_fast.teachers.base import TYPES
 from jasper_fast.teachers.cache import TeacherCache
 from jasper_fast.teachers.label import ensure_teachers, teacher_caches
 from jasper_fast.teachers.model import Teacher, apply_prompt, describe_teacher, load_teacher, token_batches
@@ -464,6 +465,39 @@ def test_texts_of_another_dataset_are_not_encoded_again(
     other = (reused - recomputed).abs() > 1e-5
     assert other.float().mean() <= (1e-3 if dtype == "float16" else 0.0)
     torch.testing.assert_close(reused[other], recomputed[other], atol=0, rtol=2**-10)
+
+
+class Counting:
+    """A teacher type of a stranger: embedding i of a shard is unit vector i modulo 4."""
+
+    width, precision, reusable, note = 4, "exact", False, "counts"
+
+    @staticmethod
+    def describe(config: TeacherConfig) -> dict:
+        return {"vectors": config.vectors, "kind": "counting"}
+
+    @classmethod
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str) -> Counting:
+        return cls()
+
+    def check(self, texts, spans, data, similarities, log) -> None:
+        assert len(texts) == 200 and [len(span) for span in spans] == [SHARD] * 12 + [8]
+        log("checked")
+
+    def embed(self, rows, start, wanted, vectors, progress) -> None:
+        assert wanted.all() and len(rows["text"]) == len(vectors)
+        vectors[:] = np.eye(4)[(start + np.arange(len(vectors))) % 4]
+        progress(len(vectors), 0)
+
+
+def test_a_new_type_of_teacher_needs_its_class_and_its_line(texts: Dataset, config_of, monkeypatch, capsys) -> None:
+    assert tuple(TYPES) == TEACHER_KINDS
+    monkeypatch.setitem(TYPES, "vectors", f"{__name__}:Counting")
+    vectors = ensure_teachers(config_of({"vectors": "anything"}), texts, shard_rows=SHARD)
+    np.testing.assert_array_equal(vectors.read(np.arange(200)).numpy(), np.eye(4)[np.arange(200) % 4])
+    assert vectors.folders[0].name.startswith("teacher-anything-")
+    printed = capsys.readouterr().err
+    assert "checked" in printed and "teacher anything: counts" in printed
 
 
 def test_a_full_disk_is_reported_before_the_work(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
