@@ -71,7 +71,7 @@ def odd(form: Form, *even: str) -> Form:
     return replace(form, label=f"{form.label}, odd", types=types, spills=True, quick=False)
 
 
-def forms(modules: tuple[str, ...] = MODULES) -> Iterator[Form]:
+def forms() -> Iterator[Form]:
     """Yield the forms of all kernels. Needs Triton."""
-    for name in modules:
+    for name in MODULES:
         yield from importlib.import_module(f"jasper_fast.kernels.{name}").forms()

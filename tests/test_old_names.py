@@ -30,7 +30,7 @@ def load(module, name):
         ("teachers", "load_teacher", "teachers.model"),
         ("config", "stage_problems", "config.stage"),
         ("export", "export_student", "exporting.student"),  # a command
-        ("evaluate", "evaluate_widths", "evaluation.score"),
+        ("evaluate", "teacher_floors", "evaluation.score"),
     ],
 )
 def test_an_old_name_is_the_new_one_with_a_warning(old, name, new):

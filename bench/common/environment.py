@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from jasper_fast import env
 from jasper_fast.ops import native
+from jasper_fast.utils.fingerprint import content_digest
 
 
 def environment() -> dict[str, Any]:
@@ -31,7 +31,5 @@ def commit() -> str | None:
 
 def code(files: Iterable[Path]) -> dict[str, str | None]:
     """Return the commit, and a digest of the package and of the benchmark's files."""
-    digest = hashlib.blake2b(native.code_digest().encode(), digest_size=8)
-    for file in files:
-        digest.update(file.read_bytes())
-    return {"commit": commit(), "digest": digest.hexdigest()}
+    parts = [native.code_digest(), *(file.read_bytes() for file in files)]
+    return {"commit": commit(), "digest": content_digest(parts, size=8)}

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+TURN_S = 0.05  # shortest duration of a turn in seconds
 
-def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float = 0.05) -> list[float]:
+
+def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
     """Return the median seconds of each function, measured alternately after one run without timing.
 
     Args:
         functions: functions to time.
-        repeats: number of turns.
-        turn_s: shortest duration of a turn in seconds. Shorter functions are repeated within a turn.
+        repeats: number of turns. Functions shorter than `TURN_S` are repeated within a turn.
     """
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
@@ -23,7 +24,7 @@ def medians(functions: list[Callable[[], object]], repeats: int, turn_s: float =
     for _ in range(repeats):
         for function, own in zip(functions, times, strict=True):
             turn: list[float] = []
-            while not turn or sum(turn) < turn_s:
+            while not turn or sum(turn) < TURN_S:
                 begin = time.perf_counter()
                 function()
                 turn.append(time.perf_counter() - begin)

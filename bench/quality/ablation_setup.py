@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from jasper_fast.models.hub import prompt_of
 from jasper_fast.models.quantization import PRECISIONS
 from jasper_fast.teachers.encoder import cached, teacher_encoder
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest
 
 LEXICAL_WIDTH = 128
 STUDENT = "student"
@@ -168,10 +168,8 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
 
 def _digest(model: nn.Module) -> str:
     """Return a digest of a model's weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    weights = sorted(model.state_dict().items())
+    return content_digest((name.encode() + value.float().cpu().numpy().tobytes() for name, value in weights), size=8)
 
 
 def _state_encoder(model: Any, router: int) -> Callable[[list[str], str], np.ndarray]:

@@ -292,7 +292,7 @@ def train_peer(
     """Train a peer with sentence-transformers' trainer for ``seconds`` of wall time. Return seconds, steps, encoder."""
     from jasper_fast.models.embedder import model_encoder
 
-    trainer = peer_trainer(job, config, peer_dataset(config, texts, teachers), options)
+    trainer = peer_trainer(job, config, peer_dataset(texts, teachers), options)
     clock = by_the_clock(seconds, job.lr)
     trainer.add_callback(clock)
     trainer.train()
@@ -317,7 +317,7 @@ def score_peer(arm: str, config: Config, encoder: Any, texts: Any) -> list[dict[
     return [row | {"model": names[row["model"]]} for row in rows]
 
 
-def peer_dataset(config: Config, texts: Any, teachers: Any) -> Any:
+def peer_dataset(texts: Any, teachers: Any) -> Any:
     """Return a dataset with ``text`` and ``label`` (teacher embedding), for sentence-transformers' distillation."""
     import numpy as np
     from datasets import Dataset

@@ -247,8 +247,9 @@ class NumberTokenizer:
         return {"input_ids": [[int(word) for word in text.split()][:max_length] for text in texts]}
 
 
-def cpu_flops(side: int = 1024) -> float:
+def cpu_flops() -> float:
     """Measure the FLOP/s of this CPU's float32 product, best of a few, as the reference of its MFU."""
+    side = 1024
     a, b = torch.randn(side, side), torch.randn(side, side)
     times = []
     for _ in range(5):

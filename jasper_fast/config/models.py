@@ -39,6 +39,9 @@ class TeacherPrompts(Section):
     document: str | None = None  # prompt of documents
 
 
+TEACHER_KINDS = ("model", "vectors")  # fields of a teacher of which one is given, and selects its type
+
+
 class TeacherConfig(Section):
     """One teacher: a model to run, or a file of precomputed embeddings."""
 
@@ -56,7 +59,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
-        if (self.model is None) == (self.vectors is None):
+        if sum(getattr(self, kind) is not None for kind in TEACHER_KINDS) != 1:
             raise ValueError(
                 "expected exactly one of `model` and `vectors`. "
                 "Fix: give either `model` (a teacher to run) or `vectors` (precomputed embeddings)"
@@ -66,6 +69,11 @@ class TeacherConfig(Section):
                 "`dense` chooses a head of a `model`, and precomputed `vectors` have no heads. Fix: leave `dense` out"
             )
         return self
+
+    @property
+    def kind(self) -> str:
+        """Field that selects the type of the teacher: ``model`` or ``vectors``."""
+        return next(kind for kind in TEACHER_KINDS if getattr(self, kind) is not None)
 
 
 class VisionConfig(Section):

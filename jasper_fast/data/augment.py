@@ -8,10 +8,11 @@ Random draws depend only on the seed and the text, never on the position of the 
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterable
+
+from jasper_fast.utils.fingerprint import content_digest
 
 EXCHANGED = 0.3  # fraction of a variant's words that are replaced, if a replacement is available
 
@@ -116,9 +117,7 @@ def _shuffle_words(text: str, seed: int) -> str:
 
 
 def _hash(seed: int, purpose: str, text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}\0{purpose}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    )
+    return int(content_digest(f"{seed}\0{purpose}\0{text}", size=8), 16)
 
 
 def _share(seed: int, purpose: str, text: str) -> float:

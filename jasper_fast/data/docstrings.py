@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import inspect
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from jasper_fast.data.text import lone_surrogate, normal_form
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import sha256
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # plus the stdlib
 MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; a docstring longer than MAX_BODY is a manual
@@ -85,13 +85,22 @@ def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]]
     return train, pool[:held_out]
 
 
-def _key(body: str) -> bytes:
+def training_rows() -> list[tuple[str, str]]:
+    """Return the training pairs as the rows of a built-in text source.
+
+    Raises:
+        JasperError: this machine has no sources with docstrings.
+    """
+    return split_docstrings()[0]
+
+
+def _key(body: str) -> str:
     """Hash the case-folded words of a body. Do not change this form: pairs would move between the two parts."""
-    return hashlib.sha256(" ".join(body.split()).casefold().encode()).digest()
+    return sha256(" ".join(body.split()).casefold())
 
 
-def _in_pool(key: bytes) -> bool:
-    return int.from_bytes(key[:4]) < POOL_SHARE * 2**32
+def _in_pool(key: str) -> bool:
+    return int(key[:8], 16) < POOL_SHARE * 2**32
 
 
 def _roots() -> list[Path]:

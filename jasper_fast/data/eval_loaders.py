@@ -5,7 +5,6 @@ The files at the path determine the kind of set. Errors give the file and the li
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import PACKED, check_text, packed, read_rows
 from jasper_fast.data.text import normal_form
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest
 
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # default number of held-out docstring pairs to evaluate
@@ -274,7 +274,7 @@ def _choose(texts: Sequence[str], limit: int | None) -> list[int]:
     """
     if limit is None or limit >= len(texts):
         return list(range(len(texts)))
-    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    digests = [content_digest(text) for text in texts]
     return sorted(sorted(range(len(texts)), key=lambda i: (digests[i], i))[:limit])
 
 

@@ -81,3 +81,12 @@ def draw_glyphs(side: int = 64, font: str = FONT) -> list[tuple[np.ndarray, list
 def glyph_names() -> list[str]:
     """Return the Unicode names of all drawn glyphs, as training texts."""
     return [name for _, names in draw_glyphs(32) for name in names]
+
+
+def training_rows() -> list[tuple[str]]:
+    """Return the names of `glyph_names` as the rows of a built-in text source.
+
+    Raises:
+        JasperError: matplotlib is not installed.
+    """
+    return [(name,) for name in glyph_names()]

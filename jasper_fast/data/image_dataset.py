@@ -30,6 +30,7 @@ from jasper_fast.data.text import normal_form
 from jasper_fast.utils.arrow_files import write_index
 from jasper_fast.utils.atomic import locked, publish_dir
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest, settings_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,13 +86,12 @@ class Images:
         captions = self.captions(rows)
         return [captions[i][n - self.starts[row]] for i, (n, row) in enumerate(zip(numbers, rows, strict=True))]
 
-    def pixels(self, rows: Sequence[int] | np.ndarray, side: int, workers: int | None = None) -> Tensor:
+    def pixels(self, rows: Sequence[int] | np.ndarray, side: int) -> Tensor:
         """Decode images and resize them to squares. A small dataset is kept in memory decoded.
 
         Args:
             rows: the indices of the images, (B,).
             side: the side of the squares, in pixels.
-            workers: the number of decoder threads. None uses one per CPU core, at most 8.
 
         Returns:
             A (B, 3, side, side) uint8 tensor.
@@ -102,7 +102,7 @@ class Images:
         decoded: dict[int, np.ndarray] = {}
         if missing:
             files = self.table.select_columns(["image"])[missing]["image"]
-            with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 decoded = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
             if len(self) * 3 * side * side <= KEPT_PIXELS:
                 cached.update(decoded)
@@ -179,7 +179,7 @@ def _folder(config: ImagesConfig, cache: str | Path) -> Path:
         "images": config.model_dump(mode="json"),
         "sources": [source_stamp(source) for source in config.sources],
     }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    key = settings_digest(settings)
     return Path(cache).expanduser() / f"images-{key}"
 
 
@@ -234,7 +234,7 @@ def _write_table(config: ImagesConfig, folder: Path, unusable: list[str]) -> tup
     with pa.OSFile(str(folder / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for source in config.sources:
             for where, data, captions in _sound(read_images(source), unusable, config.max_bad):
-                content = hashlib.blake2b(data, digest_size=16).hexdigest()
+                content = content_digest(data)
                 digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
                 groups.append([content, *map(normal_form, captions)])
                 extra.append(source.train_only)
@@ -261,7 +261,7 @@ def hold_out(
     """
     candidates = [row for row in range(len(groups)) if not extra or not extra[row]]
     members = tied(groups, candidates)
-    order = {r: hashlib.blake2b(f"{seed} {min(groups[r])}".encode("utf-8", "surrogatepass")).digest() for r in members}
+    order = {r: content_digest(f"{seed} {min(groups[r])}", size=64) for r in members}
     held: set[int] = set()
     for group in sorted(members, key=lambda r: order[r]):
         if len(held) + len(members[group]) <= count:

@@ -6,7 +6,6 @@ image or caption, the reason replaces the content.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import lzma
 import os
@@ -30,6 +29,7 @@ from jasper_fast.data.rows import read_rows
 from jasper_fast.data.text_sources import numbered
 from jasper_fast.data.webdataset import TARS, read_tar
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest
 from jasper_fast.utils.names import first_line, looks_like_path
 
 
@@ -55,7 +55,7 @@ def source_stamp(source: ImageSourceConfig) -> list[Any]:
     """
     if source.path == GLYPHS:
         font = font_file(source.font).read_bytes()
-        return [hashlib.blake2b(font, digest_size=8).hexdigest(), unicodedata.unidata_version]
+        return [content_digest(font, size=8), unicodedata.unidata_version]
     path = user_path(source.path)
     files = [path, *([user_path(source.captions)] if source.captions else [])]
     files += all_files(path) if path.is_dir() else []

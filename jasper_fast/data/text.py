@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
+
+from jasper_fast.utils.fingerprint import content_digest
 
 # Invisible code points (Unicode's Default_Ignorable_Code_Point): soft hyphens, zero-width spaces and joiners,
 # byte order marks, variation selectors.
@@ -49,4 +50,4 @@ def text_digest(text: str, role: str = "document") -> str:
         text: the text.
         role: "document" or "query". The default is "document".
     """
-    return hashlib.blake2b(f"{role}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return content_digest(f"{role}\0{text}")

@@ -6,7 +6,6 @@ sorted in memory. The hash is keyed by the seed, so the order depends only on th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -20,8 +19,9 @@ from jasper_fast.data.augment import Exchanges, treat
 from jasper_fast.data.text import normal_form, text_digest
 from jasper_fast.data.text_sources import draw, read_source, say_ignored, source_stamp, try_source
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
-from jasper_fast.utils.atomic import TEMPORARY, locked, publish_dir, sha256, write_atomic
+from jasper_fast.utils.atomic import TEMPORARY, locked, publish_dir, write_atomic
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest, file_sha256, settings_digest, sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -44,10 +44,8 @@ def texts_fingerprint(texts: Dataset) -> str:
     """
     if "digest" not in texts.column_names:
         raise ValueError(f"expected a dataset with a column `digest`, got {texts.column_names}")
-    whole = hashlib.blake2b(digest_size=16)
-    for batch in texts.select_columns(["digest"]).with_format("arrow").iter(65_536):
-        whole.update("".join(batch.column("digest").to_pylist()).encode())
-    return whole.hexdigest()
+    batches = texts.select_columns(["digest"]).with_format("arrow").iter(65_536)
+    return content_digest("".join(batch.column("digest").to_pylist()) for batch in batches)
 
 
 def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> Dataset:
@@ -75,9 +73,9 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
         "seed": seed,
         "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype", "seed"}),
         "sources": [source_stamp(source) for source in data.sources],
-        "excluded": hashlib.sha256("\0".join(sorted(barred)).encode("utf-8", "surrogatepass")).hexdigest(),
+        "excluded": sha256("\0".join(sorted(barred))),
     }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    key = settings_digest(settings)
     folder = Path(data.cache).expanduser() / f"texts-{key}"
     with locked(folder):  # the other processes of the run wait here for the first one
         if not (folder / "state.json").is_file() or not _files_whole(folder):
@@ -115,10 +113,10 @@ def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[s
     facts = {
         "counts": dict(sorted(counts.items())),
         "settings": settings,
-        "sha256": {f: sha256(folder / f) for f in files},
+        "sha256": {f: file_sha256(folder / f) for f in files},
     }
     write_atomic(folder / "texts.json", json.dumps(facts, indent=2, sort_keys=True))
-    write_index(folder, files, _features(), hashlib.sha256("".join(facts["sha256"].values()).encode()).hexdigest()[:16])
+    write_index(folder, files, _features(), sha256(facts["sha256"].values())[:16])
 
 
 def _source_texts(
@@ -170,7 +168,7 @@ class _Buckets:
         self.characters = self.written = 0
 
     def add(self, text: Text) -> None:
-        place = hashlib.blake2b(text[2].encode(), key=self.key, digest_size=8).digest()
+        place = bytes.fromhex(content_digest(text[2], size=8, key=self.key))
         self.waiting[place[0]].append((place, text))
         self.characters += len(text[0])
         if self.characters > BUFFERED:
@@ -244,7 +242,7 @@ def _files_whole(folder: Path) -> bool:
     """Return whether all published files match their checksums. The caller rebuilds a damaged folder."""
     facts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     return all(
-        (folder / name).is_file() and sha256(folder / name) == digest for name, digest in facts["sha256"].items()
+        (folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in facts["sha256"].items()
     )
 
 

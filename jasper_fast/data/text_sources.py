@@ -5,26 +5,29 @@ Every row is checked when it is read. Errors give the file and the row.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 
 from jasper_fast.config.data import ImageSourceConfig, SourceConfig
-from jasper_fast.data.glyphs import GLYPHS, glyph_names
 from jasper_fast.data.listing import all_files, listed_files, user_path
 from jasper_fast.data.rows import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import sha256
 from jasper_fast.utils.names import looks_like_path
 
-DOCSTRINGS = "docstrings"
-BUILT_IN = (DOCSTRINGS, GLYPHS)
+# Path of a built-in source -> the function that yields its rows, imported when it is read.
+BUILT_IN: dict[str, str] = {
+    "docstrings": "jasper_fast.data.docstrings:training_rows",
+    "glyphs": "jasper_fast.data.glyphs:training_rows",
+}
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit
 NAMED = 5  # maximum number of skipped files to list by name
 # Text files about the data in a folder. They are not data themselves.
@@ -46,13 +49,8 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     Raises:
         JasperError: the source is missing, empty or unreadable, a column is missing, or a cell is null or not text.
     """
-    if source.path == DOCSTRINGS:
-        from jasper_fast.data.docstrings import split_docstrings
-
-        yield from split_docstrings()[0]
-        return
-    if source.path == GLYPHS:
-        yield from ((name,) for name in glyph_names())
+    if source.path in BUILT_IN:
+        yield from resolve_name(BUILT_IN[source.path])()
         return
     rows = (row for file in source_files(source) for row in read_rows(file, source.columns))
     empty = True
@@ -104,8 +102,7 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
-    name = hashlib.sha256(source.model_dump_json().encode()).digest()
-    generator = np.random.default_rng([seed, int.from_bytes(name[:8])])
+    generator = np.random.default_rng([seed, int(sha256(source.model_dump_json())[:16], 16)])
     chosen = np.zeros(total, dtype=bool)
     chosen[generator.choice(total, size=min(source.limit, total), replace=False, shuffle=False)] = True
     position = 0
@@ -172,10 +169,7 @@ def source_stamp(source: SourceConfig) -> list[Any]:
     a digest of the texts.
     """
     if source.path in BUILT_IN:
-        whole = hashlib.sha256()
-        for pair in read_source(source):
-            whole.update("\0".join((*pair, "")).encode())
-        return [whole.hexdigest()]
+        return [sha256("\0".join((*row, "")) for row in read_source(source))]
     stats = [(str(p), p.stat()) for p in source_files(source)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -13,8 +13,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from jasper_fast.mips.segment import BIN, ScanCopy, Segment, int8_scan_copy
-from jasper_fast.utils.atomic import publish_dir, sha256
+from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "jasper_fast.FlatIPIndex", 1
@@ -41,7 +42,7 @@ def save(path: str | Path, dim: int, dtype: str, segments: Sequence[Segment]) ->
             file = folder / f"piece-{number:05d}.safetensors"  # part of the format
             with open(file, "wb") as out:  # safetensors' own writer hides the reason of a failed write
                 out.write(to_bytes(_tensors(segment)))
-            files.append({"name": file.name, "rows": len(segment), "sha256": sha256(file)})
+            files.append({"name": file.name, "rows": len(segment), "sha256": file_sha256(file)})
         rows = sum(map(len, segments))
         manifest = {"format": FORMAT, "version": VERSION, "dim": dim, "dtype": dtype, "rows": rows, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -105,7 +106,7 @@ def _tensors(segment: Segment) -> dict[str, Tensor]:
 def _load_segment(file: Path, entry: dict[str, Any], verify: bool, dim: int, dtype: torch.dtype) -> Segment:
     if not file.is_file():
         raise JasperError(f"{file}: the file is missing. Fix: build the index again, or restore the file")
-    if verify and sha256(file) != entry["sha256"]:
+    if verify and file_sha256(file) != entry["sha256"]:
         raise JasperError(f"{file}: damaged, its checksum differs from the manifest's. Fix: build the index again")
     try:
         with safe_open(file, framework="pt") as opened:

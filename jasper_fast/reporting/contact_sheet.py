@@ -11,16 +11,16 @@ from jasper_fast.data.image_dataset import Images
 from jasper_fast.utils.atomic import write_atomic
 
 SHEET = "pictures.png"
+SIDE = 96  # side of an image in pixels
 
 
-def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes], side: int = 96) -> None:
+def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes]) -> None:
     """Draw a contact sheet. A row shows a caption, its image, and the images it retrieved, with the right one framed.
 
     Args:
         sheet: content of the sheet, from :func:`evaluate_pictures`.
         held_out: held-out images.
         file: binary file for the PNG.
-        side: side of an image in pixels. Default: 96.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
@@ -28,24 +28,24 @@ def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes], side
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
     gap, left, top = 8, 300, 34
     places = sorted({*sheet["own"], *(i for retrieved in sheet["found"] for i in retrieved)})
-    pixels = dict(zip(places, held_out.pixels(places, side).permute(0, 2, 3, 1).numpy(), strict=True))
+    pixels = dict(zip(places, held_out.pixels(places, SIDE).permute(0, 2, 3, 1).numpy(), strict=True))
     wide = max(map(len, sheet["found"]))
-    size = (left + (wide + 1) * (side + gap) + 3 * gap, top + len(sheet["captions"]) * (side + gap) + gap)
+    size = (left + (wide + 1) * (SIDE + gap) + 3 * gap, top + len(sheet["captions"]) * (SIDE + gap) + gap)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    for x, title in ((gap, "query"), (left, "its image"), (left + side + 4 * gap, "retrieved, best first")):
+    for x, title in ((gap, "query"), (left, "its image"), (left + SIDE + 4 * gap, "retrieved, best first")):
         draw.text((x, gap), title, fill="#555555", font=font)
     rows = zip(sheet["captions"], sheet["own"], sheet["found"], strict=True)
     for line, (caption, target, retrieved) in enumerate(rows):
-        y = top + line * (side + gap)
+        y = top + line * (SIDE + gap)
         draw.multiline_text((gap, y + 4), _wrapped(caption, 36, 5), fill="black", font=font)
         page.paste(Image.fromarray(pixels[target]), (left, y))
         for place, picture in enumerate(retrieved):
-            x = left + side + 4 * gap + place * (side + gap)
+            x = left + SIDE + 4 * gap + place * (SIDE + gap)
             page.paste(Image.fromarray(pixels[picture]), (x, y))
             right = picture == target
             draw.rectangle(
-                (x - 2, y - 2, x + side + 1, y + side + 1),
+                (x - 2, y - 2, x + SIDE + 1, y + SIDE + 1),
                 outline="#009E73" if right else "#DDDDDD",
                 width=3 if right else 1,
             )

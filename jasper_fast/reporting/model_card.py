@@ -46,7 +46,7 @@ def run_facts(
         {
             "model": public_name(teacher.model)
             if teacher.model
-            else f"embeddings in {Path(str(teacher.vectors)).name}",
+            else f"embeddings in {Path(str(getattr(teacher, teacher.kind))).name}",
             "revision": revision or teacher.revision,
             "licence": model_licence(teacher.model, teacher.revision) if teacher.model else UNKNOWN_LICENCE,
         }

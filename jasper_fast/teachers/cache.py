@@ -6,7 +6,6 @@ fixed range of texts. Interruptions do not change the bytes of a cache. ``teache
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ import torch
 from torch import Tensor
 
 from jasper_fast.config.diff import config_difference
+from jasper_fast.config.models import TEACHER_KINDS
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
-from jasper_fast.utils.atomic import TEMPORARY, sha256, sweep_unfinished, write_atomic
+from jasper_fast.utils.atomic import TEMPORARY, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest, file_sha256, settings_digest, sha256
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -45,10 +46,8 @@ class TeacherCache:
 
     def __init__(self, root: str | Path, identity: dict[str, Any], rows: int, shard_rows: int = SHARD_ROWS) -> None:
         self.identity = {**identity, "rows": rows, "shard_rows": shard_rows}
-        self.name = str(identity.get("model") or identity.get("vectors"))
-        self.fingerprint = hashlib.blake2b(
-            json.dumps(self.identity, sort_keys=True).encode(), digest_size=8
-        ).hexdigest()
+        self.name = str(next((identity[kind] for kind in TEACHER_KINDS if identity.get(kind)), None))
+        self.fingerprint = settings_digest(self.identity)
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", self.name.removeprefix("package:")).strip("-.")[-60:].lower()
         self.slug = slug
         self.folder = Path(root).expanduser() / f"teacher-{slug}-{self.fingerprint}"
@@ -97,7 +96,7 @@ class TeacherCache:
             return f"{self._facts_file(shard)} is not JSON"
         if not file.is_file():
             return f"{file} is missing"
-        if sha256(file) != facts["sha256"]:
+        if file_sha256(file) != facts["sha256"]:
             return f"{file} failed its checksum"
         if read_mapped(file).column("digest").to_pylist() != list(digests):
             return f"{file} holds the embeddings of other texts"
@@ -143,7 +142,7 @@ class TeacherCache:
             "error_sum": float(np.maximum(error, earlier[0]).sum()),
             "precision": precision,
             "rows": len(vectors),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": sha256(content),
             "tokens": tokens,
             "width": vectors.shape[1],
         }
@@ -282,7 +281,7 @@ class TeacherVectors:
 
 def joined_fingerprint(caches: Sequence[TeacherCache]) -> str:
     """Hash the identities of several teachers' caches, computed or not, into one hexadecimal string."""
-    return hashlib.blake2b("".join(cache.fingerprint for cache in caches).encode(), digest_size=16).hexdigest()
+    return content_digest(cache.fingerprint for cache in caches)
 
 
 def quantise(vectors: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -324,18 +323,6 @@ def features(dtype: str, width: int) -> Features:
 
     columns = {"digest": Value("string"), "vector": List(Value(dtype), length=width)}
     return Features({**columns, "scale": Value("float32")} if dtype == "int8" else columns)
-
-
-def nearest_cache(cache: TeacherCache) -> str | None:
-    """Describe the most similar cache of a teacher with the same name and its differences, or return None."""
-    candidates = []
-    for header in cache.folder.parent.glob(f"teacher-{cache.slug}-*/{HEADER}"):
-        identity = json.loads(header.read_text(encoding="utf-8"))["identity"]
-        candidates.append((config_difference(identity, cache.identity), header.parent))
-    if not candidates:
-        return None
-    differences, folder = min(candidates, key=lambda pair: (len(pair[0]), str(pair[1])))
-    return "\n  - ".join([f"the nearest cache is {folder}, which differs (got -> expected):", *differences])
 
 
 def _gather(

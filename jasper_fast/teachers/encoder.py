@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.models.embedder import EncodeWidths, normalise
 from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.fingerprint import settings_digest
 
 if TYPE_CHECKING:
     from jasper_fast.teachers.model import Precision
@@ -79,7 +79,7 @@ def cached(
     """
 
     def wrapped(texts: list[str], role: str) -> np.ndarray:
-        digest = hashlib.blake2b(json.dumps([key, role, texts]).encode(), digest_size=16).hexdigest()
+        digest = settings_digest([key, role, texts], size=16)
         file = Path(folder) / f"evaluation-{digest}.npy"
         if file.is_file():
             return np.load(file)

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text_dataset import texts_fingerprint
-from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors, nearest_cache
-from jasper_fast.teachers.model import Teacher, check_own_code, describe_teacher
-from jasper_fast.teachers.opening import Log, Opened, Place, open_all, open_teacher, share
-from jasper_fast.teachers.precomputed import ReadyVectors, describe_vectors
+from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
+from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors
+from jasper_fast.teachers.model import check_own_code
+from jasper_fast.teachers.opening import Place, open_all, open_teacher, share
 from jasper_fast.teachers.reuse import Lenders
 from jasper_fast.utils.atomic import TEMPORARY, disk_errors, locked
 from jasper_fast.utils.errors import JasperError, Problems
@@ -31,35 +29,6 @@ if TYPE_CHECKING:
 
 
 SILENCE = 1800.0  # seconds without a new shard after which the other processes count as dead
-
-
-def open_teachers(config: Config, texts: Dataset, *, shard_rows: int = SHARD_ROWS) -> TeacherVectors:
-    """Open the teacher embeddings of these texts, which must be complete.
-
-    Args:
-        config: configuration of the run.
-        texts: training texts with columns ``text``, ``role`` and ``digest``.
-        shard_rows: texts per shard.
-
-    Raises:
-        JasperError: a cache is missing (the message shows how the nearest one differs), is unfinished, belongs to
-            another teacher or other texts, or failed its checksum.
-    """
-    caches = teacher_caches(config, texts, shard_rows)
-    fix = "Fix: run `python -m jasper_fast.teach` with this configuration"
-    for cache in caches:
-        if not cache.complete:
-            state = "unfinished" if cache.folder.exists() else "missing"
-            nearest = nearest_cache(cache) if state == "missing" else None
-            raise JasperError(
-                f"{cache.folder}: the embeddings of these texts by {cache.name} are {state}\n"
-                + (f"{nearest}\n" if nearest else "")
-                + fix
-            )
-        damage = _damaged(cache, texts, range(cache.shards))
-        if damage:
-            raise JasperError(f"{next(iter(damage.values()))}. {fix}")
-    return TeacherVectors(caches)
 
 
 def ensure_teachers(
@@ -111,7 +80,7 @@ def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS)
         JasperError: a teacher does not exist, or a cache's folder holds something else.
     """
     of_texts = {"texts": texts_fingerprint(texts), "dtype": config.data.cache_dtype}
-    identities = [_describe(teacher) for teacher in config.teachers]
+    identities = [teacher_type(teacher).describe(teacher) for teacher in config.teachers]
     return [TeacherCache(config.data.cache, {**i, **of_texts}, len(texts), shard_rows) for i in identities]
 
 
@@ -124,7 +93,7 @@ def check_teachers(config: Config) -> None:
     problems = Problems()
     for teacher in config.teachers:
         with problems:
-            _describe(teacher)
+            teacher_type(teacher).describe(teacher)
             check_own_code(teacher)
     problems.tell()
 
@@ -153,8 +122,6 @@ def check_targets(
     config: Config,
     texts: Dataset,
     student: Student,
-    *,
-    shard_rows: int = SHARD_ROWS,
 ) -> None:
     """Run the checks that `ensure_teachers` makes before encoding. Teachers with missing shards load one at a time.
 
@@ -162,17 +129,12 @@ def check_targets(
         config: configuration of the run.
         texts: training texts with columns ``text``, ``role`` and ``digest``.
         student: untrained student for the row-order check of embeddings without keys.
-        shard_rows: texts per shard.
 
     Raises:
         JasperError: a model, file of embeddings or width cannot be used, or the disk is too small.
     """
-    caches = teacher_caches(config, texts, shard_rows)
+    caches = teacher_caches(config, texts)
     open_all(config, caches, texts, (0, 1), student, print_error)
-
-
-def _describe(teacher: TeacherConfig) -> dict[str, Any]:
-    return describe_teacher(teacher) if teacher.model is not None else describe_vectors(teacher)
 
 
 def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
@@ -188,7 +150,7 @@ def _fill(
     cache: TeacherCache,
     texts: Dataset,
     place: Place,
-    opened: Opened | None,
+    opened: OpenTeacher | None,
     log: Log,
 ) -> None:
     """Compute this process's missing shards, then wait for the other processes. Rank 0 finishes the cache."""
@@ -220,18 +182,18 @@ def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
     return locked(cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}"))
 
 
-def _compute(teacher: Opened, cache: TeacherCache, texts: Dataset, missing: list[int], log: Log) -> None:
+def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing: list[int], log: Log) -> None:
     """Compute and publish the missing shards, one after the other."""
     from tqdm import tqdm
 
     remaining = sum(stop - start for start, stop in map(cache.span, missing))
     if remaining < cache.rows and cache.has(0):
         log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing in {cache.folder}")
-    if isinstance(teacher, Teacher):
-        _log_truncation(teacher, cache.name, log)
-        reusable = Lenders(cache, texts["digest"][:])
-        if len(reusable):
-            log(f"teacher {cache.name}: reusing {len(reusable)} of {cache.rows} embeddings from other caches")
+    if teacher.note is not None:
+        log(f"teacher {cache.name}: {teacher.note}")
+    lenders = Lenders(cache, texts["digest"][:] if teacher.reusable else [])
+    if len(lenders):
+        log(f"teacher {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
     with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=log is _silent, smoothing=0.05) as bar:
         started, tokens = time.perf_counter(), 0
 
@@ -245,39 +207,11 @@ def _compute(teacher: Opened, cache: TeacherCache, texts: Dataset, missing: list
             start, stop = cache.span(shard)
             tokens_before = tokens
             rows = texts[start:stop]
-            if isinstance(teacher, ReadyVectors):
-                vectors, stored_error = teacher.read(start, stop, rows["digest"]), None
-                progress(stop - start, 0)
-            else:
-                reused = reusable.read(start, stop, teacher.width)
-                vectors, stored_error = reused.vectors, (reused.error, reused.error_max)
-                progress(int(reused.available.sum()), 0)
-                _encode(teacher, rows, start, ~reused.available, vectors, progress)
-            cache.write(shard, rows["digest"], vectors, teacher.precision, tokens - tokens_before, stored_error)
-
-
-def _log_truncation(teacher: Teacher, name: str, log: Log) -> None:
-    if teacher.max_length < teacher.config.max_length:
-        log(
-            f"teacher {name}: truncates texts at {teacher.max_length} tokens, the limit of its model or tokenizer "
-            f"(max_length is {teacher.config.max_length})"
-        )
-
-
-def _encode(
-    teacher: Teacher,
-    rows: dict[str, Any],
-    start: int,
-    wanted: np.ndarray,
-    vectors: np.ndarray,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Write the embeddings of the wanted rows, (B,) bool, into (B, width). Each role has its own prompt."""
-    roles = np.array(rows["role"])
-    for role in sorted(set(roles[wanted].tolist())):
-        chosen = np.flatnonzero(wanted & (roles == role))
-        texts = [rows["text"][i] for i in chosen]
-        vectors[chosen] = teacher.encode(texts, role, rows=(chosen + start).tolist(), progress=progress)
+            reused = lenders.read(start, stop, teacher.width)
+            progress(int(reused.available.sum()), 0)
+            teacher.embed(rows, start, ~reused.available, reused.vectors, progress)
+            stored_error = reused.error, reused.error_max
+            cache.write(shard, rows["digest"], reused.vectors, teacher.precision, tokens - tokens_before, stored_error)
 
 
 def _damaged(cache: TeacherCache, texts: Dataset, shards: Iterable[int]) -> dict[int, str]:

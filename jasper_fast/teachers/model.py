@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.models.hub import CANNOT_LOAD, model_revision, own_prompts, resolve_model, routes_by_role
 from jasper_fast.models.probes import Batching
 from jasper_fast.models.sentence_transformer import encode_role, limit_length, load_stock, model_batching, token_lengths
+from jasper_fast.teachers.base import Precision, Progress
 from jasper_fast.utils.device import autocast, used_precision
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
@@ -20,9 +21,6 @@ from jasper_fast.utils.names import first_line
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
-Precision = Literal["auto", "fp32", "bf16"]
-Progress = Callable[[int, int], object]  # number of texts and of tokens in the batch that was just encoded
 
 POOLINGS = {
     "mean": "mean",
@@ -45,12 +43,15 @@ class Teacher:
         revision: commit on the hub, or hash of a folder.
         max_length: tokens after which texts are truncated.
         width: coordinates of an embedding.
+        note: message about texts that the model truncates earlier than the configuration. None if there are none.
         batching: "equal lengths" for a model whose batches must not be padded, else "padded".
 
     Raises:
         JasperError: ``truncate_dim`` exceeds the width, a prompt does not fit the pooling, or the embeddings depend on
             other texts of a batch.
     """
+
+    reusable = True
 
     def __init__(self, config: TeacherConfig, model: SentenceTransformer, precision: Precision) -> None:
         self.config, self.model = config, model
@@ -59,6 +60,7 @@ class Teacher:
         _check_prompts(model, self.fingerprint["prompts"], self.name)
         self.revision: str = self.fingerprint["revision"]
         self.max_length = limit_length(model, config.max_length)
+        self.note = _truncation(self.max_length, config.max_length)
         full = int(model.get_embedding_dimension() or 0)
         if config.truncate_dim is not None and config.truncate_dim > full:
             raise JasperError(
@@ -72,6 +74,29 @@ class Teacher:
         self.batching = model_batching(model, self.name, prefixes)
         self.autocast = autocast(model.device, precision)
         self.precision = used_precision(model.device, precision)
+
+    @staticmethod
+    def describe(config: TeacherConfig) -> dict[str, Any]:
+        """See `describe_teacher`."""
+        return describe_teacher(config)
+
+    @classmethod
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> Teacher:
+        """See `load_teacher`, which needs neither the texts nor a folder."""
+        return load_teacher(config, precision=precision)
+
+    def check(self, *args: object) -> None:
+        """Do nothing: a loaded model can encode any text."""
+
+    def embed(
+        self, rows: dict[str, list[Any]], start: int, wanted: np.ndarray, vectors: np.ndarray, progress: Progress
+    ) -> None:
+        """Write the embeddings of the wanted rows; see `base.OpenTeacher`. Each role has its own prompt."""
+        roles = np.array(rows["role"])
+        for role in sorted(set(roles[wanted].tolist())):
+            chosen = np.flatnonzero(wanted & (roles == role))
+            texts = [rows["text"][i] for i in chosen]
+            vectors[chosen] = self.encode(texts, role, rows=(chosen + start).tolist(), progress=progress)
 
     @torch.inference_mode()
     def encode(
@@ -128,15 +153,18 @@ class Teacher:
         )
 
 
-def load_teacher(
-    config: TeacherConfig, *, device: str | torch.device | None = None, precision: Precision = "fp32"
-) -> Teacher:
+def _truncation(limit: int, configured: int) -> str | None:
+    if limit >= configured:
+        return None
+    return f"truncates texts at {limit} tokens, the limit of its model or tokenizer (max_length is {configured})"
+
+
+def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Teacher:
     """Load a teacher, whose embeddings equal those of stock sentence-transformers.
 
     Args:
         config: teacher with ``model``. A model with ``modules.json`` keeps its pooling, dense layers and normalisation.
             Any other encoder gets mean pooling. ``pooling`` overrides both.
-        device: torch device. None is this process's GPU, or the CPU if there is no GPU.
         precision: precision of the forward pass. "auto" is bf16 autocast on devices with fast bf16.
 
     Raises:
@@ -152,7 +180,7 @@ def load_teacher(
         model = load_stock(
             config.model,
             where,
-            device=str(device) if device is not None else own_device(),
+            device=own_device(),
             revision=None if revision.startswith("sha256:") else revision,
             trust_remote_code=config.trust_remote_code,
             dtype=torch.float32,

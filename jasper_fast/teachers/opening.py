@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,10 @@ import numpy as np
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config, check_losses
 from jasper_fast.models.encode import pool_texts
+from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
 from jasper_fast.teachers.cache import TeacherCache
-from jasper_fast.teachers.model import Teacher, load_teacher
-from jasper_fast.teachers.precomputed import ReadyVectors
 from jasper_fast.teachers.row_order import centred_similarities, lexical_similarities
-from jasper_fast.utils.atomic import check_room, disk_errors
+from jasper_fast.utils.atomic import check_room
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
 
@@ -25,9 +23,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
-Opened = Teacher | ReadyVectors
 Place = tuple[int, int]  # rank of this process, number of processes
-Log = Callable[[str], None]
 
 ORDER_TOKENS = 128  # tokens of each text that the student reads to check the row order
 ROW_BYTES = 48  # bytes per cached row besides its coordinates: digest, scale and Arrow offsets
@@ -40,7 +36,7 @@ def open_all(
     place: Place,
     student: Student | None,
     log: Log,
-) -> dict[str, Opened]:
+) -> dict[str, OpenTeacher]:
     """Open every teacher with missing shards, so that all errors are raised before any encoding starts.
 
     Args:
@@ -58,7 +54,7 @@ def open_all(
         JasperError: a teacher cannot be loaded, precomputed embeddings do not fit the texts, a loss cannot compare the
             widths, or the disk is too small.
     """
-    opened: dict[str, Opened] = {}
+    opened: dict[str, OpenTeacher] = {}
     widths: list[int] = []
     needed = 0  # bytes
     for teacher, cache in reversed([*zip(config.teachers, caches, strict=True)]):
@@ -75,8 +71,8 @@ def open_all(
     return opened
 
 
-def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) -> Opened:
-    """Load a teacher's model, or open its precomputed embeddings.
+def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) -> OpenTeacher:
+    """Open a teacher by its type: load its model, or open its precomputed embeddings.
 
     Args:
         config: configuration of the run, for the precision.
@@ -86,12 +82,7 @@ def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) ->
     Raises:
         JasperError: the model or a file cannot be used, or the cache's folder cannot be created.
     """
-    if teacher.model is not None:
-        return load_teacher(teacher, precision=config.precision)
-    scratch = cache.folder.parent
-    with disk_errors(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-    return ReadyVectors(teacher, cache.rows, scratch)
+    return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision)
 
 
 def share(cache: TeacherCache, place: Place) -> range:
@@ -108,36 +99,14 @@ def _open_checked(
     place: Place,
     student: Student | None,
     log: Log,
-) -> Opened:
+) -> OpenTeacher:
     """Open one teacher. Check precomputed embeddings and the width of shards that are already cached."""
     opened = open_teacher(config, teacher, cache)
-    if isinstance(opened, ReadyVectors):
-        _check_precomputed(opened, config, cache, texts, place, student, log)
+    spans = [range(*cache.span(shard)) for shard in share(cache, place) if not cache.has(shard)]
+    similarities = partial(_similarities, config, student, log)
+    opened.check(texts, spans, config.data, similarities, log if place[0] == 0 else None)
     _check_width(cache, opened.width)
     return opened
-
-
-def _check_precomputed(
-    teacher: ReadyVectors,
-    config: Config,
-    cache: TeacherCache,
-    texts: Dataset,
-    place: Place,
-    student: Student | None,
-    log: Log,
-) -> None:
-    """Match precomputed embeddings to the texts, check their order, and read the rows of this process."""
-    from tqdm import tqdm
-
-    if place[0] == 0:
-        outcome = [teacher.match(texts, config.data)]
-        if not teacher.keyed:
-            outcome.append(teacher.check_order(texts, partial(_similarities, config, student, log)))
-        log(f"teacher {teacher.name}: {'; '.join(outcome)}")
-    digests = texts.select_columns(["digest"])
-    spans = [cache.span(shard) for shard in share(cache, place) if not cache.has(shard)]
-    for start, stop in tqdm(spans, desc=f"checking {teacher.name}", unit=" shards", delay=2, disable=None):
-        teacher.read(start, stop, digests[start:stop]["digest"])
 
 
 def _similarities(

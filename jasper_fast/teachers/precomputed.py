@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,16 @@ from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.listing import listed_files, user_path
 from jasper_fast.data.text import normal_form
+from jasper_fast.teachers.base import Log, Precision, Progress, Similarities
 from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, Keys, open_vectors, texts_of, vector_paths
 from jasper_fast.teachers.model import normalised
 from jasper_fast.teachers.reuse import digest_keys
 from jasper_fast.teachers.row_order import FEWEST, Fit, centred_similarities, fit_of_order
+from jasper_fast.utils.atomic import disk_errors
 from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
 
 FORMAT = 2  # incremented when the same files would give other embeddings
 TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
@@ -68,6 +69,8 @@ class ReadyVectors:
     """
 
     precision = "ready"
+    reusable = False  # reading a file is no slower than reading a cache
+    note = None
 
     def __init__(self, config: TeacherConfig, rows: int, scratch: Path | None = None) -> None:
         self.name = str(config.vectors)
@@ -87,6 +90,40 @@ class ReadyVectors:
         else:
             _check_names([file.file for file in self.files])
             self._check_count(rows)
+
+    @staticmethod
+    def describe(config: TeacherConfig) -> dict[str, Any]:
+        """See `describe_vectors`."""
+        return describe_vectors(config)
+
+    @classmethod
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> ReadyVectors:
+        """Open the files of a teacher for a number of training texts; see the class."""
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+        return cls(config, rows, scratch)
+
+    def check(
+        self, texts: Dataset, spans: Sequence[range], data: DataConfig, similarities: Similarities, log: Log | None
+    ) -> None:
+        """Match the embeddings to the texts, check their order, and read the rows of this process."""
+        from tqdm import tqdm
+
+        if log is not None:
+            outcome = [self.match(texts, data)]
+            if not self.keyed:
+                outcome.append(self.check_order(texts, similarities))
+            log(f"teacher {self.name}: {'; '.join(outcome)}")
+        digests = texts.select_columns(["digest"])
+        for span in tqdm(spans, desc=f"checking {self.name}", unit=" shards", delay=2, disable=None):
+            self.read(span.start, span.stop, digests[span.start : span.stop]["digest"])
+
+    def embed(
+        self, rows: dict[str, list[Any]], start: int, wanted: np.ndarray, vectors: np.ndarray, progress: Progress
+    ) -> None:
+        """Write the embeddings of a shard; see `base.OpenTeacher`."""
+        vectors[:] = self.read(start, start + len(vectors), rows["digest"])
+        progress(len(vectors), 0)
 
     def read(self, start: int, stop: int, digests: Sequence[str]) -> np.ndarray:
         """Return the L2-normalised embeddings of the training texts ``start`` to ``stop`` (exclusive).
@@ -128,7 +165,7 @@ class ReadyVectors:
         unused = self.rows - len(np.unique(rows))
         return f"{len(texts)} training texts matched by digest or text; {unused} of {self.rows} rows are unused"
 
-    def check_order(self, texts: Dataset, reference: Callable[[list[str], list[str]], list[np.ndarray]]) -> str:
+    def check_order(self, texts: Dataset, reference: Similarities) -> str:
         """Check that embeddings without keys are in the order of the training texts, and describe the outcome.
 
         Args:

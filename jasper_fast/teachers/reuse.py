@@ -10,7 +10,7 @@ import numpy as np
 
 from jasper_fast.teachers.cache import HEADER, TeacherCache
 from jasper_fast.utils.arrow_files import read_mapped
-from jasper_fast.utils.atomic import sha256
+from jasper_fast.utils.fingerprint import file_sha256
 
 
 class Lent(NamedTuple):
@@ -29,14 +29,14 @@ class Lenders:
 
     Args:
         cache: cache to fill.
-        digests: hexadecimal digests of all its texts, in order.
+        digests: hexadecimal digests of all its texts, in order. Without digests, nothing is reused.
     """
 
     def __init__(self, cache: TeacherCache, digests: Sequence[str]) -> None:
         self._shards: list[tuple[TeacherCache, int]] = []
         self._shard_of = np.full(cache.rows, -1, np.int32)
         self._row_of = np.zeros(cache.rows, np.int32)
-        others = list(_others(cache))
+        others = list(_others(cache)) if digests else []
         if not others:
             return
         wanted = digest_keys(digests)
@@ -49,7 +49,7 @@ class Lenders:
                 continue  # damaged: recomputed when that cache is used
             places = order[np.minimum(np.searchsorted(sorted_halves, keys[:, 0]), len(order) - 1)]
             hit = (wanted[places] == keys).all(axis=1)
-            if hit.any() and sha256(other.file(shard)) == other.facts(shard)["sha256"]:
+            if hit.any() and file_sha256(other.file(shard)) == other.facts(shard)["sha256"]:
                 self._shard_of[places[hit]] = len(self._shards)
                 self._row_of[places[hit]] = np.flatnonzero(hit)
                 self._shards.append((other, shard))

@@ -52,19 +52,18 @@ def centred_similarities(vectors: np.ndarray) -> np.ndarray:
     return unit @ unit.T
 
 
-def fit_of_order(similarities: np.ndarray, references: Sequence[np.ndarray], seed: int = 0) -> Fit:
+def fit_of_order(similarities: np.ndarray, references: Sequence[np.ndarray]) -> Fit:
     """Measure how well embeddings fit the texts in the given order.
 
     Args:
         similarities: (n, n) float64, cosines of the embeddings.
         references: similarities of the texts, (n, n) float64 each. Their profiles are averaged. The correlation uses
             the last one.
-        seed: seed of the random orders.
     """
     pairs = np.triu_indices(len(similarities), 1)
     correlation = float(spearmanr(similarities[pairs], references[-1][pairs]).statistic)
     given, expected = _profiles(similarities), _unit(np.sum([_profiles(reference) for reference in references], axis=0))
-    deviations = _deviations(given, expected, np.random.default_rng(seed))
+    deviations = _deviations(given, expected, np.random.default_rng(0))
     block, wrong = None, 0.0
     if _is_significant(deviations, len(given)) and len(given) >= FEWEST_FOR_PARTS:
         percentiles = _percentiles(given, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.utils.atomic import locked, publish_dir
+from jasper_fast.utils.fingerprint import content_digest, settings_digest
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Ca
         "duplicate": DUPLICATE,
         "vectors": _probe(teachers, n),
     }
-    key = hashlib.blake2b(json.dumps([teachers.fingerprint, n, k]).encode(), digest_size=8).hexdigest()
+    key = settings_digest([teachers.fingerprint, n, k])
     path = Path(folder).expanduser() / f"neighbours-{key}"
     with locked(path):
         cached = _read_identity(path)
@@ -154,7 +154,7 @@ def _probe(teachers: Teachers, n: int) -> str:
     """Return a digest of a few embeddings, coarse enough to survive another machine's rounding."""
     rows = np.unique(np.linspace(0, n - 1, PROBES).astype(np.int64))
     vectors = np.rint(teachers.read(rows).numpy() * 100).astype(np.int8)
-    return hashlib.blake2b(vectors.tobytes(), digest_size=8).hexdigest()
+    return content_digest(vectors.tobytes(), size=8)
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:

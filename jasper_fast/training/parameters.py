@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -12,6 +11,7 @@ from jasper_fast.config.stage import StageConfig
 from jasper_fast.distributed.fsdp import own_part
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import Content, content_digest
 
 
 def text_parameters(student: Student, stage: StageConfig) -> list[str]:
@@ -88,13 +88,15 @@ def set_trained(student: Student, names: Iterable[str]) -> None:
 
 def frozen_digest(student: Student) -> str:
     """Return a digest of every frozen weight; of sharded weights, only this rank's part."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            part = own_part(parameter.detach())
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def parts() -> Iterator[Content]:
+        for name, parameter in student.named_parameters():
+            if not parameter.requires_grad:
+                yield name
+                part = own_part(parameter.detach())
+                yield part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return content_digest(parts())
 
 
 def check_frozen(student: Student, stage: StageConfig, before: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from jasper_fast.models.student import Student
 from jasper_fast.training.parameters import frozen_digest
 from jasper_fast.training.sampler import BatchPlan
 from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.fingerprint import content_digest
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
@@ -47,7 +47,7 @@ class PooledStates:
         self.folder = folder
         self.rows = rows
         self.pieces: list[np.ndarray] = []
-        digest = hashlib.blake2b(f"{key} {POOL_CHUNK} ".encode() + rows.tobytes(), digest_size=16).hexdigest()
+        digest = content_digest([f"{key} {POOL_CHUNK} ", rows.tobytes()])
 
         def start() -> None:
             note = folder / "key"

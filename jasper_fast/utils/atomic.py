@@ -20,7 +20,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from jasper_fast.utils.errors import JasperError
-from jasper_fast.utils.fingerprint import file_sha256
 
 TEMPORARY = ".unfinished-"  # prefix of unpublished files and folders, which may be deleted
 REPLACED = ".replaced-"  # the folder .replaced-NAME-xxxxxxxx holds the old NAME during its replacement
@@ -244,11 +243,6 @@ def check_room(folder: str | Path, needed: int, what: str, alternative: str) -> 
             f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
             f"Fix: free some space, {alternative}"
         )
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    return file_sha256(path)
 
 
 def _sync(path: Path) -> None:

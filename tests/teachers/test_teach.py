@@ -21,16 +21,17 @@ import torch
 
 from jasper_fast import teach
 from jasper_fast.config.load import load_config
-from jasper_fast.config.models import TeacherConfig
+from jasper_fast.config.models import TEACHER_KINDS, TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text import text_digest
 from jasper_fast.data.text_dataset import build_texts
 from jasper_fast.models.hub import model_revision, resolve_model
 from jasper_fast.models.sentence_transformer import token_lengths
 from jasper_fast.teachers import label
+from jasper_fast.teachers.base import TYPES
 from jasper_fast.teachers.cache import TeacherCache
-from jasper_fast.teachers.label import ensure_teachers, open_teachers, teacher_caches
-from jasper_fast.teachers.model import apply_prompt, describe_teacher, load_teacher, token_batches
+from jasper_fast.teachers.label import ensure_teachers, teacher_caches
+from jasper_fast.teachers.model import Teacher, apply_prompt, describe_teacher, load_teacher, token_batches
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.processes import fork_server
 
@@ -341,7 +342,7 @@ def test_cache_is_a_dataset_that_reads_back(tiny_bert: Path, texts: Dataset, con
     np.testing.assert_array_equal(np.array(dataset[5]["vector"], np.float16), reference[5].astype(np.float16))
     header = json.loads((vectors.folders[0] / "teacher.json").read_text())
     assert header["identity"]["revision"] == model_revision(str(tiny_bert)) and header["width"] == 32
-    assert open_teachers(config, texts, shard_rows=SHARD).fingerprint == vectors.fingerprint
+    assert quiet(config, texts).fingerprint == vectors.fingerprint
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 1e-6), ("int8", 3e-4)])
@@ -405,15 +406,10 @@ def test_other_models_texts_and_prompts_are_not_mixed(tiny_bert: Path, texts: Da
         (config, texts.select(range(40)), "rows: 200 -> 40"),
         (config_of({"model": str(tiny_bert)}, cache_dtype="int8"), texts, "dtype: 'float16' -> 'int8'"),
     ):
-        with pytest.raises(JasperError, match=f"(?s)are missing.*{re.escape(printed)}.*python -m jasper_fast.teach"):
-            open_teachers(other, wanted, shard_rows=SHARD)
         (expected,) = teacher_caches(other, wanted, SHARD)
         shutil.copytree(folder, expected.folder)  # as if the user had moved the folder to the expected place
-        for use in (open_teachers, ensure_teachers):
-            with pytest.raises(
-                JasperError, match=f"(?s)holds other embeddings than this run needs.*{re.escape(printed)}"
-            ):
-                use(other, wanted, shard_rows=SHARD)
+        with pytest.raises(JasperError, match=f"(?s)holds other embeddings than this run needs.*{re.escape(printed)}"):
+            quiet(other, wanted)
         shutil.rmtree(expected.folder)
 
 
@@ -428,8 +424,6 @@ def test_damaged_and_foreign_shards_are_recomputed(tiny_bert: Path, texts: Datas
     for name in (".arrow", ".json"):  # a valid shard at the position of another one
         shutil.copy(shards[5].with_suffix(name), shards[4].with_suffix(name))
     shards[7].unlink()
-    with pytest.raises(JasperError, match=r"data-00002.*failed its checksum. Fix: run `python -m jasper_fast.teach`"):
-        open_teachers(config, texts, shard_rows=SHARD)
     quiet(config, texts)
     printed = capsys.readouterr().err
     assert re.search(r"data-00002-of-00013.arrow failed its checksum. Recomputing it", printed)
@@ -445,13 +439,13 @@ def test_texts_of_another_dataset_are_not_encoded_again(
     config = config_of({"model": str(tiny_bert)}, cache_dtype=dtype)
     first = ensure_teachers(config, texts.select(range(150)), progress=False, shard_rows=SHARD)
     read: list[str] = []
-    encode = label.Teacher.encode
+    encode = Teacher.encode
 
     def counted(self, words, *others, **named):
         read.extend(words)
         return encode(self, words, *others, **named)
 
-    monkeypatch.setattr(label.Teacher, "encode", counted)
+    monkeypatch.setattr(Teacher, "encode", counted)
     (other,) = teacher_caches(config, texts.select(range(150)), SHARD)
     other.file(2).write_bytes(other.file(2).read_bytes()[:-1] + b"x")  # a damaged shard is not reused
     turned = [*range(199, 99, -1), 40, *range(100)]  # shard 2 is rows 32 to 47
@@ -473,12 +467,37 @@ def test_texts_of_another_dataset_are_not_encoded_again(
     torch.testing.assert_close(reused[other], recomputed[other], atol=0, rtol=2**-10)
 
 
-def test_an_unfinished_cache_is_not_opened(tiny_bert: Path, texts: Dataset, config_of) -> None:
-    config = config_of({"model": str(tiny_bert)})
-    (folder,) = quiet(config, texts).folders
-    (folder / "state.json").unlink()
-    with pytest.raises(JasperError, match="are unfinished"):
-        open_teachers(config, texts, shard_rows=SHARD)
+class Counting:
+    """A teacher type of a stranger: embedding i of a shard is unit vector i modulo 4."""
+
+    width, precision, reusable, note = 4, "exact", False, "counts"
+
+    @staticmethod
+    def describe(config: TeacherConfig) -> dict:
+        return {"vectors": config.vectors, "kind": "counting"}
+
+    @classmethod
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str) -> Counting:
+        return cls()
+
+    def check(self, texts, spans, data, similarities, log) -> None:
+        assert len(texts) == 200 and [len(span) for span in spans] == [SHARD] * 12 + [8]
+        log("checked")
+
+    def embed(self, rows, start, wanted, vectors, progress) -> None:
+        assert wanted.all() and len(rows["text"]) == len(vectors)
+        vectors[:] = np.eye(4)[(start + np.arange(len(vectors))) % 4]
+        progress(len(vectors), 0)
+
+
+def test_a_new_type_of_teacher_needs_its_class_and_its_line(texts: Dataset, config_of, monkeypatch, capsys) -> None:
+    assert tuple(TYPES) == TEACHER_KINDS
+    monkeypatch.setitem(TYPES, "vectors", f"{__name__}:Counting")
+    vectors = ensure_teachers(config_of({"vectors": "anything"}), texts, shard_rows=SHARD)
+    np.testing.assert_array_equal(vectors.read(np.arange(200)).numpy(), np.eye(4)[np.arange(200) % 4])
+    assert vectors.folders[0].name.startswith("teacher-anything-")
+    printed = capsys.readouterr().err
+    assert "checked" in printed and "teacher anything: counts" in printed
 
 
 def test_a_full_disk_is_reported_before_the_work(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
@@ -587,7 +606,7 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
             quiet(config, texts)
         assert not list((tmp_path / "cache").glob("teacher-*"))
 
-    monkeypatch.setattr(label.Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(Teacher, "encode", lambda *_, **__: pytest.fail("a text was encoded"))
     broken = shutil.copytree(tiny_bert, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"cut short")
     refused({"model": str(broken)}, "cannot be loaded as a teacher", STAGE["weights"])
@@ -669,8 +688,7 @@ from jasper_fast.utils.errors import run_cli
 ensure = teach.ensure_teachers
 def slow_first(config, texts):
     time.sleep(2 if os.environ["RANK"] == "0" else 0)
-    ensure(config, texts, shard_rows={SHARD})
-    return teach.open_teachers(config, texts, shard_rows={SHARD})
+    return ensure(config, texts, shard_rows={SHARD})
 teach.ensure_teachers = slow_first
 run_cli(teach.main)
 """
@@ -697,7 +715,9 @@ def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path:
     both()
     config = load_config(run_file, [("teachers", teachers)])
     texts = build_texts(config.data, config.data.seed)
-    (folder,) = open_teachers(config, texts, shard_rows=SHARD).folders
+    (cache,) = teacher_caches(config, texts, SHARD)
+    assert cache.complete
+    folder = cache.folder
     elsewhere = load_config(run_file, [("teachers", teachers), ("data.cache", str(tmp_path / "alone"))])
     alone = tree(quiet(elsewhere, texts).folders[0])
     assert tree(folder) == alone

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jasper_fast.training.run.checkpoint import Position, Saver, latest_checkpoint, save_checkpoint
+from jasper_fast.training.run.checkpoint import Position, Saver, latest_checkpoint, publish, snapshot
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.processes import exit_code
 from tests.helpers.runs import die_half_way_through
+
+
+def save_checkpoint(folder, position, model, optimizer, facts, keep):
+    return publish(folder, position, snapshot(model, optimizer), facts, keep)
 
 
 def trained(steps=3):
@@ -169,14 +173,14 @@ def test_a_folder_removed_under_the_run_is_made_again(tmp_path):
 def test_a_folder_removed_while_a_checkpoint_is_written_is_made_once_more(tmp_path, monkeypatch, times):
     import jasper_fast.training.run.checkpoint as module
 
-    left, honest = [tmp_path / "checkpoints"] * times, module.sha256
+    left, honest = [tmp_path / "checkpoints"] * times, module.file_sha256
 
     def remove_first(path):
         if left:
             shutil.rmtree(left.pop())
         return honest(path)
 
-    monkeypatch.setattr(module, "sha256", remove_first)
+    monkeypatch.setattr(module, "file_sha256", remove_first)
     model, optimizer = trained()
     if times == 1:
         save_checkpoint(tmp_path / "checkpoints", Position(1, 0, 1), model, optimizer, {}, keep=2)

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import jasper_fast
+from jasper_fast.data.augment import _hash
+from jasper_fast.data.docstrings import _key
 from jasper_fast.data.text import text_digest
 from jasper_fast.ops import native as env
 from jasper_fast.ops.native import extension_path
-from jasper_fast.utils import atomic as files
+from jasper_fast.teachers.cache import TeacherCache, joined_fingerprint
+from jasper_fast.training.parameters import frozen_digest
+from jasper_fast.training.pooled import POOL_CHUNK, PooledStates
 from jasper_fast.utils.fingerprint import code_digest, content_digest, file_sha256, settings_digest, sha256
 
 TEXTS = ["", "plain", "ü…🦊", "half \udcff", "nul\0"]
@@ -30,6 +34,28 @@ def test_digests_are_pinned():
     assert content_digest("0\0cut\0text", size=8) == "da9987b27eb42642"
     assert settings_digest(SETTINGS) == "e6c73f847b0b68db"
     assert sha256("a b") == "c8687a08aa5d6ed2044328fa6a697ab8e96dc34291e8c2034ae8c38e6fcc6d65"
+
+
+def test_identities_of_cached_results_are_pinned(tmp_path):
+    """Their formulas are those of the first release. Other values would make users compute everything again."""
+    caches = [TeacherCache(tmp_path, {"model": "a/b", "x": [1, {"z": 2, "a": None}]}, 10)]
+    caches.append(TeacherCache(tmp_path, {"vectors": "ü"}, 11))
+    for cache in caches:
+        assert cache.fingerprint == blake2b(json.dumps(cache.identity, sort_keys=True).encode(), 8)
+    assert joined_fingerprint(caches) == blake2b("".join(cache.fingerprint for cache in caches).encode(), 16)
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4).bfloat16()
+    model.bias.requires_grad_(False)
+    assert frozen_digest(model) == blake2b(b"bias" + model.bias.detach().view(torch.uint8).numpy().tobytes(), 16)
+
+    PooledStates(tmp_path / "pooled", rows := np.arange(5), "key ü")
+    assert (tmp_path / "pooled" / "key").read_text() == blake2b(f"key ü {POOL_CHUNK} ".encode() + rows.tobytes(), 16)
+
+    body = "Ein  Text\nmit Wörtern"
+    assert _key(body) == hashlib.sha256("ein text mit wörtern".encode()).hexdigest()
+    number = int.from_bytes(hashlib.blake2b(b"3\0cut\0text", digest_size=8).digest())
+    assert _hash(3, "cut", "text") == number
 
 
 @pytest.mark.parametrize("size", [8, 16, 64])
@@ -78,7 +104,7 @@ def test_hexadecimal_digits_stand_for_the_bytes():
 
 def test_a_file_has_the_digest_of_its_content(tmp_path):
     (tmp_path / "x").write_bytes(content := bytes(range(256)) * 99)
-    assert file_sha256(tmp_path / "x") == sha256(content) == files.sha256(str(tmp_path / "x"))
+    assert file_sha256(tmp_path / "x") == file_sha256(str(tmp_path / "x")) == sha256(content)
 
 
 def test_the_code_is_hashed_by_name_and_content(tmp_path):

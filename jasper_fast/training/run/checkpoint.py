@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jasper_fast.distributed.fsdp import collect, load_optimizer, load_weights
-from jasper_fast.utils.atomic import publish_dir, sha256, sweep_unfinished
+from jasper_fast.utils.atomic import publish_dir, sweep_unfinished
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256
 
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
@@ -94,32 +95,6 @@ class Saver:
             self._worker.shutdown()
 
 
-def save_checkpoint(
-    folder: Path,
-    position: Position,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    facts: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Publish ``folder/step-XXXXXXXX`` and delete the oldest checkpoints beyond ``keep``.
-
-    Args:
-        folder: the folder of checkpoints.
-        position: the progress of the run.
-        model: the student.
-        optimizer: the optimizer. None: the end of a stage.
-        facts: what must be equal when the run resumes (fingerprints, digests), as JSON values.
-        keep: the number of checkpoints that remain.
-
-    Raises:
-        JasperError: the disk is full. Earlier checkpoints are untouched.
-    """
-    content = snapshot(model, optimizer)
-    assert content is not None
-    return publish(folder, position, content, facts, keep)
-
-
 class Snapshot(NamedTuple):
     """The content of a checkpoint, copied to host memory."""
 
@@ -135,10 +110,17 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None, is_main:
 
 
 def publish(folder: Path, position: Position, content: Snapshot, facts: dict[str, Any], keep: int) -> Path:
-    """Write a snapshot as ``folder/step-XXXXXXXX``, whole or not at all. See :func:`save_checkpoint`.
+    """Write a snapshot as ``folder/step-XXXXXXXX``, and delete the oldest checkpoints beyond ``keep``.
+
+    Args:
+        folder: the folder of checkpoints.
+        position: the progress of the run.
+        content: the snapshot.
+        facts: what must be equal when the run resumes (fingerprints, digests), as JSON values.
+        keep: the number of checkpoints that remain.
 
     Raises:
-        JasperError: the disk is full, or the folder was removed twice.
+        JasperError: the disk is full, or the folder was removed twice. Earlier checkpoints are untouched.
     """
     path = folder / f"step-{position.step:08d}"
     removed: FileNotFoundError | None = None
@@ -161,7 +143,7 @@ def _write(path: Path, position: Position, content: Snapshot, facts: dict[str, A
     with publish_dir(path) as temporary:
         save_file(content.weights, temporary / WEIGHTS)
         _save_state(content.state, temporary / STATE)
-        files = {name: sha256(temporary / name) for name in (WEIGHTS, STATE)}
+        files = {name: file_sha256(temporary / name) for name in (WEIGHTS, STATE)}
         manifest = {"position": asdict(position), "facts": facts, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -221,14 +203,13 @@ class Checkpoint:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
 
-def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint. None if there are no checkpoints.
 
     Damaged checkpoints are reported and deleted.
 
     Args:
         folder: the folder of checkpoints.
-        say: a function that prints a line.
 
     Raises:
         JasperError: all checkpoints are damaged.
@@ -241,7 +222,7 @@ def latest_checkpoint(folder: Path, say: Any = print) -> Checkpoint | None:
         problem = _damage(path)
         if problem is None:
             for bad, reason in damaged.items():  # their steps will be saved again under the same names
-                say(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
+                print(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
                 shutil.rmtree(bad, ignore_errors=True)
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             return Checkpoint(path, Position(**manifest["position"]), manifest["facts"])
@@ -266,7 +247,7 @@ def _damage(path: Path) -> str | None:
     for name, digest in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256(path / name) != digest:
+        if file_sha256(path / name) != digest:
             return f"{name} is not what was written"
     return None
 

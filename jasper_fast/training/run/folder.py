@@ -31,7 +31,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / CHECKPOINTS
         self.model = path / "model"
         self.pooled = path / POOLED  # states of frozen encoders, by stage
 

@@ -30,7 +30,7 @@ from jasper_fast.utils.errors import JasperError, Problems
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
 
-# Kind of stage -> its class, imported when a run has such a stage.
+# Field of StageConfig that selects the kind -> its class, imported when a run has such a stage. Text is the default.
 STAGES = {
     "text": "jasper_fast.training.stages.text:TextStage",
     "vision": "jasper_fast.training.stages.vision:VisionStage",
@@ -73,7 +73,7 @@ class Stage(Protocol):
 
 def stage_class(stage: StageConfig) -> type[BaseStage]:
     """Return the class of a stage's kind."""
-    return resolve_name(STAGES["text" if stage.vision is None else "vision"])
+    return resolve_name(STAGES[next((kind for kind in STAGES if getattr(stage, kind, None) is not None), "text")])
 
 
 def build_stage(
