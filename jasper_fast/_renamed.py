@@ -45,7 +45,7 @@ MODULES: dict[str, str] = {
     "eval_files": "data.eval_files",
     "evalsets": "data.eval_sets data.eval_loaders",
     "evaluate": "evaluation.score",
-    "export": "models.folder exporting.onnx exporting.forms exporting.student",
+    "export": "models.folder exporting.onnx exporting.flat exporting.student",
     "extension": "ops.native",
     "files": "utils.atomic",
     "finish": "train training.finish",
@@ -101,37 +101,38 @@ MODULES: dict[str, str] = {
 }
 
 
-def find(old: str, name: str) -> tuple[ModuleType, Any]:
+def find(old: str, name: str, stacklevel: int = 3) -> tuple[ModuleType, Any]:
     """Return the module that a name of an old module is in now, and its value.
 
     Args:
         old: the old module without the package, such as "files".
         name: a function, class or constant of it.
+        stacklevel: number of calls between the user's line and this one, for the warning.
 
     Raises:
         AttributeError: the old module had no such name, or it was removed.
     """
-    for module in MODULES[old].split():
+    for module in MODULES.get(old, "").split():
         place = importlib.import_module(f"{__package__}.{module}")
         value = getattr(place, name, None)
         if value is not None and not isinstance(value, ModuleType):
             warnings.warn(
                 f"{__package__}.{old}.{name} is now {place.__name__}.{name}; the old name works until {REMOVED_IN}",
                 DeprecationWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
             return place, value
     raise AttributeError(f"module '{__package__}.{old}' has no attribute {name!r}")
 
 
-def old_names(module: str) -> Callable[[str], Any]:
+def old_names(module: str, stacklevel: int = 3) -> Callable[[str], Any]:
     """Return a ``__getattr__`` for a module that still exists and lost some of its names to others."""
     old = module.removeprefix(f"{__package__}.")
 
     def get(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return find(old, name)[1]
+        return find(old, name, stacklevel)[1]
 
     return get
 

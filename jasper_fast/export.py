@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from jasper_fast._renamed import old_names
-from jasper_fast.exporting.forms import export_flat, known_width
+from jasper_fast.exporting.flat import export_flat, known_width
 from jasper_fast.exporting.onnx import ONNX_FILE, export_onnx
 from jasper_fast.models.folder import model_folder
 from jasper_fast.utils.command_line import check_model_argument, whole_number

@@ -25,7 +25,7 @@ from jasper_fast.training.loop import train_stage
 from jasper_fast.training.preflight import check_start, describe_plan, prepare
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
-from jasper_fast.training.stages.base import build_stages
+from jasper_fast.training.stages.base import build_stage
 from jasper_fast.utils.atomic import check_place
 from jasper_fast.utils.command_line import Once
 from jasper_fast.utils.errors import run_cli
@@ -63,16 +63,16 @@ def train(
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
     with Run.open(config, out) as run:  # folder lock, ranks, signals
-        if run.finished:
+        if run.is_finished():
             return run.say_finished()
         student, data = prepare(config, run.ranks.world)  # checked, then read: student, texts, images
         check_start(run, student, data)  # rejects a changed configuration, texts or teachers
+        run.start_trackers()
         labels = label_texts(run, student, data)
-        stages = build_stages(config, data, labels)
         with run.resume(student) as position:  # checkpoint, log
-            for stage in stages[position.stage :]:
-                train_stage(run, student, stage, position)
-                position = position.after(stage.config.steps)
+            for index in range(position.stage, len(config.stages)):
+                train_stage(run, student, build_stage(config, index, data, labels), position)
+                position = position.after(config.stages[index].steps)
         finish(run, student, data, labels)
     return run.path
 
@@ -86,11 +86,10 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
         data: the training data.
 
     Raises:
-        JasperError: a teacher cannot be used, or a tracker does not start.
+        JasperError: a teacher cannot be used.
     """
     from jasper_fast.teachers.label import ensure_teachers
 
-    run.start_trackers()
     return ensure_teachers(run.config, data.texts, progress=run.ranks.is_main, student=student)
 
 

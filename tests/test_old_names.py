@@ -65,6 +65,19 @@ def test_a_name_that_never_existed_is_an_error(old):
         importlib.import_module("jasper_fast.no_such_module")
 
 
+def test_a_command_that_runs_as_main_has_no_old_names():
+    command = "import runpy, jasper_fast._renamed as r; get = r.old_names('__main__'); get('x')"
+    ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert "AttributeError: module 'jasper_fast.__main__' has no attribute 'x'" in ended.stderr
+
+
+def test_the_warning_points_to_the_line_of_the_user():
+    for name in ("from jasper_fast.config import stage_problems", "from jasper_fast.files import publish_dir"):
+        with pytest.warns(DeprecationWarning) as warned:
+            exec(compile(name, "users_file.py", "exec"), {})
+        assert warned[0].filename == "users_file.py"
+
+
 def test_the_package_itself_does_not_use_old_names():
     """Also not through ``from package import module``, for which Python asks the package first."""
     modules = "train, teach, evaluate, export, search, env, pictures, sentence_transformers, mips, losses"

@@ -29,7 +29,7 @@ _NAMES = {
     "stage": ("AugmentConfig", "StageConfig", "VisionStageConfig"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_old_name = old_names(__name__)
+_old_name = old_names(__name__, stacklevel=4)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jasper_fast.config.run import Config
 from jasper_fast.data.eval_sets import EvalSet, RetrievalSet
-from jasper_fast.evaluation.metrics import score_codes
+from jasper_fast.evaluation.metrics import score_codes, score_vectors
 from jasper_fast.models.embedder import EncodeWidths, normalise
 from jasper_fast.models.quantization import PRECISIONS
 from jasper_fast.teachers.encoder import teacher_encoder
@@ -48,6 +48,46 @@ def embed(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, np.ndar
             for name, texts in members.items():
                 embeddings.setdefault(width, {})[name] = vectors[[distinct[text] for text in texts]]
     return embeddings
+
+
+def evaluate_widths(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, float]]:
+    """Score one evaluation set at every width that ``encode`` returns. Each text is encoded once.
+
+    Args:
+        evalset: evaluation set from ``load_eval``.
+        encode: function from n texts and a role ("query" or "document") to {width: (n, width) float32 unit rows}.
+
+    Returns:
+        {width: {metric: score}}
+
+    Raises:
+        ValueError: ``encode`` returns a wrong shape.
+        JasperError: An embedding contains NaN or infinity.
+    """
+    return {width: score_vectors(evalset, vectors) for width, vectors in embed(evalset, encode).items()}
+
+
+def evaluate_vectors(evalset: EvalSet, encode: Callable[[list[str], str], np.ndarray]) -> dict[str, float]:
+    """Score one evaluation set with embeddings of one width.
+
+    Args:
+        evalset: evaluation set from ``load_eval``.
+        encode: function from n texts and a role ("query" or "document") to (n, D) float32 unit rows.
+
+    Returns:
+        {metric: score}
+
+    Raises:
+        ValueError: ``encode`` returns a wrong shape.
+        JasperError: An embedding contains NaN or infinity.
+    """
+
+    def encode_widths(texts: list[str], role: str) -> dict[int, np.ndarray]:
+        vectors = encode(texts, role)
+        return {vectors.shape[1]: vectors}
+
+    ((_, scores),) = evaluate_widths(evalset, encode_widths).items()
+    return scores
 
 
 def teacher_floors(train_vectors: np.ndarray, widths: Sequence[int]) -> dict[str, dict[int, Reduce]]:

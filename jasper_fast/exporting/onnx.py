@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.exporting.forms import known_width, write_flat
+from jasper_fast.exporting.flat import known_width, write_flat
+from jasper_fast.exporting.parity import check_same
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import model_folder
 from jasper_fast.models.sentence_transformer import transformers_of
@@ -48,6 +49,7 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
     width = known_width(source, width)
     with publish_dir(out) as folder:
         write_flat(source, width, folder)
+        check_same(source, folder, width, trust_remote_code=trust_remote_code)
         loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
@@ -117,13 +119,13 @@ def _onnx_difference(loaded: Any, path: Path) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    worst = 0.0
+    differences = []
     for texts in (CHECK_TEXTS, CHECK_TEXTS[:1], [CHECK_TEXTS[2]] * 5):
         features = loaded.preprocess(texts)
         inputs = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
         embeddings = torch.from_numpy(session.run(None, inputs)[0])
-        worst = max(worst, float((embeddings - loaded.encode(texts, convert_to_tensor=True)).abs().max()))
-    return worst
+        differences.append((embeddings - loaded.encode(texts, convert_to_tensor=True)).abs().max())
+    return float(torch.stack(differences).max())  # NaN if any is
 
 
 def _need_onnx() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.config.losses import LOSSES
+from jasper_fast.config.losses import LOSSES, titles
 from jasper_fast.distributed.gather import gather_rows
 from jasper_fast.losses.arguments import (
     LossOptions,
@@ -79,6 +79,10 @@ class CombinedLoss(nn.Module):
         reduction: "sum" or "mean" over heads.
         group: see `JasperLoss`.
         rows: see `JasperLoss`.
+
+    Raises:
+        TypeError: a weight is not a number.
+        ValueError: no loss has the name of a weight, or a weight is negative or not finite.
     """
 
     def __init__(
@@ -90,6 +94,11 @@ class CombinedLoss(nn.Module):
         rows: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(weights) - {loss.name for loss in LOSSES}):
+            raise ValueError(f"weights: no loss is called {unknown[0]!r} (expected {titles(LOSSES)})")
+        for name, weight in weights.items():
+            if check_number(f"weights[{name!r}]", weight) < 0:
+                raise ValueError(f"weights[{name!r}]: expected a number >= 0, got {weight}")
         # The paper's losses are parts of every output, the others only where they have a weight.
         self.weights = {loss.name: w for loss in LOSSES if (w := weights.get(loss.name, 0.0)) or loss.weight}
         self.computes = {name: compute_of(name) for name, weight in self.weights.items() if weight}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from jasper_fast.config.models import StudentConfig
@@ -13,10 +15,6 @@ from jasper_fast.models.hub import OWN_CODE
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line, public_name
-
-if TYPE_CHECKING:
-    from jasper_fast.models.student import Student
-
 
 FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
 
@@ -93,7 +91,7 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         The student on the CPU, in evaluation mode.
 
     Raises:
-        JasperError: the folder is missing, it has no training.json, or it has code that may not run.
+        JasperError: the folder is missing, a file in it is missing or corrupt, or it has code that may not run.
 
     Example:
         >>> student = load_student("runs/minilm-docstrings")  # doctest: +SKIP
@@ -104,19 +102,28 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
     facts = folder / FACTS_FILE
     if not facts.is_file():
         raise JasperError(f"{facts} is missing, and loading the student needs it. Fix: export the run again")
-    fields = json.loads(facts.read_text(encoding="utf-8"))["student"]
+    try:
+        fields = dict(json.loads(facts.read_text(encoding="utf-8"))["student"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise JasperError(f"{facts} is corrupt ({first_line(error)}). Fix: export the run again") from error
     fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}
     if fields.get("vision"):
         fields["vision"] |= {"model": str(folder / VISION), "tower": None, "revision": None}
         fields["vision"]["trust_remote_code"] = trust_remote_code if trust_tower_code is None else trust_tower_code
     try:
         student = Student.build(StudentConfig(**fields))
+    except ValidationError as error:
+        raise JasperError(f"{facts} is corrupt ({first_line(error)}). Fix: export the run again") from error
     except JasperError as error:
         if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
             raise JasperError(f"{folder}: {OWN_CODE}") from error
         raise
     heads = routes_of(folder)
     for name, head in student.heads.items():
-        weights = load_file(folder / ROUTER / heads[int(name)] / "model.safetensors")
-        head.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+        file = folder / ROUTER / heads.get(int(name), str(name)) / "model.safetensors"
+        try:
+            weights = {key.removeprefix("linear."): value for key, value in load_file(file).items()}
+            head.load_state_dict(weights)
+        except (OSError, SafetensorError, RuntimeError) as error:  # missing, damaged, or of another width
+            raise JasperError(f"{file} cannot be loaded ({first_line(error)}). Fix: export the run again") from error
     return student.eval()

@@ -161,8 +161,9 @@ def _fill(
             _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, log)
     if place[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
-        if not cache.complete:
-            cache.finish()
+        with locked(cache.folder.with_name(f"{cache.folder.name}-finish")):  # two runs may fill the same cache
+            if not cache.complete:
+                cache.finish()
     else:
         _wait(cache, lambda: cache.complete)
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from jasper_fast.losses.contrastive import Mixed
 
 if TYPE_CHECKING:
     from jasper_fast.data.image_dataset import Images
     from jasper_fast.models.micro_batches import ImageBatches, MicroBatches
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
-
-from jasper_fast.losses.contrastive import Mixed
 
 Precision = Literal["auto", "fp32", "bf16"]
 

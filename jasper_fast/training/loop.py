@@ -40,6 +40,7 @@ def train_stage(run: Run, student: Student, stage: Stage, start: Position) -> No
         start: the position to start or resume from.
 
     Raises:
+        ValueError: the position is one of another stage.
         Stopped: a signal asked to stop. A checkpoint was saved first.
         JasperError: a loss or gradient is not finite (before the update), a frozen weight changed, memory did not
             suffice, or a rank was lost.
@@ -49,6 +50,8 @@ def train_stage(run: Run, student: Student, stage: Stage, start: Position) -> No
         >>> stage = build_stage(config, 0, TrainingData(texts), teachers)
         >>> train_stage(run, student, stage, Position(0, 0, 0))
     """
+    if start.stage != stage.index:
+        raise ValueError(f"stage {stage.index} cannot start at a position of stage {start.stage}: {start}")
     optimizer = stage.begin(run, student, start)
     run.restore(optimizer, start)
     frozen = frozen_digest(student)

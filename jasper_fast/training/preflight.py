@@ -9,7 +9,7 @@ from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
-from jasper_fast.training.run.folder import POOLED, existing_difference, what_decides
+from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, what_decides
 from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
@@ -171,7 +171,7 @@ def check_disk(config: Config, folder: Path, student: Student, data: TrainingDat
     # The newest checkpoint is written before the oldest is deleted; AdamW has two numbers per trained parameter.
     numbers = (config.checkpoint.keep + 1) * (sum(sizes.values()) + 2 * trained) + pooled * student.hidden_size
     written = sum(
-        file.stat().st_size for part in ("checkpoints", POOLED) for file in (folder / part).rglob("*") if file.is_file()
+        file.stat().st_size for part in (CHECKPOINTS, POOLED) for file in (folder / part).rglob("*") if file.is_file()
     )
     check_room(folder, 4 * numbers - written, "checkpoints and pooled states", "or use another --out")
 

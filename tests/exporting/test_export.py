@@ -21,7 +21,7 @@ from jasper_fast.config.models import StudentConfig
 from jasper_fast.config.run import Config
 from jasper_fast.config.yaml import parse_yaml
 from jasper_fast.export import main
-from jasper_fast.exporting.forms import export_flat
+from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.student import Student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch.nn import functional as F
 
 from jasper_fast.config.models import StudentConfig
-from jasper_fast.exporting import forms
+from jasper_fast.exporting import flat
 from jasper_fast.exporting import student as exporting_student
-from jasper_fast.exporting.forms import export_flat
-from jasper_fast.exporting.onnx import export_onnx
+from jasper_fast.exporting.flat import export_flat
+from jasper_fast.exporting.onnx import _onnx_difference, export_onnx
 from jasper_fast.exporting.parity import check_export
 from jasper_fast.exporting.student import export_student
+from jasper_fast.models.folder import load_student, routes_of
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 
@@ -173,10 +175,59 @@ def test_an_architecture_without_an_onnx_form_is_named(kind: str, tiny_bert: Pat
 
 def test_a_flat_form_that_differs_is_not_published(student: Student, tmp_path: Path, monkeypatch: Any) -> None:
     export_student(student, tmp_path / "model")
-    write = forms.write_flat
+    write = flat.write_flat
     monkeypatch.setattr(
-        forms, "write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
+        flat, "write_flat", lambda source, width, folder: (write(source, width, folder), lose_normalize(folder))
     )
     with pytest.raises(JasperError, match="at width 8"):
         export_flat(tmp_path / "model", 8, tmp_path / "flat")
     assert not (tmp_path / "flat").exists()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:20])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("training.json", cut, "training.json is corrupt"),
+        ("training.json", lambda file: file.write_text("{}"), "training.json is corrupt .*student"),
+        ("training.json", lambda file: file.write_text('{"student": []}'), "training.json is corrupt"),
+        ("training.json", lambda file: file.write_text('{"student": {"heads": "no"}}'), "training.json is corrupt"),
+        ("training.json", Path.unlink, "training.json is missing"),
+        ("2_Router/document_24_0_Dense/model.safetensors", cut, "model.safetensors cannot be loaded"),
+        ("2_Router/document_24_0_Dense/model.safetensors", Path.unlink, "model.safetensors cannot be loaded"),
+    ],
+)
+def test_a_damaged_export_is_reported_with_the_fix(student, tmp_path, name, damage, message):
+    folder = export_student(student, tmp_path / "model")
+    heads = routes_of(folder)
+    damage(folder / name.replace("document_24_0_Dense", heads[24]))
+    with pytest.raises(JasperError, match=rf"{message}.*Fix: export the run again"):
+        load_student(folder)
+
+
+def test_an_onnx_graph_that_gives_nan_is_different(monkeypatch):
+    """NaN compares as False with everything, so it must not be lost in a maximum."""
+
+    class Session:
+        calls = 0
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, *_: Any) -> list[Any]:
+            Session.calls += 1
+            return [torch.full((1, 4), float("nan") if Session.calls == 2 else 0.0).numpy()]
+
+    class Loaded:
+        def preprocess(self, texts: list[str]) -> dict[str, torch.Tensor]:
+            return {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+        def encode(self, texts: list[str], convert_to_tensor: bool) -> torch.Tensor:
+            return torch.zeros(1, 4)
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    assert math.isnan(_onnx_difference(Loaded(), Path("model.onnx")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jasper_fast.losses import (
+    CombinedLoss,
     JasperLoss,
     combined,
     cosine_loss,
@@ -480,3 +481,17 @@ def test_the_feature_form_of_one_row_is_no_less_than_zero():
     for seed in range(20):
         torch.manual_seed(seed)
         assert similarity_loss(torch.randn(1, 5), torch.randn(1, 3), method="feature") >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({"cosin": 1.0}, ValueError, "no loss is called 'cosin' .expected cosine, "),
+        ({"cosine": -1.0}, ValueError, "expected a number >= 0, got -1.0"),
+        ({"cosine": float("nan")}, ValueError, "expected a finite number"),
+        ({"cosine": "1"}, TypeError, "expected a number, got str"),
+    ],
+)
+def test_combined_losses_check_their_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        CombinedLoss(weights)

@@ -97,3 +97,10 @@ def test_a_folder_is_free_again_after_its_run(tree, tmp_path):
         open_run(file, config),
     ):
         pass
+
+
+def test_a_stage_does_not_start_at_the_position_of_another(tree):
+    config = load_config(tree)
+    stage = build_stage(config, 0)
+    with pytest.raises(ValueError, match="stage 0 cannot start at a position of stage 1"):
+        train_stage(Run.local(config, CPU), Student.build(config.student), stage, Position(6, 1, 0))

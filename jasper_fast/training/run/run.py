@@ -23,7 +23,7 @@ from jasper_fast.ops.native import code_digest
 from jasper_fast.training.data import Batch, Precision
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
-from jasper_fast.training.run.folder import RunFolder, open_run, stored_difference
+from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog, Tracker, start_trackers
 from jasper_fast.training.run.signals import RESUME, Stopped, leave_on_sigterm, stop_on_signal
 from jasper_fast.utils.device import pick_device
@@ -113,9 +113,8 @@ class Run:
         assert self.folder is not None, "this run is in memory"
         return self.folder.path
 
-    @property
-    def finished(self) -> bool:
-        """True if the run has written its results before."""
+    def is_finished(self) -> bool:
+        """Return True if the run has written its results before. All ranks must call it."""
         return self.ranks.on_main(lambda: self.folder is not None and self.folder.finished)
 
     def say_finished(self) -> Path:
@@ -128,7 +127,7 @@ class Run:
 
     def find_checkpoint(self) -> Position:
         """Find the newest complete checkpoint, and return the position to start or resume from."""
-        folder = self.path / "checkpoints"
+        folder = self.path / CHECKPOINTS
         self.checkpoint = self.ranks.on_main(lambda: latest_checkpoint(folder))
         return self.checkpoint.position if self.checkpoint is not None else Position(0, 0, 0)
 
@@ -188,7 +187,7 @@ class Run:
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
         if position.step:
             self.log.say(f"resuming after step {position.step} of {total}")
-        self._saver = Saver(self.path / "checkpoints", self.config.checkpoint.keep, self.ranks.is_main)
+        self._saver = Saver(self.path / CHECKPOINTS, self.config.checkpoint.keep, self.ranks.is_main)
         try:
             with stop_on_signal() as self.stop_requested:
                 yield position

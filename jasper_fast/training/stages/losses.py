@@ -46,13 +46,13 @@ class StageLoss(nn.Module):
         self.widest = widest
         self.own_target = stage.narrow_target == "self"
         self.together = not self.own_target and stage.narrow_weights is None
-        self.wide = jasper_loss(stage.weights, stage, group, rows)
+        self.wide = weighted_loss(stage.weights, stage, group, rows)
         narrow = stage.narrow_weights or stage.weights
-        self.narrow = jasper_loss(narrow, stage, group, rows)
+        self.narrow = weighted_loss(narrow, stage, group, rows)
         self.codes, self.codes_weight, self.group = stage.codes, stage.codes_weight, group
         if stage.codes:
             pointwise = {loss.name: 0.0 for loss in LOSSES if loss.equal_widths}
-            self.coded = jasper_loss(narrow.model_copy(update=pointwise), stage, group, rows)
+            self.coded = weighted_loss(narrow.model_copy(update=pointwise), stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
         """Compute the losses of a batch.
@@ -85,7 +85,7 @@ class StageLoss(nn.Module):
         return LossOutput(sums.pop("loss"), sums)
 
 
-def jasper_loss(
+def weighted_loss(
     weights: LossWeights, stage: StageConfig, group: ProcessGroup | None, rows: Sequence[int] | None
 ) -> CombinedLoss:
     """Return the weighted losses with a stage's margin and temperature.
@@ -136,7 +136,7 @@ class VisionLoss(nn.Module):
         if captions is not None:
             parts = captions.vectors.split(stage.heads, dim=1)
             self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
-        self.one = jasper_loss(stage.weights, stage, group, rows)
+        self.one = weighted_loss(stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor, inputs: LossInputs = NO_INPUTS) -> LossOutput:
         """Compute the losses of a batch.
