@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from jasper_fast.config.load import load_config
+from jasper_fast.models.student import Student
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.train import train
 from jasper_fast.training.loop import train_stage
