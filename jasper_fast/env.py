@@ -58,7 +58,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     lines = [
         ("jasper_fast", f"{facts['jasper_fast']['version']} in {facts['jasper_fast']['path']}"),
         ("python", f"{facts['python']} on {facts['platform']}"),
-        *((name, version or _absent(name)) for name, version in facts["libraries"].items()),
+        *((name, version or _missing_reason(name)) for name, version in facts["libraries"].items()),
         ("cpu", f"{cpu['model']}: {cpu['threads']} threads on {cpu['logical_cpus']} logical CPUs, {isa}"),
         ("cpu precision", f"{cpu['precision']}: {cpu['precision_reason']}"),
         ("extension", f"{extension['path']}" if extension["loaded"] else f"not in use: {extension['reason']}"),
@@ -68,7 +68,9 @@ def describe(facts: Mapping[str, Any]) -> str:
         lines.append(("gpu", f"none in use: {facts['gpus']['reason']}"))
     kernels = facts["kernels"]
     lines.append(("triton kernels", "in use on the GPUs" if kernels["in_use"] else f"not in use: {kernels['reason']}"))
-    lines += [(name, version or _absent(name)) for name, version in {**facts["trackers"], **facts["onnx"]}.items()]
+    lines += [
+        (name, version or _missing_reason(name)) for name, version in {**facts["trackers"], **facts["onnx"]}.items()
+    ]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in lines)
 
@@ -97,7 +99,7 @@ def _kernels(gpus: Mapping[str, Any]) -> dict[str, Any]:
     return {"in_use": reason is None, "reason": reason}
 
 
-def _absent(name: str) -> str:
+def _missing_reason(name: str) -> str:
     if name == "triton":
         return (
             "not installed, so no Triton kernels (included in CUDA builds of torch; without a GPU: requirements-ci.txt)"

@@ -13,12 +13,12 @@ from pathlib import Path
 from jasper_fast._renamed import old_names
 from jasper_fast.config.data import EvalConfig
 from jasper_fast.data.eval_loaders import load_evals
-from jasper_fast.evaluation.quantized import known_precisions
-from jasper_fast.evaluation.score import STUDENT, TEACHER, describe_sets, remark_lines, score_rows, scores_table
+from jasper_fast.evaluation.quantized import parse_precisions
+from jasper_fast.evaluation.score import STUDENT, TEACHER, describe_sets, note_lines, score_rows, scores_table
 from jasper_fast.models.embedder import load_model, model_encoder, routes
 from jasper_fast.models.quantization import PRECISIONS, read_ranges
 from jasper_fast.utils.atomic import check_file, write_atomic
-from jasper_fast.utils.command_line import check_model_argument, whole_number
+from jasper_fast.utils.command_line import check_model_argument, positive_int
 from jasper_fast.utils.errors import JasperError, run_cli
 
 __getattr__ = old_names(__name__)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         check_model_argument(model, "evaluate")
     if not arguments.data:
         raise JasperError("evaluate: no evaluation set is given. Fix: add one after the model, e.g. docstrings")
-    precisions = known_precisions(arguments.precision)
+    precisions = parse_precisions(arguments.precision)
     if arguments.json is not None:
         check_file(arguments.json)
     evalsets = load_evals([EvalConfig(path=path, limit=arguments.limit) for path in arguments.data])
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         encoders = {"model": student}
     rows = score_rows(evalsets, encoders, None, precisions, read_ranges(arguments.model))
     sets = describe_sets(evalsets)
-    print("\n".join([scores_table(rows), *remark_lines(sets["sets"])]))
+    print("\n".join([scores_table(rows), *note_lines(sets["sets"])]))
     if arguments.json:
         settings = {name: getattr(arguments, name) for name in ("model", "teacher", "max_length", "limit")}
         write_atomic(Path(arguments.json), json.dumps(settings | sets | {"rows": rows}, indent=1) + "\n")
@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", metavar="N,N", type=_widths, help="e.g. 384,128; default: every head of the model")
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
     parser.add_argument(
-        "--max-length", type=whole_number, metavar="N", help="maximum tokens per text; default: each model's own"
+        "--max-length", type=positive_int, metavar="N", help="maximum tokens per text; default: each model's own"
     )
-    parser.add_argument("--limit", type=whole_number, metavar="N", help="at most N queries or pairs per set")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="at most N queries or pairs per set")
     parser.add_argument("--precision", default="float32", help=f"comma-separated, from {', '.join(PRECISIONS)}")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run a model's own code; only if you trust its authors"
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _widths(text: str) -> list[int]:
     try:
-        return [whole_number(part.strip()) for part in text.split(",")]
+        return [positive_int(part.strip()) for part in text.split(",")]
     except argparse.ArgumentTypeError:
         raise JasperError(
             f"--widths takes numbers separated by commas (got {text!r}). Fix: give e.g. 384,128"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 
 from jasper_fast._renamed import old_names
-from jasper_fast.exporting.flat import export_flat, known_width
+from jasper_fast.exporting.flat import export_flat, resolve_width
 from jasper_fast.exporting.onnx import ONNX_FILE, export_onnx
 from jasper_fast.models.folder import model_folder
-from jasper_fast.utils.command_line import check_model_argument, whole_number
+from jasper_fast.utils.command_line import check_model_argument, positive_int
 from jasper_fast.utils.errors import run_cli
 
 __getattr__ = old_names(__name__)
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Run the command line: export one width, with an ONNX graph if requested."""
     parser = argparse.ArgumentParser("python -m jasper_fast.export", description=__doc__)
     parser.add_argument("run", help="run folder, or the model folder in it")
-    parser.add_argument("--width", type=whole_number, metavar="N", help="width of the embeddings (default: the widest)")
+    parser.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
     parser.add_argument("--onnx", action="store_true", help="add an ONNX graph and check it with onnxruntime")
     parser.add_argument("--out", help="new folder (default: next to the model, named after the width)")
     parser.add_argument(
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     check_model_argument(arguments.run, "export")
     source = model_folder(arguments.run)
-    width = known_width(source, arguments.width)
+    width = resolve_width(source, arguments.width)
     ending = "-onnx" if arguments.onnx else ""
     out = arguments.out or source.resolve().parent / f"{source.resolve().name}-{width}{ending}"
     if arguments.onnx:

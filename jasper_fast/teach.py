@@ -19,7 +19,7 @@ from jasper_fast.data.prepare import prepare_texts
 from jasper_fast.distributed.ranks import join_ranks
 from jasper_fast.teachers.label import check_teachers, ensure_teachers, write_texts
 from jasper_fast.utils.atomic import check_file
-from jasper_fast.utils.command_line import Once
+from jasper_fast.utils.command_line import StoreOnce
 from jasper_fast.utils.errors import JasperError, run_cli
 
 __getattr__ = old_names(__name__)
@@ -28,33 +28,33 @@ __getattr__ = old_names(__name__)
 def main(argv: list[str]) -> int:
     """Build the training texts of a configuration and cache the embeddings of all its teachers."""
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
-    parser.add_argument("--config", action=Once, help="YAML file or name of a recipe (default: the embedded recipe)")
+    parser.add_argument(
+        "--config", action=StoreOnce, help="YAML file or name of a recipe (default: the embedded recipe)"
+    )
     parser.add_argument(
         "--texts",
         metavar="FILE.parquet",
-        action=Once,
+        action=StoreOnce,
         help="only write the training texts to this file, in the row order of precomputed embeddings",
     )
-    known, rest = parser.parse_known_args(argv)
-    config = load_arguments(known.config, rest, ("config", "texts"))
-    if known.texts is None:
+    args, rest = parser.parse_known_args(argv)
+    config = load_arguments(args.config, rest, ("config", "texts"))
+    if args.texts is None:
         check_teachers(config)
-    elif not known.texts.endswith(".parquet"):
-        raise JasperError(
-            f"--texts: not a parquet file (got {known.texts!r}). Fix: give a name that ends with .parquet"
-        )
+    elif not args.texts.endswith(".parquet"):
+        raise JasperError(f"--texts: not a parquet file (got {args.texts!r}). Fix: give a name that ends with .parquet")
     else:
-        check_file(known.texts)
+        check_file(args.texts)
     with join_ranks(config.parallel.timeout) as ranks:
         texts, remaining = prepare_texts(config)
         if ranks.is_main:
             print(f"{len(texts)} training texts ({config.data.cache})")
             for name in remaining:
                 print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
-        if known.texts is not None:
-            ranks.on_main(lambda: write_texts(texts, Path(known.texts)))
+        if args.texts is not None:
+            ranks.on_main(lambda: write_texts(texts, Path(args.texts)))
             if ranks.is_main:
-                print(f"{known.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
+                print(f"{args.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
             return 0
         vectors = ensure_teachers(config, texts)
     if ranks.is_main:

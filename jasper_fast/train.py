@@ -26,8 +26,8 @@ from jasper_fast.training.preflight import check_start, describe_plan, prepare
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
-from jasper_fast.utils.atomic import check_place
-from jasper_fast.utils.command_line import Once
+from jasper_fast.utils.atomic import check_output_path
+from jasper_fast.utils.command_line import StoreOnce
 from jasper_fast.utils.errors import run_cli
 
 __getattr__ = old_names(__name__)
@@ -64,7 +64,7 @@ def train(
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
-            return run.say_finished()
+            return run.report_finished()
         student, data = prepare(config, run.ranks.world)  # checked, then read: student, texts, images
         check_start(run, student, data)  # rejects a changed configuration, texts or teachers
         run.start_trackers()
@@ -108,8 +108,8 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
-    parser.add_argument("--config", metavar="FILE|RECIPE", action=Once, help="a YAML file or a shipped recipe")
-    parser.add_argument("--out", metavar="DIR", action=Once, help="the run's folder (default runs/RECIPE)")
+    parser.add_argument("--config", metavar="FILE|RECIPE", action=StoreOnce, help="a YAML file or a shipped recipe")
+    parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
     options, rest = parser.parse_known_args(argv)
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         print(dump_config(config), end="")
     elif options.dry_run:
-        check_place(out)
+        check_output_path(out)
         print(describe_plan(config, out))
     else:
         try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jasper_fast.kernels.configs import Tile
 from jasper_fast.kernels.mips_tile import allowed, errors, tile_origin, tile_scores
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 BIN = tl.constexpr(64)  # as in jasper_fast.mips.segment
 GROUP = 16  # corpus tiles that meet all queries together
@@ -74,7 +74,7 @@ def lower_bounds_kernel(
 
 
 @triton.jit
-def keep(score, m0, n0, common, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_hits(score, m0, n0, common, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Write the rows of a tile that reach their thresholds, at places taken from an atomic counter."""
     VALID, NORMS, RELATIVE, ABSOLUTE, THRESHOLDS, COUNTS, SCORES, ROWS, N, Q, capacity, stride_v = common
     n = n0 + tl.arange(0, BLOCK_N)
@@ -133,10 +133,10 @@ def collect_kernel(
             # Halves in turn, because places and addresses of a whole tile would not fit the registers.
             halves = tl.permute(tl.reshape(score, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            keep(left, m0, n0, common, BLOCK_M, BLOCK_N // 2)
-            keep(right, m0, n0 + BLOCK_N // 2, common, BLOCK_M, BLOCK_N // 2)
+            store_hits(left, m0, n0, common, BLOCK_M, BLOCK_N // 2)
+            store_hits(right, m0, n0 + BLOCK_N // 2, common, BLOCK_M, BLOCK_N // 2)
         else:
-            keep(score, m0, n0, common, BLOCK_M, BLOCK_N)
+            store_hits(score, m0, n0, common, BLOCK_M, BLOCK_N)
 
 
 # Rows, queries, depth of a step. The first is for thousands of queries, the last for up to 16.
@@ -157,7 +157,7 @@ def choose(dtype: torch.dtype, size: int, masked: bool) -> Tile:
     return next((tile for tile in reversed(candidates) if size <= tile.n), candidates[0])
 
 
-def described(rows: Tensor, queries: Tensor) -> bool:
+def supports_descriptors(rows: Tensor, queries: Tensor) -> bool:
     """Return True if tensor descriptors can read both: from Hopper on, with rows at multiples of 16 bytes."""
     aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (rows, queries))
     return aligned and (INTERPRETED or torch.cuda.get_device_capability(rows.device) >= (9, 0))
@@ -165,7 +165,7 @@ def described(rows: Tensor, queries: Tensor) -> bool:
 
 def _launch(kernel: Any, rows: Tensor, queries: Tensor, tile: Tile, descriptors: bool | None) -> tuple[Any, ...]:
     if descriptors is None:
-        descriptors = described(rows, queries)
+        descriptors = supports_descriptors(rows, queries)
     corpus: Any = rows
     factor: Any = queries
     if descriptors:
@@ -334,7 +334,7 @@ def forms() -> Iterator[Form]:
             if masked:
                 continue  # A mask changes the end of a kernel only. The forms below vary its beginning.
             # With descriptors, pointers are for such widths.
-            yield from (odd(collecting, "stride_v"), odd(bounding, "stride_v"))
+            yield from (unaligned(collecting, "stride_v"), unaligned(bounding, "stride_v"))
             if tile.n == 16:
                 yield from (with_ones(collecting, "Q"), with_ones(bounding, "Q"), with_ones(bounding, "Q", "bins"))
                 if not descriptors:

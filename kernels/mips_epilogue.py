@@ -19,7 +19,7 @@ from torch import Tensor
 from jasper_fast.kernels.mips import BIN
 from jasper_fast.kernels.mips_prologue import just_below, kth_largest, warps
 from jasper_fast.kernels.mips_rescore import DEPTH, PAIRS, exact_products
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 BLOCKS = (1024, 2048, 4096, 8192)  # candidates that one program holds
 RIVALS = 32  # rows that are compared with as many at once
@@ -270,7 +270,7 @@ def forms() -> Iterator[Form]:
             form = Form(label, rescore_kept_kernel, types, constants, quick=proven and kind in ("bf16", "i8"))
             yield form
             if proven:
-                yield from (odd(form), with_ones(form, "k"), with_ones(form, "D"), with_ones(form, "D", "k"))
+                yield from (unaligned(form), with_ones(form, "k"), with_ones(form, "D"), with_ones(form, "D", "k"))
                 far = {**types, "first_id": "i64"}  # beyond 2^31 rows
                 yield Form(f"{label}, far", rescore_kept_kernel, far, constants)
     types = {**state, "TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16", "CUTOFFS": "*fp64:16"}

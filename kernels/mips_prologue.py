@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 STEP = 512  # elements of a query at once
 BLOCKS = (64, 1024, 4096, 16_384)  # values among which one program finds the k-th
@@ -185,4 +185,4 @@ def forms() -> Iterator[Form]:
             constants: dict[str, Any] = {"PROVEN": proven, "BLOCK": STEP} | ({} if kind == "i8" else {"SCALES": None})
             label = f"{kind}, {'proven' if proven else 'fast'}"
             form = Form(label, operands_kernel, types, constants, quick=proven and kind in ("bf16", "i8"))
-            yield from (form, odd(form), with_ones(form, "D"))
+            yield from (form, unaligned(form), with_ones(form, "D"))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 PAIRS, DEPTH = 8, 128  # products at once, and elements of each
 LEVELS = tl.constexpr(7)  # DEPTH is 2 to this power
@@ -110,4 +110,4 @@ def forms() -> Iterator[Form]:
             {"PAIRS": PAIRS, "BLOCK_K": DEPTH} | ({} if scaled else {"ROW_SCALES": None}),
             quick=kind == "bf16",
         )
-        yield from (rescoring, odd(rescoring), with_ones(rescoring, "P"), with_ones(rescoring, "D"))
+        yield from (rescoring, unaligned(rescoring), with_ones(rescoring, "P"), with_ones(rescoring, "D"))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from jasper_fast.kernels.configs import TILES_16_BIT, TILES_32_BIT, TILES_SOFTMAX
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -265,7 +265,7 @@ def forms() -> Iterator[Form]:
                 )
                 yield form
                 if use == "alone" and ones and student == teacher:
-                    yield odd(form, "begin", "stride_wb", "stride_gb")
+                    yield unaligned(form, "begin", "stride_wb", "stride_gb")
                     if tile.m == 64:
                         yield with_ones(form, "D", "E", "stride_sb", "stride_tb")
                     if tile.m == 64 and loss == "similarity":
@@ -287,4 +287,4 @@ def forms() -> Iterator[Form]:
             )
             yield form
             if ones:
-                yield from (odd(form, "width"), with_ones(form, "D", "stride_xb"))
+                yield from (unaligned(form, "width"), with_ones(form, "D", "stride_xb"))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels.configs import TILES_32_BIT, Tile, choose, tuned
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 
 @triton.jit
@@ -238,6 +238,6 @@ def forms() -> Iterator[Form]:
             )
             yield form
             if ones and (name, a, x, scales, precision) in uses:
-                yield odd(form, "depth")
+                yield unaligned(form, "depth")
             if not layout and tile.m == 64:
                 yield with_ones(form, "M", "N", "K", "depth", "stride_am", "stride_xk", "stride_oz", "stride_om")

@@ -59,7 +59,7 @@ def with_ones(form: Form, *names: str, quick: bool = False) -> Form:
     return replace(form, label=f"{form.label}, {' = '.join(names)} = 1", types=types, constants=constants, quick=quick)
 
 
-def odd(form: Form, *even: str) -> Form:
+def unaligned(form: Form, *even: str) -> Form:
     """Return the form of a launch whose counts and strides, except ``even``, are no multiples of 16.
 
     Its loads keep an address for every element, and these do not fit the registers.

@@ -56,7 +56,7 @@ def _scores(
 
 
 @triton.jit
-def _place(scores, GRID, AXIS: tl.constexpr, last):
+def _bin_position(scores, GRID, AXIS: tl.constexpr, last):
     """Return positions in fine bins. NaN goes to 0, because the loss becomes NaN elsewhere."""
     place = (scores - tl.load(GRID + AXIS)) * tl.load(GRID + AXIS + 1)
     return tl.minimum(tl.where(place > 0.0, place, 0.0), last)
@@ -90,9 +90,9 @@ def histogram_kernel(
     if first_column + BLOCK_N - 1 > first_row:
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
         x = _scores(STUDENT, rows, columns, B, D, stride_sb, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        at_x = _place(x, GRID, 0, last).to(tl.int32)
+        at_x = _bin_position(x, GRID, 0, last).to(tl.int32)
         t = _scores(TEACHER, rows, columns, B, E, stride_tb, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        at_t = _place(t, GRID, 2, last).to(tl.int32)
+        at_t = _bin_position(t, GRID, 2, last).to(tl.int32)
         new = (columns[None, :] > rows[:, None]) & (columns < B)[None, :]
         one = tl.full((BLOCK_M, BLOCK_N), 1, tl.int32)
         tl.atomic_add(COUNTS + (at_t >> shift) * bins + (at_x >> shift), one, mask=new, sem="relaxed")
@@ -102,7 +102,7 @@ def histogram_kernel(
 
 
 @triton.jit
-def _between(TABLE, i, part):
+def _interpolate(TABLE, i, part):
     near = tl.load(TABLE + i)
     return near + part * (tl.load(TABLE + i + 1) - near)
 
@@ -150,16 +150,18 @@ def coefficients_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < w
     x = tl.load(STUDENT + row.to(tl.int64) * w + columns, mask=inside, other=0.0)
-    at_t = _place(tl.load(TEACHER + row.to(tl.int64) * w + columns, mask=inside, other=0.0), GRID, 2, last)
-    at_x = _place(x, GRID, 0, last)
+    at_t = _bin_position(tl.load(TEACHER + row.to(tl.int64) * w + columns, mask=inside, other=0.0), GRID, 2, last)
+    at_x = _bin_position(x, GRID, 0, last)
     fine_x, fine_t = at_x.to(tl.int32), at_t.to(tl.int32)
-    weights = _between(OWN, fine_x, at_x - fine_x.to(tl.float32)) - _between(RANK, fine_t, at_t - fine_t.to(tl.float32))
+    weights = _interpolate(OWN, fine_x, at_x - fine_x.to(tl.float32)) - _interpolate(
+        RANK, fine_t, at_t - fine_t.to(tl.float32)
+    )
     u, v = at_x * bins_per_fine, at_t * bins_per_fine
     bin_x, bin_t = u.to(tl.int32), v.to(tl.int32)
     corner = NODES + bin_t * (bins + 1)
     part = u - bin_x.to(tl.float32)
-    near = _between(corner, bin_x, part)
-    weights += near + (v - bin_t.to(tl.float32)) * (_between(corner + bins + 1, bin_x, part) - near)
+    near = _interpolate(corner, bin_x, part)
+    weights += near + (v - bin_t.to(tl.float32)) * (_interpolate(corner + bins + 1, bin_x, part) - near)
     weights = tl.where(columns == row, 0.0, weights)
     tl.store(STUDENT + row.to(tl.int64) * w + columns, weights, mask=inside)
     total = tl.sum(tl.where(inside & (columns > row), weights * (x - tl.load(GRID + 4)), 0.0), axis=0)

@@ -24,7 +24,7 @@ from jasper_fast.kernels.product import multiply
 from jasper_fast.kernels.tie_correction import subtract_ties
 
 
-def takes(pairs: int) -> bool:
+def supports(pairs: int) -> bool:
     """Return True if the events of `dominance` can hold so many pairs."""
     return 1 <= pairs < MAX_PLACES
 

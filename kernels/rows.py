@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form, odd, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
-LARGEST = tl.constexpr(3.4028234e38)
+FLOAT32_MAX = tl.constexpr(3.4028234e38)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def reciprocal_norms_kernel(
         x = x / divisor  # inf / inf is NaN
         squares += x * x
     length = tl.sqrt(tl.sum(squares, axis=0))
-    reciprocal = tl.minimum(1.0 / length / divisor, LARGEST)
+    reciprocal = tl.minimum(1.0 / length / divisor, FLOAT32_MAX)
     reciprocal = tl.where(length == 0.0, 0.0, reciprocal)
     tl.store(R + row, tl.where(top < float("inf"), reciprocal, float("nan")))
 
@@ -140,7 +140,7 @@ def forms() -> Iterator[Form]:
                 back = Form(label, l2_normalize_backward_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
                 yield from (lengths, back)
                 if unit:
-                    yield from (odd(lengths), odd(back))
+                    yield from (unaligned(lengths), unaligned(back))
                 if unit and block == 16:
                     yield with_ones(lengths, "D", "stride_xb")
                     yield with_ones(back, "D", "stride_gb", "stride_xb", "stride_ob")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jasper_fast.config.run import Config
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import EvalSet
-from jasper_fast.evaluation.metrics import score_codes, score_vectors
+from jasper_fast.evaluation.metrics import score_codes, score_embeddings
 from jasper_fast.evaluation.score import PCA_ROWS, TEACHER, embed, score_rows, teacher_floors
 from jasper_fast.models.embedder import load_model, normalise, routes
 from jasper_fast.models.hub import prompt_of
@@ -100,7 +100,7 @@ class World:
             for width, reduce in by_width.items():
                 scores = {}
                 for evalset, _ in self.evals:
-                    metrics = score_vectors(evalset, {g: reduce(v) for g, v in student[evalset.name].items()})
+                    metrics = score_embeddings(evalset, {g: reduce(v) for g, v in student[evalset.name].items()})
                     scores |= {f"{evalset.name}/{metric}": value for metric, value in metrics.items()}
                 rows.append({"model": name, "width": width, "scores": scores})
         for precision in PRECISIONS[1:]:

@@ -48,7 +48,7 @@ class DataConfig(Section):
 
     @field_validator("cut_sentences")
     @classmethod
-    def _ordered(cls, span: tuple[int, int]) -> tuple[int, int]:
+    def _check_range(cls, span: tuple[int, int]) -> tuple[int, int]:
         if span[0] > span[1]:
             raise ValueError(f"the first number must not exceed the second, got {list(span)}")
         return span

@@ -16,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from jasper_fast.config.messages import Problem, as_argument, problems_of
+from jasper_fast.config.messages import Problem, argument_message, problems_of
 from jasper_fast.config.overrides import override, override_pairs
 from jasper_fast.config.run import Config, run_problems
 from jasper_fast.config.schema import takes_list
@@ -106,7 +106,7 @@ def _load(
     file_problems = _validate(file_tree)[1] if overrides else all_problems
     for problem in all_problems:
         if problem not in file_problems:
-            override_problems.append(problem.line if options is None else as_argument(Config, problem, options))
+            override_problems.append(problem.line if options is None else argument_message(Config, problem, options))
     remaining = [problem.line for problem in all_problems if problem in file_problems]
     raise ConfigError(override_problems, "the overrides" if options is None else "the command line", {where: remaining})
 

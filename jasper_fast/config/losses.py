@@ -19,8 +19,8 @@ class Loss:
     Args:
         name: the module below `jasper_fast.losses`, the field of ``weights``, and the column of the log.
         weight: the default weight. A loss without one is logged only in stages that give it a weight.
-        rows: the smallest number of texts from which the loss learns.
-        meaning: its description in docs/config.md, in a few words.
+        min_rows: the smallest number of texts from which the loss learns.
+        description: its description in docs/config.md, in a few words.
         equal_widths: whether the loss compares each embedding with the teacher's, which needs equal widths. Otherwise
             it compares the texts of a batch with each other.
         unit_rows: whether ``compute`` gets rows of unit length. Otherwise it gets embeddings of any length.
@@ -28,8 +28,8 @@ class Loss:
 
     name: str
     weight: float
-    rows: int
-    meaning: str
+    min_rows: int
+    description: str
     equal_widths: bool = False
     unit_rows: bool = True
 
@@ -47,7 +47,7 @@ LOSSES = (
 )
 # A vision stage adds this one. It compares images with captions, so it is in no other stage.
 CONTRASTIVE = Loss("contrastive", 0.0, 2, "captions against images, in both directions")
-PARTS = (*LOSSES, CONTRASTIVE)  # all columns of losses in the log, in their order
+LOGGED_LOSSES = (*LOSSES, CONTRASTIVE)  # all columns of losses in the log, in their order
 
 
 def titles(losses: Sequence[Loss]) -> str:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from jasper_fast.config.schema import Location, field_keys, section_at
 
 MAX_VALUE_CHARS = 200  # longer values are cut in messages
-MAX_PROPOSALS = 4  # similar keys in a message
+MAX_SUGGESTIONS = 4  # similar keys in a message
 # Names that other tools use for a field.
-OTHER_NAMES = {
+SYNONYMS = {
     "learning_rate": "lr",
     "epochs": "steps",
     "max_steps": "steps",
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     """One problem of a configuration."""
 
     line: str
-    unknown: Location | None = None  # location of an unknown key, from which `as_argument` makes a better hint
+    unknown: Location | None = None  # location of an unknown key, from which `argument_message` makes a better hint
 
 
 def problems_of(
@@ -50,7 +50,7 @@ def problems_of(
     """
     unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
     problems = [Problem(_unknown_key(schema, location), location) for location in unknown]
-    corrected = _as_meant(schema, tree, unknown)
+    corrected = _correct_keys(schema, tree, unknown)
     try:
         schema.model_validate(corrected)
     except ValidationError as other:
@@ -60,14 +60,14 @@ def problems_of(
     return problems
 
 
-def as_argument(schema: type[BaseModel], problem: Problem, options: Sequence[str]) -> str:
+def argument_message(schema: type[BaseModel], problem: Problem, options: Sequence[str]) -> str:
     """Format a problem of the command line. An unknown key may be a misspelt option of the command."""
     if problem.unknown is None:
         return problem.line
     return "--" + _unknown_key(schema, problem.unknown, options, dashes="--")
 
 
-def _as_meant(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[Location]) -> dict[str, Any]:
+def _correct_keys(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[Location]) -> dict[str, Any]:
     """Copy the tree and correct misspelt keys if possible, so that they hide no other problem."""
     tree = copy.deepcopy(tree)
     for location in unknown:
@@ -76,7 +76,7 @@ def _as_meant(schema: type[BaseModel], tree: dict[str, Any], unknown: Iterable[L
         for step in path:
             section = section[step]
         value = section.pop(key)
-        for near in _near(str(key), list(section_at(schema, path).model_fields)):
+        for near in _most_similar(str(key), list(section_at(schema, path).model_fields)):
             section.setdefault(near, value)
     return tree
 
@@ -89,9 +89,10 @@ def _explain(error: Any) -> list[str]:
     value = error.get("input")
     hidden = isinstance(value, (dict, BaseModel)) or error["type"] == "missing"
     shown = repr(value) if len(repr(value)) <= MAX_VALUE_CHARS else repr(value)[: MAX_VALUE_CHARS - 1] + "…"
-    ours = error["type"] == "value_error"  # our own messages may already contain the value
+    is_project_error = error["type"] == "value_error"  # our own messages may already contain the value
     lines = [
-        f"{line}{'' if hidden or ours and repr(value) in line else f', got {shown}'}" for line in message.splitlines()
+        f"{line}{'' if hidden or is_project_error and repr(value) in line else f', got {shown}'}"
+        for line in message.splitlines()
     ]
     return [f"{key}: {line}" if key else line for line in lines]
 
@@ -100,28 +101,28 @@ def _unknown_key(schema: type[BaseModel], location: Location, options: Sequence[
     """Format an unknown key with similar keys, or with all keys of its section."""
     *path, name = location
     fields = list(section_at(schema, path).model_fields)
-    if near := _near(str(name), [*options, *fields] if not path else fields):
+    if near := _most_similar(str(name), [*options, *fields] if not path else fields):
         proposals = [f"{dashes}{near[0]}" if not path else near[0]]
     else:
-        proposals = [dashes + key for key in _elsewhere(schema, str(name))]
-    if 0 < len(proposals) <= MAX_PROPOSALS:
+        proposals = [dashes + key for key in _similar_keys(schema, str(name))]
+    if 0 < len(proposals) <= MAX_SUGGESTIONS:
         hint = "did you mean " + " or ".join(f"`{key}`" for key in proposals) + "?"
     else:
         hint = f"known: {', '.join(fields)}"
     return f"{'.'.join(map(str, location))}: unknown key; {hint}"
 
 
-def _near(name: str, candidates: Sequence[str]) -> list[str]:
+def _most_similar(name: str, candidates: Sequence[str]) -> list[str]:
     """Return the most similar name in a list of one, or an empty list."""
     plain = name.replace("-", "_").lower()
-    if OTHER_NAMES.get(plain) in candidates:
-        return [OTHER_NAMES[plain]]
+    if SYNONYMS.get(plain) in candidates:
+        return [SYNONYMS[plain]]
     by_plain = {one.replace("-", "_"): one for one in candidates}
     return [by_plain[one] for one in difflib.get_close_matches(plain, by_plain, n=1)]
 
 
-def _elsewhere(schema: type[BaseModel], name: str) -> list[str]:
+def _similar_keys(schema: type[BaseModel], name: str) -> list[str]:
     """Return the keys of all sections that end in this name or in the most similar one."""
     keys = list(field_keys(schema))
-    near = _near(name, sorted({key.rpartition(".")[2] for key in keys}))
+    near = _most_similar(name, sorted({key.rpartition(".")[2] for key in keys}))
     return [key for key in keys if key.rpartition(".")[2] in near]

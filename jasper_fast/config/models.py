@@ -58,7 +58,7 @@ class TeacherConfig(Section):
     trust_remote_code: bool = False  # permission to run code that comes with the model
 
     @model_validator(mode="after")
-    def _one_origin(self) -> TeacherConfig:
+    def _exactly_one_source(self) -> TeacherConfig:
         if sum(getattr(self, kind) is not None for kind in TEACHER_KINDS) != 1:
             raise ValueError(
                 "expected exactly one of `model` and `vectors`. "
@@ -91,7 +91,7 @@ class VisionConfig(Section):
     trust_remote_code: bool = False  # permission to run code that comes with the tower
 
     @model_validator(mode="after")
-    def _one_origin(self) -> VisionConfig:
+    def _exactly_one_source(self) -> VisionConfig:
         if (self.model is None) == (self.tower is None):
             raise ValueError(
                 "expected exactly one of `model` and `tower`. "
@@ -122,7 +122,7 @@ class StudentConfig(Section):
 
     @field_validator("heads")
     @classmethod
-    def _distinct(cls, heads: list[int]) -> list[int]:
+    def _unique_widths(cls, heads: list[int]) -> list[int]:
         if len(set(heads)) != len(heads):
             raise ValueError(f"head widths must differ, got {heads}")
         return sorted(heads, reverse=True)

@@ -105,7 +105,7 @@ def check_losses(config: Config, teachers: Sequence[int]) -> None:
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target
-            if not weights.compares(stage.batch_size) and width != against:
+            if not weights.compares_texts(stage.batch_size) and width != against:
                 comparing = titles([loss for loss in LOSSES if not loss.equal_widths])
                 raise JasperError(
                     f"stage {stage.name!r} would leave its head {width} untrained: its target is {against} wide, which "

@@ -37,7 +37,7 @@ class AugmentConfig(Section):
     mix: NotNegative = 0.0  # mixup with another image of the batch: the parameter a of Beta(a, a)
 
     @property
-    def moved(self) -> bool:
+    def has_affine(self) -> bool:
         """Return True if shift, scale, rotate or flip is set."""
         return bool(self.shift or self.scale or self.rotate or self.flip)
 
@@ -98,7 +98,7 @@ class StageConfig(Section):
     max_chars: PositiveInt | None = None  # only texts of at most this many characters
 
     @model_validator(mode="after")
-    def _possible(self) -> StageConfig:
+    def _check_combinations(self) -> StageConfig:
         if problems := stage_problems(self):
             raise ValueError("\n".join(problems))
         return self
@@ -154,8 +154,8 @@ def _loss_problems(stage: StageConfig) -> list[str]:
         )
     contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
     for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
-        if not weights.learns(size) and not contrastive:
-            least = ", ".join(f"{loss.title} {loss.rows}" for loss in LOSSES)
+        if not weights.has_gradient(size) and not contrastive:
+            least = ", ".join(f"{loss.title} {loss.min_rows}" for loss in LOSSES)
             problems.append(
                 f"nothing can be learnt by its `{name}` from a batch of {size} (fewest texts of each loss: {least}). "
                 "Fix: raise batch_size, or give a weight to a loss that needs fewer texts"

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 
 from jasper_fast.utils.fingerprint import content_digest
 
-EXCHANGED = 0.3  # fraction of a variant's words that are replaced, if a replacement is available
+REPLACED_FRACTION = 0.3  # fraction of a variant's words that are replaced, if a replacement is available
 
 # A sentence ends at one of three places:
 # - at . ! ? … with closing quotes or brackets, if white space and a possible start of a sentence follow
 # - at a full-width mark of Chinese or Japanese
 # - at a blank line
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]*[^\W_a-z])|[。！？]+[」』”’]*|\n[ \t]*\n", re.UNICODE)
+_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]*[^\W_a-z])|[。！？]+[」』”’]*|\n[ \t]*\n", re.UNICODE)
 _ABBREVIATION = re.compile(  # a full stop after one of these, or after a single capital, rarely ends a sentence
     r"(?:^|[\s(\[\"'])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|cf|al|Fig|Figs|Eq|Eqs|Sec|Ref|No|Nos|Vol|pp|e\.g|i\.e|etc|approx|Gen|Col|Lt)\.$"
 )
@@ -35,7 +35,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """
     spans = []
     start = 0
-    for match in _END.finditer(text):
+    for match in _SENTENCE_END.finditer(text):
         end = match.end()
         if match[0] == "." and _ABBREVIATION.search(text[max(start, end - 12) : end]):
             continue
@@ -47,7 +47,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def treat(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle_share: float) -> list[str]:
+def cut_and_shuffle(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle_share: float) -> list[str]:
     """Cut a document into pieces and shuffle words, each with a given probability.
 
     Args:
@@ -60,11 +60,11 @@ def treat(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle
     Returns:
         The whole document, or its pieces in order.
     """
-    pieces = _cut(text, span, _random(seed, "lengths", text)) if _share(seed, "cut", text) < cut_share else [text]
-    return [_shuffle_words(p, seed) if _share(seed, "shuffle", p) < shuffle_share else p for p in pieces]
+    pieces = _cut(text, span, _random(seed, "lengths", text)) if _uniform(seed, "cut", text) < cut_share else [text]
+    return [_shuffle_words(p, seed) if _uniform(seed, "shuffle", p) < shuffle_share else p for p in pieces]
 
 
-class Exchanges:
+class WordReplacer:
     """Generator of text variants: it replaces a word by another one seen between the same two neighbours.
 
     The teacher can label any text, so variants multiply a few thousand texts of the target domain. For example,
@@ -75,11 +75,11 @@ class Exchanges:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.between: dict[tuple[str, str], list[str]] = {}
+        self.words_between: dict[tuple[str, str], list[str]] = {}
         for text in texts:
             words = ["", *text.split(), ""]
             for before, word, after in zip(words, words[1:], words[2:], strict=False):
-                self.between.setdefault((before.casefold(), after.casefold()), []).append(word)
+                self.words_between.setdefault((before.casefold(), after.casefold()), []).append(word)
 
     def variant(self, text: str, number: int, seed: int) -> str:
         """Return a variant of a text. The result equals the text if no word has a replacement.
@@ -92,10 +92,10 @@ class Exchanges:
         generator = _random(seed, f"variant {number}", text)
         words = text.split()
         for i in range(len(words)):
-            if generator.random() < EXCHANGED:
+            if generator.random() < REPLACED_FRACTION:
                 before = words[i - 1].casefold() if i else ""
                 after = words[i + 1].casefold() if i + 1 < len(words) else ""
-                words[i] = generator.choice(self.between.get((before, after), words[i : i + 1]))
+                words[i] = generator.choice(self.words_between.get((before, after), words[i : i + 1]))
         return " ".join(words)
 
 
@@ -120,7 +120,7 @@ def _hash(seed: int, purpose: str, text: str) -> int:
     return int(content_digest(f"{seed}\0{purpose}\0{text}", size=8), 16)
 
 
-def _share(seed: int, purpose: str, text: str) -> float:
+def _uniform(seed: int, purpose: str, text: str) -> float:
     return _hash(seed, purpose, text) / 2**64
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from jasper_fast.config.data import ImageSourceConfig
 from jasper_fast.data.image_files import BadImage
 from jasper_fast.data.listing import listed_files, user_path
-from jasper_fast.data.rows import packed
+from jasper_fast.data.rows import with_compressed
 from jasper_fast.data.text import lone_surrogate
 from jasper_fast.utils.errors import JasperError
 
-CAPTION_FILES = packed(".jsonl")
+CAPTION_FILES = with_compressed(".jsonl")
 
 Item = tuple[str, bytes | str, list[str]]  # position of an image, content of its file or the problem, and captions
 
@@ -59,9 +59,9 @@ def captions_of(row: dict[str, Any], source: ImageSourceConfig, where: str) -> l
     """
     columns = [column for column in source.caption_columns if column in row]
     if not columns:
-        wanted = " or ".join(map(repr, source.caption_columns))
+        expected = " or ".join(map(repr, source.caption_columns))
         raise JasperError(
-            f"{where}: no column {wanted} (got columns: {', '.join(map(str, row))}). Fix: set `caption_columns`"
+            f"{where}: no column {expected} (got columns: {', '.join(map(str, row))}). Fix: set `caption_columns`"
         )
     captions = []
     for column in columns:

@@ -21,7 +21,7 @@ from jasper_fast.utils.fingerprint import sha256
 
 PACKAGES = ("torch", "numpy", "transformers", "datasets", "pandas", "pyarrow", "sympy", "networkx")  # plus the stdlib
 MIN_BODY, MAX_BODY, MIN_SUMMARY = 64, 20_000, 12  # characters; a docstring longer than MAX_BODY is a manual
-POOL_SHARE = 0.1  # fraction of the pairs that is held out, even if an evaluation uses fewer
+HELD_OUT_FRACTION = 0.1  # fraction of the pairs that is held out, even if an evaluation uses fewer
 SKIP = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "__pycache__", "_vendor"}
 
 QUOTES = '"""'
@@ -74,9 +74,9 @@ def split_docstrings(held_out: int | None = None) -> tuple[list[tuple[str, str]]
         JasperError: the installed packages have fewer held-out pairs than requested.
     """
     hashed = sorted((_key(body), (head, body)) for head, body in docstring_pairs())
-    pool = [pair for key, pair in hashed if _in_pool(key)]
+    pool = [pair for key, pair in hashed if _is_held_out(key)]
     pool_forms = {normal_form(text) for pair in pool for text in pair}
-    train = [p for key, p in hashed if not _in_pool(key) and not any(normal_form(text) in pool_forms for text in p)]
+    train = [p for key, p in hashed if not _is_held_out(key) and not any(normal_form(text) in pool_forms for text in p)]
     if held_out is not None and held_out > len(pool):
         raise JasperError(
             f"docstrings: too few held-out pairs in the installed packages (got {len(pool)}, expected {held_out}). "
@@ -99,8 +99,8 @@ def _key(body: str) -> str:
     return sha256(" ".join(body.split()).casefold())
 
 
-def _in_pool(key: str) -> bool:
-    return int(key[:8], 16) < POOL_SHARE * 2**32
+def _is_held_out(key: str) -> bool:
+    return int(key[:8], 16) < HELD_OUT_FRACTION * 2**32
 
 
 def _roots() -> list[Path]:

@@ -13,7 +13,7 @@ from jasper_fast.utils.errors import JasperError
 SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # in order of preference
 
 
-def find(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
+def find_file(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
     """Find the file of a folder with a given stem, or return None.
 
     Args:
@@ -38,7 +38,7 @@ def first_split(folder: Path, endings: Sequence[str]) -> Path | None:
     Raises:
         JasperError: the folder cannot be listed, or a link in it is broken.
     """
-    return next((file for split in SPLITS if (file := find(folder, split, endings))), None)
+    return next((file for split in SPLITS if (file := find_file(folder, split, endings))), None)
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jasper_fast.config.data import EvalConfig
-from jasper_fast.data.eval_files import SPLITS, find, first_split, json_rows, text_cell
+from jasper_fast.data.eval_files import SPLITS, find_file, first_split, json_rows, text_cell
 from jasper_fast.data.eval_sets import ClassificationSet, EvalSet, RetrievalSet, SimilaritySet
-from jasper_fast.data.judgements import ENDINGS, Judgements, read_judgements
+from jasper_fast.data.judgements import SUFFIXES, Judgements, read_judgements
 from jasper_fast.data.listing import user_path
-from jasper_fast.data.rows import PACKED, check_text, packed, read_rows
+from jasper_fast.data.rows import COMPRESSION_SUFFIXES, check_text, read_rows, with_compressed
 from jasper_fast.data.text import normal_form
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import content_digest
@@ -24,7 +24,7 @@ from jasper_fast.utils.fingerprint import content_digest
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # default number of held-out docstring pairs to evaluate
 T = TypeVar("T")
-_JSONL, _TSV = packed(".jsonl"), packed(".tsv")
+_JSONL, _TSV = with_compressed(".jsonl"), with_compressed(".tsv")
 
 
 def load_eval(config: EvalConfig) -> EvalSet:
@@ -62,7 +62,7 @@ def _load_files(config: EvalConfig) -> EvalSet:
             f"evaluation set {config.path!r}: no such file or folder. Fix: correct the path, or give {DOCSTRINGS!r}"
         )
     if os.path.isfile(path):
-        if path.parent.name == "qrels" and path.name.lower().endswith(ENDINGS):
+        if path.parent.name == "qrels" and path.name.lower().endswith(SUFFIXES):
             return _beir(config, path.parent.parent, path)
         if not path.name.lower().endswith(_TSV):
             raise JasperError(
@@ -70,17 +70,17 @@ def _load_files(config: EvalConfig) -> EvalSet:
                 "a .tsv file with score, sentence1, sentence2). Fix: correct the path"
             )
         return _similarity(config, path)
-    if find(path, "corpus", _JSONL):
+    if find_file(path, "corpus", _JSONL):
         qrels = path / "qrels"
-        return _beir(config, path, first_split(qrels, ENDINGS) if qrels.is_dir() else None)
-    if find(path, "train", _JSONL):
+        return _beir(config, path, first_split(qrels, SUFFIXES) if qrels.is_dir() else None)
+    if find_file(path, "train", _JSONL):
         return _classification(config, path)
     if file := first_split(path, _TSV):
         return _similarity(config, file, folder=path)
     raise JasperError(
         f"evaluation set {path}: no evaluation files in this folder (expected corpus.jsonl with queries.jsonl and "
-        f"qrels/test.tsv, train.jsonl with test.jsonl, test.tsv or dev.tsv, each also with {', '.join(PACKED)}). Fix: "
-        "give the folder with these files"
+        f"qrels/test.tsv, train.jsonl with test.jsonl, test.tsv or dev.tsv, each also with "
+        f"{', '.join(COMPRESSION_SUFFIXES)}). Fix: give the folder with these files"
     )
 
 
@@ -118,7 +118,7 @@ def _docstrings(config: EvalConfig) -> RetrievalSet:
 
 
 def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
-    corpus, queries = find(folder, "corpus", _JSONL), find(folder, "queries", _JSONL)
+    corpus, queries = find_file(folder, "corpus", _JSONL), find_file(folder, "queries", _JSONL)
     if corpus is None or queries is None or qrels is None:
         needed = {"corpus.jsonl": corpus, "queries.jsonl": queries, "qrels/test.tsv": qrels}
         absent = [name for name, file in needed.items() if file is None]
@@ -131,17 +131,19 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     judgements = read_judgements(qrels)
     unmatched = _unmatched(judgements, query_at, document_at, qrels)
     judged = [name for name in query_at if name in judgements]
-    selected = [judged[i] for i in _choose([texts[query_at[name]] for name in judged], config.limit)]
-    same_text = [_itself(texts[query_at[name]], pairs, document_at.get(name)) for name in selected]
+    selected = [judged[i] for i in _subsample([texts[query_at[name]] for name in judged], config.limit)]
+    same_text = [_self_match(texts[query_at[name]], pairs, document_at.get(name)) for name in selected]
     relevant = [_relevant(judgements[name], document_at) for name in selected]
-    itself = [-1 if document in grades else document for document, grades in zip(same_text, relevant, strict=True)]
+    self_matches = [
+        -1 if document in grades else document for document, grades in zip(same_text, relevant, strict=True)
+    ]
     return RetrievalSet(
         config.name or folder.resolve().name,
         [texts[query_at[name]] for name in selected],
         [_document(title, body) for title, body in pairs],
         relevant,
         parts=[part for pair in pairs if all(pair) for part in pair],
-        itself=itself if max(itself) >= 0 else [],
+        self_matches=self_matches if max(self_matches) >= 0 else [],
         transductive=config.transductive,
         ids=list(document_at),
         unmatched=unmatched,
@@ -179,7 +181,7 @@ def _document(title: str, body: str) -> str:
     return f"{title} {body}".strip()
 
 
-def _itself(query: str, pairs: Sequence[tuple[str, str]], document: int | None) -> int:
+def _self_match(query: str, pairs: Sequence[tuple[str, str]], document: int | None) -> int:
     """Return the position of the document with the query's id if it also has the query's text, else -1."""
     if document is None:
         return -1
@@ -226,7 +228,7 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
         (_number(row["score"], where), row["sentence1"], row["sentence2"])
         for where, row in read_rows(file, ("score", "sentence1", "sentence2"))
     ]
-    selected = [triples[i] for i in _choose([f"{a}\t{b}" for _, a, b in triples], config.limit)]
+    selected = [triples[i] for i in _subsample([f"{a}\t{b}" for _, a, b in triples], config.limit)]
     distinct = len({score for score, _, _ in selected})
     if distinct < 2:
         raise JasperError(
@@ -239,7 +241,7 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
 
 
 def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
-    train, test = find(folder, "train", _JSONL), first_split(folder, _JSONL)
+    train, test = find_file(folder, "train", _JSONL), first_split(folder, _JSONL)
     if train is None or test is None or test == train:
         raise JasperError(
             f"evaluation set {folder}: incomplete classification folder (expected train.jsonl and test.jsonl). "
@@ -256,7 +258,7 @@ def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
                     f"{where}: `label` is not text or a whole number (got {label!r}). Fix: correct or remove the row"
                 )
             labels.append(check_text(str(label), f"{where}: `label`"))
-        selected = _choose(texts, config.limit)
+        selected = _subsample(texts, config.limit)
         parts.append(([texts[i] for i in selected], [labels[i] for i in selected]))
     distinct = len(set(parts[0][1]))
     if distinct < 2:
@@ -267,7 +269,7 @@ def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
     return ClassificationSet(config.name or folder.resolve().name, *parts[0], *parts[1])
 
 
-def _choose(texts: Sequence[str], limit: int | None) -> list[int]:
+def _subsample(texts: Sequence[str], limit: int | None) -> list[int]:
     """Return the positions of at most ``limit`` texts: those with the smallest digests.
 
     The first rows of a file are often similar, so they would not be a fair sample.

@@ -20,9 +20,9 @@ class RetrievalSet:
             documents scores 0.
         kind: "beir" or "docstrings".
         parts: the titles and bodies of the documents, used only to exclude them from training.
-        itself: for each query, the position of the document with the same id and the same text, or -1. This document
-            does not count as a result. BEIR compares only the ids, but many sets simply number queries and documents
-            from 1. An empty list means that no query has such a document.
+        self_matches: for each query, the position of the document with the same id and the same text, or -1. This
+            document does not count as a result. BEIR compares only the ids, but many sets simply number queries and
+            documents from 1. An empty list means that no query has such a document.
         transductive: whether training may use the documents, because the corpus is known in advance.
         ids: the ids of the documents, including absent ones. Equal scores are ranked by id, as in BEIR and mteb. If the
             list is empty, they are ranked by position.
@@ -35,7 +35,7 @@ class RetrievalSet:
     relevant: list[dict[int, int]]
     kind: str = "beir"
     parts: list[str] = field(default_factory=list)
-    itself: list[int] = field(default_factory=list)
+    self_matches: list[int] = field(default_factory=list)
     transductive: bool = False
     ids: list[str] = field(default_factory=list)
     unmatched: tuple[int, int] = (0, 0)
@@ -51,17 +51,17 @@ class RetrievalSet:
         yield from self.documents
         yield from self.parts
 
-    def kept_apart(self) -> Iterator[str]:
+    def held_out_texts(self) -> Iterator[str]:
         """Yield the texts to exclude from training."""
         yield from self.queries if self.transductive else self.texts()
 
-    def remarks(self) -> str:
+    def notes(self) -> str:
         """Describe unmatched judgements and queries without a relevant document. Return "" if there are none."""
         documents, queries = self.unmatched
         counts = (
-            count_of(documents, "judgement of an absent document", "judgements of absent documents"),
-            count_of(queries, "judgement of an absent query", "judgements of absent queries"),
-            count_of(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
+            format_count(documents, "judgement of an absent document", "judgements of absent documents"),
+            format_count(queries, "judgement of an absent query", "judgements of absent queries"),
+            format_count(self.relevant.count({}), "query", "queries", " without a relevant document (scored 0)"),
         )
         return ", ".join(count for count in counts if count)
 
@@ -94,7 +94,7 @@ class SimilaritySet:
         yield from self.left
         yield from self.right
 
-    kept_apart = texts  # training excludes every text
+    held_out_texts = texts  # training excludes every text
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ class ClassificationSet:
         yield from self.train_texts
         yield from self.test_texts
 
-    kept_apart = texts  # training excludes every text
+    held_out_texts = texts  # training excludes every text
 
 
 EvalSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
-def count_of(count: int, one: str, several: str, rest: str = "") -> str:
+def format_count(count: int, one: str, several: str, rest: str = "") -> str:
     """Return a count with its noun, or an empty string for zero."""
     return f"{count:,} {one if count == 1 else several}{rest}" if count else ""

@@ -17,8 +17,8 @@ from jasper_fast.utils.errors import JasperError
 
 GLYPHS = "glyphs"
 FONTS, FONT = "fonts/ttf", "DejaVuSans"  # matplotlib's font folder, and the default font
-BASE_LINE = 0.72  # distance of the base line from the top, as a fraction of the image height
-SIZE_OF_EM = 0.69  # font size as a fraction of the image side; the tallest accented glyphs still fit
+BASELINE = 0.72  # distance of the base line from the top, as a fraction of the image height
+FONT_SIZE = 0.69  # font size as a fraction of the image side; the tallest accented glyphs still fit
 
 
 def font_file(font: str = FONT) -> Path:
@@ -61,7 +61,7 @@ def draw_glyphs(side: int = 64, font: str = FONT) -> list[tuple[np.ndarray, list
     from PIL import Image, ImageDraw, ImageFont
 
     # The other layout engine shapes text and does not draw some isolated marks.
-    face = ImageFont.truetype(str(path), round(side * SIZE_OF_EM), layout_engine=ImageFont.Layout.BASIC)
+    face = ImageFont.truetype(str(path), round(side * FONT_SIZE), layout_engine=ImageFont.Layout.BASIC)
     names_of: dict[bytes, list[str]] = {}
     for point in sorted(FT2Font(str(path)).get_charmap()):
         name = unicodedata.name(chr(point), "")
@@ -69,7 +69,7 @@ def draw_glyphs(side: int = 64, font: str = FONT) -> list[tuple[np.ndarray, list
         if not name or right <= left or bottom <= top:
             continue
         image = Image.new("L", (side, side), 255)
-        origin = (side / 2 - (left + right) / 2, side * BASE_LINE)  # centred: a too wide glyph loses both edges equally
+        origin = (side / 2 - (left + right) / 2, side * BASELINE)  # centred: a too wide glyph loses both edges equally
         ImageDraw.Draw(image).text(origin, chr(point), font=face, fill=0, anchor="ls")
         pixels = np.asarray(image)
         if pixels.min() < 255:

@@ -24,7 +24,7 @@ from jasper_fast.config.data import ImagesConfig, ImageSourceConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.captions import Item
 from jasper_fast.data.glyphs import GLYPHS
-from jasper_fast.data.image_files import BadImage, decode, need_pillow, resize
+from jasper_fast.data.image_files import BadImage, decode, require_pillow, resize
 from jasper_fast.data.image_sources import read_images, source_stamp
 from jasper_fast.data.text import normal_form
 from jasper_fast.utils.arrow_files import write_index
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 FORMAT = 4  # increment it when a code change makes the same settings give other images
-KEPT_PIXELS = 1 << 29  # maximum bytes of decoded images in memory
-TOLD = 5  # maximum number of unusable images to list
+MAX_CACHED_BYTES = 1 << 29  # maximum bytes of decoded images in memory
+MAX_LISTED = 5  # maximum number of unusable images to list
 
 
 @dataclass
@@ -103,8 +103,8 @@ class Images:
         if missing:
             files = self.table.select_columns(["image"])[missing]["image"]
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                decoded = dict(zip(missing, pool.map(partial(_square, side), files), strict=True))
-            if len(self) * 3 * side * side <= KEPT_PIXELS:
+                decoded = dict(zip(missing, pool.map(partial(_decode_square, side), files), strict=True))
+            if len(self) * 3 * side * side <= MAX_CACHED_BYTES:
                 cached.update(decoded)
         squares = np.stack([decoded[row] if row in decoded else cached[row] for row in indices])  # (B, side, side, 3)
         return torch.from_numpy(squares).permute(0, 3, 1, 2)
@@ -135,7 +135,7 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     """
     from datasets import load_from_disk
 
-    need_pillow()
+    require_pillow()
     folder = _folder(config, cache)
     with locked(folder):
         if not (folder / "facts.json").is_file():
@@ -149,7 +149,7 @@ def build_images(config: ImagesConfig, cache: str | Path) -> tuple[Images, Image
     return train_images, Images(table.select(held), facts["fingerprint"] + "h")
 
 
-def images_built(config: ImagesConfig, cache: str | Path) -> bool:
+def images_cached(config: ImagesConfig, cache: str | Path) -> bool:
     """Return whether the images are already in the cache, as built by `build_images`.
 
     Args:
@@ -159,11 +159,11 @@ def images_built(config: ImagesConfig, cache: str | Path) -> bool:
     Raises:
         JasperError: Pillow is not installed, or matplotlib, which the glyphs need.
     """
-    need_pillow()
+    require_pillow()
     return (_folder(config, cache) / "facts.json").is_file()
 
 
-def try_images(source: ImageSourceConfig) -> None:
+def check_images(source: ImageSourceConfig) -> None:
     """Read the first image of a source, to find errors that affect all its images. A damaged image is not an error.
 
     Raises:
@@ -187,9 +187,9 @@ def _build(config: ImagesConfig, folder: Path) -> None:
     unusable: list[str] = []
     fingerprint, groups, extra = _write_table(config, folder / "table", unusable)
     if unusable:
-        print(f"skipped {len(unusable)} images:\n  - " + "\n  - ".join(unusable[:TOLD]), flush=True)
-        if len(unusable) > TOLD:
-            print(f"  - and {len(unusable) - TOLD} more")
+        print(f"skipped {len(unusable)} images:\n  - " + "\n  - ".join(unusable[:MAX_LISTED]), flush=True)
+        if len(unusable) > MAX_LISTED:
+            print(f"  - and {len(unusable) - MAX_LISTED} more")
     candidates = extra.count(False)
     if candidates <= config.held_out:
         others = f", plus {len(extra) - candidates} of train_only sources" if candidates < len(extra) else ""
@@ -233,7 +233,7 @@ def _write_table(config: ImagesConfig, folder: Path, unusable: list[str]) -> tup
     folder.mkdir()
     with pa.OSFile(str(folder / "pictures.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for source in config.sources:
-            for where, data, captions in _sound(read_images(source), unusable, config.max_bad):
+            for where, data, captions in _usable_images(read_images(source), unusable, config.max_bad):
                 content = content_digest(data)
                 digest.update("\0".join([content, *captions, ""]).encode("utf-8", "surrogatepass"))
                 groups.append([content, *map(normal_form, captions)])
@@ -260,19 +260,23 @@ def hold_out(
         in ascending order.
     """
     candidates = [row for row in range(len(groups)) if not extra or not extra[row]]
-    members = tied(groups, candidates)
+    members = connected_groups(groups, candidates)
     order = {r: content_digest(f"{seed} {min(groups[r])}", size=64) for r in members}
     held: set[int] = set()
     for group in sorted(members, key=lambda r: order[r]):
         if len(held) + len(members[group]) <= count:
             held.update(members[group])
     linked = [
-        row for rows in tied(groups).values() if not held.isdisjoint(rows) for row in rows if extra and extra[row]
+        row
+        for rows in connected_groups(groups).values()
+        if not held.isdisjoint(rows)
+        for row in rows
+        if extra and extra[row]
     ]
     return sorted(held), sorted(linked)
 
 
-def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> dict[int, list[int]]:
+def connected_groups(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> dict[int, list[int]]:
     """Group rows that are connected by common ties, directly or through other rows.
 
     Args:
@@ -300,7 +304,7 @@ def tied(groups: Sequence[Sequence[str]], rows: Sequence[int] | None = None) -> 
     return members
 
 
-def _sound(items: Iterator[Item], unusable: list[str], limit: int) -> Iterator[tuple[str, bytes, list[str]]]:
+def _usable_images(items: Iterator[Item], unusable: list[str], limit: int) -> Iterator[tuple[str, bytes, list[str]]]:
     """Yield the images that can be decoded and have a caption. Add the others to ``unusable``.
 
     Raises:
@@ -333,7 +337,7 @@ def _sound(items: Iterator[Item], unusable: list[str], limit: int) -> Iterator[t
                     raise JasperError(
                         f"images: too many unusable images (got {len(unusable)}, expected at most {limit}, the value "
                         "of images.max_bad). Fix: repair or remove these images, or raise images.max_bad:\n  - "
-                        + "\n  - ".join(unusable[:TOLD])
+                        + "\n  - ".join(unusable[:MAX_LISTED])
                     )
             batch.clear()
 
@@ -344,5 +348,5 @@ def _sound(items: Iterator[Item], unusable: list[str], limit: int) -> Iterator[t
         yield from checked()
 
 
-def _square(side: int, data: bytes) -> np.ndarray:
+def _decode_square(side: int, data: bytes) -> np.ndarray:
     return resize(decode(data), side)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
-MAX_FILE = 1 << 30  # bytes of one image file; 100 million pixels of four 16-bit channels fit
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+MAX_FILE_BYTES = 1 << 30  # bytes of one image file; 100 million pixels of four 16-bit channels fit
 MAX_PIXELS = 100_000_000  # a larger image is rejected before it is decoded
 NO_PILLOW = "images: Pillow, which reads them, is not installed. Fix: `pip install pillow`"
-OTHER_KINDS = (  # file types often found among images: signature, its byte offset, and description with advice
+OTHER_FORMATS = (  # file types often found among images: signature, its byte offset, and description with advice
     (b"%PDF", 0, "a PDF; save its pages as images"),
     (b"ftyp", 4, "a video; save a frame as an image"),
     (b"\x1aE\xdf\xa3", 0, "a video; save a frame as an image"),
@@ -28,9 +28,9 @@ OTHER_KINDS = (  # file types often found among images: signature, its byte offs
     (b"<svg", 0, "an SVG drawing; save it as PNG"),
     (b"<?xml", 0, "an XML file; save drawings as PNG"),
 )
-STILL_PICTURES = (b"avif", b"avis", b"heic", b"mif1", b"msf1")  # image formats with the signature of a video
+STILL_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"mif1", b"msf1")  # image formats with the signature of a video
 # The exceptions that Pillow's decoders raise for damaged files.
-DAMAGE = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -57,11 +57,11 @@ def check_size(size: int) -> None:
     Raises:
         BadImage: the size is above the limit for image files.
     """
-    if size > MAX_FILE:
-        raise BadImage(f"too large when unpacked (got {size:,} bytes, expected at most {MAX_FILE:,})")
+    if size > MAX_FILE_BYTES:
+        raise BadImage(f"too large when unpacked (got {size:,} bytes, expected at most {MAX_FILE_BYTES:,})")
 
 
-def need_pillow() -> None:
+def require_pillow() -> None:
     """Check that Pillow is installed.
 
     Raises:
@@ -97,22 +97,22 @@ def decode(data: bytes) -> Image:
                     f"too large (got {image.width} × {image.height} pixels, expected at most {MAX_PIXELS:,}). Fix: "
                     "shrink the image"
                 )
-            return upright(image)
+            return to_upright_rgb(image)
     except (Image.DecompressionBombError, MemoryError):
         raise BadImage(f"too large (expected at most {MAX_PIXELS:,} pixels). Fix: shrink the image") from None
     except UnidentifiedImageError:
-        raise BadImage(_what_else(data)) from None
-    except DAMAGE as error:
+        raise BadImage(_other_format(data)) from None
+    except DECODE_ERRORS as error:
         raise BadImage(
             f"damaged or truncated ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
 
 
-def upright(image: Image) -> Image:
+def to_upright_rgb(image: Image) -> Image:
     """Convert an opened image to RGB, rotated by its EXIF orientation, with transparency over white.
 
     Raises:
-        OSError: the image is truncated. Pillow's decoders raise any of ``DAMAGE`` for damaged files.
+        OSError: the image is truncated. Pillow's decoders raise any of ``DECODE_ERRORS`` for damaged files.
     """
     from PIL import ImageOps
 
@@ -156,9 +156,9 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _what_else(data: bytes) -> str:
+def _other_format(data: bytes) -> str:
     start = data[:512].lstrip()
-    for mark, place, kind in OTHER_KINDS:
-        if start[place : place + len(mark)].lower() == mark.lower() and start[8:12] not in STILL_PICTURES:
+    for mark, place, kind in OTHER_FORMATS:
+        if start[place : place + len(mark)].lower() == mark.lower() and start[8:12] not in STILL_IMAGE_BRANDS:
             return f"not an image but {kind}"
     return "not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP …)"

@@ -23,11 +23,11 @@ from typing import Any
 from jasper_fast.config.data import ImageSourceConfig
 from jasper_fast.data.captions import CAPTION_FILES, Item, caption_file, captions_of
 from jasper_fast.data.glyphs import GLYPHS, draw_glyphs, font_file
-from jasper_fast.data.image_files import PICTURES, BadImage, check_size
+from jasper_fast.data.image_files import IMAGE_SUFFIXES, BadImage, check_size
 from jasper_fast.data.listing import all_files, is_hidden, listed_files, user_path
 from jasper_fast.data.rows import read_rows
-from jasper_fast.data.text_sources import numbered
-from jasper_fast.data.webdataset import TARS, read_tar
+from jasper_fast.data.text_sources import enumerate_rows
+from jasper_fast.data.webdataset import TAR_SUFFIXES, read_tar
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import content_digest
 from jasper_fast.utils.names import first_line, looks_like_path
@@ -44,7 +44,7 @@ def read_images(source: ImageSourceConfig) -> Iterator[Item]:
         JasperError: the source is missing or unreadable, or a column is missing or has another type.
     """
     for where, data, captions in islice(_read(source), source.limit):
-        yield shown(where), shown(data) if isinstance(data, str) else data, captions
+        yield printable(where), printable(data) if isinstance(data, str) else data, captions
 
 
 def source_stamp(source: ImageSourceConfig) -> list[Any]:
@@ -77,7 +77,7 @@ def _read(source: ImageSourceConfig) -> Iterator[Item]:
             yield from _dataset(source)
         elif name.endswith(".zip"):
             yield from _zip(path, source)
-        elif name.endswith(TARS):
+        elif name.endswith(TAR_SUFFIXES):
             yield from read_tar(path, source)
         elif name.endswith(".parquet"):
             yield from _dataset(source)
@@ -102,12 +102,12 @@ def _glyphs(font: str) -> Iterator[Item]:
 
 
 def _folder(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
-    tars = listed_files(path, TARS, recursive=False)
+    tars = listed_files(path, TAR_SUFFIXES, recursive=False)
     captioned = source.captions is not None or bool(listed_files(path, CAPTION_FILES, recursive=False))
     if source.captions is None and tars:
         for tar in tars:
             yield from read_tar(tar, source)
-    elif not captioned and (_was_saved(path) or listed_files(path, (".parquet",))):
+    elif not captioned and (_is_saved_dataset(path) or listed_files(path, (".parquet",))):
         _check_links(path)
         yield from _dataset(source)
     else:
@@ -136,7 +136,7 @@ def _zip(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
                 continue
             earlier = first.setdefault(name, info)
             if (earlier.CRC, earlier.file_size) != (info.CRC, info.file_size):
-                files[name] = partial(_twice, name)
+                files[name] = partial(_reject_duplicate, name)
             else:
                 files.setdefault(name, partial(_member, archive, info))
         yield from _captioned(source, files, caption_file(source, path.parent))
@@ -157,11 +157,11 @@ def _plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip().replace("\\", "/").removeprefix("./"))
 
 
-def _twice(name: str) -> bytes:
+def _reject_duplicate(name: str) -> bytes:
     raise BadImage("appears twice in the archive, with different content")
 
 
-def _was_saved(folder: Path) -> bool:
+def _is_saved_dataset(folder: Path) -> bool:
     """Return whether ``save_to_disk`` of `datasets` wrote the folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
@@ -197,7 +197,7 @@ def _captioned(source: ImageSourceConfig, files: Mapping[str, Callable[[], bytes
         data = _content(files[name]) if name in files else f"the file is missing (it is listed in {row_of[name]})"
         yield f"{source.path}: {name}", data, list(dict.fromkeys(all_captions))
     for name in files:  # an image without a row is treated like one with an empty caption
-        if name not in row_of and name.lower().endswith(PICTURES):
+        if name not in row_of and name.lower().endswith(IMAGE_SUFFIXES):
             yield f"{source.path}: {name}", b"", []
 
 
@@ -224,7 +224,7 @@ def _dataset(source: ImageSourceConfig) -> Iterator[Item]:
     if features is not None and isinstance(features[source.image_column], Image):
         # `datasets` must not decode: it would raise at the first damaged image.
         rows = rows.cast_column(source.image_column, Image(decode=False))
-    for number, row in numbered(source, _with_files(rows, source.image_column)):
+    for number, row in enumerate_rows(source, _with_files(rows, source.image_column)):
         where = f"{source.path}, row {number}"
         item: Item
         try:
@@ -243,7 +243,7 @@ def _load_dataset(source: ImageSourceConfig) -> Any:
     try:
         if path.is_file():
             return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        if path.is_dir() and _was_saved(path):
+        if path.is_dir() and _is_saved_dataset(path):
             saved = load_from_disk(str(path))
             if isinstance(saved, dict) and source.split not in saved:
                 raise JasperError(
@@ -293,6 +293,6 @@ def _bytes(cell: Any, where: str) -> bytes:
     )
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Replace characters that cannot be stored as UTF-8 by question marks. File names may contain any bytes."""
     return text.encode("utf-8", "replace").decode()

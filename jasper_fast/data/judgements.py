@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from jasper_fast.data.rows import packed, read_lines, read_rows, unpacked_name
+from jasper_fast.data.rows import read_lines, read_rows, uncompressed_name, with_compressed
 from jasper_fast.utils.errors import JasperError
 
-ENDINGS = packed(".tsv", ".txt", ".jsonl", ".qrels", ".qrel")
-NEEDED = "give query-id, corpus-id and score"  # the advice in error messages
+SUFFIXES = with_compressed(".tsv", ".txt", ".jsonl", ".qrels", ".qrel")
+COLUMNS_FIX = "give query-id, corpus-id and score"  # the advice in error messages
 MAX_GRADE = 1_000_000  # trec_eval allocates a counter for every grade up to the highest
 QUERY = {"query-id", "query_id", "queryid", "qid", "query", "topic", "topic-id", "topic_id"}
 DOCUMENT = {"corpus-id", "corpus_id", "doc-id", "doc_id", "docid", "docno", "did", "pid", "document-id", "document_id"}
@@ -44,17 +44,17 @@ def read_judgements(file: Path) -> Judgements:
 
 
 def _is_json(file: Path) -> bool:
-    return unpacked_name(file).endswith(".jsonl")
+    return uncompressed_name(file).endswith(".jsonl")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     for where, row in read_rows(file):
-        columns = _named_columns(list(row))
+        columns = _columns_by_name(list(row))
         if columns is None:
-            raise JasperError(f"{where}: not a judgement (got {', '.join(row)}). Fix: {NEEDED}")
+            raise JasperError(f"{where}: not a judgement (got {', '.join(row)}). Fix: {COLUMNS_FIX}")
         values = list(row.values())
         if any(values[column] is None for column in columns):
-            raise JasperError(f"{where}: a judgement with a null id or grade. Fix: {NEEDED}")
+            raise JasperError(f"{where}: a judgement with a null id or grade. Fix: {COLUMNS_FIX}")
         yield where, [str(values[column]).strip() for column in columns]
 
 
@@ -65,9 +65,9 @@ def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
         raise JasperError(f"{file}: the file is empty. Fix: write one judgement per line")
     tabs = "\t" in first[1].strip()
     header = _cells(first[1], tabs)
-    columns = _named_columns(header)
+    columns = _columns_by_name(header)
     if columns is None and sum(not names.isdisjoint(map(str.lower, header)) for names in (QUERY, DOCUMENT, GRADE)) > 1:
-        raise JasperError(f"{file}, line {first[0]}: unknown columns (got {', '.join(header)}). Fix: {NEEDED}")
+        raise JasperError(f"{file}, line {first[0]}: unknown columns (got {', '.join(header)}). Fix: {COLUMNS_FIX}")
     columns = columns or {3: (0, 1, 2), 4: (0, 2, 3)}.get(len(header))
     for number, line in lines if _is_header(header, columns) else chain([first], lines):
         cells, where = _cells(line, tabs), f"{file}, line {number}"
@@ -75,7 +75,7 @@ def _table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
             count, separator = len(header) if columns else "3 or 4", "tabs" if tabs else "white space"
             raise JasperError(
                 f"{where}: not a judgement (got {line.strip()!r}, expected {count} cells separated by {separator}). "
-                f"Fix: {NEEDED}"
+                f"Fix: {COLUMNS_FIX}"
             )
         yield where, [cells[column] for column in columns]
 
@@ -87,7 +87,7 @@ def _cells(line: str, tabs: bool) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def _named_columns(header: Sequence[str]) -> tuple[int, int, int] | None:
+def _columns_by_name(header: Sequence[str]) -> tuple[int, int, int] | None:
     """Find the columns of query id, document id and grade by their usual names. Return None if one is missing."""
     cells = [cell.lower() for cell in header]
     columns = [column for names in (QUERY, DOCUMENT, GRADE) for column, cell in enumerate(cells) if cell in names]

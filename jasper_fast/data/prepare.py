@@ -29,19 +29,19 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
 
     evalsets = load_evals(config.evaluate)
     forms = {evalset.name: {normal_form(t) for t in evalset.texts()} for evalset in evalsets}
-    barred = frozenset(normal_form(t) for evalset in evalsets for t in evalset.kept_apart())
+    excluded = frozenset(normal_form(t) for evalset in evalsets for t in evalset.held_out_texts())
     if config.images is not None:
         _, held_out = prepare_images(config)
-        barred |= {normal_form(caption) for captions in held_out.captions() for caption in captions}
-    texts = build_texts(config.data, config.data.seed, barred)
-    evaluated = barred.union(*forms.values())
+        excluded |= {normal_form(caption) for captions in held_out.captions() for caption in captions}
+    texts = build_texts(config.data, config.data.seed, excluded)
+    evaluated = excluded.union(*forms.values())
     shared: set[str] = set()
     if evaluated:
         shared = {form for text in _column(texts, "text") if (form := normal_form(text)) in evaluated}
     return texts, [name for name, own_forms in forms.items() if not own_forms.isdisjoint(shared)]
 
 
-def with_trained_piece(held_out: Iterable[str], texts: Dataset, longest: int) -> int:
+def count_trained_pieces(held_out: Iterable[str], texts: Dataset, longest: int) -> int:
     """Count the held-out texts that contain a training text as a piece.
 
     Only whole texts are excluded from training. Two documents can still share a passage, such as an example.

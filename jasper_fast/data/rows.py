@@ -24,29 +24,29 @@ from typing import Any
 from jasper_fast.data.text import lone_surrogate
 from jasper_fast.utils.errors import JasperError
 
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MARKS = (  # byte order marks; UTF-32 first, because its mark begins with the mark of UTF-16
+BYTE_ORDER_MARKS = (  # byte order marks; UTF-32 first, because its mark begins with the mark of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-STARTS = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+COMPRESSION_SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 BOM = "\ufeff"
-QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a quoted CSV cell with at least one doubled quote
+QUOTED_CELL = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a quoted CSV cell with at least one doubled quote
 
 Row = tuple[str, dict[str, Any]]  # position (file and line) and cells by column
 
 
-def packed(*endings: str) -> tuple[str, ...]:
+def with_compressed(*endings: str) -> tuple[str, ...]:
     """Return the endings, then each ending with each suffix of compressed files."""
-    return (*endings, *(ending + suffix for suffix in PACKED for ending in endings))
+    return (*endings, *(ending + suffix for suffix in COMPRESSION_SUFFIXES for ending in endings))
 
 
-KINDS = (".jsonl", ".csv", ".tsv", ".txt")
-SUFFIXES = (*packed(*KINDS), ".parquet")
-KNOWN = f"{', '.join(KINDS)} (each also with {', '.join(PACKED)}), .parquet"
+TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv", ".txt")
+SUFFIXES = (*with_compressed(*TEXT_SUFFIXES), ".parquet")
+SUPPORTED_FILES = f"{', '.join(TEXT_SUFFIXES)} (each also with {', '.join(COMPRESSION_SUFFIXES)}), .parquet"
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -63,7 +63,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
     Raises:
         JasperError: the file is damaged or not text, a table lacks a column, or a row is malformed.
     """
-    kind = unpacked_name(file).rpartition(".")[2]
+    kind = uncompressed_name(file).rpartition(".")[2]
     if kind == "parquet":
         yield from _parquet(file, columns)
     elif kind == "jsonl":
@@ -85,10 +85,10 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\n")
 
 
-def unpacked_name(file: Path) -> str:
+def uncompressed_name(file: Path) -> str:
     """Return the name of a file in lower case, without the suffix of a compressed file."""
     name = file.name.lower()
-    return name.removesuffix(file.suffix.lower()) if file.suffix.lower() in PACKED else name
+    return name.removesuffix(file.suffix.lower()) if file.suffix.lower() in COMPRESSION_SUFFIXES else name
 
 
 def decode(data: bytes) -> str:
@@ -100,7 +100,7 @@ def decode(data: bytes) -> str:
     return data.decode(_encoding(data)).removeprefix(BOM)
 
 
-def no_column(column: str, present: Iterable[str], where: str) -> JasperError:
+def missing_column(column: str, present: Iterable[str], where: str) -> JasperError:
     """Return the error for a missing column.
 
     Args:
@@ -115,7 +115,7 @@ def no_column(column: str, present: Iterable[str], where: str) -> JasperError:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def explain_read_errors(file: Path) -> Iterator[None]:
     """Convert errors about the content of a file to a JasperError with the name of the file."""
     try:
         yield
@@ -136,20 +136,20 @@ def _open(file: Path) -> io.BufferedReader:
 
 
 def _encoding(start: bytes) -> str:
-    return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+    return next((name for mark, name in BYTE_ORDER_MARKS if start.startswith(mark)), "utf-8")
 
 
 def _lines(file: Path, newline: str | None) -> Iterator[tuple[int, str]]:
-    with reading(file), _open(file) as stream:
+    with explain_read_errors(file), _open(file) as stream:
         start = stream.peek(8)
-        if suffix := next((suffix for mark, suffix in STARTS.items() if start.startswith(mark)), None):
+        if suffix := next((suffix for mark, suffix in COMPRESSION_SIGNATURES.items() if start.startswith(mark)), None):
             raise JasperError(f"{file}: the content is that of a {suffix} file. Fix: add {suffix} to the file name")
         text = io.TextIOWrapper(stream, _encoding(start), errors="surrogateescape", newline=newline)
         for number, line in enumerate(text, 1):
-            yield number, _checked(line, file, number)
+            yield number, _without_marks(line, file, number)
 
 
-def _checked(line: str, file: Path, number: int) -> str:
+def _without_marks(line: str, file: Path, number: int) -> str:
     """Return a line without leading byte order marks. Concatenated files have such marks inside them.
 
     Raises:
@@ -224,7 +224,7 @@ def _tsv(file: Path) -> Cells:
 
 
 def _unquoted(cell: str) -> str:
-    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
+    return cell[1:-1].replace('""', '"') if QUOTED_CELL.fullmatch(cell) else cell
 
 
 def _table(file: Path, rows: Cells, columns: Sequence[str]) -> Iterator[Row]:
@@ -233,7 +233,7 @@ def _table(file: Path, rows: Cells, columns: Sequence[str]) -> Iterator[Row]:
     names = [name.strip() for name in header]
     for column in columns:
         if column not in names:
-            raise no_column(column, names, f"{file}, line {number}")
+            raise missing_column(column, names, f"{file}, line {number}")
     if duplicates := sorted({name for name in names if name and names.count(name) > 1}):
         raise JasperError(
             f"{file}, line {number}: column {duplicates[0]!r} appears twice. Fix: give each column a different name"
@@ -252,11 +252,11 @@ def _parquet(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with reading(file), pq.ParquetFile(file) as parquet:
+        with explain_read_errors(file), pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             for column in columns or ():
                 if column not in names:
-                    raise no_column(column, names, str(file))
+                    raise missing_column(column, names, str(file))
                 if names.count(column) > 1:
                     raise JasperError(
                         f"{file}: {names.count(column)} columns have the name {column!r}. Fix: give each column a "

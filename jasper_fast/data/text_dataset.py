@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.data import DataConfig, SourceConfig
-from jasper_fast.data.augment import Exchanges, treat
+from jasper_fast.data.augment import WordReplacer, cut_and_shuffle
 from jasper_fast.data.text import normal_form, text_digest
-from jasper_fast.data.text_sources import draw, read_source, say_ignored, source_stamp, try_source
+from jasper_fast.data.text_sources import check_source, read_source, report_ignored, sample_texts, source_stamp
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
 from jasper_fast.utils.atomic import TEMPORARY, locked, publish_dir, write_atomic
 from jasper_fast.utils.errors import JasperError
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # increment it when a code change makes the same settings give other texts
 BUCKETS = 256
-BUFFERED = 2**26  # characters held in memory before the buckets are written to disk
+MAX_BUFFERED_CHARS = 2**26  # characters held in memory before the buckets are written to disk
 FILE_CHARACTERS = 2**28  # characters per published file
-EXCHANGE_ROWS = 100_000  # rows of a source that supply words for its variants
+REPLACER_ROWS = 100_000  # rows of a source that supply words for its variants
 
 Text = tuple[str, str, str]  # text, role, digest
 
@@ -67,36 +67,36 @@ def build_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) -> D
     """
     from datasets import load_from_disk
 
-    barred = frozenset(exclude)
+    excluded = frozenset(exclude)
     settings = {
         "format": FORMAT,
         "seed": seed,
         "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype", "seed"}),
         "sources": [source_stamp(source) for source in data.sources],
-        "excluded": sha256("\0".join(sorted(barred))),
+        "excluded": sha256("\0".join(sorted(excluded))),
     }
     key = settings_digest(settings)
     folder = Path(data.cache).expanduser() / f"texts-{key}"
     with locked(folder):  # the other processes of the run wait here for the first one
-        if not (folder / "state.json").is_file() or not _files_whole(folder):
+        if not (folder / "state.json").is_file() or not _files_intact(folder):
             _remove_unfinished(folder)
             with publish_dir(folder, replace=True) as temporary:
-                _build(data, seed, barred, settings, temporary)
+                _build(data, seed, excluded, settings, temporary)
     return load_from_disk(str(folder))
 
 
-def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[str, Any], folder: Path) -> None:
+def _build(data: DataConfig, seed: int, excluded: frozenset[str], settings: dict[str, Any], folder: Path) -> None:
     from tqdm import tqdm
 
     for source in data.sources:
-        try_source(source)
-        say_ignored(source)
+        check_source(source)
+        report_ignored(source)
     counts: Counter[str] = Counter()
     with publish_dir(folder / "spool") as spool:
         buckets = _Buckets(spool, seed)
         for source in data.sources:
             with tqdm(desc=f"reading {source.path}", unit=" texts", delay=2, leave=False) as bar:
-                for text in _source_texts(source, data, seed, barred, counts):
+                for text in _source_texts(source, data, seed, excluded, counts):
                     buckets.add((text, source.role, text_digest(text, source.role)))
                     bar.update()
         texts = _limited(buckets.drain(), data.limit)
@@ -120,35 +120,35 @@ def _build(data: DataConfig, seed: int, barred: frozenset[str], settings: dict[s
 
 
 def _source_texts(
-    source: SourceConfig, data: DataConfig, seed: int, barred: frozenset[str], counts: Counter[str]
+    source: SourceConfig, data: DataConfig, seed: int, excluded: frozenset[str], counts: Counter[str]
 ) -> Iterator[str]:
-    exchanges = _exchanges(source) if source.variants else None
-    for cells, drawn in draw(source, seed):
-        for document in ["\n".join(cells)] if source.join else [cells[i] for i in drawn]:
+    replacer = _word_replacer(source) if source.variants else None
+    for cells, sampled in sample_texts(source, seed):
+        for document in ["\n".join(cells)] if source.join else [cells[i] for i in sampled]:
             document = document.strip()
             counts["documents"] += 1
             parts = [document, *cells] if source.join else [document]
-            if barred and any(normal_form(part) in barred for part in parts):
+            if excluded and any(normal_form(part) in excluded for part in parts):
                 counts["excluded"] += 1
                 continue
             pieces = [document]
             if source.role == "document":
-                pieces = treat(document, seed, data.cut_share, data.cut_sentences, data.shuffle_share)
+                pieces = cut_and_shuffle(document, seed, data.cut_share, data.cut_sentences, data.shuffle_share)
             counts["cut"] += len(pieces) > 1
             for piece in pieces:
                 if len(piece) < data.min_chars:
                     counts["too short"] += 1
-                elif len(pieces) > 1 and normal_form(piece) in barred:
+                elif len(pieces) > 1 and normal_form(piece) in excluded:
                     counts["excluded"] += 1
                 else:
                     yield piece
-                    variants = (exchanges.variant(piece, n, seed) for n in range(source.variants)) if exchanges else ()
-                    yield from (text for text in variants if normal_form(text) not in barred)
+                    variants = (replacer.variant(piece, n, seed) for n in range(source.variants)) if replacer else ()
+                    yield from (text for text in variants if normal_form(text) not in excluded)
 
 
-def _exchanges(source: SourceConfig) -> Exchanges:
-    rows = islice(read_source(source), EXCHANGE_ROWS)
-    return Exchanges(text for cells in rows for text in (["\n".join(cells)] if source.join else cells))
+def _word_replacer(source: SourceConfig) -> WordReplacer:
+    rows = islice(read_source(source), REPLACER_ROWS)
+    return WordReplacer(text for cells in rows for text in (["\n".join(cells)] if source.join else cells))
 
 
 class _Buckets:
@@ -171,7 +171,7 @@ class _Buckets:
         place = bytes.fromhex(content_digest(text[2], size=8, key=self.key))
         self.waiting[place[0]].append((place, text))
         self.characters += len(text[0])
-        if self.characters > BUFFERED:
+        if self.characters > MAX_BUFFERED_CHARS:
             self._write_out()
 
     def drain(self) -> Iterator[Text]:
@@ -238,7 +238,7 @@ def _features() -> Features:
     return Features({name: Value("string") for name in ("text", "role", "digest")})
 
 
-def _files_whole(folder: Path) -> bool:
+def _files_intact(folder: Path) -> bool:
     """Return whether all published files match their checksums. The caller rebuilds a damaged folder."""
     facts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     return all(

@@ -18,7 +18,7 @@ import numpy as np
 
 from jasper_fast.config.data import ImageSourceConfig, SourceConfig
 from jasper_fast.data.listing import all_files, listed_files, user_path
-from jasper_fast.data.rows import KNOWN, SUFFIXES, Row, check_text, no_column, packed, read_rows
+from jasper_fast.data.rows import SUFFIXES, SUPPORTED_FILES, Row, check_text, missing_column, read_rows, with_compressed
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import sha256
 from jasper_fast.utils.names import looks_like_path
@@ -29,9 +29,9 @@ BUILT_IN: dict[str, str] = {
     "glyphs": "jasper_fast.data.glyphs:training_rows",
 }
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit
-NAMED = 5  # maximum number of skipped files to list by name
+MAX_LISTED = 5  # maximum number of skipped files to list by name
 # Text files about the data in a folder. They are not data themselves.
-NOTES = re.compile(
+NOTE_NAMES = re.compile(
     r"(?:read[-_ ]?me|licen[cs]es?)(?![a-z]).*"
     r"|(?:copying|copyright|notice|changelog|contributing|citation|requirements|cmakelists)(?:\.md|\.rst)?\.txt.*"
 )
@@ -62,7 +62,7 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
         raise JasperError(f"{source.path}: the source has no rows. Fix: give a source with at least one text")
 
 
-def try_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig) -> None:
     """Read the first row of each file, or of the stream, to find errors that affect all rows.
 
     Raises:
@@ -76,7 +76,7 @@ def try_source(source: SourceConfig) -> None:
             list(_texts(source, cells, where))
 
 
-def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+def sample_texts(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], list[int]]]:
     """Draw at most ``limit`` texts from a source, at random.
 
     A local source is read twice, so that each text is equally likely. A hub stream has an unknown length, so it is
@@ -96,9 +96,9 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
     if source.limit is None or not is_local(source):
         remaining = source.limit
         for row in _shuffled_stream(source, seed) if remaining is not None else read_source(source):
-            drawn = list(range(width or len(row)))[:remaining]
-            yield row, drawn
-            if remaining is not None and (remaining := remaining - len(drawn)) == 0:
+            sampled = list(range(width or len(row)))[:remaining]
+            yield row, sampled
+            if remaining is not None and (remaining := remaining - len(sampled)) == 0:
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
@@ -108,10 +108,10 @@ def draw(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], lis
     position = 0
     for row in read_source(source):
         count = width or len(row)
-        drawn = np.flatnonzero(chosen[position : position + count]).tolist()
+        sampled = np.flatnonzero(chosen[position : position + count]).tolist()
         position += count
-        if drawn:
-            yield row, drawn
+        if sampled:
+            yield row, sampled
 
 
 def is_local(source: SourceConfig) -> bool:
@@ -143,11 +143,11 @@ def source_files(source: SourceConfig) -> list[Path]:
     else:
         files = [path] if path.name.lower().endswith(SUFFIXES) else []
     if not files:
-        raise JasperError(f"{source.path}: no file of a supported format. Fix: give one of {KNOWN}")
+        raise JasperError(f"{source.path}: no file of a supported format. Fix: give one of {SUPPORTED_FILES}")
     return files
 
 
-def say_ignored(source: SourceConfig) -> None:
+def report_ignored(source: SourceConfig) -> None:
     """Print the files in a source's folder that are skipped: other formats, and notes about the data.
 
     Raises:
@@ -158,8 +158,11 @@ def say_ignored(source: SourceConfig) -> None:
         return
     ignored = [file.relative_to(path).as_posix() for file in all_files(path) if file not in read]
     if ignored:
-        rest = f" and {len(ignored) - NAMED} more" if len(ignored) > NAMED else ""
-        print(f"{source.path}: skipped {', '.join(ignored[:NAMED])}{rest} (not data of a supported format)", flush=True)
+        rest = f" and {len(ignored) - MAX_LISTED} more" if len(ignored) > MAX_LISTED else ""
+        print(
+            f"{source.path}: skipped {', '.join(ignored[:MAX_LISTED])}{rest} (not data of a supported format)",
+            flush=True,
+        )
 
 
 def source_stamp(source: SourceConfig) -> list[Any]:
@@ -175,7 +178,7 @@ def source_stamp(source: SourceConfig) -> list[Any]:
 
 
 def _is_note(file: Path) -> bool:
-    return file.name.lower().endswith(packed(".txt")) and NOTES.fullmatch(file.name.lower()) is not None
+    return file.name.lower().endswith(with_compressed(".txt")) and NOTE_NAMES.fullmatch(file.name.lower()) is not None
 
 
 def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[tuple[str, ...]]:
@@ -187,7 +190,7 @@ def _texts(source: SourceConfig, cells: dict[str, Any], where: str) -> Iterator[
     else:
         for column in source.columns:
             if column not in cells:
-                raise no_column(column, cells, where)
+                raise missing_column(column, cells, where)
         yield tuple(_text(cells[column], f"{where}: column {column!r}") for column in source.columns)
 
 
@@ -199,13 +202,13 @@ def _text(value: Any, where: str) -> str:
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:
-    for number, cells in numbered(source, _stream(source)):
+    for number, cells in enumerate_rows(source, _stream(source)):
         yield f"{source.path} ({source.split}), row {number}", cells
 
 
 def _shuffled_stream(source: SourceConfig, seed: int) -> Iterator[tuple[str, ...]]:
     stream = _stream(source).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-    for number, cells in numbered(source, stream):
+    for number, cells in enumerate_rows(source, stream):
         where = f"{source.path} ({source.split}), row {number} of the shuffled stream"
         yield from _texts(source, cells, where)
 
@@ -223,7 +226,7 @@ def _stream(source: SourceConfig) -> Any:
         ) from error
 
 
-def numbered(
+def enumerate_rows(
     source: SourceConfig | ImageSourceConfig, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a stream, numbered from 1.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from jasper_fast.config.data import ImageSourceConfig
 from jasper_fast.data.captions import Item, captions_of
-from jasper_fast.data.image_files import PICTURES, BadImage, check_size
+from jasper_fast.data.image_files import IMAGE_SUFFIXES, BadImage, check_size
 from jasper_fast.data.listing import is_hidden
 from jasper_fast.data.rows import decode
 from jasper_fast.utils.errors import JasperError
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TEXT_FILES = ("txt", "caption")  # suffixes of caption files; a .json file can contain caption columns too
 
 
@@ -37,8 +37,8 @@ class _Sample:
 
         An image called x.png takes precedence over x.mask.png. Otherwise the first image counts.
         """
-        if f".{kind}".endswith(PICTURES):
-            return self.image is None or (not self.plain and f".{kind}" in PICTURES)
+        if f".{kind}".endswith(IMAGE_SUFFIXES):
+            return self.image is None or (not self.plain and f".{kind}" in IMAGE_SUFFIXES)
         return kind in (*TEXT_FILES, "json")
 
     def add(self, kind: str, content: bytes, where: str, source: ImageSourceConfig) -> None:
@@ -47,8 +47,8 @@ class _Sample:
         Raises:
             BadImage: the captions in the file cannot be read.
         """
-        if f".{kind}".endswith(PICTURES):
-            self.image, self.plain, self.where = content, f".{kind}" in PICTURES, where
+        if f".{kind}".endswith(IMAGE_SUFFIXES):
+            self.image, self.plain, self.where = content, f".{kind}" in IMAGE_SUFFIXES, where
         elif kind in TEXT_FILES:
             caption = " ".join(_decoded(kind, content).split())
             self.captions += [caption] if caption else []
@@ -90,7 +90,7 @@ def read_tar(path: Path, source: ImageSourceConfig) -> Iterator[Item]:
     """Yield the images of a tar with their captions, in one sequential pass.
 
     Args:
-        path: the tar, with one of the suffixes ``TARS``.
+        path: the tar, with one of the suffixes ``TAR_SUFFIXES``.
         source: the source, with the names of the caption columns in .json files.
 
     Raises:

@@ -59,12 +59,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a parameter, or the parameter itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor on its own device.
 
     This is a collective: every rank must call it for the same tensor.
@@ -86,7 +86,7 @@ def collect(tree: Any, first: bool) -> Any:
         The same tree with full, contiguous CPU tensors. On other ranks each tensor is None.
     """
     if isinstance(tree, Tensor):
-        full = whole(tree.detach())
+        full = full_tensor(tree.detach())
         return full.to("cpu", copy=True).contiguous() if first else None
     if isinstance(tree, dict):
         return {key: collect(value, first) for key, value in tree.items()}
@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         KeyError: A weight is missing.
         RuntimeError: A weight has a wrong shape.
     """
-    sharded_weights = {name: _like(weights[name], current) for name, current in model.state_dict().items()}
+    sharded_weights = {name: _shard_like(weights[name], current) for name, current in model.state_dict().items()}
     model.load_state_dict(sharded_weights, strict=True)
 
 
@@ -121,7 +121,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     state = {
         **state,
         "state": {
-            index: {key: _own(value, parameters[index]) for key, value in entry.items()}
+            index: {key: _copy_sharded(value, parameters[index]) for key, value in entry.items()}
             for index, entry in state["state"].items()
         },
     }
@@ -129,18 +129,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 @torch.no_grad()
-def set_whole(parameter: Tensor, value: Tensor) -> None:
+def copy_full_tensor(parameter: Tensor, value: Tensor) -> None:
     """Copy a full tensor into a parameter, sharded or not. Every rank must pass the same ``value``."""
-    parameter.copy_(_like(value, parameter))
+    parameter.copy_(_shard_like(value, parameter))
 
 
-def _own(value: Any, parameter: Tensor) -> Any:
+def _copy_sharded(value: Any, parameter: Tensor) -> Any:
     """Shard ``value`` like ``parameter`` and copy it. A value on another device is copied later, by the optimizer."""
-    value = _like(value, parameter)
+    value = _shard_like(value, parameter)
     return value.clone() if isinstance(value, Tensor) and value.device == parameter.device else value
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
+def _shard_like(value: Any, parameter: Tensor) -> Any:
     """Shard a full tensor like ``parameter``. A tensor of another shape, such as a step count, stays full."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value

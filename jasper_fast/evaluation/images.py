@@ -28,7 +28,7 @@ RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 SHEET_QUERIES, SHEET_TOP = 12, 8
 
 
-def evaluate_pictures(
+def evaluate_images(
     student: Student,
     train: Images,
     held_out: Images,
@@ -52,8 +52,8 @@ def evaluate_pictures(
     encode = student_encoder(student, student.widths, student.max_length, device, precision)
     texts = [caption for captions in held_out.captions() for caption in captions]
     image_of = np.repeat(np.arange(len(held_out)), np.diff(held_out.starts))  # (captions,): image of each caption
-    captions, pictures = encode(texts, "document"), image_embeddings(student, held_out, device, precision)
-    rows = [_row(STUDENT, width, pictures[width], captions[width], image_of) for width in student.widths]
+    captions, images = encode(texts, "document"), image_embeddings(student, held_out, device, precision)
+    rows = [_row(STUDENT, width, images[width], captions[width], image_of) for width in student.widths]
     if len(train):
         predicted = _floor_embeddings(train, held_out, encode)
         rows += [_row(FLOOR, width, predicted[width], captions[width], image_of) for width in student.widths]
@@ -63,7 +63,7 @@ def evaluate_pictures(
         )
     widest = student.widths[0]
     chosen = np.random.default_rng(0).choice(len(texts), size=min(SHEET_QUERIES, len(texts)), replace=False)
-    best = top_documents(captions[widest][chosen], pictures[widest], SHEET_TOP)
+    best = top_documents(captions[widest][chosen], images[widest], SHEET_TOP)
     sheet = {"captions": [texts[i] for i in chosen], "own": image_of[chosen].tolist(), "found": best.tolist()}
     return {"pictures": len(held_out), "captions": len(texts), "rows": rows}, sheet
 
@@ -82,23 +82,23 @@ def _floor_embeddings(
     }
 
 
-def retrieval_scores(pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
+def retrieval_scores(images: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, float]:
     """Compute R@1, R@5, R@10 (fractions) and the median rank (from 1) in both directions.
 
     Ties count against the model. An image is ranked by its best caption.
 
     Args:
-        pictures: (n, D) L2-normalised image embeddings.
+        images: (n, D) L2-normalised image embeddings.
         captions: (m, D) L2-normalised caption embeddings.
         image_of: (m,) int, index of each caption's image.
     """
-    scores = captions.astype(np.float64) @ pictures.T.astype(np.float64)  # (m, n)
+    scores = captions.astype(np.float64) @ images.T.astype(np.float64)  # (m, n)
     right = scores[np.arange(len(image_of)), image_of]  # (m,)
     to_image = (scores >= right[:, None]).sum(axis=1)  # rank of each caption's image, ties count as worse
-    best = np.full(len(pictures), -np.inf)
+    best = np.full(len(images), -np.inf)
     np.maximum.at(best, image_of, right)
-    theirs = image_of[:, None] == np.arange(len(pictures))  # (m, n)
-    to_text = 1 + ((scores >= best) & ~theirs).sum(axis=0)
+    is_own_image = image_of[:, None] == np.arange(len(images))  # (m, n)
+    to_text = 1 + ((scores >= best) & ~is_own_image).sum(axis=0)
     return _recall(to_image, to_text)
 
 
@@ -121,7 +121,10 @@ def reference_scores(captions: np.ndarray, image_of: np.ndarray, count: int) -> 
     queries = np.flatnonzero(several[image_of])
     if not len(queries):
         return {}
-    whole, every = normalise(sums).T.astype(np.float64), captions.T.astype(np.float64)  # (D, count), (D, m)
+    mean_embeddings, caption_columns = (
+        normalise(sums).T.astype(np.float64),
+        captions.T.astype(np.float64),
+    )  # (D, count), (D, m)
     to_image, ranks = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
     for start in range(0, len(queries), 1024):
         part = queries[start : start + 1024]
@@ -129,11 +132,11 @@ def reference_scores(captions: np.ndarray, image_of: np.ndarray, count: int) -> 
         others = normalise(sums[mine] - captions[part]).astype(
             np.float64
         )  # (b, D): each query's image without the query
-        to_captions = others @ every  # (b, m)
+        to_captions = others @ caption_columns  # (b, m)
         right = to_captions[rows, part][:, None]  # (b, 1)
-        to_pictures = captions[part].astype(np.float64) @ whole  # (b, count)
-        to_pictures[rows, mine] = right[:, 0]
-        to_image[start : start + 1024] = (to_pictures >= right).sum(axis=1)
+        to_images = captions[part].astype(np.float64) @ mean_embeddings  # (b, count)
+        to_images[rows, mine] = right[:, 0]
+        to_image[start : start + 1024] = (to_images >= right).sum(axis=1)
         ranks[start : start + 1024] = 1 + ((to_captions >= right) & (mine[:, None] != image_of)).sum(axis=1)
     to_text = np.full(count, len(image_of))
     np.minimum.at(to_text, image_of[queries], ranks)  # an image is ranked by its best caption
@@ -189,8 +192,8 @@ def fit_ridge(features: np.ndarray, targets: np.ndarray) -> Any:
     return lambda rows: normalise((((rows - mean) / deviation) @ weights + centre).astype(np.float32))
 
 
-def _row(model: str, width: int, pictures: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, Any]:
-    return {"model": model, "width": width, "scores": retrieval_scores(pictures, captions, image_of)}
+def _row(model: str, width: int, images: np.ndarray, captions: np.ndarray, image_of: np.ndarray) -> dict[str, Any]:
+    return {"model": model, "width": width, "scores": retrieval_scores(images, captions, image_of)}
 
 
 def _means(vectors: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
@@ -209,7 +212,7 @@ def image_embeddings(
     student.eval()
     parts = []
     for start in range(0, len(images), EVAL_MICRO_BATCH):
-        pixels = images.pixels(np.arange(start, min(start + EVAL_MICRO_BATCH, len(images))), student.seeing.side)
+        pixels = images.pixels(np.arange(start, min(start + EVAL_MICRO_BATCH, len(images))), student.vision_tower.side)
         parts.append(ImageBatches([pixels], 0).pool(student, device, precision))
     vectors = student.project(torch.cat(parts))
     student.train(training)

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jasper_fast.data.eval_sets import ClassificationSet, EvalSet, RetrievalSet
-from jasper_fast.evaluation.quantized import coded
+from jasper_fast.evaluation.quantized import quantize_groups
 from jasper_fast.mips import topk
 from jasper_fast.models.quantization import CANDIDATES
 from jasper_fast.utils.errors import JasperError
 
 DEPTH = 100  # ranked documents per query, for recall@100
-DEEPEST = 1000  # ranked documents per query if several tie with the last: the depth of BEIR and mteb
+MAX_DEPTH = 1000  # ranked documents per query if several tie with the last: the depth of BEIR and mteb
 
 Ranking = tuple[list[float], list[int]]  # scores and positions of a query's documents, best first
 
 
-def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
+def score_embeddings(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Compute the metrics of one evaluation set.
 
     Args:
@@ -38,7 +38,7 @@ def score_vectors(evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> dict[s
                 "Fix: check the model, or evaluate it in float32"
             )
     if isinstance(evalset, RetrievalSet):
-        depth = DEPTH + bool(evalset.itself)
+        depth = DEPTH + bool(evalset.self_matches)
         return _retrieval(evalset, _rankings(vectors["queries"], vectors["documents"], depth))
     if isinstance(evalset, ClassificationSet):
         return {"accuracy": _accuracy(evalset, vectors["train"], vectors["test"])}
@@ -66,15 +66,15 @@ def score_codes(
         JasperError: An embedding contains NaN or infinity.
     """
     if precision == "float32":
-        return score_vectors(evalset, vectors)
-    plain = coded(vectors, precision.removesuffix("+rescore"), ranges)
+        return score_embeddings(evalset, vectors)
+    plain = quantize_groups(vectors, precision.removesuffix("+rescore"), ranges)
     if not precision.endswith("+rescore"):
         if not isinstance(evalset, RetrievalSet):
             plain = {name: v / np.linalg.norm(v, axis=1, keepdims=True).clip(1) for name, v in plain.items()}
-        return score_vectors(evalset, plain)
+        return score_embeddings(evalset, plain)
     if not isinstance(evalset, RetrievalSet):
         return {}
-    fine = coded(vectors, "int8", ranges)["documents"]
+    fine = quantize_groups(vectors, "int8", ranges)["documents"]
     candidates = top_documents(plain["queries"], plain["documents"], CANDIDATES)
     scores = np.einsum("qd,qkd->qk", vectors["queries"], fine[candidates])
     return _retrieval(evalset, list(zip(scores.tolist(), candidates.tolist(), strict=True)))
@@ -97,12 +97,12 @@ def top_documents(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndar
 
 
 def _rankings(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Ranking]:
-    """Rank ``depth + 1`` documents per query, or ``DEEPEST`` documents if the last two of them tie."""
+    """Rank ``depth + 1`` documents per query, or ``MAX_DEPTH`` documents if the last two of them tie."""
     scores, positions = topk(queries, documents, min(depth + 1, len(documents)))
     rankings = list(zip(scores.tolist(), positions.tolist(), strict=True))
     if len(documents) > depth + 1:
         tied = np.flatnonzero(scores[:, depth] == scores[:, depth - 1])
-        deeper = topk(queries[tied], documents, min(DEEPEST, len(documents))) if len(tied) else ((), ())
+        deeper = topk(queries[tied], documents, min(MAX_DEPTH, len(documents))) if len(tied) else ((), ())
         for query, deeper_scores, deeper_positions in zip(tied, *deeper, strict=True):
             rankings[query] = deeper_scores.tolist(), deeper_positions.tolist()
     return rankings
@@ -118,9 +118,9 @@ def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, 
     def name(document: int) -> str:  # trec_eval breaks ties by name, the last name first
         return evalset.ids[document] if evalset.ids else f"{2 * 10**9 - document}"
 
-    itself = evalset.itself or [-1] * len(rankings)
+    self_matches = evalset.self_matches or [-1] * len(rankings)
     run = {
-        str(q): {name(d): score for score, d in zip(scores, documents, strict=True) if d != itself[q]}
+        str(q): {name(d): score for score, d in zip(scores, documents, strict=True) if d != self_matches[q]}
         for q, (scores, documents) in enumerate(rankings)
     }
     judged = {str(q): {name(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}

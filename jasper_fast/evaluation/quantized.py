@@ -10,7 +10,9 @@ from jasper_fast.models.quantization import PRECISIONS, int8_ranges
 from jasper_fast.utils.errors import JasperError
 
 
-def coded(vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray | None) -> dict[str, np.ndarray]:
+def quantize_groups(
+    vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Quantize embeddings with sentence-transformers and return the codes as float32.
 
     Args:
@@ -32,7 +34,7 @@ def coded(vectors: Mapping[str, np.ndarray], precision: str, ranges: np.ndarray 
     return {name: quantize_embeddings(v, "int8", ranges=ranges).astype(np.float32) for name, v in vectors.items()}
 
 
-def known_precisions(text: str) -> list[str]:
+def parse_precisions(text: str) -> list[str]:
     """Parse the comma-separated value of ``--precision``.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jasper_fast.config.run import Config
 from jasper_fast.data.eval_sets import EvalSet, RetrievalSet
-from jasper_fast.evaluation.metrics import score_codes, score_vectors
+from jasper_fast.evaluation.metrics import score_codes, score_embeddings
 from jasper_fast.models.embedder import EncodeWidths, normalise
 from jasper_fast.models.quantization import PRECISIONS
 from jasper_fast.teachers.encoder import teacher_encoder
@@ -64,10 +64,10 @@ def evaluate_widths(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[st
         ValueError: ``encode`` returns a wrong shape.
         JasperError: An embedding contains NaN or infinity.
     """
-    return {width: score_vectors(evalset, vectors) for width, vectors in embed(evalset, encode).items()}
+    return {width: score_embeddings(evalset, vectors) for width, vectors in embed(evalset, encode).items()}
 
 
-def evaluate_vectors(evalset: EvalSet, encode: Callable[[list[str], str], np.ndarray]) -> dict[str, float]:
+def evaluate_embeddings(evalset: EvalSet, encode: Callable[[list[str], str], np.ndarray]) -> dict[str, float]:
     """Score one evaluation set with embeddings of one width.
 
     Args:
@@ -174,16 +174,16 @@ def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
     """Build the ``primary`` and ``sets`` fields of results.json. The first set's first metric is the primary one."""
     return {
         "primary": {"set": evalsets[0].name, "metric": evalsets[0].metrics[0]},
-        "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0], **_remarks(s)} for s in evalsets],
+        "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0], **_notes(s)} for s in evalsets],
     }
 
 
-def _remarks(evalset: EvalSet) -> dict[str, str]:
-    remarks = evalset.remarks() if isinstance(evalset, RetrievalSet) else ""
-    return {"remarks": remarks} if remarks else {}
+def _notes(evalset: EvalSet) -> dict[str, str]:
+    notes = evalset.notes() if isinstance(evalset, RetrievalSet) else ""
+    return {"remarks": notes} if notes else {}
 
 
-def remark_lines(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+def note_lines(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each set of results.json with remarks, such as judgements of missing documents."""
     return [f"{s['name']}: {s['remarks']}" for s in sets if s.get("remarks")]
 
@@ -242,8 +242,8 @@ def scores_table(rows: Sequence[Row]) -> str:
         cells = []
         for column in columns:
             score = row["scores"].get(column)
-            kept = kept_share(score, teacher.get(column)) if row["model"] != TEACHER else None
-            cells.append("" if score is None else f"{100 * score:.2f}" + (f" ({kept:.1f} %)" if kept else ""))
+            percent = percent_of_teacher(score, teacher.get(column)) if row["model"] != TEACHER else None
+            cells.append("" if score is None else f"{100 * score:.2f}" + (f" ({percent:.1f} %)" if percent else ""))
         table.append([f"{row['model']} {row.get('precision', '')}".strip(), str(row["width"]), *cells])
     spans = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = [
@@ -255,6 +255,6 @@ def scores_table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, note])
 
 
-def kept_share(score: float | None, teacher: float | None) -> float | None:
+def percent_of_teacher(score: float | None, teacher: float | None) -> float | None:
     """Return the score in per cent of the teacher's, or None if either is missing or the teacher's is not positive."""
     return None if score is None or teacher is None or teacher <= 0 else 100 * score / teacher

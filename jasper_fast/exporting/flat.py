@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from jasper_fast.exporting.parity import check_same
+from jasper_fast.exporting.parity import check_flat_export
 from jasper_fast.models.folder import (
     FACTS_FILE,
     NORMALIZE,
@@ -39,10 +39,10 @@ def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_
             from those of ``model``.
     """
     source = model_folder(model)
-    width = known_width(source, width)
+    width = resolve_width(source, width)
     with publish_dir(out) as folder:
         write_flat(source, width, folder)
-        check_same(source, folder, width, trust_remote_code=trust_remote_code)
+        check_flat_export(source, folder, width, trust_remote_code=trust_remote_code)
     return Path(out)
 
 
@@ -80,7 +80,7 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
     write_card(folder, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, [width], flat=True)
 
 
-def known_width(source: Path, width: int | None) -> int:
+def resolve_width(source: Path, width: int | None) -> int:
     """Check that the model has a width, and return it. None means the first width."""
     widths = list(routes_of(source))
     if width is not None and width not in widths:

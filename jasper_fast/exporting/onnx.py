@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jasper_fast.exporting.flat import known_width, write_flat
-from jasper_fast.exporting.parity import check_same
+from jasper_fast.exporting.flat import resolve_width, write_flat
+from jasper_fast.exporting.parity import check_flat_export
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import model_folder
 from jasper_fast.models.sentence_transformer import transformers_of
@@ -44,17 +44,17 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
         JasperError: the model, the width or a package is missing, the architecture cannot be exported to ONNX, or the
             embeddings of the graph differ.
     """
-    _need_onnx()
+    _require_onnx()
     source = model_folder(model)
-    width = known_width(source, width)
+    width = resolve_width(source, width)
     with publish_dir(out) as folder:
         write_flat(source, width, folder)
-        check_same(source, folder, width, trust_remote_code=trust_remote_code)
+        check_flat_export(source, folder, width, trust_remote_code=trust_remote_code)
         loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
-        with _explained_onnx(loaded, source):
-            _write_graph(_Vectors(loaded), loaded, graph)
+        with _explain_onnx_errors(loaded, source):
+            _write_graph(_EmbeddingModel(loaded), loaded, graph)
             difference = _onnx_difference(loaded, graph)
         if not difference <= ONNX_TOLERANCE:
             raise JasperError(
@@ -64,7 +64,7 @@ def export_onnx(model: str | Path, width: int | None, out: str | Path, *, trust_
     return Path(out)
 
 
-class _Vectors(nn.Module):
+class _EmbeddingModel(nn.Module):
     """Sentence-transformers model with two input tensors and one output tensor, as torch.onnx.export expects."""
 
     def __init__(self, model: Any) -> None:
@@ -79,7 +79,7 @@ class _Vectors(nn.Module):
 
 
 @contextmanager
-def _explained_onnx(loaded: Any, source: Path) -> Iterator[None]:
+def _explain_onnx_errors(loaded: Any, source: Path) -> Iterator[None]:
     """Raise errors of torch's exporter and onnxruntime as a JasperError with the name of the architecture."""
     from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
@@ -128,7 +128,7 @@ def _onnx_difference(loaded: Any, path: Path) -> float:
     return float(torch.stack(differences).max())  # NaN if any is
 
 
-def _need_onnx() -> None:
+def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

@@ -44,7 +44,7 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
     stock = _open(folder, str(student.device), trust_remote_code)
     texts = list(PROBES.values())
     for role in ROLES:
-        expected = _student_vectors(student, texts, role)
+        expected = _student_embeddings(student, texts, role)
         for width, vectors in expected.items():
             exported = stock.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
             _compare(exported, vectors, f"{role} embeddings at width {width}")
@@ -55,7 +55,7 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
         _check_images(student, folder)
 
 
-def check_same(first: Path, second: Path, width: int, *, trust_remote_code: bool = False) -> None:
+def check_flat_export(first: Path, second: Path, width: int, *, trust_remote_code: bool = False) -> None:
     """Compare the embeddings of a flat export with those of its Router folder at one width.
 
     Args:
@@ -86,7 +86,7 @@ def _check_images(student: Student, folder: Path) -> None:
         trust_remote_code=student.config.trust_remote_code,
         trust_tower_code=vision is not None and vision.trust_remote_code,
     ).to(student.device)
-    side, width = student.seeing.side, student.widths[0]
+    side, width = student.vision_tower.side, student.widths[0]
     images = torch.arange(2 * 3 * side * side).remainder(251).view(2, 3, side, side).to(torch.uint8)
     training = student.training
     student.eval()
@@ -98,7 +98,7 @@ def _check_images(student: Student, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _student_vectors(student: Student, texts: list[str], role: str) -> Mapping[int, Tensor]:
+def _student_embeddings(student: Student, texts: list[str], role: str) -> Mapping[int, Tensor]:
     training = student.training
     student.eval()
     try:

@@ -51,7 +51,7 @@ def export_student(
     """
     with publish_dir(path, replace=replace) as folder:
         if student.vision is not None:
-            student.vision.store_marks(student.encoder)
+            student.vision.store_boundary_embeddings(student.encoder)
             student.vision.save(folder / VISION)
         student.encoder.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)

@@ -10,12 +10,12 @@ from torch import Tensor
 from jasper_fast.ops.normalize import l2_normalize, l2_normalize_backward
 
 
-def wants_gradient(tensors: list[Tensor]) -> bool:
+def needs_gradient(tensors: list[Tensor]) -> bool:
     """Return True if autograd is on and any tensor requires a gradient."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def attach(losses: Tensor, inputs: list[Tensor], gradients: list[Tensor], owners: list[int]) -> Tensor:
+def attach_gradients(losses: Tensor, inputs: list[Tensor], gradients: list[Tensor], owners: list[int]) -> Tensor:
     """Attach gradients that are known already to losses (H,).
 
     Args:

@@ -232,14 +232,14 @@ class JasperLoss(nn.Module):
             >>> gradients[4].shape
             torch.Size([8, 4])
         """
-        given = student if isinstance(student, Mapping) else {student.shape[-1]: student}
+        student_heads = student if isinstance(student, Mapping) else {student.shape[-1]: student}
         check_heads(student, teacher)
-        leaves = {width: head.detach().requires_grad_() for width, head in given.items()}
+        leaves = {width: head.detach().requires_grad_() for width, head in student_heads.items()}
         with torch.enable_grad():
             output = self(leaves, teacher.detach())
         heads = list(leaves.values())
         if not output.loss.requires_grad:  # every weight is 0, or no head has the one loss that is weighted
-            return output, {width: torch.zeros_like(head) for width, head in given.items()}
+            return output, {width: torch.zeros_like(head) for width, head in student_heads.items()}
         gradients = torch.autograd.grad(output.loss, heads, allow_unused=True, materialize_grads=True)
         detached = type(output)(*(part.detach() for part in output))
         return detached, dict(zip(leaves, gradients, strict=True))

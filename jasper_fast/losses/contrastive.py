@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SAME = 1e-4  # captions whose cosine is nearer to 1 count as one caption
+DUPLICATE_TOLERANCE = 1e-4  # captions whose cosine is nearer to 1 count as one caption
 
 
 class Captions(NamedTuple):
@@ -19,8 +19,8 @@ class Captions(NamedTuple):
     has a number (n,) int64 for each caption. Captions of one image have equal numbers.
     """
 
-    vectors: Tensor
-    pictures: Tensor
+    embeddings: Tensor
+    image_ids: Tensor
 
 
 class Mixed(NamedTuple):
@@ -28,17 +28,17 @@ class Mixed(NamedTuple):
 
     Args:
         captions: (B, sum of the heads' widths) captions of the others, in the form of the loss's captions.
-        shares: (B, 1) fraction of each image itself.
+        fractions: (B, 1) fraction of each image itself.
         places: `LossInputs.places` of the others.
     """
 
     captions: Tensor
-    shares: Tensor
+    fractions: Tensor
     places: Tensor | None = None
 
 
 def contrastive_loss(
-    pictures: Tensor,
+    images: Tensor,
     captions: Tensor,
     temperature: float,
     others: Captions | None = None,
@@ -52,7 +52,7 @@ def contrastive_loss(
     right captions. It gets the mean of both cross-entropies, weighted by the fractions.
 
     Args:
-        pictures: unit embeddings (B, D) of the images.
+        images: unit embeddings (B, D) of the images.
         captions: unit embeddings (B, D) of the images' captions, row by row.
         temperature: divisor of the cosines.
         others: the (n, D) captions among which an image's caption is to be recognized, the batch's included. Those of
@@ -60,7 +60,7 @@ def contrastive_loss(
         places: the captions' indices (B,) among the others.
         mixed: the captions (B, D) of the images that are mixed in, the fractions of the images themselves, and the
             places of those captions. All mixed images are in the batch. None means that nothing is mixed.
-        balance: weight of `unevenness`, so that no image is found by captions of all kinds.
+        balance: weight of `hubness`, so that no image is found by captions of all kinds.
 
     Returns:
         A scalar. It is 0 for a batch of one without others.
@@ -75,34 +75,38 @@ def contrastive_loss(
     """
     sets: list[tuple[Tensor, Tensor | None, Tensor | float]] = [(captions, places, 1.0)]
     if mixed is not None:
-        share = mixed.shares[:, 0]
-        sets = [(captions, places, share), (mixed.captions, mixed.places, 1 - share)]
-    every = captions if others is None else others.vectors  # (n, D)
-    own = torch.arange(len(pictures), device=pictures.device)
-    left_out = torch.zeros(len(pictures), len(every), dtype=torch.bool, device=pictures.device)
+        fraction = mixed.fractions[:, 0]
+        sets = [(captions, places, fraction), (mixed.captions, mixed.places, 1 - fraction)]
+    all_captions = captions if others is None else others.embeddings  # (n, D)
+    labels = torch.arange(len(images), device=images.device)
+    left_out = torch.zeros(len(images), len(all_captions), dtype=torch.bool, device=images.device)
     terms = []  # of each set: its captions' places, the images' fractions, the cross-entropy given a caption
-    for each, place, weight in sets:
+    for set_captions, place, weight in sets:
         if others is None:
-            near = each @ every.T  # (B, B)
+            near = set_captions @ all_captions.T  # (B, B)
             place = near.argmax(dim=1)
-            left_out |= near > 1.0 - SAME
+            left_out |= near > 1.0 - DUPLICATE_TOLERANCE
         else:
             assert place is not None
-            left_out |= others.pictures[place][:, None] == others.pictures
-        shown = torch.stack([one @ each.T > 1.0 - SAME for one, _, _ in sets]).any(dim=0).fill_diagonal_(False)
-        scores = (pictures @ each.T / temperature).masked_fill(shown, -torch.inf)  # (B, B): captions in columns
-        terms.append((place[:, None], weight, F.cross_entropy(scores.T, own, reduction="none")))
+            left_out |= others.image_ids[place][:, None] == others.image_ids
+        shown = (
+            torch.stack([one @ set_captions.T > 1.0 - DUPLICATE_TOLERANCE for one, _, _ in sets])
+            .any(dim=0)
+            .fill_diagonal_(False)
+        )
+        scores = (images @ set_captions.T / temperature).masked_fill(shown, -torch.inf)  # (B, B): captions in columns
+        terms.append((place[:, None], weight, F.cross_entropy(scores.T, labels, reduction="none")))
     for place, _, _ in terms:
         left_out.scatter_(1, place, False)
-    scores = pictures @ every.T / temperature  # (B, n)
+    scores = images @ all_captions.T / temperature  # (B, n)
     total = torch.logsumexp(scores.masked_fill(left_out, -torch.inf), dim=1)
     loss = torch.zeros_like(total)
     for place, weight, given_caption in terms:
         loss = loss + weight * (total - scores.gather(1, place)[:, 0] + given_caption)
-    return loss.mean() / 2 + (balance * unevenness(scores) if balance else 0.0)
+    return loss.mean() / 2 + (balance * hubness(scores) if balance else 0.0)
 
 
-def unevenness(scores: Tensor) -> Tensor:
+def hubness(scores: Tensor) -> Tensor:
     """Measure how unevenly captions spread over the images of a batch, if each caption chooses among them.
 
     An image that many captions choose is a hub: it comes first for captions of other images.
@@ -114,5 +118,5 @@ def unevenness(scores: Tensor) -> Tensor:
         The Kullback-Leibler divergence of the fractions of captions per image from equal ones. 0 is the best value.
     """
     count, captions = scores.shape
-    share = torch.logsumexp(torch.log_softmax(scores, dim=0), dim=1) - math.log(captions)  # (B,) log of each fraction
-    return -share.mean() - math.log(count)
+    logs = torch.logsumexp(torch.log_softmax(scores, dim=0), dim=1) - math.log(captions)  # (B,) log of each fraction
+    return -logs.mean() - math.log(count)

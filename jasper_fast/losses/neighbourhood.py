@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.losses.arguments import LossOptions, check_pair, check_temperature
-from jasper_fast.losses.autograd import attach, full_precision, wants_gradient
+from jasper_fast.losses.autograd import attach_gradients, full_precision, needs_gradient
 from jasper_fast.ops.dispatch import fake_losses, uses_triton
 from jasper_fast.ops.row_blocks import normalize_all, row_blocks
 
@@ -64,9 +64,9 @@ def compute(heads: list[Tensor], teacher: Tensor, options: LossOptions) -> Tenso
 
 def _neighbourhood(students: list[Tensor], teacher: Tensor, temperature: float) -> Tensor:
     losses, gradients = neighbourhood_op(
-        [student.detach() for student in students], teacher, temperature, wants_gradient(students)
+        [student.detach() for student in students], teacher, temperature, needs_gradient(students)
     )
-    return attach(losses, students, gradients, list(range(len(students))))
+    return attach_gradients(losses, students, gradients, list(range(len(students))))
 
 
 # The operator.
@@ -112,15 +112,15 @@ def _neighbourhood_torch(
     gradients = [torch.zeros_like(head.rows) if gradient else None for head in heads]
     totals = torch.zeros(len(heads), dtype=torch.float64, device=teacher.device)
     for begin, end in row_blocks(rows) if rows > 1 else []:
-        wanted_log = _log_softmax(target.rows, begin, end, temperature)  # (h, B)
-        wanted = wanted_log.exp()
+        teacher_log = _log_softmax(target.rows, begin, end, temperature)  # (h, B)
+        teacher_probabilities = teacher_log.exp()
         for h, head in enumerate(heads):
-            given_log = _log_softmax(head.rows, begin, end, temperature)
+            student_log = _log_softmax(head.rows, begin, end, temperature)
             # The entry of a row with itself is finite in both logarithms and has no weight.
-            totals[h] += (wanted_log - given_log).mul_(wanted).sum(dim=1).sum(dtype=torch.float64)
+            totals[h] += (teacher_log - student_log).mul_(teacher_probabilities).sum(dim=1).sum(dtype=torch.float64)
             place = gradients[h]
             if place is not None:
-                change = given_log.exp_().sub_(wanted)
+                change = student_log.exp_().sub_(teacher_probabilities)
                 place[begin:end].addmm_(change, head.rows)
                 place.addmm_(change.T, head.rows[begin:end])
     for place in gradients:
@@ -128,7 +128,7 @@ def _neighbourhood_torch(
             place.mul_(1.0 / (rows * temperature))
     return (
         (totals / rows).to(target.rows.dtype),
-        [head.backward(own) for head, own in zip(heads, gradients, strict=True)],
+        [head.backward(part) for head, part in zip(heads, gradients, strict=True)],
     )
 
 

@@ -79,8 +79,8 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
     def log_softmax(embeddings: Tensor) -> Tensor:
         return ((embeddings @ embeddings.T)[others].view(rows, rows - 1) / temperature).log_softmax(dim=1)
 
-    wanted, given = log_softmax(target), log_softmax(unit)
-    return (wanted.exp() * (wanted - given)).sum(dim=1).mean()
+    teacher_log, student_log = log_softmax(target), log_softmax(unit)
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=1).mean()
 
 
 def pair_counts(student: Tensor, teacher: Tensor, margin: float, ties: str = "exclude") -> tuple[Tensor, Tensor]:

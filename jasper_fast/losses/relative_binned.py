@@ -29,8 +29,8 @@ from jasper_fast.ops.native import native
 BINS = 512  # K. docs/binned.md has the errors of other numbers
 FINE = 2**15  # bins of a table over one axis
 SAMPLE = 128  # rows whose scores decide the range of the axes
-STRIP = {"cpu": 2**18}  # scores in a block
-DEVICE_STRIP = 2**25
+BLOCK_SCORES = {"cpu": 2**18}  # scores in a block
+DEVICE_BLOCK_SCORES = 2**25
 MAX_TABLES = 16  # largest number of threads that count, each into its own table
 EXACT_MEMORY = 2 * 2**30  # bytes: method="auto" uses no more for the exact form
 
@@ -94,7 +94,7 @@ def _relative_similarity(
             for h, student in enumerate(students):
                 of_teacher = nothing if h else fine_teacher
                 _histogram(_scores(student, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
-    rank = _below(fine_teacher.sum(0))
+    rank = _count_below(fine_teacher.sum(0))
     tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
     del counts, fine
     totals = teacher.new_zeros(heads, dtype=torch.float64)
@@ -107,13 +107,13 @@ def _relative_similarity(
                 multiply(scores, student[begin:], gradients[h][begin:end])
                 multiply(scores[:, end - begin :].T, student[begin:end], gradients[h][end:])
     terms = pairs * (pairs - 1) / 2
-    low = torch.stack([own.low for own in tables])
+    low = torch.stack([table.low for table in tables])
     # NaN falls into some bin too. The loss must not come out finite.
-    spoilt = torch.stack([(student.sum() + teacher.sum()) * 0.0 for student in students])
-    losses = ((totals + margin * low) / terms).to(teacher.dtype) + spoilt
+    nan_guard = torch.stack([(student.sum() + teacher.sum()) * 0.0 for student in students])
+    losses = ((totals + margin * low) / terms).to(teacher.dtype) + nan_guard
     if gradient:
-        for h, own in enumerate(gradients):
-            own.mul_(1.0 / terms).add_(spoilt[h])
+        for h, part in enumerate(gradients):
+            part.mul_(1.0 / terms).add_(nan_guard[h])
     return losses, gradients
 
 
@@ -126,7 +126,7 @@ def _(
 
 def _blocks(unit: Tensor) -> list[tuple[int, int]]:
     rows = unit.shape[0]
-    height = max(16, min(rows, STRIP.get(unit.device.type, DEVICE_STRIP) // rows))
+    height = max(16, min(rows, BLOCK_SCORES.get(unit.device.type, DEVICE_BLOCK_SCORES) // rows))
     return [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
 
 
@@ -161,7 +161,7 @@ class _Tables(NamedTuple):
     low: Tensor  # () sum of low over all pairs, float64
 
 
-def _below(histogram: Tensor) -> Tensor:
+def _count_below(histogram: Tensor) -> Tensor:
     """Count what is below each edge. (n,) counts -> (n + 1,) float64."""
     return torch.nn.functional.pad(histogram.cumsum(0, dtype=torch.int64).to(torch.float64), (1, 0))
 
@@ -177,11 +177,11 @@ def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Table
     """
     bins = counts.shape[0]
     both = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
-    up, down = _shifted(both[:, -1:] - both, steps), _shifted(both[-1:] - both, -steps)  # A and C at the nodes, moved
+    up, down = _shift(both[:, -1:] - both, steps), _shift(both[-1:] - both, -steps)  # A and C at the nodes, moved
     del both
     nodes = (up - down).float()
-    below, fine_steps = _below(fine), steps * (FINE / bins)
-    ahead, behind = _shifted(below, fine_steps), _shifted(below, -fine_steps)
+    below, fine_steps = _count_below(fine), steps * (FINE / bins)
+    ahead, behind = _shift(below, fine_steps), _shift(below, -fine_steps)
     # up + low = X(x + m) - X(x - m) + A + C, and the sum of up is the sum of low.
     across = up.add_(down)
     corners = (across[1:, 1:], across[1:, :-1], across[:-1, 1:], across[:-1, :-1])
@@ -191,7 +191,7 @@ def _tables(counts: Tensor, fine: Tensor, rank: Tensor, steps: Tensor) -> _Table
     return _Tables(nodes, (ahead + behind).float(), 2.0 * rank.float(), low)
 
 
-def _shifted(table: Tensor, steps: Tensor) -> Tensor:
+def _shift(table: Tensor, steps: Tensor) -> Tensor:
     """Return table[..., i + steps], linear between entries and constant beyond them."""
     last = table.shape[-1] - 1
     place = (torch.arange(last + 1, device=table.device) + steps.to(torch.float64)).clamp(0, last)
@@ -221,7 +221,7 @@ def _histogram(
         torch.ops.jasper_fast_native.binned_histogram(scores, target, grid, counts, fine, fine_teacher)
         return
     new = torch.ones_like(scores, dtype=torch.bool).triu_(1)
-    x, t = _place(scores[new], grid[0], grid[1]).long(), _place(target[new], grid[2], grid[3]).long()
+    x, t = _bin_position(scores[new], grid[0], grid[1]).long(), _bin_position(target[new], grid[2], grid[3]).long()
     bins = counts.shape[-1]
     shift = (FINE // bins).bit_length() - 1
     one = torch.ones((), dtype=torch.int32, device=scores.device).expand(len(x))
@@ -239,24 +239,24 @@ def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables)
         return kernels.coefficients(scores, target, grid, *tables[:3])
     if native(scores):
         return torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
-    x, t = _place(scores, grid[0], grid[1]), _place(target, grid[2], grid[3])
+    x, t = _bin_position(scores, grid[0], grid[1]), _bin_position(target, grid[2], grid[3])
     ratio = (tables.nodes.shape[0] - 1) / FINE
     u, v = x * ratio, t * ratio
     i, j = v.long(), u.long()
     near = torch.lerp(tables.nodes[i, j], tables.nodes[i, j + 1], (u - j).float())
     far = torch.lerp(tables.nodes[i + 1, j], tables.nodes[i + 1, j + 1], (u - j).float())
-    g = torch.lerp(near, far, (v - i).float()) + _between(tables.own, x) - _between(tables.rank, t)
+    g = torch.lerp(near, far, (v - i).float()) + _interpolate(tables.own, x) - _interpolate(tables.rank, t)
     g = g.to(scores.dtype).fill_diagonal_(0.0)
     total = (g * (scores - grid[4])).triu(1).sum(dtype=torch.float64)
     scores.copy_(g)
     return total
 
 
-def _place(scores: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+def _bin_position(scores: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     """Return places in units of fine bins, NaN as 0. The last place stays below its bin's upper end."""
     return ((scores - origin) * scale).nan_to_num(0.0).clamp(0.0, FINE - 1.0 / 128.0)
 
 
-def _between(table: Tensor, place: Tensor) -> Tensor:
+def _interpolate(table: Tensor, place: Tensor) -> Tensor:
     i = place.long()
     return torch.lerp(table[i], table[i + 1], (place - i).float())

@@ -66,7 +66,7 @@ def _pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: b
     if uses_triton([scores]) and scores.shape[1]:
         from jasper_fast.kernels import relative_similarity_exact
 
-        if relative_similarity_exact.takes(scores.shape[1]):
+        if relative_similarity_exact.supports(scores.shape[1]):
             return relative_similarity_exact.pair_counts(scores, teacher, margin, exclude_ties)
     counted = [_pair_counts_torch(row, teacher, margin, exclude_ties) for row in scores]
     gradient, low, dot = (torch.stack(parts) for parts in zip(*counted, strict=True))
@@ -95,15 +95,17 @@ def _pair_counts_torch(x: Tensor, t: Tensor, margin: float, exclude_ties: bool) 
     teacher_sorted = teacher_sorted.masked_fill(teacher_sorted.isnan(), torch.inf)
     position = torch.empty_like(teacher_order)
     position[teacher_order] = torch.arange(pairs, device=x.device)
-    own = position[student_order]  # (P,) teacher positions in student order
-    first, last = own, own + 1
+    teacher_position = position[student_order]  # (P,) teacher positions in student order
+    first, last = teacher_position, teacher_position + 1
     if exclude_ties:
-        first = torch.searchsorted(teacher_sorted, teacher_sorted)[own]
-        last = torch.searchsorted(teacher_sorted, teacher_sorted, right=True)[own]
+        first = torch.searchsorted(teacher_sorted, teacher_sorted)[teacher_position]
+        last = torch.searchsorted(teacher_sorted, teacher_sorted, right=True)[teacher_position]
     threshold = student_sorted - margin
     passed = torch.searchsorted(student_sorted, threshold, right=True)  # scores <= this pair's threshold
     reached = torch.searchsorted(threshold, student_sorted)  # thresholds < this pair's score
-    below_passed, below_reached = _count_below(own, torch.stack((passed, reached)), torch.stack((first, last)))
+    below_passed, below_reached = _count_below(
+        teacher_position, torch.stack((passed, reached)), torch.stack((first, last))
+    )
     valid = ~missing[student_order]
     low = torch.where(valid, first - below_passed, 0)
     up = torch.where(valid, reached - below_reached, 0)

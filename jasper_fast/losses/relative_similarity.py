@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jasper_fast.losses import reference, relative_binned, relative_exact
 from jasper_fast.losses.arguments import LossOptions, check_choice, check_number, check_pair
-from jasper_fast.losses.autograd import attach, compute_dtype, full_precision, wants_gradient
+from jasper_fast.losses.autograd import attach_gradients, compute_dtype, full_precision, needs_gradient
 from jasper_fast.ops.normalize import l2_normalize, l2_normalize_backward
 
 RELATIVE_METHODS = ("auto", "exact", "binned", "reference")
@@ -55,9 +55,9 @@ def relative_similarity_loss(
             return reference.relative_similarity_loss(student.to(dtype), teacher.to(dtype), margin=margin, ties=ties)
         unit, inverse = l2_normalize(student.detach(), dtype)
         target, _ = l2_normalize(teacher.detach(), dtype)
-        losses, gradients = _counted([unit], target, margin, ties, method, wants_gradient([student]))
+        losses, gradients = _losses_and_gradients([unit], target, margin, ties, method, needs_gradient([student]))
         gradients = [l2_normalize_backward(g, unit, inverse) if len(g) else g for g in gradients]
-        return attach(losses, [student], gradients, [0])[0]
+        return attach_gradients(losses, [student], gradients, [0])[0]
 
 
 def compute(heads: list[Tensor], teacher: Tensor, options: LossOptions) -> Tensor:
@@ -67,18 +67,20 @@ def compute(heads: list[Tensor], teacher: Tensor, options: LossOptions) -> Tenso
         ValueError: more rows than the counts can hold.
     """
     _check_rows(teacher)
-    units, wanted = [head.detach() for head in heads], wants_gradient(heads)
-    losses, gradients = _counted(units, teacher.detach(), options.margin, options.ties, "auto", wanted)
-    return attach(losses, heads, gradients, list(range(len(heads))))
+    units, with_gradient = [head.detach() for head in heads], needs_gradient(heads)
+    losses, gradients = _losses_and_gradients(
+        units, teacher.detach(), options.margin, options.ties, "auto", with_gradient
+    )
+    return attach_gradients(losses, heads, gradients, list(range(len(heads))))
 
 
-def _counted(
-    units: list[Tensor], target: Tensor, margin: float, ties: str, method: str, wanted: bool
+def _losses_and_gradients(
+    units: list[Tensor], target: Tensor, margin: float, ties: str, method: str, with_gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the losses of unit rows, and their gradients with respect to them if these are wanted."""
     if method == "binned" or (method == "auto" and relative_binned.preferred(target.shape[0], len(units))):
-        return relative_binned.relative_similarity(units, target, margin, wanted)
-    return relative_exact.relative_similarity(units, target, margin, ties == "exclude", wanted)
+        return relative_binned.relative_similarity(units, target, margin, with_gradient)
+    return relative_exact.relative_similarity(units, target, margin, ties == "exclude", with_gradient)
 
 
 def _check_rows(embeddings: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jasper_fast.losses import reference
 from jasper_fast.losses.arguments import LossOptions, check_choice, check_pair
-from jasper_fast.losses.autograd import attach, compute_dtype, full_precision, wants_gradient
+from jasper_fast.losses.autograd import attach_gradients, compute_dtype, full_precision, needs_gradient
 from jasper_fast.ops import cost
 from jasper_fast.ops.dispatch import fake_gradient, fake_losses, uses_triton
 from jasper_fast.ops.row_blocks import normalize_all, row_blocks
@@ -54,12 +54,14 @@ def compute(heads: list[Tensor], teacher: Tensor, options: LossOptions) -> Tenso
 
 
 def _similarity(students: list[Tensor], teacher: Tensor, method: str) -> Tensor:
-    wanted, teacher_wanted = wants_gradient(students), wants_gradient([teacher])
+    with_gradient, with_teacher_gradient = needs_gradient(students), needs_gradient([teacher])
     losses, gradients, teacher_gradients = similarity_op(
-        [student.detach() for student in students], teacher.detach(), method, wanted, teacher_wanted
+        [student.detach() for student in students], teacher.detach(), method, with_gradient, with_teacher_gradient
     )
     heads = list(range(len(students)))
-    return attach(losses, [*students, *[teacher] * len(students)], [*gradients, *teacher_gradients], heads + heads)
+    return attach_gradients(
+        losses, [*students, *[teacher] * len(students)], [*gradients, *teacher_gradients], heads + heads
+    )
 
 
 # The operator.
@@ -121,9 +123,9 @@ def _similarity_torch(
         if teacher_gram is None:
             teacher_gram = target.rows.T @ target.rows  # (E, E)
         gram, cross = unit.T @ unit, target.rows.T @ unit  # (D, D), (E, D)
-        own, other, mixed = _square_sum(gram), _square_sum(teacher_gram), _square_sum(cross)
-        total = own - 2.0 * mixed + other
-        if method == "auto" and bool(total < cost.CANCELLATION * (own + other)):
+        student_sum, teacher_sum, cross_sum = _square_sum(gram), _square_sum(teacher_gram), _square_sum(cross)
+        total = student_sum - 2.0 * cross_sum + teacher_sum
+        if method == "auto" and bool(total < cost.CANCELLATION * (student_sum + teacher_sum)):
             by_tile.append(h)
             continue
         losses[h] = total.clamp(min=0.0) / rows**2  # a mean of squares, also if the sums cancel
@@ -136,8 +138,8 @@ def _similarity_torch(
         _similarity_tile(by_tile, units, target.rows, losses, gradients, teacher_gradients, gradient, teacher_gradient)
     return (
         losses,
-        [head.backward(own) for head, own in zip(heads, gradients, strict=True)],
-        [target.backward(own) for own in teacher_gradients],
+        [head.backward(part) for head, part in zip(heads, gradients, strict=True)],
+        [target.backward(part) for part in teacher_gradients],
     )
 
 

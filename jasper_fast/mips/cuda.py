@@ -19,7 +19,7 @@ from jasper_fast.mips import segment as segments
 from jasper_fast.mips.cpu import UNDERFLOW, Queries, accumulation
 from jasper_fast.mips.rerank import bytes_per_query, just_below, rerank
 from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
-from jasper_fast.mips.threshold import MIN_CACHED_STEP, sample, short_norms
+from jasper_fast.mips.threshold import MIN_CACHED_STEP, float32_norms, sample
 from jasper_fast.mips.topk_state import TopKState
 
 SCAN_DTYPE = torch.bfloat16  # of the scan of float32 rows
@@ -48,7 +48,7 @@ class Plan:
     capacity: int
 
 
-def serves(segment: Segment, k: int) -> bool:
+def supports(segment: Segment, k: int) -> bool:
     """Return True if the kernels can search this segment."""
     return segments.on_gpu(segment.rows) and k * BIN <= len(segment)
 
@@ -87,7 +87,7 @@ def rows_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
     """
     width = segment.rows.shape[1]
     step = plan(len(segment), k, size).step
-    free = step == 1 or (segment.lasting and step >= MIN_CACHED_STEP)
+    free = step == 1 or (segment.persistent and step >= MIN_CACHED_STEP)
     sample = 0 if free else segment.rows.element_size() * width / step
     copied = 2 * width if _converts(segment, size) else 0
     fits = int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN
@@ -134,7 +134,7 @@ def search_cuda(
     chosen = plan(len(segment), state.k, len(queries))
     scan_queries, query_scales, limits = operands(segment, rows, queries, proven)
     scales = (segment.scales if query_scales is not None else None, query_scales)
-    norms = short_norms(segment)
+    norms = float32_norms(segment)
     mask = valid if valid.numel() else None
     if chosen.step == 1:
         lower = kernels.lower_bounds(rows, scan_queries, scales, mask, norms, limits, BIN)

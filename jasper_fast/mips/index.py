@@ -193,7 +193,7 @@ class FlatIPIndex:
         for segment in segments:
             target = index._next_device()
             moved = segment if target.type == "cpu" else segment.to(target)
-            moved.lasting = True
+            moved.persistent = True
             index._full.append(moved)
         index._rows = sum(map(len, segments))
         return index
@@ -255,7 +255,7 @@ class _Growing:
 
     def _filled(self) -> Segment:
         segment = self._view(0, self.filled)
-        segment.lasting = True
+        segment.persistent = True
         bins = -(-self.filled // BIN)
         segment.norms = self.norms[:bins]
         if self.scan_copy is not None:

@@ -49,7 +49,7 @@ class Segment:
         scales: (N,) float32 scales of int8 rows, with value = code · scale. Empty for other dtypes.
         norms: (ceil(N / 64),) float64 longest row of each bin, rounded up. None until they are computed.
         scan_copy: shorter form of float32 rows. None for other dtypes.
-        lasting: True for a segment that is searched repeatedly, so that data derived by searches is kept.
+        persistent: True for a segment that is searched repeatedly, so that data derived by searches is kept.
         longest: maximum of ``norms``. None until it is needed.
         derived: data that searches keep for this segment. See threshold.py.
     """
@@ -58,7 +58,7 @@ class Segment:
     scales: Tensor = field(default_factory=lambda: _empty(torch.float32))
     norms: Tensor | None = None
     scan_copy: ScanCopy | None = None
-    lasting: bool = False
+    persistent: bool = False
     longest: float | None = None
     derived: dict[object, Any] = field(default_factory=dict, repr=False)
 
@@ -113,7 +113,7 @@ class Segment:
         norms = None if self.norms is None else _compact(self.norms)
         copy = self.scan_copy
         copy = copy and ScanCopy(*map(_compact, (copy.codes, copy.scales, copy.residuals)))
-        return Segment(_compact(self.rows), _compact(self.scales), norms, copy, self.lasting)
+        return Segment(_compact(self.rows), _compact(self.scales), norms, copy, self.persistent)
 
     def slice(self, start: int, stop: int) -> Segment:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""

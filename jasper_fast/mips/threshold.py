@@ -36,7 +36,7 @@ class Sample:
     scales: Tensor | None
 
 
-def short_norms(segment: Segment) -> Tensor:
+def float32_norms(segment: Segment) -> Tensor:
     """Return ``segment.norms`` as float32, rounded up: (bins,)."""
 
     def make() -> Tensor:
@@ -58,9 +58,9 @@ def sample(segment: Segment, rows: Tensor, step: int) -> Sample:
     def make() -> Sample:
         numbers = _random_rows(len(segment), step, rows.device)
         scales = segment.scales[numbers] if segment.rows.dtype == torch.int8 else None
-        return Sample(numbers, rows[numbers], short_norms(segment)[numbers // BIN], scales)
+        return Sample(numbers, rows[numbers], float32_norms(segment)[numbers // BIN], scales)
 
-    if segment.lasting and step < MIN_CACHED_STEP:
+    if segment.persistent and step < MIN_CACHED_STEP:
         return make()
     return _cached(segment, (step, rows.dtype), make)
 

@@ -25,7 +25,7 @@ from jasper_fast.mips.cpu import (
     search_plain,
     search_tiles,
 )
-from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, serves
+from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, supports
 from jasper_fast.mips.inputs import FLOATS, QUERIES, as_tensor, check_finite, check_rows, row_mask
 from jasper_fast.mips.prefetch import chunks
 from jasper_fast.mips.segment import Segment, bin_norms, not_finite
@@ -152,7 +152,7 @@ def search(
     if total == 0:
         return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
     if len(shards) == 1:
-        state = _complete(segments, scaled, mask, k, precision, scratch)
+        state = _search_complete(segments, scaled, mask, k, precision, scratch)
     else:
 
         def search_shard(number: int) -> TopKState:
@@ -160,7 +160,7 @@ def search(
                 return list(segments())[number :: len(shards)]
 
             device = shards[number]
-            return _complete(shard_segments, scaled.to(device), mask.to(device), k, precision, scratch)
+            return _search_complete(shard_segments, scaled.to(device), mask.to(device), k, precision, scratch)
 
         with ThreadPoolExecutor(len(shards)) as pool:
             state, *others = pool.map(search_shard, range(len(shards)))
@@ -179,7 +179,7 @@ def _padded(scores: Tensor, ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:
     return pad(scores.float(), (0, missing), value=-torch.inf), pad(ids.long(), (0, missing), value=-1)
 
 
-def _complete(
+def _search_complete(
     segments: Callable[[], Iterable[tuple[int, Segment]]],
     queries: Queries,
     mask: Tensor,
@@ -196,7 +196,7 @@ def _complete(
         return state
     missed = state.missed.nonzero()[:, 0]
     if len(missed):  # Too many near-ties for the capacity: the same proof without that limit.
-        _repeat(segments, queries, mask, state, missed, precision, scratch)
+        _search_again(segments, queries, mask, state, missed, precision, scratch)
     broken = state.broken.nonzero()[:, 0]
     if len(broken):
         warnings.warn(
@@ -205,11 +205,11 @@ def _complete(
             RuntimeWarning,
             stacklevel=4,
         )
-        _repeat(segments, queries, mask, state, broken, "exact", scratch)
+        _search_again(segments, queries, mask, state, broken, "exact", scratch)
     return state
 
 
-def _repeat(
+def _search_again(
     segments: Callable[[], Iterable[tuple[int, Segment]]],
     queries: Queries,
     mask: Tensor,
@@ -244,7 +244,7 @@ def _scan(
         if few:
             _few(segment, first_id, queries, part, state, precision)
             continue
-        if precision != "exact" and kernels and serves(segment, state.k) and _in_range(segment, queries):
+        if precision != "exact" and kernels and supports(segment, state.k) and _in_range(segment, queries):
             _cuda(segment, first_id, queries, part, state, precision, scratch)
             continue
         _library(segment, first_id, queries, part, state, precision, scratch)
@@ -287,7 +287,7 @@ def _cuda(
     for begin in range(0, len(segment), rows):
         part = segment.slice(begin, begin + rows) if rows < len(segment) else segment
         part_mask = mask[..., begin : begin + rows].contiguous() if mask.numel() else mask
-        if not serves(part, state.k):  # The last slice is too short for the kernels.
+        if not supports(part, state.k):  # The last slice is too short for the kernels.
             _library(part, first_id + begin, queries, part_mask, state, precision, scratch)
             continue
         scanned = scan_rows(part, len(queries))

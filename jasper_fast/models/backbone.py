@@ -13,12 +13,12 @@ from torch import nn
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.models.hub import CANNOT_LOAD, resolve_model
 from jasper_fast.models.loading import check_tokenizer, embedding_rows, load_checked
-from jasper_fast.models.probes import explained
+from jasper_fast.models.probes import explain_failures
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
 POSITION_TABLES = ("position_embeddings", "wpe")  # endings of the position table's name
-OTHER_STUDENT = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT and Qwen work)"
+OTHER_STUDENT_FIX = "choose another encoder as student.model (BERT, RoBERTa, MPNet, ModernBERT and Qwen work)"
 
 
 def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
     check_tokenizer(tokenizer, encoder, config.model)
     if saved["do_lower_case"]:
         lowercase(tokenizer, config.model)
-    give_pad_token(tokenizer, encoder, config.model)
+    ensure_pad_token(tokenizer, encoder, config.model)
     tokenizer.padding_side = "right"
     return encoder, tokenizer
 
@@ -62,7 +62,7 @@ def _load_files(config: StudentConfig, source: str, saved: dict[str, Any]) -> tu
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         settings = AutoConfig.from_pretrained(source, **saved["config_args"], **options)
-        switch_dropout_off(settings)
+        disable_dropout(settings)
         if hasattr(settings, "use_cache"):
             settings.use_cache = False  # the key-value cache is for generating text
         arguments = options | {key: value for key, value in saved["model_args"].items() if key == "add_pooling_layer"}
@@ -97,7 +97,7 @@ def encoder_factory(settings: Any) -> Any:
     if getattr(settings, "is_encoder_decoder", False):
         raise JasperError(
             f"student.model: {type(settings).__name__} belongs to an encoder-decoder model whose encoder cannot be "
-            f"saved alone. Fix: {OTHER_STUDENT}"
+            f"saved alone. Fix: {OTHER_STUDENT_FIX}"
         )
     return AutoModel
 
@@ -127,7 +127,7 @@ def transformer_folder(source: str) -> str:
     )
 
 
-def switch_dropout_off(settings: Any) -> None:
+def disable_dropout(settings: Any) -> None:
     """Set every dropout probability of a Hugging Face configuration to 0."""
     for name, value in settings.to_dict().items():
         if "drop" in name and isinstance(value, float):
@@ -193,7 +193,7 @@ def lowercase(tokenizer: Any, name: str) -> None:
     backend.normalizer = normalizers.Sequence(steps)
 
 
-def give_pad_token(tokenizer: Any, encoder: Any, name: str) -> None:
+def ensure_pad_token(tokenizer: Any, encoder: Any, name: str) -> None:
     """Let a tokenizer without a padding token pad with its end-of-text or unknown token.
 
     No embedding is added. The encoder's configuration gets the same padding id.
@@ -227,11 +227,11 @@ def make_bidirectional(encoder: Any) -> bool:
         JasperError: The architecture keeps its causal mask.
     """
     with torch.random.fork_rng(devices=[]):
-        causal = not sees_later_tokens(encoder)
+        causal = not is_bidirectional(encoder)
     if not causal:
         return False
     encoder.config.is_causal = False
-    if not sees_later_tokens(encoder):
+    if not is_bidirectional(encoder):
         raise JasperError(
             f"student.bidirectional: {type(encoder).__name__} does not honour `is_causal: false` in its configuration. "
             "Fix: set student.bidirectional: false, or choose another model (Qwen2, Qwen3, Llama, Mistral and Gemma "
@@ -241,14 +241,14 @@ def make_bidirectional(encoder: Any) -> bool:
 
 
 @torch.no_grad()
-def sees_later_tokens(encoder: Any) -> bool:
+def is_bidirectional(encoder: Any) -> bool:
     """Return True if the last token changes the state of the first, which a causal mask prevents."""
     training = encoder.training
     encoder.eval()
     size = embedding_rows(encoder) or 256
     ids = torch.arange(size // 2, size // 2 + 4).remainder(size).repeat(2, 1)  # (2, 4)
     ids[1, -1] = (size // 2 + 5) % size
-    with explained("student.model", type(encoder).__name__, OTHER_STUDENT):
+    with explain_failures("student.model", type(encoder).__name__, OTHER_STUDENT_FIX):
         first = encoder(input_ids=ids.to(encoder.device)).last_hidden_state[:, 0]  # (2, H)
     encoder.train(training)
     return not torch.equal(first[0], first[1])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jasper_fast.models.hub import CANNOT_LOAD, OWN_CODE, prompt_of, resolve_model
+from jasper_fast.models.hub import CANNOT_LOAD, CUSTOM_CODE, prompt_of, resolve_model
 from jasper_fast.models.sentence_transformer import encode_role, load_stock, model_batching, set_length
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
@@ -53,7 +53,7 @@ def load_model(
         model = load_stock(name, where, device=device, trust_remote_code=trust_remote_code)
     except CANNOT_LOAD as error:
         if "trust_remote_code" in str(error):
-            problem = OWN_CODE
+            problem = CUSTOM_CODE
         elif path.exists():
             problem = f"the model cannot be loaded ({first_line(error)}). Fix: copy or save the model again"
         else:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from jasper_fast.config.models import StudentConfig
-from jasper_fast.models.hub import OWN_CODE
+from jasper_fast.models.hub import CUSTOM_CODE
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line, public_name
@@ -116,7 +116,7 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         raise JasperError(f"{facts} is corrupt ({first_line(error)}). Fix: export the run again") from error
     except JasperError as error:
         if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
-            raise JasperError(f"{folder}: {OWN_CODE}") from error
+            raise JasperError(f"{folder}: {CUSTOM_CODE}") from error
         raise
     heads = routes_of(folder)
     for name, head in student.heads.items():

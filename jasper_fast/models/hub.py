@@ -31,10 +31,10 @@ CANNOT_LOAD = (
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.bpe", "*.tiktoken", "*.spm", "*.vocab")
-DECIDING = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that determine a model's embeddings
+IDENTITY_FILES = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that determine a model's embeddings
 PROMPTS = "config_sentence_transformers.json"  # file of a model's prompts in sentence-transformers
 ROUTER = "router_config.json"
-OWN_CODE = (
+CUSTOM_CODE = (
     "the model needs custom code, which does not run by default. Fix: if you trust its authors, pass "
     "trust_remote_code=True, or --trust-remote-code to the command"
 )
@@ -104,7 +104,7 @@ def model_revision(name: str, revision: str | None = None) -> str:
     return _hub_revision(name, revision)
 
 
-def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
+def model_prompts(name: str, revision: str | None = None) -> dict[str, str]:
     """Read a model's prompts for queries and documents, without loading the model. A missing prompt is "".
 
     Args:
@@ -115,7 +115,7 @@ def own_prompts(name: str, revision: str | None = None) -> dict[str, str]:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
     try:
-        prompts = settings_of(name, revision, PROMPTS).get("prompts") or {}
+        prompts = read_settings(name, revision, PROMPTS).get("prompts") or {}
         return {role: prompt_of(prompts, role) for role in ("query", "document")}
     except AttributeError as error:
         raise JasperError(f"{name}: {PROMPTS} is damaged ({error}). Fix: copy or download the model again") from error
@@ -132,9 +132,9 @@ def routes_by_role(name: str, revision: str | None = None) -> bool:
         JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
     """
     try:
-        modules = settings_of(name, revision, "modules.json")
+        modules = read_settings(name, revision, "modules.json")
         folders = [module["path"] for module in modules if module["type"].endswith((".Router", ".Asym"))]
-        routers = [settings_of(name, revision, f"{folder}/{ROUTER}".lstrip("/")) for folder in folders]
+        routers = [read_settings(name, revision, f"{folder}/{ROUTER}".lstrip("/")) for folder in folders]
         return any("query" in router["structure"] for router in routers if router)
     except (KeyError, TypeError, AttributeError) as error:
         raise JasperError(
@@ -142,7 +142,7 @@ def routes_by_role(name: str, revision: str | None = None) -> bool:
         ) from error
 
 
-def settings_of(name: str, revision: str | None, file: str) -> Any:
+def read_settings(name: str, revision: str | None, file: str) -> Any:
     """Read one of a model's JSON files, without loading the model. A missing file gives {}.
 
     Args:
@@ -185,13 +185,13 @@ def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
 
 def _folder_revision(folder: Path) -> str:
     """Hash the names and content of all files that determine the embeddings: weights, settings and tokenizer."""
-    paths = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in DECIDING)]
+    paths = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in IDENTITY_FILES)]
     if not any(p.match(glob) for p in paths for glob in WEIGHTS):
         raise JasperError(
             f"{folder}: no weights here (expected {', '.join(WEIGHTS)}). Fix: give the folder of a saved model"
         )
-    whole = sha256(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n" for path in sorted(paths))
-    return f"sha256:{whole}"
+    digest = sha256(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n" for path in sorted(paths))
+    return f"sha256:{digest}"
 
 
 def _hub_revision(name: str, revision: str | None) -> str:

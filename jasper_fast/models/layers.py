@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jasper_fast.models.backbone import drop_pooler
-from jasper_fast.models.probes import FAILURES
+from jasper_fast.models.probes import ENCODER_ERRORS
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
@@ -39,7 +39,7 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
     """
     path = layer_list(encoder)
     if path is None:
-        raise JasperError(no_layers(encoder))
+        raise JasperError(unknown_layers_message(encoder))
     total = len(encoder.get_submodule(path))
     chosen = list(range(layers)) if isinstance(layers, int) else list(layers)
     if not chosen or max(chosen) >= total or len(set(chosen)) != len(chosen):
@@ -57,7 +57,7 @@ def keep_layers(encoder: Any, layers: int | Sequence[int]) -> Any:
         shorter = type(encoder)(settings)
         drop_pooler(shorter)
         shorter.load_state_dict(weights)
-    except FAILURES as error:
+    except ENCODER_ERRORS as error:
         raise JasperError(
             f"student.layers: {type(encoder).__name__} cannot keep layers {chosen} alone, because its layers are built "
             f"differently by position ({first_line(error)}). Fix: begin with layer 0, or leave student.layers out"
@@ -79,7 +79,7 @@ def _weights_of_layers(encoder: Any, path: str, chosen: Sequence[int]) -> dict[s
     return weights
 
 
-def no_layers(encoder: nn.Module) -> str:
+def unknown_layers_message(encoder: nn.Module) -> str:
     """Return the error message for an encoder whose layers cannot be counted."""
     return (
         f"{type(encoder).__name__} has no single list of {getattr(encoder.config, 'num_hidden_layers', '?')} layers "

@@ -23,9 +23,9 @@ T = TypeVar("T")
 # Levels that training wrappers (torch.compile, FSDP, activation checkpointing, DeepSpeed) add to weight names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 WRAPPER = re.compile(rf"(?:{'|'.join(WRAPPERS)})\.")
-NESTING = 3  # maximum wrappers in one name
+MAX_WRAPPERS = 3  # maximum wrappers in one name
 UNUSED = ("pooler",)  # modules that mean pooling ignores; checkpoints often lack them
-SHOWN = 3  # weight names that an error lists
+MAX_LISTED = 3  # weight names that an error lists
 # Allowed rows of an embedding table beyond the vocabulary. Padding to a multiple is common. More means another model.
 SPARE_ROWS, SPARE_FRACTION, SPARE_OF_FEW = 1024, 0.04, 0.25
 PROBE_WORDS = 20  # words of a tokenizer's vocabulary that must get different ids
@@ -56,11 +56,11 @@ def load_checked(load: Callable[[dict[str, Any]], T], name: str) -> T:
     Raises:
         JasperError: a weight is missing, has another shape, or has no place in the model.
     """
-    with recorded_loads() as loads:
+    with record_loads() as loads:
         loaded = load({})
     renames = _wrapper_renames(loads)
     if renames:
-        with recorded_loads() as loads:
+        with record_loads() as loads:
             loaded = load({"key_mapping": renames})
     for loaded_weights in loads:
         if problem := weight_problem(loaded_weights):
@@ -69,7 +69,7 @@ def load_checked(load: Callable[[dict[str, Any]], T], name: str) -> T:
 
 
 @contextmanager
-def recorded_loads() -> Iterator[list[LoadedWeights]]:
+def record_loads() -> Iterator[list[LoadedWeights]]:
     """Record the result of every ``from_pretrained`` call in the block, without its warnings. Not thread-safe."""
     from transformers import PreTrainedModel
     from transformers.utils import logging
@@ -163,17 +163,17 @@ def _wrapper_renames(loads: list[LoadedWeights]) -> dict[str, str]:
         if not missing or not prefixes:
             continue
         prefix, _ = prefixes.most_common(1)[0]
-        for depth in range(NESTING):  # transformers replaces one match of each expression
+        for depth in range(MAX_WRAPPERS):  # transformers replaces one match of each expression
             renames[rf"(?:{WRAPPER.pattern}){{1,{depth + 1}}}"] = ""
         if prefix:
             renames[rf"^{re.escape(prefix)}"] = ""
     return renames
 
 
-def _prefix(name: str, wanted: set[str]) -> str | None:
+def _prefix(name: str, known_names: set[str]) -> str | None:
     """Return the part of ``name`` before a wanted name, or None if it ends in none of them."""
     start = 0
-    while name[start:] not in wanted:
+    while name[start:] not in known_names:
         start = name.find(".", start) + 1
         if not start:
             return None
@@ -181,8 +181,8 @@ def _prefix(name: str, wanted: set[str]) -> str | None:
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return f"{len(names)} weights ({', '.join(names[:SHOWN])}{f' and {more} more' if more > 0 else ''})"
+    more = len(names) - MAX_LISTED
+    return f"{len(names)} weights ({', '.join(names[:MAX_LISTED])}{f' and {more} more' if more > 0 else ''})"
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
@@ -199,9 +199,9 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     """
     problem = (
         _empty_vocabulary(tokenizer)
-        or _foreign_ids(tokenizer, embedding_rows(model))
-        or _foreign_padding(tokenizer, model, name)
-        or _foreign_types(tokenizer, text_config(model))
+        or _ids_out_of_range(tokenizer, embedding_rows(model))
+        or _padding_out_of_range(tokenizer, model, name)
+        or _types_out_of_range(tokenizer, text_config(model))
     )
     if problem:
         raise JasperError(f"{name}: {problem}")
@@ -240,7 +240,7 @@ def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
         return {}
 
 
-def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
+def _ids_out_of_range(tokenizer: Any, rows: int | None) -> str | None:
     vocabulary = _vocabulary(tokenizer)
     if rows is None or not vocabulary:
         return None
@@ -258,13 +258,13 @@ def _foreign_ids(tokenizer: Any, rows: int | None) -> str | None:
     return None
 
 
-def _foreign_padding(tokenizer: Any, model: Any, name: str) -> str | None:
+def _padding_out_of_range(tokenizer: Any, model: Any, name: str) -> str | None:
     """Describe a padding id that shifts positions. Other models mask padding, so a note is enough."""
     actual, expected = tokenizer.pad_token_id, getattr(text_config(model), "pad_token_id", None)
     if actual is None or expected is None or expected < 0 or actual == expected:
         return None
     differ = f"tokenizer and config.json have different padding ids (got {actual} and {expected})"
-    if counts_from_padding(model):
+    if has_padding_offset(model):
         return (
             f"{differ}, and positions are counted from the padding id. Fix: set pad_token_id in config.json to "
             "the tokenizer's, if the model was trained with this tokenizer"
@@ -273,7 +273,7 @@ def _foreign_padding(tokenizer: Any, model: Any, name: str) -> str | None:
     return None
 
 
-def counts_from_padding(model: Any) -> bool:
+def has_padding_offset(model: Any) -> bool:
     """Return True if an encoder's positions start after its padding id, as in RoBERTa and related models."""
     return any(
         isinstance(module, torch.nn.Embedding)
@@ -283,7 +283,7 @@ def counts_from_padding(model: Any) -> bool:
     )
 
 
-def _foreign_types(tokenizer: Any, config: Any) -> str | None:
+def _types_out_of_range(tokenizer: Any, config: Any) -> str | None:
     types = getattr(config, "type_vocab_size", None)
     if not isinstance(types, int) or types < 1:
         return None

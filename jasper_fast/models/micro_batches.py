@@ -136,16 +136,16 @@ class ImageBatches:
 
     Args:
         token_ids: per micro-batch, (b, 3, side, side) images.
-        each: input embeddings per image, those around it included.
+        tokens_per_image: input embeddings per image, those around it included.
     """
 
     token_ids: list[Tensor]
-    each: int
+    tokens_per_image: int
 
     @property
     def tokens(self) -> int:
         """Number of input embeddings of the whole batch."""
-        return sum(map(len, self.token_ids)) * self.each
+        return sum(map(len, self.token_ids)) * self.tokens_per_image
 
     @property
     def padded(self) -> int:

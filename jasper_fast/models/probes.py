@@ -21,11 +21,11 @@ LONG = "the water of the seven rivers ran past the old road, and nobody knew how
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the embedding's length
 HALF_TOLERANCE = 5e-2  # for 16-bit weights, whose kernels depend on the batch shape
 # Exceptions that encoders raise if they are built or called in an unsupported way.
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
+ENCODER_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @contextmanager
-def explained(name: str, architecture: str, fix: str) -> Iterator[None]:
+def explain_failures(name: str, architecture: str, fix: str) -> Iterator[None]:
     """Convert an encoder's exception in the block to an error with the model, its architecture and a fix.
 
     Args:
@@ -38,7 +38,7 @@ def explained(name: str, architecture: str, fix: str) -> Iterator[None]:
     """
     try:
         yield
-    except FAILURES as error:
+    except ENCODER_ERRORS as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise JasperError(f"{name}: {architecture} cannot encode a short text ({reason}). Fix: {fix}") from error
 

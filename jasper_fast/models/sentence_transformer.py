@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jasper_fast.models.backbone import give_pad_token, position_limit, position_table
-from jasper_fast.models.hub import PROMPTS, prompt_of, settings_of
+from jasper_fast.models.backbone import ensure_pad_token, position_limit, position_table
+from jasper_fast.models.hub import PROMPTS, prompt_of, read_settings
 from jasper_fast.models.loading import check_tokenizer, load_checked
-from jasper_fast.models.probes import LONG, SHORT, Batching, explained, find_batching
+from jasper_fast.models.probes import LONG, SHORT, Batching, explain_failures, find_batching
 from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROLES = ("query", "document")
 TOKENIZED_AT_ONCE = 512  # texts per call of the tokenizer
-OTHER_MODEL = "choose another model, or the version of transformers that it was saved with"
+OTHER_MODEL_FIX = "choose another model, or the version of transformers that it was saved with"
 
 
 def load_stock(
@@ -68,7 +68,7 @@ def load_stock(
     for module in transformers_of(model):
         if module.tokenizer is not None:
             check_tokenizer(module.tokenizer, module.model, name)
-            give_pad_token(module.tokenizer, module.model, name)
+            ensure_pad_token(module.tokenizer, module.model, name)
             _check_length(module, name)
     _report_ignored_prompt(model.prompts, name)
     _report_similarity(model.similarity_fn_name, name)
@@ -162,7 +162,7 @@ def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, 
             widths[role] = vectors.shape[1]
             return vectors
 
-        with explained(name, architecture, OTHER_MODEL):
+        with explain_failures(name, architecture, OTHER_MODEL_FIX):
             _check_text_fits(model, role, prompt, name)
             batchings.add(find_batching(encode, name))
     if len(set(widths.values())) > 1:
@@ -173,21 +173,21 @@ def model_batching(model: SentenceTransformer, name: str, prompts: Mapping[str, 
     return "equal lengths" if "equal lengths" in batchings else "padded"
 
 
-def limit_length(model: SentenceTransformer, wanted: int) -> int:
-    """Truncate texts at ``wanted`` tokens, or at the limit of each part of the model if that is lower.
+def limit_length(model: SentenceTransformer, max_length: int) -> int:
+    """Truncate texts at ``max_length`` tokens, or at the limit of each part of the model if that is lower.
 
     Returns:
         The largest resulting limit of a part, in tokens.
     """
     lengths = []
     for module in transformers_of(model):
-        bounds = (wanted, module.max_seq_length, position_limit(module.model))
+        bounds = (max_length, module.max_seq_length, position_limit(module.model))
         module.max_seq_length = min(int(bound) for bound in bounds if bound)
         for role in ("query_length", "document_length"):  # per-role lengths
             if getattr(module, role, None):
                 setattr(module, role, min(getattr(module, role), module.max_seq_length))
         lengths.append(module.max_seq_length)
-    return max(lengths, default=wanted)
+    return max(lengths, default=max_length)
 
 
 def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
@@ -240,7 +240,7 @@ def _kind(where: str, revision: str | None) -> str:
         name = where if "/" in where else f"sentence-transformers/{where}"
         cached = try_to_load_from_cache(name, PROMPTS, revision=revision)
         folder = Path(cached).parent if isinstance(cached, str) else None
-    settings = settings_of(str(folder), None, PROMPTS) if folder is not None else {}
+    settings = read_settings(str(folder), None, PROMPTS) if folder is not None else {}
     return settings.get("model_type", "SentenceTransformer")
 
 

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from jasper_fast.config.models import StudentConfig, prompt_problem
 from jasper_fast.config.run import Config
 from jasper_fast.models.backbone import (
-    OTHER_STUDENT,
+    OTHER_STUDENT_FIX,
     check_max_length,
     load_encoder,
     make_bidirectional,
     token_type_template,
 )
-from jasper_fast.models.layers import keep_layers, layer_list, no_layers
-from jasper_fast.models.probes import LONG, SHORT, explained, find_batching
+from jasper_fast.models.layers import keep_layers, layer_list, unknown_layers_message
+from jasper_fast.models.probes import LONG, SHORT, explain_failures, find_batching
 from jasper_fast.models.vision_tower import VisionTower
 from jasper_fast.utils.errors import JasperError
 
@@ -104,7 +104,7 @@ class Student(nn.Module):
         """
         name, architecture, training = self.config.model, type(self.encoder).__name__, self.training
         self.eval()
-        with torch.random.fork_rng(devices=[]), explained(name, architecture, OTHER_STUDENT):
+        with torch.random.fork_rng(devices=[]), explain_failures(name, architecture, OTHER_STUDENT_FIX):
             batching = find_batching(lambda texts: self.pool(self.tokenize(texts)), name)
         self.train(training)
         for role, prefix in self.prefixes.items():
@@ -117,7 +117,7 @@ class Student(nn.Module):
         if batching != "padded":
             raise JasperError(
                 f"{name}: {architecture} does not honour the attention mask. A text's embedding would change with the "
-                f"padding in its batch. Fix: {OTHER_STUDENT}"
+                f"padding in its batch. Fix: {OTHER_STUDENT_FIX}"
             )
 
     @property
@@ -176,7 +176,7 @@ class Student(nn.Module):
         """
         device = torch.device(device) if device is not None else self.device
         if isinstance(token_ids, Tensor):
-            embeddings = self.seeing(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
+            embeddings = self.vision_tower(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
             states = self.encoder(inputs_embeds=embeddings).last_hidden_state
             return _at_least_fp32(states[:, 1:-1]).mean(dim=1)  # (B, H)
         ids, mask = pad(token_ids, self.tokenizer.pad_token_id)
@@ -264,7 +264,7 @@ class Student(nn.Module):
         return [f"encoder.{name}" for name, _ in self.encoder.named_parameters() if name.startswith(tuple(prefixes))]
 
     @property
-    def seeing(self) -> VisionTower:
+    def vision_tower(self) -> VisionTower:
         """The vision tower.
 
         Raises:
@@ -332,7 +332,7 @@ class Student(nn.Module):
 
     def _named_layers(self) -> tuple[str, nn.ModuleList]:
         if self._layers is None:
-            raise JasperError(no_layers(self.encoder))
+            raise JasperError(unknown_layers_message(self.encoder))
         return self._layers, self.encoder.get_submodule(self._layers)
 
 

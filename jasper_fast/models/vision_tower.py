@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jasper_fast.config.models import VisionConfig
-from jasper_fast.models.backbone import position_limit, switch_dropout_off
+from jasper_fast.models.backbone import disable_dropout, position_limit
 from jasper_fast.models.layers import layer_list
 from jasper_fast.models.loading import load_checked
 from jasper_fast.utils.errors import JasperError
@@ -30,7 +30,7 @@ class VisionTower(nn.Module):
 
     Args:
         tower: Hugging Face vision model that returns ``last_hidden_state`` (B, P, W).
-        marks: (2, H) embeddings of image-start and image-end.
+        boundary_embeddings: (2, H) embeddings of image-start and image-end.
         image_tokens: number N of input embeddings per image.
         rows: ids of image-start and image-end, which are their rows in the text encoder's embedding table.
         mean: mean of each channel, for pixels scaled to 0..1.
@@ -43,7 +43,7 @@ class VisionTower(nn.Module):
     def __init__(
         self,
         tower: nn.Module,
-        marks: Tensor,
+        boundary_embeddings: Tensor,
         image_tokens: int,
         rows: list[int],
         mean: list[float] = HALF,
@@ -51,7 +51,7 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         self.tower: Any = tower
-        self.marks = nn.Parameter(marks.clone())
+        self.marks = nn.Parameter(boundary_embeddings.clone())
         self.image_tokens = image_tokens
         self.rows = rows
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -77,9 +77,9 @@ class VisionTower(nn.Module):
             )
         tower = load_tower(config) if config.model is not None else new_tower(config.tower or {})
         mean, std = _pixel_statistics(config)
-        rows = add_marks(config, encoder, tokenizer)
-        marks = encoder.get_input_embeddings().weight.detach()[rows]  # (2, H)
-        return cls(tower, marks, config.image_tokens, rows, mean, std)
+        rows = add_boundary_tokens(config, encoder, tokenizer)
+        boundary_embeddings = encoder.get_input_embeddings().weight.detach()[rows]  # (2, H)
+        return cls(tower, boundary_embeddings, config.image_tokens, rows, mean, std)
 
     @property
     def side(self) -> int:
@@ -108,8 +108,8 @@ class VisionTower(nn.Module):
                 "(expected (images, patches, width)). Fix: choose a transformer (SigLIP, SigLIP 2, CLIP, ViT)"
             )
         tokens = pool_tokens(states, self.image_tokens, self.marks.shape[1])  # (B, N, H)
-        marks = self.marks.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, 2, H)
-        return torch.cat([marks[:, :1], tokens, marks[:, 1:]], dim=1)
+        boundary = self.marks.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, 2, H)
+        return torch.cat([boundary[:, :1], tokens, boundary[:, 1:]], dim=1)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Switch gradient checkpointing of the tower on or off. A tower without support ignores it."""
@@ -143,7 +143,7 @@ class VisionTower(nn.Module):
         return [f"vision.tower.{name}" for name, _ in self.tower.named_parameters() if name.startswith(tuple(prefixes))]
 
     @torch.no_grad()
-    def store_marks(self, encoder: Any) -> None:
+    def store_boundary_embeddings(self, encoder: Any) -> None:
         """Copy the trained image-start and image-end embeddings into the text encoder's table, to be saved with it."""
         encoder.get_input_embeddings().weight[self.rows] = self.marks.to(encoder.dtype)
 
@@ -187,7 +187,7 @@ def pool_tokens(states: Tensor, tokens: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(states, (tokens, width))
 
 
-def add_marks(config: VisionConfig, encoder: Any, tokenizer: Any) -> list[int]:
+def add_boundary_tokens(config: VisionConfig, encoder: Any, tokenizer: Any) -> list[int]:
     """Add image-start and image-end to the tokenizer and to the text encoder's embedding table if they are missing.
 
     New rows do not depend on torch's current seed.
@@ -236,7 +236,7 @@ def new_tower(fields: dict[str, float]) -> Any:
     sizes = {name: int(v) if float(v).is_integer() and name != "layer_norm_eps" else v for name, v in fields.items()}
     try:
         settings = SiglipVisionConfig(**sizes, vision_use_head=False)
-        switch_dropout_off(settings)
+        disable_dropout(settings)
         tower = SiglipVisionModel(settings)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise JasperError(f"student.vision.tower: no tower can be built from {sizes} ({error})") from error
@@ -297,7 +297,7 @@ def _load_model(config: VisionConfig) -> Any:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     settings = AutoConfig.from_pretrained(source, **options)
     for part in (settings, getattr(settings, "vision_config", settings)):
-        switch_dropout_off(part)
+        disable_dropout(part)
         if hasattr(part, "vision_use_head"):
             part.vision_use_head = False  # our pooler takes all tokens, so a head would be saved but not trained
     with torch.random.fork_rng(devices=[]):

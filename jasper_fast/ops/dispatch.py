@@ -27,9 +27,9 @@ def fake_losses(students: list[Tensor], teacher: Tensor, gradient: bool) -> tupl
     return losses, [fake_gradient(s, gradient) for s in students]
 
 
-def fake_gradient(embeddings: Tensor, wanted: bool) -> Tensor:
+def fake_gradient(embeddings: Tensor, with_gradient: bool) -> Tensor:
     """Return an empty gradient in the dtype of `gradient_dtype`. An unwanted one has no elements."""
-    return embeddings.new_empty(embeddings.shape if wanted else (0,), dtype=gradient_dtype(embeddings))
+    return embeddings.new_empty(embeddings.shape if with_gradient else (0,), dtype=gradient_dtype(embeddings))
 
 
 def fake_unit_gradients(students: list[Tensor], gradient: bool) -> list[Tensor]:

@@ -18,7 +18,7 @@ def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes]) -> N
     """Draw a contact sheet. A row shows a caption, its image, and the images it retrieved, with the right one framed.
 
     Args:
-        sheet: content of the sheet, from :func:`evaluate_pictures`.
+        sheet: content of the sheet, from :func:`evaluate_images`.
         held_out: held-out images.
         file: binary file for the PNG.
     """
@@ -40,10 +40,10 @@ def plot_sheet(sheet: Mapping[str, Any], held_out: Images, file: IO[bytes]) -> N
         y = top + line * (SIDE + gap)
         draw.multiline_text((gap, y + 4), _wrapped(caption, 36, 5), fill="black", font=font)
         page.paste(Image.fromarray(pixels[target]), (left, y))
-        for place, picture in enumerate(retrieved):
+        for place, image in enumerate(retrieved):
             x = left + SIDE + 4 * gap + place * (SIDE + gap)
-            page.paste(Image.fromarray(pixels[picture]), (x, y))
-            right = picture == target
+            page.paste(Image.fromarray(pixels[image]), (x, y))
+            right = image == target
             draw.rectangle(
                 (x - 2, y - 2, x + SIDE + 1, y + SIDE + 1),
                 outline="#009E73" if right else "#DDDDDD",
@@ -57,7 +57,7 @@ def write_sheet(path: Path, sheet: Mapping[str, Any], held_out: Images) -> bool:
 
     Args:
         path: PNG file to write.
-        sheet: content of the sheet, from :func:`evaluate_pictures`.
+        sheet: content of the sheet, from :func:`evaluate_images`.
         held_out: held-out images.
 
     Returns:

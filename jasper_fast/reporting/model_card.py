@@ -120,19 +120,19 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
         JasperError: a file cannot be written.
     """
     folder = Path(folder)
-    coded = (folder / ranges_file(widths[-1])).is_file()
+    quantized = (folder / ranges_file(widths[-1])).is_file()
     write_atomic(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(folder / "README.md", render_card(facts, widths, flat=flat, coded=coded))
+    write_atomic(folder / "README.md", render_card(facts, widths, flat=flat, quantized=quantized))
 
 
-def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, coded: bool = False) -> str:
+def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, quantized: bool = False) -> str:
     """Return the model card as Markdown with YAML front matter.
 
     Args:
         facts: facts of the run, as from run_facts. Sections without facts are left out.
         widths: widths of the embeddings, widest first.
         flat: True for a model with one head and no Router. Default: False.
-        coded: True for a model folder with ranges of int8 codes. Default: False.
+        quantized: True for a model folder with ranges of int8 codes. Default: False.
     """
     from huggingface_hub import ModelCard
 
@@ -145,7 +145,7 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         name=facts.get("name", "student"),
         widths=list(widths),
         flat=flat,
-        ranges_file=ranges_file(widths[-1]) if coded else None,
+        ranges_file=ranges_file(widths[-1]) if quantized else None,
         prefix_heads=student.get("head_type") == "prefix",
         prompts={role: json.dumps(prompt, ensure_ascii=False) for role, prompt in prompts if prompt},
         **(_image_facts(facts) if not flat and student.get("vision") else {}),

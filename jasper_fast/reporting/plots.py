@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.config.losses import PARTS
+from jasper_fast.config.losses import LOGGED_LOSSES
 from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ PART_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
 DPI = 150
 PANELS_PER_ROW = 3
 LEGEND_ENTRY = 2.1  # width of the longest entry, in inches
-SMOOTH_SHARE = 0.03  # window of the running mean, as a fraction of all steps
+SMOOTH_FRACTION = 0.03  # window of the running mean, as a fraction of all steps
 
 
 def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
@@ -41,10 +41,10 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
         file: binary file for the PNG.
     """
     stages = _stages(steps)
-    colours = {part: PART_COLOURS[place % len(PART_COLOURS)] for place, part in enumerate(PARTS)}
+    colours = {part: PART_COLOURS[place % len(PART_COLOURS)] for place, part in enumerate(LOGGED_LOSSES)}
     figure, axes = _figure(1, 2, (10, 4))
     upper, lower = axes
-    window = round(SMOOTH_SHARE * len(steps)) | 1  # odd
+    window = round(SMOOTH_FRACTION * len(steps)) | 1  # odd
     for _, lines in stages:
         _curve(upper, lines, "loss", COLOURS[STUDENT], None, window)
         for part, colour in colours.items():

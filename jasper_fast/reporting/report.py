@@ -10,15 +10,15 @@ from statistics import mean
 from typing import Any
 
 from jasper_fast.config.yaml import NOT_YAML, parse_yaml
-from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, kept_share, remark_lines
+from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, note_lines, percent_of_teacher
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.quantization import CANDIDATES, PRECISIONS
 from jasper_fast.reporting.contact_sheet import SHEET
-from jasper_fast.reporting.tables import pictures_line, scores_markdown
+from jasper_fast.reporting.tables import images_line, scores_markdown
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 
-TOLD = 20  # entries of a list that the report prints
+MAX_LISTED = 20  # entries of a list that the report prints
 NO_PLOTS = (
     "The plots are missing because matplotlib is not installed. Fix: `pip install matplotlib`, then write the report "
     "again."
@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         f"# Report of the run {config['name']}",
         f"**{final_line(results)}**",
         _transductive(results),
-        _remarks(results),
+        _notes(results),
         _scores(results),
         images.get("sets", ""),
         _widths(results),
@@ -75,14 +75,14 @@ def final_line(results: Mapping[str, Any]) -> str:
         results: content of results.json.
     """
     if not results.get("rows") and results.get("pictures"):
-        return pictures_line(results["pictures"])
+        return images_line(results["pictures"])
     if not results.get("rows"):
         return "no scores: the configuration has no evaluation sets"
     name, metric = results["primary"]["set"], results["primary"]["metric"]
     before, after, teacher = (_widest(results, model, f"{name}/{metric}") for model in (BEFORE, STUDENT, TEACHER))
     start = "" if before is None else f"before {100 * before:.1f} → "
     end = "" if teacher is None else f" · teacher {100 * teacher:.1f}"
-    percent = kept_share(after, teacher)
+    percent = percent_of_teacher(after, teacher)
     fraction = "" if percent is None else f" ({percent:.1f} % kept)"
     return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{fraction}"
 
@@ -158,9 +158,9 @@ def _transductive(results: Mapping[str, Any]) -> str:
     )
 
 
-def _remarks(results: Mapping[str, Any]) -> str:
+def _notes(results: Mapping[str, Any]) -> str:
     """List the problems of the evaluation files, one line per set."""
-    return "\n".join(f"- {line}" for line in remark_lines(results.get("sets", [])))
+    return "\n".join(f"- {line}" for line in note_lines(results.get("sets", [])))
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -325,7 +325,7 @@ def _cell(score: float | None, digits: int = 2) -> str:
 
 
 def _fraction(score: float | None, teacher: float | None) -> str:
-    percent = kept_share(score, teacher)
+    percent = percent_of_teacher(score, teacher)
     return "–" if percent is None else f"{percent:.1f} %"
 
 
@@ -335,9 +335,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        rest = len(value) - TOLD
+        rest = len(value) - MAX_LISTED
         return "; ".join(
-            [*map(_plain, value[:TOLD]), *([f"and {rest} more (results.json has them)"] if rest > 0 else [])]
+            [*map(_plain, value[:MAX_LISTED]), *([f"and {rest} more (results.json has them)"] if rest > 0 else [])]
         )
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"

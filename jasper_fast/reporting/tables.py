@@ -14,7 +14,7 @@ def scores_markdown(results: Mapping[str, Any]) -> str:
     """Return the Markdown table of report and model card, with a row per model and width.
 
     Args:
-        results: scores from :func:`evaluate_pictures`.
+        results: scores from :func:`evaluate_images`.
     """
     ways = ("text → image", "image → text")
     names = [*(f"R@{k}" for k in DEPTHS), "median rank"]
@@ -33,11 +33,11 @@ def scores_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pictures_line(results: Mapping[str, Any]) -> str:
+def images_line(results: Mapping[str, Any]) -> str:
     """Return one line with R@10 and R@1 in both directions at the widest head, compared with the floor.
 
     Args:
-        results: scores from :func:`evaluate_pictures`.
+        results: scores from :func:`evaluate_images`.
     """
     student, floor = (
         next((row["scores"] for row in results["rows"] if row["model"] == model), None) for model in (STUDENT, FLOOR)

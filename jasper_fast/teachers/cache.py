@@ -135,7 +135,7 @@ class TeacherCache:
         for leftover in self.folder.glob(f"{TEMPORARY}{self.file(shard).stem}*"):  # from a killed process
             leftover.unlink(missing_ok=True)
         stored, scale = quantise(vectors, self.identity["dtype"])
-        error, earlier = storing_error(vectors, dequantise(stored, scale)), stored_error or (0.0, 0.0)
+        error, earlier = storage_error(vectors, dequantise(stored, scale)), stored_error or (0.0, 0.0)
         content = stream_bytes(self._table(digests, stored, scale))
         facts = {
             "error_max": max(float(error.max()), earlier[1]),
@@ -230,7 +230,7 @@ class TeacherCache:
             )
 
 
-class TeacherVectors:
+class TeacherEmbeddings:
     """Target embeddings ``norm(concat(norm(t_1), …, norm(t_n)))`` of n teachers, concatenated when they are read.
 
     Args:
@@ -306,7 +306,7 @@ def dequantise(stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     return vectors if scale is None else vectors * scale[:, None]
 
 
-def storing_error(original: np.ndarray, stored: np.ndarray) -> np.ndarray:
+def storage_error(original: np.ndarray, stored: np.ndarray) -> np.ndarray:
     """Measure the cosine distance between each row and its stored form, (B,) float64.
 
     It is computed as half the squared distance of the unit vectors, because 1 − cos would be lost in rounding.

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jasper_fast.data.listing import listed_files, user_path
-from jasper_fast.data.rows import packed, read_rows
+from jasper_fast.data.rows import read_rows, with_compressed
 from jasper_fast.data.text import text_digest
 from jasper_fast.teachers.reuse import digest_keys
 from jasper_fast.utils.atomic import disk_errors
 from jasper_fast.utils.errors import JasperError
 
-SUFFIXES = (".npy", ".parquet", *packed(".jsonl"))
+SUFFIXES = (".npy", ".parquet", *with_compressed(".jsonl"))
 KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
 NAMES = ("vector", "embedding")  # columns to prefer if several columns hold lists of numbers
 ROLES = ("document", "query")
 BATCH = 1024  # rows
-LARGEST = 10**38  # just below the largest float32
+MAX_VALUE = 10**38  # just below the largest float32
 
 
 class Keys(NamedTuple):
@@ -38,7 +38,7 @@ class Keys(NamedTuple):
     exact: np.ndarray  # (k,) bool; False: digest of the text stripped of white space at its ends
 
 
-class VectorFile(NamedTuple):
+class EmbeddingFile(NamedTuple):
     """Rows of one file."""
 
     file: Path
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     place: Callable[[int], str]  # describes the position of a row of the batch, for errors
 
 
-def vector_paths(name: str) -> list[Path]:
+def embedding_paths(name: str) -> list[Path]:
     """List one file, or the files of a folder in natural order. The list is empty if no file has a known suffix."""
     path = user_path(name)
     if path.is_dir():
@@ -62,7 +62,7 @@ def vector_paths(name: str) -> list[Path]:
     return [path] if path.is_file() and path.name.lower().endswith(SUFFIXES) else []
 
 
-def open_vectors(file: Path, scratch: Path | None = None) -> VectorFile:
+def open_embedding_file(file: Path, scratch: Path | None = None) -> EmbeddingFile:
     """Open a file of embeddings.
 
     Args:
@@ -74,7 +74,7 @@ def open_vectors(file: Path, scratch: Path | None = None) -> VectorFile:
         JasperError: the file cannot be read or has another format, a row has another width, or a key is missing.
     """
     if file.suffix.lower() == ".npy":
-        return VectorFile(file, _open_npy(file), None)
+        return EmbeddingFile(file, _open_npy(file), None)
     return _copy(file, _batches(file), scratch)
 
 
@@ -104,7 +104,7 @@ def _open_npy(file: Path) -> np.ndarray:
     return array
 
 
-def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorFile:
+def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> EmbeddingFile:
     """Copy the embeddings of all batches to an unnamed temporary file and map it."""
     keys: list[Keys] = []
     rows = width = 0
@@ -112,7 +112,7 @@ def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorF
     with disk_errors(scratch or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=scratch) as copy:
         for batch in batches:
             if rows and batch.vectors.shape[1] != width:
-                raise _other_width(batch.place(0), batch.vectors.shape[1], width)
+                raise _width_error(batch.place(0), batch.vectors.shape[1], width)
             if not rows:
                 width, dtype = batch.vectors.shape[1], batch.vectors.dtype
             copy.write(batch.vectors.astype(dtype, copy=False).tobytes())
@@ -122,7 +122,7 @@ def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> VectorF
             raise JasperError(f"{file}: holds no embeddings. Fix: write one row per training text")
         copy.flush()
         vectors = np.memmap(copy, dtype, "r", shape=(rows, width))
-    return VectorFile(file, vectors, Keys(*map(np.concatenate, zip(*keys, strict=True))) if keys else None)
+    return EmbeddingFile(file, vectors, Keys(*map(np.concatenate, zip(*keys, strict=True))) if keys else None)
 
 
 def _keys(batch: Batch, first: int) -> list[Keys]:
@@ -169,7 +169,9 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             schema = parquet.schema_arrow
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
-            name = _vector_column([field.name for field in schema if _is_vector(field.type)], file, described)
+            name = _embedding_column(
+                [field.name for field in schema if _is_embedding_type(field.type)], file, described
+            )
             if len(set(schema.names)) < len(schema.names):
                 raise JasperError(f"{file}: two columns have the same name ({described}). Fix: rename one of them")
             keys = [key for key in ("digest", "text", "role") if key in schema.names]
@@ -177,9 +179,9 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
             for batch in parquet.iter_batches(BATCH, columns=[name, *keys]):
                 if not len(batch):
                     continue
-                column, place = batch.column(name), _placer(f"{file}: row", first)
+                column, place = batch.column(name), _row_labels(f"{file}: row", first)
                 width = width or len(column[0] if column[0].is_valid else ())
-                vectors = _rectangle(column, width, place)
+                vectors = _to_matrix(column, width, place)
                 yield Batch(vectors, {key: batch.column(key).to_pylist() for key in keys}, place)
                 first += len(batch)
     except (OSError, pa.ArrowException) as error:
@@ -188,11 +190,11 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
         ) from error
 
 
-def _placer(before: str, first: int) -> Callable[[int], str]:
+def _row_labels(before: str, first: int) -> Callable[[int], str]:
     return lambda row: f"{before} {first + row}"
 
 
-def _rectangle(column: Any, width: int, place: Callable[[int], str]) -> np.ndarray:
+def _to_matrix(column: Any, width: int, place: Callable[[int], str]) -> np.ndarray:
     """Convert an Arrow column of lists of one length to an array, (B, width) float."""
     import pyarrow.compute as pc
 
@@ -200,11 +202,11 @@ def _rectangle(column: Any, width: int, place: Callable[[int], str]) -> np.ndarr
     for row in np.flatnonzero(lengths != width)[:1]:
         if not np.isfinite(lengths[row]):
             raise JasperError(f"{place(row)} is null. Fix: give every row an embedding")
-        raise _other_width(place(row), int(lengths[row]), width)
+        raise _width_error(place(row), int(lengths[row]), width)
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
-def _is_vector(kind: Any) -> bool:
+def _is_embedding_type(kind: Any) -> bool:
     """Return True for an Arrow type of lists of floats."""
     from pyarrow import types
 
@@ -219,7 +221,7 @@ def _jsonl_batches(file: Path) -> Iterator[Batch]:
         places, cells = zip(*batch, strict=True)
         if not name:
             lists = [key for key, value in cells[0].items() if _is_numbers(value)]
-            name = _vector_column(lists, file, ", ".join(cells[0]))
+            name = _embedding_column(lists, file, ", ".join(cells[0]))
             keys = [key for key in ("digest", "text", "role") if key in cells[0]]
             width = len(cells[0][name])
         vectors = np.empty((len(cells), width), np.float32)
@@ -235,18 +237,18 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
+    return isinstance(value, float) or (type(value) is int and abs(value) < MAX_VALUE)
 
 
 def _numbers(value: Any, width: int, place: str) -> list[float]:
     if not _is_numbers(value):
         raise JasperError(f"{place}: has no embedding (expected a list of numbers). Fix: give every row an embedding")
     if len(value) != width:
-        raise _other_width(place, len(value), width)
+        raise _width_error(place, len(value), width)
     return value
 
 
-def _vector_column(lists: list[str], file: Path, described: str) -> str:
+def _embedding_column(lists: list[str], file: Path, described: str) -> str:
     candidates = [name for name in lists if name in NAMES] or lists
     if len(candidates) == 1:
         return candidates[0]
@@ -256,7 +258,7 @@ def _vector_column(lists: list[str], file: Path, described: str) -> str:
     )
 
 
-def _other_width(place: str, got: int, expected: int) -> JasperError:
+def _width_error(place: str, got: int, expected: int) -> JasperError:
     return JasperError(
         f"{place}: another width than the first row (got {got}, expected {expected}). Fix: use one width for all rows"
     )

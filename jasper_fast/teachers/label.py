@@ -15,10 +15,10 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
-from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherVectors
-from jasper_fast.teachers.model import check_own_code
-from jasper_fast.teachers.opening import Place, open_all, open_teacher, share
-from jasper_fast.teachers.reuse import Lenders
+from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherEmbeddings
+from jasper_fast.teachers.model import check_custom_code
+from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher
+from jasper_fast.teachers.reuse import CacheReuse
 from jasper_fast.utils.atomic import TEMPORARY, disk_errors, locked
 from jasper_fast.utils.errors import JasperError, Problems
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
-SILENCE = 1800.0  # seconds without a new shard after which the other processes count as dead
+MAX_WAIT_SECONDS = 1800.0  # seconds without a new shard after which the other processes count as dead
 
 
 def ensure_teachers(
@@ -38,7 +38,7 @@ def ensure_teachers(
     *,
     shard_rows: int = SHARD_ROWS,
     student: Student | None = None,
-) -> TeacherVectors:
+) -> TeacherEmbeddings:
     """Return the teacher embeddings of these texts, and compute missing or damaged shards.
 
     All teachers, precomputed embeddings and widths are checked before any text is encoded.
@@ -55,17 +55,17 @@ def ensure_teachers(
             also raise if one is missing, not finite or zero, or if their rows are in another order.
     """
     caches = teacher_caches(config, texts, shard_rows)
-    place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    log = print_error if progress and place[0] == 0 else _silent
+    worker = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    log = print_error if progress and worker[0] == 0 else _silent
     for cache in caches:
-        _drop_damaged(cache, texts, place)
+        _drop_damaged(cache, texts, worker)
     _meet()  # no process looks for missing shards before all have dropped their damaged ones
-    opened = open_all(config, caches, texts, place, student, log)
+    opened = open_all(config, caches, texts, worker, student, log)
     _meet()  # no process encodes before all have checked every teacher
     for teacher, cache in zip(config.teachers, caches, strict=True):
-        _fill(config, teacher, cache, texts, place, opened.pop(cache.fingerprint, None), log)
+        _fill(config, teacher, cache, texts, worker, opened.pop(cache.fingerprint, None), log)
         _log_finished(cache, log)
-    return TeacherVectors(caches)
+    return TeacherEmbeddings(caches)
 
 
 def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS) -> list[TeacherCache]:
@@ -94,8 +94,8 @@ def check_teachers(config: Config) -> None:
     for teacher in config.teachers:
         with problems:
             teacher_type(teacher).describe(teacher)
-            check_own_code(teacher)
-    problems.tell()
+            check_custom_code(teacher)
+    problems.raise_all()
 
 
 def write_texts(texts: Dataset, file: Path) -> None:
@@ -137,9 +137,11 @@ def check_targets(
     open_all(config, caches, texts, (0, 1), student, print_error)
 
 
-def _drop_damaged(cache: TeacherCache, texts: Dataset, place: Place) -> None:
-    with _held(cache, place):
-        for shard, reason in _damaged(cache, texts, [s for s in share(cache, place) if cache.has(s)]).items():
+def _drop_damaged(cache: TeacherCache, texts: Dataset, worker: Worker) -> None:
+    with _locked(cache, worker):
+        for shard, reason in _damaged(
+            cache, texts, [s for s in assigned_shards(cache, worker) if cache.has(s)]
+        ).items():
             print_error(f"{reason}. Recomputing it")
             cache.drop(shard)
 
@@ -149,17 +151,17 @@ def _fill(
     teacher: TeacherConfig,
     cache: TeacherCache,
     texts: Dataset,
-    place: Place,
+    worker: Worker,
     opened: OpenTeacher | None,
     log: Log,
 ) -> None:
     """Compute this process's missing shards, then wait for the other processes. Rank 0 finishes the cache."""
-    with _held(cache, place):
-        missing = [shard for shard in share(cache, place) if not cache.has(shard)]
+    with _locked(cache, worker):
+        missing = [shard for shard in assigned_shards(cache, worker) if not cache.has(shard)]
         if missing:
             cache.begin()
             _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, log)
-    if place[0] == 0:
+    if worker[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
         with locked(cache.folder.with_name(f"{cache.folder.name}-finish")):  # two runs may fill the same cache
             if not cache.complete:
@@ -177,9 +179,9 @@ def _log_finished(cache: TeacherCache, log: Log) -> None:
     )
 
 
-def _held(cache: TeacherCache, place: Place) -> AbstractContextManager[None]:
+def _locked(cache: TeacherCache, worker: Worker) -> AbstractContextManager[None]:
     """Lock this process's part of a cache. A second run of the same command waits here."""
-    rank, world = place
+    rank, world = worker
     return locked(cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}"))
 
 
@@ -192,7 +194,7 @@ def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing:
         log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing in {cache.folder}")
     if teacher.note is not None:
         log(f"teacher {cache.name}: {teacher.note}")
-    lenders = Lenders(cache, texts["digest"][:] if teacher.reusable else [])
+    lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
     if len(lenders):
         log(f"teacher {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
     with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=log is _silent, smoothing=0.05) as bar:
@@ -210,9 +212,11 @@ def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing:
             rows = texts[start:stop]
             reused = lenders.read(start, stop, teacher.width)
             progress(int(reused.available.sum()), 0)
-            teacher.embed(rows, start, ~reused.available, reused.vectors, progress)
+            teacher.embed(rows, start, ~reused.available, reused.embeddings, progress)
             stored_error = reused.error, reused.error_max
-            cache.write(shard, rows["digest"], reused.vectors, teacher.precision, tokens - tokens_before, stored_error)
+            cache.write(
+                shard, rows["digest"], reused.embeddings, teacher.precision, tokens - tokens_before, stored_error
+            )
 
 
 def _damaged(cache: TeacherCache, texts: Dataset, shards: Iterable[int]) -> dict[int, str]:
@@ -242,16 +246,17 @@ def _meet() -> None:
 
 
 def _wait(cache: TeacherCache, ready: Callable[[], bool]) -> None:
-    """Wait until ``ready`` is true, or raise if no process has published a shard for `SILENCE` seconds."""
+    """Wait until ``ready`` is true, or raise if no process has published a shard for `MAX_WAIT_SECONDS` seconds."""
     last_count, since = -1, time.monotonic()
     while not ready():
         count = len(list(cache.folder.glob("data-*.json")))
         if count != last_count:
             last_count, since = count, time.monotonic()
-        elif time.monotonic() - since > SILENCE:
+        elif time.monotonic() - since > MAX_WAIT_SECONDS:
             raise JasperError(
-                f"{cache.folder}: no new shard for {SILENCE / 60:.0f} minutes (got {count} of {cache.shards} shards). "
-                "The process that computes the rest has probably died. Fix: run the command again"
+                f"{cache.folder}: no new shard for {MAX_WAIT_SECONDS / 60:.0f} minutes (got {count} of "
+                f"{cache.shards} shards). The process that computes the rest has probably died. Fix: "
+                "run the command again"
             )
         time.sleep(0.2)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jasper_fast.config.models import TeacherConfig
-from jasper_fast.models.hub import CANNOT_LOAD, model_revision, own_prompts, resolve_model, routes_by_role
+from jasper_fast.models.hub import CANNOT_LOAD, model_prompts, model_revision, resolve_model, routes_by_role
 from jasper_fast.models.probes import Batching
 from jasper_fast.models.sentence_transformer import encode_role, limit_length, load_stock, model_batching, token_lengths
 from jasper_fast.teachers.base import Precision, Progress
@@ -173,14 +173,16 @@ def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Tea
         ValueError: the teacher has no ``model``.
     """
     if config.model is None:
-        raise ValueError("load_teacher: the teacher has no `model`. Fix: open precomputed embeddings with ReadyVectors")
+        raise ValueError(
+            "load_teacher: the teacher has no `model`. Fix: open precomputed embeddings with PrecomputedEmbeddings"
+        )
     where = resolve_model(config.model)
     revision = model_revision(config.model, config.revision)
     try:
         model = load_stock(
             config.model,
             where,
-            device=own_device(),
+            device=local_device(),
             revision=None if revision.startswith("sha256:") else revision,
             trust_remote_code=config.trust_remote_code,
             dtype=torch.float32,
@@ -211,7 +213,7 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
         ValueError: the teacher has no ``model``.
     """
     if config.model is None:
-        raise ValueError("describe_teacher: the teacher has no `model`. Fix: call describe_vectors")
+        raise ValueError("describe_teacher: the teacher has no `model`. Fix: call describe_precomputed")
     folder = Path(config.model).expanduser()
     return {
         # the content of a folder determines the embeddings, not its path
@@ -233,7 +235,7 @@ def prompts_of(config: TeacherConfig) -> dict[str, str]:
     """
     prompts = config.prompts.model_dump()
     if config.model is not None and None in prompts.values():
-        defaults = own_prompts(config.model, config.revision)
+        defaults = model_prompts(config.model, config.revision)
         prompts = {role: prompt if prompt is not None else defaults[role] for role, prompt in prompts.items()}
     return {role: plain_prefix(prompt) for role, prompt in prompts.items()}
 
@@ -244,7 +246,7 @@ def plain_prefix(prompt: str) -> str:
     return prompt if "{text}" in prefix else prefix
 
 
-def check_own_code(config: TeacherConfig) -> None:
+def check_custom_code(config: TeacherConfig) -> None:
     """Reject a teacher with custom code if ``trust_remote_code`` is false, without loading its weights.
 
     Raises:
@@ -264,7 +266,7 @@ def check_own_code(config: TeacherConfig) -> None:
             ) from error
 
 
-def own_device() -> str:
+def local_device() -> str:
     """Return this process's GPU (``LOCAL_RANK`` under torchrun), or the CPU if there is no GPU."""
     import os
 

@@ -13,7 +13,7 @@ from jasper_fast.models.encode import pool_texts
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
 from jasper_fast.teachers.cache import TeacherCache
 from jasper_fast.teachers.row_order import centred_similarities, lexical_similarities
-from jasper_fast.utils.atomic import check_room
+from jasper_fast.utils.atomic import check_disk_space
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
-Place = tuple[int, int]  # rank of this process, number of processes
+Worker = tuple[int, int]  # rank of this process, number of processes
 
 ORDER_TOKENS = 128  # tokens of each text that the student reads to check the row order
 ROW_BYTES = 48  # bytes per cached row besides its coordinates: digest, scale and Arrow offsets
@@ -33,7 +33,7 @@ def open_all(
     config: Config,
     caches: list[TeacherCache],
     texts: Dataset,
-    place: Place,
+    worker: Worker,
     student: Student | None,
     log: Log,
 ) -> dict[str, OpenTeacher]:
@@ -43,7 +43,7 @@ def open_all(
         config: configuration of the run.
         caches: one cache per teacher, in the order of ``config.teachers``.
         texts: training texts with columns ``text``, ``role`` and ``digest``.
-        place: rank of this process and number of processes.
+        worker: rank of this process and number of processes.
         student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
         log: receiver of messages.
 
@@ -62,12 +62,12 @@ def open_all(
             widths.insert(0, cache.facts(0)["width"])
             continue
         opened.clear()  # free the previous model first: all of them might not fit into memory
-        opened[cache.fingerprint] = _open_checked(config, teacher, cache, texts, place, student, log)
+        opened[cache.fingerprint] = _open_checked(config, teacher, cache, texts, worker, student, log)
         widths.insert(0, opened[cache.fingerprint].width)
         needed += _missing_bytes(cache, widths[0])
     check_losses(config, widths)
     fix = "use another data.cache, or set data.cache_dtype to int8"
-    check_room(caches[0].folder.parent, needed, "the teacher embeddings", fix)
+    check_disk_space(caches[0].folder.parent, needed, "the teacher embeddings", fix)
     return opened
 
 
@@ -85,9 +85,9 @@ def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) ->
     return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision)
 
 
-def share(cache: TeacherCache, place: Place) -> range:
+def assigned_shards(cache: TeacherCache, worker: Worker) -> range:
     """Return the shards that this process computes."""
-    rank, world = place
+    rank, world = worker
     return range(rank, cache.shards, world)
 
 
@@ -96,15 +96,15 @@ def _open_checked(
     teacher: TeacherConfig,
     cache: TeacherCache,
     texts: Dataset,
-    place: Place,
+    worker: Worker,
     student: Student | None,
     log: Log,
 ) -> OpenTeacher:
     """Open one teacher. Check precomputed embeddings and the width of shards that are already cached."""
     opened = open_teacher(config, teacher, cache)
-    spans = [range(*cache.span(shard)) for shard in share(cache, place) if not cache.has(shard)]
+    spans = [range(*cache.span(shard)) for shard in assigned_shards(cache, worker) if not cache.has(shard)]
     similarities = partial(_similarities, config, student, log)
-    opened.check(texts, spans, config.data, similarities, log if place[0] == 0 else None)
+    opened.check(texts, spans, config.data, similarities, log if worker[0] == 0 else None)
     _check_width(cache, opened.width)
     return opened
 

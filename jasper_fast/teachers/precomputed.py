@@ -18,10 +18,10 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.listing import listed_files, user_path
 from jasper_fast.data.text import normal_form
 from jasper_fast.teachers.base import Log, Precision, Progress, Similarities
-from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, Keys, open_vectors, texts_of, vector_paths
+from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, Keys, embedding_paths, open_embedding_file, texts_of
 from jasper_fast.teachers.model import normalised
 from jasper_fast.teachers.reuse import digest_keys
-from jasper_fast.teachers.row_order import FEWEST, Fit, centred_similarities, fit_of_order
+from jasper_fast.teachers.row_order import MIN_ROWS, Fit, centred_similarities, fit_of_order
 from jasper_fast.utils.atomic import disk_errors
 from jasper_fast.utils.errors import JasperError
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 FORMAT = 2  # incremented when the same files would give other embeddings
 TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
 ADD_KEYS = f"add a column `digest` or `text` to the embeddings. {TEXTS} with both"
-SAME = 0.999  # minimum cosine of two embeddings of one text that count as equal
-SAMPLE, LARGEST_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
+MIN_COSINE = 0.999  # minimum cosine of two embeddings of one text that count as equal
+SAMPLE, MAX_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
 CHUNK = 4096  # rows
 
 
-def describe_vectors(config: TeacherConfig) -> dict[str, Any]:
+def describe_precomputed(config: TeacherConfig) -> dict[str, Any]:
     """Return everything that determines the embeddings: files by name, size and time, and ``truncate_dim``.
 
     Raises:
@@ -46,7 +46,7 @@ def describe_vectors(config: TeacherConfig) -> dict[str, Any]:
     return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim, "format": FORMAT}
 
 
-class ReadyVectors:
+class PrecomputedEmbeddings:
     """Precomputed embeddings, read in parts.
 
     Rows with a ``digest`` or a ``text`` (and ``role``) are matched to the training texts, in any order. Without these
@@ -74,7 +74,7 @@ class ReadyVectors:
 
     def __init__(self, config: TeacherConfig, rows: int, scratch: Path | None = None) -> None:
         self.name = str(config.vectors)
-        self.files = [open_vectors(file, scratch) for file in _files(config)]
+        self.files = [open_embedding_file(file, scratch) for file in _files(config)]
         self.width = self._width(config.truncate_dim)
         self.starts = np.cumsum([0, *(len(file.vectors) for file in self.files)]).tolist()
         self.rows: int = self.starts[-1]
@@ -93,11 +93,11 @@ class ReadyVectors:
 
     @staticmethod
     def describe(config: TeacherConfig) -> dict[str, Any]:
-        """See `describe_vectors`."""
-        return describe_vectors(config)
+        """See `describe_precomputed`."""
+        return describe_precomputed(config)
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> ReadyVectors:
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> PrecomputedEmbeddings:
         """Open the files of a teacher for a number of training texts; see the class."""
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class ReadyVectors:
         rows = self._sample()
         vectors = normalised(self._gather(rows), self.name, rows.tolist(), None)
         self._check_distinct(vectors)
-        if len(rows) < FEWEST:
+        if len(rows) < MIN_ROWS:
             return f"the order of {len(rows)} rows cannot be checked"
         sampled = texts[rows.tolist()]
         fit = fit_of_order(centred_similarities(vectors), reference(sampled["text"], sampled["role"]))
@@ -187,19 +187,19 @@ class ReadyVectors:
             raise JasperError(f"{self.name}: row order? {problem}. Fix: {ADD_KEYS}")
         return f"their order fits the texts (rank correlation {fit.correlation:.2f} on {len(rows)} texts)"
 
-    def _width(self, wanted: int | None) -> int:
+    def _width(self, truncate_dim: int | None) -> int:
         widths = sorted({file.vectors.shape[1] for file in self.files})
         if len(widths) > 1:
             raise JasperError(
                 f"{self.name}: its files differ in width (got {widths}, expected one width). Fix: keep files of one "
                 "model"
             )
-        if wanted is not None and wanted > widths[0]:
+        if truncate_dim is not None and truncate_dim > widths[0]:
             raise JasperError(
-                f"{self.name}: truncate_dim exceeds the width of the embeddings (got {wanted}, expected at most "
+                f"{self.name}: truncate_dim exceeds the width of the embeddings (got {truncate_dim}, expected at most "
                 f"{widths[0]}). Fix: lower truncate_dim"
             )
-        return wanted or widths[0]
+        return truncate_dim or widths[0]
 
     def _check_count(self, rows: int) -> None:
         if self.rows != rows:
@@ -226,7 +226,7 @@ class ReadyVectors:
         for start in range(0, len(doubles), CHUNK):
             first = doubles[start : start + CHUNK]
             one, other = (_unit(self._gather(rows[place])) for place in (first, first + 1))
-            for differs in np.flatnonzero((one * other).sum(axis=1) < SAME)[:1]:
+            for differs in np.flatnonzero((one * other).sum(axis=1) < MIN_COSINE)[:1]:
                 places = [self._place(rows[first[differs] + i]) for i in (0, 1)]
                 raise JasperError(
                     f"{self.name}: {places[0]} and {places[1]} have the same text and different embeddings. Fix: keep "
@@ -235,10 +235,10 @@ class ReadyVectors:
 
     def _find(self, digests: Sequence[str]) -> np.ndarray:
         """Find the rows of texts among all files, (n,) int64. -1 for a text without a row."""
-        wanted, keys = digest_keys(digests), self._keys
+        text_keys, keys = digest_keys(digests), self._keys
         # Among a billion texts, two share their first 64 bits with a probability of 3 %. Such a text counts as missing.
-        places = np.minimum(np.searchsorted(keys.digests[:, 0], wanted[:, 0]), len(keys.rows) - 1)
-        return np.where((keys.digests[places] == wanted).all(axis=1), keys.rows[places], -1)
+        places = np.minimum(np.searchsorted(keys.digests[:, 0], text_keys[:, 0]), len(keys.rows) - 1)
+        return np.where((keys.digests[places] == text_keys).all(axis=1), keys.rows[places], -1)
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """Read some rows among all files, (n, width) float32."""
@@ -258,8 +258,8 @@ class ReadyVectors:
         examples = ", ".join(
             f"{row['text'][:50]!r} ({row['role']})" for row in missing.select(range(min(3, len(missing))))
         )
-        wanted = {normal_form(text) for text in missing[:CHUNK]["text"]}
-        near = len(wanted.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
+        missing_forms = {normal_form(text) for text in missing[:CHUNK]["text"]}
+        near = len(missing_forms.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
         reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
         fix = f"add the missing texts. {TEXTS}"
         if not near and (data.cut_share or data.shuffle_share):
@@ -274,7 +274,7 @@ class ReadyVectors:
         rows = [np.linspace(0, self.rows - 1, SAMPLE)]
         rows += [np.linspace(a, b - 1, SAMPLE_OF_FILE) for a, b in zip(self.starts, self.starts[1:], strict=False)]
         chosen = np.unique(np.concatenate(rows).round().astype(np.int64))
-        thinned = np.linspace(0, len(chosen) - 1, min(len(chosen), LARGEST_SAMPLE)).round().astype(np.int64)
+        thinned = np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SAMPLE)).round().astype(np.int64)
         return chosen[thinned]
 
     def _check_distinct(self, vectors: np.ndarray) -> None:
@@ -297,11 +297,11 @@ class ReadyVectors:
     def _listed(self) -> str:
         names = [file.file.name for file in self.files]
         listed = ", ".join(names if len(names) < 4 else [names[0], names[1], "...", names[-1]])
-        return "; ".join([listed, *_oddities(user_path(self.name), [file.file for file in self.files])])
+        return "; ".join([listed, *_folder_anomalies(user_path(self.name), [file.file for file in self.files])])
 
 
 def _files(config: TeacherConfig) -> list[Path]:
-    path, files = user_path(str(config.vectors)), vector_paths(str(config.vectors))
+    path, files = user_path(str(config.vectors)), embedding_paths(str(config.vectors))
     if not files:
         nested = ", ".join(_nested(path)[:3]) if path.is_dir() else ""
         raise JasperError(
@@ -336,7 +336,7 @@ def _check_names(files: list[Path]) -> None:
         )
 
 
-def _oddities(path: Path, files: list[Path]) -> list[str]:
+def _folder_anomalies(path: Path, files: list[Path]) -> list[str]:
     """Describe anomalies of a folder: a gap in the numbers of its files, and subfolders that are not read."""
     if not path.is_dir():
         return []

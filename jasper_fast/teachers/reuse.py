@@ -13,16 +13,16 @@ from jasper_fast.utils.arrow_files import read_mapped
 from jasper_fast.utils.fingerprint import file_sha256
 
 
-class Lent(NamedTuple):
+class ReusedEmbeddings(NamedTuple):
     """Embeddings of a range of texts from other caches."""
 
     available: np.ndarray  # (B,) bool; rows found in another cache
-    vectors: np.ndarray  # (B, D) float32; undefined in the other rows
+    embeddings: np.ndarray  # (B, D) float32; undefined in the other rows
     error: np.ndarray  # (B,) float64, mean cosine distance of storing in the source shard; 0 in the other rows
     error_max: float
 
 
-class Lenders:
+class CacheReuse:
     """Index of reusable embeddings in the caches next to a new one.
 
     Sources are caches of the same teacher and dtype in the same folder, finished or not. Damaged shards are skipped.
@@ -36,19 +36,19 @@ class Lenders:
         self._shards: list[tuple[TeacherCache, int]] = []
         self._shard_of = np.full(cache.rows, -1, np.int32)
         self._row_of = np.zeros(cache.rows, np.int32)
-        others = list(_others(cache)) if digests else []
+        others = list(_other_shards(cache)) if digests else []
         if not others:
             return
-        wanted = digest_keys(digests)
-        order = np.argsort(wanted[:, 0])
-        sorted_halves = wanted[order, 0]
+        text_keys = digest_keys(digests)
+        order = np.argsort(text_keys[:, 0])
+        sorted_halves = text_keys[order, 0]
         for other, shard in others:
             try:
                 keys = digest_keys(read_mapped(other.file(shard)).column("digest").to_pylist())
             except (OSError, ValueError, KeyError):
                 continue  # damaged: recomputed when that cache is used
             places = order[np.minimum(np.searchsorted(sorted_halves, keys[:, 0]), len(order) - 1)]
-            hit = (wanted[places] == keys).all(axis=1)
+            hit = (text_keys[places] == keys).all(axis=1)
             if hit.any() and file_sha256(other.file(shard)) == other.facts(shard)["sha256"]:
                 self._shard_of[places[hit]] = len(self._shards)
                 self._row_of[places[hit]] = np.flatnonzero(hit)
@@ -57,27 +57,27 @@ class Lenders:
     def __len__(self) -> int:
         return int((self._shard_of >= 0).sum())
 
-    def read(self, start: int, stop: int, width: int) -> Lent:
+    def read(self, start: int, stop: int, width: int) -> ReusedEmbeddings:
         """Return the reusable embeddings of the texts ``start`` to ``stop`` (exclusive), ``width`` coordinates each."""
         shards, rows = self._shard_of[start:stop], self._row_of[start:stop]
-        lent = Lent(shards >= 0, np.empty((stop - start, width), np.float32), np.zeros(stop - start), 0.0)
-        for shard in np.unique(shards[lent.available]):
+        reused = ReusedEmbeddings(shards >= 0, np.empty((stop - start, width), np.float32), np.zeros(stop - start), 0.0)
+        for shard in np.unique(shards[reused.available]):
             other, number = self._shards[shard]
             chosen, facts = shards == shard, other.facts(number)
-            lent.vectors[chosen] = other.read_shard(number, rows[chosen])
-            lent.error[chosen] = facts["error_sum"] / facts["rows"]
-            lent = lent._replace(error_max=max(lent.error_max, facts["error_max"]))
-        return lent
+            reused.embeddings[chosen] = other.read_shard(number, rows[chosen])
+            reused.error[chosen] = facts["error_sum"] / facts["rows"]
+            reused = reused._replace(error_max=max(reused.error_max, facts["error_max"]))
+        return reused
 
 
-def _others(cache: TeacherCache) -> Iterator[tuple[TeacherCache, int]]:
+def _other_shards(cache: TeacherCache) -> Iterator[tuple[TeacherCache, int]]:
     """Yield the published shards of caches that differ from this one only in their texts."""
     free = ("texts", "rows", "shard_rows")
-    wanted = {key: value for key, value in cache.identity.items() if key not in free}
+    expected = {key: value for key, value in cache.identity.items() if key not in free}
     for header in sorted(cache.folder.parent.glob(f"teacher-{cache.slug}-*/{HEADER}")):
         try:
             identity = json.loads(header.read_text(encoding="utf-8"))["identity"]
-            same = {key: value for key, value in identity.items() if key not in free} == wanted
+            same = {key: value for key, value in identity.items() if key not in free} == expected
         except (ValueError, KeyError, OSError):
             continue  # reported when that cache is used
         if header.parent == cache.folder or not same:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, rankdata, spearmanr
 
-FEWEST = 8  # rows; fewer say nothing about their order
-FEWEST_FOR_PARTS = 30  # rows; with fewer, a wrong part looks like a poor reference
+MIN_ROWS = 8  # rows; fewer say nothing about their order
+MIN_ROWS_FOR_PARTS = 30  # rows; with fewer, a wrong part looks like a poor reference
 PERMUTATIONS = 200
 SIGNIFICANT = 3.0  # minimum standard deviations above random orders
 ROWS_PER_DEVIATION = 50  # evidence grows with the rows, so the threshold grows too
@@ -62,15 +62,18 @@ def fit_of_order(similarities: np.ndarray, references: Sequence[np.ndarray]) -> 
     """
     pairs = np.triu_indices(len(similarities), 1)
     correlation = float(spearmanr(similarities[pairs], references[-1][pairs]).statistic)
-    given, expected = _profiles(similarities), _unit(np.sum([_profiles(reference) for reference in references], axis=0))
-    deviations = _deviations(given, expected, np.random.default_rng(0))
+    profiles, expected = (
+        _profiles(similarities),
+        _unit(np.sum([_profiles(reference) for reference in references], axis=0)),
+    )
+    deviations = _deviations(profiles, expected, np.random.default_rng(0))
     block, wrong = None, 0.0
-    if _is_significant(deviations, len(given)) and len(given) >= FEWEST_FOR_PARTS:
-        percentiles = _percentiles(given, expected)
+    if _is_significant(deviations, len(profiles)) and len(profiles) >= MIN_ROWS_FOR_PARTS:
+        percentiles = _percentiles(profiles, expected)
         for _ in range(2):  # rows that fit badly are weak evidence about the others
-            percentiles = _percentiles(given * np.clip(2 * percentiles - 1, 0, 1), expected)
+            percentiles = _percentiles(profiles * np.clip(2 * percentiles - 1, 0, 1), expected)
         block, wrong = _wrong_block(percentiles), _wrong_fraction(percentiles)
-    return Fit(len(given), float(np.nan_to_num(correlation)), deviations, block, wrong)
+    return Fit(len(profiles), float(np.nan_to_num(correlation)), deviations, block, wrong)
 
 
 def _is_significant(deviations: float, rows: int) -> bool:
@@ -93,19 +96,19 @@ def _unit(profiles: np.ndarray) -> np.ndarray:
     return profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
 
 
-def _deviations(given: np.ndarray, expected: np.ndarray, generator: np.random.Generator) -> float:
+def _deviations(profiles: np.ndarray, expected: np.ndarray, generator: np.random.Generator) -> float:
     """Run Mantel's test: the agreement of the profiles in standard deviations above that of random orders."""
-    orders = (generator.permutation(len(given)) for _ in range(PERMUTATIONS))
-    random = [np.vdot(given[np.ix_(order, order)], expected) for order in orders]
-    return float((np.vdot(given, expected) - np.mean(random)) / max(float(np.std(random)), 1e-12))
+    orders = (generator.permutation(len(profiles)) for _ in range(PERMUTATIONS))
+    random = [np.vdot(profiles[np.ix_(order, order)], expected) for order in orders]
+    return float((np.vdot(profiles, expected) - np.mean(random)) / max(float(np.std(random)), 1e-12))
 
 
-def _percentiles(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _percentiles(profiles: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the fraction of texts that fit an embedding worse than its text does, (n,) float64.
 
     It is near 1 for a row in its place, and uniform between 0 and 1 for any other row.
     """
-    scores = given @ expected.T
+    scores = profiles @ expected.T
     diagonal = np.diag(scores)[:, None]
     return ((scores < diagonal).sum(axis=1) + 0.5 * ((scores == diagonal).sum(axis=1) - 1)) / (len(scores) - 1)
 

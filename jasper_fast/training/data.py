@@ -101,9 +101,12 @@ class LossInputs(NamedTuple):
         places = None if self.places is None else self.places.to(device)
         if self.mixed is None:
             return LossInputs(places)
-        captions, shares, laid = self.mixed
+        captions, fractions, caption_places = self.mixed
         return LossInputs(
-            places, Mixed(captions.to(device), shares.to(device), None if laid is None else laid.to(device))
+            places,
+            Mixed(
+                captions.to(device), fractions.to(device), None if caption_places is None else caption_places.to(device)
+            ),
         )
 
 

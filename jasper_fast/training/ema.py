@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jasper_fast.distributed.fsdp import own_part
+from jasper_fast.distributed.fsdp import local_part
 
 EMA = "average"  # its key in the optimizer's state
 
@@ -40,7 +40,7 @@ def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
                 optimizer.state[parameter][EMA] = parameter.detach().clone()
         averages = [optimizer.state[p][EMA] for p in updated]
         weight = max(1.0 - decay, 9.0 / (9.0 + steps))  # of the new weights
-        torch._foreach_lerp_([own_part(a) for a in averages], [own_part(p) for p in updated], weight)
+        torch._foreach_lerp_([local_part(a) for a in averages], [local_part(p) for p in updated], weight)
 
     optimizer.register_step_post_hook(update)
 

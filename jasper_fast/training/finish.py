@@ -11,9 +11,9 @@ import torch
 
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
-from jasper_fast.data.prepare import with_trained_piece
+from jasper_fast.data.prepare import count_trained_pieces
 from jasper_fast.distributed.fsdp import collect, is_sharded, load_weights
-from jasper_fast.evaluation.images import evaluate_pictures
+from jasper_fast.evaluation.images import evaluate_images
 from jasper_fast.evaluation.score import PCA_ROWS, evaluate_run
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.embedder import load_model, model_encoder
@@ -24,7 +24,7 @@ from jasper_fast.models.student import Student, build_student
 from jasper_fast.reporting.contact_sheet import SHEET, write_sheet
 from jasper_fast.reporting.model_card import run_facts, write_card
 from jasper_fast.reporting.report import final_line, write_report
-from jasper_fast.reporting.tables import pictures_line
+from jasper_fast.reporting.tables import images_line
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.run.folder import RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
@@ -45,7 +45,7 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
         data: the training data.
         labels: the teacher embeddings.
     """
-    student = _whole_student(run, student)
+    student = _full_student(run, student)
     if not run.leave_ranks():
         return
     assert run.folder is not None
@@ -64,10 +64,10 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     if "rows" in results:
         print(final_line(results))
     if "pictures" in results:
-        print(pictures_line(results["pictures"]))
+        print(images_line(results["pictures"]))
 
 
-def _whole_student(run: Run, student: Student) -> Student:
+def _full_student(run: Run, student: Student) -> Student:
     """Return the student with all weights on rank 0. All ranks must call it."""
     if not is_sharded(student):
         return student
@@ -109,7 +109,7 @@ def _evaluate(
     }
     for evalset in evalsets:  # held-out docstrings belong to packages that were trained on
         if isinstance(evalset, RetrievalSet) and evalset.kind == "docstrings":
-            trained = with_trained_piece(evalset.documents, texts, config.data.cut_sentences[1])
+            trained = count_trained_pieces(evalset.documents, texts, config.data.cut_sentences[1])
             results["facts"]["held_out_docstrings"] = {"all": len(evalset.documents), "with a trained piece": trained}
     _evaluate_images(run, student, data, results)
     return results
@@ -126,7 +126,7 @@ def _evaluate_images(run: Run, student: Student, data: TrainingData, results: di
             trust_remote_code=run.config.student.trust_remote_code,
             trust_tower_code=vision is not None and vision.trust_remote_code,
         ).to(run.device)
-        results["pictures"], sheet = evaluate_pictures(exported, data.images, data.held_out, run.device, run.precision)
+        results["pictures"], sheet = evaluate_images(exported, data.images, data.held_out, run.device, run.precision)
         write_sheet(run.path / "plots" / SHEET, sheet, data.held_out)
     if data.images.left_out:
         results["facts"]["pictures_left_out"] = data.images.left_out

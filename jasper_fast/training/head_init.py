@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.config.stage import StageConfig
-from jasper_fast.distributed.fsdp import set_whole, whole
+from jasper_fast.distributed.fsdp import copy_full_tensor, full_tensor
 from jasper_fast.models.student import Student
 
 PRINCIPAL_ROWS = 16_384  # texts from which the axes are computed
@@ -28,11 +28,11 @@ def start_at_principal_axes(student: Student, stage: StageConfig, states: Tensor
     """
     narrow = [width for width in stage.heads if width != student.widths[0]]
     linear: Any = student.heads[str(student.widths[0])]
-    weight, bias = whole(linear.weight.detach()).cpu(), whole(linear.bias.detach()).cpu()
+    weight, bias = full_tensor(linear.weight.detach()).cpu(), full_tensor(linear.bias.detach()).cpu()
     for width, (axes, shift) in principal_heads(states, weight, bias, narrow, seed).items():
         linear = student.heads[str(width)]
-        set_whole(linear.weight, axes)
-        set_whole(linear.bias, shift)
+        copy_full_tensor(linear.weight, axes)
+        copy_full_tensor(linear.bias, shift)
 
 
 def principal_heads(

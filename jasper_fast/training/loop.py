@@ -55,8 +55,8 @@ def train_stage(run: Run, student: Student, stage: Stage, start: Position) -> No
     optimizer = stage.begin(run, student, start)
     run.restore(optimizer, start)
     frozen = frozen_digest(student)
-    run.log.say(describe_stage(student, stage.config, start.stage_step))
-    speed, stopping = Speedometer(run, stage.config), False
+    run.log.info(describe_stage(student, stage.config, start.stage_step))
+    speed, stopping = ThroughputMeter(run, stage.config), False
 
     for step, batch in stage.batches(start.stage_step):
         position = start.at(step + 1)
@@ -66,7 +66,7 @@ def train_stage(run: Run, student: Student, stage: Stage, start: Position) -> No
         if step == start.stage_step:
             log_activations(run, student, stage.config, batch)
         timer = StepTimer(run.device, run.synchronize)
-        with run.guard(student, stage.config, batch, where):
+        with run.explain_errors(student, stage.config, batch, where):
             report = train_step(run, student, stage, optimizer, step, batch, position, timer)
         numbers = {"step": position.step, "stage_step": position.stage_step, **report.numbers}
         numbers["lr"] = optimizer.param_groups[0]["lr"]
@@ -148,7 +148,7 @@ def log_activations(run: Run, student: Student, stage: StageConfig, batch: Batch
         run.log.event("activations", stage=stage.name, encoded_twice=stage.gradient_caching, **facts)
 
 
-class Speedometer:
+class ThroughputMeter:
     """Speed, memory and GPU readings of a stage's steps, for the log.
 
     Args:

@@ -78,18 +78,18 @@ def neighbour_graph(vectors: Vectors, n: int, k: int, *, duplicate: float = DUPL
     for start in range(0, n, block):
         queries = block_at(start)
         scores, rows = (part.numpy() for part in search(pieces, n, queries, width, "certified", None, SCRATCH))
-        own = np.arange(start, start + len(queries))[:, None]
+        own_rows = np.arange(start, start + len(queries))[:, None]
         # The row itself comes first, even where its duplicates with lower numbers fill all places.
-        later = np.argsort(rows == own, axis=1, kind="stable")[:, : width - 1]
+        later = np.argsort(rows == own_rows, axis=1, kind="stable")[:, : width - 1]
         stop = start + len(queries)
-        candidates[start:stop] = np.concatenate([own, np.take_along_axis(rows, later, axis=1)], axis=1)
+        candidates[start:stop] = np.concatenate([own_rows, np.take_along_axis(rows, later, axis=1)], axis=1)
         near[start:stop, 0] = False
         near[start:stop, 1:] = np.take_along_axis(scores, later, axis=1) >= same
     copies = _connected(candidates, near)
     return Graph(_one_of_copies(candidates, copies, k, block), copies)
 
 
-def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Callable[[str], None]) -> Graph:
+def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, log: Callable[[str], None]) -> Graph:
     """Return the graph of the first ``n`` texts by the teachers' embeddings, from the cache if it has one.
 
     A graph of other embeddings is built again. Runs with the same cache wait for each other.
@@ -99,7 +99,7 @@ def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Ca
         teachers: the teacher embeddings.
         n: the number of texts.
         k: rows per neighbourhood, the row itself included.
-        say: a function that prints a line.
+        log: a function that prints a line.
     """
     identity = {
         "teachers": teachers.fingerprint,
@@ -115,8 +115,8 @@ def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, say: Ca
         if cached != identity:
             if path.exists():
                 differ = sorted(name for name in identity if (cached or {}).get(name) != identity[name])
-                say(f"{path} is a graph of something else (other {', '.join(differ)}). Building it again")
-            say(f"finding the {k - 1} nearest neighbours of {n} texts by the teachers' embeddings")
+                log(f"{path} is a graph of something else (other {', '.join(differ)}). Building it again")
+            log(f"finding the {k - 1} nearest neighbours of {n} texts by the teachers' embeddings")
             graph = neighbour_graph(lambda rows: teachers.read(rows).numpy(), n, k)
             with publish_dir(path, replace=True) as new:
                 np.save(new / "nearest.npy", graph.nearest)
@@ -145,8 +145,8 @@ def _one_of_copies(candidates: np.ndarray, copies: np.ndarray, k: int, block: in
         groups = copies[rows]  # (b, candidates)
         new = np.stack([(groups[:, :j] != groups[:, j : j + 1]).all(axis=1) for j in range(rows.shape[1])], axis=1)
         order = np.argsort(~new, axis=1, kind="stable")[:, :k]
-        kept = np.take_along_axis(rows, order, axis=1)
-        nearest[start : start + block] = np.where(np.take_along_axis(new, order, axis=1), kept, -1)
+        chosen = np.take_along_axis(rows, order, axis=1)
+        nearest[start : start + block] = np.where(np.take_along_axis(new, order, axis=1), chosen, -1)
     return nearest
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from jasper_fast.distributed.fsdp import own_part
+from jasper_fast.distributed.fsdp import local_part
 from jasper_fast.models.student import Student
 
 
@@ -33,7 +33,7 @@ class Offload:
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._stay = {own_part(weight).untyped_storage().data_ptr() for weight in weights}
+        self._stay = {local_part(weight).untyped_storage().data_ptr() for weight in weights}
         # An entry lives as long as a graph needs it, and an address belongs to one storage as long as its entry lives.
         self._copies: WeakValueDictionary[tuple[int, int], _Copy] = WeakValueDictionary()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.config.stage import StageConfig
-from jasper_fast.distributed.fsdp import whole
+from jasper_fast.distributed.fsdp import full_tensor
 from jasper_fast.models.student import Student
 from jasper_fast.training.ema import track_ema
 
@@ -56,4 +56,4 @@ def clip_gradients(student: Student, clip: float | None) -> Tensor:
         clip: the largest norm. None: the gradient stays as it is.
     """
     trained = [p for p in student.parameters() if p.grad is not None]
-    return whole(torch.nn.utils.clip_grad_norm_(trained, clip if clip is not None else math.inf))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(trained, clip if clip is not None else math.inf))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from jasper_fast.config.stage import StageConfig
-from jasper_fast.distributed.fsdp import own_part
+from jasper_fast.distributed.fsdp import local_part
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import Content, content_digest
@@ -55,7 +55,7 @@ def tower_parameters(student: Student, stage: StageConfig) -> list[str]:
             f"stage {stage.name!r} learns from images while the text side is frozen, but would train {text[0]!r}. "
             'Fix: use train: ["vision.tower.*"] (and "vision.marks" for the embeddings around an image)'
         )
-    last = set(student.seeing.layer_parameters(stage.last_layers)) if stage.last_layers else set()
+    last = set(student.vision_tower.layer_parameters(stage.last_layers)) if stage.last_layers else set()
     return [name for name in _names(student) if name in last or name in chosen]
 
 
@@ -80,9 +80,9 @@ def _matched_names(student: Student, stage: StageConfig) -> set[str]:
 
 def set_trained(student: Student, names: Iterable[str]) -> None:
     """Let exactly the given parameters require a gradient."""
-    wanted = set(names)
+    trained = set(names)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in trained)
         parameter.grad = None
 
 
@@ -93,7 +93,7 @@ def frozen_digest(student: Student) -> str:
         for name, parameter in student.named_parameters():
             if not parameter.requires_grad:
                 yield name
-                part = own_part(parameter.detach())
+                part = local_part(parameter.detach())
                 yield part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     return content_digest(parts())

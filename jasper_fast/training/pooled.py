@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
 
 POOL_CHUNK = 4096  # texts per published piece
-ONE_PROCESS = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 class PooledStates:
@@ -42,7 +42,7 @@ class PooledStates:
         ranks: the ranks that divide the work, through one file system.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray, key: str, ranks: Ranks = ONE_PROCESS) -> None:
+    def __init__(self, folder: Path, rows: np.ndarray, key: str, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.ranks = ranks
         self.folder = folder
         self.rows = rows
@@ -58,23 +58,23 @@ class PooledStates:
         ranks.on_main(start)
 
     def compute(
-        self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any], together: bool = False
+        self, pool: Callable[[np.ndarray], np.ndarray], progress: Callable[[int], Any], collective: bool = False
     ) -> None:
         """Compute the missing pieces.
 
         Args:
             pool: a function from rows to (rows, hidden) float32 states.
             progress: a function that gets the number of further rows done, and may raise to stop.
-            together: whether ``pool`` needs every rank for every row, as a sharded encoder does.
+            collective: whether ``pool`` needs every rank for every row, as a sharded encoder does.
         """
         pieces = [
             (start, self.folder / f"{start // POOL_CHUNK:06d}.npy") for start in range(0, len(self.rows), POOL_CHUNK)
         ]
         missing = self.ranks.on_main(lambda: [piece for piece in pieces if not piece[1].exists()])
         progress(len(self.rows) - sum(len(self.rows[start : start + POOL_CHUNK]) for start, _ in missing))
-        for start, path in missing if together else missing[self.ranks.rank :: self.ranks.world]:
+        for start, path in missing if collective else missing[self.ranks.rank :: self.ranks.world]:
             states = pool(self.rows[start : start + POOL_CHUNK])
-            if not together or self.ranks.is_main:
+            if not collective or self.ranks.is_main:
                 write_npy(path, states)
             progress(len(states))
         self.ranks.wait_for_all()
@@ -119,7 +119,7 @@ def pooled_states(
         texts, roles = read(part)
         return np.concatenate(list(pool_texts(student, texts, roles, length, run.device, run.precision, POOL_CHUNK)))
 
-    states.compute(pool, run.count_pooled(), together=is_sharded(student))
+    states.compute(pool, run.count_pooled(), collective=is_sharded(student))
     return states
 
 

@@ -11,7 +11,7 @@ import torch
 
 from jasper_fast.training.data import Batch
 
-AHEAD = 2  # batches prepared while one trains
+PREFETCHED_BATCHES = 2  # batches prepared while one trains
 
 
 def batches_of(
@@ -32,7 +32,7 @@ def batches_of(
         ahead: list[Future[Batch]] = []
         try:
             for step in range(first_step, steps):
-                while len(ahead) < AHEAD and step + len(ahead) < steps:
+                while len(ahead) < PREFETCHED_BATCHES and step + len(ahead) < steps:
                     ahead.append(worker.submit(prepare, step + len(ahead)))
                 started = time.perf_counter()
                 batch = ahead.pop(0).result()

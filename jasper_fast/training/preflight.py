@@ -9,11 +9,11 @@ from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
-from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, what_decides
+from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, result_settings
 from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
-from jasper_fast.utils.atomic import check_room, check_writable
+from jasper_fast.utils.atomic import check_disk_space, check_writable
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
         check_stages(config, student, ranks)
     with problems:
         check_sources(config)
-    problems.tell()
+    problems.raise_all()
     images, held_out = prepare_images(config) if config.images is not None else (None, None)
     texts, transductive = prepare_texts(config)
     data = TrainingData(texts, tuple(transductive), images, held_out)
@@ -66,7 +66,7 @@ def check_stages(config: Config, student: Student, ranks: int) -> None:
     problems = Problems()
     for stage in build_stages(config):
         problems += [problem for problem in stage.problems(student, ranks) if problem not in problems]
-    problems.tell()
+    problems.raise_all()
 
 
 def check_sources(config: Config) -> None:
@@ -78,22 +78,22 @@ def check_sources(config: Config) -> None:
         JasperError: every set and source that cannot be read.
     """
     from jasper_fast.data.eval_loaders import load_evals
-    from jasper_fast.data.image_dataset import images_built, try_images
-    from jasper_fast.data.text_sources import is_local, try_source
+    from jasper_fast.data.image_dataset import check_images, images_cached
+    from jasper_fast.data.text_sources import check_source, is_local
 
     problems, to_build = Problems(), False
     with problems:
         load_evals(config.evaluate)
     with problems:
-        to_build = config.images is not None and not images_built(config.images, config.data.cache)
+        to_build = config.images is not None and not images_cached(config.images, config.data.cache)
     for source in config.data.sources:
         if to_build or is_local(source):
             with problems:
-                try_source(source)
+                check_source(source)
     for image_source in config.images.sources if config.images is not None and to_build else []:
         with problems:
-            try_images(image_source)
-    problems.tell()
+            check_images(image_source)
+    problems.raise_all()
 
 
 def check_sizes(config: Config, data: TrainingData) -> None:
@@ -141,7 +141,7 @@ def _facts(config: Config, data: TrainingData, ranks: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "teachers": joined_fingerprint(teacher_caches(config, data.texts)),
         "texts": data.fingerprint,
-        "config": what_decides(config),
+        "config": result_settings(config),
     }
     if data.images is not None:
         facts["images"] = data.images.fingerprint
@@ -173,7 +173,7 @@ def check_disk(config: Config, folder: Path, student: Student, data: TrainingDat
     written = sum(
         file.stat().st_size for part in (CHECKPOINTS, POOLED) for file in (folder / part).rglob("*") if file.is_file()
     )
-    check_room(folder, 4 * numbers - written, "checkpoints and pooled states", "or use another --out")
+    check_disk_space(folder, 4 * numbers - written, "checkpoints and pooled states", "or use another --out")
 
 
 def describe_plan(config: Config, folder: Path) -> str:

@@ -16,7 +16,7 @@ from jasper_fast.utils.errors import JasperError
 BatchPlan = Callable[[int], np.ndarray]  # stage step -> (B,) int64 rows
 
 
-def batch_plan(config: Config, index: int, source: Any, teachers: Teachers, say: Callable[[str], None]) -> BatchPlan:
+def batch_plan(config: Config, index: int, source: Any, teachers: Teachers, log: Callable[[str], None]) -> BatchPlan:
     """Return the plan of a stage's batches.
 
     Args:
@@ -24,7 +24,7 @@ def batch_plan(config: Config, index: int, source: Any, teachers: Teachers, say:
         index: the stage's position in it.
         source: the training texts or images.
         teachers: the teacher embeddings, for batches of neighbours.
-        say: a function that prints a line.
+        log: a function that prints a line.
 
     Raises:
         JasperError: too few texts differ for a batch of neighbours.
@@ -37,7 +37,7 @@ def batch_plan(config: Config, index: int, source: Any, teachers: Teachers, say:
         return lambda step: short[positions(step)]
     if stage.batches == "random":
         return random_batches(n, stage.batch_size, config.seed, index)
-    graph = cached_graph(config.data.cache, teachers, n, stage.neighbours, say)
+    graph = cached_graph(config.data.cache, teachers, n, stage.neighbours, log)
     try:
         return neighbour_batches(graph, stage.batch_size, config.seed, index, stage.random_share)
     except ValueError as error:

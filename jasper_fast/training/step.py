@@ -164,8 +164,8 @@ def dropout_mask(
     if not fraction:
         return None
     generator = torch.Generator(device).manual_seed((seed[0] * 1000 + seed[1]) * 10_000_000 + seed[2])
-    kept = torch.empty(total, width, dtype=torch.bool, device=device).bernoulli_(1.0 - fraction, generator=generator)
-    return kept[rows] / (1.0 - fraction)
+    mask = torch.empty(total, width, dtype=torch.bool, device=device).bernoulli_(1.0 - fraction, generator=generator)
+    return mask[rows] / (1.0 - fraction)
 
 
 @dataclass(frozen=True)

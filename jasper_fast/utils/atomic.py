@@ -193,7 +193,7 @@ def check_writable(folder: str | Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def check_place(path: str | Path) -> None:
+def check_output_path(path: str | Path) -> None:
     """Check that a file or folder can be created at ``path``, without creating it.
 
     Raises:
@@ -217,13 +217,13 @@ def check_file(path: str | Path) -> None:
     Raises:
         JasperError: it cannot be written, or ``path`` is a folder.
     """
-    check_place(path)
+    check_output_path(path)
     with disk_errors(Path(path)):
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
-def check_room(folder: str | Path, needed: int, what: str, alternative: str) -> None:
+def check_disk_space(folder: str | Path, needed: int, what: str, alternative: str) -> None:
     """Check that the disk has enough free space for results, before the work begins.
 
     Args:

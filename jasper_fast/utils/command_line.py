@@ -10,10 +10,10 @@ from typing import Any
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import CONFIG_FILES
 
-LARGEST = 10**9  # limit for numbers of texts, tokens and widths, which all libraries accept
+MAX_NUMBER = 10**9  # limit for numbers of texts, tokens and widths, which all libraries accept
 
 
-class Once(argparse.Action):
+class StoreOnce(argparse.Action):
     """Action of an option that needs a value and may be given only once."""
 
     def __call__(
@@ -31,11 +31,11 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def whole_number(text: str) -> int:
+def positive_int(text: str) -> int:
     """Parse a whole number from 1 to a billion, as an argparse type."""
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else 0
-    if not 1 <= number <= LARGEST:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {LARGEST:,}, got {text!r}")
+    if not 1 <= number <= MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MAX_NUMBER:,}, got {text!r}")
     return number
 
 

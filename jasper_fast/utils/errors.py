@@ -68,7 +68,7 @@ class Problems(list[str]):
             self.append(str(error))
         return isinstance(error, JasperError)
 
-    def tell(self) -> None:
+    def raise_all(self) -> None:
         """Raise the collected problems, if there are any.
 
         Raises:

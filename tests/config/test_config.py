@@ -103,7 +103,7 @@ def test_one_mistake_is_told_once(overrides, problems):
 )
 def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
     stage = {"name": "s", "train": ["*"], "heads": [8], "steps": 1, "lr": 0.1, "weights": weights}
-    assert StageConfig(**stage, batch_size=least).weights.compares(least) == (least > 1)
+    assert StageConfig(**stage, batch_size=least).weights.compares_texts(least) == (least > 1)
     if least > 1:
         for settings in (stage, stage | {"weights": {}, "narrow_weights": weights}):
             with pytest.raises(ValueError, match=f"nothing can be learnt .* from a batch of {least - 1}"):

@@ -15,7 +15,7 @@ from jasper_fast.config.load import load_config
 from jasper_fast.config.run import Config
 from jasper_fast.config.types import Section
 from jasper_fast.config.yaml import dump_yaml
-from jasper_fast.training.run.folder import existing_difference, stored_difference, what_decides
+from jasper_fast.training.run.folder import existing_difference, result_settings, stored_difference
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.runs import assert_same_run, settings, write_data
 
@@ -73,7 +73,7 @@ def test_a_field_that_an_older_version_lacked_is_no_difference(place, tmp_path):
     tree = without(config.model_dump(mode="json"), place)
     assert existing_difference(started(tmp_path / "run", tree), config) == []
     if place[0] not in ("log", "checkpoint", "parallel"):
-        facts = json.loads(json.dumps(without(what_decides(config), place)))
+        facts = json.loads(json.dumps(without(result_settings(config), place)))
         assert stored_difference(facts, config, "the checkpoint") == []
 
 

@@ -17,7 +17,7 @@ import pytest
 from jasper_fast.config.data import ImagesConfig, ImageSourceConfig
 from jasper_fast.data.image_dataset import build_images
 from jasper_fast.data.image_sources import read_images, source_stamp
-from jasper_fast.pictures import picture_files
+from jasper_fast.pictures import image_files
 from jasper_fast.utils.errors import JasperError
 
 Image = pytest.importorskip("PIL.Image")
@@ -65,7 +65,7 @@ def test_ghosts_in_zips_folders_and_tars_are_no_images(ghost: str, tmp_path: Pat
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)
     assert read(tmp_path / "in", captions=rows) == good
-    assert [file.name for file in picture_files(tmp_path / "in")] == ["0.png", "1.png"]
+    assert [file.name for file in image_files(tmp_path / "in")] == ["0.png", "1.png"]
     assert str(tmp_path / "in" / ghost) not in {
         name for name, *_ in source_stamp(ImageSourceConfig(path=str(tmp_path / "in")))
     }
@@ -217,7 +217,7 @@ def test_images_in_linked_folders_are_read_and_searched(tmp_path: Path, capsys: 
     assert {name for name, *_ in stamp} >= {str(tmp_path / "in" / "link" / f"{n}.PNG") for n in (2, 10)}
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / os.fsdecode(b"in/odd-\xff.png")).write_bytes(png(1))
-    assert [file.name for file in picture_files(tmp_path / "in")] == ["2.PNG", "10.PNG"]
+    assert [file.name for file in image_files(tmp_path / "in")] == ["2.PNG", "10.PNG"]
     output = capsys.readouterr().out
     assert "gone.png: " in output and "No such file" in output and "odd-?.png: its name is not UTF-8" in output
 

@@ -15,7 +15,7 @@ from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.data.judgements import read_judgements
 from jasper_fast.evaluate import main
 from jasper_fast.evaluation import metrics
-from jasper_fast.evaluation.score import describe_sets, remark_lines
+from jasper_fast.evaluation.score import describe_sets, note_lines
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.packing import pack
 
@@ -39,7 +39,7 @@ def load(folder: Path, **fields: Any) -> RetrievalSet:
 
 
 def scored(evalset: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-    return metrics.score_vectors(evalset, {"queries": queries, "documents": documents})
+    return metrics.score_embeddings(evalset, {"queries": queries, "documents": documents})
 
 
 # --- the scores of BEIR and mteb
@@ -130,8 +130,8 @@ COUNTED = {
 def test_what_a_set_lacks_is_counted_and_scored(case: str, tmp_path: Path) -> None:
     lines, remarks, score = COUNTED[case]
     evalset = load(write_set(tmp_path / "set", HEADER + lines))
-    assert evalset.remarks() == remarks
-    assert remark_lines(describe_sets([evalset])["sets"]) == ([f"set: {remarks}"] if remarks else [])
+    assert evalset.notes() == remarks
+    assert note_lines(describe_sets([evalset])["sets"]) == ([f"set: {remarks}"] if remarks else [])
     documents = np.eye(4, dtype=np.float32)
     first = [
         next(iter([d for d in grades if d < 4]), 3) for grades in evalset.relevant

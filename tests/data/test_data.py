@@ -18,9 +18,9 @@ import pytest
 from jasper_fast.config.data import DataConfig, EvalConfig, SourceConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data import text_dataset as data_module
-from jasper_fast.data.augment import Exchanges, sentences, treat
+from jasper_fast.data.augment import WordReplacer, cut_and_shuffle, sentences
 from jasper_fast.data.eval_loaders import load_evals
-from jasper_fast.data.prepare import prepare_texts, with_trained_piece
+from jasper_fast.data.prepare import count_trained_pieces, prepare_texts
 from jasper_fast.data.text import normal_form, text_digest
 from jasper_fast.data.text_dataset import build_texts, texts_fingerprint
 from jasper_fast.data.text_sources import read_source
@@ -331,7 +331,7 @@ def test_held_out_texts_with_a_trained_piece_are_counted(tmp_path: Path) -> None
         "It returns a copy of the array.",
         "Nothing else. See the notes below.",  # counted once
     ]
-    assert with_trained_piece(held_out, texts, 2) == 3 and with_trained_piece(held_out, texts, 1) == 2
+    assert count_trained_pieces(held_out, texts, 2) == 3 and count_trained_pieces(held_out, texts, 1) == 2
 
 
 def test_a_share_of_documents_is_cut_into_sentences(tmp_path: Path) -> None:
@@ -349,10 +349,12 @@ def test_a_share_of_documents_is_cut_into_sentences(tmp_path: Path) -> None:
 
 
 def test_treatment_shuffles_words_and_depends_on_seed_and_text_alone() -> None:
-    (shuffled,) = treat(DOCUMENT, 0, 0.0, (1, 10), 1.0)
+    (shuffled,) = cut_and_shuffle(DOCUMENT, 0, 0.0, (1, 10), 1.0)
     assert shuffled != DOCUMENT and Counter(shuffled.split()) == Counter(DOCUMENT.split())
-    assert treat(DOCUMENT, 0, 0.0, (1, 10), 1.0) == [shuffled] != treat(DOCUMENT, 1, 0.0, (1, 10), 1.0)
-    assert treat(DOCUMENT, 0, 1.0, (2, 2), 0.0) == [
+    assert (
+        cut_and_shuffle(DOCUMENT, 0, 0.0, (1, 10), 1.0) == [shuffled] != cut_and_shuffle(DOCUMENT, 1, 0.0, (1, 10), 1.0)
+    )
+    assert cut_and_shuffle(DOCUMENT, 0, 1.0, (2, 2), 0.0) == [
         "A first sentence stands here. Dr. Smith wrote the second one!",
         "Is this the third? It is.",
     ]
@@ -374,7 +376,7 @@ def test_variants_exchange_words_that_stand_between_the_same_two(tmp_path: Path)
     assert set(build_texts(settings(tmp_path, source(path, variants=5)), 0, barred)["text"]) == set(texts) - {
         sorted(made)[0]
     }
-    exchanges = Exchanges(plain)
+    exchanges = WordReplacer(plain)
     assert exchanges.variant("nothing known here", 0, 0) == "nothing known here" and exchanges.variant("", 0, 0) == ""
 
 
@@ -424,7 +426,7 @@ def test_many_texts_pass_through_the_disk_unchanged(tmp_path: Path, monkeypatch:
     rows = [{"text": f"Text number {i % 900}."} for i in range(1000)]
     path = jsonl(tmp_path / "rows.jsonl", rows)
     in_memory = build_texts(settings(tmp_path, source(path)), seed=0)
-    monkeypatch.setattr(data_module, "BUFFERED", 2000)
+    monkeypatch.setattr(data_module, "MAX_BUFFERED_CHARS", 2000)
     monkeypatch.setattr(data_module, "FILE_CHARACTERS", 5000)
     through_disk = build_texts(settings(tmp_path, source(path), cache=str(tmp_path / "other")), seed=0)
     assert len(through_disk) == 900 and len(through_disk.cache_files) > 2

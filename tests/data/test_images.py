@@ -228,7 +228,7 @@ def test_of_a_webdataset_sample_the_plain_picture_counts(tmp_path, folder, monke
     members |= {"3.mask.png": b, "3.jpg": a, "3.png": c, "4.left.png": a, "4.right.png": b}
     items = found(path=str(write_tar(tmp_path / "masks.tar", members)))
     assert items == {"1.jpg": (a, ["x"]), "2.jpg": (a, ["y"]), "3.jpg": (a, []), "4.left.png": (a, [])}
-    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE_BYTES", 10)
     data, _ = found(path=str(tmp_path / "masks.tar"))["1.jpg"]
     assert data == f"too large when unpacked (got {len(a)} bytes, expected at most 10)"
 
@@ -271,7 +271,7 @@ def test_one_bad_row_is_a_bad_picture_not_the_end(folder, monkeypatch):
     content[6] |= 1
     (place / "pictures.zip").write_bytes(content)
     assert "encrypted" in found(**fields)["a.png"][0]
-    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE", 10)
+    monkeypatch.setattr("jasper_fast.data.image_files.MAX_FILE_BYTES", 10)
     assert "expected at most 10)" in found(**fields)["c.png"][0]
 
 

@@ -17,9 +17,9 @@ TABLE, NEW = "jasper_fast/data/text_sources.py", "jasper_fast/data/days.py"
 READ = """
 import json
 from jasper_fast.config.data import SourceConfig
-from jasper_fast.data.text_sources import draw, is_local, read_source, source_files, source_stamp, try_source
+from jasper_fast.data.text_sources import draw, is_local, read_source, source_files, source_stamp, check_source
 source = SourceConfig(path="days")
-try_source(source)
+check_source(source)
 drawn = [row for row, _ in draw(source.model_copy(update={"limit": 3}), seed=0)]
 print(json.dumps([[*read_source(source)], drawn, is_local(source), source_files(source), source_stamp(source)]))
 """

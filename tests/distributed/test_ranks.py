@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.config.stage import StageConfig
-from jasper_fast.distributed.fsdp import is_sharded, shard, whole
+from jasper_fast.distributed.fsdp import full_tensor, is_sharded, shard
 from jasper_fast.distributed.gather import split_rows
 from jasper_fast.distributed.ranks import Ranks, join_ranks
 from jasper_fast.models.micro_batches import MicroBatches
@@ -77,7 +77,7 @@ def gradients(student: Student, config: StageConfig, ranks: Ranks, texts: list[s
     mask = dropout_mask(0.2, (0, 0, 0), mine, ROWS, student.hidden_size, CPU)
     output, _ = take_gradients(student, batch, config, StageLoss(config, 24, group, rows), CPU, "fp32", mask)
     ranks.average_gradients(student.parameters())
-    found = {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+    found = {name: full_tensor(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     return {"losses": [part.detach() for part in output._asdict().values()], "gradients": found}
 
 

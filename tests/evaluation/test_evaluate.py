@@ -90,11 +90,17 @@ def test_a_querys_own_document_is_no_answer(tmp_path: Path, tiny_texts: list[str
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(judged) + "\n")
     evalset = load_eval(EvalConfig(path=str(folder)))
     assert isinstance(evalset, RetrievalSet)
-    assert evalset.itself == [0, -1, 2, 3, -1]  # a1 is judged relevant; a4 has the id of a document but another text
+    assert evalset.self_matches == [
+        0,
+        -1,
+        2,
+        3,
+        -1,
+    ]  # a1 is judged relevant; a4 has the id of a document but another text
     documents = np.eye(8, 16, dtype=np.float32)
     asked = normalise(documents[:5] + 0.9 * documents[7])  # nearest: the query's own document; next: the relevant one
     asked[1] = documents[1]
-    scores = metrics.score_vectors(evalset, {"queries": asked, "documents": documents})
+    scores = metrics.score_embeddings(evalset, {"queries": asked, "documents": documents})
     assert scores["recall@100"] == 1.0
     fourth = 1 / np.log2(3)  # ranked after the document that only shares the id
     assert scores["nDCG@10"] == pytest.approx((4 + fourth) / 5)
@@ -260,7 +266,7 @@ def test_retrieval_scores_against_scikit_learn_and_counting() -> None:
     grades = random.integers(0, 4, (30, 400)) * (random.random((30, 400)) < 0.05)
     relevant = [{int(d): int(row[d]) for d in np.flatnonzero(row)} for row in grades]
     evalset = RetrievalSet("x", [f"q{i}" for i in range(30)], [f"d{i}" for i in range(400)], relevant)
-    found = metrics.score_vectors(evalset, {"queries": queries, "documents": documents})
+    found = metrics.score_embeddings(evalset, {"queries": queries, "documents": documents})
     scores = queries @ documents.T
     assert found["nDCG@10"] == pytest.approx(ndcg_score(grades, scores, k=10), abs=1e-7)
     best = np.argsort(-scores, axis=1)[:, :100]
@@ -274,8 +280,8 @@ def test_spearman_follows_ranks_and_a_collapsed_model_scores_zero() -> None:
     left = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (4, 1))
     right = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     evalset = SimilaritySet("x", list("abcd"), list("efgh"), [0.0, 5.0, 1.0, 0.5])  # one adjacent pair is swapped
-    assert metrics.score_vectors(evalset, {"left": left, "right": right})["Spearman"] == pytest.approx(0.8)
-    assert metrics.score_vectors(evalset, {"left": left, "right": left})["Spearman"] == 0.0
+    assert metrics.score_embeddings(evalset, {"left": left, "right": right})["Spearman"] == pytest.approx(0.8)
+    assert metrics.score_embeddings(evalset, {"left": left, "right": left})["Spearman"] == 0.0
 
 
 def test_accuracy_falls_if_labels_do_not_match_the_embeddings() -> None:
@@ -287,9 +293,9 @@ def test_accuracy_falls_if_labels_do_not_match_the_embeddings() -> None:
     texts = [str(i) for i in range(120)]
     evalset = ClassificationSet("x", texts[:80], names[:80], texts[80:], names[80:])
     groups = {"train": vectors[:80], "test": vectors[80:]}
-    assert metrics.score_vectors(evalset, groups)["accuracy"] > 0.95
+    assert metrics.score_embeddings(evalset, groups)["accuracy"] > 0.95
     shuffled = {"train": vectors[:80], "test": vectors[80:][random.permutation(40)]}
-    assert metrics.score_vectors(evalset, shuffled)["accuracy"] < 0.7
+    assert metrics.score_embeddings(evalset, shuffled)["accuracy"] < 0.7
 
 
 def test_nonfinite_embeddings_are_rejected() -> None:
@@ -298,7 +304,7 @@ def test_nonfinite_embeddings_are_rejected() -> None:
     broken = vectors.copy()
     broken[1, 2] = np.nan
     with pytest.raises(JasperError, match="pairs: 1 of 2 embeddings in group 'right' contain NaN or infinity"):
-        metrics.score_vectors(evalset, {"left": vectors, "right": broken})
+        metrics.score_embeddings(evalset, {"left": vectors, "right": broken})
 
 
 # --- encoders and floors

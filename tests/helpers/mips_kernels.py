@@ -49,7 +49,9 @@ def through_kernels(descriptors: bool = False) -> Iterator[None]:
             return
         with (
             mock.patch.object(segments, "on_gpu", lambda rows: True),
-            mock.patch.object(kernels, "described", lambda rows, queries: descriptors and rows.shape[1] % 16 == 0),
+            mock.patch.object(
+                kernels, "supports_descriptors", lambda rows, queries: descriptors and rows.shape[1] % 16 == 0
+            ),
             mock.patch.object(cuda, "SCAN_DTYPE", torch.float16),
         ):
             yield

@@ -120,8 +120,8 @@ def test_exact_op(request, exclude_ties):
 @pytest.mark.parametrize("rows", [3, 70, 150])
 def test_binned_op(request, monkeypatch, rows):
     """Two heads of odd widths, and row blocks that end inside tiles. TF32 is float32 in the interpreter."""
-    monkeypatch.setattr(relative_binned, "STRIP", {"cpu": 45 * rows})
-    monkeypatch.setattr(relative_binned, "DEVICE_STRIP", 45 * rows)
+    monkeypatch.setattr(relative_binned, "BLOCK_SCORES", {"cpu": 45 * rows})
+    monkeypatch.setattr(relative_binned, "DEVICE_BLOCK_SCORES", 45 * rows)
     teacher = unit(rows, 33)
     students = [torch.nn.functional.normalize(teacher + 0.1 * torch.randn(rows, 33)), unit(rows, 7)]
     wanted_losses, wanted = relative_binned.relative_similarity(students, teacher, 0.015, True, 64)

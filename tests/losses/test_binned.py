@@ -105,7 +105,7 @@ def test_strips_and_threads_change_nothing_but_rounding(monkeypatch):
     student, teacher = batch(200, 0.5)
     loss, gradient = loss_and_gradient(student, teacher, method="binned")
     threads = torch.get_num_threads()
-    monkeypatch.setattr(relative_binned, "STRIP", {"cpu": 200 * 16})
+    monkeypatch.setattr(relative_binned, "BLOCK_SCORES", {"cpu": 200 * 16})
     torch.set_num_threads(3)
     try:
         other, other_gradient = loss_and_gradient(student, teacher, method="binned")

@@ -66,7 +66,7 @@ def test_a_sample_sets_the_threshold(stored, order):
         corpus = (torch.randn(60, 16).repeat_interleave(100, 0) + 0.1 * corpus)[:6000]
     segment, values = segment_of(corpus, stored)
     assert cuda.plan(6000, 3, 3).step > 1
-    with through_kernels(), mock.patch.object(top_k, "_repeat", side_effect=AssertionError("redone")):
+    with through_kernels(), mock.patch.object(top_k, "_search_again", side_effect=AssertionError("redone")):
         scores, ids = found([(0, segment)], 6000, queries, 3)
         fast = found([(0, segment)], 6000, queries, 3, precision="fast") if stored == "int8" else (scores, ids)
     true = queries.double() @ values.T
@@ -106,8 +106,8 @@ def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
     corpus, queries = torch.randn(4096, 16), torch.randn(2, 16)
     segment, values = segment_of(corpus, "float32")
     monkeypatch.setattr(cuda, "plan", lambda rows, k, size: cuda.Plan(1, rank, capacity))
-    again = mock.Mock(side_effect=top_k._repeat)
-    monkeypatch.setattr(top_k, "_repeat", again)
+    again = mock.Mock(side_effect=top_k._search_again)
+    monkeypatch.setattr(top_k, "_search_again", again)
     with through_kernels():
         _, ids = found([(0, segment)], 4096, queries, 20)
     assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :20])
@@ -210,7 +210,7 @@ def test_two_gpus_share_the_segments(dtype, monkeypatch):
 def test_the_device_is_waited_for_once(k, lasting, proven):
     """With a cached sample, a sample drawn again, and no sample."""
     corpus, queries = torch.randn(100_000, 128, device="cuda"), torch.randn(500, 128, device="cuda")
-    segment = Segment(corpus.bfloat16(), lasting=lasting)
+    segment = Segment(corpus.bfloat16(), persistent=lasting)
     segment.norms = bin_norms(segment)
     asked, state = Queries.of(queries), TopKState(500, k, corpus.device)
     cuda.search_cuda(segment, segment.rows, 0, asked, torch.empty(0, device="cuda"), state, proven)

@@ -14,7 +14,7 @@ from torch import Tensor
 from jasper_fast.mips import FlatIPIndex, cuda, rerank, threshold, top_k, topk
 from jasper_fast.mips.cpu import Queries, bounds
 from jasper_fast.mips.segment import BIN, Segment
-from jasper_fast.mips.threshold import sample, short_norms
+from jasper_fast.mips.threshold import float32_norms, sample
 from jasper_fast.mips.top_k import SCRATCH, search
 from jasper_fast.mips.topk_state import TopKState
 from tests.helpers.mips_cases import KINDS, make
@@ -42,7 +42,7 @@ def collected(
     asked, scale, limits = cuda.operands(segment, segment.rows, queries, proven)
     factor = asked.double() if scale is None else asked.double() * scale.double()[:, None]
     scores = (factor @ segment.values(0, len(segment), torch.float64).T).float()
-    norms = short_norms(segment)
+    norms = float32_norms(segment)
     error = norms[torch.arange(len(segment), device=DEVICE) // BIN] * limits[0][:, None] + limits[1][:, None]
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
@@ -295,7 +295,7 @@ def test_queries_are_rounded_and_bounded(dtype, width):
 
 def lasting(rows: int, width: int) -> tuple[Segment, Tensor]:
     segment, values = segment_of(torch.randn(rows, width), "float32")
-    segment.lasting = True
+    segment.persistent = True
     return segment, values
 
 
@@ -309,11 +309,11 @@ def test_a_sample_is_drawn_once(monkeypatch):
     assert torch.equal(first.rows, scanned[first.numbers]) and torch.equal(
         first.numbers // 32, torch.arange(200).to(DEVICE)
     )
-    assert torch.equal(first.norms, short_norms(segment)[first.numbers // BIN])
-    assert (short_norms(segment).double() >= segment.norms).all() and short_norms(segment) is short_norms(segment)
+    assert torch.equal(first.norms, float32_norms(segment)[first.numbers // BIN])
+    assert (float32_norms(segment).double() >= segment.norms).all() and float32_norms(segment) is float32_norms(segment)
     sample(segment, scanned, 8), sample(segment, scanned, 8)  # too large to stay with an index
     assert drawn.call_count == 3
-    segment.lasting = False  # a search's own segment goes with it
+    segment.persistent = False  # a search's own segment goes with it
     sample(segment, scanned, 8), sample(segment, scanned, 8)
     assert drawn.call_count == 4
     kept = [value for value, _ in segment.derived.values() if isinstance(value, threshold.Sample)]
@@ -324,13 +324,13 @@ def test_a_sample_is_drawn_once(monkeypatch):
 def test_a_new_look_at_a_corpus_forgets_its_samples():
     """New norms and new rows discard the old samples."""
     segment, _ = lasting(640, 8)
-    short_norms(segment)
+    float32_norms(segment)
     top_k._check(segment, segment.norms * 2, 0)
-    assert torch.equal(short_norms(segment).double(), (segment.norms * (1 + 2.0**-23)).float().double())
+    assert torch.equal(float32_norms(segment).double(), (segment.norms * (1 + 2.0**-23)).float().double())
     index = FlatIPIndex(8, dtype="float32", device=DEVICE)
     index.add(torch.randn(100, 8))
     (_, first), (_, same) = *index.segments(), *index.segments()
-    assert same is first and first.lasting
+    assert same is first and first.persistent
     index.add(torch.randn(1, 8))
     ((_, grown),) = index.segments()
     assert grown is not first and len(grown) == 101 and not grown.derived

@@ -160,7 +160,7 @@ def test_a_folder_cannot_permit_its_own_code(homemade: Path, tiny_bert: Path, tm
             assert marker.exists()
             with pytest.raises(JasperError, match="custom code"):
                 models_folder.load_student(folder, trust_remote_code=True, trust_tower_code=False)
-            assert models_folder.load_student(folder, trust_tower_code=True).seeing.side == 16
+            assert models_folder.load_student(folder, trust_tower_code=True).vision_tower.side == 16
 
 
 def test_recipes_do_not_permit_remote_code() -> None:

@@ -8,8 +8,8 @@ import torch
 
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.data.eval_sets import RetrievalSet, SimilaritySet
-from jasper_fast.evaluation.metrics import score_codes, score_vectors
-from jasper_fast.evaluation.quantized import coded, known_precisions
+from jasper_fast.evaluation.metrics import score_codes, score_embeddings
+from jasper_fast.evaluation.quantized import parse_precisions, quantize_groups
 from jasper_fast.losses import neighbourhood_loss
 from jasper_fast.models.quantization import int8_ranges, read_ranges, straight_through
 from jasper_fast.training.stages.losses import StageLoss
@@ -140,28 +140,30 @@ def test_bits_are_ranked_by_agreement_and_rescored_by_int8():
     documents, queries = unit(60, 12), unit(60, 12)[:5] + 0.8 * unit(5, 12, 1)
     vectors = {"queries": queries.astype(np.float32), "documents": documents}
     signs = {name: np.where(v > 0, 1.0, -1.0) for name, v in vectors.items()}
-    assert all(np.array_equal(coded(vectors, "ubinary", None)[name], signs[name]) for name in vectors)
+    assert all(np.array_equal(quantize_groups(vectors, "ubinary", None)[name], signs[name]) for name in vectors)
     evalset = retrieval()
-    assert score_codes(evalset, vectors, "ubinary") == score_vectors(evalset, coded(vectors, "ubinary", None))
+    assert score_codes(evalset, vectors, "ubinary") == score_embeddings(
+        evalset, quantize_groups(vectors, "ubinary", None)
+    )
     # All documents are candidates here, so only int8 rounding lowers the score.
     fine = score_codes(evalset, vectors, "ubinary+rescore")
     near = score_codes(evalset, vectors, "int8")
     assert fine["nDCG@10"] == pytest.approx(near["nDCG@10"], abs=0.05)
-    assert near["nDCG@10"] == pytest.approx(score_vectors(evalset, vectors)["nDCG@10"], abs=0.05)
+    assert near["nDCG@10"] == pytest.approx(score_embeddings(evalset, vectors)["nDCG@10"], abs=0.05)
     assert fine["nDCG@10"] > score_codes(evalset, vectors, "ubinary")["nDCG@10"]
-    assert score_codes(evalset, vectors, "float32") == score_vectors(evalset, vectors)
+    assert score_codes(evalset, vectors, "float32") == score_embeddings(evalset, vectors)
 
 
 def test_similarity_of_codes_is_their_cosine_and_is_not_rescored():
     pairs = SimilaritySet("p", ["a"] * 40, ["b"] * 40, np.linspace(0, 5, 40).tolist())
     vectors = {"left": unit(40, 16), "right": unit(40, 16, 1)}
-    exact, near = score_vectors(pairs, vectors)["Spearman"], score_codes(pairs, vectors, "int8")["Spearman"]
+    exact, near = score_embeddings(pairs, vectors)["Spearman"], score_codes(pairs, vectors, "int8")["Spearman"]
     assert near == pytest.approx(exact, abs=0.01)
     assert score_codes(pairs, vectors, "ubinary+rescore") == {}
 
 
 def test_precisions_of_a_command_line(tmp_path):
-    assert known_precisions("int8, ubinary") == ["int8", "ubinary"]
+    assert parse_precisions("int8, ubinary") == ["int8", "ubinary"]
     with pytest.raises(JasperError, match="got 'int4'.*choose from float32, int8, ubinary, ubinary\\+rescore"):
-        known_precisions("int8,int4")
+        parse_precisions("int8,int4")
     assert read_ranges(tmp_path) == {} == read_ranges(tmp_path / "nowhere")

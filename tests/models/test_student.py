@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jasper_fast.config.models import StudentConfig
-from jasper_fast.models.backbone import check_max_length, make_bidirectional, sees_later_tokens
+from jasper_fast.models.backbone import check_max_length, is_bidirectional, make_bidirectional
 from jasper_fast.models.layers import layer_list
 from jasper_fast.models.student import Student, pad
 from jasper_fast.utils.errors import JasperError
@@ -115,7 +115,7 @@ def test_a_decoder_that_keeps_its_causal_mask_is_rejected() -> None:
     model = OpenAIGPTModel(OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2))
     with pytest.raises(JasperError, match="student.bidirectional: false"):
         make_bidirectional(model)
-    assert not sees_later_tokens(model)
+    assert not is_bidirectional(model)
 
 
 def test_pooling_is_the_mean_over_each_texts_own_tokens(tiny_bert: Path, tiny_texts: list[str]) -> None:
@@ -279,17 +279,17 @@ def test_a_sentence_transformers_folder_gives_its_transformer(tiny_qwen2: Path, 
 def test_a_decoder_without_padding_token_pads_with_its_end_of_text(tiny_qwen2: Path) -> None:
     from transformers import AutoTokenizer
 
-    from jasper_fast.models.backbone import give_pad_token
+    from jasper_fast.models.backbone import ensure_pad_token
 
     model = student(tiny_qwen2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
     tokenizer.pad_token = None
     size = model.encoder.get_input_embeddings().num_embeddings
-    give_pad_token(tokenizer, model.encoder, "it")
+    ensure_pad_token(tokenizer, model.encoder, "it")
     assert tokenizer.pad_token == tokenizer.eos_token and len(tokenizer) == size
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token = None
     with pytest.raises(JasperError, match="pad_token"):
-        give_pad_token(tokenizer, model.encoder, "it")
+        ensure_pad_token(tokenizer, model.encoder, "it")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text import text_digest
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.teachers.model import load_teacher
-from jasper_fast.teachers.precomputed import ReadyVectors, describe_vectors
+from jasper_fast.teachers.precomputed import PrecomputedEmbeddings, describe_precomputed
 from jasper_fast.teachers.row_order import centred_similarities, fit_of_order, lexical_similarities
 from jasper_fast.utils.errors import JasperError
 
@@ -54,8 +54,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def opened(path: Path, rows: int = ROWS, **settings: Any) -> ReadyVectors:
-    return ReadyVectors(TeacherConfig(vectors=str(path), **settings), rows)
+def opened(path: Path, rows: int = ROWS, **settings: Any) -> PrecomputedEmbeddings:
+    return PrecomputedEmbeddings(TeacherConfig(vectors=str(path), **settings), rows)
 
 
 def read(path: Path, texts: Dataset, **settings: Any) -> np.ndarray:
@@ -142,7 +142,7 @@ def test_anomalies_of_a_folder_are_reported(vectors: np.ndarray, texts: Dataset,
     for file in folder.glob("p*"):
         file.unlink()
     with pytest.raises(JasperError, match="no teacher embeddings here .*subfolders are not read: old"):
-        describe_vectors(TeacherConfig(vectors=str(folder)))
+        describe_precomputed(TeacherConfig(vectors=str(folder)))
 
 
 # rows with keys

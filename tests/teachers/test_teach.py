@@ -730,7 +730,7 @@ def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path:
 def test_a_rank_makes_its_own_shards_alone(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(label, "SILENCE", 0.5)
+    monkeypatch.setattr(label, "MAX_WAIT_SECONDS", 0.5)
     config = config_of({"model": str(tiny_bert)})
     with pytest.raises(
         JasperError, match=r"no new shard for 0 minutes \(got 4 of 13 shards\)"

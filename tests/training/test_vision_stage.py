@@ -210,24 +210,24 @@ def test_losses_are_averaged_over_heads_each_against_its_own_width():
 
 
 def test_balance_is_how_unevenly_captions_choose_pictures():
-    from jasper_fast.losses.contrastive import Captions, contrastive_loss, unevenness
+    from jasper_fast.losses.contrastive import Captions, contrastive_loss, hubness
     from jasper_fast.training.stages.losses import VisionLoss
 
     scores = torch.randn(5, 7, dtype=torch.float64)
     shares = torch.softmax(scores, dim=0).mean(dim=1)
-    assert torch.allclose(unevenness(scores), (0.2 * (0.2 / shares).log()).sum())
-    assert unevenness(torch.ones(5, 7)).abs() < 1e-6 and unevenness(torch.eye(5) * 100).abs() < 1e-6
+    assert torch.allclose(hubness(scores), (0.2 * (0.2 / shares).log()).sum())
+    assert hubness(torch.ones(5, 7)).abs() < 1e-6 and hubness(torch.eye(5) * 100).abs() < 1e-6
     hub = torch.zeros(5, 7).index_fill_(0, torch.tensor([3]), 9.0)
-    assert unevenness(hub) > 4
+    assert hubness(hub) > 4
     pictures, every = (F.normalize(torch.randn(n, 4, dtype=torch.float64), dim=1) for n in (3, 9))
     for others in (None, Captions(every, torch.arange(9))):
         at = torch.arange(3)
         plain, more = (contrastive_loss(pictures, every[:3], 0.2, others, at, balance=b) for b in (0.0, 1.5))
         among = every[:3] if others is None else every
-        assert torch.allclose(more, plain + 1.5 * unevenness(pictures @ among.T / 0.2))
+        assert torch.allclose(more, plain + 1.5 * hubness(pictures @ among.T / 0.2))
     told = {"contrastive": 2.0, "balance": 1.5}
     found = [VisionLoss(stage(heads=[4], vision=v))({4: pictures}, every[:3]) for v in (told, told | {"balance": 0.0})]
-    extra = 1.5 * unevenness(pictures @ every[:3].T / 0.05).float()
+    extra = 1.5 * hubness(pictures @ every[:3].T / 0.05).float()
     torch.testing.assert_close(
         found[0].parts["contrastive"] - found[1].parts["contrastive"], extra, atol=1e-5, rtol=1e-4
     )
@@ -269,7 +269,7 @@ def test_a_caption_is_told_from_all_captions_but_those_of_its_picture():
         expected += float(torch.logsumexp(back, 0) - back[i]) / 6
     places = torch.tensor([0, 1, 3])
     assert abs(float(contrastive_loss(pictures, captions, 0.2, others, places)) - expected) < 1e-10
-    single = others._replace(vectors=others.vectors.float())
+    single = others._replace(embeddings=others.embeddings.float())
     plan = stage(heads=[4], vision={"contrastive": 2.0, "among": "all"}, temperature=0.2)
     told = LossInputs(places)
     losses = [float(VisionLoss(plan, captions=known)({4: pictures}, captions, told).loss) for known in (None, single)]
@@ -329,7 +329,7 @@ def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert,
     states.compute(lambda rows: np.eye(6, 32, dtype=np.float32)[rows], lambda more: None)
     targets = CaptionTargets(student, [32, 8], states, lambda step: np.arange(4), torch.device("cpu"))
     assert targets.places(np.array([0])) is None  # not before they are asked for
-    vectors, pictures = targets.every(Images(table, "of a test"))
+    vectors, pictures = targets.all_captions(Images(table, "of a test"))
     assert targets.places(np.array([4, 1, 3, 0, 2])).tolist() == [3, 1, 1, 0, 2]  # "b" is one caption
     assert torch.equal(vectors, targets.read(np.array([0, 1, 2, 4])))  # a, b, c, d
     a, b, c, d = pictures.tolist()
@@ -337,25 +337,27 @@ def test_all_captions_of_a_stage_are_distinct_and_know_their_pictures(tiny_bert,
 
 
 def test_views_are_a_function_of_the_step_and_leave_what_they_should():
-    from jasper_fast.training.stages.vision import draw_views, other_views
+    from jasper_fast.training.stages.vision import draw_affine_maps, warp_images
 
     views = AugmentConfig(shift=0.1, scale=0.2, rotate=10.0, flip=True)
-    maps = draw_views(views, (0, 3, 5), 6)
-    assert torch.equal(maps, draw_views(views, (0, 3, 5), 6)) and not torch.equal(maps, draw_views(views, (0, 3, 6), 6))
+    maps = draw_affine_maps(views, (0, 3, 5), 6)
+    assert torch.equal(maps, draw_affine_maps(views, (0, 3, 5), 6)) and not torch.equal(
+        maps, draw_affine_maps(views, (0, 3, 6), 6)
+    )
     pixels = pictures(6)
-    same = other_views(pixels, draw_views(AugmentConfig(), (0, 0, 0), 6))
+    same = warp_images(pixels, draw_affine_maps(AugmentConfig(), (0, 0, 0), 6))
     assert torch.allclose(same, pixels.float(), atol=1e-3)
-    flipped = other_views(pixels, torch.tensor([[[-1.0, 0, 0], [0, 1.0, 0]]]).repeat(6, 1, 1))
+    flipped = warp_images(pixels, torch.tensor([[[-1.0, 0, 0], [0, 1.0, 0]]]).repeat(6, 1, 1))
     assert torch.allclose(flipped, pixels.float().flip(3), atol=1e-3)
-    assert set(draw_views(AugmentConfig(flip=True), (0, 0, 0), 64)[:, 0, 0].tolist()) == {-1.0, 1.0}
-    moved = other_views(pixels, torch.tensor([[[1.0, 0, 2 / SIDE], [0, 1.0, 0]]]).repeat(6, 1, 1))
+    assert set(draw_affine_maps(AugmentConfig(flip=True), (0, 0, 0), 64)[:, 0, 0].tolist()) == {-1.0, 1.0}
+    moved = warp_images(pixels, torch.tensor([[[1.0, 0, 2 / SIDE], [0, 1.0, 0]]]).repeat(6, 1, 1))
     assert torch.allclose(moved[..., :-1], pixels.float()[..., 1:], atol=1e-2)  # one pixel to the left
 
 
 @pytest.mark.parametrize("views", [{"mix": 0.4}, {"mix": 0.4, "shift": 0.1}])
 def test_pictures_are_laid_over_others_alike_on_every_rank(views):
     from jasper_fast.distributed.ranks import Ranks
-    from jasper_fast.training.stages.vision import draw_partners, draw_views, image_batches, other_views
+    from jasper_fast.training.stages.vision import draw_affine_maps, draw_partners, image_batches, warp_images
 
     class Shown:
         def pixels(self, rows, side):
@@ -380,7 +382,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         return (np.arange(11) * 7 + step) % 20
 
     plain = stage(vision={"augment": views}, batch_size=11, steps=2)
-    student = SimpleNamespace(seeing=SimpleNamespace(side=SIDE, image_tokens=1), device=torch.device("cpu"))
+    student = SimpleNamespace(vision_tower=SimpleNamespace(side=SIDE, image_tokens=1), device=torch.device("cpu"))
     parts = []
     for part in (slice(0, 11), slice(0, 6), slice(6, 11)):
         found = image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part))
@@ -391,7 +393,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
             {
                 "pixels": torch.cat(batch.texts.token_ids),
                 "captions": batch.inputs.mixed.captions,
-                "shares": batch.inputs.mixed.shares,
+                "shares": batch.inputs.mixed.fractions,
                 "teacher": batch.teacher,
                 "rows": torch.from_numpy(batch.rows),
             }[name]
@@ -402,7 +404,9 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
         assert torch.equal(batch.inputs.places, batch.teacher[:, 0].long())
         assert torch.equal(batch.inputs.mixed.places, batch.inputs.mixed.captions[:, 0].long())
     for part in (slice(0, 6), slice(6, 11)):  # a loss of each rank's own knows its own captions
-        alone = next(image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), together=False))[1]
+        alone = next(
+            image_batches(plain, (3, 1), 1, plan, Shown(), Targets(), student, Half(part), across_ranks=False)
+        )[1]
         assert sorted(alone.inputs.mixed.captions[:, 0].tolist()) == sorted(alone.teacher[:, 0].tolist())
         assert not torch.equal(alone.inputs.mixed.captions, alone.teacher)
     partners, shares = draw_partners(0.4, (3, 1, 1), 11)
@@ -410,7 +414,7 @@ def test_pictures_are_laid_over_others_alike_on_every_rank(views):
     assert torch.equal(whole.inputs.mixed.captions[:, 0], torch.from_numpy(plan(1)[partners] + 100).float())
     seen = Shown().pixels(plan(1), SIDE)
     if "shift" in views:
-        seen = other_views(seen, draw_views(plain.vision.augment, (3, 1, 1), 11))
+        seen = warp_images(seen, draw_affine_maps(plain.vision.augment, (3, 1, 1), 11))
     share = shares.view(-1, 1, 1, 1)
     assert torch.allclose(torch.cat(whole.texts.token_ids), share * seen + (1 - share) * seen[partners])
 

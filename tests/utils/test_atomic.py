@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jasper_fast.utils.atomic import (
+    check_disk_space,
     check_file,
-    check_place,
-    check_room,
+    check_output_path,
     check_writable,
     locked,
     publish_dir,
@@ -151,11 +151,11 @@ def test_too_little_room_is_refused(tmp_path, monkeypatch):
         return namedtuple("usage", "free")(10**9)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    check_room(tmp_path / "run" / "deeper", 10**9, "checkpoints", "or think again")
+    check_disk_space(tmp_path / "run" / "deeper", 10**9, "checkpoints", "or think again")
     with pytest.raises(
         JasperError, match=r"deeper: checkpoints need 2.0 GB and 1.0 GB are free. Fix: free some space, or"
     ):
-        check_room(tmp_path / "run" / "deeper", 2 * 10**9, "checkpoints", "or think again")
+        check_disk_space(tmp_path / "run" / "deeper", 2 * 10**9, "checkpoints", "or think again")
 
 
 def test_a_full_disk_is_said_and_leaves_the_old_content(tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_what_is_published_has_the_permissions_of_new_files(umask, replaced, tmp
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("check", [check_place, check_file])
+@pytest.mark.parametrize("check", [check_output_path, check_file])
 def test_a_place_is_checked_without_making_anything(check, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

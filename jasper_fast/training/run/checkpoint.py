@@ -219,7 +219,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     sweep_unfinished(folder)
     damaged: dict[Path, str] = {}
     for path in reversed(_published(folder)):
-        problem = _damage(path)
+        problem = _find_damage(path)
         if problem is None:
             for bad, reason in damaged.items():  # their steps will be saved again under the same names
                 print(f"checkpoint {bad.name} is damaged ({reason}); going back to {path.name}")
@@ -237,7 +237,7 @@ def _published(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
-def _damage(path: Path) -> str | None:
+def _find_damage(path: Path) -> str | None:
     """Return the problem of a checkpoint, or None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

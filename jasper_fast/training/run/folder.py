@@ -19,7 +19,7 @@ from jasper_fast.utils.atomic import disk_errors, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import ConfigError, JasperError
 
 CONFIG, RESULTS, CHECKPOINTS, POOLED, LOCK = "config.yaml", "results.json", "checkpoints", "pooled", ".lock"
-MAY_CHANGE = ("log", "checkpoint", "parallel")  # sections that do not change the numbers
+NEUTRAL_SECTIONS = ("log", "checkpoint", "parallel")  # sections that do not change the numbers
 
 
 class RunFolder:
@@ -85,12 +85,12 @@ def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
             f"{error}\n{where} is of another version of jasper_fast, or was edited. "
             "Fix: resume with the version that began the run, or use --out DIR for a new run"
         ) from None
-    return config_difference(what_decides(old), what_decides(config))
+    return config_difference(result_settings(old), result_settings(config))
 
 
-def what_decides(config: Config) -> dict[str, Any]:
+def result_settings(config: Config) -> dict[str, Any]:
     """Return the configuration without the sections that do not change the numbers."""
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NEUTRAL_SECTIONS}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from jasper_fast.config.losses import PARTS
+from jasper_fast.config.losses import LOGGED_LOSSES
 from jasper_fast.config.run import Config, LogConfig
 from jasper_fast.utils.atomic import disk_errors, write_atomic
 from jasper_fast.utils.errors import JasperError
@@ -62,7 +62,7 @@ class RunLog:
         self.trackers = trackers
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Print a line above the progress bar."""
         self.bar.write(line, file=sys.stdout)
         sys.stdout.flush()
@@ -78,12 +78,12 @@ class RunLog:
         spike = self._spike(stage, record["loss"])
         if spike is not None:
             record = {**record, "spike": spike}
-            self.say(f"{stage} {record['stage_step']}: the loss jumped to {spike:.1f} times its recent median")
+            self.info(f"{stage} {record['stage_step']}: the loss jumped to {spike:.1f} times its recent median")
         self.event("step", stage=stage, **record)
         self.bar.set_description(stage, refresh=False)
         self.bar.update(1)
         if last or record["stage_step"] % self.every == 0:
-            self.say(_line(stage, record))
+            self.info(_line(stage, record))
             numbers = {k: v for k, v in record.items() if isinstance(v, float)}
             for tracker in self.trackers:
                 tracker.log({f"{stage}/{k}": v for k, v in numbers.items()}, record["step"])
@@ -136,7 +136,7 @@ class SilentLog(RunLog):
 
         self.bar = tqdm(disable=True)
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Print nothing."""
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
@@ -196,7 +196,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _line(stage: str, record: dict[str, Any]) -> str:
-    parts = "  ".join(f"{part.name} {record[part.name]:.5f}" for part in PARTS if part.name in record)
+    parts = "  ".join(f"{part.name} {record[part.name]:.5f}" for part in LOGGED_LOSSES if part.name in record)
     speed = f"{record['texts_per_s']:.0f} texts/s  {record['tokens_per_s']:.0f} tokens/s"
     return (
         f"{stage} {record['stage_step']}  loss {record['loss']:.4f}  {parts}  |grad| {record['grad_norm']:.3f}  "

@@ -117,7 +117,7 @@ class Run:
         """Return True if the run has written its results before. All ranks must call it."""
         return self.ranks.on_main(lambda: self.folder is not None and self.folder.finished)
 
-    def say_finished(self) -> Path:
+    def report_finished(self) -> Path:
         """Print where the results of a finished run are, and return its folder."""
         if self.ranks.is_main:
             print(f"{self.path} is finished: see {self.path / 'report.md'}; use --out DIR for a new run")
@@ -186,7 +186,7 @@ class Run:
             self.log = RunLog(self.path, self.config, total, position.step, self._trackers)
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
         if position.step:
-            self.log.say(f"resuming after step {position.step} of {total}")
+            self.log.info(f"resuming after step {position.step} of {total}")
         self._saver = Saver(self.path / CHECKPOINTS, self.config.checkpoint.keep, self.ranks.is_main)
         try:
             with stop_on_signal() as self.stop_requested:
@@ -244,7 +244,7 @@ class Run:
             self.checkpoint.load_state(optimizer)
 
     @contextmanager
-    def guard(self, student: Student, stage: StageConfig, batch: Batch, where: str) -> Iterator[None]:
+    def explain_errors(self, student: Student, stage: StageConfig, batch: Batch, where: str) -> Iterator[None]:
         """Turn lost ranks and missing memory in a step into errors that say what to do.
 
         Args:

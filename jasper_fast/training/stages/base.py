@@ -255,7 +255,7 @@ class BaseStage(ABC):
 
     def plan(self, run: Run) -> BatchPlan:
         """Return the rows of every step."""
-        return batch_plan(self.run_config, self.index, self.source()[0], self.labels, run.log.say)
+        return batch_plan(self.run_config, self.index, self.source()[0], self.labels, run.log.info)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

@@ -44,15 +44,15 @@ class StageLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.widest = widest
-        self.own_target = stage.narrow_target == "self"
-        self.together = not self.own_target and stage.narrow_weights is None
-        self.wide = weighted_loss(stage.weights, stage, group, rows)
+        self.target_is_student = stage.narrow_target == "self"
+        self.joint = not self.target_is_student and stage.narrow_weights is None
+        self.wide_loss = weighted_loss(stage.weights, stage, group, rows)
         narrow = stage.narrow_weights or stage.weights
-        self.narrow = weighted_loss(narrow, stage, group, rows)
+        self.narrow_loss = weighted_loss(narrow, stage, group, rows)
         self.codes, self.codes_weight, self.group = stage.codes, stage.codes_weight, group
         if stage.codes:
             pointwise = {loss.name: 0.0 for loss in LOSSES if loss.equal_widths}
-            self.coded = weighted_loss(narrow.model_copy(update=pointwise), stage, group, rows)
+            self.quantized_loss = weighted_loss(narrow.model_copy(update=pointwise), stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
         """Compute the losses of a batch.
@@ -61,23 +61,25 @@ class StageLoss(nn.Module):
             students: embeddings (B, width) by width.
             teacher: unit target embeddings (B, D).
         """
-        output = self._of_floats(students, teacher)
-        target = students[self.widest].detach() if self.own_target else teacher
+        output = self._float_losses(students, teacher)
+        target = students[self.widest].detach() if self.target_is_student else teacher
         for precision in self.codes:
             codes = {width: straight_through(v, precision, self.group) for width, v in students.items()}
-            coded = self.coded(codes, target)
-            output = LossOutput(output.loss + self.codes_weight * coded.loss, output.parts)
+            quantized = self.quantized_loss(codes, target)
+            output = LossOutput(output.loss + self.codes_weight * quantized.loss, output.parts)
         return output
 
-    def _of_floats(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
-        if self.together:
-            return self.wide(students, teacher)
+    def _float_losses(self, students: Mapping[int, Tensor], teacher: Tensor) -> LossOutput:
+        if self.joint:
+            return self.wide_loss(students, teacher)
         narrow = {width: vectors for width, vectors in students.items() if width != self.widest}
         outputs: list[LossOutput] = []
         if self.widest in students:
-            outputs.append(self.wide({self.widest: students[self.widest]}, teacher))
+            outputs.append(self.wide_loss({self.widest: students[self.widest]}, teacher))
         if narrow:
-            outputs.append(self.narrow(narrow, students[self.widest].detach() if self.own_target else teacher))
+            outputs.append(
+                self.narrow_loss(narrow, students[self.widest].detach() if self.target_is_student else teacher)
+            )
         sums: dict[str, Tensor] = {}
         for output in outputs:
             for name, value in output._asdict().items():
@@ -134,9 +136,9 @@ class VisionLoss(nn.Module):
         self.group, self.rows = group, rows
         self.captions: dict[int, Captions] = {}  # by head
         if captions is not None:
-            parts = captions.vectors.split(stage.heads, dim=1)
-            self.captions = {w: Captions(own, captions.pictures) for w, own in zip(stage.heads, parts, strict=True)}
-        self.one = weighted_loss(stage.weights, stage, group, rows)
+            parts = captions.embeddings.split(stage.heads, dim=1)
+            self.captions = {w: Captions(part, captions.image_ids) for w, part in zip(stage.heads, parts, strict=True)}
+        self.head_loss = weighted_loss(stage.weights, stage, group, rows)
 
     def forward(self, students: Mapping[int, Tensor], teacher: Tensor, inputs: LossInputs = NO_INPUTS) -> LossOutput:
         """Compute the losses of a batch.
@@ -147,12 +149,12 @@ class VisionLoss(nn.Module):
             inputs: the captions' indices, if ``captions`` were given, and the images that are mixed in. The teacher
                 of a mixed image is the weighted mean of both captions.
         """
-        own = self._by_head(teacher)
-        laid = own if inputs.mixed is None else self._by_head(inputs.mixed.captions)
+        targets = self._by_head(teacher)
+        mixed_targets = targets if inputs.mixed is None else self._by_head(inputs.mixed.captions)
         outputs = []
         for width, vectors in students.items():
-            mixed = None if inputs.mixed is None else inputs.mixed._replace(captions=laid[width])
-            outputs.append(self._head(width, vectors, own[width], inputs.places, mixed))
+            mixed = None if inputs.mixed is None else inputs.mixed._replace(captions=mixed_targets[width])
+            outputs.append(self._head(width, vectors, targets[width], inputs.places, mixed))
         means = {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
         return LossOutput(torch.stack([output.loss for output in outputs]).mean(), means)
 
@@ -160,25 +162,27 @@ class VisionLoss(nn.Module):
         return dict(zip(self.heads, vectors.split(self.heads, dim=1), strict=True))
 
     def _head(
-        self, width: int, pictures: Tensor, captions: Tensor, places: Tensor | None, mixed: Mixed | None
+        self, width: int, images: Tensor, captions: Tensor, places: Tensor | None, mixed: Mixed | None
     ) -> LossOutput:
         mean = captions
         if mixed is not None:
-            mean = F.normalize(mixed.shares * captions + (1 - mixed.shares) * mixed.captions, dim=1)
-        output = self.one({width: pictures}, mean)
+            mean = F.normalize(mixed.fractions * captions + (1 - mixed.fractions) * mixed.captions, dim=1)
+        output = self.head_loss({width: images}, mean)
         if not self.contrastive:
             return output
-        parts = {"pictures": F.normalize(pictures.float(), dim=1), "captions": captions, "places": places}
+        parts = {"images": F.normalize(images.float(), dim=1), "captions": captions, "places": places}
         if mixed is not None:
-            parts |= {"laid": mixed.captions, "shares": mixed.shares, "laid places": mixed.places}
+            parts |= {"mixed": mixed.captions, "fractions": mixed.fractions, "mixed places": mixed.places}
         # Places become floats too, which are exact below 2**24.
-        rows = {name: part.float().view(len(pictures), -1) for name, part in parts.items() if part is not None}
+        rows = {name: part.float().view(len(images), -1) for name, part in parts.items() if part is not None}
         if self.group is not None:
             rows = dict(zip(rows, gather_rows([*rows.values()], self.group, self.rows), strict=True))
-        places, laid = (rows[name][:, 0].long() if name in rows else None for name in ("places", "laid places"))
-        mixed = None if mixed is None else Mixed(rows["laid"], rows["shares"], laid)
+        places, mixed_places = (
+            rows[name][:, 0].long() if name in rows else None for name in ("places", "mixed places")
+        )
+        mixed = None if mixed is None else Mixed(rows["mixed"], rows["fractions"], mixed_places)
         term = contrastive_loss(
-            rows["pictures"],
+            rows["images"],
             rows["captions"],
             self.temperatures[width],
             self.captions.get(width),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jasper_fast.config.stage import AugmentConfig, StageConfig
-from jasper_fast.data.image_dataset import Images, tied
+from jasper_fast.data.image_dataset import Images, connected_groups
 from jasper_fast.distributed.ranks import Ranks
 from jasper_fast.losses.contrastive import Captions, Mixed
 from jasper_fast.models.micro_batches import ImageBatches
@@ -91,7 +91,7 @@ class VisionStage(BaseStage):
         self.pooled = pooled_states(run, student, self.config, captions, source, self._captions)
         self.targets = CaptionTargets(student, self.config.heads, self.pooled, captions, run.device)
         assert self.config.vision is not None
-        self._every = self.targets.every(self.images) if self.config.vision.among == "all" else None
+        self._all_captions = self.targets.all_captions(self.images) if self.config.vision.among == "all" else None
 
     def _captions(self, numbers: np.ndarray) -> tuple[list[str], list[str]]:
         texts = self.images.caption_texts(numbers)
@@ -100,7 +100,7 @@ class VisionStage(BaseStage):
     def initialize(self, run: Run, student: Student, start: Position) -> None:
         """Set the loss."""
         group, rows = (run.ranks.group, run.ranks.counts(self.config.batch_size)) if self.global_loss else (None, None)
-        self.loss = VisionLoss(self.config, group, rows, self._every)
+        self.loss = VisionLoss(self.config, group, rows, self._all_captions)
 
     def batches(self, first_step: int) -> Iterator[tuple[int, Batch]]:
         """Yield (step, this rank's batch) from ``first_step`` to the end of the stage."""
@@ -120,13 +120,13 @@ class VisionStage(BaseStage):
 @torch.no_grad()
 def _check_tower(student: Student) -> None:
     """Encode one blank image: nothing else shows whether a tower and a text encoder fit each other."""
-    seeing, training = student.seeing, student.training
+    tower, training = student.vision_tower, student.training
     student.eval()
     try:
-        student.pool(torch.zeros(1, 3, seeing.side, seeing.side))
+        student.pool(torch.zeros(1, 3, tower.side, tower.side))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise JasperError(
-            f"student.vision: no image can pass from {type(seeing.tower).__name__} through "
+            f"student.vision: no image can pass from {type(tower.tower).__name__} through "
             f"{type(student.encoder).__name__} ({first_line(error)}). The tower must return `last_hidden_state`, and "
             "the text encoder take `inputs_embeds`. Fix: choose another student.vision.model or student.model"
         ) from error
@@ -159,7 +159,7 @@ class CaptionTargets:
         embeddings = self.student.project(pooled, self.heads, no_dropout)
         return torch.cat([F.normalize(embeddings[width].float(), dim=1) for width in self.heads], dim=1).cpu()
 
-    def every(self, images: Images) -> Captions:
+    def all_captions(self, images: Images) -> Captions:
         """Return all distinct captions that the stage reads. Images with a common caption count as one."""
         numbers = self.states.rows
         owners = np.searchsorted(images.starts, numbers, side="right") - 1
@@ -169,7 +169,7 @@ class CaptionTargets:
         place = {texts[row]: i for i, row in enumerate(chosen)}
         self._places = np.full(images.starts[-1], -1)
         self._places[numbers] = [place[text] for text in texts]
-        groups = tied([[f"{owner}", f" {text}"] for owner, text in zip(owners, texts, strict=True)])
+        groups = connected_groups([[f"{owner}", f" {text}"] for owner, text in zip(owners, texts, strict=True)])
         group = {row: number for number, rows in groups.items() for row in rows}
         images_of = torch.tensor([group[row] for row in chosen], device=self.device)
         return Captions(self.read(numbers[chosen]).to(self.device), images_of)  # once: every step compares with them
@@ -200,7 +200,7 @@ def image_batches(
     targets: CaptionTargets,
     student: Student,
     ranks: Ranks,
-    together: bool = True,
+    across_ranks: bool = True,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, this rank's batch of images) from ``first_step`` to the end of the stage.
 
@@ -213,12 +213,16 @@ def image_batches(
         targets: the caption embeddings.
         student: the student.
         ranks: the ranks that divide a batch.
-        together: whether the loss compares the images of all ranks. If not, images are mixed with images of the same
-            rank, whose captions are all that its loss has.
+        across_ranks: whether the loss compares the images of all ranks. If not, images are mixed with images of the
+            same rank, whose captions are all that its loss has.
     """
     assert stage.vision is not None
     mine = ranks.rows(stage.batch_size)
-    side, each, views = student.seeing.side, student.seeing.image_tokens + 2, stage.vision.augment
+    side, tokens_per_image, views = (
+        student.vision_tower.side,
+        student.vision_tower.image_tokens + 2,
+        stage.vision.augment,
+    )
 
     def prepare(step: int) -> Batch:
         rows, captions, total = plan(step), targets.captions(step), stage.batch_size
@@ -226,7 +230,7 @@ def image_batches(
         if views.mix:
             partners, fractions = draw_partners(views.mix, (*seed, step), total)
             other, fraction = partners[mine], fractions[mine]
-            other = other if together else here[np.argsort(other)]
+            other = other if across_ranks else here[np.argsort(other)]
             decoded, at = np.unique(np.concatenate([here, other]), return_inverse=True)
             pixels = see(rows[decoded], step, decoded)
             weight = fraction.view(-1, 1, 1, 1)
@@ -234,7 +238,7 @@ def image_batches(
             mixed = Mixed(targets.read(captions[other]), fraction[:, None], targets.places(captions[other]))
         else:
             pixels = see(rows[here], step, here)
-        micro = ImageBatches(list(pixels.split(stage.micro_batch)), each)
+        micro = ImageBatches(list(pixels.split(stage.micro_batch)), tokens_per_image)
         teacher = targets.read(captions[mine])
         inputs = LossInputs(targets.places(captions[here]), mixed)
         return Batch(rows[here], teacher, micro, None, micro.tokens, micro.padded, 0.0, inputs)
@@ -242,14 +246,14 @@ def image_batches(
     def see(rows: np.ndarray, step: int, places: np.ndarray) -> Tensor:
         """Return augmented images, given their rows and their places in the whole batch."""
         pixels = images.pixels(rows, side)
-        if not views.moved:
+        if not views.has_affine:
             return pixels
-        return other_views(pixels, draw_views(views, (*seed, step), stage.batch_size)[places])
+        return warp_images(pixels, draw_affine_maps(views, (*seed, step), stage.batch_size)[places])
 
     return batches_of(prepare, first_step, stage.steps, student.device)
 
 
-def draw_views(views: AugmentConfig, seed: tuple[int, int, int], total: int) -> Tensor:
+def draw_affine_maps(views: AugmentConfig, seed: tuple[int, int, int], total: int) -> Tensor:
     """Draw an affine map for each image of a batch, (total, 2, 3) as ``affine_grid`` takes them.
 
     Args:
@@ -284,7 +288,7 @@ def draw_partners(spread: float, seed: tuple[int, int, int], total: int) -> tupl
     return generator.permutation(total), torch.from_numpy(np.maximum(fraction, 1.0 - fraction).astype(np.float32))
 
 
-def other_views(pixels: Tensor, maps: Tensor) -> Tensor:
+def warp_images(pixels: Tensor, maps: Tensor) -> Tensor:
     """Apply affine maps to images, (B, 3, side, side) float32 in 0..255. Pixels outside an image repeat its edge."""
     grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
