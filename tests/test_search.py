@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasper_fast.search import TextIndex, build, main
+from jasper_fast.search import main
+from jasper_fast.text_index import TextIndex, build
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.packing import pack
 

@@ -22,7 +22,7 @@ import torch
 from bench.common.environment import environment
 from jasper_fast.config.data import SourceConfig
 from jasper_fast.data.text_sources import read_source
-from jasper_fast.search import TextIndex, build
+from jasper_fast.text_index import TextIndex, build
 from jasper_fast.utils.atomic import write_atomic
 
 WARMUP = 5  # questions

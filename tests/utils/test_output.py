@@ -223,7 +223,8 @@ def test_bytes_of_an_argument_are_read_as_utf_8_where_they_are(argument, read):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_json_of_a_search_is_json_in_any_encoding(encoding, monkeypatch):
-    from jasper_fast.search import Hit, _show
+    from jasper_fast.search import _show
+    from jasper_fast.text_index import Hit
 
     stream = terminal(encoding)
     monkeypatch.setattr(sys, "stdout", stream)

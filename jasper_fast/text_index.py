@@ -1,0 +1,256 @@
+"""An index of texts or images on disk, together with the model that embeds its questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+import jasper_fast.pictures
+from jasper_fast.data.rows import check_text
+from jasper_fast.mips import FlatIPIndex
+from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
+from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.utils.arrow_files import read_mapped, stream_bytes
+from jasper_fast.utils.atomic import publish_dir
+from jasper_fast.utils.errors import JasperError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+ENCODE_CHUNK_TEXTS = 4096  # The model sorts these by length.
+Dtype = Literal["bfloat16", "float32", "int8"]
+SETTINGS, TEXTS, VECTORS = "search.json", "texts.arrow", "vectors"
+SETTING_TYPES: dict[str, Any] = {
+    "model": str,
+    "revision": str,
+    "width": int,
+    "max_length": (int, type(None)),
+    "role": str,
+}
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result: the inner product with the question, the number in the index, and the text."""
+
+    score: float
+    id: int
+    text: str
+
+
+class TextIndex:
+    """An index of texts on disk, opened with the model that built it.
+
+    Args:
+        path: folder that ``build`` wrote.
+        model: current location of the model. None takes the location at the time of the build.
+        verify: compare the files' checksums, and check that the model built the index.
+        trust_remote_code: allow code that the model brings to run.
+
+    Raises:
+        JasperError: the folder has no index, the index is damaged, or another model built it.
+    """
+
+    def __init__(
+        self, path: str | Path, model: str | None = None, verify: bool = True, *, trust_remote_code: bool = False
+    ) -> None:
+        import pyarrow as pa
+
+        path = Path(path)
+        try:
+            settings = _read_settings(path / SETTINGS)
+            name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
+            self.texts = read_mapped(path / TEXTS).column("text")
+        except FileNotFoundError as error:
+            missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
+            raise JasperError(
+                f"{path}: {missing if path.exists() else 'there is no such folder'}. Fix: make an index with "
+                "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
+            ) from None
+        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+            raise JasperError(f"{path}: damaged ({error}). Fix: build the index again") from error
+        self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
+        if len(self.vectors) != len(self.texts):
+            raise JasperError(
+                f"{path}: damaged ({len(self.texts)} texts, {len(self.vectors)} embeddings). Fix: build the index again"
+            )
+        if verify and model_revision(_weights(name)) != settings["revision"]:
+            raise JasperError(f"{name}: not the model that {path} was built with. Fix: build the index again")
+        loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
+        self._encode = model_encoder(loaded, [self.width])
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def encode(self, questions: Sequence[str]) -> np.ndarray:
+        """Encode questions, (Q, width) float32.
+
+        Args:
+            questions: Q questions.
+
+        Raises:
+            JasperError: a question has a lone surrogate.
+        """
+        checked = [check_text(question, f"question {number}") for number, question in enumerate(questions, 1)]
+        return self._encode(checked, self.role)[self.width]
+
+    def ask(self, questions: Sequence[str], k: int = 10) -> list[list[Hit]]:
+        """Return the k texts nearest to every question, nearest first.
+
+        Args:
+            questions: Q questions.
+            k: number of texts to return for each.
+
+        Raises:
+            JasperError: a question has a lone surrogate.
+        """
+        if not questions:
+            return []
+        scores, ids = self.vectors.search(self.encode(questions), min(k, len(self)))
+        return [
+            [Hit(score, number, self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
+            for pair in zip(scores.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+def build(
+    model: str,
+    texts: Iterable[str],
+    out: str | Path,
+    *,
+    width: int | None = None,
+    dtype: Dtype = "float32",
+    max_length: int | None = None,
+    total: int | None = None,
+    pictures: bool = False,
+    trust_remote_code: bool = False,
+) -> int:
+    """Encode texts and write their index as a folder, atomically.
+
+    Args:
+        model: run folder, path, name, or ``package:import_name/folder`` of the model.
+        texts: documents. Repeated texts are indexed once.
+        out: folder to write. An index at this path is replaced.
+        width: width of the embeddings. None takes the model's widest.
+        dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
+        max_length: maximum number of tokens per text. None keeps the model's limit.
+        total: number of texts for the progress bar. None shows no total.
+        pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
+        trust_remote_code: allow code that the model brings to run.
+
+    Returns:
+        number of texts in the index.
+
+    Raises:
+        JasperError: no such model or width, no text, or a folder that cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not (out / SETTINGS).is_file():
+        raise JasperError(f"{out}: exists and is not a text index. Fix: choose another path, or remove it")
+    loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
+    encode, width = _encoder(loaded, width)
+    if pictures:
+        encode = _image_encoder(model, width, trust_remote_code)
+    index, indexed = _encode_texts(model, texts, encode, width, dtype, total, " images" if pictures else " texts")
+    if not indexed:
+        raise JasperError("no texts to index. Fix: give a source with at least one text")
+    settings = {
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "revision": model_revision(_weights(model)),
+        "width": width,
+        "max_length": max_length,
+        "texts": len(indexed),
+        "role": "document" if pictures else "query",  # the captions' role in training on images
+    }
+    _write(out, index, indexed, settings)
+    return len(indexed)
+
+
+def _image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidths:
+    embedder = jasper_fast.pictures.load(_weights(model), trust_remote_code=trust_remote_code)
+
+    def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
+        return {width: embedder.encode(texts, width)}
+
+    return encode
+
+
+def _encode_texts(
+    model: str, texts: Iterable[str], encode: EncodeWidths, width: int, dtype: Dtype, total: int | None, unit: str
+) -> tuple[FlatIPIndex, list[str]]:
+    """Return the index of the distinct texts, and these texts."""
+    from tqdm import tqdm
+
+    index, indexed = FlatIPIndex(width, dtype=dtype), list[str]()
+    with tqdm(total=total, unit=unit, desc="encoding") as bar:
+        for chunk in _chunks(texts):
+            try:
+                index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
+            except ValueError as error:
+                raise JasperError(f"{model}: its embeddings cannot be indexed: {error}") from error
+            indexed += chunk
+            bar.update(len(chunk))
+    return index, indexed
+
+
+def _write(out: Path, index: FlatIPIndex, texts: list[str], settings: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    with publish_dir(out, replace=True) as folder:
+        index.save(folder / VECTORS)
+        (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(texts, pa.large_string())})))
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Read an index's settings.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a setting is missing or of another type.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file.name} has no settings")
+    settings = {"role": "query", "max_length": None, **settings}  # missing in the first version
+    for name, kinds in SETTING_TYPES.items():
+        if not isinstance(settings.get(name), kinds):
+            raise ValueError(f"{file.name}: {name} is {settings.get(name)!r}")
+    if settings["role"] not in ("query", "document"):
+        raise ValueError(f"{file.name}: role is {settings['role']!r}")
+    return settings
+
+
+def _encoder(model: SentenceTransformer, width: int | None) -> tuple[EncodeWidths, int]:
+    if width is not None:
+        return model_encoder(model, [width]), width
+    every = model_encoder(model)
+    widest = max(every(["a"], "document"))
+    return model_encoder(model, [widest]), widest
+
+
+def _weights(model: str) -> str:
+    """Return a run folder's model, so that checkpoints are not part of its identity."""
+    path = Path(resolve_model(model))
+    return str(path / "model") if (path / "model" / "modules.json").is_file() else model
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    seen: set[str] = set()
+    chunk: list[str] = []
+    for number, text in enumerate(texts, 1):
+        if text in seen or not text.strip():
+            continue
+        seen.add(check_text(text, f"text {number}"))
+        chunk.append(text)
+        if len(chunk) == ENCODE_CHUNK_TEXTS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
