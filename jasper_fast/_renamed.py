@@ -44,7 +44,7 @@ MODULES: dict[str, str] = {
     "errors": "utils.errors",
     "eval_files": "data.eval_files",
     "evalsets": "data.eval_sets data.eval_loaders",
-    "evaluate": "evaluation.score",
+    "evaluate": "evaluation.score data.eval_loaders",
     "export": "models.folder exporting.onnx exporting.flat exporting.student",
     "extension": "ops.native",
     "files": "utils.atomic",
@@ -98,6 +98,17 @@ MODULES: dict[str, str] = {
     "vision_eval": "evaluation.images reporting.contact_sheet reporting.tables",
     "vision_loss": "losses.contrastive training.stages.losses",
     "webdataset": "data.webdataset",
+    "average": "training.ema",
+    "telemetry": "training.run.gpu_monitor",
+    "mips.device": "mips.cuda",
+    "mips.pieces": "mips.segment",
+    "mips.sample": "mips.threshold",
+    "mips.scan": "mips.cpu",
+    "mips.search": "mips.top_k",
+    "mips.settle": "mips.rerank",
+    "mips.signs": "mips.binary",
+    "mips.state": "mips.topk_state",
+    "mips.stream": "mips.prefetch",
 }
 # Old names that were renamed as well, by old module.
 NAMES: dict[str, str] = {
@@ -212,6 +223,18 @@ NAMES: dict[str, str] = {
     "vision_loss.SAME": "DUPLICATE_TOLERANCE",
     "vision_loss.unevenness": "hubness",
     "webdataset.TARS": "TAR_SUFFIXES",
+    "average.keep_average": "track_ema",
+    "average.take_average": "load_ema",
+    "telemetry.Telemetry": "GpuMonitor",
+    "mips.pieces.Piece": "Segment",
+    "mips.pieces.Plane": "ScanCopy",
+    "mips.pieces.int8_plane": "int8_scan_copy",
+    "mips.state.State": "TopKState",
+    "step.Shares": "StepTimer",
+    "step.dropout_factors": "dropout_mask",
+    "neighbours.kept_graph": "cached_graph",
+    "vision_loss.Told": "LossInputs",
+    "roll.Roll": "Liveness",
 }
 
 
