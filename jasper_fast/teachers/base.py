@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Field of TeacherConfig that selects the type -> its class, imported when a run has such a teacher.
 TYPES = {
     "model": "jasper_fast.teachers.model:Teacher",
-    "vectors": "jasper_fast.teachers.precomputed:ReadyVectors",
+    "vectors": "jasper_fast.teachers.precomputed:PrecomputedEmbeddings",
 }
 
 Precision = Literal["auto", "fp32", "bf16"]

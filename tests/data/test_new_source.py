@@ -17,10 +17,12 @@ TABLE, NEW = "jasper_fast/data/text_sources.py", "jasper_fast/data/days.py"
 READ = """
 import json
 from jasper_fast.config.data import SourceConfig
-from jasper_fast.data.text_sources import draw, is_local, read_source, source_files, source_stamp, check_source
+from jasper_fast.data.text_sources import (
+    check_source, is_local, read_source, sample_texts, source_files, source_stamp
+)
 source = SourceConfig(path="days")
 check_source(source)
-drawn = [row for row, _ in draw(source.model_copy(update={"limit": 3}), seed=0)]
+drawn = [row for row, _ in sample_texts(source.model_copy(update={"limit": 3}), seed=0)]
 print(json.dumps([[*read_source(source)], drawn, is_local(source), source_files(source), source_stamp(source)]))
 """
 
