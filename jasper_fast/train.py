@@ -4,6 +4,7 @@
     python -m jasper_fast.train --config my.yaml                 your own file, or the name of a shipped recipe
     python -m jasper_fast.train --stages.0.lr 1e-4 --seed 1      any field by its dotted name
     python -m jasper_fast.train --print-config | --dry-run       what would be done
+    python -m jasper_fast.train --list                           the shipped recipes, and what they need
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.train …    the same on every GPU (docs/scale.md)
 
 The same command resumes after an interruption. From Python, call ``jasper_fast.train(config)``.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jasper_fast._renamed import old_names
-from jasper_fast.config.load import dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config.load import describe_recipes, dump_config, load_arguments, load_config, recipe_names
 from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
@@ -112,10 +113,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
-    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run"))
+    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run", "list"))
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
-    if options.print_config:
+    if options.list:
+        print(describe_recipes())
+    elif options.print_config:
         print(dump_config(config), end="")
     elif options.dry_run:
         check_output_path(out)

@@ -34,6 +34,21 @@ def recipe_names() -> list[str]:
     )
 
 
+def describe_recipes() -> str:
+    """Describe each recipe in one line: its name, its purpose, and its requirements or measured time.
+
+    The first two lines of a recipe are the comments ``# PURPOSE.`` and ``# Needs: REQUIREMENTS.``
+    """
+    names = recipe_names()
+    width = max(map(len, names))
+    lines = []
+    for name in names:
+        text = (files("jasper_fast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        purpose, needs = (line.removeprefix("# ").removesuffix(".") for line in text.splitlines()[:2])
+        lines.append(f"{name:{width}}  {purpose} (needs {needs.removeprefix('Needs: ')})")
+    return "\n".join(lines)
+
+
 def load_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[tuple[str, Any]] = ()
 ) -> Config:

@@ -84,14 +84,14 @@ def text_argument(text: str, what: str) -> str:
         raise JasperError(f"{what} is not text in this terminal's encoding (got {text!r}). Fix: use UTF-8") from None
 
 
-def check_command(argv: Sequence[str], commands: Sequence[str], program: str, default: str) -> None:
+def check_command(argv: Sequence[str], commands: Sequence[str], program: str, default: str | None = None) -> None:
     """Reject an unknown command of a program.
 
     Args:
         argv: all arguments. The first one is the command.
         commands: known commands.
         program: start of the command line, e.g. ``python -m jasper_fast.search``.
-        default: most common command, which may have been left out.
+        default: most common command, which may have been left out. None means that there is no such command.
 
     Raises:
         JasperError: the command is unknown. The message proposes a command line.
@@ -102,7 +102,8 @@ def check_command(argv: Sequence[str], commands: Sequence[str], program: str, de
     if not argv or argv[0].startswith("-") or argv[0] in commands:
         return
     near = difflib.get_close_matches(argv[0], commands, n=1)
-    proposal = [near[0], *argv[1:]] if near else [default, *argv]
-    raise JasperError(
-        f"{argv[0]!r} is not a command (known: {', '.join(commands)}); did you mean `{program} {shlex.join(proposal)}`?"
-    )
+    problem = f"{argv[0]!r} is not a command (known: {', '.join(commands)})"
+    if not near and default is None:
+        raise JasperError(f"{problem}. Fix: choose one of them")
+    proposal = [near[0], *argv[1:]] if near else [default or "", *argv]
+    raise JasperError(f"{problem}; did you mean `{program} {shlex.join(proposal)}`?")

@@ -105,7 +105,7 @@ def test_training_commands_name_recipes_and_fields(page, tmp_path, monkeypatch):
             parser = argparse.ArgumentParser()
             for option in ("--config", "--out", "--texts"):
                 parser.add_argument(option)
-            for option in ("--dry-run", "--print-config"):
+            for option in ("--dry-run", "--print-config", "--list"):
                 parser.add_argument(option, action="store_true")
             options, overrides = parser.parse_known_args(words)
             load_arguments(options.config, overrides)
