@@ -19,10 +19,11 @@ from typing import Any
 
 import jasper_fast.pictures
 from jasper_fast.config.data import SourceConfig
+from jasper_fast.data.document_ids import DocumentId, read_documents
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import BOM, read_lines
 from jasper_fast.data.text_sources import read_source, report_ignored
-from jasper_fast.text_index import Hit, TextIndex, build
+from jasper_fast.text_index import Hit, TextIndex, build, check_replace
 from jasper_fast.utils.atomic import check_output_path
 from jasper_fast.utils.command_line import (
     check_command,
@@ -37,19 +38,28 @@ from jasper_fast.utils.output import output_failed, shows_unicode
 
 def _build(args: argparse.Namespace) -> None:
     documents: Iterator[str]
+    ids: list[DocumentId] | None = None
     check_output_path(args.out)
+    check_replace(args.out, args.replace)
     if args.pictures:
+        if args.id_column is not None:
+            raise JasperError("--pictures takes images, which have no columns. Fix: leave out --id-column")
         documents = (str(file) for file in jasper_fast.pictures.image_files(args.texts))
     else:
         source = SourceConfig(path=args.texts, columns=args.columns, split=args.split)
         report_ignored(source)
-        documents = (" ".join(part for part in row if part) for row in read_source(source))
+        if args.id_column is not None:
+            texts, ids = read_documents(source, args.id_column, args.limit)
+            documents = iter(texts)
+        else:
+            documents = (" ".join(part for part in row if part) for row in read_source(source))
     first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
-    texts = islice(chain(first, documents), args.limit)
+    documents = islice(chain(first, documents), args.limit)
     begin = time.perf_counter()
     count = build(
-        args.model, texts, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
-        total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code,
+        args.model, documents, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
+        total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code, replace=args.replace,
+        ids=ids,
     )  # fmt: skip
     kind = "images" if args.pictures else "texts"
     print(f"{count:,} {kind} in {args.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
@@ -65,7 +75,7 @@ def _ask(args: argparse.Namespace) -> None:
                 break
             part = questions[start : start + 256]
             for question, hits in zip(part, index.ask(part, args.k), strict=True):
-                _show(question, hits, args.json)
+                _show(question, hits, args.json, index.ids is not None)
         return
     index.ask(["a question that warms up the model"], 1)
     print(f"{len(index):,} texts. Type a question, or an empty line to quit.", file=sys.stderr)
@@ -73,7 +83,7 @@ def _ask(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         (hits,) = index.ask([question], args.k)
         seconds = time.perf_counter() - begin
-        _show(question, hits, args.json)
+        _show(question, hits, args.json, index.ids is not None)
         print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
 
 
@@ -94,7 +104,7 @@ def _lines(file: str) -> list[str]:
     return questions
 
 
-def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
+def _show(question: str, hits: Sequence[Hit], as_json: bool, with_ids: bool = False) -> None:
     if as_json:
         answer = {"question": question, "hits": [vars(hit) for hit in hits]}
         print(json.dumps(answer, ensure_ascii=not shows_unicode()))
@@ -102,7 +112,8 @@ def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
     print(f"\n{question}")
     for place, hit in enumerate(hits, 1):
         line = " ".join(hit.text.split())
-        print(f"{place:3d}. {hit.score:.3f}  {line if len(line) <= 100 else line[:99] + '…'}")
+        label = f"[{' '.join(str(hit.id).split())}]  " if with_ids else ""
+        print(f"{place:3d}. {hit.score:.3f}  {label}{line if len(line) <= 100 else line[:99] + '…'}")
 
 
 def main(argv: list[str]) -> int:
@@ -131,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
     make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
+    make.add_argument("--replace", action="store_true", help="replace an existing index at --out")
     make.add_argument("--columns", type=column_names, default=["text"], help="columns to join (default: text)")
+    make.add_argument(
+        "--id-column", metavar="NAME", help="column with your ids, shown in results (default: row numbers)"
+    )
     make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of images, found by words")
     make.add_argument("--split", default="train", help="split of a datasets name (default: train)")
     make.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 import jasper_fast.pictures
+from jasper_fast.data.document_ids import DocumentId, check_ids
 from jasper_fast.data.rows import check_text
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
@@ -37,10 +38,13 @@ SETTING_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Hit:
-    """One result: the inner product with the question, the number in the index, and the text."""
+    """One result: the inner product with the question, the id, and the text.
+
+    The id is the user's if the index has ids. Otherwise it is the row number in the index.
+    """
 
     score: float
-    id: int
+    id: DocumentId
     text: str
 
 
@@ -66,7 +70,9 @@ class TextIndex:
         try:
             settings = _read_settings(path / SETTINGS)
             name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
-            self.texts = read_mapped(path / TEXTS).column("text")
+            table = read_mapped(path / TEXTS)
+            self.texts = table.column("text")
+            self.ids = table.column("id") if "id" in table.column_names else None
         except FileNotFoundError as error:
             missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
             raise JasperError(
@@ -114,9 +120,36 @@ class TextIndex:
             return []
         scores, ids = self.vectors.search(self.encode(questions), min(k, len(self)))
         return [
-            [Hit(score, number, self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
+            [Hit(score, self._id(number), self.texts[number].as_py()) for score, number in zip(*pair, strict=True)]
             for pair in zip(scores.tolist(), ids.tolist(), strict=True)
         ]
+
+    def _id(self, number: int) -> DocumentId:
+        return number if self.ids is None else self.ids[number].as_py()
+
+
+def check_replace(out: str | Path, replace: bool) -> None:
+    """Check that an index may be written at a path.
+
+    Args:
+        out: folder to write.
+        replace: allow an index at this path, which is then replaced.
+
+    Raises:
+        JasperError: the path holds something else, or an index and ``replace`` is False.
+    """
+    out = Path(out)
+    if not out.exists():
+        return
+    if not (out / SETTINGS).is_file():
+        raise JasperError(f"{out}: exists and is not a text index. Fix: choose another path, or remove it")
+    if not replace:
+        try:
+            settings = _read_settings(out / SETTINGS)
+            content = f"an index of {settings['texts']:,} documents, built with {settings['model']}"
+        except (ValueError, KeyError, OSError):
+            content = "a damaged index"
+        raise JasperError(f"{out}: exists ({content}). Fix: add --replace, or choose another --out")
 
 
 def build(
@@ -130,34 +163,44 @@ def build(
     total: int | None = None,
     pictures: bool = False,
     trust_remote_code: bool = False,
+    replace: bool = False,
+    ids: Iterable[DocumentId] | None = None,
 ) -> int:
     """Encode texts and write their index as a folder, atomically.
 
     Args:
         model: run folder, path, name, or ``package:import_name/folder`` of the model.
-        texts: documents. Repeated texts are indexed once.
-        out: folder to write. An index at this path is replaced.
+        texts: documents. Repeated texts are indexed once if they have no ids. Blank texts are left out.
+        out: folder to write.
         width: width of the embeddings. None takes the model's widest.
         dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
         max_length: maximum number of tokens per text. None keeps the model's limit.
         total: number of texts for the progress bar. None shows no total.
         pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
         trust_remote_code: allow code that the model brings to run.
+        replace: replace an index at ``out``. By default, an existing index is an error.
+        ids: a different id for each document: all strings, or all whole numbers. None numbers the rows of the index.
 
     Returns:
         number of texts in the index.
 
     Raises:
-        JasperError: no such model or width, no text, or a folder that cannot be written.
+        JasperError: no such model or width, no text, an unusable id, or a folder that cannot be written.
     """
     out = Path(out)
-    if out.exists() and not (out / SETTINGS).is_file():
-        raise JasperError(f"{out}: exists and is not a text index. Fix: choose another path, or remove it")
+    check_replace(out, replace)
+    if ids is not None:
+        texts, ids = list(texts), check_ids((f"id {number}", value) for number, value in enumerate(ids, 1))
+        if len(ids) != len(texts):
+            raise JasperError(f"ids: one per text is needed (got {len(ids)}, expected {len(texts)}). Fix: match them")
+        pairs = [(text, value) for text, value in zip(texts, ids, strict=True) if text.strip()]
+        texts, ids = [text for text, _ in pairs], [value for _, value in pairs]
     loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:
         encode = _image_encoder(model, width, trust_remote_code)
-    index, indexed = _encode_texts(model, texts, encode, width, dtype, total, " images" if pictures else " texts")
+    chunks = _chunks(texts, repeat=ids is not None)
+    index, indexed = _encode_texts(model, chunks, encode, width, dtype, total, " images" if pictures else " texts")
     if not indexed:
         raise JasperError("no texts to index. Fix: give a source with at least one text")
     settings = {
@@ -168,7 +211,7 @@ def build(
         "texts": len(indexed),
         "role": "document" if pictures else "query",  # the captions' role in training on images
     }
-    _write(out, index, indexed, settings)
+    _write(out, index, indexed, ids, settings, replace)
     return len(indexed)
 
 
@@ -182,14 +225,20 @@ def _image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWid
 
 
 def _encode_texts(
-    model: str, texts: Iterable[str], encode: EncodeWidths, width: int, dtype: Dtype, total: int | None, unit: str
+    model: str,
+    chunks: Iterable[list[str]],
+    encode: EncodeWidths,
+    width: int,
+    dtype: Dtype,
+    total: int | None,
+    unit: str,
 ) -> tuple[FlatIPIndex, list[str]]:
-    """Return the index of the distinct texts, and these texts."""
+    """Return the index of the texts, and these texts."""
     from tqdm import tqdm
 
     index, indexed = FlatIPIndex(width, dtype=dtype), list[str]()
     with tqdm(total=total, unit=unit, desc="encoding") as bar:
-        for chunk in _chunks(texts):
+        for chunk in chunks:
             try:
                 index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
             except ValueError as error:
@@ -199,12 +248,22 @@ def _encode_texts(
     return index, indexed
 
 
-def _write(out: Path, index: FlatIPIndex, texts: list[str], settings: dict[str, Any]) -> None:
+def _write(
+    out: Path,
+    index: FlatIPIndex,
+    texts: list[str],
+    ids: Sequence[DocumentId] | None,
+    settings: dict[str, Any],
+    replace: bool,
+) -> None:
     import pyarrow as pa
 
-    with publish_dir(out, replace=True) as folder:
+    columns = {"text": pa.array(texts, pa.large_string())}
+    if ids is not None:
+        columns["id"] = pa.array(ids, pa.large_string() if isinstance(ids[0], str) else pa.int64())
+    with publish_dir(out, replace=replace) as folder:
         index.save(folder / VECTORS)
-        (folder / TEXTS).write_bytes(stream_bytes(pa.table({"text": pa.array(texts, pa.large_string())})))
+        (folder / TEXTS).write_bytes(stream_bytes(pa.table(columns)))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
@@ -241,13 +300,16 @@ def _weights(model: str) -> str:
     return str(path / "model") if (path / "model" / "modules.json").is_file() else model
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _chunks(texts: Iterable[str], repeat: bool = False) -> Iterator[list[str]]:
+    """Yield the texts in chunks, without blank texts, and each text once unless ``repeat``."""
     seen: set[str] = set()
     chunk: list[str] = []
     for number, text in enumerate(texts, 1):
         if text in seen or not text.strip():
             continue
-        seen.add(check_text(text, f"text {number}"))
+        check_text(text, f"text {number}")
+        if not repeat:
+            seen.add(text)
         chunk.append(text)
         if len(chunk) == ENCODE_CHUNK_TEXTS:
             yield chunk

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -28,6 +28,7 @@ BUILT_IN: dict[str, str] = {
     "docstrings": "jasper_fast.data.docstrings:training_rows",
     "glyphs": "jasper_fast.data.glyphs:training_rows",
 }
+Cells = dict[str, Any]  # a row by column
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit
 MAX_LISTED = 5  # maximum number of skipped files to list by name
 # Text files about the data in a folder. They are not data themselves.
@@ -52,12 +53,29 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     if source.path in BUILT_IN:
         yield from resolve_name(BUILT_IN[source.path])()
         return
-    rows = (row for file in source_files(source) for row in read_rows(file, source.columns))
+    yield from (row for _, row, _ in read_located(source))
+
+
+def read_located(source: SourceConfig, extra: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...], Cells]]:
+    """Yield the rows of a source that is not built in, as `read_source` does, with their positions and cells.
+
+    Args:
+        source: the source.
+        extra: the names of more columns to read into the cells.
+
+    Yields:
+        The position of the row for error messages, one string per column, and the cells by column.
+
+    Raises:
+        JasperError: the source cannot be read, as in `read_source`.
+    """
+    columns = list(dict.fromkeys([*source.columns, *extra]))
+    rows = (row for file in source_files(source) for row in read_rows(file, columns))
     empty = True
     for where, cells in rows if is_local(source) else _read_hub(source):
         for row in _texts(source, cells, where):
             empty = False
-            yield row
+            yield where, row, cells
     if empty:
         raise JasperError(f"{source.path}: the source has no rows. Fix: give a source with at least one text")
 
