@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
 
@@ -64,30 +67,13 @@ class TextIndex:
     def __init__(
         self, path: str | Path, model: str | None = None, verify: bool = True, *, trust_remote_code: bool = False
     ) -> None:
-        import pyarrow as pa
-
         path = Path(path)
-        try:
-            settings = _read_settings(path / SETTINGS)
-            name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
-            table = read_mapped(path / TEXTS)
-            self.texts = table.column("text")
-            self.ids = table.column("id") if "id" in table.column_names else None
-        except FileNotFoundError as error:
-            missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
-            raise JasperError(
-                f"{path}: {missing if path.exists() else 'there is no such folder'}. Fix: make an index with "
-                "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
-            ) from None
-        except (ValueError, KeyError, OSError, pa.ArrowException) as error:
-            raise JasperError(f"{path}: damaged ({error}). Fix: build the index again") from error
-        self.vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
-        if len(self.vectors) != len(self.texts):
-            raise JasperError(
-                f"{path}: damaged ({len(self.texts)} texts, {len(self.vectors)} embeddings). Fix: build the index again"
-            )
-        if verify and model_revision(_weights(name)) != settings["revision"]:
-            raise JasperError(f"{name}: not the model that {path} was built with. Fix: build the index again")
+        settings, table, self.vectors = _open(path, verify)
+        name, self.width, self.role = model or settings["model"], settings["width"], settings["role"]
+        self.texts = table.column("text")
+        self.ids = table.column("id") if "id" in table.column_names else None
+        if verify:
+            _check_model(name, path, settings)
         loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
         self._encode = model_encoder(loaded, [self.width])
 
@@ -179,7 +165,7 @@ def build(
         pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
         trust_remote_code: allow code that the model brings to run.
         replace: replace an index at ``out``. By default, an existing index is an error.
-        ids: a different id for each document: all strings, or all whole numbers. None numbers the rows of the index.
+        ids: a different id for each document: all strings, or all whole numbers. None numbers the rows.
 
     Returns:
         number of texts in the index.
@@ -190,17 +176,14 @@ def build(
     out = Path(out)
     check_replace(out, replace)
     if ids is not None:
-        texts, ids = list(texts), check_ids((f"id {number}", value) for number, value in enumerate(ids, 1))
-        if len(ids) != len(texts):
-            raise JasperError(f"ids: one per text is needed (got {len(ids)}, expected {len(texts)}). Fix: match them")
-        pairs = [(text, value) for text, value in zip(texts, ids, strict=True) if text.strip()]
-        texts, ids = [text for text, _ in pairs], [value for _, value in pairs]
+        texts, ids = _with_ids(texts, ids)
     loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:
         encode = _image_encoder(model, width, trust_remote_code)
-    chunks = _chunks(texts, repeat=ids is not None)
-    index, indexed = _encode_texts(model, chunks, encode, width, dtype, total, " images" if pictures else " texts")
+    index = FlatIPIndex(width, dtype=dtype)
+    chunks = _chunks(texts, None if ids is not None else set())
+    indexed = _encode_texts(model, chunks, encode, index, total, " images" if pictures else " texts")
     if not indexed:
         raise JasperError("no texts to index. Fix: give a source with at least one text")
     settings = {
@@ -211,8 +194,67 @@ def build(
         "texts": len(indexed),
         "role": "document" if pictures else "query",  # the captions' role in training on images
     }
-    _write(out, index, indexed, ids, settings, replace)
+    with publish_dir(out, replace=replace) as folder:
+        _write(folder, index, _table(indexed, ids), settings)
     return len(indexed)
+
+
+def add(
+    path: str | Path,
+    texts: Iterable[str],
+    *,
+    ids: Iterable[DocumentId] | None = None,
+    model: str | None = None,
+    total: int | None = None,
+    pictures: bool = False,
+    trust_remote_code: bool = False,
+) -> int:
+    """Append documents to an index, with the model that built it, atomically.
+
+    Args:
+        path: folder that ``build`` wrote.
+        texts: documents. Without ids, texts that are in the index already are left out.
+        ids: new ids for the documents, of the type that the index has. None for an index without ids.
+        model: current location of the model. None takes the location at the time of the build.
+        total: number of texts for the progress bar. None shows no total.
+        pictures: treat the texts as paths of images. This must be as in the build.
+        trust_remote_code: allow code that the model brings to run.
+
+    Returns:
+        number of documents added.
+
+    Raises:
+        JasperError: no usable index, another model, an unusable id, or a folder that cannot be written.
+    """
+    import pyarrow as pa
+
+    settings, table, index = _open(path := Path(path), verify=True)
+    if pictures != (settings["role"] == "document"):
+        fix = "texts. Fix: leave out --pictures" if pictures else "images. Fix: add --pictures"
+        raise JasperError(f"{path}: an index of {fix}")
+    if (ids is not None) != ("id" in table.column_names):
+        fix = "without ids. Fix: leave out --id-column" if ids is not None else "with ids. Fix: set --id-column"
+        raise JasperError(f"{path}: an index {fix}")
+    if ids is not None:
+        known = [(f"{path}, document {n}", value) for n, value in enumerate(table.column("id").to_pylist(), 1)]
+        texts, ids = _with_ids(texts, ids, known)
+    name, stamp = model or settings["model"], (path / TEXTS).stat()
+    _check_model(name, path, settings)
+    if pictures:
+        encode = _image_encoder(name, index.dim, trust_remote_code)
+    else:
+        loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
+        encode = model_encoder(loaded, [index.dim])
+    chunks = _chunks(texts, None if ids is not None else set(table.column("text").to_pylist()))
+    added = _encode_texts(name, chunks, encode, index, total, " images" if pictures else " texts")
+    if not added:
+        return 0
+    table = pa.concat_tables([table, _table(added, ids)])
+    with publish_dir(path, replace=True) as folder:
+        _write(folder, index, table, {**settings, "texts": len(table)})
+        if not (path / TEXTS).exists() or not os.path.samestat(stamp, (path / TEXTS).stat()):
+            raise JasperError(f"{path}: changed while documents were added. Fix: run the same command again")
+    return len(added)
 
 
 def _image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidths:
@@ -225,46 +267,87 @@ def _image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWid
 
 
 def _encode_texts(
-    model: str,
-    chunks: Iterable[list[str]],
-    encode: EncodeWidths,
-    width: int,
-    dtype: Dtype,
-    total: int | None,
-    unit: str,
-) -> tuple[FlatIPIndex, list[str]]:
-    """Return the index of the texts, and these texts."""
+    model: str, chunks: Iterable[list[str]], encode: EncodeWidths, index: FlatIPIndex, total: int | None, unit: str
+) -> list[str]:
+    """Add the texts' embeddings to the index, and return the texts."""
     from tqdm import tqdm
 
-    index, indexed = FlatIPIndex(width, dtype=dtype), list[str]()
+    indexed = list[str]()
     with tqdm(total=total, unit=unit, desc="encoding") as bar:
         for chunk in chunks:
             try:
-                index.add(np.ascontiguousarray(encode(chunk, "document")[width]))
+                index.add(np.ascontiguousarray(encode(chunk, "document")[index.dim]))
             except ValueError as error:
                 raise JasperError(f"{model}: its embeddings cannot be indexed: {error}") from error
             indexed += chunk
             bar.update(len(chunk))
-    return index, indexed
+    return indexed
 
 
-def _write(
-    out: Path,
-    index: FlatIPIndex,
-    texts: list[str],
-    ids: Sequence[DocumentId] | None,
-    settings: dict[str, Any],
-    replace: bool,
-) -> None:
+def _with_ids(
+    texts: Iterable[str], ids: Iterable[DocumentId], known: Iterable[tuple[str, Any]] = ()
+) -> tuple[list[str], list[DocumentId]]:
+    """Return the texts that are not blank and their ids, after a check of all ids.
+
+    Args:
+        texts: documents.
+        ids: one id per text.
+        known: positions and ids of the documents of the index.
+    """
+    texts, located = list(texts), [(f"id {number}", value) for number, value in enumerate(ids, 1)]
+    if len(located) != len(texts):
+        raise JasperError(f"ids: one per text is needed (got {len(located)}, expected {len(texts)}). Fix: match them")
+    check_ids(chain(known, located))
+    filled = [number for number, text in enumerate(texts) if text.strip()]
+    return [texts[number] for number in filled], [located[number][1] for number in filled]
+
+
+def _table(texts: list[str], ids: Sequence[DocumentId] | None) -> pa.Table:
     import pyarrow as pa
 
     columns = {"text": pa.array(texts, pa.large_string())}
     if ids is not None:
         columns["id"] = pa.array(ids, pa.large_string() if isinstance(ids[0], str) else pa.int64())
-    with publish_dir(out, replace=replace) as folder:
-        index.save(folder / VECTORS)
-        (folder / TEXTS).write_bytes(stream_bytes(pa.table(columns)))
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return pa.table(columns)
+
+
+def _write(folder: Path, index: FlatIPIndex, table: pa.Table, settings: dict[str, Any]) -> None:
+    index.save(folder / VECTORS)
+    (folder / TEXTS).write_bytes(stream_bytes(table))
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _open(path: Path, verify: bool) -> tuple[dict[str, Any], pa.Table, FlatIPIndex]:
+    """Return the settings, the texts and the embeddings of an index.
+
+    Raises:
+        JasperError: the folder has no index, or a damaged one.
+    """
+    import pyarrow as pa
+
+    try:
+        settings = _read_settings(path / SETTINGS)
+        table = read_mapped(path / TEXTS)
+        table.column("text")
+    except FileNotFoundError as error:
+        missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
+        raise JasperError(
+            f"{path}: {missing if path.exists() else 'there is no such folder'}. Fix: make an index with "
+            "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
+        ) from None
+    except (ValueError, KeyError, OSError, pa.ArrowException) as error:
+        raise JasperError(f"{path}: damaged ({error}). Fix: build the index again") from error
+    vectors = FlatIPIndex.load(path / VECTORS, verify=verify)
+    if len(vectors) != len(table):
+        raise JasperError(
+            f"{path}: damaged ({len(table)} texts, {len(vectors)} embeddings). Fix: build the index again"
+        )
+    return settings, table, vectors
+
+
+def _check_model(model: str, path: Path, settings: dict[str, Any]) -> None:
+    if model_revision(_weights(model)) != settings["revision"]:
+        raise JasperError(f"{model}: not the model that {path} was built with. Fix: build the index again")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -300,15 +383,14 @@ def _weights(model: str) -> str:
     return str(path / "model") if (path / "model" / "modules.json").is_file() else model
 
 
-def _chunks(texts: Iterable[str], repeat: bool = False) -> Iterator[list[str]]:
-    """Yield the texts in chunks, without blank texts, and each text once unless ``repeat``."""
-    seen: set[str] = set()
+def _chunks(texts: Iterable[str], seen: set[str] | None) -> Iterator[list[str]]:
+    """Yield the texts in chunks, without blank texts and those in ``seen``. None keeps repeated texts."""
     chunk: list[str] = []
     for number, text in enumerate(texts, 1):
-        if text in seen or not text.strip():
+        if (seen is not None and text in seen) or not text.strip():
             continue
         check_text(text, f"text {number}")
-        if not repeat:
+        if seen is not None:
             seen.add(text)
         chunk.append(text)
         if len(chunk) == ENCODE_CHUNK_TEXTS:

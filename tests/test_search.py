@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jasper_fast.search import main
-from jasper_fast.text_index import TextIndex, build
+from jasper_fast.text_index import TextIndex, add, build
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.packing import pack
 
@@ -280,3 +280,77 @@ def test_sources_that_have_no_ids(case, tmp_path):
 def test_as_many_ids_as_texts(tmp_path):
     with pytest.raises(JasperError, match="ids: one per text is needed .got 1, expected 2.. Fix"):
         build("no-such-model", ["one", "two"], tmp_path / "i", ids=["a"])
+
+
+ADDED = {
+    "ids": ([("a", "one apple"), ("b", "two bridges")], [("c", "one apple"), ("d", "  "), ("e", "a river")], "float32"),
+    "rows": ([(None, "one apple"), (None, "two bridges")], [(None, "one apple"), (None, "a river")], "float32"),
+    "int8": ([(7, "one apple"), (8, "two bridges")], [(9, "one apple"), (3, "a river")], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_documents_are_those_of_one_build(case, tiny_bert, tmp_path, capsys):
+    first, second, dtype = ADDED[case]
+    ids = [] if case == "rows" else ["--id-column", "nid"]
+    for name, rows in (("first", first), ("second", second), ("both", [*first, *second])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    for name in ("first", "both"):
+        texts = str(tmp_path / f"{name}.jsonl")
+        main(["build", str(tiny_bert), texts, "--out", str(tmp_path / name), "--dtype", dtype, *ids])
+    for new in [2 if ids else 1, 0][: 1 if ids else 2]:
+        capsys.readouterr()
+        main(["add", str(tmp_path / "first"), str(tmp_path / "second.jsonl"), *ids])
+        assert f"{new} new texts in " in capsys.readouterr().out
+    added, built = TextIndex(tmp_path / "first"), TextIndex(tmp_path / "both")
+    for one, other in zip(added.ask(["a river", "an apple"])[0], built.ask(["a river", "an apple"])[0], strict=True):
+        assert (one.id, one.text) == (other.id, other.text) and abs(one.score - other.score) < 1e-5
+    assert json.loads((tmp_path / "first/search.json").read_text()) == json.loads(
+        (tmp_path / "both/search.json").read_text()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["both", "first"]
+
+
+BAD_ADDITIONS = {
+    "no such index": ("absent", ["x"], [], "absent: there is no such folder. Fix: make an index with"),
+    "without ids": ("i", ["x"], [], "i: an index with ids. Fix: set --id-column"),
+    "known id": ("i", ["a-1"], ["--id-column", "nid"], "'a-1' appears twice .first: .*i, document 1.. Fix"),
+    "numbers": ("i", [1], ["--id-column", "nid"], "id 1 is int and the first id is str"),
+    "pictures": ("i", ["x"], ["--pictures"], "no readable images"),
+    "other model": ("i", ["x"], ["--id-column", "nid", "--model", "OTHER"], "not the model that .* was built with"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_ids(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ids") / "i"
+    build(str(tiny_bert), ["one", "two"], folder, ids=["a-1", "b-2"])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_ADDITIONS)
+def test_documents_that_cannot_be_added_leave_the_index_as_it_was(case, with_ids, tiny_qwen2, tmp_path):
+    name, ids, more, says = BAD_ADDITIONS[case]
+    before = {file: file.read_bytes() for file in with_ids.rglob("*") if file.is_file()}
+    texts = write_rows(tmp_path / "t.jsonl", [(one, "three") for one in ids])
+    source = tmp_path if case == "pictures" else texts
+    more = [str(tiny_qwen2) if one == "OTHER" else one for one in more]
+    with pytest.raises(JasperError, match=says):
+        main(["add", str(with_ids.with_name(name)), str(source), *more])
+    assert before == {file: file.read_bytes() for file in with_ids.rglob("*") if file.is_file()}
+
+
+def test_an_index_that_changes_meanwhile_is_not_lost(tiny_bert, tmp_path):
+    build(str(tiny_bert), ["one"], tmp_path / "i")
+
+    def texts():
+        build(str(tiny_bert), ["another"], tmp_path / "i", replace=True)
+        yield "two"
+
+    with pytest.raises(JasperError, match="i: changed while documents were added. Fix: run the same command again"):
+        add(tmp_path / "i", texts())
+    assert TextIndex(tmp_path / "i").texts.to_pylist() == ["another"]
+    with pytest.raises(JasperError, match="i: an index of texts. Fix: leave out --pictures"):
+        add(tmp_path / "i", ["a.png"], pictures=True)
+    with pytest.raises(JasperError, match="i: an index without ids. Fix: leave out --id-column"):
+        add(tmp_path / "i", ["x"], ids=["x"])

@@ -28,7 +28,6 @@ BUILT_IN: dict[str, str] = {
     "docstrings": "jasper_fast.data.docstrings:training_rows",
     "glyphs": "jasper_fast.data.glyphs:training_rows",
 }
-Cells = dict[str, Any]  # a row by column
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit
 MAX_LISTED = 5  # maximum number of skipped files to list by name
 # Text files about the data in a folder. They are not data themselves.
@@ -56,7 +55,9 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     yield from (row for _, row, _ in read_located(source))
 
 
-def read_located(source: SourceConfig, extra: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...], Cells]]:
+def read_located(
+    source: SourceConfig, extra: Sequence[str] = ()
+) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
     """Yield the rows of a source that is not built in, as `read_source` does, with their positions and cells.
 
     Args:
