@@ -2,6 +2,7 @@
 
     python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
     python -m jasper_fast.search ask my-index "how do I reverse a list?"
+    python -m jasper_fast.search add my-index more_texts.jsonl
     python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find images by words
 
 ``ask`` also reads questions from a file (``--file``). Without a question it reads them interactively.
@@ -19,10 +20,11 @@ from typing import Any
 
 import jasper_fast.pictures
 from jasper_fast.config.data import SourceConfig
+from jasper_fast.data.document_ids import DocumentId, read_documents
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import BOM, read_lines
 from jasper_fast.data.text_sources import read_source, report_ignored
-from jasper_fast.text_index import Hit, TextIndex, build
+from jasper_fast.text_index import Hit, TextIndex, add, build, check_replace
 from jasper_fast.utils.atomic import check_output_path
 from jasper_fast.utils.command_line import (
     check_command,
@@ -36,24 +38,50 @@ from jasper_fast.utils.output import output_failed, shows_unicode
 
 
 def _build(args: argparse.Namespace) -> None:
-    documents: Iterator[str]
     check_output_path(args.out)
-    if args.pictures:
-        documents = (str(file) for file in jasper_fast.pictures.image_files(args.texts))
-    else:
-        source = SourceConfig(path=args.texts, columns=args.columns, split=args.split)
-        report_ignored(source)
-        documents = (" ".join(part for part in row if part) for row in read_source(source))
-    first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
-    texts = islice(chain(first, documents), args.limit)
+    check_replace(args.out, args.replace)
+    documents, ids = _documents(args)
     begin = time.perf_counter()
     count = build(
-        args.model, texts, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
-        total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code,
+        args.model, documents, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
+        total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code, replace=args.replace,
+        ids=ids,
     )  # fmt: skip
     kind = "images" if args.pictures else "texts"
     print(f"{count:,} {kind} in {args.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
     print(f"  python -m jasper_fast.search ask {args.out}")
+
+
+def _add(args: argparse.Namespace) -> None:
+    check_output_path(args.index)
+    documents, ids = _documents(args)
+    begin = time.perf_counter()
+    count = add(
+        args.index, documents, ids=ids, model=args.model, total=args.limit, pictures=args.pictures,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    kind = "images" if args.pictures else "texts"
+    print(f"{count:,} new {kind} in {args.index}, {time.perf_counter() - begin:.0f} s")
+
+
+def _documents(args: argparse.Namespace) -> tuple[Iterator[str], list[DocumentId] | None]:
+    """Return the documents of the command line, and their ids if a column has them."""
+    documents: Iterator[str]
+    ids: list[DocumentId] | None = None
+    if args.pictures:
+        if args.id_column is not None:
+            raise JasperError("--pictures takes images, which have no columns. Fix: leave out --id-column")
+        documents = (str(file) for file in jasper_fast.pictures.image_files(args.texts))
+    else:
+        source = SourceConfig(path=args.texts, columns=args.columns, split=args.split)
+        report_ignored(source)
+        if args.id_column is not None:
+            texts, ids = read_documents(source, args.id_column, args.limit)
+            documents = iter(texts)
+        else:
+            documents = (" ".join(part for part in row if part) for row in read_source(source))
+    first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
+    return islice(chain(first, documents), args.limit), ids
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -65,7 +93,7 @@ def _ask(args: argparse.Namespace) -> None:
                 break
             part = questions[start : start + 256]
             for question, hits in zip(part, index.ask(part, args.k), strict=True):
-                _show(question, hits, args.json)
+                _show(question, hits, args.json, index.ids is not None)
         return
     index.ask(["a question that warms up the model"], 1)
     print(f"{len(index):,} texts. Type a question, or an empty line to quit.", file=sys.stderr)
@@ -73,7 +101,7 @@ def _ask(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         (hits,) = index.ask([question], args.k)
         seconds = time.perf_counter() - begin
-        _show(question, hits, args.json)
+        _show(question, hits, args.json, index.ids is not None)
         print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
 
 
@@ -94,7 +122,7 @@ def _lines(file: str) -> list[str]:
     return questions
 
 
-def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
+def _show(question: str, hits: Sequence[Hit], as_json: bool, with_ids: bool = False) -> None:
     if as_json:
         answer = {"question": question, "hits": [vars(hit) for hit in hits]}
         print(json.dumps(answer, ensure_ascii=not shows_unicode()))
@@ -102,17 +130,18 @@ def _show(question: str, hits: Sequence[Hit], as_json: bool) -> None:
     print(f"\n{question}")
     for place, hit in enumerate(hits, 1):
         line = " ".join(hit.text.split())
-        print(f"{place:3d}. {hit.score:.3f}  {line if len(line) <= 100 else line[:99] + '…'}")
+        label = f"[{' '.join(str(hit.id).split())}]  " if with_ids else ""
+        print(f"{place:3d}. {hit.score:.3f}  {label}{line if len(line) <= 100 else line[:99] + '…'}")
 
 
 def main(argv: list[str]) -> int:
-    """Build an index or ask one.
+    """Build an index, add documents to it, or ask it.
 
     Args:
         argv: command-line arguments.
     """
     parser = _parser()
-    check_command(argv, ("build", "ask"), "python -m jasper_fast.search", "ask")
+    check_command(argv, ("build", "add", "ask"), "python -m jasper_fast.search", "ask")
     args = parser.parse_args(argv)
     if args.model is not None:
         check_model_argument(args.model, f"search {args.command}")
@@ -120,7 +149,7 @@ def main(argv: list[str]) -> int:
         if args.file is not None:
             raise JasperError("give a question or --file, not both. Fix: leave out one of them")
         args.question = text_argument(args.question, "the question")
-    (_build if args.command == "build" else _ask)(args)
+    {"build": _build, "add": _add, "ask": _ask}[args.command](args)
     return 0
 
 
@@ -129,11 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     commands: Any = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="encode texts and write their index")
     make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
-    make.add_argument("texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings")
     make.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
-    make.add_argument("--columns", type=column_names, default=["text"], help="columns to join (default: text)")
-    make.add_argument("--pictures", action="store_true", help="TEXTS is a folder of images, found by words")
-    make.add_argument("--split", default="train", help="split of a datasets name (default: train)")
+    make.add_argument("--replace", action="store_true", help="replace an existing index at --out")
     make.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
     make.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="storage dtype of the embeddings"
@@ -141,16 +167,29 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--max-length", type=positive_int, metavar="N", help="maximum tokens per text (default: the model's)"
     )
-    make.add_argument("--limit", type=positive_int, metavar="N", help="index the first N texts only")
+    more = commands.add_parser("add", help="append texts to an index, with the model that built it")
+    more.add_argument("index", help="folder that build wrote")
+    for command in (make, more):
+        command.add_argument(
+            "texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings"
+        )
+        command.add_argument("--columns", type=column_names, default=["text"], help="columns to join (default: text)")
+        command.add_argument(
+            "--id-column", metavar="NAME", help="column with your ids, shown in results (default: row numbers)"
+        )
+        command.add_argument("--pictures", action="store_true", help="TEXTS is a folder of images, found by words")
+        command.add_argument("--split", default="train", help="split of a datasets name (default: train)")
+        command.add_argument("--limit", type=positive_int, metavar="N", help="read the first N texts only")
     ask = commands.add_parser("ask", help="answer questions from the command line, a file, or interactively")
     ask.add_argument("index", help="folder that build wrote")
     ask.add_argument("question", nargs="?", help="question to answer (default: read questions interactively)")
     ask.add_argument("--file", metavar="FILE", help="file with one question per line")
     ask.add_argument("-k", type=positive_int, default=10, help="results per question (default: 10)")
     ask.add_argument("--json", action="store_true", help="print one JSON object per question")
-    ask.add_argument("--model", help="current location of the model, if it moved")
     ask.add_argument("--no-verify", action="store_true", help="skip the checksums, to open the index faster")
-    for command in (make, ask):
+    for command in (more, ask):
+        command.add_argument("--model", help="current location of the model, if it moved")
+    for command in (make, more, ask):
         command.add_argument("--trust-remote-code", action="store_true", help="allow code that the model brings to run")
     return parser
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jasper_fast.search import main
-from jasper_fast.text_index import TextIndex, build
+from jasper_fast.text_index import TextIndex, add, build
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.packing import pack
 
@@ -169,3 +169,188 @@ def test_paths_that_cannot_be_are_errors(texts, tiny_bert, tmp_path):
         main(["build", str(tiny_bert), texts, "--pictures", "--out", str(tmp_path / "i")])
     with pytest.raises(JasperError):
         main(["ask", str(tmp_path), "--file", texts])
+
+
+ROWS = [("a-1", "apples and pears"), ("b-2", "a bridge over the river"), ("c-3", "apples and pears"), ("d-4", " ")]
+
+
+def write_rows(file: Path, rows, column: str = "nid") -> Path:
+    file.write_text("".join(json.dumps({column: number, "text": text}) + "\n" for number, text in rows))
+    return file
+
+
+def test_an_index_is_replaced_only_when_asked(tiny_bert, tmp_path):
+    texts, out = write_rows(tmp_path / "t.jsonl", ROWS), tmp_path / "i"
+    command = ["build", str(tiny_bert), str(texts), "--out", str(out)]
+    main(command)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    refused = r"i: exists \(an index of 2 documents, built with .*\). Fix: add --replace, or choose another --out"
+    with pytest.raises(JasperError, match=refused):
+        main(["build", "no-such-model", str(tmp_path / "absent.jsonl"), "--out", str(out)])
+    with pytest.raises(JasperError, match=refused):
+        build("no-such-model", ["one"], out)
+    with pytest.raises(JasperError, match="no-such-model"):
+        build("no-such-model", ["one"], out, replace=True)
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    main([*command, "--limit", "1", "--replace"])
+    assert len(TextIndex(out)) == 1
+    (out / "search.json").write_text("{")
+    with pytest.raises(JasperError, match="i: exists .a damaged index.. Fix: add --replace"):
+        main(command)
+    assert build(str(tiny_bert), ["one"], out, replace=True) == 1
+    with pytest.raises(JasperError, match="is not a text index"):
+        main(["build", str(tiny_bert), str(texts), "--out", str(tmp_path), "--replace"])
+
+
+IDS = {
+    "strings": ("t.jsonl", ["a-1", "b-2", "c-3", "d-4"], ["a-1", "b-2", "c-3"]),
+    "numbers": ("t.jsonl", [40, 30, -(2**63), 10], [40, 30, -(2**63)]),
+    "csv": ("t.csv", ["007", "8", "x y", "9"], ["007", "8", "x y"]),
+    "parquet": ("t.parquet", [7, 8, 9, 10], [7, 8, 9]),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_ids_of_a_column_are_those_of_the_hits(case, tiny_bert, tmp_path, capsys):
+    name, ids, kept = IDS[case]
+    file, texts = tmp_path / name, [text for _, text in ROWS]
+    if case == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": texts, "nid": ids, "more": ids}), file)
+    elif case == "csv":
+        file.write_text("nid,text\n" + "".join(f"{one},{text}\n" for one, text in zip(ids, texts, strict=True)))
+    else:
+        write_rows(file, zip(ids, texts, strict=True))
+    out = tmp_path / "i"
+    main(["build", str(tiny_bert), str(file), "--out", str(out), "--id-column", "nid"])
+    assert [hit.id for hit in TextIndex(out).ask([texts[0]])[0]] == [kept[0], kept[2], kept[1]]  # the same text twice
+    capsys.readouterr()
+    main(["ask", str(out), texts[1], "-k", "1", "--json"])
+    (hit,) = json.loads(capsys.readouterr().out)["hits"]
+    assert hit["id"] == kept[1] and type(hit["id"]) is type(kept[1]) and hit["text"] == texts[1]
+    main(["ask", str(out), texts[1], "-k", "1"])
+    assert f"  1. 1.000  [{kept[1]}]  {texts[1]}" in capsys.readouterr().out
+
+
+BAD_IDS = {
+    "missing": (["nid", "x"], "t.jsonl, line 1: no column 'key' for the ids .got columns: nid, text.. Fix: set --id"),
+    "twice": (["a", "b", "a"], "line 3: column 'nid': the id 'a' appears twice .first: .*line 1: column 'nid'.. Fix"),
+    "null": (["a", None], "line 2: column 'nid' is null. Fix: give each document an id"),
+    "blank": (["a", " "], "line 2: column 'nid' is empty. Fix"),
+    "mixed": (["a", 1], "line 2: column 'nid' is int and the first id is str. Fix"),
+    "float": ([1.5], "line 1: column 'nid' is not text or a 64-bit whole number .got float 1.5.. Fix"),
+    "bool": ([True], "got bool True"),
+    "large": ([2**63], "got int 9223372036854775808"),
+    "surrogate": (["\ud83d"], "column 'nid' has a lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_unusable_ids_are_errors_before_the_model_is_opened(case, tmp_path):
+    ids, says = BAD_IDS[case]
+    file = write_rows(tmp_path / "t.jsonl", [(one, f"text {n}") for n, one in enumerate(ids)])
+    column = "key" if case == "missing" else "nid"
+    with pytest.raises(JasperError, match=says):
+        main(["build", "no-such-model", str(file), "--out", str(tmp_path / "i"), "--id-column", column])
+    if case != "missing":
+        with pytest.raises(JasperError, match="^id [123]"):
+            build("no-such-model", ["text"] * len(ids), tmp_path / "i", ids=ids)
+
+
+SOURCES_WITHOUT_IDS = {
+    "built-in": ("docstrings", [], "docstrings: a built-in source has no ids. Fix: leave out --id-column"),
+    "lines": ("t.txt", [], "t.txt, line 1: no column 'nid' for the ids .got columns: text."),
+    "lists": ("t.jsonl", [], "t.jsonl, line 1: a list of texts cannot have one id. Fix: write one text per row"),
+    "pictures": (".", ["--pictures"], "--pictures takes images, which have no columns. Fix: leave out --id-column"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES_WITHOUT_IDS)
+def test_sources_that_have_no_ids(case, tmp_path):
+    name, more, says = SOURCES_WITHOUT_IDS[case]
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    (tmp_path / "t.jsonl").write_text('{"nid": 1, "text": ["one", "two"]}\n')
+    texts = name if name == "docstrings" else str(tmp_path / name)
+    with pytest.raises(JasperError, match=says):
+        main(["build", "no-such-model", texts, "--out", str(tmp_path / "i"), "--id-column", "nid", *more])
+
+
+def test_as_many_ids_as_texts(tmp_path):
+    with pytest.raises(JasperError, match="ids: one per text is needed .got 1, expected 2.. Fix"):
+        build("no-such-model", ["one", "two"], tmp_path / "i", ids=["a"])
+
+
+ADDED = {
+    "ids": ([("a", "one apple"), ("b", "two bridges")], [("c", "one apple"), ("d", "  "), ("e", "a river")], "float32"),
+    "rows": ([(None, "one apple"), (None, "two bridges")], [(None, "one apple"), (None, "a river")], "float32"),
+    "int8": ([(7, "one apple"), (8, "two bridges")], [(9, "one apple"), (3, "a river")], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_documents_are_those_of_one_build(case, tiny_bert, tmp_path, capsys):
+    first, second, dtype = ADDED[case]
+    ids = [] if case == "rows" else ["--id-column", "nid"]
+    for name, rows in (("first", first), ("second", second), ("both", [*first, *second])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    for name in ("first", "both"):
+        texts = str(tmp_path / f"{name}.jsonl")
+        main(["build", str(tiny_bert), texts, "--out", str(tmp_path / name), "--dtype", dtype, *ids])
+    for new in [2 if ids else 1, 0][: 1 if ids else 2]:
+        capsys.readouterr()
+        main(["add", str(tmp_path / "first"), str(tmp_path / "second.jsonl"), *ids])
+        assert f"{new} new texts in " in capsys.readouterr().out
+    added, built = TextIndex(tmp_path / "first"), TextIndex(tmp_path / "both")
+    for one, other in zip(added.ask(["a river", "an apple"])[0], built.ask(["a river", "an apple"])[0], strict=True):
+        assert (one.id, one.text) == (other.id, other.text) and abs(one.score - other.score) < 1e-5
+    assert json.loads((tmp_path / "first/search.json").read_text()) == json.loads(
+        (tmp_path / "both/search.json").read_text()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["both", "first"]
+
+
+BAD_ADDITIONS = {
+    "no such index": ("absent", ["x"], [], "absent: there is no such folder. Fix: make an index with"),
+    "without ids": ("i", ["x"], [], "i: an index with ids. Fix: set --id-column"),
+    "known id": ("i", ["a-1"], ["--id-column", "nid"], "'a-1' appears twice .first: .*i, document 1.. Fix"),
+    "numbers": ("i", [1], ["--id-column", "nid"], "id 1 is int and the first id is str"),
+    "pictures": ("i", ["x"], ["--pictures"], "no readable images"),
+    "other model": ("i", ["x"], ["--id-column", "nid", "--model", "OTHER"], "not the model that .* was built with"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_ids(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ids") / "i"
+    build(str(tiny_bert), ["one", "two"], folder, ids=["a-1", "b-2"])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_ADDITIONS)
+def test_documents_that_cannot_be_added_leave_the_index_as_it_was(case, with_ids, tiny_qwen2, tmp_path):
+    name, ids, more, says = BAD_ADDITIONS[case]
+    before = {file: file.read_bytes() for file in with_ids.rglob("*") if file.is_file()}
+    texts = write_rows(tmp_path / "t.jsonl", [(one, "three") for one in ids])
+    source = tmp_path if case == "pictures" else texts
+    more = [str(tiny_qwen2) if one == "OTHER" else one for one in more]
+    with pytest.raises(JasperError, match=says):
+        main(["add", str(with_ids.with_name(name)), str(source), *more])
+    assert before == {file: file.read_bytes() for file in with_ids.rglob("*") if file.is_file()}
+
+
+def test_an_index_that_changes_meanwhile_is_not_lost(tiny_bert, tmp_path):
+    build(str(tiny_bert), ["one"], tmp_path / "i")
+
+    def texts():
+        build(str(tiny_bert), ["another"], tmp_path / "i", replace=True)
+        yield "two"
+
+    with pytest.raises(JasperError, match="i: changed while documents were added. Fix: run the same command again"):
+        add(tmp_path / "i", texts())
+    assert TextIndex(tmp_path / "i").texts.to_pylist() == ["another"]
+    with pytest.raises(JasperError, match="i: an index of texts. Fix: leave out --pictures"):
+        add(tmp_path / "i", ["a.png"], pictures=True)
+    with pytest.raises(JasperError, match="i: an index without ids. Fix: leave out --id-column"):
+        add(tmp_path / "i", ["x"], ids=["x"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -52,12 +52,31 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, ...]]:
     if source.path in BUILT_IN:
         yield from resolve_name(BUILT_IN[source.path])()
         return
-    rows = (row for file in source_files(source) for row in read_rows(file, source.columns))
+    yield from (row for _, row, _ in read_located(source))
+
+
+def read_located(
+    source: SourceConfig, extra: Sequence[str] = ()
+) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+    """Yield the rows of a source that is not built in, as `read_source` does, with their positions and cells.
+
+    Args:
+        source: the source.
+        extra: the names of more columns to read into the cells.
+
+    Yields:
+        The position of the row for error messages, one string per column, and the cells by column.
+
+    Raises:
+        JasperError: the source cannot be read, as in `read_source`.
+    """
+    columns = list(dict.fromkeys([*source.columns, *extra]))
+    rows = (row for file in source_files(source) for row in read_rows(file, columns))
     empty = True
     for where, cells in rows if is_local(source) else _read_hub(source):
         for row in _texts(source, cells, where):
             empty = False
-            yield row
+            yield where, row, cells
     if empty:
         raise JasperError(f"{source.path}: the source has no rows. Fix: give a source with at least one text")
 

@@ -835,6 +835,12 @@ def test_pictures_of_a_folder_are_found_by_words(run, squares, tmp_path, capsys)
     model = load(folder / "run")
     scores = model.encode([hit["text"] for hit in hits], 8) @ model.encode_text(["a red square top left, 0"], 8)[0]
     assert len(hits) == 6 and np.allclose(scores, [hit["score"] for hit in hits], atol=1e-5)
+    shutil.copy(squares / "6.png", tmp_path / "some" / "6.png")
+    main(["add", out, str(tmp_path / "some"), "--pictures"])
+    assert "1 new images in " in capsys.readouterr().out
+    main(["ask", out, "a red square top left, 0", "-k", "9", "--json"])
+    more = json.loads(capsys.readouterr().out)["hits"]
+    assert [hit for hit in more if hit["id"] < 6] == hits and len(more) == 7
     (tmp_path / "some.zip").touch()
     model = "no-such-model"  # images are checked before the model
     for place, says in (
