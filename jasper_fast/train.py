@@ -111,7 +111,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE|RECIPE", action=StoreOnce, help="a YAML file or a shipped recipe")
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved configuration with a comment for each field, and leave",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> int:
     if options.list:
         print(describe_recipes())
     elif options.print_config:
-        print(dump_config(config), end="")
+        print(dump_config(config, comments=True), end="")
     elif options.dry_run:
         check_output_path(out)
         print(describe_plan(config, out))

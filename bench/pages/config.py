@@ -1,19 +1,15 @@
 """Write docs/config.md, the reference of all YAML fields: ``python -m bench config-page`` (``--check`` only compares).
 
 Names, types and defaults come from the pydantic schema. The meaning of a field is its comment in the source of its
-class. The comment is at the end of the line or on the lines directly above.
+class, which `jasper_fast.config.comments` reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
-import io
 import json
 import re
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from jasper_fast.config.comments import field_meanings, summary
 from jasper_fast.config.run import Config
 from jasper_fast.utils.atomic import write_atomic
 
@@ -31,7 +28,8 @@ INTRO = """# Configuration reference
 Written by `python -m bench config-page` from the classes of `jasper_fast.config.run`.
 
 A run is a YAML 1.2 file, or the name of a shipped recipe. `python -m jasper_fast.train --print-config` prints the
-resolved values of a run. Unknown fields and impossible values are errors, and all of them are reported at once.
+resolved values of a run, with the meanings below as comments. Unknown fields and impossible values are errors, and all
+of them are reported at once.
 
 Every field can be overridden on the command line by its dotted name, for example `--stages.1.lr 3e-4`. Items of a list
 are counted from 0. A list may be given with commas (`--student.heads 384,128`), and an empty value is empty text. A key
@@ -71,29 +69,6 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from sections(inner)
-
-
-def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Read the comment of each field from the source of its class. A field made from a table has a description."""
-    source = textwrap.dedent(inspect.getsource(model))
-    comments = {}  # line number: text, and True for a line with nothing else
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
-    (body,) = ast.parse(source).body
-    assert isinstance(body, ast.ClassDef)
-    texts = {name: info.description for name, info in model.model_fields.items() if info.description}
-    for statement in body.body:
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        above, line = [], statement.lineno - 1
-        while line in comments and comments[line][1]:
-            above.insert(0, comments[line][0])
-            line -= 1
-        last = statement.end_lineno or statement.lineno
-        inside = [comments[n][0] for n in range(statement.lineno, last + 1) if n in comments]
-        texts[statement.target.id] = " ".join(above + inside)
-    return texts
 
 
 def type_name(schema: dict[str, Any]) -> str:
@@ -138,22 +113,16 @@ def default_of(info: FieldInfo) -> str:
 def table(part: Part) -> str:
     """Format the table of a class."""
     schema = part.model.model_json_schema()["properties"]
-    comments = meanings(part.model)
+    meanings = field_meanings(part.model)
     lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, info in part.model.model_fields.items():
-        kind, meaning = type_name(schema[name]), comments.get(name, "")
+        kind, meaning = type_name(schema[name]), meanings.get(name, "")
         for inner in dict.fromkeys(sections(info.annotation)):
             title = anchor_of(inner)
             kind = re.sub("sections?", rf"[\g<0>](#{title})", kind)
-            meaning = meaning or summary(inner).partition(". ")[0].rstrip(".")
         cells = (f"`{name}`", kind, default_of(info), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def summary(model: type[BaseModel]) -> str:
-    """Return a class's docstring as one line of Markdown."""
-    return " ".join((model.__doc__ or "").replace("``", "`").split())
 
 
 def anchor_of(model: type[BaseModel]) -> str:

@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
+from jasper_fast.config.comments import add_comments
 from jasper_fast.config.messages import Problem, argument_message, problems_of
 from jasper_fast.config.overrides import override, override_pairs
 from jasper_fast.config.run import Config, run_problems
@@ -134,9 +135,15 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
         return None, problems_of(Config, tree, error, run_problems)
 
 
-def dump_config(config: Config) -> str:
-    """Format the resolved configuration as YAML, with every field."""
-    return dump_yaml(config.model_dump(mode="json"))
+def dump_config(config: Config, *, comments: bool = False) -> str:
+    """Format the resolved configuration as YAML, with every field.
+
+    Args:
+        config: configuration to format.
+        comments: True to add the meaning of each field as a comment.
+    """
+    text = dump_yaml(config.model_dump(mode="json"))
+    return add_comments(text, Config) if comments else text
 
 
 def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:

@@ -112,10 +112,14 @@ def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransfo
     from sentence_transformers import SentenceTransformer
 
     from jasper_fast.models.hub import CANNOT_LOAD
+    from jasper_fast.models.loading import without_bars
     from jasper_fast.utils.names import first_line
 
     try:
-        with torch.random.fork_rng(devices=[]):  # loading draws random weights before it reads the saved ones
+        with (
+            without_bars(),
+            torch.random.fork_rng(devices=[]),
+        ):  # loading draws random weights before it reads the saved ones
             return SentenceTransformer(str(folder), device=device, trust_remote_code=trust_remote_code).eval()
     except CANNOT_LOAD as error:
         raise JasperError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from jasper_fast.exporting.parity import check_export
 from jasper_fast.models.folder import NORMALIZE, POOLING, ROUTER, VISION, student_facts, write_json
+from jasper_fast.models.loading import without_bars
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
@@ -53,7 +54,8 @@ def export_student(
         if student.vision is not None:
             student.vision.store_boundary_embeddings(student.encoder)
             student.vision.save(folder / VISION)
-        student.encoder.save_pretrained(folder)
+        with without_bars():
+            student.encoder.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)
         write_json(folder / "sentence_bert_config.json", _transformer_settings(student))
         _write_modules(student, folder)

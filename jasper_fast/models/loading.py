@@ -70,7 +70,10 @@ def load_checked(load: Callable[[dict[str, Any]], T], name: str) -> T:
 
 @contextmanager
 def record_loads() -> Iterator[list[LoadedWeights]]:
-    """Record the result of every ``from_pretrained`` call in the block, without its warnings. Not thread-safe."""
+    """Record the result of every ``from_pretrained`` call in the block, without its warnings and progress bars.
+
+    Not thread-safe.
+    """
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
@@ -88,10 +91,29 @@ def record_loads() -> Iterator[list[LoadedWeights]]:
     PreTrainedModel.from_pretrained = classmethod(recording)
     logging.set_verbosity_error()
     try:
-        yield loads
+        with without_bars():
+            yield loads
     finally:
         PreTrainedModel.from_pretrained = original
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the progress bars of transformers for loading and saving weights in the block. Not thread-safe.
+
+    The bars of downloads remain, and so do the user's settings after the block.
+    """
+    from transformers.utils import logging
+
+    if not hasattr(logging, "set_tqdm_hook"):  # missing in early 5.x
+        yield
+        return
+    previous = logging.set_tqdm_hook(lambda factory, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
 
 
 def weight_problem(load: LoadedWeights) -> str | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from jasper_fast.config.models import VisionConfig
 from jasper_fast.models.backbone import disable_dropout, position_limit
 from jasper_fast.models.layers import layer_list
-from jasper_fast.models.loading import load_checked
+from jasper_fast.models.loading import load_checked, without_bars
 from jasper_fast.utils.errors import JasperError
 
 FINAL_NORMS = ("post_layernorm", "layernorm", "norm")  # names of the norm after the last layer
@@ -157,7 +157,8 @@ class VisionTower(nn.Module):
             FileExistsError: The folder exists.
         """
         folder.mkdir()
-        self.tower.save_pretrained(folder)
+        with without_bars():
+            self.tower.save_pretrained(folder)
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         processor = {
             "image_processor_type": "SiglipImageProcessor",

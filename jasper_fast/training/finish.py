@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -59,6 +60,8 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
     write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
     write_report(folder.path, results)
+    with suppress(OSError):  # it is missing or not empty
+        folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
     if "rows" in results:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bench.__main__ import main as bench
-from bench.pages.config import meanings, page, parts, sections
+from bench.pages.config import page, parts, sections
+from jasper_fast.config.comments import field_meanings
 from jasper_fast.config.stage import StageConfig
 
 
@@ -13,13 +14,13 @@ def test_the_committed_page_is_up_to_date():
 
 def test_every_field_has_a_meaning():
     for part in parts():
-        comments = meanings(part.model)
+        meanings = field_meanings(part.model)
         for name, info in part.model.model_fields.items():
-            assert comments.get(name) or list(sections(info.annotation)), f"{part.model.__name__}.{name}: add a comment"
+            assert meanings.get(name) or list(sections(info.annotation)), f"{part.model.__name__}.{name}: add a comment"
 
 
 def test_comments_above_a_field_and_on_its_line_are_read():
-    found = meanings(StageConfig)
+    found = field_meanings(StageConfig)
     assert found["steps"] == "optimizer steps"
     assert found["train"].startswith("parameters to train: globs")
 
@@ -32,7 +33,7 @@ def test_comments_are_read_from_the_module_of_the_class(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from section_elsewhere import Other
 
-    assert meanings(Other) == {"steps": "number of steps", "rate": "peak rate"}
+    assert field_meanings(Other) == {"steps": "number of steps", "rate": "peak rate"}
 
 
 def test_types_and_defaults_are_shown():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
 from jasper_fast.config.diff import config_difference
 from jasper_fast.config.load import dump_config, load_arguments, load_config, recipe_names
 from jasper_fast.config.overrides import parse_overrides
 from jasper_fast.config.stage import StageConfig
+from jasper_fast.config.yaml import parse_yaml
 from jasper_fast.utils.errors import ConfigError
 
 
@@ -18,6 +22,42 @@ def test_every_shipped_recipe_is_valid_and_round_trips(name, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_printed_fields_have_comments_and_round_trip(name):
+    config = load_config(name)
+    plain, text = dump_config(config), dump_config(config, comments=True)
+    assert load_config(parse_yaml(text)) == config
+    assert all(line in plain or len(line) <= 120 for line in text.splitlines())
+    uncommented = [
+        line.partition("  # ")[0].rstrip() for line in text.splitlines() if not line.lstrip().startswith("#")
+    ]
+    assert uncommented == plain.splitlines()
+    assert re.search(r"^seed: 0 +# seed of new weights", text, re.MULTILINE)
+    assert re.search(r"^  lr: \S+ +# peak learning rate$", text, re.MULTILINE)
+    assert "    cosine: 10.0                      # distance to the teacher's embedding" in text
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a\nb", "\na: b\n\n", "a  # b", "#", "a\u2028b", "a\u2029\u2028b", "'\t'", "é" * 200, "- x"]
+)
+def test_comments_leave_any_text_as_it_is(prompt):
+    config = load_config(None, [("student.prompts", {"query": prompt, "document": prompt})])
+    text = dump_config(config, comments=True)
+    assert load_config(parse_yaml(text)) == config
+    assert text.count("prompt of documents") == 1 + len(config.teachers)
+
+
+def test_comments_are_optional_without_the_source(monkeypatch):
+    def missing(model):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    config = load_config()
+    text = dump_config(config, comments=True)
+    assert load_config(parse_yaml(text)) == config
+    assert "prompt of documents" not in text and "globs over parameter names" in text
 
 
 def test_all_problems_are_reported_at_once():

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jasper_fast.config.models import StudentConfig, TeacherConfig
+from jasper_fast.exporting.student import export_student
 from jasper_fast.models.embedder import load_model, model_encoder
 from jasper_fast.models.student import Student
 from jasper_fast.teachers.model import load_teacher
@@ -339,3 +340,26 @@ def test_dry_run_reports_a_teacher_that_cannot_be_used(tiny_bert: Path, tmp_path
     )
     with pytest.raises(JasperError, match="missing from its files"):
         describe_plan(config, tmp_path / "run")
+
+
+def test_loads_and_exports_show_no_bars_of_transformers(tiny_bert: Path, tmp_path: Path) -> None:
+    """The user's own loads and saves have their bars again afterwards."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    bars: list[str] = []
+
+    def hook(factory: Any, args: Any, kwargs: Any) -> Any:
+        bars.append(kwargs["desc"])
+        return factory(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        folder = export_student(build_student(tiny_bert), tmp_path / "model")
+        build_teacher(tiny_bert)
+        load_model(str(folder))
+        assert bars == []
+        AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path / "copy")
+        assert bars == ["Loading weights", "Writing model shards"]
+    finally:
+        assert logging.set_tqdm_hook(before) is hook
