@@ -25,7 +25,7 @@ from jasper_fast.kernels.tie_correction import subtract_ties
 
 
 def supports(pairs: int) -> bool:
-    """Return True if the events of `dominance` can hold so many pairs."""
+    """Return True if the events of `dominance` can hold this number of pairs."""
     return 1 <= pairs < MAX_PLACES
 
 

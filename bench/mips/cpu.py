@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="repetitions per median (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="measure small shapes only")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="on a GPU: skip cases that would start later")
-    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="measure only cases of so many queries")
+    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="numbers of queries to measure")
     parser.add_argument(
         "--memory", action="store_true", help="measure only the extra memory of a search of 1,000,000 x 1024 bf16"
     )

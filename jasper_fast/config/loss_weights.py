@@ -27,11 +27,11 @@ class LossWeights(_Weights):
         return [loss for loss in LOSSES if getattr(self, loss.name)]
 
     def has_gradient(self, texts: int) -> bool:
-        """Return True if any weighted loss learns from a batch of so many texts."""
+        """Return True if any weighted loss learns from a batch of ``texts`` texts."""
         return any(texts >= loss.min_rows for loss in self.weighted())
 
     def compares_texts(self, texts: int) -> bool:
-        """Return True if a loss that compares texts with each other learns from a batch of so many."""
+        """Return True if a loss that compares texts with each other learns from a batch of ``texts`` texts."""
         return any(texts >= loss.min_rows for loss in self.weighted() if not loss.equal_widths)
 
 

@@ -28,7 +28,7 @@ MAX_UNCONVERTED_QUERIES = 64  # With so few queries, converting float32 rows wou
 MIN_CAPACITY, MIN_MEMORY_BOUND_CAPACITY = 1024, 8192  # candidates of a query
 MAX_KERNEL_BINS = 16_384  # of a query for the threshold kernel; kernels/mips_prologue.py has blocks of up to this size
 MAX_SLICE_ROWS = 1 << 23  # Places in a tile's mask must fit 32 bits.
-SAMPLE_STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # One row in so many is sampled.
+SAMPLE_STEPS = (256, 128, 64, 32, 16, 8, 4, 2)  # rows per sampled row
 TENSOR_CORE_FACTOR = 4  # Tensor cores truncate, so their error is this multiple of that of ordinary sums.
 BOUND_SLACK = 16 * UNIT_ROUNDOFF  # error of float32 arithmetic on bounds, relative to ‖q‖‖x‖
 

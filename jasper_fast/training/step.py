@@ -54,7 +54,7 @@ class StepTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
 
     def fractions(self, seconds: float) -> dict[str, float]:
-        """Return ``share_PART``, each part's fraction of so many seconds.
+        """Return ``share_PART``, each part's fraction of ``seconds``.
 
         The result is empty on a GPU without synchronization, where the host's clock says nothing about the parts.
         """

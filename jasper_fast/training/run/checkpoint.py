@@ -36,11 +36,11 @@ class Position:
     stage_step: int
 
     def at(self, stage_step: int) -> Position:
-        """Return the position after so many steps of the same stage."""
+        """Return the position after ``stage_step`` steps of the same stage."""
         return Position(self.step - self.stage_step + stage_step, self.stage, stage_step)
 
     def after(self, steps: int) -> Position:
-        """Return the position at the start of the next stage, if this stage has so many steps."""
+        """Return the position at the start of the next stage, if this stage has ``steps`` steps."""
         return Position(self.step - self.stage_step + steps, self.stage + 1, 0)
 
 
