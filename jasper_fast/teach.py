@@ -46,10 +46,11 @@ def main(argv: list[str]) -> int:
     else:
         check_file(args.texts)
     with join_ranks(config.parallel.timeout) as ranks:
-        texts, remaining = prepare_texts(config)
+        prepared = prepare_texts(config)
+        texts = prepared.texts
         if ranks.is_main:
             print(f"{len(texts)} training texts ({config.data.cache})")
-            for name in remaining:
+            for name in prepared.transductive:
                 print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
         if args.texts is not None:
             ranks.on_main(lambda: write_texts(texts, Path(args.texts)))

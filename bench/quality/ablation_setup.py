@@ -138,7 +138,7 @@ def prepare(config: Config, run: str | None, work: Path) -> World:
         )
     encoder = _digest(model)
     read = cached(_state_encoder(model, position), f"{encoder} {config.student.max_length}", work / "states")
-    texts, _ = prepare_texts(config)
+    texts = prepare_texts(config).texts
     words, roles = texts["text"][:], np.array(texts["role"][:])
     states = np.empty((len(words), heads[config.student.heads[0]][0].linear.in_features), dtype=np.float32)
     for role in sorted(set(roles.tolist())):

@@ -138,7 +138,7 @@ def prepare(config: Config) -> None:
     from jasper_fast.teachers.label import ensure_teachers
     from jasper_fast.training.sampler import batch_plan
 
-    texts = prepare_texts(config)[0]
+    texts = prepare_texts(config).texts
     teachers = ensure_teachers(config, texts)
     for index in range(len(config.stages)):
         batch_plan(config, index, texts, teachers, print)
@@ -235,7 +235,7 @@ def run_arm(job: Job, config: Config, options: argparse.Namespace) -> None:
     if job.arm == OURS:
         seconds, rows = train_ours(config, work / f"{job.arm}-seed{job.seed}")
     else:
-        texts, _ = prepare_texts(config)
+        texts = prepare_texts(config).texts
         teachers = ensure_teachers(config, texts)
         budget = outcome["settings"]["seconds"]
         seconds, steps, encoder = train_peer(job, config, texts, teachers, budget, options)
@@ -274,7 +274,7 @@ def train_ours(config: Config, out: Path) -> tuple[float, list[dict[str, Any]]]:
     run = train(config, out=out)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines if line["event"] in ("step", "pooling", "plan"))
-    texts, _ = prepare_texts(config)
+    texts = prepare_texts(config).texts
     teachers = ensure_teachers(config, texts)
     started = time.perf_counter()
     for stage in config.stages:

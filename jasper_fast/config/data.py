@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
     field_validator,
+    model_validator,
 )
 
 from jasper_fast.config.types import (
@@ -26,11 +27,20 @@ class SourceConfig(Section):
     config: str | None = None  # configuration name of a `datasets` name
     split: str = "train"  # split of a `datasets` name
     columns: list[str] = Field(default=["text"], min_length=1)  # columns to read; a list in a cell gives several texts
-    join: bool = False  # true: the columns make one text; false: each column is a separate text
+    # true: the columns make one text, separated by line breaks; false: each column is a separate text. The default is
+    # false for `docstrings` (summary and body) and `glyphs`
+    join: bool = True
     role: Literal["query", "document"] = "document"  # selects the prompt
     limit: PositiveInt | None = None  # largest number of texts, drawn by the seed
     variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with replaced words
     revision: str | None = None  # branch, tag or commit of a `datasets` name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_built_in_columns_apart(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("path") in ("docstrings", "glyphs"):
+            return {"join": False, **tree}
+        return tree
 
 
 class DataConfig(Section):
@@ -40,6 +50,9 @@ class DataConfig(Section):
     cut_share: Fraction = 0.3  # fraction of documents that are cut into pieces
     cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece: smallest and largest number
     shuffle_share: Fraction = 0.0008  # fraction of texts whose words are shuffled
+    # largest number of documents that no training text comes from; at most a tenth of them. The end of a run compares
+    # the student with its teacher on these. 0: none
+    held_out: Annotated[int, Field(ge=0, strict=True)] = 500
     min_chars: PositiveInt = 2  # shorter texts are left out
     limit: PositiveInt | None = None  # largest number of texts in total, drawn by the seed
     seed: Seed = 0  # seed of draws, cuts and order; separate from the run's seed, so that runs use the same texts

@@ -26,6 +26,8 @@ from jasper_fast.utils.errors import ConfigError
 from jasper_fast.utils.names import CONFIG_FILES
 
 DEFAULT_RECIPE = "minilm-docstrings"
+OLDER_DATA: dict[str, Any] = {"held_out": 0}  # what a stored section `data` means that lacks a field
+OLDER_SOURCE: dict[str, Any] = {"join": False}  # the same for a source of texts
 
 
 def recipe_names() -> list[str]:
@@ -86,7 +88,7 @@ def load_arguments(
 def stored_config(tree: dict[str, Any], where: str) -> Config:
     """Load a configuration that a run stored, in this version or an older one.
 
-    A missing field has its default.
+    A missing field has its default, or its value in `OLDER_DATA` or `OLDER_SOURCE`.
 
     Args:
         tree: dumped configuration, or the part of it that determines the results.
@@ -95,10 +97,21 @@ def stored_config(tree: dict[str, Any], where: str) -> Config:
     Raises:
         ConfigError: a field is unknown in this version, or a value is rejected.
     """
-    config, problems = _validate(tree)
+    config, problems = _validate(_with_older_meaning(tree))
     if config is None:
         raise ConfigError([problem.line for problem in problems], where)
     return config
+
+
+def _with_older_meaning(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the fields of the texts that older versions lacked."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping):
+        return tree
+    data = {**OLDER_DATA, **data}
+    if isinstance(data.get("sources"), list):
+        data["sources"] = [{**OLDER_SOURCE, **s} if isinstance(s, Mapping) else s for s in data["sources"]]
+    return {**tree, "data": data}
 
 
 def _load(

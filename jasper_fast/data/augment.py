@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jasper_fast.utils.fingerprint import content_digest
 
@@ -33,18 +33,21 @@ def sentences(text: str) -> list[tuple[int, int]]:
         One (start, end) pair of character positions per sentence, in order. The spans cover all of the text except
         white space.
     """
-    spans = []
+    return list(sentence_spans(text))
+
+
+def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the spans of `sentences`, one at a time."""
     start = 0
     for match in _SENTENCE_END.finditer(text):
         end = match.end()
         if match[0] == "." and _ABBREVIATION.search(text[max(start, end - 12) : end]):
             continue
         if text[start:end].strip():
-            spans.append((start, end))
+            yield start, end
             start = end
     if text[start:].strip():
-        spans.append((start, len(text)))
-    return spans
+        yield start, len(text)
 
 
 def cut_and_shuffle(text: str, seed: int, cut_share: float, span: tuple[int, int], shuffle_share: float) -> list[str]:

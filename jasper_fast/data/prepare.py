@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jasper_fast.config.run import Config
 from jasper_fast.data.augment import sentences
 from jasper_fast.data.text import normal_form
-from jasper_fast.data.text_dataset import build_texts
+from jasper_fast.data.text_dataset import BuiltTexts, build_all_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
-    """Build the training texts of a run, without its evaluation texts and the captions of its held-out images.
+@dataclass(frozen=True)
+class PreparedTexts(BuiltTexts):
+    """The texts of a run, and what its evaluation sets share with them.
 
-    Returns:
-        The texts, as from `build_texts`, and the names of the evaluation sets that share a text with them. Normally
-        only ``transductive`` sets do.
+    Args:
+        transductive: names of the evaluation sets that share a text with the training texts. Normally only
+            ``transductive`` sets do.
+    """
+
+    transductive: list[str]
+
+
+def prepare_texts(config: Config) -> PreparedTexts:
+    """Build the texts of a run, without its evaluation texts and the captions of its held-out images.
 
     Raises:
         JasperError: a text source, an evaluation set or an image source cannot be used.
@@ -33,12 +42,13 @@ def prepare_texts(config: Config) -> tuple[Dataset, list[str]]:
     if config.images is not None:
         _, held_out = prepare_images(config)
         excluded |= {normal_form(caption) for captions in held_out.captions() for caption in captions}
-    texts = build_texts(config.data, config.data.seed, excluded)
+    built = build_all_texts(config.data, config.data.seed, excluded)
     evaluated = excluded.union(*forms.values())
     shared: set[str] = set()
     if evaluated:
-        shared = {form for text in _column(texts, "text") if (form := normal_form(text)) in evaluated}
-    return texts, [name for name, own_forms in forms.items() if not own_forms.isdisjoint(shared)]
+        shared = {form for text in _column(built.texts, "text") if (form := normal_form(text)) in evaluated}
+    transductive = [name for name, own_forms in forms.items() if not own_forms.isdisjoint(shared)]
+    return PreparedTexts(built.texts, built.held_out, built.counts, transductive)
 
 
 def count_trained_pieces(held_out: Iterable[str], texts: Dataset, longest: int) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from jasper_fast.utils.fingerprint import content_digest
 
+COLUMN_SEPARATOR = "\n"  # between the columns of a row that make one text
 # Invisible code points (Unicode's Default_Ignorable_Code_Point): soft hyphens, zero-width spaces and joiners,
 # byte order marks, variation selectors.
 _INVISIBLE = re.compile(
@@ -26,6 +28,15 @@ def normal_form(text: str) -> str:
         text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
         text = unicodedata.normalize("NFKC", text)  # casefold() decomposes some letters
     return " ".join(text.split()).casefold()
+
+
+def join_columns(cells: Sequence[str]) -> str:
+    """Join the columns of a row to one text, for training and for search.
+
+    Args:
+        cells: one text per column.
+    """
+    return COLUMN_SEPARATOR.join(cells).strip()
 
 
 def lone_surrogate(text: str) -> str | None:

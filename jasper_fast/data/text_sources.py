@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -95,7 +95,9 @@ def check_source(source: SourceConfig) -> None:
             list(_texts(source, cells, where))
 
 
-def sample_texts(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+def sample_texts(
+    source: SourceConfig, seed: int, on_limit: Callable[[int | None], None] = lambda _: None
+) -> Iterator[tuple[tuple[str, ...], list[int]]]:
     """Draw at most ``limit`` texts from a source, at random.
 
     A local source is read twice, so that each text is equally likely. A hub stream has an unknown length, so it is
@@ -104,6 +106,7 @@ def sample_texts(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, .
     Args:
         source: the source. With ``join``, a row is one text. Otherwise each of its columns is one.
         seed: the seed of the draw.
+        on_limit: called if the limit leaves texts out, with the number of texts of the source. None: it is unknown.
 
     Yields:
         The cells of a row, and the positions of the drawn columns.
@@ -118,10 +121,16 @@ def sample_texts(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, .
             sampled = list(range(width or len(row)))[:remaining]
             yield row, sampled
             if remaining is not None and (remaining := remaining - len(sampled)) == 0:
+                on_limit(None)
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
-    generator = np.random.default_rng([seed, int(sha256(source.model_dump_json())[:16], 16)])
+    if total > source.limit:
+        on_limit(total)
+    # `join` means nothing for one column of a file. The draw does not depend on it, as its default was once false.
+    one_column = len(source.columns) == 1 and source.path not in BUILT_IN
+    drawn = source.model_copy(update={"join": False}) if one_column else source
+    generator = np.random.default_rng([seed, int(sha256(drawn.model_dump_json())[:16], 16)])
     chosen = np.zeros(total, dtype=bool)
     chosen[generator.choice(total, size=min(source.limit, total), replace=False, shuffle=False)] = True
     position = 0

@@ -14,6 +14,7 @@ from jasper_fast.losses.contrastive import Mixed
 
 if TYPE_CHECKING:
     from jasper_fast.data.image_dataset import Images
+    from jasper_fast.data.text_counts import TextCounts
     from jasper_fast.models.micro_batches import ImageBatches, MicroBatches
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -39,13 +40,20 @@ class TrainingData:
         texts: the training texts, a dataset with columns ``text`` and ``role``.
         transductive: names of evaluation sets with a text among the training texts.
         images: the training images. None: the run has no images.
-        held_out: the images kept for evaluation. None: the run has no images.
+        held_out_images: the images kept for evaluation. None: the run has no images.
+        held_out_texts: the documents kept for evaluation, with columns ``text``, ``role``, ``digest``, ``query`` and
+            ``body``. None: the texts are not of a run.
+        counts: what became of the texts of the sources. None: as ``held_out_texts``.
+        texts_line: one line about the texts.
     """
 
     texts: Any
     transductive: tuple[str, ...] = ()
     images: Images | None = None
-    held_out: Images | None = None
+    held_out_images: Images | None = None
+    held_out_texts: Any = None
+    counts: TextCounts | None = None
+    texts_line: str = ""
 
     @cached_property
     def fingerprint(self) -> str:

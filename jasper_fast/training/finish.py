@@ -120,17 +120,19 @@ def _evaluate(
 
 def _evaluate_images(run: Run, student: Student, data: TrainingData, results: dict[str, Any]) -> None:
     """Add the scores of the held-out images to the results, and write their contact sheet."""
-    if data.images is None or data.held_out is None:
+    if data.images is None or data.held_out_images is None:
         return
     vision = run.config.student.vision
-    if student.vision is not None and len(data.held_out):
+    if student.vision is not None and len(data.held_out_images):
         exported = load_student(
             run.path / "model",
             trust_remote_code=run.config.student.trust_remote_code,
             trust_tower_code=vision is not None and vision.trust_remote_code,
         ).to(run.device)
-        results["pictures"], sheet = evaluate_images(exported, data.images, data.held_out, run.device, run.precision)
-        write_sheet(run.path / "plots" / SHEET, sheet, data.held_out)
+        results["pictures"], sheet = evaluate_images(
+            exported, data.images, data.held_out_images, run.device, run.precision
+        )
+        write_sheet(run.path / "plots" / SHEET, sheet, data.held_out_images)
     if data.images.left_out:
         results["facts"]["pictures_left_out"] = data.images.left_out
 

@@ -50,9 +50,16 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
     with problems:
         check_sources(config)
     problems.raise_all()
-    images, held_out = prepare_images(config) if config.images is not None else (None, None)
-    texts, transductive = prepare_texts(config)
-    data = TrainingData(texts, tuple(transductive), images, held_out)
+    images, held_out_images = prepare_images(config) if config.images is not None else (None, None)
+    prepared = prepare_texts(config)
+    data = TrainingData(
+        prepared.texts,
+        tuple(prepared.transductive),
+        images,
+        held_out_images,
+        prepared.held_out,
+        prepared.counts,
+    )
     check_sizes(config, data)
     return student, data
 

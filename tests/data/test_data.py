@@ -22,7 +22,7 @@ from jasper_fast.data.augment import WordReplacer, cut_and_shuffle, sentences
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.prepare import count_trained_pieces, prepare_texts
 from jasper_fast.data.text import normal_form, text_digest
-from jasper_fast.data.text_dataset import build_texts, texts_fingerprint
+from jasper_fast.data.text_dataset import build_all_texts, build_texts, texts_fingerprint
 from jasper_fast.data.text_sources import read_source
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.beir import write_beir
@@ -42,7 +42,7 @@ def jsonl(path: Path, rows: list) -> Path:
 
 
 def settings(folder: Path, *sources: SourceConfig, **others) -> DataConfig:
-    plain = {"cut_share": 0.0, "shuffle_share": 0.0, "cache": str(folder / "cache")}
+    plain = {"cut_share": 0.0, "shuffle_share": 0.0, "held_out": 0, "cache": str(folder / "cache")}
     return DataConfig(sources=list(sources), **{**plain, **others})
 
 
@@ -220,8 +220,8 @@ def test_a_stream_that_breaks_off_names_its_source(
 
 def test_columns_are_texts_of_their_own_or_joined(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
-    apart = build_texts(settings(tmp_path, source(path, columns=["title", "text"])), seed=0)
-    joined = build_texts(settings(tmp_path, source(path, columns=["title", "text"], join=True)), seed=0)
+    apart = build_texts(settings(tmp_path, source(path, columns=["title", "text"], join=False)), seed=0)
+    joined = build_texts(settings(tmp_path, source(path, columns=["title", "text"])), seed=0)
     assert set(apart["text"]) == {row[c] for row in ROWS for c in row}
     assert set(joined["text"]) == {f"{row['title']}\n{row['text']}" for row in ROWS}
     assert apart.column_names == ["text", "role", "digest"]
@@ -232,7 +232,7 @@ def test_limits_draw_by_the_seed(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
 
     def drawn(seed: int, **limits) -> list[str]:
-        both = source(path, columns=["title", "text"], limit=limits.get("of_source"))
+        both = source(path, columns=["title", "text"], join=False, limit=limits.get("of_source"))
         return build_texts(settings(tmp_path, both, limit=limits.get("of_all")), seed)["text"][:]
 
     for which in ("of_source", "of_all"):
@@ -262,7 +262,9 @@ def test_evaluation_documents_are_dropped_before_they_are_cut(tmp_path: Path) ->
     assert len(build_texts(settings(tmp_path, source(path), **cut), 0)) == 6
     joined = settings(tmp_path, source(path, columns=["title", "text"], join=True))
     assert build_texts(joined, 0, {normal_form(DOCUMENT)})["text"][:] == ["U\nKept. And this one too."]
-    with pytest.raises(JasperError, match=r"no training text is left \(got 2 documents, 2 excluded"):
+    with pytest.raises(
+        JasperError, match=r"no training text is left \(texts: 2 documents read, 2 dropped as evaluation"
+    ):
         build_texts(settings(tmp_path, source(path)), 0, {normal_form(row["text"]) for row in rows})
 
 
@@ -281,12 +283,13 @@ def test_run_texts_leave_out_its_evaluation_sets(tmp_path: Path, monkeypatch: py
             "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
         }
     )
-    texts, remaining = prepare_texts(config)
-    assert len(texts) == 28 and remaining == []
+    prepared = prepare_texts(config)
+    texts = prepared.texts
+    assert len(texts) == 28 and prepared.transductive == []
     assert not {"A sentence about 3.", "A sentence about 4."} & set(texts["text"])
-    everything = build_texts(config.data, config.seed)
-    monkeypatch.setattr("jasper_fast.data.prepare.build_texts", lambda *_: everything)
-    assert prepare_texts(config)[1] == ["near"]
+    everything = build_all_texts(config.data, config.seed)
+    monkeypatch.setattr("jasper_fast.data.prepare.build_all_texts", lambda *_: everything)
+    assert prepare_texts(config).transductive == ["near"]
 
 
 def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_not(tmp_path: Path) -> None:
@@ -306,8 +309,8 @@ def test_documents_of_a_transductive_set_are_trained_on_and_its_questions_are_no
                 "stages": [{"name": "s", "train": ["*"], "heads": [8], "batch_size": 2, "lr": 0.1, "steps": 1}],
             }
         )
-        texts, overlapping = prepare_texts(config)
-        return set(texts["text"]), overlapping
+        prepared = prepare_texts(config)
+        return set(prepared.texts["text"]), prepared.transductive
 
     texts = [row["text"] for row in rows]
     assert prepared() == ({*texts[5:7], *texts[8:]}, [])
@@ -431,8 +434,9 @@ def test_many_texts_pass_through_the_disk_unchanged(tmp_path: Path, monkeypatch:
     through_disk = build_texts(settings(tmp_path, source(path), cache=str(tmp_path / "other")), seed=0)
     assert len(through_disk) == 900 and len(through_disk.cache_files) > 2
     assert through_disk["text"][:] == in_memory["text"][:]
-    assert sorted(p.name for p in Path(through_disk.cache_files[0]["filename"]).parent.iterdir())[:2] == [
+    assert sorted(p.name for p in Path(through_disk.cache_files[0]["filename"]).parent.iterdir())[:3] == [
         "dataset_info.json",
+        "held-out.arrow",
         "state.json",
     ]
 

@@ -580,7 +580,7 @@ def test_the_dry_run_rejects_the_same_embeddings_as_training(
 
     (tmp_path / "texts.txt").write_text("\n".join(mixed_texts))
     tree = run_of(tmp_path, [{"model": str(tiny_bert)}], model=str(tiny_bert))
-    in_order = prepare_texts(load_config(tree))[0]["text"][:]
+    in_order = prepare_texts(load_config(tree)).texts["text"][:]
     order = np.array([mixed_texts.index(text) for text in in_order])
     change = bad_run(tmp_path, name, order, real, in_order)
     tree["teachers"] = change["teachers"]
