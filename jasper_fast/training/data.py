@@ -40,12 +40,15 @@ class TrainingData:
         transductive: names of evaluation sets with a text among the training texts.
         images: the training images. None: the run has no images.
         held_out: the images kept for evaluation. None: the run has no images.
+        held_out_texts: the documents kept for scores without labels, a dataset with columns ``text``, ``role``,
+            ``digest``, ``query`` and ``body``. None: there are none.
     """
 
     texts: Any
     transductive: tuple[str, ...] = ()
     images: Images | None = None
     held_out: Images | None = None
+    held_out_texts: Any = None
 
     @cached_property
     def fingerprint(self) -> str:
