@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -97,10 +97,24 @@ class ImagesConfig(Section):
 
 
 class EvalConfig(Section):
-    """One evaluation set: a BEIR folder, a similarity TSV, a classification folder, or the built-in docstrings."""
+    """One evaluation set: BEIR folder, similarity TSV, classification folder, docstrings, or pairs of columns."""
 
     path: str  # folder or file, or `docstrings`; its content decides the kind
+    # with `document`: two columns of a file or folder of rows, the question and its answer
+    query: str | None = None
+    document: str | None = None  # with `query`: the column of the answer
     name: str | None = None  # name in logs and reports; default: the name of the folder or file
     limit: PositiveInt | None = None  # largest number of queries or pairs
     # allow training on the documents of a retrieval set, never on its queries; the report says so
     transductive: bool = False
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if (self.query is None) != (self.document is None):
+            given, absent = ("query", "document") if self.document is None else ("document", "query")
+            raise ValueError(
+                f"`{given}` needs `{absent}` too. Fix: give both columns, e.g. query: title, document: text"
+            )
+        if self.query is not None and self.query == self.document:
+            raise ValueError(f"`query` and `document` name the same column {self.query!r}. Fix: give two columns")
+        return self

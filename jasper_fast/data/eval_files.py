@@ -9,6 +9,7 @@ from typing import Any
 from jasper_fast.data.listing import listed_files
 from jasper_fast.data.rows import check_text, read_rows
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import content_digest
 
 SPLITS = ("test", "dev", "validation", "valid", "val", "train")  # in order of preference
 
@@ -73,3 +74,18 @@ def text_cell(row: dict[str, Any], key: str, where: str, optional: bool = False)
     if not isinstance(value, str):
         raise JasperError(f"{where}: `{key}` is not text (got {value!r}). Fix: correct or remove the row")
     return check_text(value, f"{where}: `{key}`")
+
+
+def subsample(texts: Sequence[str], limit: int | None) -> list[int]:
+    """Return the positions of at most ``limit`` texts: those with the smallest digests.
+
+    The first rows of a file are often similar, so they would not be a fair sample.
+
+    Args:
+        texts: the texts that identify the items.
+        limit: the largest number of items. None selects all.
+    """
+    if limit is None or limit >= len(texts):
+        return list(range(len(texts)))
+    digests = [content_digest(text) for text in texts]
+    return sorted(sorted(range(len(texts)), key=lambda i: (digests[i], i))[:limit])

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jasper_fast.config.data import EvalConfig
-from jasper_fast.data.eval_files import SPLITS, find_file, first_split, json_rows, text_cell
+from jasper_fast.data.eval_files import SPLITS, find_file, first_split, json_rows, subsample, text_cell
+from jasper_fast.data.eval_pairs import read_pairs
 from jasper_fast.data.eval_sets import ClassificationSet, EvalSet, RetrievalSet, SimilaritySet
 from jasper_fast.data.judgements import SUFFIXES, Judgements, read_judgements
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import COMPRESSION_SUFFIXES, check_text, read_rows, with_compressed
 from jasper_fast.data.text import normal_form
 from jasper_fast.utils.errors import JasperError
-from jasper_fast.utils.fingerprint import content_digest
 
 DOCSTRINGS = "docstrings"
 DOCSTRING_PAIRS = 1000  # default number of held-out docstring pairs to evaluate
@@ -37,6 +37,7 @@ def load_eval(config: EvalConfig) -> EvalSet:
             - a similarity TSV, or a folder with dev.tsv or test.tsv
             - a folder with train and test JSONL files (text, label)
             - the word ``docstrings``
+            - any file or folder of rows, if ``query`` and ``document`` name two of its columns
 
             Its ``limit`` is the maximum number of queries, pairs, or texts per classification part. The selection is
             always the same, and the corpus stays complete.
@@ -44,6 +45,8 @@ def load_eval(config: EvalConfig) -> EvalSet:
     Raises:
         JasperError: the path has no evaluation set, or a row is malformed. The message gives file and row.
     """
+    if config.query is not None:
+        return read_pairs(config)
     if config.path == DOCSTRINGS:
         return _docstrings(config)
     evalset = _load_files(config)
@@ -67,7 +70,8 @@ def _load_files(config: EvalConfig) -> EvalSet:
         if not path.name.lower().endswith(_TSV):
             raise JasperError(
                 f"evaluation set {path}: not an evaluation set (got {path.suffix or 'no suffix'}, expected a folder or "
-                "a .tsv file with score, sentence1, sentence2). Fix: correct the path"
+                "a .tsv file with score, sentence1, sentence2). Fix: correct the path, or name two columns "
+                "of the file, e.g. query: title, document: text"
             )
         return _similarity(config, path)
     if find_file(path, "corpus", _JSONL):
@@ -131,7 +135,7 @@ def _beir(config: EvalConfig, folder: Path, qrels: Path | None) -> RetrievalSet:
     judgements = read_judgements(qrels)
     unmatched = _unmatched(judgements, query_at, document_at, qrels)
     judged = [name for name in query_at if name in judgements]
-    selected = [judged[i] for i in _subsample([texts[query_at[name]] for name in judged], config.limit)]
+    selected = [judged[i] for i in subsample([texts[query_at[name]] for name in judged], config.limit)]
     same_text = [_self_match(texts[query_at[name]], pairs, document_at.get(name)) for name in selected]
     relevant = [_relevant(judgements[name], document_at) for name in selected]
     self_matches = [
@@ -228,7 +232,7 @@ def _similarity(config: EvalConfig, file: Path, folder: Path | None = None) -> S
         (_number(row["score"], where), row["sentence1"], row["sentence2"])
         for where, row in read_rows(file, ("score", "sentence1", "sentence2"))
     ]
-    selected = [triples[i] for i in _subsample([f"{a}\t{b}" for _, a, b in triples], config.limit)]
+    selected = [triples[i] for i in subsample([f"{a}\t{b}" for _, a, b in triples], config.limit)]
     distinct = len({score for score, _, _ in selected})
     if distinct < 2:
         raise JasperError(
@@ -258,7 +262,7 @@ def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
                     f"{where}: `label` is not text or a whole number (got {label!r}). Fix: correct or remove the row"
                 )
             labels.append(check_text(str(label), f"{where}: `label`"))
-        selected = _subsample(texts, config.limit)
+        selected = subsample(texts, config.limit)
         parts.append(([texts[i] for i in selected], [labels[i] for i in selected]))
     distinct = len(set(parts[0][1]))
     if distinct < 2:
@@ -267,17 +271,6 @@ def _classification(config: EvalConfig, folder: Path) -> ClassificationSet:
             "with other labels"
         )
     return ClassificationSet(config.name or folder.resolve().name, *parts[0], *parts[1])
-
-
-def _subsample(texts: Sequence[str], limit: int | None) -> list[int]:
-    """Return the positions of at most ``limit`` texts: those with the smallest digests.
-
-    The first rows of a file are often similar, so they would not be a fair sample.
-    """
-    if limit is None or limit >= len(texts):
-        return list(range(len(texts)))
-    digests = [content_digest(text) for text in texts]
-    return sorted(sorted(range(len(texts)), key=lambda i: (digests[i], i))[:limit])
 
 
 def _file_name(file: Path) -> str:

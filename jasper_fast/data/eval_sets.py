@@ -18,7 +18,7 @@ class RetrievalSet:
             last one.
         relevant: the positions and grades (above 0) of the relevant documents, for each query. A query without relevant
             documents scores 0.
-        kind: "beir" or "docstrings".
+        kind: "beir", "pairs" or "docstrings".
         parts: the titles and bodies of the documents, used only to exclude them from training.
         self_matches: for each query, the position of the document with the same id and the same text, or -1. This
             document does not count as a result. BEIR compares only the ids, but many sets simply number queries and
@@ -44,6 +44,10 @@ class RetrievalSet:
     def groups(self) -> dict[str, tuple[list[str], str]]:
         """Return the texts to encode and their role, by group."""
         return {"queries": (self.queries, "query"), "documents": (self.documents, "document")}
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of queries and documents."""
+        return {"queries": len(self.queries), "documents": len(self.documents)}
 
     def texts(self) -> Iterator[str]:
         """Yield every text of the set: queries, documents, and the titles and bodies of the documents."""
@@ -89,6 +93,10 @@ class SimilaritySet:
         """Return the texts to encode and their role, by group. Similarity is symmetric, so both are documents."""
         return {"left": (self.left, "document"), "right": (self.right, "document")}
 
+    def sizes(self) -> dict[str, int]:
+        """Return the number of pairs."""
+        return {"pairs": len(self.scores)}
+
     def texts(self) -> Iterator[str]:
         """Yield every sentence of the set."""
         yield from self.left
@@ -121,6 +129,10 @@ class ClassificationSet:
     def groups(self) -> dict[str, tuple[list[str], str]]:
         """Return the texts to encode and their role, by group."""
         return {"train": (self.train_texts, "document"), "test": (self.test_texts, "document")}
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of texts in both parts."""
+        return {"training texts": len(self.train_texts), "test texts": len(self.test_texts)}
 
     def texts(self) -> Iterator[str]:
         """Yield every text of both parts."""

@@ -15,7 +15,10 @@ from jasper_fast.models.quantization import PRECISIONS
 from jasper_fast.teachers.encoder import teacher_encoder
 
 TEACHER, BEFORE, STUDENT, PCA, TRUNCATED = "teacher", "student before", "student", "teacher PCA", "teacher truncated"
+STUDENT_PCA = "student PCA"
+SOURCES = {PCA: TEACHER, TRUNCATED: TEACHER, STUDENT_PCA: STUDENT}  # the model whose embeddings a floor reduces
 PCA_ROWS = 20_000  # teacher embeddings of training texts that fit the PCA
+STUDENT_PCA_ROWS = 2048  # student embeddings of training texts that fit the student's PCA
 
 Reduce = Callable[[np.ndarray], np.ndarray]
 Row = dict[str, Any]  # {"model": str, "width": int, "scores": {"set/metric": float}}
@@ -101,17 +104,32 @@ def teacher_floors(train_vectors: np.ndarray, widths: Sequence[int]) -> dict[str
         {"teacher PCA": {width: reduce}, "teacher truncated": {width: reduce}}, where ``reduce`` maps (m, D) to
         (m, width) float32 unit rows.
     """
+    narrow = sorted({w for w in widths if w < train_vectors.shape[1]}, reverse=True)
+    floors: dict[str, dict[int, Reduce]] = {TRUNCATED: {w: _first(w) for w in narrow}}
+    if reduces := fit_pca(train_vectors, widths):
+        floors[PCA] = reduces
+    return floors
+
+
+def fit_pca(train_vectors: np.ndarray, widths: Sequence[int]) -> dict[int, Reduce]:
+    """Fit a centred PCA of embeddings.
+
+    Args:
+        train_vectors: (n, D) embeddings of training texts.
+        widths: target widths. Widths of D and more, and above n, are ignored.
+
+    Returns:
+        {width: reduce}, widest first, where ``reduce`` maps (m, D) to (m, width) float32 unit rows.
+    """
     from sklearn.decomposition import PCA as Projection
 
     n, dimension = train_vectors.shape
-    narrow = sorted({w for w in widths if w < dimension}, reverse=True)
-    fitted = [w for w in narrow if w <= n]
-    floors: dict[str, dict[int, Reduce]] = {TRUNCATED: {w: _first(w) for w in narrow}}
-    if fitted:
-        projection = Projection(n_components=fitted[0], random_state=0).fit(train_vectors)
-        mean, axes = projection.mean_.astype(np.float32), projection.components_.astype(np.float32)
-        floors[PCA] = {w: _project(mean, axes[:w]) for w in fitted}
-    return floors
+    fitted = sorted({w for w in widths if w < dimension and w <= n}, reverse=True)
+    if not fitted:
+        return {}
+    projection = Projection(n_components=fitted[0], random_state=0).fit(train_vectors)
+    mean, axes = projection.mean_.astype(np.float32), projection.components_.astype(np.float32)
+    return {w: _project(mean, axes[:w]) for w in fitted}
 
 
 def _first(width: int) -> Reduce:
@@ -134,7 +152,8 @@ def score_rows(
     Args:
         evalsets: evaluation sets.
         encoders: encode functions by model name. Each encodes every text once.
-        floors: result of ``teacher_floors``, applied to the embeddings of the model "teacher". None means no floors.
+        floors: result of ``teacher_floors``, applied to the embeddings of the model "teacher". A floor "student PCA"
+            is applied to the widest embeddings of the model "student". None means no floors.
         precisions: precisions to score, from ``PRECISIONS``. Rows other than float32 have a field ``precision``.
         ranges: (2, width) ranges of int8 codes by width. Without them, each set's own embeddings give the ranges.
 
@@ -147,8 +166,10 @@ def score_rows(
     """
     scores: dict[tuple[str, int, str], dict[str, float]] = {}
 
-    def add(model: str, width: int, evalset: EvalSet, vectors: Mapping[str, np.ndarray]) -> None:
-        for precision in precisions:
+    def add(
+        model: str, width: int, evalset: EvalSet, vectors: Mapping[str, np.ndarray], forms: Sequence[str] = ("float32",)
+    ) -> None:
+        for precision in forms:
             metrics = score_codes(evalset, vectors, precision, (ranges or {}).get(width))
             row_scores = {f"{evalset.name}/{metric}": value for metric, value in metrics.items()}
             scores.setdefault((model, width, precision), {}).update(row_scores)
@@ -158,12 +179,13 @@ def score_rows(
     progress = tqdm([(model, evalset) for model in encoders for evalset in evalsets], unit="set", leave=False)
     for model, evalset in progress:
         progress.set_description(f"evaluating the {model} on {evalset.name}")
-        for width, vectors in sorted(embed(evalset, encoders[model]).items(), reverse=True):
-            add(model, width, evalset, vectors)
-            if model == TEACHER:
-                for floor, reduces in (floors or {}).items():
-                    for narrow, reduce in reduces.items():
-                        add(floor, narrow, evalset, {group: reduce(v) for group, v in vectors.items()})
+        by_width = dict(sorted(embed(evalset, encoders[model]).items(), reverse=True))
+        for width, vectors in by_width.items():
+            add(model, width, evalset, vectors, precisions)
+        widest = by_width[max(by_width)]
+        for floor, reduces in (floors or {}).items():
+            for narrow, reduce in reduces.items() if SOURCES.get(floor, TEACHER) == model else ():
+                add(floor, narrow, evalset, {group: reduce(v) for group, v in widest.items()})
     return [
         {"model": model, "width": width, **({"precision": p} if p != "float32" else {}), "scores": row_scores}
         for (model, width, p), row_scores in scores.items()
@@ -174,7 +196,9 @@ def describe_sets(evalsets: Sequence[EvalSet]) -> dict[str, Any]:
     """Build the ``primary`` and ``sets`` fields of results.json. The first set's first metric is the primary one."""
     return {
         "primary": {"set": evalsets[0].name, "metric": evalsets[0].metrics[0]},
-        "sets": [{"name": s.name, "kind": s.kind, "metric": s.metrics[0], **_notes(s)} for s in evalsets],
+        "sets": [
+            {"name": s.name, "kind": s.kind, "metric": s.metrics[0], "sizes": s.sizes(), **_notes(s)} for s in evalsets
+        ],
     }
 
 
@@ -195,6 +219,7 @@ def evaluate_run(
     student: EncodeWidths,
     train_vectors: np.ndarray | None,
     ranges: Mapping[int, np.ndarray] | None = None,
+    student_pca: Mapping[int, Reduce] | None = None,
 ) -> dict[str, Any]:
     """Compute the scores of results.json: the teacher, its floors, and the student before and after training.
 
@@ -206,6 +231,7 @@ def evaluate_run(
         train_vectors: (n, D) float32 teacher embeddings of training texts, which fit the floors. None means no floors.
         ranges: (2, width) ranges of the student's int8 codes by width. Without them, each set's own embeddings give
             the ranges.
+        student_pca: result of ``fit_pca`` for the student's widest embeddings. None means no such floor.
 
     Returns:
         ``primary``, ``sets``, ``rows`` and ``codes`` (quantized rows of the student) of results.json. A teacher without
@@ -222,7 +248,8 @@ def evaluate_run(
         floors = teacher_floors(train_vectors[:PCA_ROWS], config.student.heads) if train_vectors is not None else {}
         rows += score_rows(evalsets, {TEACHER: teacher}, floors)
     rows += before if isinstance(before, list) else score_rows(evalsets, {BEFORE: before})
-    after = score_rows(evalsets, {STUDENT: student}, None, PRECISIONS, ranges)
+    reduced = {STUDENT_PCA: student_pca} if student_pca else {}
+    after = score_rows(evalsets, {STUDENT: student}, reduced, PRECISIONS, ranges)
     rows += [row for row in after if "precision" not in row]
     return describe_sets(evalsets) | {"rows": rows, "codes": [row for row in after if "precision" in row]}
 

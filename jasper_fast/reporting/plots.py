@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from jasper_fast.config.losses import LOGGED_LOSSES
-from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
+from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, STUDENT_PCA, TEACHER, TRUNCATED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 # Palette of Okabe and Ito, safe for colour-blind readers. Markers and dashes differ as well.
 COLOURS = {TEACHER: "#333333", STUDENT: "#0072B2", BEFORE: "#A6CEE8", PCA: "#E69F00", TRUNCATED: "#009E73"}
+COLOURS[STUDENT_PCA] = "#56B4E9"
 LABELS = {
     TEACHER: "teacher, full width",
     STUDENT: "student",
     BEFORE: "student before training",
+    STUDENT_PCA: "student, PCA",
     PCA: "teacher, PCA",
     TRUNCATED: "teacher, first coordinates",
 }
+FLOOR_STYLES = ((STUDENT_PCA, "v-."), (PCA, "s--"), (TRUNCATED, "^:"))
 # The losses' colours, in the order of their table.
 PART_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#0072B2", "#000000")
 DPI = 150
@@ -72,13 +75,15 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
     figure, axes = _grid(len(sets))
     for axis, evalset in zip(axes, sets, strict=False):
         key = f"{evalset['name']}/{evalset['metric']}"
-        for model, style in ((STUDENT, "o-"), (PCA, "s--"), (TRUNCATED, "^:")):
+        for model, style in ((STUDENT, "o-"), *FLOOR_STYLES):
             points = _points(results, model, key)
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=COLOURS[model], label=LABELS[model], markersize=6)
         for width, score in _points(results, TEACHER, key):
             axis.axhline(score, color=COLOURS[TEACHER], linewidth=1, label=f"{LABELS[TEACHER]} ({width})")
-        widths = sorted({width for model in (STUDENT, PCA, TRUNCATED) for width, _ in _points(results, model, key)})
+        widths = sorted(
+            {width for model in (STUDENT, *dict(FLOOR_STYLES)) for width, _ in _points(results, model, key)}
+        )
         axis.set_xscale("log", base=2)
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.minorticks_off()
@@ -86,6 +91,34 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.set_ylabel(f"{evalset['metric']}, %")
         axis.set_title(_shown(evalset["name"]), loc="left", fontsize=11)
     _shared_legend(figure, axes[: len(sets)])
+    _save(figure, file)
+
+
+def plot_label_free(label_free: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Plot the neighbours shared with the teacher against width: the student's heads, PCA, and before training.
+
+    Args:
+        label_free: field ``label_free`` of results.json, with rows.
+        file: binary file for the PNG.
+    """
+    figure, (axis,) = _figure(1, 1, (5.5, 3.6))
+    rows = [row for row in label_free["rows"] if "overlap" in row and "precision" not in row]
+    for model, style in ((STUDENT, "o-"), *FLOOR_STYLES, (BEFORE, "D")):
+        if points := [row for row in rows if row["model"] == model]:
+            widths, values, errors = (
+                [row["width"] for row in points],
+                [100 * row["overlap"] for row in points],
+                [100 * row["overlap_error"] for row in points],
+            )
+            axis.errorbar(widths, values, errors, fmt=style, color=COLOURS[model], label=LABELS[model], markersize=6)
+    widths = sorted({row["width"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, [str(width) for width in widths])
+    axis.minorticks_off()
+    axis.set_xlabel("embedding width")
+    axis.set_ylabel("neighbours shared with the teacher, %")
+    axis.set_title(f"{label_free['documents']} held-out documents", loc="left", fontsize=11)
+    _shared_legend(figure, [axis])
     _save(figure, file)
 
 

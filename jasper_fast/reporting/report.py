@@ -10,11 +10,10 @@ from statistics import mean
 from typing import Any
 
 from jasper_fast.config.yaml import NOT_YAML, parse_yaml
-from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED, note_lines, percent_of_teacher
 from jasper_fast.models.hub import resolve_model
-from jasper_fast.models.quantization import CANDIDATES, PRECISIONS
 from jasper_fast.reporting.contact_sheet import SHEET
-from jasper_fast.reporting.tables import images_line, scores_markdown
+from jasper_fast.reporting.quality import headline, markdown, quality_sections
+from jasper_fast.reporting.tables import scores_markdown
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 
@@ -42,18 +41,12 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     config = _read(folder / "config.yaml", parse_yaml)
     if results is None:
         results = dict(_read(folder / "results.json", json.loads))
-    steps = _steps(_read(folder / "log.jsonl", str.splitlines))
+    steps = step_lines(_read(folder / "log.jsonl", str.splitlines))
     images = _plots(folder / "plots", steps, results)
     sections = [
         f"# Report of the run {config['name']}",
-        f"**{final_line(results)}**",
-        _transductive(results),
-        _notes(results),
-        _scores(results),
-        images.get("sets", ""),
-        _widths(results),
-        images.get("widths", ""),
-        _codes(results),
+        *headline(results),
+        *quality_sections(results, images),
         _images(results, folder),
         _stages(config, steps),
         _gpu(config, steps),
@@ -64,27 +57,6 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     path = folder / "report.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
-
-
-def final_line(results: Mapping[str, Any]) -> str:
-    """Return one line with the primary score before and after training, and the teacher's.
-
-    Missing scores are left out. A run without text evaluation sets is summarised by its image retrieval.
-
-    Args:
-        results: content of results.json.
-    """
-    if not results.get("rows") and results.get("pictures"):
-        return images_line(results["pictures"])
-    if not results.get("rows"):
-        return "no scores: the configuration has no evaluation sets"
-    name, metric = results["primary"]["set"], results["primary"]["metric"]
-    before, after, teacher = (_widest(results, model, f"{name}/{metric}") for model in (BEFORE, STUDENT, TEACHER))
-    start = "" if before is None else f"before {100 * before:.1f} → "
-    end = "" if teacher is None else f" · teacher {100 * teacher:.1f}"
-    percent = percent_of_teacher(after, teacher)
-    fraction = "" if percent is None else f" ({percent:.1f} % kept)"
-    return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{fraction}"
 
 
 def _images(results: Mapping[str, Any], folder: Path) -> str:
@@ -118,8 +90,12 @@ def _read(path: Path, parse: Any) -> Any:
         raise JasperError(f"{path} is damaged ({error}). Fix: restore the file, or run the training again") from None
 
 
-def _steps(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the step lines in order. If a resumed run repeated a step, its later line is used."""
+def step_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the step lines of a log in order. If a resumed run repeated a step, its later line is used.
+
+    Args:
+        lines: lines of log.jsonl.
+    """
     records = [json.loads(line) for line in lines if line.strip()]
     last = {record["step"]: record for record in records if record.get("event") == "step"}
     return [last[step] for step in sorted(last)]
@@ -136,6 +112,8 @@ def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[st
     drawings: dict[str, tuple[str, Any]] = {}
     if steps:
         drawings["losses"] = ("Loss curves", lambda file: plots.plot_losses(steps, file))
+    if results.get("label_free", {}).get("rows"):
+        drawings["label_free"] = ("Neighbours kept", lambda file: plots.plot_label_free(results["label_free"], file))
     if results.get("rows"):
         drawings["sets"] = ("Student against teacher", lambda file: plots.plot_sets(results, file))
         drawings["widths"] = ("Quality against width", lambda file: plots.plot_widths(results, file))
@@ -146,76 +124,6 @@ def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[st
         write_atomic(folder / f"{name}.png", content.getvalue())
         markdown[name] = f"![{title}](plots/{name}.png)"
     return markdown
-
-
-def _transductive(results: Mapping[str, Any]) -> str:
-    names = results.get("transductive", [])
-    if not names:
-        return ""
-    return (
-        f"*Transductive*: texts of {', '.join(names)} were among the training texts, without labels. These scores say "
-        "less about new texts."
-    )
-
-
-def _notes(results: Mapping[str, Any]) -> str:
-    """List the problems of the evaluation files, one line per set."""
-    return "\n".join(f"- {line}" for line in note_lines(results.get("sets", [])))
-
-
-def _scores(results: Mapping[str, Any]) -> str:
-    """Return a table of teacher, student before and student after training at full width, by metric."""
-    rows = results.get("rows")
-    if not rows:
-        return ""
-    table = [["set", "metric", "teacher", "student before", "student after", "kept"]]
-    for key in dict.fromkeys(key for row in rows for key in row["scores"]):
-        name, metric = key.rsplit("/", 1)
-        teacher, before, after = (_widest(results, model, key) for model in (TEACHER, BEFORE, STUDENT))
-        table.append([name, metric, _cell(teacher), _cell(before), _cell(after), _fraction(after, teacher)])
-    return "## Student and teacher at full width\n\nScores are in per cent.\n\n" + _markdown(table, 2)
-
-
-def _widths(results: Mapping[str, Any]) -> str:
-    """Return a table of the student at every width, and of the teacher reduced to it by PCA and truncation."""
-    if not results.get("rows"):
-        return ""
-    table = [["set", "width", "student", "kept", "teacher, PCA", "teacher, first coordinates"]]
-    for evalset in results["sets"]:
-        key = f"{evalset['name']}/{evalset['metric']}"
-        by_model = {model: _by_width(results, model, key) for model in (STUDENT, PCA, TRUNCATED)}
-        teacher = _widest(results, TEACHER, key)
-        for width in sorted(set().union(*by_model.values()), reverse=True):
-            student, pca, truncated = (scores.get(width) for scores in by_model.values())
-            label = f"{evalset['name']} {evalset['metric']}"
-            cells = [_cell(student), _fraction(student, teacher), _cell(pca), _cell(truncated)]
-            table.append([label, str(width), *cells])
-    text = (
-        "Scores are in per cent. *kept* is the fraction of the teacher's score at full width. PCA was fitted on the "
-        "training texts."
-    )
-    return f"## Every width\n\n{text}\n\n" + _markdown(table, 1)
-
-
-def _codes(results: Mapping[str, Any]) -> str:
-    """Return a table of the student's scores as float32, int8 codes and bits, by width."""
-    if not results.get("codes"):
-        return ""
-    forms = [form for form in PRECISIONS if form != "float32"]
-    coded = {(row["width"], row["precision"]): row["scores"] for row in results["codes"]}
-    table = [["set", "width", "float32", *forms, *(f"{form} keeps" for form in forms)]]
-    for evalset in results["sets"]:
-        key = f"{evalset['name']}/{evalset['metric']}"
-        for width, plain in sorted(_by_width(results, STUDENT, key).items(), reverse=True):
-            scores = [coded.get((width, form), {}).get(key) for form in forms]
-            label = f"{evalset['name']} {evalset['metric']}"
-            table.append([label, str(width), *map(_cell, [plain, *scores]), *(_fraction(s, plain) for s in scores)])
-    text = (
-        "Scores are in per cent. The student's embeddings are quantised by sentence-transformers to `int8` codes, with "
-        "the ranges in `model/`, or to `ubinary` bits. Queries and documents are both quantised. With *rescore*, bits "
-        f"select {CANDIDATES} documents, which are then ranked by their int8 codes and the float32 query."
-    )
-    return f"## Every width, quantised\n\n{text}\n\n" + _markdown(table, 1)
 
 
 def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
@@ -243,7 +151,7 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
             loss,
         ]
         table.append([stage["name"], ", ".join(trains), heads, losses, *numbers])
-    return "## Training\n\n" + _markdown(table, 4)
+    return "## Training\n\n" + markdown(table, 4)
 
 
 def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
@@ -267,7 +175,7 @@ def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
         "Means over the lines of the log. Memory is the largest value. Energy is per 1,000 texts of the batches that "
         "this GPU worked on."
     )
-    return f"### The first rank's GPU\n\n{text}\n\n" + _markdown(table, 1)
+    return f"### The first rank's GPU\n\n{text}\n\n" + markdown(table, 1)
 
 
 def _weights(weights: Mapping[str, float]) -> str:
@@ -311,24 +219,6 @@ def _size(folder: Path) -> str:
     return f"; {parameters / 1e6:.1f} M parameters, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
 
 
-def _by_width(results: Mapping[str, Any], model: str, key: str) -> dict[int, float]:
-    return {r["width"]: r["scores"][key] for r in results["rows"] if r["model"] == model and key in r["scores"]}
-
-
-def _widest(results: Mapping[str, Any], model: str, key: str) -> float | None:
-    scores = _by_width(results, model, key)
-    return scores[max(scores)] if scores else None
-
-
-def _cell(score: float | None, digits: int = 2) -> str:
-    return "–" if score is None else f"{100 * score:.{digits}f}"
-
-
-def _fraction(score: float | None, teacher: float | None) -> str:
-    percent = percent_of_teacher(score, teacher)
-    return "–" if percent is None else f"{percent:.1f} %"
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}"
@@ -342,10 +232,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _markdown(table: Sequence[Sequence[str]], left: int) -> str:
-    """Return a Markdown table. The first ``left`` columns are text, the others are numbers."""
-    head, *body = table
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, rule, *body])

@@ -14,22 +14,39 @@ from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.data.prepare import count_trained_pieces
 from jasper_fast.distributed.fsdp import collect, is_sharded, load_weights
+from jasper_fast.evaluation.advice import advice, loss_trend
 from jasper_fast.evaluation.images import evaluate_images
-from jasper_fast.evaluation.score import PCA_ROWS, evaluate_run
+from jasper_fast.evaluation.label_free import HeldOut, score_held_out
+from jasper_fast.evaluation.score import (
+    BEFORE,
+    PCA_ROWS,
+    STUDENT,
+    STUDENT_PCA,
+    STUDENT_PCA_ROWS,
+    TEACHER,
+    TRUNCATED,
+    Reduce,
+    evaluate_run,
+    fit_pca,
+    teacher_floors,
+)
 from jasper_fast.exporting.student import export_student
-from jasper_fast.models.embedder import load_model, model_encoder
+from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.encode import student_encoder
 from jasper_fast.models.folder import load_student
 from jasper_fast.models.quantization import CALIBRATION_TEXTS, int8_ranges
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.reporting.contact_sheet import SHEET, write_sheet
 from jasper_fast.reporting.model_card import run_facts, write_card
-from jasper_fast.reporting.report import final_line, write_report
-from jasper_fast.reporting.tables import images_line
+from jasper_fast.reporting.quality import quality_lines
+from jasper_fast.reporting.report import step_lines, write_report
+from jasper_fast.teachers.encoder import teacher_encoder
+from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.run.folder import RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.run import Run
+from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
@@ -64,10 +81,7 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
-    if "rows" in results:
-        print(final_line(results))
-    if "pictures" in results:
-        print(images_line(results["pictures"]))
+    print("\n".join(quality_lines(results)))
 
 
 def _full_student(run: Run, student: Student) -> Student:
@@ -89,14 +103,16 @@ def _evaluate(
     evalsets = load_evals(config.evaluate)
     before = build_student(config).to(device)
     exported = load_model(str(run.path / "model"), trust_remote_code=config.student.trust_remote_code)
-    scores = evaluate_run(
-        config,
-        evalsets,
-        student_encoder(before, None, student.max_length, device, config.precision),
-        model_encoder(exported),  # what users will load
-        labels.read(np.arange(min(len(texts), PCA_ROWS))).numpy(),
-        ranges,
-    )
+    encode_before = student_encoder(before, None, student.max_length, device, config.precision)
+    encode = model_encoder(exported)  # what users will load
+    train_vectors = labels.read(np.arange(min(len(texts), PCA_ROWS))).numpy()
+    has_held_out = data.held_out_texts is not None and len(data.held_out_texts) > 0
+    student_pca = _student_pca(run, student, texts) if evalsets or has_held_out else {}
+    scores = evaluate_run(config, evalsets, encode_before, encode, train_vectors, ranges, student_pca)
+    if has_held_out:
+        floors = teacher_floors(train_vectors, config.student.heads) | {STUDENT_PCA: student_pca}
+        encoders = {BEFORE: encode_before, STUDENT: encode}
+        scores |= _label_free(run, data.held_out_texts, student, encoders, floors, ranges)
     results: dict[str, Any] = {
         "recipe": config.name,
         **scores,
@@ -116,6 +132,48 @@ def _evaluate(
             results["facts"]["held_out_docstrings"] = {"all": len(evalset.documents), "with a trained piece": trained}
     _evaluate_images(run, student, data, results)
     return results
+
+
+def _label_free(
+    run: Run,
+    rows: Any,
+    student: Student,
+    encoders: dict[str, EncodeWidths],
+    floors: dict[str, dict[int, Reduce]],
+    ranges: dict[int, np.ndarray],
+) -> dict[str, Any]:
+    """Return the fields ``label_free`` and ``advice`` of the results, from the held-out documents."""
+    config, held_out = run.config, HeldOut.of(rows[:])
+    floors = {name: reduces for name, reduces in floors.items() if name != TRUNCATED}
+    if (teacher := teacher_encoder(config.teachers, config.data.cache, config.precision)) is not None:
+        ((_, vectors),) = teacher(held_out.texts, "document").items()
+        encoders = {TEACHER: teacher} | encoders
+    else:
+        first = {text: at for at, text in reversed([*enumerate(rows["text"])])}
+        try:
+            labels = ensure_teachers(config, rows, progress=False, student=student)
+        except JasperError as error:
+            sizes = {"documents": len(held_out.texts), "queries": 0}
+            return {"label_free": sizes | {"missing": f"the held-out documents have no teacher embeddings ({error})"}}
+        vectors = labels.read(np.array([first[text] for text in held_out.texts])).numpy()
+    scores = score_held_out(held_out, vectors, encoders, floors, ranges)
+    return {"label_free": scores, "advice": advice(scores, _main_trend(run))}
+
+
+def _main_trend(run: Run) -> dict[str, Any] | None:
+    """Return the loss trend of the last stage that trains encoder layers and the widest head, None without one."""
+    widest = max(run.config.student.heads)
+    lines = (run.path / LOG).read_text(encoding="utf-8").splitlines()
+    stages = [stage.name for stage in run.config.stages if widest in stage.heads and stage.last_layers]
+    return loss_trend(step_lines(lines), stages[-1]) if stages else None
+
+
+def _student_pca(run: Run, student: Student, texts: Any) -> dict[int, Reduce]:
+    """Fit the PCA of the student's widest embeddings, on texts spread over the training texts."""
+    rows = np.unique(np.linspace(0, len(texts) - 1, STUDENT_PCA_ROWS).astype(np.int64))
+    widest = student.widths[0]
+    encode = student_encoder(student.to(run.device), [widest], student.max_length, run.device, run.precision)
+    return fit_pca(encode(texts[rows.tolist()]["text"], "document")[widest], student.widths)
 
 
 def _evaluate_images(run: Run, student: Student, data: TrainingData, results: dict[str, Any]) -> None:

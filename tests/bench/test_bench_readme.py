@@ -17,7 +17,7 @@ from bench.pages.readme import (
     section,
     summary_section,
 )
-from jasper_fast.reporting.report import final_line
+from jasper_fast.reporting.quality import final_line
 
 RESULTS = {
     "primary": {"set": "s", "metric": "nDCG@10"},

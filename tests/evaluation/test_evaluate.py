@@ -443,7 +443,7 @@ def test_evaluate_run_returns_every_row_and_caches_teacher_embeddings(
     before = [{"model": "student before", "width": 4, "scores": {"stories/nDCG@10": 0.25}}]
     results = evaluate_run(config, evalsets, before, student, train)
     assert results["primary"] == {"set": "stories", "metric": "nDCG@10"}
-    assert results["sets"][1] == {"name": "pairs", "kind": "sts", "metric": "Spearman"}
+    assert results["sets"][1] == {"name": "pairs", "kind": "sts", "metric": "Spearman", "sizes": {"pairs": 11}}
     rows = {(row["model"], row["width"]): row["scores"] for row in results["rows"]}
     assert list(rows) == [
         ("teacher", 32),

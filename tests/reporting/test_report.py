@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jasper_fast.config.load import dump_config, load_config
-from jasper_fast.reporting.report import final_line, write_report
+from jasper_fast.reporting.quality import final_line, quality_lines
+from jasper_fast.reporting.report import write_report
 from jasper_fast.utils.errors import JasperError
 
 CONFIG = {
@@ -93,7 +94,60 @@ def test_final_line_names_before_after_teacher_and_share() -> None:
     alone = results()
     alone["rows"] = [row for row in alone["rows"] if not row["model"].startswith("teacher")]
     assert final_line(alone) == "docs nDCG@10: before 61.2 → after 80.3"
-    assert final_line({}) == "no scores: the configuration has no evaluation sets"
+    assert final_line({}) == "no scores: no evaluation sets and no held-out documents"
+
+
+def label_free() -> dict[str, Any]:
+    rows = [
+        {"model": "teacher", "width": 128, "ndcg": 0.9},
+        {"model": "student before", "width": 32, "overlap": 0.4, "overlap_error": 0.02, "spearman": 0.5, "ndcg": 0.6},
+        {"model": "student", "width": 64, "overlap": 0.61, "overlap_error": 0.01, "spearman": 0.8, "ndcg": 0.85},
+        {"model": "student", "width": 16, "overlap": 0.5, "overlap_error": 0.015, "spearman": 0.7, "ndcg": 0.8},
+        {
+            "model": "student",
+            "width": 16,
+            "precision": "int8",
+            "overlap": 0.49,
+            "overlap_error": 0.01,
+            "spearman": 0.69,
+        },
+        {"model": "student PCA", "width": 16, "overlap": 0.52, "overlap_error": 0.01, "spearman": 0.72, "ndcg": 0.7},
+    ]
+    return {"documents": 300, "queries": 250, "neighbours": 10, "chance": 0.0334, "rows": rows, "differences": []}
+
+
+def test_held_out_documents_are_in_report_plot_and_last_lines(tmp_path: Path) -> None:
+    content = {"facts": {}, "label_free": label_free(), "advice": "Use 16."}
+    line = "neighbours kept of the teacher's (300 held-out documents): 64: 61 %, 16: 50 % (± 1.5); before training 40 %"
+    assert quality_lines(content) == [line, "Use 16."]
+    folder = write_run(tmp_path / "run", content)
+    report = write_report(folder).read_text(encoding="utf-8")
+    assert f"**{line}**\n\nUse 16." in report
+    section = report.split("## Held-out documents")[1].split("\n## ")[0]
+    assert table_row(section, "student", "16", "float32")[3:] == ["50.0", "1.5", "70.0", "80.0"]
+    assert table_row(section, "student", "16", "int8")[3:] == ["49.0", "1.0", "69.0", "–"]
+    assert table_row(section, "student, PCA", "16")[3:] == ["52.0", "1.0", "72.0", "70.0"]
+    assert "cannot encode queries" not in section and (folder / "plots" / "label_free.png").is_file()
+    content["label_free"]["rows"].pop(0)
+    assert "The teacher cannot encode queries" in write_report(folder, content).read_text(encoding="utf-8")
+    few = {"documents": 3, "queries": 0, "missing": "too few held-out documents (got 3, expected at least 21)"}
+    assert quality_lines({"label_free": few}) == [f"no score without labels: {few['missing']}"]
+    assert "## Held-out" not in write_report(folder, {"facts": {}, "label_free": few}).read_text(encoding="utf-8")
+
+
+def test_the_last_lines_name_all_sets_and_their_sizes() -> None:
+    content = results()
+    content["sets"][0] |= {"name": "docs", "sizes": {"queries": 99, "documents": 12345}}
+    assert quality_lines(content) == [
+        "docs nDCG@10: before 61.2 → after 80.3 · teacher 82.0 (97.9 % kept) · 99 queries, 12,345 documents",
+        "pairs Spearman: before 50.0 → after 69.0 · teacher 70.0 (98.6 % kept)",
+    ]
+    long = "a-very-long-name-of-a-set-of-documents-" * 3
+    content["sets"][0]["name"] = long
+    for row in content["rows"]:
+        row["scores"][f"{long}/nDCG@10"] = row["scores"]["docs/nDCG@10"]
+    first = quality_lines(content)[0]
+    assert len(first) <= 100 and "… nDCG@10: before 61.2" in first
 
 
 def test_report_holds_every_score_beside_its_floor(tmp_path: Path) -> None:
