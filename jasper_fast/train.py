@@ -1,8 +1,9 @@
 """Distil teachers into a student, stage by stage, and write a model that sentence-transformers loads.
 
     python -m jasper_fast.train                                  the embedded recipe, without a model hub
+    python -m jasper_fast.train --texts docs.jsonl --columns title,text    your documents; --teacher NAME: another one
     python -m jasper_fast.train --config my.yaml                 your own file, or the name of a shipped recipe
-    python -m jasper_fast.train --stages.0.lr 1e-4 --seed 1      any field by its dotted name
+    python -m jasper_fast.train --stages.distil.lr 1e-4          any field by its dotted name (docs/config.md)
     python -m jasper_fast.train --print-config | --dry-run       what would be done
     python -m jasper_fast.train --list                           the shipped recipes, and what they need
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.train …    the same on every GPU (docs/scale.md)
@@ -19,11 +20,12 @@ from typing import Any
 
 from jasper_fast._renamed import old_names
 from jasper_fast.config.load import describe_recipes, dump_config, load_arguments, load_config, recipe_names
+from jasper_fast.config.overrides import ALIASES
 from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.loop import train_stage
-from jasper_fast.training.preflight import check_start, describe_plan, prepare
+from jasper_fast.training.preflight import check_start, describe_plan, fit_small_data, prepare
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
@@ -62,11 +64,12 @@ def train(
         >>> SentenceTransformer(str(folder / "model")).encode(["a text"])
     """
     if not isinstance(config, Config) or overrides:
-        config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
+        config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides, out)
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
             return run.report_finished()
         student, data = prepare(config, run.ranks.world)  # checked, then read: student, texts, images
+        config = run.config = fit_small_data(config, data)  # smaller default batches for few texts
         check_start(run, student, data)  # rejects a changed configuration, texts or teachers
         run.start_trackers()
         labels = label_texts(run, student, data)
@@ -119,7 +122,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
-    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run", "list"))
+    names = ("config", "out", "print-config", "dry-run", "list", *ALIASES)
+    config = load_arguments(options.config, rest, names, options.out)
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
         print(describe_recipes())

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,24 +13,19 @@ from pydantic import (
 )
 
 from jasper_fast.config.comments import add_comments
+from jasper_fast.config.default_stages import complete_stages, keep_given_sizes
+from jasper_fast.config.layers import Layers, read_layers, recipe_names, run_name
+from jasper_fast.config.merge import expand_short_forms
 from jasper_fast.config.messages import Problem, argument_message, problems_of
 from jasper_fast.config.overrides import override, override_pairs
+from jasper_fast.config.own_texts import without_limits
 from jasper_fast.config.run import Config, run_problems
 from jasper_fast.config.schema import takes_list
-from jasper_fast.config.yaml import dump_yaml, read_yaml
+from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.utils.errors import ConfigError
-from jasper_fast.utils.names import CONFIG_FILES
 
-DEFAULT_RECIPE = "minilm-docstrings"
 OLDER_DATA: dict[str, Any] = {"held_out": 0}  # what a stored section `data` means that lacks a field
 OLDER_SOURCE: dict[str, Any] = {"join": False}  # the same for a source of texts
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that ship with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in (files("jasper_fast") / "recipes").iterdir() if p.name.endswith(".yaml")
-    )
 
 
 def describe_recipes() -> str:
@@ -53,36 +44,43 @@ def describe_recipes() -> str:
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[tuple[str, Any]] = ()
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    out: str | Path | None = None,
 ) -> Config:
     """Read and validate a configuration.
 
     Args:
         source: path of a YAML file, recipe name, or mapping. None means the default recipe.
-        overrides: pairs of dotted key and value, e.g. ``("stages.0.lr", 1e-4)``. A value that is text is parsed as
-            YAML.
+        overrides: pairs of dotted key and value, e.g. ``("stages.distil.lr", 1e-4)``. A value that is text is parsed
+            as YAML.
+        out: the run's folder, whose name is the run's if the configuration gives none.
 
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is impossible. The message lists all of them,
             each with its key.
     """
-    return _load(source, overrides, [])
+    return _load(source, overrides, [], out)
 
 
 def load_arguments(
-    source: str | Path | Mapping[str, Any] | None, arguments: Sequence[str], options: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any] | None,
+    arguments: Sequence[str],
+    options: Sequence[str] = (),
+    out: str | Path | None = None,
 ) -> Config:
     """Read and validate a configuration with overrides from a command line.
 
     Args:
         source: path of a YAML file, recipe name, or mapping. None means the default recipe.
-        arguments: ``--key.sub value`` pairs.
+        arguments: ``--key.sub value`` pairs, and the short options of :data:`~jasper_fast.config.overrides.ALIASES`.
         options: names of the command's other options, which are proposed for a misspelt key.
+        out: the run's folder, as in :func:`load_config`.
 
     Raises:
         ConfigError: as in :func:`load_config`. Problems of the arguments are listed separately from those of the file.
     """
-    return _load(source, *override_pairs(arguments), options)
+    return _load(source, *override_pairs(arguments), out, options)
 
 
 def stored_config(tree: dict[str, Any], where: str) -> Config:
@@ -115,7 +113,11 @@ def _with_older_meaning(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(
-    source: Any, overrides: Sequence[tuple[str, Any]], problems: list[str], options: Sequence[str] | None = None
+    source: Any,
+    overrides: Sequence[tuple[str, Any]],
+    problems: list[str],
+    out: str | Path | None,
+    options: Sequence[str] | None = None,
 ) -> Config:
     """Read and validate a configuration with overrides.
 
@@ -123,21 +125,77 @@ def _load(
         source: path of a YAML file, recipe name, or mapping. None means the default recipe.
         overrides: pairs of dotted key and value.
         problems: problems of the overrides that are known already.
+        out: the run's folder, or None.
         options: names of the command's other options. None means that the overrides come from Python.
     """
-    tree, where = _read(source)
-    file_tree, override_problems = copy.deepcopy(tree), list(problems)
-    for key, value in overrides:
-        override(tree, key, value, override_problems, partial(takes_list, Config))
+    layers = read_layers(source)
+    override_problems = list(problems)
+    tree, notes = _resolve(layers, overrides, out, override_problems)
     config, all_problems = _validate(tree)
     if config is not None and not override_problems:
-        return config
-    file_problems = _validate(file_tree)[1] if overrides else all_problems
+        return config.with_notes(notes)
+    file_problems = _validate(_resolve(layers, (), out, [])[0])[1] if overrides else all_problems
     for problem in all_problems:
         if problem not in file_problems:
             override_problems.append(problem.line if options is None else argument_message(Config, problem, options))
     remaining = [problem.line for problem in all_problems if problem in file_problems]
-    raise ConfigError(override_problems, "the overrides" if options is None else "the command line", {where: remaining})
+    place = "the overrides" if options is None else "the command line"
+    raise ConfigError(override_problems, place, {layers.where: remaining})
+
+
+def _resolve(
+    layers: Layers, overrides: Sequence[tuple[str, Any]], out: str | Path | None, problems: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of all layers, overrides and defaults that depend on others, and lines about the latter.
+
+    Args:
+        layers: the configuration and what it extends.
+        overrides: pairs of dotted key and value.
+        out: the run's folder, or None.
+        problems: list that gets a line for each key that leads to no field.
+    """
+    recipe: dict[str, Any] | None = None
+    removed: list[str] = []
+    if layers.recipe is not None:
+        changed = _overridden(layers.merged(), overrides, [])
+        sets_given = any("evaluate" in tree for tree in layers.trees[1:]) or _sets(overrides, "evaluate")
+        recipe, removed = without_limits(layers.trees[0], changed, sets_given)
+    tree = _overridden(layers.merged(recipe), overrides, problems)
+    notes = []
+    if removed:
+        notes.append(f"own texts: these values of recipe {layers.recipe} do not apply: {', '.join(removed)}")
+        keep_given_sizes(tree.get("stages"), layers.trees[0]["stages"])
+    if removed and len(layers.trees) == 1 and not _sets(overrides, "name"):
+        tree.pop("name", None)
+    if tree.get("name") is None:
+        file = layers.stem if layers.stem != layers.recipe else None
+        tree["name"] = file or run_name(out or _first_source(tree) or "run")
+    try:
+        notes += complete_stages(tree)
+    except IndexError as error:
+        raise ConfigError([f"stages: {error}"], "the configuration") from None
+    return tree, notes
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
+    """Return values with overrides."""
+    for key, value in overrides:
+        override(tree, key, value, problems, partial(takes_list, Config))
+        expand_short_forms(tree)
+    return tree
+
+
+def _sets(overrides: Sequence[tuple[str, Any]], section: str) -> bool:
+    return any(key.split(".")[0] == section for key, _ in overrides)
+
+
+def _first_source(tree: Mapping[str, Any]) -> str | None:
+    """Return the path of the first text source, or None if there is none."""
+    data = tree.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    first = sources[0] if isinstance(sources, list) and sources else None
+    path = first.get("path") if isinstance(first, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
@@ -157,26 +215,3 @@ def dump_config(config: Config, *, comments: bool = False) -> str:
     """
     text = dump_yaml(config.model_dump(mode="json"))
     return add_comments(text, Config) if comments else text
-
-
-def _read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
-    if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source)), "the given configuration"
-    name = str(source) if source is not None else DEFAULT_RECIPE
-    if name in recipe_names():
-        where = f"recipe {name}"
-        return read_yaml(files("jasper_fast") / "recipes" / f"{name}.yaml", where), where
-    if not os.path.exists(name):  # also False for an invalid file name
-        raise ConfigError([_no_such_file(name)], "--config")
-    return read_yaml(Path(name), name), name
-
-
-def _no_such_file(name: str) -> str:
-    """Describe a missing configuration, and propose the file or recipe with the most similar name."""
-    with suppress(OSError, ValueError):
-        neighbours = [str(file) for file in Path(name).parent.iterdir() if file.name.endswith(CONFIG_FILES)]
-        if near := difflib.get_close_matches(name.removesuffix(".yaml"), recipe_names(), n=1, cutoff=0.8):
-            return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
-        if near := difflib.get_close_matches(name, neighbours, n=1, cutoff=0.8):
-            return f"{name!r} is neither a file nor a recipe; did you mean `{near[0]}`?"
-    return f"{name!r} is neither a file nor a recipe. Fix: give a file, or one of {', '.join(recipe_names())}"

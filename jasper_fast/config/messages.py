@@ -24,6 +24,11 @@ SYNONYMS = {
     "widths": "heads",
     "dim": "heads",
     "output_dir": "out",
+    "output": "out",
+    "docs": "texts",
+    "extends": "config",
+    "extend": "extends",
+    "base": "extends",
 }
 
 
@@ -101,7 +106,8 @@ def _unknown_key(schema: type[BaseModel], location: Location, options: Sequence[
     """Format an unknown key with similar keys, or with all keys of its section."""
     *path, name = location
     fields = list(section_at(schema, path).model_fields)
-    if near := _most_similar(str(name), [*options, *fields] if not path else fields):
+    others = options or ("extends",)  # a file may also say what it extends
+    if near := _most_similar(str(name), [*others, *fields] if not path else fields):
         proposals = [f"{dashes}{near[0]}" if not path else near[0]]
     else:
         proposals = [dashes + key for key in _similar_keys(schema, str(name))]

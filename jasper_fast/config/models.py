@@ -102,6 +102,9 @@ class VisionConfig(Section):
         return self
 
 
+DEFAULT_HEADS = [384, 128, 64]  # the first is the width of all-MiniLM-L6-v2
+
+
 class StudentConfig(Section):
     """Model to train: a text encoder, mean pooling, and one linear head per width."""
 
@@ -109,7 +112,8 @@ class StudentConfig(Section):
     revision: str | None = None  # branch, tag or commit on the model hub
     # layers to keep: the first n, or a list of indices from 0; null keeps all
     layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None
-    heads: list[Width] = Field(min_length=1)  # widths of the embeddings; the widest is the default of the export
+    # widths of the embeddings; the widest is the default of the export, and the teachers' width for the cosine loss
+    heads: list[Width] = Field(default=DEFAULT_HEADS, min_length=1)
     # independent: one linear layer per width; prefix: the first rows of the widest head
     head_type: Literal["independent", "prefix"] = "independent"
     head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates

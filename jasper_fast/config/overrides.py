@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jasper_fast.config.merge import EXAMPLE, item_position
 from jasper_fast.config.yaml import NOT_YAML, DuplicateKey, parse_yaml
 from jasper_fast.utils.errors import ConfigError
 from jasper_fast.utils.names import CONFIG_FILES
+
+# Short options of the command line, in the order in which they apply, and the fields that they set.
+ALIASES = {"texts": "data.sources", "columns": "data.sources.*.columns", "teacher": "teachers"}
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -34,13 +38,15 @@ def override_pairs(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], lis
         if not argument.startswith("--"):
             problems.append(_unexpected(argument))
         elif not all(key.split(".")):
-            problems.append(f"{argument}: expected a field's name, e.g. --stages.0.lr 1e-4")
+            problems.append(f"{argument}: expected a field's name, {EXAMPLE}")
         elif equals:
             pairs.append((key, value))
         elif not rest or rest[0].startswith("--"):
             problems.append(f"{argument} needs a value, e.g. {argument} 1")
         else:
             pairs.append((key, rest.pop(0)))
+    short = [(ALIASES[alias], value) for alias in ALIASES for key, value in pairs if key == alias]
+    pairs = [*short, *((key, value) for key, value in pairs if key not in ALIASES)]
     return pairs, problems + _repeated([key for key, _ in pairs])
 
 
@@ -55,22 +61,15 @@ def override(
 
     Args:
         tree: configuration as plain values, changed in place.
-        key: dotted key, e.g. ``stages.0.lr``.
+        key: dotted key, e.g. ``stages.0.lr`` or ``stages.distil.lr``. ``*`` means every item of a list.
         value: new value. Text is parsed as YAML, and as a list if the field takes one.
         problems: list that gets a line if the key leads to no field.
         takes_list: function that returns True if the field of a key takes a list of plain values. Its second argument
             is True if the value has commas.
     """
-    *parents, last = key.split(".")
     try:
         value = _value(value, key, takes_list) if isinstance(value, str) else value
-        node: Any = tree
-        for part, name in zip(parents, _prefixes(parents), strict=True):
-            node = _inside(node, part, name)
-        if isinstance(node, list):
-            node[_position(node, last)] = value
-        else:
-            node[last] = value
+        _set(tree, key.split("."), value)
     except (IndexError, TypeError, DuplicateKey) as error:
         problems.append(f"--{key}: {error}")
 
@@ -93,29 +92,42 @@ def _repeated(keys: Sequence[str]) -> list[str]:
     return problems
 
 
-def _prefixes(parts: Sequence[str]) -> list[str]:
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+def _set(node: Any, parts: Sequence[str], value: Any, done: tuple[str, ...] = ()) -> None:
+    """Set a field below a section or list.
+
+    Args:
+        node: section or list, changed in place.
+        parts: the rest of the dotted key.
+        value: new value.
+        done: the parts of the key before ``node``.
+    """
+    part, *rest = parts
+    if isinstance(node, list) and part == "*":
+        for index in range(len(node)):
+            _set(node, [str(index), *rest], value, done)
+    elif rest:
+        _set(_inside(node, part, ".".join((*done, part))), rest, value, (*done, part))
+    elif not isinstance(node, list):
+        node[part] = value
+    elif (place := item_position(node, part)) == len(node):
+        node.append(value)
+    else:
+        node[place] = value
 
 
 def _inside(node: Any, part: str, name: str) -> Any:
-    """Return the section or list ``part`` of a node. A missing section is created."""
-    if isinstance(node, list):
-        child = node[_position(node, part)]
+    """Return the section or list ``part`` of a node. A missing section is created, also right after a list's end."""
+    child: Any = None
+    if not isinstance(node, list):
+        child = node[part] = {} if node.get(part) is None else node[part]
+    elif (place := item_position(node, part)) == len(node):
+        child = {}
+        node.append(child)
     else:
-        if node.get(part) is None:
-            node[part] = {}
-        child = node[part]
+        child = node[place]
     if not isinstance(child, (dict, list)):
         raise TypeError(f"`{name}` is a value, not a section")
     return child
-
-
-def _position(items: list[Any], part: str) -> int:
-    if not (part.isascii() and part.isdecimal() and int(part) < len(items)):
-        raise IndexError(
-            f"a list is indexed by position from 0 to {len(items) - 1} (got {part!r}), e.g. --stages.0.lr 1e-4"
-        )
-    return int(part)
 
 
 def _value(text: str, key: str, takes_list: Callable[[str, bool], bool]) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    PrivateAttr,
     model_validator,
 )
 
@@ -58,7 +59,8 @@ class Config(Section):
     ``--print-config`` prints every field.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # name of the run, whose folder is `runs/NAME`
+    # name of the run, whose folder is `runs/NAME`; left out: the name of the file, else of the folder given by `--out`
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Seed = 0  # seed of new weights, batches and dropout
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on devices where it is fast
     student: StudentConfig
@@ -71,6 +73,19 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines about what was chosen for the user when the configuration was loaded. They are not stored."""
+        return self._notes
+
+    def with_notes(self, notes: Sequence[str]) -> Config:
+        """Return the configuration with more notes."""
+        config = self.model_copy()
+        config._notes = (*self._notes, *notes)
+        return config
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

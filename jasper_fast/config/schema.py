@@ -23,7 +23,9 @@ def takes_list(schema: type[BaseModel], key: str, several: bool) -> bool:
     if field is None:
         return False
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple) and nested_section(kind) is None]
+    lists = [kind for kind in kinds if get_origin(kind) in (list, tuple)]
+    if any(nested_section(kind) is not None for kind in lists):
+        return several  # short forms of sections: one text is expanded later
     return bool(lists) and (several or len(lists) == len(kinds))
 
 
@@ -36,9 +38,11 @@ def field_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def section_at(schema: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
-    """Return the section at a path. Unknown parts and positions are skipped."""
+    """Return the section at a path. Unknown parts are skipped, and so is an item's position or name after a list."""
+    is_item = False
     for part in path:
-        field = schema.model_fields.get(str(part))
+        field = None if is_item else schema.model_fields.get(str(part))
+        is_item = field is not None and get_origin(field.annotation) is list
         if field is not None:
             schema = nested_section(field.annotation) or schema
     return schema

@@ -16,6 +16,7 @@ from jasper_fast.config.types import (
     ByHead,
     Fraction,
     FractionBelowOne,
+    LayerCount,
     NotNegative,
     Positive,
     PositiveInt,
@@ -60,8 +61,8 @@ class StageConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # name in logs and reports
     # parameters to train: globs over their names; all others are frozen
     train: list[str] = Field(default=[], description="globs over parameter names, e.g. heads.384.*")
-    # also train the last n layers of the encoder; in vision stages, of the tower
-    last_layers: Annotated[int, Field(ge=0, strict=True)] = 0
+    # also train the last n layers of the encoder, or `all`; in vision stages, of the tower
+    last_layers: LayerCount = 0
     vision: VisionStageConfig | None = None  # settings of a vision stage, in which only `vision.*` may train
     heads: list[PositiveInt] = Field(min_length=1)  # widths of the heads in the losses
     weights: LossWeights = LossWeights()
@@ -75,6 +76,8 @@ class StageConfig(Section):
     codes: list[Literal["int8", "ubinary"]] = []  # quantized forms of the narrow embeddings to train as well
     codes_weight: Positive = 1.0  # weight of the losses of `codes`
     batch_size: PositiveInt = 128  # texts per optimizer step, all compared by the losses
+    # too few texts for batch_size, neighbours or principal axes: an error, or adapt: smaller or random batches, as_is
+    small_data: Literal["error", "adapt"] = "error"
     steps: PositiveInt  # optimizer steps
     lr: Positive  # peak learning rate
     warmup: Fraction = 0.05  # length of the warm-up, as a fraction of the steps

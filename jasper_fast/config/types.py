@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
@@ -22,6 +22,11 @@ Positive = Annotated[float, Field(gt=0.0), BeforeValidator(reject_bool)]
 NotNegative = Annotated[float, Field(ge=0.0), BeforeValidator(reject_bool)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(reject_bool)]
 FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(reject_bool)]
+# A number of layers, or all of them. The discriminator limits error messages to the given form.
+LayerCount = Annotated[
+    Annotated[int, Field(ge=0, strict=True), Tag("layer-count")] | Annotated[Literal["all"], Tag("all-layers")],
+    Discriminator(lambda value: "all-layers" if isinstance(value, str) else "layer-count"),
+]
 # One number, or one per width. The discriminator limits error messages to the given form.
 ByHead = Annotated[
     Annotated[Positive, Tag("one-number")] | Annotated[dict[Annotated[int, Field(gt=0)], Positive], Tag("by-head")],

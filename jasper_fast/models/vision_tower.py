@@ -119,6 +119,12 @@ class VisionTower(nn.Module):
         elif self.tower.supports_gradient_checkpointing:
             self.tower.gradient_checkpointing_disable()
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the tower, 0 if it has no single list of layers."""
+        path = layer_list(self.tower)
+        return len(self.tower.get_submodule(path)) if path is not None else 0
+
     def layer_parameters(self, last_n: int) -> list[str]:
         """Return the parameter names of the tower's last ``last_n`` layers and of its final norm.
 
@@ -128,8 +134,7 @@ class VisionTower(nn.Module):
         Raises:
             JasperError: The tower has fewer layers, or no single list of layers.
         """
-        path = layer_list(self.tower)
-        count = len(self.tower.get_submodule(path)) if path is not None else 0
+        path, count = layer_list(self.tower), self.num_layers
         if last_n > count:
             raise JasperError(
                 f"last_layers: the vision tower has a list of {count} layers (got {last_n}). Fix: give at most {count}"

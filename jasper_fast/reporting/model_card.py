@@ -215,7 +215,7 @@ def _stage_row(stage: Mapping[str, Any]) -> list[str]:
     """Return the table cells of one stage."""
     trains = [f"`{name}`" for name in stage["train"]]
     if stage["last_layers"]:
-        trains.append(f"last {stage['last_layers']} layers")
+        trains.append("all layers" if stage["last_layers"] == "all" else f"last {stage['last_layers']} layers")
     losses = _weights(stage["weights"])
     if stage.get("narrow_weights"):
         losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"

@@ -132,7 +132,7 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
         done = [line for line in steps if line["stage"] == stage["name"]]
         trains = [f"`{glob}`" for glob in stage["train"]]
         if stage["last_layers"]:
-            trains.append(f"last {stage['last_layers']} layers")
+            trains.append("all layers" if stage["last_layers"] == "all" else f"last {stage['last_layers']} layers")
         losses = _weights(stage["weights"])
         if stage.get("narrow_weights"):
             losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"

@@ -24,12 +24,13 @@ def text_parameters(student: Student, stage: StageConfig) -> list[str]:
         JasperError: a glob matches no parameter, the student has fewer layers than ``last_layers``, or nothing is left.
     """
     chosen = _matched_names(student, stage)
-    if stage.last_layers > student.num_layers:
+    last_layers = student.num_layers if stage.last_layers == "all" else stage.last_layers
+    if last_layers > student.num_layers:
         raise JasperError(
-            f"stage {stage.name!r}: last_layers {stage.last_layers}, but the student has {student.num_layers} layers"
+            f"stage {stage.name!r}: last_layers {last_layers}, but the student has {student.num_layers} layers"
         )
-    if stage.last_layers:
-        chosen.update(student.layer_parameters(stage.last_layers))
+    if last_layers:
+        chosen.update(student.layer_parameters(last_layers))
     used = {str(width) for width in stage.heads}
     independent = len(student.heads) > 1  # prefix heads are parts of the widest one
     idle = [f"heads.{width}." for width in student.heads if independent and width not in used]
@@ -55,7 +56,9 @@ def tower_parameters(student: Student, stage: StageConfig) -> list[str]:
             f"stage {stage.name!r} learns from images while the text side is frozen, but would train {text[0]!r}. "
             'Fix: use train: ["vision.tower.*"] (and "vision.marks" for the embeddings around an image)'
         )
-    last = set(student.vision_tower.layer_parameters(stage.last_layers)) if stage.last_layers else set()
+    tower = student.vision_tower
+    last_layers = tower.num_layers if stage.last_layers == "all" else stage.last_layers
+    last = set(tower.layer_parameters(last_layers)) if last_layers else set()
     return [name for name in _names(student) if name in last or name in chosen]
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.run import Config
+from jasper_fast.config.stage import StageConfig
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, result_settings
 from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.sampler import rows_up_to
-from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
+from jasper_fast.training.stages.base import BaseStage, build_stages, describe_stage, trained_names
 from jasper_fast.utils.atomic import check_disk_space, check_writable
 from jasper_fast.utils.errors import JasperError, Problems
 
@@ -60,7 +61,7 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
         prepared.held_out,
         prepared.counts,
     )
-    check_sizes(config, data)
+    check_sizes(fit_small_data(config, data), data)
     return student, data
 
 
@@ -103,6 +104,56 @@ def check_sources(config: Config) -> None:
     problems.raise_all()
 
 
+def fit_small_data(config: Config, data: TrainingData) -> Config:
+    """Return the configuration with smaller batches for the stages that adapt to few texts (``small_data: adapt``).
+
+    Notes of the configuration say what was changed.
+    """
+    stages, notes = [], []
+    for built in build_stages(config, data):
+        stage, available = built.config, _available(built)
+        changes = _small_data_changes(stage, available, config.student.heads[0]) if available else {}
+        if changes:
+            values = ", ".join(f"{key} {getattr(stage, key)} -> {value}" for key, value in changes.items())
+            notes.append(f"stage {stage.name!r}: {values}, since there are {available:,} texts")
+        stages.append(stage.model_copy(update=changes))
+    return config.model_copy(update={"stages": stages}).with_notes(notes) if notes else config
+
+
+def _small_data_changes(stage: StageConfig, available: int, widest: int) -> dict[str, Any]:
+    """Return the settings with which a stage can train on few texts.
+
+    A batch of neighbours has at most half of the texts, since near-duplicates cannot fill it.
+
+    Args:
+        stage: the stage's settings.
+        available: number of texts that its batches are drawn from, at least 1.
+        widest: width of the student's widest head.
+    """
+    changes: dict[str, Any] = {}
+    if stage.small_data == "error":
+        return changes
+    size = min(stage.batch_size, available)
+    if stage.batches == "neighbours" and available < 2 * stage.batch_size:
+        half = min(stage.batch_size, available // 2) // stage.neighbours * stage.neighbours
+        if round((1.0 - stage.random_share) * half) >= stage.neighbours:
+            size = half
+        else:
+            changes["batches"] = "random"
+    if size != stage.batch_size:
+        changes["batch_size"] = size
+    if stage.narrow_start == "principal" and available < max((w for w in stage.heads if w != widest), default=0):
+        changes["narrow_start"] = "as_is"
+    return changes
+
+
+def _available(stage: BaseStage) -> int:
+    """Return the number of texts or images that the batches of a stage are drawn from."""
+    source, settings = stage.source()[0], stage.config
+    available = min(len(source), settings.texts or len(source))
+    return available if settings.max_chars is None else len(rows_up_to(source, available, settings.max_chars))
+
+
 def check_sizes(config: Config, data: TrainingData) -> None:
     """Check that no batch is larger than what its stage draws from.
 
@@ -111,10 +162,8 @@ def check_sizes(config: Config, data: TrainingData) -> None:
     """
     small = []
     for stage in build_stages(config, data):
-        source, unit = stage.source()
-        settings, available = stage.config, min(len(source), stage.config.texts or len(source))
+        unit, settings, available = stage.source()[1], stage.config, _available(stage)
         if settings.max_chars is not None:
-            available = len(rows_up_to(source, available, settings.max_chars))
             unit = f"{unit} of up to {settings.max_chars} characters"
         narrow = [width for width in settings.heads if width != max(config.student.heads)]
         if available < settings.batch_size:
@@ -192,6 +241,8 @@ def describe_plan(config: Config, folder: Path) -> str:
     from jasper_fast.teachers.label import check_targets
 
     student, data = prepare(config)
+    difference = existing_difference(folder, config)
+    config = fit_small_data(config, data)
     check_disk(config, folder, student, data)
     check_targets(config, data.texts, student)
     images = f" and {len(data.images):,} images" if data.images is not None else ""
@@ -199,6 +250,7 @@ def describe_plan(config: Config, folder: Path) -> str:
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
         f"{len(data.texts):,} texts{images} to train on"
     ]
+    lines += config.notes
     if data.transductive:
         sets = ", ".join(data.transductive)
         lines.append(f"some texts of {sets} are among the training texts: scores there will be transductive")
@@ -207,7 +259,6 @@ def describe_plan(config: Config, folder: Path) -> str:
         set_trained(student, names)
         lines.append(describe_stage(student, stage))
         lines += [f"    {name}" for name in names]
-    difference = existing_difference(folder, config)
     if difference:
         lines.append("this folder was started with another configuration: " + "; ".join(difference))
     return "\n".join(lines)

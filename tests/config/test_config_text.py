@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jasper_fast.config.load import load_arguments, load_config
+from jasper_fast.config.overrides import ALIASES
 from jasper_fast.config.yaml import dump_yaml, parse_yaml, read_yaml
 from jasper_fast.reporting.model_card import front_matter
 from jasper_fast.utils.errors import ConfigError
@@ -162,7 +163,10 @@ def test_other_peoples_cards_are_read_as_they_are(card, licence):
         (["--batch-size", "8"], "did you mean `--stages.N.batch_size`?"),
         (["--output", "x"], "--output: unknown key; did you mean `--out`?"),
         (["--dry_run", "1"], "did you mean `--dry-run`?"),
-        (["--teacher", "x"], "--teacher: unknown key; did you mean `--teachers`?"),
+        (["--teachr", "x"], "--teachr: unknown key; did you mean `--teacher`?"),
+        (["--text", "x"], "--text: unknown key; did you mean `--texts`?"),
+        (["--column", "x"], "--column: unknown key; did you mean `--columns`?"),
+        (["--extends", "x"], "--extends: unknown key; did you mean `--config`?"),
         (["--max_length", "9"], "`--student.max_length` or `--teachers.N.max_length` or `--stages.N.max_length`?"),
         (["--stages.0.learning_rate", "1"], "--stages.0.learning_rate: unknown key; did you mean `lr`?"),
         (["--zzz", "1"], "--zzz: unknown key; known: name, seed, "),
@@ -172,24 +176,34 @@ def test_other_peoples_cards_are_read_as_they_are(card, licence):
         (["--seed", ""], "seed: Input should be a valid integer, got ''"),
         (["--seed="], "seed: Input should be a valid integer, got ''"),
         (["--log.every", "--seed", "3"], "--log.every needs a value"),
-        (["--stages.-1.lr", "1"], "a list is indexed by position from 0 to 2 (got '-1')"),
-        (["--stages.+1.lr", "1"], "from 0 to 2 (got '+1')"),
-        (["--stages.3.lr", "1"], "from 0 to 2 (got '3')"),
-        (["--stages.one.lr", "1"], "from 0 to 2 (got 'one')"),
+        (
+            ["--stages.-1.lr", "1"],
+            "a list is indexed by position from 0 to 2, or by name (head, distil, reduce); 3 adds an item (got '-1')",
+        ),
+        (["--stages.+1.lr", "1"], "(got '+1')"),
+        (["--stages.4.lr", "1"], "(got '4')"),
+        (["--stages.3.lr", "1"], "stages.3.heads: Field required"),
+        (["--stages.one.lr", "1"], "(got 'one')"),
+        (["--stages.distill.lr", "1"], "--stages.distill.lr: no item is named 'distill'; did you mean `distil`?"),
+        (["--teachers.5.model", "x"], "a list is indexed by position from 0 to 0; 1 adds an item (got '5')"),
         (["--name.x", "1"], "--name.x: `name` is a value, not a section"),
         (["--stages..lr=1"], "--stages..lr=1: expected a field's name"),
         (["--=1"], "--=1: expected a field's name"),
         (["--data.sources", "[{path: a, path: b}]"], "--data.sources: line 1: `path` is given twice"),
         (["--student.heads", "384,x"], "student.heads.1: Input should be a valid integer, got 'x'"),
         (["--stages.0.steps", "1,000"], "stages.0.steps: Input should be a valid integer, got '1,000'"),
-        (["--data.sources", "docstrings"], "data.sources: Input should be a valid list, got 'docstrings'"),
+        (["--data.sources", "3"], "data.sources: Input should be a valid list, got 3"),
+        (["--stages", "a,b"], "stages.0: Input should be a valid dictionary"),
+        (["--stages.0.last_layers", "-1"], "stages.0.last_layers: Input should be greater than or equal to 0, got -1"),
+        (["--stages.0.last_layers", "al"], "stages.0.last_layers: Input should be 'all', got 'al'"),
+        (["--texts", "a", "--data.sources", "b"], "--data.sources is given twice"),
         (["--seed", "\udcff"], "seed: Input should be a valid integer"),
         (["--seed", "9" * 5000], "seed: Input should be a valid integer"),
     ],
 )
 def test_problems_of_the_command_line_are_its_own(arguments, problem):
     with pytest.raises(ConfigError) as error:
-        load_arguments(None, arguments, ("config", "out", "print-config", "dry-run"))
+        load_arguments(None, arguments, ("config", "out", "print-config", "dry-run", *ALIASES))
     assert str(error.value).splitlines()[0].endswith("in the command line:")
     assert problem in str(error.value) and "recipe" not in str(error.value), error.value
 

@@ -185,6 +185,9 @@ class Run:
         if self.ranks.is_main:
             self.log = RunLog(self.path, self.config, total, position.step, self._trackers)
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
+        for note in self.config.notes:
+            self.log.info(note)
+            self.log.event("note", text=note)
         if position.step:
             self.log.info(f"resuming after step {position.step} of {total}")
         self._saver = Saver(self.path / CHECKPOINTS, self.config.checkpoint.keep, self.ranks.is_main)
