@@ -35,7 +35,7 @@ from jasper_fast.training.stages.base import build_stage
 from jasper_fast.training.step import StepTimer
 from jasper_fast.utils.device import pick_device
 
-STEPS, LEAST_STEPS = 24, 3  # measured steps of a stage, at most and at least, after one that warms up
+STEPS, LEAST_STEPS = 13, 3  # measured steps of a stage, at most and at least, after one that warms up
 STEP_SECONDS, SLOW_SECONDS = 4.0, 20.0  # after so long, no further step is measured; then one step suffices
 SAMPLE = 96  # texts that are encoded to measure a model
 GRAPH_ROWS = 2_048  # rows of the neighbour graph that is measured
