@@ -25,7 +25,7 @@ from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.loop import train_stage
-from jasper_fast.training.preflight import check_start, describe_plan, fit_small_data, prepare
+from jasper_fast.training.preflight import check_start, describe_plan, fit_small_data, plan_run, prepare
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
@@ -72,6 +72,8 @@ def train(
         config = run.config = fit_small_data(config, data)  # smaller default batches for few texts
         check_start(run, student, data)  # rejects a changed configuration, texts or teachers
         run.start_trackers()
+        plan_run(run, student, data)  # measures time; `minutes` set the steps
+        config = run.config
         labels = label_texts(run, student, data)
         with run.resume(student) as position:  # checkpoint, log
             for index in range(position.stage, len(config.stages)):
@@ -120,9 +122,10 @@ def main(argv: list[str]) -> int:
         help="print the resolved configuration with a comment for each field, and leave",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: name every trained parameter")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
-    names = ("config", "out", "print-config", "dry-run", "list", *ALIASES)
+    names = ("config", "out", "print-config", "dry-run", "verbose", "list", *ALIASES)
     config = load_arguments(options.config, rest, names, options.out)
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
@@ -131,7 +134,7 @@ def main(argv: list[str]) -> int:
         print(dump_config(config, comments=True), end="")
     elif options.dry_run:
         check_output_path(out)
-        print(describe_plan(config, out))
+        print(describe_plan(config, out, options.verbose))
     else:
         try:
             train(config, out=out)

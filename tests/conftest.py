@@ -180,3 +180,13 @@ def _save(model_class, config, tokenizer, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     assert (folder / "model.safetensors").is_file()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_measured_speed() -> Iterator[None]:
+    """Plan runs with fixed speeds: tests neither wait for measured steps nor count them among their own."""
+    from tests.helpers.costs import fixed_costs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jasper_fast.training.preflight.measure_costs", fixed_costs)
+        yield

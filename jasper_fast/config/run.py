@@ -62,6 +62,8 @@ class Config(Section):
     # name of the run, whose folder is `runs/NAME`; left out: the name of the file, else of the folder given by `--out`
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Seed = 0  # seed of new weights, batches and dropout
+    # minutes of training, pooling included: one factor scales the steps of all stages without own `minutes`
+    minutes: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on devices where it is fast
     student: StudentConfig
     teachers: list[TeacherConfig] = Field(min_length=1)
@@ -140,6 +142,7 @@ def run_problems(tree: Mapping[str, Any]) -> list[str]:
     stages = [_section(stage) for stage in listed] if isinstance(listed, list) else []
     return [
         *_name_problems(stages),
+        *_minutes_problems(tree.get("minutes"), stages),
         *_untrained_heads(student, stages),
         *_image_problems(tree, student, stages),
         *_head_problems(student, stages),
@@ -151,6 +154,26 @@ def _name_problems(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     names = [name for stage in stages if isinstance(name := stage.get("name"), str)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     return [f"stage name {name!r} is used twice. Fix: rename one stage" for name in repeated]
+
+
+def _minutes_problems(minutes: Any, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Report a budget of the run that no stage can follow, or that the stages' own budgets exceed."""
+    own = [stage.get("minutes") for stage in stages]
+    if (
+        not isinstance(minutes, (int, float))
+        or not own
+        or not all(isinstance(m, (int, float, type(None))) for m in own)
+    ):
+        return []
+    fixed = sum(m for m in own if m is not None)
+    if None not in own:
+        return ["minutes has no stage to scale: all stages have own `minutes`. Fix: leave the run's minutes out"]
+    if fixed >= minutes:
+        return [
+            f"minutes {minutes:g} leaves no time beside the stages' own {fixed:g} minutes. Fix: raise minutes above "
+            f"{fixed:g}"
+        ]
+    return []
 
 
 def _untrained_heads(student: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:

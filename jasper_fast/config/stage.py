@@ -78,7 +78,8 @@ class StageConfig(Section):
     batch_size: PositiveInt = 128  # texts per optimizer step, all compared by the losses
     # too few texts for batch_size, neighbours or principal axes: an error, or adapt: smaller or random batches, as_is
     small_data: Literal["error", "adapt"] = "error"
-    steps: PositiveInt  # optimizer steps
+    steps: Annotated[int, Field(ge=0, le=10**12, strict=True)] = 0  # optimizer steps; 0: `minutes` decides
+    minutes: Positive | None = None  # training time of the stage, which sets its steps by the measured speed
     lr: Positive  # peak learning rate
     warmup: Fraction = 0.05  # length of the warm-up, as a fraction of the steps
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # shape of the learning rate after the warm-up
@@ -109,10 +110,19 @@ class StageConfig(Section):
 
 def stage_problems(stage: StageConfig) -> list[str]:
     """List the contradictions between the fields of a stage."""
-    problems = [*_batch_problems(stage), *_loss_problems(stage)]
+    problems = [*_length_problems(stage), *_batch_problems(stage), *_loss_problems(stage)]
     if stage.vision is not None:
         problems += _vision_problems(stage, stage.vision)
     return [f"stage {stage.name!r}: {problem}" for problem in problems]
+
+
+def _length_problems(stage: StageConfig) -> list[str]:
+    """List problems of the number of steps: either `steps` or `minutes` sets it."""
+    if not stage.steps and stage.minutes is None:
+        return ["neither `steps` nor `minutes` is given. Fix: give steps of 1 or more, or minutes"]
+    if stage.steps and stage.minutes is not None:
+        return [f"steps {stage.steps} and minutes {stage.minutes:g} are both given. Fix: set steps: 0, or no minutes"]
+    return []
 
 
 def _batch_problems(stage: StageConfig) -> list[str]:

@@ -176,7 +176,8 @@ def score_rows(
 
     from tqdm import tqdm
 
-    progress = tqdm([(model, evalset) for model in encoders for evalset in evalsets], unit="set", leave=False)
+    pairs = [(model, evalset) for model in encoders for evalset in evalsets]
+    progress = tqdm(pairs, leave=False, disable=None, bar_format="{desc} {n_fmt}/{total_fmt}")  # the run has the clock
     for model, evalset in progress:
         progress.set_description(f"evaluating the {model} on {evalset.name}")
         by_width = dict(sorted(embed(evalset, encoders[model]).items(), reverse=True))

@@ -50,8 +50,7 @@ def _teacher_part(
     config: TeacherConfig, cache: str | Path | None, precision: Precision
 ) -> Callable[[list[str], str], np.ndarray]:
     """Make an encoder of one teacher, whose model loads only if the cache lacks embeddings."""
-    from jasper_fast.teachers.model import describe_teacher, load_teacher
-    from jasper_fast.utils.device import pick_device, used_precision
+    from jasper_fast.teachers.model import load_teacher
 
     teacher = functools.cache(lambda: load_teacher(config, precision=precision))
 
@@ -60,8 +59,24 @@ def _teacher_part(
 
     if cache is None:
         return encode
+    return cached(encode, _identity(config, precision), cache)
+
+
+def has_embeddings(config: TeacherConfig, cache: str | Path, precision: Precision, texts: list[str], role: str) -> bool:
+    """Return whether the cache has a teacher's embeddings of evaluation texts."""
+    return _file(cache, _identity(config, precision), role, texts).is_file()
+
+
+def _identity(config: TeacherConfig, precision: Precision) -> str:
+    from jasper_fast.teachers.model import describe_teacher
+    from jasper_fast.utils.device import pick_device, used_precision
+
     key = describe_teacher(config) | {"precision": used_precision(pick_device(), precision)}
-    return cached(encode, json.dumps(key, sort_keys=True), cache)
+    return json.dumps(key, sort_keys=True)
+
+
+def _file(folder: str | Path, key: str, role: str, texts: list[str]) -> Path:
+    return Path(folder) / f"evaluation-{settings_digest([key, role, texts], size=16)}.npy"
 
 
 def cached(
@@ -79,8 +94,7 @@ def cached(
     """
 
     def wrapped(texts: list[str], role: str) -> np.ndarray:
-        digest = settings_digest([key, role, texts], size=16)
-        file = Path(folder) / f"evaluation-{digest}.npy"
+        file = _file(folder, key, role, texts)
         if file.is_file():
             return np.load(file)
         vectors = np.ascontiguousarray(encode(texts, role), dtype=np.float32)

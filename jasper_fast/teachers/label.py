@@ -197,7 +197,8 @@ def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing:
     lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
     if len(lenders):
         log(f"teacher {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
-    with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=log is _silent, smoothing=0.05) as bar:
+    quiet = True if log is _silent else None  # None: no bar unless stderr is a terminal
+    with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=quiet, smoothing=0.05) as bar:
         started, tokens = time.perf_counter(), 0
 
         def progress(count: int, read: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def open_all(
         opened.clear()  # free the previous model first: all of them might not fit into memory
         opened[cache.fingerprint] = _open_checked(config, teacher, cache, texts, worker, student, log)
         widths.insert(0, opened[cache.fingerprint].width)
-        needed += _missing_bytes(cache, widths[0])
+        needed += missing_bytes(cache, widths[0])
     check_losses(config, widths)
     fix = "use another data.cache, or set data.cache_dtype to int8"
     check_disk_space(caches[0].folder.parent, needed, "the teacher embeddings", fix)
@@ -133,7 +134,13 @@ def _student_similarities(student: Student, config: Config, texts: list[str], ro
     return centred_similarities(np.concatenate(pooled))
 
 
-def _missing_bytes(cache: TeacherCache, width: int) -> int:
+def embedding_width(cache: TeacherCache, open_one: Callable[[], OpenTeacher]) -> int:
+    """Return the width of a teacher's embeddings: that of a cached shard, or of the teacher opened for it."""
+    cached = next((shard for shard in range(cache.shards) if cache.has(shard)), None)
+    return open_one().width if cached is None else cache.facts(cached)["width"]
+
+
+def missing_bytes(cache: TeacherCache, width: int) -> int:
     """Estimate the disk space of the missing shards."""
     spans = [cache.span(shard) for shard in range(cache.shards) if not cache.has(shard)]
     rows = sum(stop - start for start, stop in spans)

@@ -45,6 +45,7 @@ from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.run.folder import RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
+from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.hardware import cpu_name
@@ -74,12 +75,16 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
     results = _evaluate(run, student, data, labels, ranges)
     results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
+    results["facts"]["planned_seconds"] = run.planned_seconds
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
     write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
     write_report(folder.path, results)
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
+    if run.planned_seconds:
+        took, planned = results["facts"]["seconds"]["in all"], run.planned_seconds["in all"]
+        print(f"time: {duration(took)} (planned: {duration(planned)})")
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
     print("\n".join(quality_lines(results)))
 

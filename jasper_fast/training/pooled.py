@@ -119,7 +119,7 @@ def pooled_states(
         texts, roles = read(part)
         return np.concatenate(list(pool_texts(student, texts, roles, length, run.device, run.precision, POOL_CHUNK)))
 
-    states.compute(pool, run.count_pooled(), collective=is_sharded(student))
+    states.compute(pool, run.count_pooled(stage.name), collective=is_sharded(student))
     return states
 
 

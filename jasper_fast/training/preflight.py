@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
+from jasper_fast.training.measure import measure_costs
 from jasper_fast.training.parameters import set_trained
-from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, result_settings
+from jasper_fast.training.plan import PLAN, Plan, describe_costs, has_minutes, make_plan, read_plan, write_plan
+from jasper_fast.training.run.folder import (
+    CHECKPOINTS,
+    POOLED,
+    RESULTS,
+    RunFolder,
+    existing_difference,
+    result_settings,
+)
 from jasper_fast.training.run.log import check_trackers
+from jasper_fast.training.run.run import Run
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import BaseStage, build_stages, describe_stage, trained_names
-from jasper_fast.utils.atomic import check_disk_space, check_writable
+from jasper_fast.utils.atomic import check_disk_space, check_writable, free_bytes
+from jasper_fast.utils.device import pick_device, total_memory
 from jasper_fast.utils.errors import JasperError, Problems
-
-if TYPE_CHECKING:
-    from jasper_fast.training.run.run import Run
 
 
 def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
@@ -219,6 +227,12 @@ def check_disk(config: Config, folder: Path, student: Student, data: TrainingDat
     Raises:
         JasperError: too few bytes are free. The message has both numbers.
     """
+    needed = checkpoint_bytes(config, folder, student, data, first)
+    check_disk_space(folder, needed, "checkpoints and pooled states", "or use another --out")
+
+
+def checkpoint_bytes(config: Config, folder: Path, student: Student, data: TrainingData, first: int = 0) -> int:
+    """Return the bytes that checkpoints and pooled states still need on the disk. See :func:`check_disk`."""
     sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
     trained = pooled = 0
     for stage in build_stages(config, data)[first:]:
@@ -229,22 +243,83 @@ def check_disk(config: Config, folder: Path, student: Student, data: TrainingDat
     written = sum(
         file.stat().st_size for part in (CHECKPOINTS, POOLED) for file in (folder / part).rglob("*") if file.is_file()
     )
-    check_disk_space(folder, 4 * numbers - written, "checkpoints and pooled states", "or use another --out")
+    return max(0, 4 * numbers - written)
 
 
-def describe_plan(config: Config, folder: Path) -> str:
-    """Describe what a run would do, stage by stage, with every trained parameter. Teachers are loaded for it.
+def plan_run(run: Run, student: Student, data: TrainingData) -> None:
+    """Measure the plan of a run at its first start, and read it when the run resumes. Rank 0's plan holds for all.
+
+    Args:
+        run: the run after :func:`check_start`. Its configuration gets the planned steps.
+        student: the untrained student, which stays as it is.
+        data: the training data.
+
+    Raises:
+        JasperError: the steps of a run with ``minutes`` are lost or cannot be measured, or a planned stage is
+            impossible.
+    """
+    plan = run.ranks.on_main(lambda: _stored_or_measured(run, student, data))
+    if plan is None:
+        return
+    if has_minutes(run.config):
+        run.config = plan.apply(run.config)
+        check_stages(run.config, student, run.ranks.world)
+        first = run.checkpoint.position.stage if run.checkpoint is not None else 0
+        run.ranks.on_main(lambda: check_disk(run.config, run.path, student, data, first))
+    run.progress, run.planned_seconds = plan.progress(), plan.seconds
+    if run.ranks.is_main:
+        print("\n".join([f"plan: {plan.line()}", *plan.notes]), flush=True)
+
+
+def _stored_or_measured(run: Run, student: Student, data: TrainingData) -> Plan | None:
+    """Return the plan of the run's folder, or measure it and write it there. None: it cannot be measured."""
+    stored = read_plan(run.path, run.config, data)
+    if stored is not None:
+        return stored
+    by_time = has_minutes(run.config)
+    if run.checkpoint is not None and by_time:
+        raise JasperError(
+            f"{run.path / PLAN}: it has the steps of this run, and is missing or of another run. Fix: restore it, or "
+            "use --out DIR for a new run"
+        )
+    if run.config.parallel.mode == "fsdp" and run.ranks.world > 1:  # one rank may not hold the whole student
+        if by_time:
+            raise JasperError("minutes cannot be measured with parallel.mode: fsdp. Fix: give steps instead of minutes")
+        return None
+    plan = make_plan(run.config, measure_costs(run.config, student, data, run.ranks.world))
+    write_plan(run.path, run.config, data, plan)
+    return plan
+
+
+def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
+    """Describe what a run would do and cost, stage by stage. A few steps are measured for it.
+
+    Args:
+        config: the run's configuration.
+        folder: the folder of the run.
+        verbose: whether to name every trained parameter.
 
     Raises:
         JasperError: a run would reject the configuration before its first step.
     """
     from jasper_fast.teachers.label import check_targets
 
+    if difference := existing_difference(folder, config):
+        raise JasperError(
+            f"{folder} was started with another configuration:\n  - "
+            + "\n  - ".join(difference)
+            + "\nFix: use the old one to resume, or --out DIR for a new run"
+        )
     student, data = prepare(config)
-    difference = existing_difference(folder, config)
     config = fit_small_data(config, data)
     check_disk(config, folder, student, data)
     check_targets(config, data.texts, student)
+    if folder.is_dir():
+        check_start(Run(config, pick_device(), folder=RunFolder(folder)), student, data)
+    plan = read_plan(folder, config, data) or make_plan(config, measure_costs(config, student, data))
+    config = plan.apply(config)
+    check_stages(config, student, 1)
+    check_disk(config, folder, student, data)
     images = f" and {len(data.images):,} images" if data.images is not None else ""
     lines = [
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
@@ -258,7 +333,24 @@ def describe_plan(config: Config, folder: Path) -> str:
         names = trained_names(student, stage)
         set_trained(student, names)
         lines.append(describe_stage(student, stage))
-        lines += [f"    {name}" for name in names]
-    if difference:
-        lines.append("this folder was started with another configuration: " + "; ".join(difference))
-    return "\n".join(lines)
+        lines += [f"    {name}" for name in names] if verbose else []
+    sets = ", ".join(source.path for source in config.evaluate)
+    lines.append(f"evaluation: {sets}" if sets else "evaluation: no set with labels; only quality without labels")
+    lines += [f"plan: {plan.line()}", *describe_costs(plan, config.stages), *plan.notes]
+    if (folder / RESULTS).exists():
+        lines.append(f"{folder} is finished: train would only say so. Use --out DIR for a new run")
+    return "\n".join([*lines, *_room(config, folder, student, data, plan)])
+
+
+def _room(config: Config, folder: Path, student: Student, data: TrainingData, plan: Plan) -> list[str]:
+    """Return the memory and disk that a run needs, next to what is available."""
+    device = pick_device()
+    written = checkpoint_bytes(config, folder, student, data)
+    cache = Path(config.data.cache).expanduser()
+    free, free_for_cache = (f"{free_bytes(path) / 1e9:.1f} GB free" for path in (folder, cache))
+    return [
+        f"memory: {plan.costs.memory / 1e9:.1f} GB at peak while this was measured; "
+        f"{total_memory(device) / 1e9:.1f} GB on this {'GPU' if device.type == 'cuda' else 'machine'}",
+        f"disk: {written / 1e9:.2f} GB for checkpoints and pooled states in {folder} ({free}), "
+        f"{plan.costs.teacher_bytes / 1e9:.2f} GB for teacher embeddings in {cache} ({free_for_cache})",
+    ]

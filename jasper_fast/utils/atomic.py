@@ -235,14 +235,18 @@ def check_disk_space(folder: str | Path, needed: int, what: str, alternative: st
     Raises:
         JasperError: less space is free.
     """
-    place = Path(folder).absolute()
-    existing = next(parent for parent in (place, *place.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed > free:
         raise JasperError(
             f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
             f"Fix: free some space, {alternative}"
         )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Return the free bytes on the disk of a folder, which may not exist yet."""
+    place = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
 
 
 def _sync(path: Path) -> None:

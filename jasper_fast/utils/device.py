@@ -16,6 +16,13 @@ def pick_device() -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[object]:
     """Return a bf16 autocast context if the precision resolves to bf16 on the device, else a null context."""
     bf16 = used_precision(device, precision) == "bf16"

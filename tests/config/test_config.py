@@ -163,7 +163,7 @@ def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
         (("seed", str(10**9 + 1)), "seed: Input should be less than or equal to 1000000000"),
         (("student.prompts.query", "say {text} again"), "student.prompts.query: .* nothing may follow {text}"),
         (("stages.0.heads", "[7]"), "the student has"),
-        (("stages.0.steps", "0"), "stages.0.steps"),
+        (("stages.0.steps", "0"), "stage .head.: neither `steps` nor `minutes`"),
         (("stages.0.steps", "1.5"), "stages.0.steps"),
         (("stages.0.texts", "1"), "less than batch_size"),
         (("stages.1.name", "head"), "used twice"),

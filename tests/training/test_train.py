@@ -478,7 +478,7 @@ def test_print_config_and_dry_run(world, tmp_path, capsys):
     path.write_text(dump_yaml(tree))
     main(["--config", str(path), "--print-config", "--stages.0.lr", "0.5"])
     assert load_config(parse_yaml(capsys.readouterr().out)).stages[0].lr == 0.5
-    main(["--config", str(path), "--dry-run", "--out", str(tmp_path / "dry")])
+    main(["--config", str(path), "--dry-run", "-v", "--out", str(tmp_path / "dry")])
     plan = capsys.readouterr().out
     assert "heads.32.weight" in plan and "stage three" in plan and not (tmp_path / "dry").exists()
     with pytest.raises(ConfigError, match="unknown key"):

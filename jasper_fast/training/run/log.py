@@ -19,6 +19,7 @@ import torch
 
 from jasper_fast.config.losses import LOGGED_LOSSES
 from jasper_fast.config.run import Config, LogConfig
+from jasper_fast.training.run.progress import Progress
 from jasper_fast.utils.atomic import disk_errors, write_atomic
 from jasper_fast.utils.errors import JasperError
 
@@ -48,9 +49,18 @@ class RunLog:
         total: steps over all stages.
         done: steps done before a resume. Later lines of the old log are dropped.
         trackers: trackers that record what is printed, as from :func:`start_trackers`.
+        progress: the planned phases of the run. None: the time to go is unknown.
     """
 
-    def __init__(self, folder: Path, config: Config, total: int, done: int, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        total: int,
+        done: int,
+        trackers: Sequence[Tracker] = (),
+        progress: Progress | None = None,
+    ) -> None:
         from tqdm import tqdm
 
         self.path = folder / LOG
@@ -60,7 +70,11 @@ class RunLog:
         self._forget_after(done)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.trackers = trackers
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self.progress = progress or Progress()
+        shape = "{percentage:3.0f} %|{bar:20}| {desc}"  # the description has the only clock
+        self.bar = tqdm(  # a log file gets no bar
+            total=total, initial=done, dynamic_ncols=True, file=sys.stderr, disable=None, bar_format=shape
+        )
 
     def info(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -79,14 +93,28 @@ class RunLog:
         if spike is not None:
             record = {**record, "spike": spike}
             self.info(f"{stage} {record['stage_step']}: the loss jumped to {spike:.1f} times its recent median")
-        self.event("step", stage=stage, **record)
-        self.bar.set_description(stage, refresh=False)
+        to_go = self.progress.advance(stage, 1, record.get("seconds"))
+        self.event("step", stage=stage, **record, **({} if to_go is None else {"to_go": to_go}))
+        self.bar.set_description_str(self.progress.line(stage, record["stage_step"]), refresh=False)
         self.bar.update(1)
         if last or record["stage_step"] % self.every == 0:
             self.info(_line(stage, record))
             numbers = {k: v for k, v in record.items() if isinstance(v, float)}
             for tracker in self.trackers:
                 tracker.log({f"{stage}/{k}": v for k, v in numbers.items()}, record["step"])
+
+    def pooled(self, stage: str, texts: int, done: int, seconds: float | None) -> None:
+        """Count pooled texts of a stage on the progress bar.
+
+        Args:
+            stage: the name of the stage.
+            texts: the further texts.
+            done: all texts so far.
+            seconds: the seconds that the further texts took. None: they were pooled before.
+        """
+        phase = f"{stage}: pooling"
+        self.progress.advance(phase, texts, seconds)
+        self.bar.set_description_str(self.progress.line(phase, done))
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``.
@@ -141,6 +169,9 @@ class SilentLog(RunLog):
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
         """Record nothing."""
+
+    def pooled(self, stage: str, texts: int, done: int, seconds: float | None) -> None:
+        """Count nothing."""
 
     def event(self, event: str, **facts: Any) -> None:
         """Record nothing."""

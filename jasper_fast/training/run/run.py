@@ -25,6 +25,7 @@ from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog, Tracker, start_trackers
+from jasper_fast.training.run.progress import Progress
 from jasper_fast.training.run.signals import RESUME, Stopped, leave_on_sigterm, stop_on_signal
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
@@ -55,6 +56,8 @@ class Run:
         self.started = time.perf_counter()
         self.checkpoint: Checkpoint | None = None  # from which the run resumes
         self.facts: dict[str, Any] = {}  # what must be equal when it resumes
+        self.progress = Progress()  # planned phases, empty without a plan
+        self.planned_seconds: dict[str, float] = {}  # by part of the run, and "in all"
         self.stop_requested: Callable[[], bool] = lambda: False
         self._saver: Saver | None = None
         self._trackers: list[Tracker] = []
@@ -183,7 +186,11 @@ class Run:
             self._delete_pooled(position)
         total = sum(stage.steps for stage in self.config.stages)
         if self.ranks.is_main:
-            self.log = RunLog(self.path, self.config, total, position.step, self._trackers)
+            self.log = RunLog(self.path, self.config, total, position.step, self._trackers, self.progress)
+        if self.planned_seconds:
+            self.log.event("plan", planned_seconds=self.planned_seconds)
+        if position.stage < len(self.config.stages):
+            self.progress.advance(self.config.stages[position.stage].name, position.stage_step, None)
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
         for note in self.config.notes:
             self.log.info(note)
@@ -224,17 +231,19 @@ class Run:
             self._scratch = tempfile.TemporaryDirectory(prefix="jasper-pooled-")
         return Path(self._scratch.name)
 
-    def count_pooled(self) -> Callable[[int], None]:
-        """Return a function that counts pooled texts on the progress bar.
+    def count_pooled(self, stage: str) -> Callable[[int], None]:
+        """Return a function that counts the pooled texts of a stage on the progress bar.
 
-        It raises :class:`Stopped` if a signal asked to stop.
+        Its first call gives the texts that were pooled before. It raises :class:`Stopped` if a signal asked to stop.
         """
-        done = 0
+        done, clock = 0, None
 
         def count(rows: int) -> None:
-            nonlocal done
+            nonlocal done, clock
+            now = time.perf_counter()
             done += rows
-            self.log.bar.set_postfix_str(f"{done} texts pooled")
+            self.log.pooled(stage, rows, done, None if clock is None else now - clock)
+            clock = now
             if self.stop_requested():
                 raise Stopped(f"stopped after pooling {done} texts as requested. {RESUME}")
 

@@ -64,7 +64,7 @@ class TextStage(BaseStage):
             problems.append("it has no narrow head")
         # With neighbours, only one batch is certain to have new texts: groups may repeat.
         texts = stage.batch_size * (stage.steps if stage.batches == "random" else 1)
-        if texts < max(narrow, default=0):
+        if stage.steps and texts < max(narrow, default=0):  # without steps, `minutes` will set them
             problems.append(
                 f"the head of width {max(narrow)} has more axes than there are texts, {texts}; raise "
                 + ("batch_size or steps" if stage.batches == "random" else "batch_size")
@@ -74,7 +74,6 @@ class TextStage(BaseStage):
     def pool(self, run: Run, student: Student, plan: BatchPlan) -> None:
         """Pool the texts, if the encoder is frozen."""
         if not _trains_encoder(self.trained_names(student, self.config)):
-            run.log.bar.set_description(f"{self.config.name}: pooling once")
             self.pooled = pooled_states(run, student, self.config, plan, self.data.fingerprint, self._texts)
 
     def initialize(self, run: Run, student: Student, start: Position) -> None:

@@ -85,7 +85,6 @@ class VisionStage(BaseStage):
 
     def pool(self, run: Run, student: Student, plan: BatchPlan) -> None:
         """Pool the captions that the stage reads."""
-        run.log.bar.set_description(f"{self.config.name}: pooling captions once")
         captions = caption_plan(self.images, plan, *self.seed)
         source = f"captions {self.images.fingerprint}"
         self.pooled = pooled_states(run, student, self.config, captions, source, self._captions)
