@@ -28,6 +28,7 @@ class SourceConfig(Section):
     columns: list[str] = Field(default=["text"], min_length=1)  # columns to read; a list in a cell gives several texts
     join: bool = False  # true: the columns make one text; false: each column is a separate text
     role: Literal["query", "document"] = "document"  # selects the prompt
+    id_column: str | None = None  # column with the ids of the documents, which precomputed vectors may be matched by
     limit: PositiveInt | None = None  # largest number of texts, drawn by the seed
     variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with replaced words
     revision: str | None = None  # branch, tag or commit of a `datasets` name
@@ -37,9 +38,11 @@ class DataConfig(Section):
     """Training texts and their augmentation (arXiv 2412.19048, section on data)."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    cut_share: Fraction = 0.3  # fraction of documents that are cut into pieces
+    # fraction of documents that are cut into pieces; default 0 if a teacher has `vectors`
+    cut_share: Fraction = 0.3
     cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece: smallest and largest number
-    shuffle_share: Fraction = 0.0008  # fraction of texts whose words are shuffled
+    # fraction of texts whose words are shuffled; default 0 if a teacher has `vectors`
+    shuffle_share: Fraction = 0.0008
     min_chars: PositiveInt = 2  # shorter texts are left out
     limit: PositiveInt | None = None  # largest number of texts in total, drawn by the seed
     seed: Seed = 0  # seed of draws, cuts and order; separate from the run's seed, so that runs use the same texts

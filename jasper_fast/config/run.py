@@ -72,6 +72,16 @@ class Config(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_texts(cls, tree: Any) -> Any:
+        """Turn cutting and shuffling off for precomputed vectors, which exist for whole texts, unless they are set."""
+        teachers = tree.get("teachers") if isinstance(tree, Mapping) else None
+        precomputed = isinstance(teachers, list) and any(_section(t).get("vectors") is not None for t in teachers)
+        if not precomputed or not isinstance(tree.get("data"), Mapping):
+            return tree
+        return {**tree, "data": {"cut_share": 0.0, "shuffle_share": 0.0, **tree["data"]}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if problems := run_problems(self.model_dump()):

@@ -121,7 +121,7 @@ def sample_texts(source: SourceConfig, seed: int) -> Iterator[tuple[tuple[str, .
                 return
         return
     total = sum(width or len(row) for row in read_source(source))
-    generator = np.random.default_rng([seed, int(sha256(source.model_dump_json())[:16], 16)])
+    generator = np.random.default_rng([seed, int(sha256(source.model_dump_json(exclude={"id_column"}))[:16], 16)])
     chosen = np.zeros(total, dtype=bool)
     chosen[generator.choice(total, size=min(source.limit, total), replace=False, shuffle=False)] = True
     position = 0

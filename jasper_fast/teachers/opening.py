@@ -75,14 +75,14 @@ def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) ->
     """Open a teacher by its type: load its model, or open its precomputed embeddings.
 
     Args:
-        config: configuration of the run, for the precision.
+        config: configuration of the run, for the precision and the sources of the texts.
         teacher: one of its teachers.
         cache: that teacher's cache. Temporary copies of files go next to it.
 
     Raises:
         JasperError: the model or a file cannot be used, or the cache's folder cannot be created.
     """
-    return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision)
+    return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision, config.data)
 
 
 def assigned_shards(cache: TeacherCache, worker: Worker) -> range:

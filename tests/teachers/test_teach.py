@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from jasper_fast import teach
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.load import load_config
 from jasper_fast.config.models import TEACHER_KINDS, TeacherConfig
 from jasper_fast.config.run import Config
@@ -477,7 +478,7 @@ class Counting:
         return {"vectors": config.vectors, "kind": "counting"}
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str) -> Counting:
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str, data: DataConfig) -> Counting:
         return cls()
 
     def check(self, texts, spans, data, similarities, log) -> None:
