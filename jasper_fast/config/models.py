@@ -48,8 +48,8 @@ class TeacherConfig(Section):
     model: str | None = None  # hub name, path, or `package:import_name/folder`
     # .parquet or .jsonl file with a column `digest`, `text` or `id`, .npy file with one row per text, or a folder
     vectors: str | None = None
-    # owner of row i of `vectors` without such a column. null: training text i, and a failed check of the order is an
-    # error. texts: the same, and a failed check is a warning. source: document i of data.sources, checked
+    # what row i of `vectors` without such a column belongs to: training text i (null, texts) or document i of
+    # data.sources (source). A failed check of the order is an error. With `texts` it is a warning
     order: Literal["texts", "source"] | None = None
     revision: str | None = None  # branch, tag or commit on the model hub
     prompts: TeacherPrompts = TeacherPrompts()

@@ -14,6 +14,11 @@ TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configur
 ADD_KEYS = f"add a column `digest` or `text` to the embeddings. {TEXTS} with both"
 
 
+def has_files(config: TeacherConfig) -> bool:
+    """Return whether the file or folder of a teacher with precomputed embeddings exists."""
+    return user_path(str(config.vectors)).exists()
+
+
 def embedding_files(config: TeacherConfig) -> list[Path]:
     """List the files of a teacher with precomputed embeddings, in natural order.
 

@@ -23,10 +23,10 @@ from jasper_fast.data.text_sources import source_stamp
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
 from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherEmbeddings
 from jasper_fast.teachers.model import check_custom_code
-from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher
+from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher, reduce_to_head
 from jasper_fast.teachers.precomputed import PrecomputedEmbeddings
 from jasper_fast.teachers.reuse import CacheReuse
-from jasper_fast.utils.atomic import TEMPORARY, disk_errors, locked
+from jasper_fast.utils.atomic import locked
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def ensure_teachers(
     for teacher, cache in zip(config.teachers, caches, strict=True):
         _fill(config, teacher, cache, texts, worker, opened.pop(cache.fingerprint, None), log)
         _log_finished(cache, log)
-    return TeacherEmbeddings(caches)
+    return reduce_to_head(config, caches, texts, student, log)
 
 
 def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS) -> list[TeacherCache]:
@@ -166,26 +166,6 @@ def check_teachers(config: Config) -> None:
             teacher_type(teacher).describe(teacher)
             check_custom_code(teacher)
     problems.raise_all()
-
-
-def write_texts(texts: Dataset, file: Path) -> None:
-    """Write the training texts in order, with columns ``text``, ``role`` and ``digest``.
-
-    Args:
-        texts: training texts with these columns.
-        file: .parquet file. An existing one is replaced atomically.
-
-    Raises:
-        JasperError: the file cannot be written.
-    """
-    temporary = file.with_name(f"{TEMPORARY}{file.name}")
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            texts.to_parquet(str(temporary))
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def check_targets(

@@ -15,6 +15,7 @@ from jasper_fast.losses.contrastive import Mixed
 if TYPE_CHECKING:
     from jasper_fast.data.image_dataset import Images
     from jasper_fast.models.micro_batches import ImageBatches, MicroBatches
+    from jasper_fast.teachers.reduction import Reduction
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -24,6 +25,7 @@ class Teachers(Protocol):
 
     fingerprint: str
     width: int
+    reduction: Reduction | None  # None: the targets have the teachers' width
     revisions: list[str | None]
 
     def read(self, rows: np.ndarray) -> Tensor:

@@ -664,7 +664,8 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.parquet"):
         teach.main(command)
     with pytest.raises(
-        JasperError, match=r"not a parquet file \(got 'texts.csv'\). Fix: give a name that ends with .parquet"
+        JasperError,
+        match=r"--texts: unknown format \(got 'texts.csv', expected a name that ends with .parquet or .jsonl",
     ):
         teach.main([*command, "--texts", "texts.csv"])
     assert teach.main([*command, "--texts", str(file)]) == 0
@@ -677,7 +678,7 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     assert teach.main(command) == 0 and "200 target embeddings of width 6 are ready" in capsys.readouterr().out
     other = vectors.rename(tmp_path / "other.parquet")
     pq.write_table(pq.read_table(other).slice(1), vectors)
-    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--missing missing.jsonl"):
         teach.main(command)
 
 

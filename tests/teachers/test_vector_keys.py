@@ -240,3 +240,77 @@ def test_precomputed_embeddings_turn_cutting_off(given: dict[str, float], run) -
     tree["teachers"] = [{"model": "any"}]
     found = load_config(tree).data
     assert (found.cut_share, found.shuffle_share) == (given.get("cut_share", 0.3), given.get("shuffle_share", 0.0008))
+
+
+# the files of `teach`
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_teach_writes_the_texts_and_those_without_an_embedding(run, vectors, documents, tmp_path, capsys) -> None:
+    from jasper_fast import teach
+    from jasper_fast.config.load import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(run("v.jsonl", "id")))
+    command = ["--config", str(tmp_path / "run.yaml")]
+    assert teach.main([*command, "--texts", str(tmp_path / "texts.jsonl")]) == 0  # v.jsonl does not exist yet
+    printed = capsys.readouterr().out
+    assert f"200 texts written to {tmp_path / 'texts.jsonl'}" in printed and f"save the rows as {tmp_path}" in printed
+    rows = read_jsonl(tmp_path / "texts.jsonl")
+    assert len(rows) == ROWS and all(documents[int(row["id"])] == row["text"] for row in rows)
+    assert teach.main([*command, "--missing", str(tmp_path / "missing.jsonl")]) == 0
+    assert read_jsonl(tmp_path / "missing.jsonl") == rows
+    by_id = [{"id": row, "embedding": vectors[row].tolist()} for row in range(ROWS)]
+    write(tmp_path / "v.jsonl", by_id[3:])
+    assert teach.main([*command, "--missing", str(tmp_path / "missing.jsonl")]) == 0
+    assert sorted(row["id"] for row in read_jsonl(tmp_path / "missing.jsonl")) == ["0", "1", "2"]
+    assert f"(now {tmp_path / 'v.jsonl'})" in capsys.readouterr().out
+    write(tmp_path / "v.jsonl", by_id)
+    (tmp_path / "missing.jsonl").unlink()
+    assert teach.main([*command, "--missing", str(tmp_path / "missing.jsonl")]) == 0
+    assert "every training text has an embedding" in capsys.readouterr().out
+    assert not (tmp_path / "missing.jsonl").exists()
+
+
+def test_missing_texts_need_keys(run, vectors, tmp_path: Path) -> None:
+    from jasper_fast.teachers.text_files import missing_texts
+
+    np.save(tmp_path / "v.npy", vectors)
+    config = run("v.npy")
+    texts = prepare_texts(config)[0]
+    with pytest.raises(JasperError, match="have no column `digest`, `text` or `id`"):
+        missing_texts(texts, config)
+    tree = config.model_dump(mode="json") | {"teachers": [{"model": "any"}]}
+    with pytest.raises(JasperError, match="no teacher has `vectors`"):
+        missing_texts(texts, load_config(tree))
+
+
+# teachers wider than the student
+
+
+@pytest.mark.parametrize("head_init", ["random", "identity"])
+def test_a_wider_teacher_is_reduced_to_the_widest_head(head_init, run, documents, vectors, tmp_path, capsys) -> None:
+    basis = np.linalg.qr(np.random.default_rng(2).standard_normal((128, 32)))[0]
+    write(
+        tmp_path / "v.jsonl",
+        [{"text": documents[row], "embedding": (basis @ vectors[row]).tolist()} for row in range(ROWS)],
+    )
+    tree = run("v.jsonl").model_dump(mode="json")
+    tree["student"] |= {"head_init": head_init, "layers": None, "max_length": 64}
+    config = load_config(tree)
+    texts = prepare_texts(config)[0]
+    labels = ensure_teachers(config, texts)
+    assert labels.width == 32 and labels.widths == [128]
+    assert "128 dimensions are reduced to 32 by PCA; that keeps 100.0% of the variance" in capsys.readouterr().err
+    own = vectors[[documents.index(text) for text in texts["text"]]]
+    reduced = labels.read(KEEP).numpy()
+    np.testing.assert_allclose(reduced @ reduced.T, own @ own.T, atol=5e-3)
+    closeness = float((reduced * own).sum(axis=1).mean())
+    assert (
+        closeness > 0.99 if head_init == "identity" else closeness < 0.9
+    )  # the student's own space, if it starts there
+    again = ensure_teachers(config, texts, progress=False)
+    assert again.fingerprint == labels.fingerprint
+    np.testing.assert_array_equal(again.read(KEEP).numpy(), reduced)
