@@ -1,7 +1,8 @@
 """Cache the teacher embeddings of a run's training texts.
 
     python -m jasper_fast.teach [--config FILE|RECIPE] [--key.sub value …]
-    python -m jasper_fast.teach … --texts texts.parquet                    # only write the texts, to embed elsewhere
+    python -m jasper_fast.teach … --texts texts.jsonl                      # only write the texts, to embed elsewhere
+    python -m jasper_fast.teach … --missing missing.jsonl                  # the same, for texts without an embedding
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.teach …      # split the shards between processes
 
 Rerun the same command to resume. Embeddings are reused from the caches of other datasets with the same teacher.
@@ -12,15 +13,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jasper_fast._renamed import old_names
 from jasper_fast.config.load import load_arguments
+from jasper_fast.config.run import Config
 from jasper_fast.data.prepare import prepare_texts
 from jasper_fast.distributed.ranks import join_ranks
-from jasper_fast.teachers.label import check_teachers, ensure_teachers, write_texts
+from jasper_fast.teachers.label import check_teachers, ensure_teachers
+from jasper_fast.teachers.text_files import check_format, missing_texts, write_texts
 from jasper_fast.utils.atomic import check_file
 from jasper_fast.utils.command_line import StoreOnce
 from jasper_fast.utils.errors import JasperError, run_cli
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __getattr__ = old_names(__name__)
 
@@ -33,18 +40,26 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--texts",
-        metavar="FILE.parquet",
+        metavar="FILE",
         action=StoreOnce,
-        help="only write the training texts to this file, in the row order of precomputed embeddings",
+        help="only write the training texts to this .jsonl or .parquet file; the teachers need not exist yet",
+    )
+    parser.add_argument(
+        "--missing",
+        metavar="FILE",
+        action=StoreOnce,
+        help="only write the training texts that lack a precomputed embedding to this .jsonl or .parquet file",
     )
     args, rest = parser.parse_known_args(argv)
-    config = load_arguments(args.config, rest, ("config", "texts"))
-    if args.texts is None:
+    config = load_arguments(args.config, rest, ("config", "texts", "missing"))
+    if args.texts is not None and args.missing is not None:
+        raise JasperError("--texts and --missing cannot be used together. Fix: give one of them")
+    option, file = ("--missing", args.missing) if args.missing is not None else ("--texts", args.texts)
+    if file is None:
         check_teachers(config)
-    elif not args.texts.endswith(".parquet"):
-        raise JasperError(f"--texts: not a parquet file (got {args.texts!r}). Fix: give a name that ends with .parquet")
     else:
-        check_file(args.texts)
+        check_format(option, file)
+        check_file(file)
     with join_ranks(config.parallel.timeout) as ranks:
         prepared = prepare_texts(config)
         texts = prepared.texts
@@ -52,15 +67,31 @@ def main(argv: list[str]) -> int:
             print(f"{len(texts)} training texts ({config.data.cache})")
             for name in prepared.transductive:
                 print(f"texts of the evaluation set {name} are among them. Its scores will be transductive")
-        if args.texts is not None:
-            ranks.on_main(lambda: write_texts(texts, Path(args.texts)))
-            if ranks.is_main:
-                print(f"{args.texts}: written. Next: add a column `vector`, and set teachers: [{{vectors: FILE}}]")
+        if file is not None:
+            ranks.on_main(lambda: _write(config, texts, Path(file), missing=option == "--missing"))
             return 0
         vectors = ensure_teachers(config, texts)
     if ranks.is_main:
         print(f"{len(vectors)} target embeddings of width {' + '.join(map(str, vectors.widths))} are ready")
     return 0
+
+
+def _write(config: Config, texts: Dataset, file: Path, *, missing: bool) -> None:
+    """Write all training texts, or those without an embedding, and print what to do with the file."""
+    chosen = missing_texts(texts, config) if missing else texts
+    if not len(chosen):
+        print("every training text has an embedding; no file was written")
+        return
+    write_texts(chosen, file, config)
+    names = [teacher.vectors for teacher in config.teachers if teacher.vectors is not None]
+    print(f"{len(chosen)} texts written to {file.resolve()}")
+    print("Next: embed the column `text`, and add the result to each row as a column `embedding`.")
+    if missing:
+        print(
+            f"Then put the new file beside the old one in a folder, and set `vectors` to the folder (now {names[0]})."
+        )
+    else:
+        print(f"Then save the rows as {names[0] if names else 'FILE, and set teachers: [{vectors: FILE}]'}.")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class SourceConfig(Section):
     # false for `docstrings` (summary and body) and `glyphs`
     join: bool = True
     role: Literal["query", "document"] = "document"  # selects the prompt
+    id_column: str | None = None  # column with the ids of the documents, which precomputed vectors may be matched by
     limit: PositiveInt | None = None  # largest number of texts, drawn by the seed
     variants: Annotated[int, Field(ge=0, strict=True)] = 0  # additional copies of each text, with replaced words
     revision: str | None = None  # branch, tag or commit of a `datasets` name
@@ -47,9 +48,11 @@ class DataConfig(Section):
     """Training texts and their augmentation (arXiv 2412.19048, section on data)."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    cut_share: Fraction = 0.3  # fraction of documents that are cut into pieces
+    # fraction of documents that are cut into pieces; default 0 if a teacher has `vectors`
+    cut_share: Fraction = 0.3
     cut_sentences: tuple[PositiveInt, PositiveInt] = (1, 10)  # sentences per piece: smallest and largest number
-    shuffle_share: Fraction = 0.0008  # fraction of texts whose words are shuffled
+    # fraction of texts whose words are shuffled; default 0 if a teacher has `vectors`
+    shuffle_share: Fraction = 0.0008
     # largest number of documents that no training text comes from; at most a tenth of them. The end of a run compares
     # the student with its teacher on these. 0: none
     held_out: Annotated[int, Field(ge=0, strict=True)] = 500

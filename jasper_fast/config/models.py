@@ -46,8 +46,11 @@ class TeacherConfig(Section):
     """One teacher: a model to run, or a file of precomputed embeddings."""
 
     model: str | None = None  # hub name, path, or `package:import_name/folder`
-    # .parquet or .jsonl file with a `digest` or `text` column, .npy file with one row per text in order, or a folder
+    # .parquet or .jsonl file with a column `digest`, `text` or `id`, .npy file with one row per text, or a folder
     vectors: str | None = None
+    # what row i of `vectors` without such a column belongs to: training text i (null, texts) or document i of
+    # data.sources (source). A failed check of the order is an error. With `texts` it is a warning
+    order: Literal["texts", "source"] | None = None
     revision: str | None = None  # branch, tag or commit on the model hub
     prompts: TeacherPrompts = TeacherPrompts()
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: the model's setting, or mean if it has none
@@ -68,6 +71,8 @@ class TeacherConfig(Section):
             raise ValueError(
                 "`dense` chooses a head of a `model`, and precomputed `vectors` have no heads. Fix: leave `dense` out"
             )
+        if self.model is not None and self.order is not None:
+            raise ValueError("`order` is for precomputed `vectors`, and a `model` reads the texts. Fix: leave it out")
         return self
 
     @property

@@ -89,6 +89,16 @@ class Config(Section):
         config._notes = (*self._notes, *notes)
         return config
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_texts(cls, tree: Any) -> Any:
+        """Turn cutting and shuffling off for precomputed vectors, which exist for whole texts, unless they are set."""
+        teachers = tree.get("teachers") if isinstance(tree, Mapping) else None
+        precomputed = isinstance(teachers, list) and any(_section(t).get("vectors") is not None for t in teachers)
+        if not precomputed or not isinstance(tree.get("data"), Mapping):
+            return tree
+        return {**tree, "data": {"cut_share": 0.0, "shuffle_share": 0.0, **tree["data"]}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if problems := run_problems(self.model_dump()):
@@ -96,8 +106,27 @@ class Config(Section):
         return self
 
 
+def reduced_width(config: Config, teachers: Sequence[int]) -> int | None:
+    """Return the width to which wider teacher embeddings are reduced, or None if they are used as they are.
+
+    They are reduced to the student's widest head if one of its losses needs equal widths.
+
+    Args:
+        config: the run's configuration.
+        teachers: width of each teacher's embeddings.
+    """
+    widest = config.student.heads[0]
+    pointwise = any(
+        stage.vision is None and widest in stage.heads and any(loss.equal_widths for loss in stage.weights.weighted())
+        for stage in config.stages
+    )
+    return widest if pointwise and sum(teachers) > widest else None
+
+
 def check_losses(config: Config, teachers: Sequence[int]) -> None:
     """Reject losses that would be left out because they need equal widths, and heads that no loss trains.
+
+    Teachers wider than the widest head are reduced to its width; see `reduced_width`.
 
     Args:
         config: the run's configuration.
@@ -106,7 +135,7 @@ def check_losses(config: Config, teachers: Sequence[int]) -> None:
     Raises:
         JasperError: the first problem found.
     """
-    widest, target = config.student.heads[0], sum(teachers)
+    widest, target = config.student.heads[0], reduced_width(config, teachers) or sum(teachers)
     for stage in config.stages:
         if stage.vision is not None:  # each head is taught by its own width
             continue
@@ -117,7 +146,7 @@ def check_losses(config: Config, teachers: Sequence[int]) -> None:
             raise JasperError(
                 f"stage {stage.name!r} has a {titles(pointwise)} loss, which needs equal widths (got FC1, the "
                 f"student's widest head, {widest} wide and the teachers' embeddings {widths}). Fix: let student.heads "
-                f"begin with {target}, cut a wider teacher with truncate_dim, or set the stage's {zero}"
+                f"begin with {target} or less, add a teacher, or set the stage's {zero}"
             )
         for width in stage.heads:
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights

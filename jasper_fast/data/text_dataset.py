@@ -98,7 +98,10 @@ def build_all_texts(data: DataConfig, seed: int, exclude: Collection[str] = ()) 
     settings = {
         "format": FORMAT,
         "seed": seed,
-        "data": data.model_dump(mode="json", exclude={"cache", "cache_dtype", "seed"}),
+        "data": data.model_dump(
+            mode="json",
+            exclude={"cache": True, "cache_dtype": True, "seed": True, "sources": {"__all__": {"id_column"}}},
+        ),
         "sources": [source_stamp(source) for source in data.sources],
         "excluded": sha256("\0".join(sorted(excluded))),
     }

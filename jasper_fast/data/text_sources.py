@@ -130,7 +130,7 @@ def sample_texts(
     # `join` means nothing for one column of a file. The draw does not depend on it, as its default was once false.
     one_column = len(source.columns) == 1 and source.path not in BUILT_IN
     drawn = source.model_copy(update={"join": False}) if one_column else source
-    generator = np.random.default_rng([seed, int(sha256(drawn.model_dump_json())[:16], 16)])
+    generator = np.random.default_rng([seed, int(sha256(drawn.model_dump_json(exclude={"id_column"}))[:16], 16)])
     chosen = np.zeros(total, dtype=bool)
     chosen[generator.choice(total, size=min(source.limit, total), replace=False, shuffle=False)] = True
     position = 0

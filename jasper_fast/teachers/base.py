@@ -54,7 +54,9 @@ class OpenTeacher(Protocol):
         ...
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> OpenTeacher:
+    def open(
+        cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision, data: DataConfig
+    ) -> OpenTeacher:
         """Open a teacher for a number of training texts. Temporary files go to the folder ``scratch``."""
         ...
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jasper_fast.config.diff import config_difference
 from jasper_fast.config.models import TEACHER_KINDS
+from jasper_fast.teachers.reduction import Reduction
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes, write_index
 from jasper_fast.utils.atomic import TEMPORARY, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import JasperError
@@ -235,20 +236,24 @@ class TeacherEmbeddings:
 
     Args:
         caches: complete caches of the same texts, in the order of concatenation.
+        reduction: projection of the concatenation to fewer dimensions. None: there is none.
 
     Raises:
         ValueError: there are no caches, or they differ in their texts.
     """
 
-    def __init__(self, caches: Sequence[TeacherCache]) -> None:
+    def __init__(self, caches: Sequence[TeacherCache], reduction: Reduction | None = None) -> None:
         if not caches or len({cache.identity["texts"] for cache in caches}) != 1:
             raise ValueError("expected one or more caches of the same texts")
         self.names = [cache.name for cache in caches]
         self.revisions: list[str | None] = [cache.identity.get("revision") for cache in caches]  # None: precomputed
         self.folders = [cache.folder for cache in caches]
         self.widths: list[int] = [cache.header["width"] for cache in caches]
-        self.width = sum(self.widths)
+        self.reduction = reduction
+        self.width = sum(self.widths) if reduction is None else reduction.matrix.shape[1]
         self.fingerprint = joined_fingerprint(caches)
+        if reduction is not None:
+            self.fingerprint = content_digest([self.fingerprint, reduction.fingerprint])
         self._rows = caches[0].rows
         self._parts = [(cache.shard_rows, *cache.map()) for cache in caches]
 
@@ -270,12 +275,14 @@ class TeacherEmbeddings:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self._rows:
             raise IndexError(f"rows: out of range (got {rows.min()} to {rows.max()}, expected 0 to {self._rows - 1})")
-        out = torch.empty(len(rows), self.width)  # (B, width)
+        out = torch.empty(len(rows), sum(self.widths))  # (B, D)
         first = 0
         for width, (shard_rows, vectors, scales) in zip(self.widths, self._parts, strict=True):
             part = _gather(rows, shard_rows, vectors, scales, width)
             out[:, first : first + width] = torch.nn.functional.normalize(torch.from_numpy(part), dim=1)
             first += width
+        if self.reduction is not None:
+            out = out @ torch.from_numpy(self.reduction.matrix)  # (B, width)
         return torch.nn.functional.normalize(out, dim=1)
 
 

@@ -1,7 +1,8 @@
 """Read .npy, .parquet and .jsonl files of precomputed embeddings, with the keys of their rows.
 
 A row's key is the digest of its training text (`text_digest`). It comes from a column ``digest``, or from ``text``
-and ``role``. Embeddings stay on disk: .npy files are memory-mapped, and others are copied to a temporary file first.
+and ``role``. Without these, a column ``id`` is read. Embeddings stay on disk: .npy files are memory-mapped, and others
+are copied to a temporary file first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jasper_fast.utils.errors import JasperError
 SUFFIXES = (".npy", ".parquet", *with_compressed(".jsonl"))
 KINDS = ".npy, .parquet or .jsonl (also .jsonl.gz)"
 NAMES = ("vector", "embedding")  # columns to prefer if several columns hold lists of numbers
+KEY_COLUMNS = ("digest", "text", "role", "id")
 ROLES = ("document", "query")
 BATCH = 1024  # rows
 MAX_VALUE = 10**38  # just below the largest float32
@@ -44,13 +46,14 @@ class EmbeddingFile(NamedTuple):
     file: Path
     vectors: np.ndarray  # (rows, width) float, memory-mapped
     keys: Keys | None  # None: the file has no column ``digest`` or ``text``
+    ids: list[Any] | None = None  # None: the file has these columns, or no column ``id``
 
 
 class Batch(NamedTuple):
     """Consecutive rows of a parquet or JSONL file."""
 
     vectors: np.ndarray  # (B, width) float
-    columns: dict[str, list[Any]]  # ``digest``, ``text`` and ``role``, if the file has them
+    columns: dict[str, list[Any]]  # those of `KEY_COLUMNS` that the file has
     place: Callable[[int], str]  # describes the position of a row of the batch, for errors
 
 
@@ -107,6 +110,7 @@ def _open_npy(file: Path) -> np.ndarray:
 def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> EmbeddingFile:
     """Copy the embeddings of all batches to an unnamed temporary file and map it."""
     keys: list[Keys] = []
+    ids: list[Any] = []
     rows = width = 0
     dtype = np.dtype(np.float32)
     with disk_errors(scratch or Path(tempfile.gettempdir())), tempfile.TemporaryFile(dir=scratch) as copy:
@@ -117,12 +121,19 @@ def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> Embeddi
                 width, dtype = batch.vectors.shape[1], batch.vectors.dtype
             copy.write(batch.vectors.astype(dtype, copy=False).tobytes())
             keys += _keys(batch, rows)
+            if not keys:
+                ids += batch.columns.get("id", ())
             rows += len(batch.vectors)
         if not rows or not width:
             raise JasperError(f"{file}: holds no embeddings. Fix: write one row per training text")
         copy.flush()
         vectors = np.memmap(copy, dtype, "r", shape=(rows, width))
-    return EmbeddingFile(file, vectors, Keys(*map(np.concatenate, zip(*keys, strict=True))) if keys else None)
+    return EmbeddingFile(file, vectors, joined_keys(keys) if keys else None, ids or None)
+
+
+def joined_keys(parts: Sequence[Keys]) -> Keys:
+    """Concatenate keys."""
+    return Keys(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _keys(batch: Batch, first: int) -> list[Keys]:
@@ -130,6 +141,7 @@ def _keys(batch: Batch, first: int) -> list[Keys]:
     columns, place, rows = batch.columns, batch.place, np.arange(first, first + len(batch.vectors))
     if "digest" in columns:
         _check(columns["digest"], r"[0-9a-fA-F]{32}", "digest", "one that `teach --texts` wrote", place)
+        _check_digests_of_texts(columns, place)
         return [Keys(digest_keys(columns["digest"]), rows, np.ones(len(rows), bool))]
     if "text" not in columns:
         return []
@@ -142,6 +154,20 @@ def _keys(batch: Batch, first: int) -> list[Keys]:
     stripped = [text.strip() for text in texts]
     changed = [row for row, text in enumerate(texts) if text != stripped[row]]
     return [_text_keys(texts, roles, rows, range(len(texts)), True), _text_keys(stripped, roles, rows, changed, False)]
+
+
+def _check_digests_of_texts(columns: dict[str, list[Any]], place: Callable[[int], str]) -> None:
+    """Reject a row whose digest is that of another text than its own."""
+    roles = columns.get("role", [None] * len(columns["digest"]))
+    for row, (digest, text, role) in enumerate(zip(columns["digest"], columns.get("text", ()), roles, strict=False)):
+        if not isinstance(text, str):
+            continue
+        possible = [role] if role in ROLES else ROLES
+        if not any(digest.lower() == text_digest(form, role) for form in (text, text.strip()) for role in possible):
+            raise JasperError(
+                f"{place(row)}: `digest` and `text` contradict each other (got the digest of another text than "
+                f"{text[:50]!r}). Fix: put them in the same order, or leave out the wrong one of the two columns"
+            )
 
 
 def _text_keys(
@@ -174,7 +200,7 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
             )
             if len(set(schema.names)) < len(schema.names):
                 raise JasperError(f"{file}: two columns have the same name ({described}). Fix: rename one of them")
-            keys = [key for key in ("digest", "text", "role") if key in schema.names]
+            keys = [key for key in KEY_COLUMNS if key in schema.names]
             first, width = 0, 0
             for batch in parquet.iter_batches(BATCH, columns=[name, *keys]):
                 if not len(batch):
@@ -222,11 +248,11 @@ def _jsonl_batches(file: Path) -> Iterator[Batch]:
         if not name:
             lists = [key for key, value in cells[0].items() if _is_numbers(value)]
             name = _embedding_column(lists, file, ", ".join(cells[0]))
-            keys = [key for key in ("digest", "text", "role") if key in cells[0]]
+            keys = [key for key in KEY_COLUMNS if key in cells[0]]
             width = len(cells[0][name])
         vectors = np.empty((len(cells), width), np.float32)
         for row, cell in enumerate(cells):
-            if extra := [key for key in ("digest", "text", "role") if key in cell and key not in keys]:
+            if extra := [key for key in KEY_COLUMNS if key in cell and key not in keys]:
                 raise JasperError(f"{places[row]}: has {extra[0]!r}, unlike the first row. Fix: give it to all rows")
             vectors[row] = _numbers(cell.get(name), width, places[row])
         yield Batch(vectors, {key: [cell.get(key) for cell in cells] for key in keys}, places.__getitem__)

@@ -9,17 +9,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.text_dataset import texts_fingerprint
+from jasper_fast.data.text_sources import source_stamp
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
 from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherEmbeddings
 from jasper_fast.teachers.model import check_custom_code
-from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher
+from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher, reduce_to_head
+from jasper_fast.teachers.precomputed import PrecomputedEmbeddings
 from jasper_fast.teachers.reuse import CacheReuse
-from jasper_fast.utils.atomic import TEMPORARY, disk_errors, locked
+from jasper_fast.utils.atomic import locked
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ def ensure_teachers(
     *,
     shard_rows: int = SHARD_ROWS,
     student: Student | None = None,
+    alone: bool = False,
 ) -> TeacherEmbeddings:
     """Return the teacher embeddings of these texts, and compute missing or damaged shards.
 
@@ -49,23 +57,25 @@ def ensure_teachers(
         progress: progress bars and messages on stderr.
         shard_rows: texts per shard.
         student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
+        alone: True if this process computes all shards, and the other processes of the run do not call this.
 
     Raises:
         JasperError: a teacher, file, width or cache cannot be used, or the disk is too small. Precomputed embeddings
             also raise if one is missing, not finite or zero, or if their rows are in another order.
     """
     caches = teacher_caches(config, texts, shard_rows)
-    worker = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    worker = (0, 1) if alone else (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    meet = (lambda: None) if alone else _meet
     log = print_error if progress and worker[0] == 0 else _silent
     for cache in caches:
         _drop_damaged(cache, texts, worker)
-    _meet()  # no process looks for missing shards before all have dropped their damaged ones
+    meet()  # no process looks for missing shards before all have dropped their damaged ones
     opened = open_all(config, caches, texts, worker, student, log)
-    _meet()  # no process encodes before all have checked every teacher
+    meet()  # no process encodes before all have checked every teacher
     for teacher, cache in zip(config.teachers, caches, strict=True):
         _fill(config, teacher, cache, texts, worker, opened.pop(cache.fingerprint, None), log)
         _log_finished(cache, log)
-    return TeacherEmbeddings(caches)
+    return reduce_to_head(config, caches, texts, student, log)
 
 
 def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS) -> list[TeacherCache]:
@@ -80,8 +90,68 @@ def teacher_caches(config: Config, texts: Dataset, shard_rows: int = SHARD_ROWS)
         JasperError: a teacher does not exist, or a cache's folder holds something else.
     """
     of_texts = {"texts": texts_fingerprint(texts), "dtype": config.data.cache_dtype}
-    identities = [teacher_type(teacher).describe(teacher) for teacher in config.teachers]
+    identities = [
+        teacher_type(teacher).describe(teacher) | _sources_of_keys(config.data, teacher) for teacher in config.teachers
+    ]
     return [TeacherCache(config.data.cache, {**i, **of_texts}, len(texts), shard_rows) for i in identities]
+
+
+def _sources_of_keys(data: DataConfig, teacher: TeacherConfig) -> dict[str, Any]:
+    """Identify the sources if ids or the order of documents match precomputed embeddings to their texts."""
+    by_id = any(source.id_column is not None for source in data.sources)
+    if teacher.vectors is None or not (teacher.order == "source" or by_id):
+        return {}
+    return {"sources": [[source.model_dump(mode="json"), source_stamp(source)] for source in data.sources]}
+
+
+class Labels(NamedTuple):
+    """Teacher embeddings of some texts that are not training texts."""
+
+    rows: np.ndarray  # (n,) int64, the texts that have an embedding of every teacher, in order
+    embeddings: Tensor  # (n, D) float32, unit rows of the teachers' full widths together
+    missing: int  # texts that precomputed embeddings lack
+
+
+def label_dataset(config: Config, texts: Dataset, progress: bool = True) -> Labels:
+    """Return the teachers' embeddings of texts that the run does not train on, such as held-out documents.
+
+    Models encode the texts, once: the cache keeps them. Precomputed embeddings are matched by digest, text, id, or
+    position in the sources. The position among the training texts says nothing about other texts. Any process may call
+    this alone.
+
+    Args:
+        config: configuration of the run.
+        texts: M texts with columns ``text``, ``role`` and ``digest``.
+        progress: progress bars and messages on stderr.
+
+    Returns:
+        the labels. Texts that precomputed embeddings lack are left out and counted.
+
+    Raises:
+        JasperError: a teacher or file cannot be used, or an embedding is not finite or is zero.
+
+    Example:
+        >>> labels = label_dataset(config, held_out)
+        >>> texts = held_out.select(labels.rows)  # row i of labels.embeddings belongs to text i
+    """
+    rows, scratch = np.arange(len(texts)), Path(config.data.cache).expanduser()
+    ready: dict[int, PrecomputedEmbeddings] = {}
+    for index, teacher in enumerate(config.teachers):
+        if teacher.vectors is not None and len(rows):
+            # The number of rows is checked against the training texts, where the position among them is the key.
+            ready[index] = PrecomputedEmbeddings.open(teacher, None, scratch, config.precision, config.data)
+            rows = rows[ready[index].find_all(texts.select(rows)) >= 0]
+    labelled = texts.select(rows)
+    if not len(rows):
+        return Labels(rows, torch.empty(0, 0), len(texts))
+    parts = []
+    for index, teacher in enumerate(config.teachers):
+        if index in ready:
+            parts.append(torch.from_numpy(ready[index].read(0, len(rows), labelled["digest"][:])))
+        else:  # no stage: the width of one teacher need not fit a head
+            alone = config.model_copy(update={"teachers": [teacher], "stages": []})
+            parts.append(ensure_teachers(alone, labelled, progress, alone=True).read(np.arange(len(rows))))
+    return Labels(rows, torch.nn.functional.normalize(torch.cat(parts, dim=1), dim=1), len(texts) - len(rows))
 
 
 def check_teachers(config: Config) -> None:
@@ -96,26 +166,6 @@ def check_teachers(config: Config) -> None:
             teacher_type(teacher).describe(teacher)
             check_custom_code(teacher)
     problems.raise_all()
-
-
-def write_texts(texts: Dataset, file: Path) -> None:
-    """Write the training texts in order, with columns ``text``, ``role`` and ``digest``.
-
-    Args:
-        texts: training texts with these columns.
-        file: .parquet file. An existing one is replaced atomically.
-
-    Raises:
-        JasperError: the file cannot be written.
-    """
-    temporary = file.with_name(f"{TEMPORARY}{file.name}")
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            texts.to_parquet(str(temporary))
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def check_targets(

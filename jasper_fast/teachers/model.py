@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.models.hub import CANNOT_LOAD, model_prompts, model_revision, resolve_model, routes_by_role
 from jasper_fast.models.probes import Batching
@@ -81,7 +82,7 @@ class Teacher:
         return describe_teacher(config)
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> Teacher:
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision, data: DataConfig) -> Teacher:
         """See `load_teacher`, which needs neither the texts nor a folder."""
         return load_teacher(config, precision=precision)
 

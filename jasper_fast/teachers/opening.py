@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jasper_fast.config.models import TeacherConfig
-from jasper_fast.config.run import Config, check_losses
+from jasper_fast.config.run import Config, check_losses, reduced_width
 from jasper_fast.models.encode import pool_texts
 from jasper_fast.teachers.base import Log, OpenTeacher, teacher_type
-from jasper_fast.teachers.cache import TeacherCache
+from jasper_fast.teachers.cache import TeacherCache, TeacherEmbeddings
+from jasper_fast.teachers.reduction import fit_reduction, stored_reduction
 from jasper_fast.teachers.row_order import centred_similarities, lexical_similarities
 from jasper_fast.utils.atomic import check_disk_space
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import settings_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +69,8 @@ def open_all(
         widths.insert(0, opened[cache.fingerprint].width)
         needed += missing_bytes(cache, widths[0])
     check_losses(config, widths)
+    if (width := reduced_width(config, widths)) is not None:
+        log(f"the teachers' embeddings, {sum(widths):,} wide, are reduced to the widest head, {width:,}, by PCA")
     fix = "use another data.cache, or set data.cache_dtype to int8"
     check_disk_space(caches[0].folder.parent, needed, "the teacher embeddings", fix)
     return opened
@@ -76,14 +80,14 @@ def open_teacher(config: Config, teacher: TeacherConfig, cache: TeacherCache) ->
     """Open a teacher by its type: load its model, or open its precomputed embeddings.
 
     Args:
-        config: configuration of the run, for the precision.
+        config: configuration of the run, for the precision and the sources of the texts.
         teacher: one of its teachers.
         cache: that teacher's cache. Temporary copies of files go next to it.
 
     Raises:
         JasperError: the model or a file cannot be used, or the cache's folder cannot be created.
     """
-    return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision)
+    return teacher_type(teacher).open(teacher, cache.rows, cache.folder.parent, config.precision, config.data)
 
 
 def assigned_shards(cache: TeacherCache, worker: Worker) -> range:
@@ -126,12 +130,54 @@ def _similarities(
 
 
 def _student_similarities(student: Student, config: Config, texts: list[str], roles: list[str]) -> np.ndarray:
-    """Similarities of the texts' pooled states, (n, n). The student returns to its device."""
+    """Similarities of the texts' pooled states, (n, n)."""
+    return centred_similarities(_pooled(student, config, texts, roles))
+
+
+def _pooled(student: Student, config: Config, texts: list[str], roles: list[str]) -> np.ndarray:
+    """Pooled states of the beginnings of texts, (n, hidden) float32. The student returns to its device."""
     device, previous = pick_device(), student.device
     length = min(student.max_length, ORDER_TOKENS)
     pooled = [*pool_texts(student.to(device), texts, roles, length, device, config.precision)]
     student.to(previous)
-    return centred_similarities(np.concatenate(pooled))
+    return np.concatenate(pooled)
+
+
+def reduce_to_head(
+    config: Config, caches: list[TeacherCache], texts: Dataset, student: Student | None, log: Log
+) -> TeacherEmbeddings:
+    """Return the embeddings of complete caches, reduced to the widest head if a loss needs that.
+
+    A student whose heads start as the identity gets targets that are rotated towards its untrained embeddings.
+
+    Args:
+        config: configuration of the run.
+        caches: complete caches of the texts, one per teacher.
+        texts: training texts with columns ``text`` and ``role``.
+        student: untrained student. None builds it when needed.
+        log: receiver of messages.
+    """
+    from jasper_fast.models.student import build_student
+
+    full = TeacherEmbeddings(caches)
+    width = reduced_width(config, full.widths)
+    if width is None:
+        return full
+    aligned = config.student.head_init == "identity"
+
+    def start(rows: np.ndarray) -> np.ndarray:
+        model, sampled = student or build_student(config), texts[rows.tolist()]
+        weight, bias = (tensor.cpu().float().numpy() for tensor in model.head(width))
+        return _pooled(model, config, sampled["text"], sampled["role"]) @ weight.T + bias
+
+    untrained = config.student.model_dump(mode="json") if aligned else None
+    key = settings_digest({"teachers": full.fingerprint, "width": width, "student": untrained})
+    reduction = stored_reduction(
+        caches[0].folder.parent / f"reduction-{key}.npz",
+        lambda: fit_reduction(lambda rows: full.read(rows).numpy(), len(full), width, start if aligned else None),
+    )
+    log(reduction.line())
+    return TeacherEmbeddings(caches, reduction)
 
 
 def embedding_width(cache: TeacherCache, open_one: Callable[[], OpenTeacher]) -> int:

@@ -1,13 +1,14 @@
-"""Read precomputed teacher embeddings, matched to the training texts by digest, by text, or by position.
+"""Read precomputed teacher embeddings, matched to the training texts by digest, by text, by id, or by position.
 
-``python -m jasper_fast.teach --texts FILE.parquet`` writes the training texts with their digests.
+``python -m jasper_fast.teach --texts FILE`` writes the training texts with their digests, and ``--missing FILE`` those
+without an embedding.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,15 @@ import numpy as np
 
 from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
-from jasper_fast.data.listing import listed_files, user_path
+from jasper_fast.data.listing import user_path
 from jasper_fast.data.text import normal_form
 from jasper_fast.teachers.base import Log, Precision, Progress, Similarities
-from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, Keys, embedding_paths, open_embedding_file, texts_of
+from jasper_fast.teachers.embedding_files import Keys, joined_keys, open_embedding_file, texts_of
+from jasper_fast.teachers.embedding_folder import ADD_KEYS, check_names, embedding_files, folder_anomalies
 from jasper_fast.teachers.model import normalised
 from jasper_fast.teachers.reuse import digest_keys
 from jasper_fast.teachers.row_order import MIN_ROWS, Fit, centred_similarities, fit_of_order
+from jasper_fast.teachers.source_keys import checked_id, count_documents, digests_by_id, document_digests
 from jasper_fast.utils.atomic import disk_errors
 from jasper_fast.utils.errors import JasperError
 
@@ -29,9 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT = 2  # incremented when the same files would give other embeddings
-TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
-ADD_KEYS = f"add a column `digest` or `text` to the embeddings. {TEXTS} with both"
 MIN_COSINE = 0.999  # minimum cosine of two embeddings of one text that count as equal
+MISSING = "python -m jasper_fast.teach --missing missing.jsonl"
+SOURCE_ORDER = "position in the sources"
 SAMPLE, MAX_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
 CHUNK = 4096  # rows
 
@@ -42,26 +45,30 @@ def describe_precomputed(config: TeacherConfig) -> dict[str, Any]:
     Raises:
         JasperError: there are no files of embeddings.
     """
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _files(config)]
-    return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim, "format": FORMAT}
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in embedding_files(config)]
+    order = {} if config.order is None else {"order": config.order}
+    return {"vectors": config.vectors, "files": stats, "truncate_dim": config.truncate_dim, "format": FORMAT, **order}
 
 
 class PrecomputedEmbeddings:
     """Precomputed embeddings, read in parts.
 
-    Rows with a ``digest`` or a ``text`` (and ``role``) are matched to the training texts, in any order. Without these
-    columns, row i is the embedding of training text i.
+    Rows with a ``digest`` or a ``text`` (and ``role``) are matched to the training texts, in any order. So are rows
+    with an ``id``, if a source has an ``id_column``. Without these columns, row i is the embedding of training text i,
+    or of document i with ``order: source``.
 
     Args:
         config: teacher with ``vectors``: a .npy, .parquet or .jsonl file, or a folder of them in natural order.
-        rows: number of training texts.
+        rows: number of training texts. None: it is not checked.
         scratch: folder for temporary copies of .parquet and .jsonl files. None is the system's temporary folder.
+        data: configuration of the texts, for ids and for ``order: source``. None: neither is used.
 
     Attributes:
         name: path as in the configuration.
         width: coordinates of an embedding.
         rows: number of rows in all files.
-        keyed: True if rows are matched by digest or text.
+        key: what matches the rows: "digest or text", "id", "position in the sources", or None for the position
+            among the training texts.
 
     Raises:
         JasperError: a file is missing, unreadable or in another format, or two rows of a text differ. Without keys,
@@ -72,9 +79,11 @@ class PrecomputedEmbeddings:
     reusable = False  # reading a file is no slower than reading a cache
     note = None
 
-    def __init__(self, config: TeacherConfig, rows: int, scratch: Path | None = None) -> None:
-        self.name = str(config.vectors)
-        self.files = [open_embedding_file(file, scratch) for file in _files(config)]
+    def __init__(
+        self, config: TeacherConfig, rows: int | None, scratch: Path | None = None, data: DataConfig | None = None
+    ) -> None:
+        self.name, self.order, self.data = str(config.vectors), config.order, data
+        self.files = [open_embedding_file(file, scratch) for file in embedding_files(config)]
         self.width = self._width(config.truncate_dim)
         self.starts = np.cumsum([0, *(len(file.vectors) for file in self.files)]).tolist()
         self.rows: int = self.starts[-1]
@@ -84,12 +93,17 @@ class PrecomputedEmbeddings:
                 f"{self.name}: {self.files[keyed.index(False)].file.name} has no column `digest` or `text`, and "
                 f"{self.files[keyed.index(True)].file.name} has one. Fix: {ADD_KEYS}"
             )
-        self.keyed = all(keyed)
-        if self.keyed:
-            self._sort_keys()
-        else:
-            _check_names([file.file for file in self.files])
-            self._check_count(rows)
+        if self.order is not None and all(keyed):
+            raise JasperError(
+                f"{self.name}: has a column `digest` or `text`, which decides the order (got order: {self.order}). "
+                "Fix: leave `order` out"
+            )
+        self.key = self._choose_key(all(keyed))
+        if self.key in (None, SOURCE_ORDER):
+            check_names([file.file for file in self.files])
+            self._check_count(rows if rows is not None else self.rows)
+        if self.key is not None:
+            self._sort_keys(self._all_keys())
 
     @staticmethod
     def describe(config: TeacherConfig) -> dict[str, Any]:
@@ -97,11 +111,13 @@ class PrecomputedEmbeddings:
         return describe_precomputed(config)
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: Precision) -> PrecomputedEmbeddings:
+    def open(
+        cls, config: TeacherConfig, rows: int | None, scratch: Path, precision: Precision, data: DataConfig
+    ) -> PrecomputedEmbeddings:
         """Open the files of a teacher for a number of training texts; see the class."""
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-        return cls(config, rows, scratch)
+        return cls(config, rows, scratch, data)
 
     def check(
         self, texts: Dataset, spans: Sequence[range], data: DataConfig, similarities: Similarities, log: Log | None
@@ -111,7 +127,7 @@ class PrecomputedEmbeddings:
 
         if log is not None:
             outcome = [self.match(texts, data)]
-            if not self.keyed:
+            if self.key in (None, SOURCE_ORDER):
                 outcome.append(self.check_order(texts, similarities))
             log(f"teacher {self.name}: {'; '.join(outcome)}")
         digests = texts.select_columns(["digest"])
@@ -140,8 +156,8 @@ class PrecomputedEmbeddings:
             JasperError: a text has no embedding, or its embedding is not finite or is zero. The message names its row.
         """
         rows = np.arange(start, stop)
-        if self.keyed:
-            rows = self._find(digests)
+        if self.key is not None:
+            rows = self.find(digests)
             for missing in np.flatnonzero(rows < 0)[:1]:
                 raise JasperError(f"{self.name}: training text {start + missing} has no embedding. Fix: {ADD_KEYS}")
         return normalised(self._gather(rows), self.name, range(start, stop), None)
@@ -156,35 +172,58 @@ class PrecomputedEmbeddings:
         Raises:
             JasperError: texts have no embedding. The message has their number, the first of them and a likely reason.
         """
-        if not self.keyed:
+        if self.key is None:
             return f"{self.rows} embeddings in the order of the training texts, from {self._listed()}"
-        batches = texts.select_columns(["digest"]).with_format("arrow").iter(65_536)
-        rows = np.concatenate([self._find(batch.column("digest").to_pylist()) for batch in batches])
+        rows = self.find_all(texts)
         if (rows < 0).any():
             raise self._missing(texts.select(np.flatnonzero(rows < 0)), len(texts), data)
         unused = self.rows - len(np.unique(rows))
-        return f"{len(texts)} training texts matched by digest or text; {unused} of {self.rows} rows are unused"
+        return f"{len(texts)} training texts matched by {self.key}; {unused} of {self.rows} rows are unused"
+
+    def find_all(self, texts: Dataset) -> np.ndarray:
+        """Find the rows of all texts, (n,) int64. -1 for a text without a row.
+
+        Args:
+            texts: texts with a column ``digest``. Embeddings that only have a position belong to training texts, so
+                other texts have no row.
+        """
+        if self.key is None:
+            return np.full(len(texts), -1)
+        batches = texts.select_columns(["digest"]).with_format("arrow").iter(65_536)
+        return np.concatenate([np.empty(0, np.int64), *(self.find(b.column("digest").to_pylist()) for b in batches)])
 
     def check_order(self, texts: Dataset, reference: Similarities) -> str:
-        """Check that embeddings without keys are in the order of the training texts, and describe the outcome.
+        """Check that embeddings without keys are in the order of the texts, and describe the outcome.
 
         Args:
             texts: training texts with columns ``text`` and ``role``.
             reference: function from n texts and n roles to a list of similarity matrices, (n, n) float64 each.
 
         Raises:
-            JasperError: the embeddings fit the texts no better than in a random order, everywhere or in a part.
+            JasperError: the embeddings fit the texts no better than in a random order, everywhere or in a part. With
+                ``order: texts`` this is a warning in the outcome.
         """
-        rows = self._sample()
+        chosen = rows = self._sample()
+        if self.key is not None:
+            chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLE).round().astype(np.int64))
+            rows = self.find(texts[chosen.tolist()]["digest"])
+            chosen, rows = chosen[np.argsort(rows)], np.sort(rows)  # a wrong block is one of the file
         vectors = normalised(self._gather(rows), self.name, rows.tolist(), None)
         self._check_distinct(vectors)
         if len(rows) < MIN_ROWS:
-            return f"the order of {len(rows)} rows cannot be checked"
-        sampled = texts[rows.tolist()]
+            if self.order is None:
+                raise JasperError(
+                    f"{self.name}: the order of its rows cannot be checked (got {len(rows)} rows, expected at least "
+                    f"{MIN_ROWS}). Fix: {ADD_KEYS}. Or set order: texts, if row i belongs to training text i"
+                )
+            return f"WARNING: the order of {len(rows)} rows cannot be checked"
+        sampled = texts[chosen.tolist()]
         fit = fit_of_order(centred_similarities(vectors), reference(sampled["text"], sampled["role"]))
         problem = self._order_problem(fit, rows)
+        if problem and self.order == "texts":
+            return f"WARNING: row order? {problem}. It is used as it is, because of order: texts"
         if problem:
-            raise JasperError(f"{self.name}: row order? {problem}. Fix: {ADD_KEYS}")
+            raise JasperError(f"{self.name}: row order? {problem}. Fix: {ADD_KEYS}{self._other_order()}")
         return f"their order fits the texts (rank correlation {fit.correlation:.2f} on {len(rows)} texts)"
 
     def _width(self, truncate_dim: int | None) -> int:
@@ -202,19 +241,70 @@ class PrecomputedEmbeddings:
         return truncate_dim or widths[0]
 
     def _check_count(self, rows: int) -> None:
-        if self.rows != rows:
+        if self.key == SOURCE_ORDER:
+            if self.rows != len(self._documents):
+                raise JasperError(
+                    f"{self.name}: {self.rows} embeddings for {len(self._documents)} documents in data.sources "
+                    f"(expected one row per document, got {self._listed()}). Fix: {ADD_KEYS}"
+                )
+        elif self.rows != rows:
             raise JasperError(
                 f"{self.name}: {self.rows} embeddings for {rows} training texts (expected one row per text, got "
-                f"{self._listed()}). Fix: {ADD_KEYS}"
+                f"{self._listed()}). Fix: {ADD_KEYS}{self._other_order()}"
             )
 
-    def _sort_keys(self) -> None:
-        shifted = [
-            Keys(file.keys.digests, file.keys.rows + start, file.keys.exact)
-            for file, start in zip(self.files, self.starts, strict=False)
-            if file.keys is not None
-        ]
-        digests, rows, exact = (np.concatenate(part) for part in zip(*shifted, strict=True))
+    @cached_property
+    def _documents(self) -> list[str]:
+        """Digests of the documents in the order of the sources."""
+        assert self.data is not None
+        return document_digests(self.data)
+
+    def _other_order(self) -> str:
+        """Suggest the order of the sources if the number of documents allows it, and ids if a file has them."""
+        ids = all(file.ids is not None for file in self.files)
+        hint = ". Or set id_column in data.sources, to match the column `id`" if ids and self.key is None else ""
+        if self.key is None and self.order is None and self.rows == count_documents(self.data):
+            hint += ". Or set order: source, if row i belongs to document i of data.sources, of which there are as many"
+        return hint
+
+    def _choose_key(self, keyed: bool) -> str | None:
+        if keyed:
+            return "digest or text"
+        if self.order is not None or self.data is None:
+            return SOURCE_ORDER if self.order == "source" else None
+        identified = any(source.id_column is not None for source in self.data.sources)
+        return "id" if identified and all(file.ids is not None for file in self.files) else None
+
+    def _all_keys(self) -> Keys:
+        """Return the keys of the rows of all files."""
+        if self.key == SOURCE_ORDER:
+            return Keys(digest_keys(self._documents), np.arange(self.rows), np.ones(self.rows, bool))
+        if self.key == "id":
+            return self._id_keys()
+        return joined_keys(
+            [
+                Keys(file.keys.digests, file.keys.rows + start, file.keys.exact)
+                for file, start in zip(self.files, self.starts, strict=False)
+                if file.keys is not None
+            ]
+        )
+
+    def _id_keys(self) -> Keys:
+        assert self.data is not None
+        digests, known = digests_by_id(self.data), list[tuple[int, str]]()
+        for row, value in enumerate(value for file in self.files for value in file.ids or ()):
+            if (digest := digests.get(own := checked_id(value, self._place(row)))) is not None:
+                known.append((row, digest))
+        if not known:
+            raise JasperError(
+                f"{self.name}: no row has an id of data.sources (got ids such as {own!r}, expected ids such as "
+                f"{next(iter(digests), '')!r}). Fix: correct id_column, or {ADD_KEYS}"
+            )
+        rows, found = (np.array(part) for part in zip(*known, strict=True))
+        return Keys(digest_keys(found.tolist()), rows, np.ones(len(rows), bool))
+
+    def _sort_keys(self, keys: Keys) -> None:
+        digests, rows, exact = keys
         order = np.lexsort((~exact, digests[:, 1], digests[:, 0]))  # exact texts first
         self._keys = Keys(digests[order], rows[order], exact[order])
         self._check_duplicates()
@@ -233,7 +323,7 @@ class PrecomputedEmbeddings:
                     "one of them, or distinguish them by a column `role` (query or document)"
                 )
 
-    def _find(self, digests: Sequence[str]) -> np.ndarray:
+    def find(self, digests: Sequence[str]) -> np.ndarray:
         """Find the rows of texts among all files, (n,) int64. -1 for a text without a row."""
         text_keys, keys = digest_keys(digests), self._keys
         # Among a billion texts, two share their first 64 bits with a probability of 3 %. Such a text counts as missing.
@@ -261,7 +351,7 @@ class PrecomputedEmbeddings:
         missing_forms = {normal_form(text) for text in missing[:CHUNK]["text"]}
         near = len(missing_forms.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
         reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
-        fix = f"add the missing texts. {TEXTS}"
+        fix = f"add the missing texts. `{MISSING}`, with this configuration, writes them"
         if not near and (data.cut_share or data.shuffle_share):
             fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0 to train on whole texts only"
         return JasperError(
@@ -297,58 +387,7 @@ class PrecomputedEmbeddings:
     def _listed(self) -> str:
         names = [file.file.name for file in self.files]
         listed = ", ".join(names if len(names) < 4 else [names[0], names[1], "...", names[-1]])
-        return "; ".join([listed, *_folder_anomalies(user_path(self.name), [file.file for file in self.files])])
-
-
-def _files(config: TeacherConfig) -> list[Path]:
-    path, files = user_path(str(config.vectors)), embedding_paths(str(config.vectors))
-    if not files:
-        nested = ", ".join(_nested(path)[:3]) if path.is_dir() else ""
-        raise JasperError(
-            f"{path}: no teacher embeddings here (expected a {KINDS} file, or a folder of them"
-            + (f"; subfolders are not read: {nested}" if nested else "")
-            + f"). Fix: write one embedding per training text there. {TEXTS}"
-        )
-    return files
-
-
-def _nested(folder: Path) -> list[str]:
-    """List the subfolders that hold files of embeddings."""
-    inner = {file.relative_to(folder).parts[0] for file in listed_files(folder, SUFFIXES) if file.parent != folder}
-    return sorted(inner)
-
-
-def _check_names(files: list[Path]) -> None:
-    """Reject file names whose order is ambiguous, and incomplete sets of shards."""
-    seen: dict[str, Path] = {}
-    for file in files:
-        stem = re.sub(r"\d+", lambda digits: digits[0].lstrip("0"), _stem(file).casefold())
-        other = seen.setdefault(stem, file)
-        if other != file:
-            raise JasperError(
-                f"{file}: its order relative to {other.name} is ambiguous. Fix: delete one of them, or {ADD_KEYS}"
-            )
-    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)$", _stem(file)))}
-    if totals and totals != {len(files)}:
-        raise JasperError(
-            f"{files[0].parent}: incomplete shards (got {len(files)} files, expected {sorted(totals)} from their "
-            "names). Fix: add the missing files, and remove others"
-        )
-
-
-def _folder_anomalies(path: Path, files: list[Path]) -> list[str]:
-    """Describe anomalies of a folder: a gap in the numbers of its files, and subfolders that are not read."""
-    if not path.is_dir():
-        return []
-    numbers = [int(digits[-1]) for file in files if (digits := re.findall(r"\d+", _stem(file)))]
-    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
-    nested = _nested(path)
-    gaps = ["their numbers have a gap"] if len(numbers) == len(files) and len(steps) > 1 else []
-    return gaps + ([f"subfolders are not read: {', '.join(nested[:3])}"] if nested else [])
-
-
-def _stem(file: Path) -> str:
-    return next(file.name[: -len(suffix)] for suffix in SUFFIXES if file.name.lower().endswith(suffix))
+        return "; ".join([listed, *folder_anomalies(user_path(self.name), [file.file for file in self.files])])
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

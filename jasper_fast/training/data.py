@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jasper_fast.data.image_dataset import Images
     from jasper_fast.data.text_counts import TextCounts
     from jasper_fast.models.micro_batches import ImageBatches, MicroBatches
+    from jasper_fast.teachers.reduction import Reduction
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -25,6 +26,7 @@ class Teachers(Protocol):
 
     fingerprint: str
     width: int
+    reduction: Reduction | None  # None: the targets have the teachers' width
     revisions: list[str | None]
 
     def read(self, rows: np.ndarray) -> Tensor:

@@ -126,6 +126,7 @@ def _evaluate(
             "texts": len(texts),
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": labels.width,
+            **({"teacher_reduction": labels.reduction.line()} if labels.reduction is not None else {}),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {name: number for name in VERSIONS_OF if (number := _version(name))},

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from jasper_fast import teach
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.load import load_config
 from jasper_fast.config.models import TEACHER_KINDS, TeacherConfig
 from jasper_fast.config.run import Config
@@ -477,7 +478,7 @@ class Counting:
         return {"vectors": config.vectors, "kind": "counting"}
 
     @classmethod
-    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str) -> Counting:
+    def open(cls, config: TeacherConfig, rows: int, scratch: Path, precision: str, data: DataConfig) -> Counting:
         return cls()
 
     def check(self, texts, spans, data, similarities, log) -> None:
@@ -663,7 +664,8 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.parquet"):
         teach.main(command)
     with pytest.raises(
-        JasperError, match=r"not a parquet file \(got 'texts.csv'\). Fix: give a name that ends with .parquet"
+        JasperError,
+        match=r"--texts: unknown format \(got 'texts.csv', expected a name that ends with .parquet or .jsonl",
     ):
         teach.main([*command, "--texts", "texts.csv"])
     assert teach.main([*command, "--texts", str(file)]) == 0
@@ -676,7 +678,7 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     assert teach.main(command) == 0 and "200 target embeddings of width 6 are ready" in capsys.readouterr().out
     other = vectors.rename(tmp_path / "other.parquet")
     pq.write_table(pq.read_table(other).slice(1), vectors)
-    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--missing missing.jsonl"):
         teach.main(command)
 
 
