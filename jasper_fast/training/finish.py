@@ -103,6 +103,7 @@ def _evaluate(
         "transductive": list(data.transductive),
         "facts": {
             "texts": len(texts),
+            "texts_line": data.texts_line,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": labels.width,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

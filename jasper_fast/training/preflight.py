@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.run import Config
+from jasper_fast.models.lengths import describe_lengths
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
-from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, result_settings
+from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, keep_older_texts, result_settings
 from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
@@ -17,6 +18,7 @@ from jasper_fast.utils.atomic import check_disk_space, check_writable
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
+    from jasper_fast.data.prepare import PreparedTexts
     from jasper_fast.training.run.run import Run
 
 
@@ -59,9 +61,15 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
         held_out_images,
         prepared.held_out,
         prepared.counts,
+        _texts_line(config, prepared, student),
     )
     check_sizes(config, data)
     return student, data
+
+
+def _texts_line(config: Config, prepared: PreparedTexts, student: Student) -> str:
+    longest = max(stage.max_length or student.max_length for stage in config.stages)
+    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest))
 
 
 def check_stages(config: Config, student: Student, ranks: int) -> None:
@@ -122,9 +130,10 @@ def check_sizes(config: Config, data: TrainingData) -> None:
         elif settings.narrow_start == "principal" and available < max(narrow, default=0):
             small.append(f"stage {settings.name!r}: {max(narrow)} principal axes from {available} {unit}")
     if small:
+        counts = f"\n{data.counts.line()}" if data.counts is not None else ""
         raise JasperError(
-            f"too little to train on ({'; '.join(small)}). Fix: give more, or lower batch_size, or leave narrow_start "
-            "out"
+            f"too little to train on ({'; '.join(small)}). Fix: give more, or lower batch_size, or leave "
+            f"narrow_start out{counts}"
         )
 
 
@@ -191,6 +200,7 @@ def describe_plan(config: Config, folder: Path) -> str:
     """
     from jasper_fast.teachers.label import check_targets
 
+    config = keep_older_texts(folder, config)
     student, data = prepare(config)
     check_disk(config, folder, student, data)
     check_targets(config, data.texts, student)
@@ -199,6 +209,7 @@ def describe_plan(config: Config, folder: Path) -> str:
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
         f"{len(data.texts):,} texts{images} to train on"
     ]
+    lines.append(data.texts_line)
     if data.transductive:
         sets = ", ".join(data.transductive)
         lines.append(f"some texts of {sets} are among the training texts: scores there will be transductive")
