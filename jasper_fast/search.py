@@ -23,6 +23,7 @@ from jasper_fast.config.data import SourceConfig
 from jasper_fast.data.document_ids import DocumentId, read_documents
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import BOM, read_lines
+from jasper_fast.data.text import join_columns
 from jasper_fast.data.text_sources import read_source, report_ignored
 from jasper_fast.text_index import Hit, TextIndex, add, build, check_replace
 from jasper_fast.utils.atomic import check_output_path
@@ -79,7 +80,7 @@ def _documents(args: argparse.Namespace) -> tuple[Iterator[str], list[DocumentId
             texts, ids = read_documents(source, args.id_column, args.limit)
             documents = iter(texts)
         else:
-            documents = (" ".join(part for part in row if part) for row in read_source(source))
+            documents = (join_columns(row) for row in read_source(source))
     first = list(islice(documents, 1))  # Report errors of the source before the model is opened.
     return islice(chain(first, documents), args.limit), ids
 

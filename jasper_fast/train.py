@@ -68,14 +68,17 @@ def train(
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
             return run.report_finished()
+        config = run.config  # an unfinished run of an older version keeps its texts
         student, data = prepare(config, run.ranks.world)  # checked, then read: student, texts, images
         config = run.config = fit_small_data(config, data)  # smaller default batches for few texts
         check_start(run, student, data)  # rejects a changed configuration, texts or teachers
         run.start_trackers()
+        run.print(data.texts_line)
         plan_run(run, student, data)  # measures time; `minutes` set the steps
         config = run.config
         labels = label_texts(run, student, data)
         with run.resume(student) as position:  # checkpoint, log
+            run.log_texts(data, position)
             for index in range(position.stage, len(config.stages)):
                 train_stage(run, student, build_stage(config, index, data, labels), position)
                 position = position.after(config.stages[index].steps)

@@ -65,7 +65,7 @@ def test_other_columns_and_limits(text_file, tiny_bert, tmp_path, tiny_texts):
     arguments = ["--columns", "other,text", "--limit", "5", "--dtype", "int8", "--max-length", "16"]
     assert main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), *arguments]) == 0
     index = TextIndex(tmp_path / "i")
-    assert [index.texts[i].as_py() for i in range(5)] == [f"x {text}" for text in tiny_texts[:5]]
+    assert [index.texts[i].as_py() for i in range(5)] == [f"x\n{text}" for text in tiny_texts[:5]]
     assert index.vectors.dtype == "int8" and len(index) == 5
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jasper_fast.config.data import SourceConfig
 from jasper_fast.data.rows import check_text, read_rows
+from jasper_fast.data.text import join_columns
 from jasper_fast.data.text_sources import BUILT_IN, is_local, read_located, source_files
 from jasper_fast.utils.errors import JasperError
 
@@ -19,7 +20,7 @@ def read_documents(source: SourceConfig, id_column: str, limit: int | None) -> t
     """Read documents and their ids.
 
     Args:
-        source: source of the texts. The columns of a row are joined by spaces.
+        source: source of the texts. The columns of a row are joined to one text, as in training.
         id_column: name of the column with the ids.
         limit: largest number of documents, from the start. None reads all.
 
@@ -81,7 +82,7 @@ def _located_ids(source: SourceConfig, column: str, limit: int | None, texts: li
         if where == last:
             raise JasperError(f"{where}: a list of texts cannot have one id. Fix: write one text per row")
         last = where
-        texts.append(" ".join(part for part in row if part))
+        texts.append(join_columns(row))
         yield f"{where}: column {column!r}", cells[column]
 
 

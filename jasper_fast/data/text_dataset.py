@@ -197,11 +197,15 @@ class _Reader:
             documents = [join_columns(cells)] if self.source.join else [cells[i].strip() for i in sampled]
             texts = [text for document in documents for text in self._texts_of(document, cells, tally)]
             place = 0
-            if self.choice is not None and not tally["excluded"] and texts:
+            if self.choice is not None and texts and not tally["excluded"] and not self._evaluated(cells):
                 place = self.choice.place(cells)
                 self.choice.add(place, cells, self.source.join, tally)
             counts.update(tally)
             yield from ((text, place) for text in texts)
+
+    def _evaluated(self, cells: tuple[str, ...]) -> bool:
+        """Return whether a column is excluded, also one that the source's limit leaves out."""
+        return bool(self.excluded) and any(normal_form(cell) in self.excluded for cell in cells)
 
     def _texts_of(self, document: str, cells: tuple[str, ...], tally: Counter[str]) -> Iterator[str]:
         data, excluded = self.data, self.excluded
@@ -240,7 +244,7 @@ class _Reader:
 
 def _word_replacer(source: SourceConfig) -> WordReplacer:
     rows = islice(read_source(source), REPLACER_ROWS)
-    return WordReplacer(text for cells in rows for text in (["\n".join(cells)] if source.join else cells))
+    return WordReplacer(text for cells in rows for text in ([join_columns(cells)] if source.join else cells))
 
 
 def _trained(texts: Iterable[Text], held_out: dict[int, HeldOutDocument], counts: Counter[str]) -> Iterator[Text]:

@@ -195,9 +195,13 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
         else:
             size = _size(Path(resolve_model(teacher["model"])))
             lines.append(f"- teacher: `{teacher['model']}`, at most {teacher['max_length']} tokens{size}")
-    lines.append("- texts: " + ", ".join(f"`{source['path']}`" for source in data["sources"]))
+    lines.append("- sources: " + ", ".join(f"`{source['path']}`" for source in data["sources"]))
+    facts = dict(results.get("facts", {}))
+    if texts_line := facts.pop("texts_line", ""):
+        lines.append(f"- {texts_line}")
+        facts.pop("texts", None)  # the line has the number
     lines.append(f"- seed: {config['seed']}")
-    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in results.get("facts", {}).items()]
+    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in facts.items()]
     return "## Facts\n\n" + "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ class Teacher:
         _check_prompts(model, self.fingerprint["prompts"], self.name)
         self.revision: str = self.fingerprint["revision"]
         self.max_length = limit_length(model, config.max_length)
-        self.note = _truncation(self.max_length, config.max_length)
+        self.note = _truncation(self.max_length, config)
         full = int(model.get_embedding_dimension() or 0)
         if config.truncate_dim is not None and config.truncate_dim > full:
             raise JasperError(
@@ -154,10 +154,11 @@ class Teacher:
         )
 
 
-def _truncation(limit: int, configured: int) -> str | None:
-    if limit >= configured:
+def _truncation(limit: int, config: TeacherConfig) -> str | None:
+    if limit >= config.max_length:
         return None
-    return f"truncates texts at {limit} tokens, the limit of its model or tokenizer (max_length is {configured})"
+    written = f" (max_length is {config.max_length})" if "max_length" in config.model_fields_set else ""
+    return f"truncates texts at {limit} tokens, the limit of its model or tokenizer{written}"
 
 
 def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Teacher:

@@ -124,6 +124,7 @@ def _evaluate(
         "transductive": list(data.transductive),
         "facts": {
             "texts": len(texts),
+            "texts_line": data.texts_line,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": labels.width,
             **({"teacher_reduction": labels.reduction.line()} if labels.reduction is not None else {}),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.stage import StageConfig
+from jasper_fast.models.lengths import describe_lengths
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.measure import measure_costs
@@ -18,6 +19,7 @@ from jasper_fast.training.run.folder import (
     RESULTS,
     RunFolder,
     existing_difference,
+    keep_older_texts,
     result_settings,
 )
 from jasper_fast.training.run.log import check_trackers
@@ -27,6 +29,9 @@ from jasper_fast.training.stages.base import BaseStage, build_stages, describe_s
 from jasper_fast.utils.atomic import check_disk_space, check_writable, free_bytes
 from jasper_fast.utils.device import pick_device, total_memory
 from jasper_fast.utils.errors import JasperError, Problems
+
+if TYPE_CHECKING:
+    from jasper_fast.data.prepare import PreparedTexts
 
 
 def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
@@ -68,9 +73,15 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
         held_out_images,
         prepared.held_out,
         prepared.counts,
+        _texts_line(config, prepared, student),
     )
     check_sizes(fit_small_data(config, data), data)
     return student, data
+
+
+def _texts_line(config: Config, prepared: PreparedTexts, student: Student) -> str:
+    longest = max(stage.max_length or student.max_length for stage in config.stages)
+    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest))
 
 
 def check_stages(config: Config, student: Student, ranks: int) -> None:
@@ -179,9 +190,10 @@ def check_sizes(config: Config, data: TrainingData) -> None:
         elif settings.narrow_start == "principal" and available < max(narrow, default=0):
             small.append(f"stage {settings.name!r}: {max(narrow)} principal axes from {available} {unit}")
     if small:
+        counts = f"\n{data.counts.line()}" if data.counts is not None else ""
         raise JasperError(
-            f"too little to train on ({'; '.join(small)}). Fix: give more, or lower batch_size, or leave narrow_start "
-            "out"
+            f"too little to train on ({'; '.join(small)}). Fix: give more, or lower batch_size, or leave "
+            f"narrow_start out{counts}"
         )
 
 
@@ -304,6 +316,7 @@ def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
     """
     from jasper_fast.teachers.label import check_targets
 
+    config = keep_older_texts(folder, config)
     if difference := existing_difference(folder, config):
         raise JasperError(
             f"{folder} was started with another configuration:\n  - "
@@ -325,6 +338,7 @@ def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
         f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
         f"{len(data.texts):,} texts{images} to train on"
     ]
+    lines.append(data.texts_line)
     lines += config.notes
     if data.transductive:
         sets = ", ".join(data.transductive)

@@ -15,7 +15,7 @@ from jasper_fast.config.load import load_config
 from jasper_fast.config.run import Config
 from jasper_fast.config.types import Section
 from jasper_fast.config.yaml import dump_yaml
-from jasper_fast.training.run.folder import existing_difference, result_settings, stored_difference
+from jasper_fast.training.run.folder import existing_difference, keep_older_texts, result_settings, stored_difference
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.runs import assert_same_run, settings, write_data
 
@@ -86,6 +86,33 @@ def test_all_of_them_at_once_and_a_field_that_is_set_now(tmp_path):
     assert existing_difference(run, set_now) == ["stages.0.average: 0.0 -> 0.9"]
 
 
+TEXTS = [("data", "held_out"), ("data", "sources", 0, "join")]  # their absence does not mean today's default
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_run_of_an_older_version_keeps_its_texts(explicit, tmp_path):
+    config = plain()
+    run = started(tmp_path / "run", without(config.model_dump(mode="json"), *TEXTS))
+    if explicit:  # what the user writes is compared, not replaced
+        config = load_config(config.model_dump(mode="json"))
+        assert keep_older_texts(run, config) == config
+        assert existing_difference(run, config) == ["data.held_out: 0 -> 500", "data.sources.0.join: False -> True"]
+        return
+    kept = keep_older_texts(run, config)
+    assert kept.data.held_out == 0 and kept.data.sources[0].join is False
+    assert existing_difference(run, kept) == []
+    (run / "config.yaml").write_text(dump_yaml(kept.model_dump(mode="json")))  # as the resumed run writes it
+    assert existing_difference(run, keep_older_texts(run, config)) == []
+
+
+def test_a_new_run_has_the_defaults_of_today(tmp_path):
+    assert keep_older_texts(tmp_path / "absent", plain()) == plain()
+    run = started(tmp_path / "run", plain().model_dump(mode="json"))
+    assert keep_older_texts(run, plain()) == plain()
+    (run / "config.yaml").write_text("data: {sources: 3}")
+    assert keep_older_texts(run, plain()) == plain()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -133,7 +160,7 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
 
     write_data(tmp_path, tiny_texts)
     tree = settings(tmp_path, tiny_bert) | {"evaluate": []}
-    tree["data"]["min_chars"] = 2  # its default
+    tree["data"] |= {"min_chars": 2, "held_out": 0}  # the default, and what older versions did
     module.train(tree, out=tmp_path / "alone")
 
     run = tmp_path / "run"
@@ -153,6 +180,7 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
         ("images",),
         ("precision",),
         ("data", "min_chars"),
+        *TEXTS,
         ("student", "vision"),
         ("stages", 0, "average"),
     ]
@@ -164,6 +192,7 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
         content["facts"]["config"] = without(content["facts"]["config"], *outer)
         manifest.write_text(json.dumps(content))
     assert manifests
+    del tree["data"]["held_out"]  # the same command as before the upgrade
     with pytest.raises(JasperError, match=r"was started with another configuration:\n  - seed: 0 -> 1"):
         module.train(tree, out=run, overrides=[("seed", 1)])
     torch.manual_seed(99)

@@ -63,7 +63,12 @@ def results() -> dict[str, Any]:
             row("student", 16, 0.62, 0.64),
         ],
         "transductive": [],
-        "facts": {"texts": 12345, "seconds": 61.25, "versions": {"torch": "2.13.0"}},
+        "facts": {
+            "texts": 12345,
+            "texts_line": "texts: 9 documents read → 12,345 training texts",
+            "seconds": 61.25,
+            "versions": {"torch": "2.13.0"},
+        },
     }
 
 
@@ -189,9 +194,9 @@ def test_report_says_what_was_trained_on_what(tmp_path: Path) -> None:
         "student: `some/encoder`, its layers [0, 2]",
         "teacher: `some/teacher`, at most 99 tokens",
         "teacher: embeddings from `ready.npy`",
-        "texts: `docstrings`, `my texts`",
+        "sources: `docstrings`, `my texts`",
         "seed: 7",
-        "texts: 12,345",
+        "- texts: 9 documents read → 12,345 training texts",
         "seconds: 61.2",
         "- pictures left out: 0.png: torn; 1.png: torn; ",
         "; 19.png: torn; and 2 more (results.json has them)",

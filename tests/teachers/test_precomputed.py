@@ -330,6 +330,7 @@ def run_of(folder: Path, teachers: list[dict[str, Any]], **student: Any) -> dict
         "student": {"model": "unused", "heads": [8], "max_length": 32} | student,
         "teachers": teachers,
         "data": {
+            "held_out": 0,
             "sources": [{"path": str(folder / "texts.txt")}],
             "cache": str(folder / "cache"),
             "cut_share": 0.0,

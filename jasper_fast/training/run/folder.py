@@ -58,7 +58,7 @@ def existing_difference(path: Path, config: Config) -> list[str]:
     """
     old_file = path / CONFIG
     with disk_errors(path):
-        if not old_file.exists() or not any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS)):
+        if not _started(path):
             return []
     try:
         tree = read_yaml(old_file, str(old_file))
@@ -86,6 +86,38 @@ def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
             "Fix: resume with the version that began the run, or use --out DIR for a new run"
         ) from None
     return config_difference(result_settings(old), result_settings(config))
+
+
+def keep_older_texts(path: Path, config: Config) -> Config:
+    """Return the configuration with the texts of an older version, if the folder's run was started with one.
+
+    Older versions held out no documents, and read each column as a separate text. Only fields that the user did not set
+    are changed, so that the same command resumes the run with the same texts.
+
+    Args:
+        path: the folder of the run.
+        config: the configuration to resume with.
+    """
+    try:
+        stored = read_yaml(path / CONFIG, str(path / CONFIG))["data"] if _started(path) else None
+        sources = [source.get("join", False) for source in stored["sources"]] if stored else []
+    except (ConfigError, OSError, KeyError, TypeError, AttributeError):
+        return config  # `existing_difference` explains what is wrong
+    if not stored or len(sources) != len(config.data.sources):
+        return config
+    data = config.data
+    changes: dict[str, Any] = {}
+    if "held_out" not in data.model_fields_set and not stored.get("held_out", 0):
+        changes["held_out"] = 0
+    changes["sources"] = [
+        source if join or "join" in source.model_fields_set else source.model_copy(update={"join": False})
+        for source, join in zip(data.sources, sources, strict=True)
+    ]
+    return config.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _started(path: Path) -> bool:
+    return (path / CONFIG).exists() and any((path / started).exists() for started in (LOG, CHECKPOINTS, RESULTS))
 
 
 def result_settings(config: Config) -> dict[str, Any]:

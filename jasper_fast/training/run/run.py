@@ -20,10 +20,10 @@ from jasper_fast.distributed.fsdp import shard
 from jasper_fast.distributed.ranks import Ranks, join_ranks
 from jasper_fast.models.student import Student
 from jasper_fast.ops.native import code_digest
-from jasper_fast.training.data import Batch, Precision
+from jasper_fast.training.data import Batch, Precision, TrainingData
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
-from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, open_run, stored_difference
+from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, keep_older_texts, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog, Tracker, start_trackers
 from jasper_fast.training.run.progress import Progress
 from jasper_fast.training.run.signals import RESUME, Stopped, leave_on_sigterm, stop_on_signal
@@ -82,6 +82,7 @@ class Run:
             ranks = joined.enter_context(join_ranks(config.parallel.timeout))
             sections = config.model_dump(mode="json", exclude={"log"})
             ranks.check_consistent({**sections, "code": code_digest(), "torch": torch.__version__, "out": str(path)})
+            config = ranks.on_main(lambda: keep_older_texts(path, config))
             folder = ranks.on_main(lambda: held.enter_context(open_run(path, config)))
             run = cls(config, pick_device(), ranks, folder)
             run._held, run._joined = held, joined
@@ -125,6 +126,11 @@ class Run:
         if self.ranks.is_main:
             print(f"{self.path} is finished: see {self.path / 'report.md'}; use --out DIR for a new run")
         return self.path
+
+    def print(self, line: str) -> None:
+        """Print a line on the first rank, before the log is open."""
+        if self.ranks.is_main:
+            print(line, flush=True)
 
     # Before the first step.
 
@@ -206,6 +212,12 @@ class Run:
                 self._saver.close()
             finally:
                 self.log.close()
+
+    def log_texts(self, data: TrainingData, position: Position) -> None:
+        """Write what became of the texts into the log, if the run starts from its first step."""
+        if position.step == 0:
+            counts = data.counts.to_dict() if data.counts is not None else {}
+            self.log.event("texts", line=data.texts_line, **counts)
 
     def _place(self, student: Student) -> None:
         if self.config.parallel.mode == "fsdp" and self.ranks.world > 1:
