@@ -4,6 +4,7 @@
     python -m jasper_fast.train --config my.yaml                 your own file, or the name of a shipped recipe
     python -m jasper_fast.train --stages.0.lr 1e-4 --seed 1      any field by its dotted name
     python -m jasper_fast.train --print-config | --dry-run       what would be done
+    python -m jasper_fast.train --finish                         export and evaluate what a stopped run has learned
     python -m jasper_fast.train --list                           the shipped recipes, and what they need
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.train …    the same on every GPU (docs/scale.md)
 
@@ -22,8 +23,10 @@ from jasper_fast.config.load import describe_recipes, dump_config, load_argument
 from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
+from jasper_fast.training.early import check_can_finish, load_average
 from jasper_fast.training.loop import train_stage
 from jasper_fast.training.preflight import check_start, describe_plan, prepare
+from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
@@ -41,6 +44,7 @@ def train(
     *,
     out: str | Path | None = None,
     overrides: Sequence[tuple[str, Any]] = (),
+    finish: bool = False,
 ) -> Path:
     """Run a recipe from its start, or from its last checkpoint, to its end.
 
@@ -48,6 +52,7 @@ def train(
         config: a Config, a mapping, a YAML file or a recipe name. None: the embedded recipe.
         out: the run's folder. None: ``runs/NAME``.
         overrides: (dotted key, value) pairs applied to the configuration.
+        finish: whether to train no more: export, evaluate and report what the last checkpoint has.
 
     Returns:
         the run's folder: ``model/`` (sentence-transformers), ``report.md``, ``results.json``, ``log.jsonl``.
@@ -63,6 +68,8 @@ def train(
     """
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides)
+    if finish:
+        check_can_finish(Path(out) if out is not None else Path("runs") / config.name)
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
             return run.report_finished()
@@ -71,10 +78,12 @@ def train(
         run.start_trackers()
         labels = label_texts(run, student, data)
         with run.resume(student) as position:  # checkpoint, log
-            for index in range(position.stage, len(config.stages)):
+            if finish:
+                load_average(run, student, position)
+            for index in range(position.stage, position.stage if finish else len(config.stages)):
                 train_stage(run, student, build_stage(config, index, data, labels), position)
                 position = position.after(config.stages[index].steps)
-        finish(run, student, data, labels)
+        finalize(run, student, data, labels, position)
     return run.path
 
 
@@ -94,11 +103,11 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
     return ensure_teachers(run.config, data.texts, progress=run.ranks.is_main, student=student)
 
 
-def finish(run: Run, student: Student, data: TrainingData, labels: Teachers) -> None:
+def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, position: Position) -> None:
     """Export, evaluate and report. See :func:`jasper_fast.training.finish.finalize`."""
-    from jasper_fast.training.finish import finalize
+    from jasper_fast.training import finish
 
-    finalize(run, student, data, labels)
+    finish.finalize(run, student, data, labels, position)
 
 
 def main(argv: list[str]) -> int:
@@ -111,15 +120,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE|RECIPE", action=StoreOnce, help="a YAML file or a shipped recipe")
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        help="print the resolved configuration with a comment for each field, and leave",
-    )
+    shown = "print the resolved configuration with a comment for each field, and leave"
+    parser.add_argument("--print-config", action="store_true", help=shown)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    parser.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
-    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run", "list"))
+    config = load_arguments(options.config, rest, ("config", "out", "print-config", "dry-run", "finish", "list"))
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
         print(describe_recipes())
@@ -130,7 +137,7 @@ def main(argv: list[str]) -> int:
         print(describe_plan(config, out))
     else:
         try:
-            train(config, out=out)
+            train(config, out=out, finish=options.finish)
         except Stopped as stopped:
             print(stopped)
             return 130

@@ -47,6 +47,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     sections = [
         f"# Report of the run {config['name']}",
         f"**{final_line(results)}**",
+        _early(results),
         _transductive(results),
         _notes(results),
         _scores(results),
@@ -85,6 +86,12 @@ def final_line(results: Mapping[str, Any]) -> str:
     percent = percent_of_teacher(after, teacher)
     fraction = "" if percent is None else f" ({percent:.1f} % kept)"
     return f"{name} {metric}: {start}after {_cell(after, 1)}{end}{fraction}"
+
+
+def _early(results: Mapping[str, Any]) -> str:
+    """Return a warning if the run was finished before its last step."""
+    line = results.get("early_line")
+    return f"**This run was {line}.**" if line else ""
 
 
 def _images(results: Mapping[str, Any], folder: Path) -> str:
@@ -289,8 +296,28 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
             lines.append(f"- teacher: `{teacher['model']}`, at most {teacher['max_length']} tokens{size}")
     lines.append("- texts: " + ", ".join(f"`{source['path']}`" for source in data["sources"]))
     lines.append(f"- seed: {config['seed']}")
-    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in results.get("facts", {}).items()]
+    facts = dict(results.get("facts", {}))
+    if encoding := facts.pop("encoding", None):
+        lines += _speed(encoding)
+    if results.get("rows") or encoding:
+        lines += _bytes(student["heads"])
+    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in facts.items()]
     return "## Facts\n\n" + "\n".join(lines)
+
+
+def _speed(encoding: Mapping[str, Any]) -> list[str]:
+    student, teacher = encoding["student_texts_per_s"], encoding["teacher_texts_per_s"]
+    of_teacher = f", the teacher {teacher:,.0f} ({student / teacher:.1f} times as fast)" if teacher else ""
+    return [
+        f"- encoding speed on this machine: the student {student:,.0f} texts/s{of_teacher}, measured on "
+        f"{encoding['texts']} training texts of {encoding['mean_tokens']:.0f} tokens on average"
+    ]
+
+
+def _bytes(widths: Sequence[int]) -> list[str]:
+    """Return a line on the size of an embedding: float32 has 4 bytes a number, int8 has 1, and ubinary has a bit."""
+    sizes = "; ".join(f"{width} wide: {4 * width:,} / {width:,} / {-(-width // 8):,}" for width in widths)
+    return [f"- bytes per embedding (float32 / int8 / ubinary): {sizes}"]
 
 
 def _size(folder: Path) -> str:

@@ -15,7 +15,7 @@ from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.data.prepare import count_trained_pieces
 from jasper_fast.distributed.fsdp import collect, is_sharded, load_weights
 from jasper_fast.evaluation.images import evaluate_images
-from jasper_fast.evaluation.score import PCA_ROWS, evaluate_run
+from jasper_fast.evaluation.score import PCA_ROWS, STUDENT, evaluate_run
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.embedder import load_model, model_encoder
 from jasper_fast.models.encode import student_encoder
@@ -27,15 +27,19 @@ from jasper_fast.reporting.model_card import run_facts, write_card
 from jasper_fast.reporting.report import final_line, write_report
 from jasper_fast.reporting.tables import images_line
 from jasper_fast.training.data import Teachers, TrainingData
-from jasper_fast.training.run.folder import RESULTS
+from jasper_fast.training.early import early_end, early_line, set_untrained_heads
+from jasper_fast.training.encoding import encoding_speed
+from jasper_fast.training.run.checkpoint import Position
+from jasper_fast.training.run.folder import EARLY, RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.run import Run
+from jasper_fast.training.run.trackers import score_curves
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
 
 
-def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -> None:
+def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, position: Position) -> None:
     """Export, evaluate and report on rank 0, after the other ranks have left.
 
     ``results.json`` is written last and marks the run as finished.
@@ -45,6 +49,7 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
         student: the trained student, sharded or not.
         data: the training data.
         labels: the teacher embeddings.
+        position: the progress of the run. Before the end of the last stage, the run is finished early.
     """
     student = _full_student(run, student)
     if not run.leave_ranks():
@@ -52,10 +57,16 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     assert run.folder is not None
     began = time.perf_counter()
     config, folder, texts = run.config, run.folder, data.texts
+    early = early_end(config, position, student)
+    if early is not None:
+        early["principal_heads"] = set_untrained_heads(run, student, early["untrained_heads"], texts)
     ranges = _int8_ranges(run, student, texts)
     facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
     export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
     results = _evaluate(run, student, data, labels, ranges)
+    if early is not None:
+        results |= {EARLY: early, "early_line": early_line(early)}
+    results["facts"]["encoding"] = encoding_speed(run, data)
     results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
     write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
@@ -63,9 +74,12 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
+    run.track(score_curves(results.get("rows", []), STUDENT), position.step)
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
     if "rows" in results:
         print(final_line(results))
+    if early is not None:
+        print(f"{results['early_line']}\nRun the command without --finish to train on")
     if "pictures" in results:
         print(images_line(results["pictures"]))
 

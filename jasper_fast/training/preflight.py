@@ -10,7 +10,7 @@ from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.run.folder import CHECKPOINTS, POOLED, existing_difference, result_settings
-from jasper_fast.training.run.log import check_trackers
+from jasper_fast.training.run.trackers import check_trackers
 from jasper_fast.training.sampler import rows_up_to
 from jasper_fast.training.stages.base import build_stages, describe_stage, trained_names
 from jasper_fast.utils.atomic import check_disk_space, check_writable
