@@ -5,6 +5,7 @@
     python -m jasper_fast.train --config my.yaml                 your own file, or the name of a shipped recipe
     python -m jasper_fast.train --stages.distil.lr 1e-4          any field by its dotted name (docs/config.md)
     python -m jasper_fast.train --print-config | --dry-run       what would be done
+    python -m jasper_fast.train --finish                         export and evaluate what a stopped run has learned
     python -m jasper_fast.train --list                           the shipped recipes, and what they need
     torchrun --standalone --nproc-per-node gpu -m jasper_fast.train …    the same on every GPU (docs/scale.md)
 
@@ -24,8 +25,10 @@ from jasper_fast.config.overrides import ALIASES
 from jasper_fast.config.run import Config
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers, TrainingData
+from jasper_fast.training.dry_run import describe_plan
+from jasper_fast.training.early import check_can_finish, load_average
 from jasper_fast.training.loop import train_stage
-from jasper_fast.training.preflight import check_start, describe_plan, fit_small_data, plan_run, prepare
+from jasper_fast.training.preflight import prepare, start
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
@@ -43,6 +46,7 @@ def train(
     *,
     out: str | Path | None = None,
     overrides: Sequence[tuple[str, Any]] = (),
+    finish: bool = False,
 ) -> Path:
     """Run a recipe from its start, or from its last checkpoint, to its end.
 
@@ -50,6 +54,7 @@ def train(
         config: a Config, a mapping, a YAML file or a recipe name. None: the embedded recipe.
         out: the run's folder. None: ``runs/NAME``.
         overrides: (dotted key, value) pairs applied to the configuration.
+        finish: whether to train no more: export, evaluate and report what the last checkpoint has.
 
     Returns:
         the run's folder: ``model/`` (sentence-transformers), ``report.md``, ``results.json``, ``log.jsonl``.
@@ -60,29 +65,30 @@ def train(
         JasperError: anything else that a user can fix, before the long work if it can be known by then.
 
     Example:
-        >>> folder = train("minilm-docstrings", out="runs/try-1", overrides=[("stages.1.lr", 3e-4)])
+        >>> folder = train("minilm-docstrings", out="runs/try-1", overrides=[("stages.distil.lr", 3e-4)])
         >>> SentenceTransformer(str(folder / "model")).encode(["a text"])
     """
+    from jasper_fast.training.finish import finalize
+
     if not isinstance(config, Config) or overrides:
         config = load_config(config.model_dump(mode="json") if isinstance(config, Config) else config, overrides, out)
+    if finish:
+        check_can_finish(Path(out) if out is not None else Path("runs") / config.name)
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
             return run.report_finished()
-        config = run.config  # an unfinished run of an older version keeps its texts
-        student, data = prepare(config, run.ranks.world)  # checked, then read: student, texts, images
-        config = run.config = fit_small_data(config, data)  # smaller default batches for few texts
-        check_start(run, student, data)  # rejects a changed configuration, texts or teachers
-        run.start_trackers()
-        run.print(data.texts_line)
-        plan_run(run, student, data)  # measures time; `minutes` set the steps
+        student, data = prepare(run.config, run.ranks.world)  # checked, then read: student, texts, images
+        start(run, student, data)  # rejects a changed configuration, texts or teachers; plans the steps
         config = run.config
         labels = label_texts(run, student, data)
         with run.resume(student) as position:  # checkpoint, log
             run.log_texts(data, position)
-            for index in range(position.stage, len(config.stages)):
+            if finish:
+                load_average(run, student, position)
+            for index in range(position.stage, position.stage if finish else len(config.stages)):
                 train_stage(run, student, build_stage(config, index, data, labels), position)
                 position = position.after(config.stages[index].steps)
-        finish(run, student, data, labels)
+        finalize(run, student, data, labels, position)  # export, evaluate, report
     return run.path
 
 
@@ -102,13 +108,6 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
     return ensure_teachers(run.config, data.texts, progress=run.ranks.is_main, student=student)
 
 
-def finish(run: Run, student: Student, data: TrainingData, labels: Teachers) -> None:
-    """Export, evaluate and report. See :func:`jasper_fast.training.finish.finalize`."""
-    from jasper_fast.training.finish import finalize
-
-    finalize(run, student, data, labels)
-
-
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -119,16 +118,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE|RECIPE", action=StoreOnce, help="a YAML file or a shipped recipe")
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        help="print the resolved configuration with a comment for each field, and leave",
-    )
+    shown = "print the resolved configuration with a comment for each field, and leave"
+    parser.add_argument("--print-config", action="store_true", help=shown)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    parser.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
     parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: name every trained parameter")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
-    names = ("config", "out", "print-config", "dry-run", "verbose", "list", *ALIASES)
+    names = ("config", "out", "print-config", "dry-run", "verbose", "finish", "list", *ALIASES)
     config = load_arguments(options.config, rest, names, options.out)
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
@@ -140,7 +137,7 @@ def main(argv: list[str]) -> int:
         print(describe_plan(config, out, options.verbose))
     else:
         try:
-            train(config, out=out)
+            train(config, out=out, finish=options.finish)
         except Stopped as stopped:
             print(stopped)
             return 130

@@ -41,7 +41,7 @@ class LogConfig(Section):
     ``log.jsonl`` always has every step.
     """
 
-    every: PositiveInt = 10  # steps between printed lines
+    every: PositiveInt = 10  # steps between printed lines, which are at least 2 s apart, and between values in trackers
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []  # each must be installed
     project: str = "jasper_fast"  # project name in Weights & Biases and trackio
 

@@ -33,6 +33,7 @@ PART_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
 DPI = 150
 PANELS_PER_ROW = 3
 LEGEND_ENTRY = 2.1  # width of the longest entry, in inches
+MIN_TICKS, MAX_TICKS = 4, 12  # labels of a logarithmic axis
 SMOOTH_FRACTION = 0.03  # window of the running mean, as a fraction of all steps
 
 
@@ -175,12 +176,28 @@ def _curve(
 
 
 def _plain_log_ticks(axis: Axes) -> None:
-    """Label ticks as 0.1 instead of 10⁻¹, with labels between powers of ten only if the range is narrow."""
+    """Label ticks as 0.1 instead of 10⁻¹: round numbers in a narrow range, else powers of ten and parts of them."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
     low, high = axis.get_ylim()
-    between = "2346" if high < 40 * low else ""
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else "")
-    axis.tick_params(axis="y", which="both", labelsize=9)
+    axis.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+    axis.tick_params(axis="y", labelsize=9)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 4 to 12 round numbers from ``low`` to ``high``, 0 < low < high, for a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
+        ticks = [digit * 10.0**power for power in decades for digit in leading]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= MIN_TICKS:
+            return ticks[:: math.ceil(len(ticks) / MAX_TICKS)]
+    step = 10.0 ** math.floor(math.log10((high - low) / MIN_TICKS))  # narrower: equal steps of 1, 2 or 5 times a power
+    step = max((step * times for times in (1, 2, 5) if step * times * MIN_TICKS <= high - low), default=step)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _mark_stages(axis: Axes, stages: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:

@@ -46,6 +46,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     sections = [
         f"# Report of the run {config['name']}",
         *headline(results),
+        _early(results),
         *quality_sections(results, images),
         _images(results, folder),
         _stages(config, steps),
@@ -57,6 +58,12 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
     path = folder / "report.md"
     write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def _early(results: Mapping[str, Any]) -> str:
+    """Return a warning if the run was finished before its last step."""
+    line = results.get("early_line")
+    return f"**This run was {line}.**" if line else ""
 
 
 def _images(results: Mapping[str, Any], folder: Path) -> str:
@@ -201,8 +208,27 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
         lines.append(f"- {texts_line}")
         facts.pop("texts", None)  # the line has the number
     lines.append(f"- seed: {config['seed']}")
+    if encoding := facts.pop("encoding", None):
+        lines += _speed(encoding)
+    if results.get("rows") or encoding:
+        lines += _bytes(student["heads"])
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in facts.items()]
     return "## Facts\n\n" + "\n".join(lines)
+
+
+def _speed(encoding: Mapping[str, Any]) -> list[str]:
+    student, teacher = encoding["student_texts_per_s"], encoding["teacher_texts_per_s"]
+    of_teacher = f", the teacher {teacher:,.0f} ({student / teacher:.1f} times as fast)" if teacher else ""
+    return [
+        f"- encoding speed on this machine: the student {student:,.0f} texts/s{of_teacher}, measured on "
+        f"{encoding['texts']} training texts of {encoding['mean_tokens']:.0f} tokens on average"
+    ]
+
+
+def _bytes(widths: Sequence[int]) -> list[str]:
+    """Return a line on the size of an embedding: float32 has 4 bytes a number, int8 has 1, and ubinary has a bit."""
+    sizes = "; ".join(f"{width} wide: {4 * width:,} / {width:,} / {-(-width // 8):,}" for width in widths)
+    return [f"- bytes per embedding (float32 / int8 / ubinary): {sizes}"]
 
 
 def _size(folder: Path) -> str:

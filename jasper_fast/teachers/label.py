@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
+MIN_STORING_COST = 1e-6  # cosine distance between stored and computed embeddings, from which it is reported
 MAX_WAIT_SECONDS = 1800.0  # seconds without a new shard after which the other processes count as dead
 
 
@@ -223,10 +224,13 @@ def _fill(
 def _log_finished(cache: TeacherCache, log: Log) -> None:
     header = cache.header
     error = header["cosine_distance_of_storing"]
-    log(
-        f"teacher {cache.name}: {cache.rows} embeddings of width {header['width']} in {cache.folder}. Storing "
-        f"{cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} (largest {error['max']:.1e})"
-    )
+    cost = ""
+    if error["mean"] >= MIN_STORING_COST:
+        cost = (
+            f". Storing {cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} "
+            f"(largest {error['max']:.1e})"
+        )
+    log(f"teacher {cache.name}: {cache.rows:,} embeddings of width {header['width']} are ready{cost}")
 
 
 def _locked(cache: TeacherCache, worker: Worker) -> AbstractContextManager[None]:
@@ -241,7 +245,7 @@ def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing:
 
     remaining = sum(stop - start for start, stop in map(cache.span, missing))
     if remaining < cache.rows and cache.has(0):
-        log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing in {cache.folder}")
+        log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing")
     if teacher.note is not None:
         log(f"teacher {cache.name}: {teacher.note}")
     lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])

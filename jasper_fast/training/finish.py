@@ -43,17 +43,21 @@ from jasper_fast.reporting.report import step_lines, write_report
 from jasper_fast.teachers.encoder import teacher_encoder
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.training.data import Teachers, TrainingData
-from jasper_fast.training.run.folder import RESULTS
+from jasper_fast.training.early import early_end, early_line, set_untrained_heads
+from jasper_fast.training.encoding import encoding_speed
+from jasper_fast.training.run.checkpoint import Position
+from jasper_fast.training.run.folder import EARLY, RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
+from jasper_fast.training.run.trackers import score_curves
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
 
 
-def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -> None:
+def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, position: Position) -> None:
     """Export, evaluate and report on rank 0, after the other ranks have left.
 
     ``results.json`` is written last and marks the run as finished.
@@ -63,6 +67,7 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
         student: the trained student, sharded or not.
         data: the training data.
         labels: the teacher embeddings.
+        position: the progress of the run. Before the end of the last stage, the run is finished early.
     """
     student = _full_student(run, student)
     if not run.leave_ranks():
@@ -70,10 +75,16 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     assert run.folder is not None
     began = time.perf_counter()
     config, folder, texts = run.config, run.folder, data.texts
+    early = early_end(config, position, student)
+    if early is not None:
+        early["principal_heads"] = set_untrained_heads(run, student, early["untrained_heads"], texts)
     ranges = _int8_ranges(run, student, texts)
     facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
     export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
     results = _evaluate(run, student, data, labels, ranges)
+    if early is not None:
+        results |= {EARLY: early, "early_line": early_line(early)}
+    results["facts"]["encoding"] = encoding_speed(run, data)
     results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
     results["facts"]["planned_seconds"] = run.planned_seconds
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
@@ -82,11 +93,14 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers) -
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
+    run.track(score_curves(results.get("rows", []), STUDENT), position.step)
     if run.planned_seconds:
         took, planned = results["facts"]["seconds"]["in all"], run.planned_seconds["in all"]
         print(f"time: {duration(took)} (planned: {duration(planned)})")
     print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
     print("\n".join(quality_lines(results)))
+    if early is not None:
+        print(f"{results['early_line']}\nRun the command without --finish to train on")
 
 
 def _full_student(run: Run, student: Student) -> Student:

@@ -8,25 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jasper_fast.config.stage import StageConfig
 from jasper_fast.distributed.fsdp import copy_full_tensor, full_tensor
 from jasper_fast.models.student import Student
 
 PRINCIPAL_ROWS = 16_384  # texts from which the axes are computed
 
 
-def start_at_principal_axes(student: Student, stage: StageConfig, states: Tensor, seed: int) -> None:
-    """Set a stage's narrow heads to the principal axes of the widest head's embeddings.
+def start_at_principal_axes(student: Student, widths: Sequence[int], states: Tensor, seed: int) -> None:
+    """Set narrow heads to the principal axes of the widest head's embeddings.
 
     All ranks of a sharded student must call it.
 
     Args:
         student: the student.
-        stage: its heads.
+        widths: the widths of the heads. The widest head is left as it is.
         states: (n, H) pooled states from which the axes are computed.
         seed: the seed of the rotations.
     """
-    narrow = [width for width in stage.heads if width != student.widths[0]]
+    narrow = [width for width in widths if width != student.widths[0]]
     linear: Any = student.heads[str(student.widths[0])]
     weight, bias = full_tensor(linear.weight.detach()).cpu(), full_tensor(linear.bias.detach()).cpu()
     for width, (axes, shift) in principal_heads(states, weight, bias, narrow, seed).items():

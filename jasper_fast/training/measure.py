@@ -53,6 +53,7 @@ class RandomTeachers:
     """
 
     fingerprint = "random"
+    reduction = None
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -303,7 +304,7 @@ def evaluated_texts(config: Config, data: TrainingData) -> list[Texts]:
 
     for evalset in load_evals(config.evaluate):
         embed(evalset, note)
-    held_out = getattr(data, "held_out_texts", None)
+    held_out = data.held_out_texts
     if held_out is not None and len(held_out):
         groups.append((held_out["text"][:], "document"))
         for column, role in (("query", "query"), ("body", "document")):

@@ -11,23 +11,17 @@ from jasper_fast.models.lengths import describe_lengths
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.measure import measure_costs
-from jasper_fast.training.parameters import set_trained
-from jasper_fast.training.plan import PLAN, Plan, describe_costs, has_minutes, make_plan, read_plan, write_plan
+from jasper_fast.training.plan import PLAN, Plan, has_minutes, make_plan, read_plan, write_plan
 from jasper_fast.training.run.folder import (
     CHECKPOINTS,
     POOLED,
-    RESULTS,
-    RunFolder,
-    existing_difference,
-    keep_older_texts,
     result_settings,
 )
-from jasper_fast.training.run.log import check_trackers
 from jasper_fast.training.run.run import Run
+from jasper_fast.training.run.trackers import check_trackers
 from jasper_fast.training.sampler import rows_up_to
-from jasper_fast.training.stages.base import BaseStage, build_stages, describe_stage, trained_names
-from jasper_fast.utils.atomic import check_disk_space, check_writable, free_bytes
-from jasper_fast.utils.device import pick_device, total_memory
+from jasper_fast.training.stages.base import BaseStage, build_stages
+from jasper_fast.utils.atomic import check_disk_space, check_writable
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
@@ -258,6 +252,24 @@ def checkpoint_bytes(config: Config, folder: Path, student: Student, data: Train
     return max(0, 4 * numbers - written)
 
 
+def start(run: Run, student: Student, data: TrainingData) -> None:
+    """Fit the configuration to the texts, check the run's folder, and plan the time.
+
+    Args:
+        run: the run. Its configuration gets smaller default batches for few texts, and the planned steps.
+        student: the untrained student.
+        data: the training data.
+
+    Raises:
+        JasperError: as in :func:`check_start` and :func:`plan_run`, or a tracker does not start.
+    """
+    run.config = fit_small_data(run.config, data)
+    check_start(run, student, data)
+    run.start_trackers()
+    run.print(data.texts_line)
+    plan_run(run, student, data)
+
+
 def plan_run(run: Run, student: Student, data: TrainingData) -> None:
     """Measure the plan of a run at its first start, and read it when the run resumes. Rank 0's plan holds for all.
 
@@ -301,70 +313,3 @@ def _stored_or_measured(run: Run, student: Student, data: TrainingData) -> Plan 
     plan = make_plan(run.config, measure_costs(run.config, student, data, run.ranks.world))
     write_plan(run.path, run.config, data, plan)
     return plan
-
-
-def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
-    """Describe what a run would do and cost, stage by stage. A few steps are measured for it.
-
-    Args:
-        config: the run's configuration.
-        folder: the folder of the run.
-        verbose: whether to name every trained parameter.
-
-    Raises:
-        JasperError: a run would reject the configuration before its first step.
-    """
-    from jasper_fast.teachers.label import check_targets
-
-    config = keep_older_texts(folder, config)
-    if difference := existing_difference(folder, config):
-        raise JasperError(
-            f"{folder} was started with another configuration:\n  - "
-            + "\n  - ".join(difference)
-            + "\nFix: use the old one to resume, or --out DIR for a new run"
-        )
-    student, data = prepare(config)
-    config = fit_small_data(config, data)
-    check_disk(config, folder, student, data)
-    check_targets(config, data.texts, student)
-    if folder.is_dir():
-        check_start(Run(config, pick_device(), folder=RunFolder(folder)), student, data)
-    plan = read_plan(folder, config, data) or make_plan(config, measure_costs(config, student, data))
-    config = plan.apply(config)
-    check_stages(config, student, 1)
-    check_disk(config, folder, student, data)
-    images = f" and {len(data.images):,} images" if data.images is not None else ""
-    lines = [
-        f"run {config.name} in {folder}; student {config.student.model}, heads {config.student.heads}; "
-        f"{len(data.texts):,} texts{images} to train on"
-    ]
-    lines.append(data.texts_line)
-    lines += config.notes
-    if data.transductive:
-        sets = ", ".join(data.transductive)
-        lines.append(f"some texts of {sets} are among the training texts: scores there will be transductive")
-    for stage in config.stages:
-        names = trained_names(student, stage)
-        set_trained(student, names)
-        lines.append(describe_stage(student, stage))
-        lines += [f"    {name}" for name in names] if verbose else []
-    sets = ", ".join(source.path for source in config.evaluate)
-    lines.append(f"evaluation: {sets}" if sets else "evaluation: no set with labels; only quality without labels")
-    lines += [f"plan: {plan.line()}", *describe_costs(plan, config.stages), *plan.notes]
-    if (folder / RESULTS).exists():
-        lines.append(f"{folder} is finished: train would only say so. Use --out DIR for a new run")
-    return "\n".join([*lines, *_room(config, folder, student, data, plan)])
-
-
-def _room(config: Config, folder: Path, student: Student, data: TrainingData, plan: Plan) -> list[str]:
-    """Return the memory and disk that a run needs, next to what is available."""
-    device = pick_device()
-    written = checkpoint_bytes(config, folder, student, data)
-    cache = Path(config.data.cache).expanduser()
-    free, free_for_cache = (f"{free_bytes(path) / 1e9:.1f} GB free" for path in (folder, cache))
-    return [
-        f"memory: {plan.costs.memory / 1e9:.1f} GB at peak while this was measured; "
-        f"{total_memory(device) / 1e9:.1f} GB on this {'GPU' if device.type == 'cuda' else 'machine'}",
-        f"disk: {written / 1e9:.2f} GB for checkpoints and pooled states in {folder} ({free}), "
-        f"{plan.costs.teacher_bytes / 1e9:.2f} GB for teacher embeddings in {cache} ({free_for_cache})",
-    ]

@@ -324,7 +324,7 @@ def test_a_teacher_without_a_padding_token(kind: str, tiny_bert: Path, tmp_path:
 
 def test_dry_run_reports_a_teacher_that_cannot_be_used(tiny_bert: Path, tmp_path: Path) -> None:
     from jasper_fast.config.load import load_config
-    from jasper_fast.training.preflight import describe_plan
+    from jasper_fast.training.dry_run import describe_plan
 
     broken = shutil.copytree(tiny_bert, tmp_path / "teacher")
     without("layer.1.output.dense.bias")(broken)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jasper_fast.config.load import dump_config, load_config
+from jasper_fast.reporting.plots import MAX_TICKS, MIN_TICKS, log_ticks
 from jasper_fast.reporting.quality import final_line, quality_lines
 from jasper_fast.reporting.report import write_report
 from jasper_fast.utils.errors import JasperError
@@ -221,6 +222,27 @@ def test_sizes_come_from_the_weights(tmp_path: Path, tiny_bert: Path) -> None:
     assert "its layers [0, 2], at most 512 tokens; 0.8 M parameters, 3.2 MB" in report
     teacher = AutoModel.from_pretrained(tiny_bert).num_parameters() / 1e6
     assert f"at most 512 tokens; {teacher:.1f} M parameters" in report
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (11.0, 22.0, [12, 14, 16, 18, 20, 22]),
+        (19.9, 20.21, [19.9, 19.95, 20, 20.05, 20.1, 20.15, 20.2]),
+        (3.0, 6.2, [3, 3.5, 4, 4.5, 5, 5.5, 6]),
+        (0.004, 0.9, [0.01, 0.03, 0.1, 0.3]),
+        (1e-4, 50.0, [1e-4, 1e-3, 0.01, 0.1, 1, 10]),
+    ],
+)
+def test_a_logarithmic_axis_has_enough_labels(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("ratio", [1.0001, 1.01, 1.3, 2.0, 7.0, 40.0, 1e3, 1e9, 1e25])
+@pytest.mark.parametrize("low", [1.7e-5, 0.02, 1.0, 8.8, 1234.0])
+def test_any_logarithmic_axis_has_between_4_and_12_labels(low: float, ratio: float) -> None:
+    ticks = log_ticks(low, low * ratio)
+    assert MIN_TICKS <= len(ticks) <= MAX_TICKS and low * (1 - 1e-9) <= ticks[0] < ticks[-1] <= low * ratio * (1 + 1e-9)
 
 
 def test_pictures_are_drawn_and_not_blank(tmp_path: Path) -> None:

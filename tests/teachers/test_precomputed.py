@@ -577,7 +577,7 @@ def test_the_dry_run_rejects_the_same_embeddings_as_training(
 ) -> None:
     from jasper_fast.data.prepare import prepare_texts
     from jasper_fast.train import train
-    from jasper_fast.training.preflight import describe_plan
+    from jasper_fast.training.dry_run import describe_plan
 
     (tmp_path / "texts.txt").write_text("\n".join(mixed_texts))
     tree = run_of(tmp_path, [{"model": str(tiny_bert)}], model=str(tiny_bert))

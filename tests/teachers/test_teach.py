@@ -359,7 +359,10 @@ def test_error_of_storing_is_measured(
     assert distance.max() == pytest.approx(stated["max"], rel=0.1) and distance.mean() == pytest.approx(
         stated["mean"], rel=0.1
     )
-    assert f"costs a cosine distance of {stated['mean']:.1e} (largest {stated['max']:.1e})" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    cost = f"Storing int8 costs a cosine distance of {stated['mean']:.1e} (largest {stated['max']:.1e})"
+    assert "200 embeddings of width 32 are ready" in printed and str(vectors.folders[0]) not in printed
+    assert (cost in printed) == (dtype == "int8") and ("Storing" in printed) == (dtype == "int8")
     if dtype == "int8":
         dataset = load_from_disk(str(vectors.folders[0]))
         row = dataset[7]

@@ -189,7 +189,7 @@ def test_a_resumed_run_keeps_its_steps(tiny, tmp_path, monkeypatch):
 
 
 def test_the_dry_run_tells_the_cost_and_names_parameters_only_if_asked(tiny, tmp_path):
-    from jasper_fast.training.preflight import describe_plan
+    from jasper_fast.training.dry_run import describe_plan
 
     short = describe_plan(load_config(tiny), tmp_path / "run")
     assert "plan: about 12 seconds: 2 seconds training, 10 seconds evaluation" in short

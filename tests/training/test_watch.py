@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from jasper_fast.config.load import load_config
+from jasper_fast.config.losses import LOGGED_LOSSES
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.models.micro_batches import MicroBatches
@@ -26,7 +27,8 @@ from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch
 from jasper_fast.training.memory import graph_bytes_per_token, memory_advice, out_of_memory, saved_bytes
 from jasper_fast.training.run.gpu_monitor import GpuMonitor
-from jasper_fast.training.run.log import SPIKE_WINDOW, RunLog, start_trackers
+from jasper_fast.training.run.log import LINE_WIDTH, SPIKE_WINDOW, RunLog, step_line
+from jasper_fast.training.run.trackers import score_curves, start_trackers
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.runs import settings, write_data
 
@@ -38,6 +40,13 @@ def log(tmp_path):
     log = RunLog(tmp_path, load_config(None), 100, 0)
     yield log
     log.close()
+
+
+ROWS = [
+    {"model": "teacher", "width": 32, "scores": {"pairs/Spearman": 0.75}},
+    {"model": "student", "width": 32, "scores": {"pairs/Spearman": 0.5}},
+    {"model": "student", "width": 16, "scores": {"pairs/Spearman": 0.25}},
+]
 
 
 def record(step: int, loss: float) -> dict:
@@ -57,6 +66,40 @@ def test_a_jump_of_the_loss_is_marked(log, capsys):
     assert "10.0 times its recent median" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "shown", "hidden"),
+    [
+        ("head", {"tokens_per_s": 0.0, "padding": 0.0}, "head 7/100  loss 3.5  1 texts/s  lr 1.0e-01", "tokens/s"),
+        ("head", {"cosine": 0.0, "similarity": 0.00513}, "  similarity 0.00513  ", "cosine"),
+        ("head", {"data_wait": 0.1}, "0.1 GB", "data wait"),
+        ("head", {"data_wait": 0.55}, "data wait 55 %", "padding"),
+        ("head", {"tokens_per_s": 828.0}, "828 tokens/s", "padding"),
+        ("n" * 150, {}, "n" * 99 + "…", "loss"),
+        (
+            "a-long-name-of-a-stage",
+            {part.name: 123456.0 for part in LOGGED_LOSSES} | {"tokens_per_s": 1e9},
+            "cosine 1.23e+05  similarity 1.23e+05",
+            "contrastive",
+        ),
+    ],
+)
+def test_a_line_shows_what_was_measured_and_fits(stage, given, shown, hidden):
+    line = step_line(stage, record(7, 3.5) | given, 100)
+    assert shown in line and hidden not in line and len(line) <= LINE_WIDTH
+
+
+def test_fast_steps_print_few_lines_and_log_all(tmp_path, capsys, monkeypatch):
+    log = RunLog(tmp_path, load_config(None), 100, 0)
+    clock = iter(0.1 * step for step in range(10**6))  # each look at the clock takes 0.1 s
+    monkeypatch.setattr("jasper_fast.training.run.log.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    for step in range(1, 1001):
+        log.step("head", record(step, 2.0), step == 1000)
+    log.close()
+    printed = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1000
+    assert printed[0] == 10 and printed[-1] == 1000 and 3 <= len(printed) < 10
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
 def test_a_full_disk_ends_the_log_with_an_error_that_tells(log):
     log.file.close()
@@ -70,20 +113,26 @@ def test_tensorboard_shows_each_step_once_however_often_a_run_goes_on(tmp_path):
 
     config = load_config(None, [("log.trackers", ["tensorboard"])])
     for start, losses in ((1, [1.0, 2.0, 3.0, 4.0]), (3, [30.0, 40.0, 50.0])):  # stopped at 4, resumed from 2
-        with start_trackers(tmp_path, config) as trackers:
+        with start_trackers(tmp_path, config, start - 1) as trackers:
             log = RunLog(tmp_path, config, 10, start - 1, trackers)
             for step, loss in enumerate(losses, start):
-                log.step("one", record(step, loss), True)
+                log.step("head" if step < 4 else "distil", record(step, loss), True)
             log.close()
+    with start_trackers(tmp_path, config, 5) as (tracker,):  # stopped during the evaluation, and resumed
+        tracker.log(score_curves(ROWS, "student"), 5)
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in shown.Scalars("one/loss")] == [
+    assert [(e.step, e.value) for e in shown.Scalars("train/loss")] == [
         (1, 1.0),
         (2, 2.0),
         (3, 30.0),
         (4, 40.0),
         (5, 50.0),
     ]
-    assert "one/grad_norm" in shown.Tags()["scalars"]
+    assert [e.value for e in shown.Scalars("train/stage")] == [0, 0, 0, 1, 1]
+    assert [(e.step, round(e.value, 3)) for e in shown.Scalars("eval/pairs/Spearman@16")] == [(5, 0.25)]
+    tags = set(shown.Tags()["scalars"])
+    assert {"train/grad_norm", "train/lr", "eval/pairs/Spearman@32"} <= tags
+    assert {tag.split("/")[0] for tag in tags} == {"train", "eval"}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -119,7 +168,7 @@ def test_a_tracker_without_login_is_told_before_teaching(tiny_bert, tiny_texts, 
         raise Error("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=Error))
-    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: name)
+    monkeypatch.setattr("jasper_fast.training.run.trackers.find_spec", lambda name: name)
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     with pytest.raises(JasperError, match=r"wandb: no API key\nFix: type `wandb login`"):
         train(tree, out=tmp_path / "out", overrides=[("log.trackers", ["tensorboard", "wandb"])])
@@ -357,7 +406,7 @@ def test_a_clock_that_jumps_back_spoils_no_line(tiny_bert, tiny_texts, tmp_path,
 
 
 def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.training.preflight import describe_plan
+    from jasper_fast.training.dry_run import describe_plan
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     tree["teachers"] = [{"model": str(tmp_path / "absent")}]
@@ -366,7 +415,7 @@ def test_a_dry_run_finds_a_teacher_that_is_missing(tiny_bert, tiny_texts, tmp_pa
 
 
 def test_a_dry_run_reads_the_texts(tiny_bert, tiny_texts, tmp_path):
-    from jasper_fast.training.preflight import describe_plan
+    from jasper_fast.training.dry_run import describe_plan
 
     tree = one_stage(tmp_path, tiny_bert, tiny_texts)
     assert " texts to train on" in describe_plan(load_config(tree), tmp_path / "out")

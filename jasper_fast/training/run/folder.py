@@ -18,6 +18,7 @@ from jasper_fast.training.run.log import LOG
 from jasper_fast.utils.atomic import disk_errors, sweep_unfinished, write_atomic
 from jasper_fast.utils.errors import ConfigError, JasperError
 
+EARLY = "finished_early"  # the key of results.json by which a run can train on
 CONFIG, RESULTS, CHECKPOINTS, POOLED, LOCK = "config.yaml", "results.json", "checkpoints", "pooled", ".lock"
 NEUTRAL_SECTIONS = ("log", "checkpoint", "parallel")  # sections that do not change the numbers
 
@@ -36,8 +37,17 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True after the run has written its results."""
-        return (self.path / RESULTS).exists()
+        """True after the run has written its results, unless it was finished early and can train on."""
+        return (self.path / RESULTS).exists() and self.finished_early is None
+
+    @property
+    def finished_early(self) -> dict[str, Any] | None:
+        """At which step the run was finished early. None: it was not."""
+        try:
+            results = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged results are no reason to train again
+            return None
+        return results.get(EARLY) if isinstance(results, dict) else None
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file into the folder, whole or not at all."""

@@ -1,43 +1,32 @@
-"""The log of a run: a progress bar, printed lines, ``log.jsonl`` with every step, and experiment trackers."""
+"""The log of a run: a progress bar, printed lines, and ``log.jsonl`` with every step."""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import sys
-import uuid
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from jasper_fast.config.losses import LOGGED_LOSSES
-from jasper_fast.config.run import Config, LogConfig
+from jasper_fast.config.run import Config
 from jasper_fast.training.run.progress import Progress
+from jasper_fast.training.run.trackers import Tracker
 from jasper_fast.utils.atomic import disk_errors, write_atomic
-from jasper_fast.utils.errors import JasperError
 
 LOG = "log.jsonl"
-IDENTITY = "tracking-id"  # the file by which a resumed run is the same run for trackers
+LINE_WIDTH = 100  # columns of a printed step
+LINE_SECONDS = 2.0  # the least time between two printed steps of a stage
+MIN_WAIT = 0.2  # fraction of a step that waits for data, from which it is printed
 SPIKE, SPIKE_WINDOW = 3.0, 16  # a loss of SPIKE times the median of the last SPIKE_WINDOW steps is marked
-
-
-class Tracker(Protocol):
-    """An experiment tracker."""
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Record the numbers of a step."""
-        ...
-
-    def close(self) -> None:
-        """End the record."""
-        ...
 
 
 class RunLog:
@@ -67,6 +56,9 @@ class RunLog:
         self.every = config.log.every
         self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.stage = ""
+        self.stages = [stage.name for stage in config.stages]
+        self.steps = {stage.name: stage.steps for stage in config.stages}
+        self._printed = -math.inf  # when the last step was printed
         self._forget_after(done)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self.trackers = trackers
@@ -82,7 +74,7 @@ class RunLog:
         sys.stdout.flush()
 
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
-        """Record one step, and print it every few steps and at the end of a stage.
+        """Record one step. Print it every few steps, at most every `LINE_SECONDS`, and at the end of a stage.
 
         Args:
             stage: the name of the stage.
@@ -97,11 +89,13 @@ class RunLog:
         self.event("step", stage=stage, **record, **({} if to_go is None else {"to_go": to_go}))
         self.bar.set_description_str(self.progress.line(stage, record["stage_step"]), refresh=False)
         self.bar.update(1)
-        if last or record["stage_step"] % self.every == 0:
-            self.info(_line(stage, record))
-            numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        due = last or record["stage_step"] % self.every == 0
+        if due:
             for tracker in self.trackers:
-                tracker.log({f"{stage}/{k}": v for k, v in numbers.items()}, record["step"])
+                tracker.log(self._curves(stage, record), record["step"])
+        if last or (due and time.monotonic() - self._printed >= LINE_SECONDS):
+            self._printed = time.monotonic()
+            self.info(step_line(stage, record, self.steps.get(stage)))
 
     def pooled(self, stage: str, texts: int, done: int, seconds: float | None) -> None:
         """Count pooled texts of a stage on the progress bar.
@@ -131,6 +125,12 @@ class RunLog:
         self.bar.close()
         with suppress(OSError):  # a full disk was reported before
             self.file.close()
+
+    def _curves(self, stage: str, record: Mapping[str, Any]) -> dict[str, float]:
+        """Return the numbers of a step under the names that trackers show, as curves over all stages."""
+        numbers = {f"train/{key}": value for key, value in record.items() if isinstance(value, float)}
+        place = {"train/stage": float(self.stages.index(stage))} if stage in self.stages else {}
+        return numbers | place
 
     def _spike(self, stage: str, loss: float) -> float | None:
         """Return the ratio of the loss to its recent median if it is a spike, else None."""
@@ -180,36 +180,6 @@ class SilentLog(RunLog):
         """Do nothing: there is no file."""
 
 
-def check_trackers(config: LogConfig) -> None:
-    """Check that every configured tracker is installed.
-
-    Raises:
-        JasperError: one is not.
-    """
-    for name in config.trackers:
-        if find_spec(name) is None:
-            raise JasperError(f"log.trackers asks for {name!r}, which is not installed. Fix: pip install {name}")
-
-
-@contextmanager
-def start_trackers(folder: Path, config: Config) -> Iterator[list[Tracker]]:
-    """Start the configured trackers and close them after the block. A resumed run is the same run for them.
-
-    Args:
-        folder: the run's folder, which stores its identity.
-        config: the run's configuration.
-
-    Raises:
-        JasperError: one does not start, for example without a login.
-    """
-    with ExitStack() as started:
-        trackers: list[Tracker] = []
-        for name in config.log.trackers:
-            trackers.append(_TensorBoard(folder) if name == "tensorboard" else _WandbLike(name, folder, config))
-            started.callback(trackers[-1].close)
-        yield trackers
-
-
 def seconds_spent(log: Path) -> dict[str, float]:
     """Return the wall-clock seconds of a ``log.jsonl`` by event, over all resumes. Repeated steps count once."""
     spent: dict[str, float] = {}
@@ -226,56 +196,27 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _line(stage: str, record: dict[str, Any]) -> str:
-    parts = "  ".join(f"{part.name} {record[part.name]:.5f}" for part in LOGGED_LOSSES if part.name in record)
-    speed = f"{record['texts_per_s']:.0f} texts/s  {record['tokens_per_s']:.0f} tokens/s"
-    return (
-        f"{stage} {record['stage_step']}  loss {record['loss']:.4f}  {parts}  |grad| {record['grad_norm']:.3f}  "
-        f"lr {record['lr']:.2e}  {speed}  padding {100 * record['padding']:.0f} %  "
-        f"data wait {100 * record['data_wait']:.0f} %  {record['memory_gb']:.2f} GB"
-    )
+def step_line(stage: str, record: Mapping[str, Any], steps: int | None) -> str:
+    """Return the printed line of a step, at most `LINE_WIDTH` columns wide.
 
+    Losses of weight 0 and numbers that were not measured are left out. If the line is full, so are the last ones.
 
-def _identity(folder: Path) -> str:
-    """Return the run's unique name."""
-    file = folder / IDENTITY
-    if not file.is_file():
-        write_atomic(file, uuid.uuid4().hex[:12] + "\n")
-    return file.read_text(encoding="utf-8").strip()
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self.make = str(folder / "tensorboard"), SummaryWriter
-        self.writer: SummaryWriter | None = None
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        if self.writer is None:  # drops what an earlier process wrote of this step and later ones
-            self.writer = self.make(self.folder, purge_step=step)
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-class _WandbLike:
-    """Weights & Biases, or trackio, which has the same interface but identifies a run by its name instead of an id."""
-
-    def __init__(self, name: str, folder: Path, config: Config) -> None:
-        self.module = import_module(name)
-        identity = _identity(folder)
-        same = {"name": config.name, "id": identity} if name == "wandb" else {"name": f"{config.name}-{identity}"}
-        try:
-            self.module.init(project=config.log.project, config=config.model_dump(mode="json"), resume="allow", **same)
-        except getattr(self.module, "Error", ()) as error:  # of W&B
-            raise JasperError(f"{name}: {error}\nFix: type `{name} login`, or leave it out of log.trackers") from error
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.module.log(values, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
+    Args:
+        stage: the name of the stage.
+        record: the numbers of the step.
+        steps: the number of steps of the stage. None: unknown.
+    """
+    of_all = "" if steps is None else f"/{steps}"
+    line = f"{stage} {record['stage_step']}{of_all}  loss {record['loss']:.4g}  {record['texts_per_s']:.0f} texts/s"
+    losses = [f"{part.title} {record[part.name]:.3g}" for part in LOGGED_LOSSES if record.get(part.name)]
+    wait = record["data_wait"]
+    others = [
+        f"lr {record['lr']:.1e}",
+        f"{record['tokens_per_s']:.0f} tokens/s" if record["tokens_per_s"] else "",
+        f"{record['memory_gb']:.1f} GB",
+        f"data wait {100 * wait:.0f} %" if wait >= MIN_WAIT else "",
+    ]
+    for part in filter(None, [*losses, *others]):
+        if len(line) + 2 + len(part) <= LINE_WIDTH:
+            line += f"  {part}"
+    return line if len(line) <= LINE_WIDTH else line[: LINE_WIDTH - 1] + "…"

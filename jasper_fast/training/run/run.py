@@ -24,9 +24,10 @@ from jasper_fast.training.data import Batch, Precision, TrainingData
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, keep_older_texts, open_run, stored_difference
-from jasper_fast.training.run.log import RunLog, SilentLog, Tracker, start_trackers
+from jasper_fast.training.run.log import RunLog, SilentLog
 from jasper_fast.training.run.progress import Progress
-from jasper_fast.training.run.signals import RESUME, Stopped, leave_on_sigterm, stop_on_signal
+from jasper_fast.training.run.signals import FINISH, RESUME, Stopped, leave_on_sigterm, stop_on_signal
+from jasper_fast.training.run.trackers import Tracker, start_trackers
 from jasper_fast.utils.device import pick_device
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.output import tolerant_output
@@ -169,9 +170,15 @@ class Run:
         Raises:
             JasperError: one does not start.
         """
+        done = self.checkpoint.position.step if self.checkpoint is not None else 0
         self.ranks.on_main(
-            lambda: self._trackers.extend(self._held.enter_context(start_trackers(self.path, self.config)))
+            lambda: self._trackers.extend(self._held.enter_context(start_trackers(self.path, self.config, done)))
         )
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Record numbers in the trackers, after training."""
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
     @contextmanager
     def resume(self, student: Student) -> Iterator[Position]:
@@ -201,6 +208,9 @@ class Run:
         for note in self.config.notes:
             self.log.info(note)
             self.log.event("note", text=note)
+        early = self.folder.finished_early if self.folder is not None else None
+        if early is not None and self.ranks.is_main:
+            self.log.info(f"this run was finished early, after step {early['step']}; its model and report are replaced")
         if position.step:
             self.log.info(f"resuming after step {position.step} of {total}")
         self._saver = Saver(self.path / CHECKPOINTS, self.config.checkpoint.keep, self.ranks.is_main)
@@ -313,7 +323,7 @@ class Run:
             Stopped: always, on every rank.
         """
         self.ranks.on_main(self.wait_for_checkpoint)  # a rank that left earlier would end the others while they write
-        raise Stopped(f"stopped after step {position.step} as requested. {RESUME}")
+        raise Stopped(f"stopped after step {position.step} as requested. {RESUME}, or {FINISH}")
 
     def leave_ranks(self) -> bool:
         """Leave the process group at the end of training, and return whether this rank finalizes the run alone."""

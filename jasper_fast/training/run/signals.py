@@ -10,6 +10,7 @@ from types import FrameType
 from jasper_fast.utils.errors import JasperError
 
 RESUME = "Run the same command to resume"
+FINISH = "add --finish to export and evaluate the model as it is"
 
 
 class Stopped(JasperError):

@@ -81,7 +81,7 @@ class TextStage(BaseStage):
         stage = self.config
         if self.pooled is not None and stage.narrow_start == "principal" and not start.stage_step:
             states = self.pooled.read(self.pooled.rows[:PRINCIPAL_ROWS])
-            start_at_principal_axes(student, stage, states, self.run_config.seed)
+            start_at_principal_axes(student, stage.heads, states, self.run_config.seed)
         group, rows = (run.ranks.group, run.ranks.counts(stage.batch_size)) if self.global_loss else (None, None)
         self.loss = StageLoss(stage, student.widths[0], group, rows)
 

@@ -1,0 +1,208 @@
+"""Compare runs: their different settings, scores, seconds and sizes side by side.
+
+python -m jasper_fast.compare runs/try-1 runs/try-2
+python -m jasper_fast.compare runs/seed-0 runs/seed-1 runs/seed-2 --json
+
+Unfinished runs show their steps so far. Runs that differ only in their seed also get a mean ± standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.config.diff import leaves
+from jasper_fast.config.yaml import NOT_YAML, parse_yaml
+from jasper_fast.evaluation.score import STUDENT, TEACHER
+from jasper_fast.utils.errors import JasperError, run_cli
+
+NEUTRAL = ("log", "checkpoint", "parallel", "name")  # fields that do not change the numbers
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run as data.
+
+    Args:
+        name: the folder as it was given.
+        settings: values of the configuration by dotted key.
+        status: "finished", or how far the run is.
+        numbers: scores as fractions, seconds and sizes, by label.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    status: str
+    numbers: dict[str, float]
+
+
+def main(argv: list[str]) -> int:
+    """Compare runs from the command line, and return the exit status.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        JasperError: a folder has no run, or its files are damaged.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jasper_fast.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, at least two")
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) < 2:
+        raise JasperError(f"compare: got one run ({arguments.runs[0]}), expected at least two. Fix: name another run")
+    content = compare([read_run(Path(path)) for path in arguments.runs])
+    print(json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else comparison_text(content))
+    return 0
+
+
+def read_run(folder: Path) -> ComparedRun:
+    """Read a run, finished or not.
+
+    Args:
+        folder: the folder of the run.
+
+    Raises:
+        JasperError: it has no configuration, or a file is damaged.
+    """
+    config = _read(folder / "config.yaml", parse_yaml)
+    if config is None:
+        raise JasperError(f"{folder} is not the folder of a run (it has no config.yaml). Fix: give e.g. runs/NAME")
+    results = _read(folder / "results.json", json.loads)
+    for name, content in (("config.yaml", config), ("results.json", results)):
+        if content is not None and not isinstance(content, Mapping):
+            raise JasperError(
+                f"{folder / name} is damaged (got {type(content).__name__}, expected fields). Fix: restore the file, "
+                "or leave this run out"
+            )
+    steps = sum(stage.get("steps") or 0 for stage in config.get("stages", []))
+    done = _steps_done(folder / "log.jsonl")
+    status = f"unfinished: {done} of {steps} steps"
+    if results is not None:
+        early = results.get("finished_early")
+        status = f"finished early, after step {early['step']} of {early['steps']}" if early else "finished"
+    settings = {key: value for key, value in leaves(dict(config)) if key.split(".")[0] not in NEUTRAL}
+    return ComparedRun(str(folder), settings, status, _numbers(results or {}, folder))
+
+
+def compare(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    """Compare runs.
+
+    Args:
+        runs: two or more runs.
+
+    Returns:
+        ``runs``, their ``status``, the ``settings`` that differ and all ``numbers``, each as a list with one entry per
+        run. If only seeds differ, ``seeds`` has the mean and the standard deviation of each number.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    settings = {key: [run.settings.get(key, ABSENT) for run in runs] for key in keys}
+    different = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
+    labels = dict.fromkeys(label for run in runs for label in run.numbers)
+    numbers = {label: [run.numbers.get(label) for run in runs] for label in labels}
+    content: dict[str, Any] = {
+        "runs": [run.name for run in runs],
+        "status": [run.status for run in runs],
+        "settings": different,
+        "numbers": numbers,
+    }
+    if set(different) == {"seed"}:
+        known = {label: [value for value in values if value is not None] for label, values in numbers.items()}
+        content["seeds"] = {
+            label: {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+            for label, values in known.items()
+            if len(values) > 1
+        }
+    return content
+
+
+def comparison_text(content: Mapping[str, Any]) -> str:
+    """Return a comparison as a table.
+
+    Args:
+        content: the result of :func:`compare`.
+    """
+    count, seeds = len(content["runs"]), content.get("seeds", {})
+    head = ["", *(str(number) for number in range(1, count + 1)), *(["mean ± sd"] if seeds else [])]
+    rows = [[key, *map(_setting, values), *([""] if seeds else [])] for key, values in content["settings"].items()]
+    table = [head, *(rows or [["(no setting differs)", *[""] * (len(head) - 1)]])]
+    for label, values in content["numbers"].items():
+        spread = seeds.get(label)
+        last = [f"{_number(label, spread['mean'])} ± {_number(label, spread['sd'])}" if spread else ""] if seeds else []
+        table.append([label, *(ABSENT if value is None else _number(label, value) for value in values), *last])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{place}  {run}: {content['status'][place - 1]}" for place, run in enumerate(content["runs"], 1)]
+    for row in table:
+        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    if content["numbers"]:
+        lines.append("Scores are in per cent.")
+    return "\n".join(lines)
+
+
+def _numbers(results: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """Return scores, then seconds and sizes. Reports of older versions lack some."""
+    numbers: dict[str, float] = {}
+    for model in (TEACHER, STUDENT):
+        for row in results.get("rows", []):
+            if row["model"] == model:
+                numbers |= {f"{key} {model} @{row['width']}": score for key, score in row["scores"].items()}
+    for key, value in leaves(results.get("label_free") or {}, "label-free"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers[key] = float(value)
+    facts = results.get("facts", {})
+    seconds = facts.get("seconds")
+    for key, value in (seconds if isinstance(seconds, Mapping) else {"in all": seconds}).items():
+        if value is not None:
+            numbers[f"seconds, {key}"] = value
+    for key, label in (("student_parameters", "student parameters"), ("texts", "training texts")):
+        if key in facts:
+            numbers[label] = facts[key]
+    speed = (facts.get("encoding") or {}).get("student_texts_per_s")
+    if speed is not None:
+        numbers["student texts/s"] = speed
+    weights = sum(file.stat().st_size for file in (folder / "model").rglob("*.safetensors"))
+    return numbers | ({"model MB": weights / 1e6} if weights else {})
+
+
+def _number(label: str, value: float) -> str:
+    if " @" in label:
+        return f"{100 * value:.2f}"
+    return f"{value:,.3f}" if label.startswith("label-free") else f"{value:,.1f}".removesuffix(".0")
+
+
+def _setting(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"…{text[-39:]}"
+
+
+def _steps_done(log: Path) -> int:
+    """Return the last step of a log, of which a killed run may have cut the last line."""
+    done = 0
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
+        try:
+            done = max(done, json.loads(line).get("step", 0))
+        except (ValueError, AttributeError):
+            continue
+    return done
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except NOT_YAML as error:  # broken JSON is a ValueError
+        raise JasperError(f"{path} is damaged ({error}). Fix: restore the file, or leave this run out") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

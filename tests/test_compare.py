@@ -1,0 +1,87 @@
+"""`python -m jasper_fast.compare`: settings and scores of runs, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jasper_fast import compare
+from jasper_fast.config.load import dump_config, load_config
+from jasper_fast.utils.errors import JasperError
+
+
+def write_run(folder: Path, overrides: dict[str, Any], results: dict[str, Any] | None, steps: int = 3) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(load_config(None, list(overrides.items()))))
+    lines = [json.dumps({"event": "step", "step": step}) for step in range(1, steps + 1)]
+    (folder / "log.jsonl").write_text("\n".join([*lines, '{"event": "st']))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def scores(student: float, **more: Any) -> dict[str, Any]:
+    rows = [("teacher", 384, 0.8), ("student", 384, student), ("student", 64, student - 0.1)]
+    return {"rows": [{"model": m, "width": w, "scores": {"docs/nDCG@10": s}} for m, w, s in rows], **more}
+
+
+def cells(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(label + "  ")]
+    return line.removeprefix(label).split()
+
+
+def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
+    facts = {"seconds": {"training": 61.25}, "encoding": {"student_texts_per_s": 30.0}, "student_parameters": 1234567}
+    new = scores(0.75, facts=facts, label_free={"neighbours": {"384": 0.61}})
+    a = write_run(tmp_path / "a", {"stages.1.lr": 1e-4}, new)
+    b = write_run(tmp_path / "b", {"stages.1.lr": 2e-4, "log.every": 3}, scores(0.7, facts={"seconds": 9.0}))
+    c = write_run(tmp_path / "c", {"stages.1.lr": 2e-4}, None)
+    d = write_run(tmp_path / "d", {"stages.1.lr": 2e-4}, scores(0.5, finished_early={"step": 4, "steps": 900}))
+    assert compare.main([str(path) for path in (a, b, c, d)]) == 0
+    text = capsys.readouterr().out
+    assert cells(text, "stages.1.lr") == ["0.0001", "0.0002", "0.0002", "0.0002"] and "log.every" not in text
+    assert cells(text, "docs/nDCG@10 student @64") == ["65.00", "60.00", "–", "40.00"]
+    assert cells(text, "label-free.neighbours.384") == ["0.610", "–", "–", "–"]
+    assert cells(text, "student texts/s") == ["30", "–", "–", "–"]
+    assert cells(text, "seconds, training") == ["61.2", "–", "–", "–"]
+    assert f"3  {c}: unfinished: 3 of 900 steps" in text
+    assert f"4  {d}: finished early, after step 4 of 900" in text
+    assert "± sd" not in text
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_seeds_have_a_mean(tmp_path, capsys, as_json):
+    runs = [write_run(tmp_path / str(seed), {"seed": seed}, scores(0.7 + seed / 100)) for seed in (1, 2, 3)]
+    compare.main([*map(str, runs), *(["--json"] if as_json else [])])
+    printed = capsys.readouterr().out
+    if not as_json:
+        assert cells(printed, "docs/nDCG@10 student @384") == ["71.00", "72.00", "73.00", "72.00", "±", "1.00"]
+        return
+    content = json.loads(printed)
+    assert content["settings"] == {"seed": [1, 2, 3]} and content["runs"] == list(map(str, runs))
+    assert content["seeds"]["docs/nDCG@10 student @384"] == pytest.approx({"mean": 0.72, "sd": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, None, "got one run .* expected at least two"),
+        ("config.yaml", None, "is not the folder of a run"),
+        ("config.yaml", "name: [", "config.yaml is damaged"),
+        ("config.yaml", "words", "config.yaml is damaged .* expected fields"),
+        ("results.json", "[1]", "results.json is damaged .got list, expected fields"),
+        ("results.json", "{", "results.json is damaged"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path, name, content, message):
+    good, bad = (write_run(tmp_path / run, {}, scores(0.7)) for run in ("good", "bad"))
+    if name is None:
+        arguments = [str(good)]
+    else:
+        arguments = [str(good), str(bad)]
+        (bad / name).unlink() if content is None else (bad / name).write_text(content)
+    with pytest.raises(JasperError, match=message):
+        compare.main(arguments)
