@@ -73,7 +73,7 @@ def topk(
 
     Returns:
         scores (Q, k) float32, also for float64 queries, and indices (Q, k) int64. With
-            fewer than k (valid) rows the rest is −inf and −1.
+        fewer than k (valid) rows the rest is −inf and −1.
 
     Raises:
         ValueError: wrong shapes, k below 1, an unknown precision, or a row with NaN or infinity.
