@@ -530,3 +530,16 @@ def test_a_funnel_returns_the_ids_of_its_indexes():
     wide.remove([7])
     with pytest.raises(ValueError, match="same ids"):
         funnel(rows[:5, :8], rows[:5], narrow, wide, k=2, shortlist=10)
+
+
+def test_exports_have_the_ids(tmp_path):
+    from jasper_fast.mips.exports import to_faiss, to_parquet
+
+    pytest.importorskip("faiss")
+    table = pytest.importorskip("pyarrow.parquet")
+    index = FlatIPIndex(4, dtype="float32")
+    index.add(torch.eye(4), ids=[9, 8, 7, 6])
+    index.remove([8])
+    assert to_faiss(index).search(np.eye(4, dtype=np.float32)[2:3], 1)[1].item() == 7
+    to_parquet(index, tmp_path / "export")
+    assert table.read_table(tmp_path / "export" / "vectors.parquet")["id"].to_pylist() == [9, 7, 6]
