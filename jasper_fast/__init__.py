@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_fast import _renamed
 from jasper_fast._version import __version__
+from jasper_fast.utils.packages import check_started_module, require_training
 
 if TYPE_CHECKING:
     from jasper_fast import losses, mips, pictures, sentence_transformers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "losses", "mips", "pictures", "sentence_transformers", "train"]
 
 _LAZY = ("losses", "mips", "pictures", "sentence_transformers", "train")
+_NEED_TRAINING = ("pictures", "train")
 
 
 class _CallableModule(ModuleType):
@@ -46,13 +48,16 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 _renamed.install()
+check_started_module()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NEED_TRAINING:
+        require_training()
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted(__all__)

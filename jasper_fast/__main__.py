@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from jasper_fast._version import __version__
 from jasper_fast.utils.command_line import check_command
 from jasper_fast.utils.errors import JasperError, run_cli
+from jasper_fast.utils.packages import LIGHT_COMMANDS, require_training
 
 PROGRAM = "python -m jasper_fast"
 
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
     check_command(argv, tuple(COMMANDS), PROGRAM)
     if name not in COMMANDS:
         raise JasperError(f"{name!r}: expected a command first ({', '.join(COMMANDS)}). Fix: run `{PROGRAM} NAME …`")
+    if name not in LIGHT_COMMANDS:
+        require_training()
     return importlib.import_module(f"jasper_fast.{name}").main(arguments) or 0
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+import jasper_fast.ops.native as native
 from jasper_fast._renamed import old_names
 from jasper_fast._version import __version__
-from jasper_fast.ops import native
 from jasper_fast.utils.errors import run_cli
 from jasper_fast.utils.hardware import FAST_BF16, ISA, cpu_bf16_is_fast, cpu_features, cpu_name
 
@@ -104,8 +104,7 @@ def _missing_reason(name: str) -> str:
         return (
             "not installed, so no Triton kernels (included in CUDA builds of torch; without a GPU: requirements-ci.txt)"
         )
-    extra = "tracking" if name in TRACKERS else "export" if name in ONNX else None
-    return "not installed. Fix: pip install " + (f"'jasper_fast[{extra}]'" if extra else name)
+    return f"not installed. Fix: pip install {' '.join(ONNX) if name in ONNX else name}"
 
 
 def _cpu() -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python -m jasper_fast.search build runs/minilm-docstrings my_texts.jsonl --out my-index
     python -m jasper_fast.search ask my-index "how do I reverse a list?"
     python -m jasper_fast.search add my-index more_texts.jsonl
+    python -m jasper_fast.search remove my-index ID ID
     python -m jasper_fast.search build runs/glyphs my_photos --pictures --out my-index   # find images by words
 
 ``ask`` also reads questions from a file (``--file``). Without a question it reads them interactively.
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -25,7 +28,7 @@ from jasper_fast.data.listing import user_path
 from jasper_fast.data.rows import BOM, read_lines
 from jasper_fast.data.text import join_columns
 from jasper_fast.data.text_sources import read_source, report_ignored
-from jasper_fast.text_index import Hit, TextIndex, add, build, check_replace
+from jasper_fast.text_index import Hit, TextIndex, add, build, check_replace, remove
 from jasper_fast.utils.atomic import check_output_path
 from jasper_fast.utils.command_line import (
     check_command,
@@ -59,10 +62,18 @@ def _add(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     count = add(
         args.index, documents, ids=ids, model=args.model, total=args.limit, pictures=args.pictures,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code, replace=args.replace,
     )  # fmt: skip
     kind = "images" if args.pictures else "texts"
     print(f"{count:,} new {kind} in {args.index}, {time.perf_counter() - begin:.0f} s")
+
+
+def _remove(args: argparse.Namespace) -> None:
+    check_output_path(args.index)
+    if bool(args.ids) == (args.file is not None):
+        raise JasperError("give ids, or --file with one id per line. Fix: give one of the two")
+    count = remove(args.index, args.ids or _lines(args.file, "id"))
+    print(f"{count:,} document{'s' if count > 1 else ''} removed from {args.index}")
 
 
 def _documents(args: argparse.Namespace) -> tuple[Iterator[str], list[DocumentId] | None]:
@@ -94,7 +105,7 @@ def _ask(args: argparse.Namespace) -> None:
                 break
             part = questions[start : start + 256]
             for question, hits in zip(part, index.ask(part, args.k), strict=True):
-                _show(question, hits, args.json, index.ids is not None)
+                _show(question, hits, args.json, index.ids is not None, args.full)
         return
     index.ask(["a question that warms up the model"], 1)
     print(f"{len(index):,} texts. Type a question, or an empty line to quit.", file=sys.stderr)
@@ -102,7 +113,7 @@ def _ask(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         (hits,) = index.ask([question], args.k)
         seconds = time.perf_counter() - begin
-        _show(question, hits, args.json, index.ids is not None)
+        _show(question, hits, args.json, index.ids is not None, args.full)
         print(f"({seconds * 1e3:.0f} ms)", file=sys.stderr)
 
 
@@ -116,41 +127,60 @@ def _read_question() -> str:
         raise JasperError(f"the question is not {error.encoding} text ({error.reason}). Fix: type it again") from None
 
 
-def _lines(file: str) -> list[str]:
-    questions = [text for _, line in read_lines(user_path(file)) if (text := line.strip())]
-    if not questions:
-        raise JasperError(f"{file}: no questions in it. Fix: give a text file with one question per line")
-    return questions
+def _lines(file: str, kind: str = "question") -> list[str]:
+    lines = [text for _, line in read_lines(user_path(file)) if (text := line.strip())]
+    if not lines:
+        raise JasperError(f"{file}: no {kind}s in it. Fix: give a text file with one {kind} per line")
+    return lines
 
 
-def _show(question: str, hits: Sequence[Hit], as_json: bool, with_ids: bool = False) -> None:
+def _show(question: str, hits: Sequence[Hit], as_json: bool, with_ids: bool = False, full: bool = False) -> None:
     if as_json:
         answer = {"question": question, "hits": [vars(hit) for hit in hits]}
         print(json.dumps(answer, ensure_ascii=not shows_unicode()))
         return
     print(f"\n{question}")
+    width = shutil.get_terminal_size((100, 24)).columns
     for place, hit in enumerate(hits, 1):
         line = " ".join(hit.text.split())
         label = f"[{' '.join(str(hit.id).split())}]  " if with_ids else ""
-        print(f"{place:3d}. {hit.score:.3f}  {label}{line if len(line) <= 100 else line[:99] + '…'}")
+        start = f"{place:3d}. {hit.score:.3f}  {label}"
+        print(start + (line if full else _shorten(line, max(20, width - _columns(start)))))
+
+
+def _shorten(line: str, columns: int) -> str:
+    """Return the start of a line that fits a number of terminal columns, with … if something is left out."""
+    if _columns(line[: columns + 1]) <= columns and len(line) <= columns:
+        return line
+    used = 0
+    for position, character in enumerate(line):
+        used += _columns(character)
+        if used > columns - 1:
+            return line[:position] + "…"
+    return line
+
+
+def _columns(text: str) -> int:
+    """Return how many columns a terminal takes for a text: two for wide characters, none for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def main(argv: list[str]) -> int:
-    """Build an index, add documents to it, or ask it.
+    """Build an index, add documents to it, remove some, or ask it.
 
     Args:
         argv: command-line arguments.
     """
     parser = _parser()
-    check_command(argv, ("build", "add", "ask"), "python -m jasper_fast.search", "ask")
+    check_command(argv, ("build", "add", "remove", "ask"), "python -m jasper_fast.search", "ask")
     args = parser.parse_args(argv)
-    if args.model is not None:
+    if getattr(args, "model", None) is not None:
         check_model_argument(args.model, f"search {args.command}")
     if args.command == "ask" and args.question is not None:
         if args.file is not None:
             raise JasperError("give a question or --file, not both. Fix: leave out one of them")
         args.question = text_argument(args.question, "the question")
-    {"build": _build, "add": _add, "ask": _ask}[args.command](args)
+    {"build": _build, "add": _add, "remove": _remove, "ask": _ask}[args.command](args)
     return 0
 
 
@@ -170,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     more = commands.add_parser("add", help="append texts to an index, with the model that built it")
     more.add_argument("index", help="folder that build wrote")
+    more.add_argument("--replace", action="store_true", help="replace the documents whose ids are given again")
+    less = commands.add_parser("remove", help="remove documents by their ids")
+    less.add_argument("index", help="folder that build wrote, with --id-column")
+    less.add_argument("ids", nargs="*", metavar="ID", help="ids of the documents")
+    less.add_argument("--file", metavar="FILE", help="file with one id per line")
     for command in (make, more):
         command.add_argument(
             "texts", help=".jsonl, .csv, .tsv, .txt, .parquet, a folder of them, a datasets name, docstrings"
@@ -187,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--file", metavar="FILE", help="file with one question per line")
     ask.add_argument("-k", type=positive_int, default=10, help="results per question (default: 10)")
     ask.add_argument("--json", action="store_true", help="print one JSON object per question")
+    ask.add_argument("--full", action="store_true", help="print whole texts, not what fits one line of the terminal")
     ask.add_argument("--no-verify", action="store_true", help="skip the checksums, to open the index faster")
     for command in (more, ask):
         command.add_argument("--model", help="current location of the model, if it moved")

@@ -95,8 +95,8 @@ def test_gpus_are_listed(monkeypatch):
 def test_absent_tools_say_what_to_type(monkeypatch):
     monkeypatch.setattr(env, "_version", lambda name: None)
     text = env.describe(env.environment())
-    assert "pip install 'jasper_fast[tracking]'" in text
-    assert "pip install 'jasper_fast[export]'" in text
+    assert "not installed. Fix: pip install trackio" in text  # the text of an error of `log.trackers`
+    assert "not installed. Fix: pip install onnx onnxscript onnxruntime" in text
 
 
 def test_imports_stay_light(pytestconfig):

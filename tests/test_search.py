@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jasper_fast.search import main
-from jasper_fast.text_index import TextIndex, add, build
+from jasper_fast.text_index import Hit, TextIndex, add, build, remove
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.packing import pack
 
@@ -314,8 +314,13 @@ def test_added_documents_are_those_of_one_build(case, tiny_bert, tmp_path, capsy
 BAD_ADDITIONS = {
     "no such index": ("absent", ["x"], [], "absent: there is no such folder. Fix: make an index with"),
     "without ids": ("i", ["x"], [], "i: an index with ids. Fix: set --id-column"),
-    "known id": ("i", ["a-1"], ["--id-column", "nid"], "'a-1' appears twice .first: .*i, document 1.. Fix"),
-    "numbers": ("i", [1], ["--id-column", "nid"], "id 1 is int and the first id is str"),
+    "known id": (
+        "i",
+        ["a-1"],
+        ["--id-column", "nid"],
+        "'a-1' appears twice: its document 1 has it already. Fix: add --replace",
+    ),
+    "numbers": ("i", [1], ["--id-column", "nid"], "the new ids are int, and its ids are str. Fix"),
     "pictures": ("i", ["x"], ["--pictures"], "no readable images"),
     "other model": ("i", ["x"], ["--id-column", "nid", "--model", "OTHER"], "not the model that .* was built with"),
 }
@@ -347,10 +352,79 @@ def test_an_index_that_changes_meanwhile_is_not_lost(tiny_bert, tmp_path):
         build(str(tiny_bert), ["another"], tmp_path / "i", replace=True)
         yield "two"
 
-    with pytest.raises(JasperError, match="i: changed while documents were added. Fix: run the same command again"):
+    with pytest.raises(JasperError, match="i: changed while documents were written. Fix: run the same command again"):
         add(tmp_path / "i", texts())
     assert TextIndex(tmp_path / "i").texts.to_pylist() == ["another"]
     with pytest.raises(JasperError, match="i: an index of texts. Fix: leave out --pictures"):
         add(tmp_path / "i", ["a.png"], pictures=True)
     with pytest.raises(JasperError, match="i: an index without ids. Fix: leave out --id-column"):
         add(tmp_path / "i", ["x"], ids=["x"])
+
+
+def test_documents_are_removed_and_replaced_by_their_ids(tiny_bert, tiny_texts, tmp_path, capsys):
+    build(str(tiny_bert), tiny_texts[:6], tmp_path / "i", ids=[10, 11, 12, 13, 14, 15])
+    (tmp_path / "ids.txt").write_text("13\n\n10\n")
+    assert main(["remove", str(tmp_path / "i"), "12"]) == 0
+    assert main(["remove", str(tmp_path / "i"), "--file", str(tmp_path / "ids.txt")]) == 0
+    assert "1 document removed from" in (out := capsys.readouterr().out) and "2 documents removed" in out
+    new = tmp_path / "new.jsonl"
+    new.write_text(json.dumps({"nid": 11, "text": tiny_texts[20]}) + "\n")
+    assert main(["add", str(tmp_path / "i"), str(new), "--id-column", "nid", "--replace"]) == 0
+    index = TextIndex(tmp_path / "i")
+    assert index.ids.to_pylist() == [14, 15, 11] and json.loads((tmp_path / "i/search.json").read_text())["texts"] == 3
+    for text, wanted in ((tiny_texts[4], 14), (tiny_texts[5], 15), (tiny_texts[20], 11)):
+        (hits,) = index.ask([text])
+        assert (hits[0].id, hits[0].text) == (wanted, text) and len(hits) == 3
+
+
+BAD_REMOVALS = {
+    "unknown": (["a-1", "z"], "no document has the id 'z'"),
+    "twice": (["a-1", "a-1"], "'a-1' is given twice"),
+    "all": (["a-1", "b-2"], "no document would be left. Fix: delete the folder"),
+    "none": ([], "give ids, or --file with one id per line"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REMOVALS)
+def test_documents_that_cannot_be_removed_leave_the_index_as_it_was(case, with_ids):
+    ids, message = BAD_REMOVALS[case]
+    with pytest.raises(JasperError, match=message):
+        main(["remove", str(with_ids), *ids])
+    assert TextIndex(with_ids, verify=False).ids.to_pylist() == ["a-1", "b-2"]
+
+
+def test_an_index_without_ids_names_the_option_that_gives_them(built):
+    with pytest.raises(JasperError, match="an index without ids. Fix: build it with --id-column"):
+        remove(built, ["3"])
+
+
+def test_a_folder_with_model_and_index_can_move(tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "a" / "model")
+    build(str(tmp_path / "a" / "model"), ["one", "two"], tmp_path / "a" / "index")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert TextIndex(tmp_path / "b" / "index").ask(["two"])[0][0].text == "two"
+    settings = json.loads((tmp_path / "b/index/search.json").read_text())
+    del settings["model_from_index"]  # as older versions wrote it
+    settings["model"] = str(tmp_path / "b" / "model")
+    (tmp_path / "b/index/search.json").write_text(json.dumps(settings))
+    assert len(TextIndex(tmp_path / "b" / "index")) == 2
+
+
+@pytest.mark.parametrize(("columns", "full"), [(40, False), (80, False), (40, True)])
+def test_hits_fit_the_terminal_unless_whole_texts_are_wanted(columns, full, monkeypatch, capsys):
+    from jasper_fast.search import _columns, _show
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    texts = ["word " * 40, "漢字" * 60, "short", "x" * (columns - 12)]
+    _show("question", [Hit(0.5, 1, text) for text in texts], as_json=False, full=full)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [_columns(line) <= columns for line in lines] == [not full, not full, True, True]
+    assert [line.endswith("…") for line in lines] == [not full, not full, False, False]
+    assert _columns(lines[0]) == columns or full
+
+
+def test_the_part_of_long_texts_that_is_not_read_is_reported(tiny_bert, tmp_path, capsys):
+    build(str(tiny_bert), ["the river " * 50, "the river", "a bridge", "a red bridge"], tmp_path / "i", max_length=16)
+    assert "25 % of 4 texts are longer than 16 tokens, and the rest of these is not read" in capsys.readouterr().err
+    build(str(tiny_bert), ["the river", "a bridge"], tmp_path / "j", max_length=16)
+    assert "longer than" not in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
 from jasper_fast.mips.topk_state import TopKState
-from jasper_fast.ops.native import extension_path
+from jasper_fast.ops.native import in_use
 from jasper_fast.utils import hardware as env
 
 # Queries up to which the compiled loops, which read the rows once, are faster than library products.
@@ -94,7 +94,7 @@ def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
 
 def native(segment: Segment) -> bool:
     """Return True if the compiled loops can search this segment."""
-    return extension_path() is not None and segment.rows.device.type == "cpu"
+    return in_use(segment.rows)
 
 
 def candidates_for(k: int) -> int:

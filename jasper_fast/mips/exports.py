@@ -24,6 +24,8 @@ EXPORT_CHUNK_ROWS = 8192
 def to_faiss(index: FlatIPIndex) -> Any:
     """Return a ``faiss.IndexFlatIP`` of the stored embeddings in float32. Save it with ``faiss.write_index``.
 
+    If the ids are not the row numbers, a ``faiss.IndexIDMap`` around it holds them.
+
     Args:
         index: index to export.
 
@@ -44,7 +46,13 @@ def to_faiss(index: FlatIPIndex) -> Any:
     flat = faiss.IndexFlatIP(index.dim)
     for _, vectors in _blocks(index):
         flat.add(vectors)
-    return flat
+    ids = index.ids.numpy()
+    if (ids == np.arange(len(ids))).all():
+        return flat
+    named = faiss.IndexIDMap(faiss.IndexFlatIP(index.dim))
+    for first, vectors in _blocks(index):
+        named.add_with_ids(vectors, ids[first : first + len(vectors)])
+    return named
 
 
 def to_parquet(index: FlatIPIndex, path: str | Path, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
@@ -117,10 +125,11 @@ def _tables(index: FlatIPIndex, columns: Mapping[str, Sequence[Any]]) -> Iterato
     for name, values in columns.items():
         if len(values) != len(index):
             raise ValueError(f"columns: {name!r} has {len(values)} values for {len(index)} rows")
+    ids = index.ids.numpy()
     for first, vectors in _blocks(index):
         stop = first + len(vectors)
         table = {
-            "id": pa.array(np.arange(first, stop)),
+            "id": pa.array(ids[first:stop]),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), index.dim),
         }
         yield pa.table(table | {name: pa.array(values[first:stop]) for name, values in columns.items()})

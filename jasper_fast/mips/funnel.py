@@ -53,6 +53,8 @@ def funnel(
     """
     if len(narrow) != len(wide):
         raise ValueError(f"the narrow index holds {len(narrow)} rows and the wide one {len(wide)}; both need the same")
+    if isinstance(narrow, FlatIPIndex) and not torch.equal(narrow.ids, wide.ids):
+        raise ValueError("the narrow and the wide index need the same ids in the same order")
     if not 1 <= k <= shortlist:
         raise ValueError(f"k must be from 1 to the shortlist's length, {shortlist}; got {k}")
     queries = as_tensor(wide_queries, "wide_queries")
@@ -68,8 +70,9 @@ def funnel(
     if len(ids) != len(queries):
         raise ValueError(f"{len(ids)} narrow queries and {len(queries)} wide ones; both need the same")
     check_finite(queries, "wide_queries")
-    scores, best = _rank(Queries.of(queries.to(wide.device)), ids.to(wide.device), wide, k)
-    scores, best = scores.to(queries.device), best.to(queries.device)
+    rows = ids if isinstance(narrow, SignIndex) else wide.rows_of(ids)
+    scores, best = _rank(Queries.of(queries.to(wide.device)), rows.to(wide.device), wide, k)
+    scores, best = scores.to(queries.device), wide.ids_of(best).to(queries.device)
     return (scores, best) if isinstance(wide_queries, Tensor) else (scores.numpy(), best.numpy())
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips import storage
+from jasper_fast.mips.growing import Growing
+from jasper_fast.mips.ids import RowIds
 from jasper_fast.mips.inputs import QUERIES, as_tensor, check_dim, check_rows, check_width
-from jasper_fast.mips.segment import BIN, ScanCopy, Segment, bin_maxima, bin_norms, int8_codes
+from jasper_fast.mips.segment import Segment
 from jasper_fast.mips.top_k import SCRATCH, Precision, search
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 Devices = str | torch.device | Sequence[str | torch.device]
-SEGMENT_BYTES = 256 << 20  # reserved at once; the system provides the memory as rows are added
 ADD_CHUNK_ROWS = 4096
 
 
@@ -42,6 +43,16 @@ class FlatIPIndex:
         >>> scores, ids = index.search(np.array([[0.25, 0.75, 0]]), k=2)
         >>> scores.tolist(), ids.tolist()
         ([[0.75, 0.25]], [[1, 0]])
+        >>> index.remove([1])
+        >>> index.search(np.array([[0.25, 0.75, 0]]), k=1)[1].tolist(), index.ids.tolist()
+        ([[0]], [0, 2])
+
+        Ids that the user gives:
+
+        >>> index = FlatIPIndex(2)
+        >>> index.add(np.eye(2), ids=[700, 42])
+        >>> index.search(np.array([[0.0, 1]]), k=1)[1].tolist()
+        [[42]]
     """
 
     def __init__(
@@ -63,8 +74,9 @@ class FlatIPIndex:
         self.dtype = dtype
         self.scratch = scratch
         self._full: list[Segment] = []
-        self._open: _Growing | None = None
+        self._open: Growing | None = None
         self._rows = 0
+        self._ids = RowIds()
 
     def __len__(self) -> int:
         return self._rows
@@ -77,14 +89,30 @@ class FlatIPIndex:
     def __repr__(self) -> str:
         return f"FlatIPIndex({len(self)} rows, dim={self.dim}, dtype={self.dtype!r}, device={str(self.device)!r})"
 
-    def add(self, x: Any) -> None:
-        """Append rows. Their ids continue from len(self). All rows are added, or none.
+    @property
+    def ids(self) -> Tensor:
+        """Ids of the rows in their order, (N,) int64 on the CPU."""
+        return self._ids.numbers(len(self))
+
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """Return the ids of row numbers, int64 of the same shape. −1 stays −1."""
+        return self._ids.of_rows(rows)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Return the row numbers of ids, int64 of the same shape, and −1 for unknown ids."""
+        found, rows = self._ids.find(ids, len(self))
+        return torch.where(found, rows, -1)
+
+    def add(self, x: Any, ids: Any = None) -> None:
+        """Append rows. All rows are added, or none.
 
         Args:
             x: (n, dim) float32, bfloat16, float16 or float64 tensor or array.
+            ids: (n,) integers that are not negative, one new id per row. An index takes ids at every ``add`` or at
+                none. None numbers the rows from 0. The numbers of removed rows are not used again.
 
         Raises:
-            ValueError: wrong shape, or a row with NaN, infinity or a number too large for the dtype.
+            ValueError: wrong shape, a row with NaN, infinity or a number too large for the dtype, or an unusable id.
             TypeError: wrong dtype.
         """
         rows = as_tensor(x, "x")
@@ -96,11 +124,12 @@ class FlatIPIndex:
             if not bool(finite.all()):
                 bad = start + int((~finite).nonzero()[0])
                 raise ValueError(f"x: row {bad} holds NaN, infinity or a number too large for {self.dtype}")
+        self._ids.append(len(self), len(rows), ids)
         for start in range(0, len(rows), ADD_CHUNK_ROWS):
             chunk = rows[start : start + ADD_CHUNK_ROWS].to(self.device)
             while len(chunk):
                 if self._open is None:
-                    self._open = _Growing(
+                    self._open = Growing(
                         self.dim, DTYPES[self.dtype], self._next_device(), (len(rows) - start) // len(self.devices)
                     )
                 taken = self._open.take(chunk)
@@ -111,29 +140,33 @@ class FlatIPIndex:
                     self._open = None
 
     def search(self, q: Any, k: int, *, valid: Any = None, precision: Precision = "certified") -> tuple[Any, Any]:
-        """Return the k stored rows of highest inner product for every query, best first. Ties go to the lower id.
+        """Return the k stored rows of highest inner product for every query, best first.
+
+        Ties go to the row that was added first.
 
         Args:
             q: (Q, dim) float queries, a tensor or array. Results are of the same kind.
             k: number of rows to return, at least 1.
-            valid: rows that may be returned, as in ``topk``. None allows all rows.
+            valid: rows that may be returned: bool, (N,) or (Q, N) in the order of ``ids``, or ids, (n,) integers. None
+                allows all rows.
             precision: "certified", "exact" or "fast", as in ``topk``.
 
         Returns:
             scores (Q, k) float32 and ids (Q, k) int64. With fewer than k (valid) rows the rest is −inf and −1.
 
         Raises:
-            ValueError: wrong shapes, k below 1, an unknown precision, or a query with NaN or infinity.
+            ValueError: wrong shapes, k below 1, an unknown precision or id, or a query with NaN or infinity.
             TypeError: an unsupported dtype.
         """
         queries = as_tensor(q, "q")
         check_rows(queries, "q", QUERIES)
         check_width(queries, "q", self.dim)
         segments = list(self.segments())
-        scores, ids = search(
+        valid = self._ids.valid_rows(valid, len(self))
+        scores, rows = search(
             lambda: segments, len(self), queries.to(self.device), k, precision, valid, self.scratch, self.devices
         )
-        scores, ids = scores.to(queries.device), ids.to(queries.device)
+        scores, ids = scores.to(queries.device), self._ids.of_rows(rows).to(queries.device)
         return (scores, ids) if isinstance(q, Tensor) else (scores.numpy(), ids.numpy())
 
     def reconstruct(self, i: int) -> Tensor:
@@ -145,15 +178,46 @@ class FlatIPIndex:
         Raises:
             IndexError: no such row.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"id {i} is not in an index of {len(self)} rows")
+        try:
+            row = int(self._ids.rows([i], len(self))[0])
+        except (TypeError, ValueError):
+            raise IndexError(f"id {i} is not in an index of {len(self)} rows") from None
         for first, segment in self.segments():
-            if i < first + len(segment):
-                return segment.values(i - first, i - first + 1, torch.float32)[0].clone()
-        raise AssertionError("unreachable: every id below len(self) is in a segment")
+            if row < first + len(segment):
+                return segment.values(row - first, row - first + 1, torch.float32)[0].clone()
+        raise AssertionError("unreachable: every row below len(self) is in a segment")
+
+    def remove(self, ids: Any, *, renumber: bool = False) -> None:
+        """Remove rows. All of them are removed, or none. The ids of the other rows stay the same.
+
+        The rows that are left are copied in each segment that loses some.
+
+        Args:
+            ids: (n,) integers: the ids to remove, each once.
+            renumber: number the rows that are left from 0 again. The index must have no ids of the user's own.
+
+        Raises:
+            ValueError: an id is not in the index, or is given twice, or the ids are the user's own and ``renumber`` is
+                True.
+            TypeError: the ids are no integers.
+        """
+        rows = self._ids.rows(ids, len(self))
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[rows] = False
+        self._ids.keep(keep, renumber)
+        left: list[Segment] = []
+        for first, segment in self.segments():
+            part = keep[first : first + len(segment)]
+            if part.any():
+                left.append(segment if part.all() else segment.take(part.nonzero()[:, 0]))
+        self._full, self._open, self._rows = [], None, int(keep.sum())
+        for segment in left:  # Searches on several devices expect the segments in turn.
+            target = self._next_device()
+            self._full.append(segment if segment.rows.device == target else segment.to(target))
+            self._full[-1].persistent = True
 
     def segments(self) -> Iterator[tuple[int, Segment]]:
-        """Yield (id of the first row, rows as stored), in order of ids."""
+        """Yield (number of the first row, rows as stored), in order."""
         first = 0
         for segment in [*self._full, *([self._open.segment()] if self._open is not None else [])]:
             yield first, segment
@@ -171,7 +235,7 @@ class FlatIPIndex:
         Raises:
             JasperError: the disk is full, the folder cannot be written, or the path holds something else.
         """
-        storage.save(path, self.dim, self.dtype, [segment for _, segment in self.segments()])
+        storage.save(path, self.dim, self.dtype, [segment for _, segment in self.segments()], self._ids)
 
     @classmethod
     def load(
@@ -188,82 +252,12 @@ class FlatIPIndex:
         Raises:
             JasperError: the folder has no index, or a damaged one.
         """
-        dim, dtype, segments = storage.load(path, verify, DTYPES)
+        dim, dtype, segments, ids = storage.load(path, verify, DTYPES)
         index = cls(dim, device=device, dtype=dtype, scratch=scratch)  # type: ignore[arg-type]
         for segment in segments:
             target = index._next_device()
             moved = segment if target.type == "cpu" else segment.to(target)
             moved.persistent = True
             index._full.append(moved)
-        index._rows = sum(map(len, segments))
+        index._rows, index._ids = sum(map(len, segments)), ids
         return index
-
-
-class _Growing:
-    """A segment that can take more rows. Its memory is reserved at once."""
-
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, expected: int) -> None:
-        capacity = max(4096, SEGMENT_BYTES // (dim * dtype.itemsize) // BIN * BIN)
-        if device.type == "cuda":  # Each segment costs a search its launches, so rows added together stay together.
-            capacity = max(capacity, -(-expected // BIN) * BIN)
-        self.filled, self.free = 0, capacity
-        self.made: Segment | None = None  # of the filled rows
-        self.rows = torch.empty(capacity, dim, dtype=dtype, device=device)
-        self.norms = torch.empty(capacity // BIN, dtype=torch.float64, device=device)
-        self.scales = torch.empty(capacity if dtype == torch.int8 else 0, device=device)
-        self.scan_copy = (
-            ScanCopy(
-                torch.empty(capacity, dim, dtype=torch.int8),
-                torch.empty(capacity),
-                torch.zeros(capacity // BIN, dtype=torch.float64),
-            )
-            if dtype == torch.float32 and device.type == "cpu"
-            else None
-        )
-        if dtype == torch.float32 and device.type == "cuda":
-            codes = torch.empty(capacity, dim, dtype=torch.bfloat16, device=device)
-            self.scan_copy = ScanCopy(codes, torch.empty(0), torch.empty(0, dtype=torch.float64))
-
-    def take(self, rows: Tensor) -> int:
-        """Store as many of the rows as fit, and return their number."""
-        count = min(len(rows), self.free)
-        start, stop = self.filled, self.filled + count
-        new = slice(start, stop)
-        if self.rows.dtype == torch.int8:
-            self.rows[new], self.scales[new], _ = int8_codes(rows[:count])
-        else:
-            self.rows[new] = rows[:count]
-        if self.scan_copy is not None and self.scan_copy.codes.dtype == torch.bfloat16:
-            self.scan_copy.codes[new] = self.rows[new]
-        elif self.scan_copy is not None:
-            self.scan_copy.codes[new], self.scan_copy.scales[new], error = int8_codes(self.rows[new])
-            # A partly filled bin keeps the residual of its first rows.
-            bins = slice(start // BIN, -(-stop // BIN))
-            error = torch.nn.functional.pad(error, (start % BIN, 0))
-            self.scan_copy.residuals[bins] = torch.maximum(self.scan_copy.residuals[bins], bin_maxima(error))
-        begun = start // BIN * BIN
-        self.norms[begun // BIN : -(-stop // BIN)] = bin_norms(self._view(begun, stop))
-        self.filled, self.free = stop, self.free - count
-        self.made = None
-        return count
-
-    def segment(self) -> Segment:
-        """Return the filled rows as views. The segment stays the same until rows are added."""
-        if self.made is None:
-            self.made = self._filled()
-        return self.made
-
-    def _filled(self) -> Segment:
-        segment = self._view(0, self.filled)
-        segment.persistent = True
-        bins = -(-self.filled // BIN)
-        segment.norms = self.norms[:bins]
-        if self.scan_copy is not None:
-            codes, scales = self.scan_copy.codes[: self.filled], self.scan_copy.scales[: self.filled]
-            segment.scan_copy = ScanCopy(
-                codes, scales, self.scan_copy.residuals[:bins]
-            )  # scales and residuals may be empty
-        return segment
-
-    def _view(self, start: int, stop: int) -> Segment:
-        return Segment(self.rows[start:stop], self.scales[start:stop] if len(self.scales) else self.scales)

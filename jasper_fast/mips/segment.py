@@ -115,6 +115,21 @@ class Segment:
         copy = copy and ScanCopy(*map(_compact, (copy.codes, copy.scales, copy.residuals)))
         return Segment(_compact(self.rows), _compact(self.scales), norms, copy, self.persistent)
 
+    def take(self, numbers: Tensor) -> Segment:
+        """Return some of the rows as a new segment, with the bounds of its new bins.
+
+        Args:
+            numbers: (n,) int64 row numbers on the CPU, n ≥ 1.
+        """
+        numbers = numbers.to(self.rows.device)
+        segment = Segment(self.rows[numbers], self.scales[numbers] if len(self.scales) else self.scales)
+        segment.norms = bin_norms(segment)
+        if self.scan_copy is not None and self.scan_copy.codes.dtype == torch.int8:
+            segment.scan_copy = int8_scan_copy(segment.rows)
+        elif self.scan_copy is not None:
+            segment.scan_copy = ScanCopy(self.scan_copy.codes[numbers], _empty(torch.float32), _empty(torch.float64))
+        return segment
+
     def slice(self, start: int, stop: int) -> Segment:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
         assert start % BIN == 0
@@ -136,9 +151,9 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def bin_norms(segment: Segment) -> Tensor:
     """Return upper bounds of the row norms of each bin, (bins,) float64, not finite for bins with NaN or infinity."""
-    from jasper_fast.ops import native
+    from jasper_fast.ops.native import in_use
 
-    if native.extension_path() is not None and segment.rows.device.type == "cpu":
+    if in_use(segment.rows):
         return torch.ops.jasper_fast_native.mips_norms(segment.rows, segment.scales)
     blocks = [segment.values(at, at + BLOCK_ROWS, torch.float64) for at in range(0, len(segment), BLOCK_ROWS)]
     return torch.cat([bin_maxima(block.square().sum(dim=1).sqrt()) for block in blocks]) * (1 + 1e-9)

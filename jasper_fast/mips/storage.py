@@ -12,23 +12,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from jasper_fast.mips.ids import RowIds
 from jasper_fast.mips.segment import BIN, ScanCopy, Segment, int8_scan_copy
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "jasper_fast.FlatIPIndex", 1
+IDS = "ids.safetensors"
+FORMAT = "jasper_fast.FlatIPIndex"
+VERSION, WITH_IDS = 1, 2  # an index whose ids are row numbers is written in version 1
 
 
-def save(path: str | Path, dim: int, dtype: str, segments: Sequence[Segment]) -> None:
+def save(path: str | Path, dim: int, dtype: str, segments: Sequence[Segment], ids: RowIds) -> None:
     """Write segments as a folder, atomically.
 
     Args:
         path: folder to write. An index at this path is replaced.
         dim: width of the embeddings.
         dtype: name of the storage dtype.
-        segments: segments in order of ids.
+        segments: segments in order.
+        ids: ids of the rows.
 
     Raises:
         JasperError: the disk is full, the folder cannot be written, or the path holds something else than an index.
@@ -45,11 +49,15 @@ def save(path: str | Path, dim: int, dtype: str, segments: Sequence[Segment]) ->
             files.append({"name": file.name, "rows": len(segment), "sha256": file_sha256(file)})
         rows = sum(map(len, segments))
         manifest = {"format": FORMAT, "version": VERSION, "dim": dim, "dtype": dtype, "rows": rows, "files": files}
+        if ids.explicit is not None:
+            (folder / IDS).write_bytes(to_bytes({"ids": ids.explicit}))
+            stored = {"sha256": file_sha256(folder / IDS), "own": ids.own, "next": ids.following}
+            manifest |= {"version": WITH_IDS, "ids": stored}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> tuple[int, str, list[Segment]]:
-    """Return the width, dtype name and memory-mapped segments of a saved index.
+def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> tuple[int, str, list[Segment], RowIds]:
+    """Return the width, dtype name, memory-mapped segments and ids of a saved index.
 
     Args:
         path: folder of the index.
@@ -70,9 +78,10 @@ def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> t
         raise JasperError(f"{path / MANIFEST}: not readable ({error}). Fix: build the index again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise JasperError(f"{path}: {MANIFEST} is not that of an index. Fix: give the folder of a FlatIPIndex")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (VERSION, WITH_IDS):
         raise JasperError(
-            f"{path}: written in version {manifest.get('version')} of the format; this jasper_fast reads {VERSION}. "
+            f"{path}: written in version {manifest.get('version')} of the format; this jasper_fast reads {VERSION} and "
+            f"{WITH_IDS}. "
             "Fix: build the index again"
         )
     try:
@@ -85,9 +94,25 @@ def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> t
                 f"{path}: the files hold {rows} rows, but the manifest says {manifest['rows']}. "
                 "Fix: build the index again"
             )
+        ids = _load_ids(path / IDS, manifest["ids"], verify, rows) if "ids" in manifest else RowIds(following=rows)
     except (KeyError, TypeError, ValueError) as error:
         raise JasperError(f"{path / MANIFEST}: damaged ({error!r}). Fix: build the index again") from error
-    return dim, dtype, segments
+    return dim, dtype, segments, ids
+
+
+def _load_ids(file: Path, entry: dict[str, Any], verify: bool, rows: int) -> RowIds:
+    if not file.is_file():
+        raise JasperError(f"{file}: the file is missing. Fix: build the index again, or restore the file")
+    if verify and file_sha256(file) != entry["sha256"]:
+        raise JasperError(f"{file}: damaged, its checksum differs from the manifest's. Fix: build the index again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            ids = opened.get_tensor("ids").clone()
+    except (SafetensorError, OSError) as error:
+        raise JasperError(f"{file}: damaged or truncated ({error}). Fix: build the index again") from error
+    if tuple(ids.shape) != (rows,) or ids.dtype != torch.int64:
+        raise JasperError(f"{file}: damaged, ids should be int64 of shape ({rows},). Fix: build the index again")
+    return RowIds(ids, bool(entry["own"]), int(entry["next"]))
 
 
 def _tensors(segment: Segment) -> dict[str, Tensor]:

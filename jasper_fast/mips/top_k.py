@@ -72,7 +72,8 @@ def topk(
         scratch: bytes that the search may use in addition to its inputs and results.
 
     Returns:
-        scores (Q, k) float32 and indices (Q, k) int64. With fewer than k (valid) rows the rest is −inf and −1.
+        scores (Q, k) float32, also for float64 queries, and indices (Q, k) int64. With
+        fewer than k (valid) rows the rest is −inf and −1.
 
     Raises:
         ValueError: wrong shapes, k below 1, an unknown precision, or a row with NaN or infinity.

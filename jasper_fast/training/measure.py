@@ -22,6 +22,7 @@ from jasper_fast.models.student import Student
 from jasper_fast.teachers.encoder import has_embeddings
 from jasper_fast.teachers.label import print_error, teacher_caches
 from jasper_fast.teachers.opening import embedding_width, missing_bytes, open_teacher
+from jasper_fast.teachers.reduction import Reduction
 from jasper_fast.teachers.reuse import CacheReuse
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.loop import train_step
@@ -53,7 +54,7 @@ class RandomTeachers:
     """
 
     fingerprint = "random"
-    reduction = None
+    reduction: Reduction | None = None
 
     def __init__(self, width: int) -> None:
         self.width = width

@@ -187,7 +187,7 @@ def test_on_a_gpu(dtype, size):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_two_gpus_share_the_segments(dtype, monkeypatch):
-    monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # small segments
+    monkeypatch.setattr("jasper_fast.mips.growing.SEGMENT_BYTES", 1)  # small segments
     corpus, queries = torch.randn(30_000, 48), torch.randn(40, 48)
     alone = FlatIPIndex(48, dtype=dtype, device="cuda:0")
     shared = FlatIPIndex(48, dtype=dtype, device=["cuda:0", "cuda:1"])

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, storage, topk
-from jasper_fast.mips import index as index_module
+from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, growing, storage, topk
+from jasper_fast.mips.ids import RowIds
 from jasper_fast.mips.segment import ScanCopy, Segment
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.processes import fork_server
@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_stored_vectors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
-    monkeypatch.setattr(index_module, "SEGMENT_BYTES", 0)  # segments of 4096 rows
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)  # segments of 4096 rows
     rows, queries = torch.randn(9000, 8), torch.randn(5, 8)
     whole, parts = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype)
     whole.add(rows)
@@ -84,7 +84,7 @@ def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "SEGMENT_BYTES", 0)
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)
     index, queries = filled(dtype, 5000), torch.randn(7, 24)
     index.save(tmp_path / "index")
     loaded = FlatIPIndex.load(tmp_path / "index")
@@ -103,7 +103,9 @@ def test_an_index_with_a_gpus_scan_copy_is_saved_with_that_of_a_cpu(tmp_path):
     index, queries = filled("float32"), torch.randn(2, 24)
     ((_, segment),) = index.segments()
     gpu = ScanCopy(segment.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
-    storage.save(tmp_path / "index", 24, "float32", [Segment(segment.rows, segment.scales, segment.norms, gpu)])
+    storage.save(
+        tmp_path / "index", 24, "float32", [Segment(segment.rows, segment.scales, segment.norms, gpu)], RowIds()
+    )
     loaded = FlatIPIndex.load(tmp_path / "index")
     ((_, found),) = loaded.segments()
     assert torch.equal(found.scan_copy.codes, segment.scan_copy.codes) and torch.equal(
@@ -161,8 +163,8 @@ def test_damaged_files_are_reported(tmp_path):
     expect("scales should be torch.float32", verify=False)
     (folder / "manifest.json").write_text(manifest[:40])
     expect("not readable")
-    (folder / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 2'))
-    expect("this jasper_fast reads 1")
+    (folder / "manifest.json").write_text(manifest.replace('"version": 1', '"version": 3'))
+    expect("this jasper_fast reads 1 and 2")
     (folder / "manifest.json").write_text(manifest.replace("FlatIPIndex", "Other"))
     expect("not that of an index")
     (folder / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"rows": 5}))
@@ -244,7 +246,7 @@ def test_rows_that_are_not_there_are_filled(rows):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_devices_share_the_segments(dtype, monkeypatch, tmp_path):
     """Two shards, here on one CPU, hold every other segment, and their results are merged."""
-    monkeypatch.setattr("jasper_fast.mips.index.SEGMENT_BYTES", 1)  # segments of 4096 rows
+    monkeypatch.setattr("jasper_fast.mips.growing.SEGMENT_BYTES", 1)  # segments of 4096 rows
     corpus, queries = torch.randn(10_000, 8), torch.randn(6, 8)
     corpus[5000:5010] = corpus[0]  # equal rows in different shards
     alone, shared = FlatIPIndex(8, dtype=dtype), FlatIPIndex(8, dtype=dtype, device=["cpu", "cpu"])
@@ -421,3 +423,123 @@ def test_losses_refuse_them_too(kind):
         for pair in ((bad, good), (good, bad)):
             with pytest.raises(TypeError, match="expected a (dense )?tensor"):
                 loss(*pair)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own", [False, True])
+def test_search_after_removals_is_that_of_the_rows_that_are_left(dtype, own, monkeypatch, tmp_path):
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)  # segments of 4096 rows
+    rows, queries = torch.randn(9000, 8), torch.randn(7, 8)
+    rows[17] = 100.0  # a removed row must not widen or decide anything
+    rows[4200] = rows[300]  # equal scores: the row added first wins
+    index, ids = FlatIPIndex(8, dtype=dtype), (torch.randperm(10**6)[:9000] if own else torch.arange(9000))
+    index.add(rows, ids if own else None)
+    gone = torch.cat([torch.tensor([17]), torch.arange(4096, 4100), torch.arange(8192, 9000)])  # the last segment too
+    index.remove(ids[gone].numpy())
+    left = torch.ones(9000, dtype=torch.bool)
+    left[gone] = False
+    plain = FlatIPIndex(8, dtype=dtype)
+    plain.add(rows[left])
+    index.save(tmp_path / "index")
+    for one in (index, FlatIPIndex.load(tmp_path / "index"), pickle.loads(pickle.dumps(index))):
+        assert torch.equal(one.ids, ids[left]) and len(one) == len(plain)
+        for k, precision, few in ((9, "certified", 2), (9, "certified", 7), (9, "exact", 7), (8500, "certified", 1)):
+            scores, found = one.search(queries[:few], k, precision=precision)
+            expected, numbers = plain.search(queries[:few], k, precision=precision)
+            assert torch.equal(scores, expected)
+            assert torch.equal(found, torch.where(numbers < 0, -1, ids[left][numbers]))
+        assert torch.equal(one.reconstruct(int(ids[300])), plain.reconstruct(299))
+        chosen = one.search(queries, 3, valid=ids[[300, 2]])[1]
+        assert set(chosen.flatten().tolist()) == {*ids[[300, 2]].tolist(), -1}
+        with pytest.raises(IndexError, match="not in an index of"):
+            one.reconstruct(int(ids[17]))
+        one.add(torch.full((1, 8), 50.0), [10**7] if own else None)
+        assert one.ids[-1] == (10**7 if own else 9000)  # the number of a removed row is not used again
+        assert one.search(torch.ones(1, 8), 1)[1].item() == one.ids[-1]
+
+
+def test_all_rows_can_be_removed():
+    index = filled("float32", 70)
+    index.remove(range(70))
+    scores, ids = index.search(torch.randn(2, 24), 3)
+    assert len(index) == 0 and (ids == -1).all() and (scores == -torch.inf).all()
+    index.add(torch.eye(24)[:2])
+    assert index.ids.tolist() == [70, 71] and index.search(torch.eye(24)[1:2], 1)[1].item() == 71
+    index.remove([70], renumber=True)
+    assert index.ids.tolist() == [0]
+
+
+def test_memory_of_removed_rows_is_not_read():
+    index = filled("float32", 200)
+    ((_, before),) = index.segments()
+    index.remove([3, 199])
+    before.rows[3], before.rows[199] = torch.nan, torch.nan
+    for part in (before.scan_copy.scales, before.norms, before.scan_copy.residuals):
+        part.fill_(torch.nan)
+    assert index.search(torch.randn(5, 24), 198)[0].isfinite().all()
+
+
+BAD_IDS = {
+    "unknown": (lambda index: index.remove([5, 99]), ValueError, "99 is not in this index of 3 rows"),
+    "removed twice": (lambda index: index.remove([5, 5]), ValueError, "5 is given twice"),
+    "known": (lambda index: index.add(torch.eye(4)[:2], [9, 5]), ValueError, "5 appears twice. Fix: remove"),
+    "repeated": (lambda index: index.add(torch.eye(4)[:2], [9, 9]), ValueError, "9 appears twice"),
+    "negative": (lambda index: index.add(torch.eye(4)[:1], [-1]), ValueError, "-1 is negative"),
+    "none": (lambda index: index.add(torch.eye(4)[:1]), ValueError, "made with ids. Fix: give ids="),
+    "too few": (lambda index: index.add(torch.eye(4)[:2], [9]), ValueError, r"one per row \(2\), got 1"),
+    "text": (lambda index: index.add(torch.eye(4)[:1], ["a"]), TypeError, "expected integers"),
+    "floats": (lambda index: index.remove([5.0]), TypeError, "expected integers"),
+    "valid": (lambda index: index.search(torch.eye(4), 1, valid=[4]), ValueError, "4 is not in this index"),
+    "renumber": (lambda index: index.remove([5], renumber=True), ValueError, "leave out renumber=True"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_wrong_ids_are_errors_and_change_nothing(case):
+    call, kind, message = BAD_IDS[case]
+    index = FlatIPIndex(4)
+    index.add(torch.eye(4)[:3], ids=[5, 6, 7])
+    with pytest.raises(kind, match=message):
+        call(index)
+    assert index.ids.tolist() == [5, 6, 7] and index.search(torch.eye(4)[:3], 1)[1].flatten().tolist() == [5, 6, 7]
+
+
+def test_ids_on_disk_are_checked(tmp_path):
+    index = FlatIPIndex(4)
+    index.add(torch.eye(4), ids=[5, 6, 7, 2**62])
+    index.save(tmp_path / "index")
+    file = tmp_path / "index" / storage.IDS
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(JasperError, match="ids.safetensors: damaged"):
+        FlatIPIndex.load(tmp_path / "index")
+    file.unlink()
+    with pytest.raises(JasperError, match="ids.safetensors: the file is missing"):
+        FlatIPIndex.load(tmp_path / "index")
+
+
+def test_a_funnel_returns_the_ids_of_its_indexes():
+    rows, ids = torch.randn(100, 16), torch.arange(100) * 7
+    narrow, wide, signs = FlatIPIndex(8, dtype="int8"), FlatIPIndex(16, dtype="float32"), SignIndex(8)
+    narrow.add(rows[:, :8], ids)
+    wide.add(rows, ids)
+    signs.add(rows[:, :8])
+    for first in (narrow, signs):
+        found = funnel(rows[:5, :8], rows[:5], first, wide, k=2, shortlist=100)[1]
+        assert torch.equal(found, wide.search(rows[:5], 2)[1])
+    narrow.remove([0])
+    wide.remove([7])
+    with pytest.raises(ValueError, match="same ids"):
+        funnel(rows[:5, :8], rows[:5], narrow, wide, k=2, shortlist=10)
+
+
+def test_exports_have_the_ids(tmp_path):
+    from jasper_fast.mips.exports import to_faiss, to_parquet
+
+    pytest.importorskip("faiss")
+    table = pytest.importorskip("pyarrow.parquet")
+    index = FlatIPIndex(4, dtype="float32")
+    index.add(torch.eye(4), ids=[9, 8, 7, 6])
+    index.remove([8])
+    assert to_faiss(index).search(np.eye(4, dtype=np.float32)[2:3], 1)[1].item() == 7
+    to_parquet(index, tmp_path / "export")
+    assert table.read_table(tmp_path / "export" / "vectors.parquet")["id"].to_pylist() == [9, 7, 6]
