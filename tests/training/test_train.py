@@ -56,6 +56,9 @@ def test_a_run_leaves_everything_a_user_expects(world):
     rows = {(row["model"], row["width"]) for row in results["rows"]}
     assert {("teacher", 32), ("student before", 32), ("student", 32), ("student", 16), ("student", 8)} <= rows
     assert {("teacher PCA", 8), ("teacher truncated", 8)} <= rows
+    to_go = [r["to_go"] for r in records(run) if r["event"] == "step"]
+    assert len(to_go) == 20 and all(left >= 0 for left in to_go)
+    assert results["facts"]["planned_seconds"] == {"teacher": 0.0, "training": 2.0, "evaluation": 10.0, "in all": 12.0}
     seconds = results["facts"]["seconds"]
     steps = sum(r["seconds"] for r in records(run) if r["event"] == "step")
     assert 0 < steps <= seconds["training"] and seconds["evaluation"] > 0
