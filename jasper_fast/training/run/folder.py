@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from jasper_fast.config.diff import config_difference
 from jasper_fast.config.load import dump_config, stored_config
@@ -154,12 +154,11 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
             + "\n  - ".join(difference)
             + "\nFix: use the old one to resume, or --out DIR for a new run"
         )
-    lock = FileLock(path / LOCK)
     try:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-    except Timeout:
+            lock = _lock(path / LOCK)
+    except BlockingIOError:
         raise JasperError(f"another process is at work in {path}. Fix: wait for it, or choose another --out") from None
     except OSError as error:
         raise JasperError(
@@ -170,4 +169,28 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
         write_atomic(path / CONFIG, dump_config(config))
         yield RunFolder(path)
     finally:
-        lock.release()
+        with suppress(OSError):  # before it is released, so that `_lock` sees that the file is gone
+            (path / LOCK).unlink()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
+
+
+def _lock(file: Path) -> int:
+    """Lock a file, which whoever releases the lock deletes, and return its descriptor.
+
+    Another process may delete the file after this one has opened it. The lock of a deleted file excludes nobody, so
+    the new file is locked instead.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
