@@ -1,6 +1,6 @@
 """Export a trained student to formats that load without jasper_fast: sentence-transformers folders and ONNX.
 
-``python -m jasper_fast.export RUN --width 128 [--onnx] [--out DIR]`` takes a run folder or an exported model.
+``python -m jasper_fast.export RUN --width 128 [--onnx] [--int8] [--out DIR]`` takes a run folder or an exported model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 
 from jasper_fast._renamed import old_names
 from jasper_fast.exporting.flat import export_flat, resolve_width
-from jasper_fast.exporting.onnx import ONNX_FILE, export_onnx
+from jasper_fast.exporting.onnx import export_onnx, graph_lines
 from jasper_fast.models.folder import model_folder
 from jasper_fast.utils.command_line import check_model_argument, positive_int
 from jasper_fast.utils.errors import run_cli
@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder, or the model folder in it")
     parser.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
     parser.add_argument("--onnx", action="store_true", help="add an ONNX graph and check it with onnxruntime")
+    parser.add_argument("--int8", action="store_true", help="add an ONNX graph with int8 weights too (implies --onnx)")
+    parser.add_argument("--onnx-only", action="store_true", help="leave out the PyTorch weights (implies --onnx)")
     parser.add_argument("--out", help="new folder (default: next to the model, named after the width)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code from the model folder; only for models you trust"
@@ -31,13 +33,15 @@ def main(argv: list[str]) -> int:
     check_model_argument(arguments.run, "export")
     source = model_folder(arguments.run)
     width = resolve_width(source, arguments.width)
-    ending = "-onnx" if arguments.onnx else ""
-    out = arguments.out or source.resolve().parent / f"{source.resolve().name}-{width}{ending}"
-    if arguments.onnx:
-        written = export_onnx(source, width, out, trust_remote_code=arguments.trust_remote_code)
+    onnx = arguments.onnx or arguments.int8 or arguments.onnx_only
+    out = arguments.out or source.resolve().parent / f"{source.resolve().name}-{width}{'-onnx' if onnx else ''}"
+    trust = arguments.trust_remote_code
+    if not onnx:
+        written = export_flat(source, width, out, trust_remote_code=trust)
     else:
-        written = export_flat(source, width, out, trust_remote_code=arguments.trust_remote_code)
-    print(f"wrote {written}: embeddings {width} wide" + (f", graph in {ONNX_FILE}" if arguments.onnx else ""))
+        only = arguments.onnx_only
+        written = export_onnx(source, width, out, int8=arguments.int8, weights=not only, trust_remote_code=trust)
+    print("\n".join([f"wrote {written}: embeddings {width} wide", *(graph_lines(written) if onnx else [])]))
     return 0
 
 

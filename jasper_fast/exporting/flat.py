@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jasper_fast.models.folder import (
     POOLING,
     ROUTER,
     model_folder,
+    read_json,
     routes_of,
     write_json,
 )
@@ -20,6 +20,9 @@ from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
+
+# Keys with their defaults in sentence-transformers 6. Version 5 and older reject them.
+NEW_DENSE_KEYS = {"module_input_name", "module_output_name"}
 
 
 def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -54,7 +57,9 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
         if file.is_file() and file.name not in rewritten and not of_other_width:
             shutil.copy2(file, folder)
     shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
-    hidden = json.loads((source / POOLING / "config.json").read_text(encoding="utf-8"))["embedding_dimension"]
+    dense = folder / "2_Dense" / "config.json"
+    write_json(dense, {k: v for k, v in read_json(dense).items() if k not in NEW_DENSE_KEYS})
+    hidden = read_json(source / POOLING / "config.json")["embedding_dimension"]
     (folder / POOLING).mkdir()
     (folder / NORMALIZE).mkdir()
     write_json(
@@ -67,7 +72,8 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
             "pooling_mode_mean_sqrt_len_tokens": False,
         },
     )
-    settings = json.loads((source / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    write_json(folder / NORMALIZE / "config.json", {})  # git and object stores drop empty folders
+    settings = read_json(source / "sentence_bert_config.json")
     shared = {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
     write_json(folder / "sentence_bert_config.json", shared)
     places = {"Transformer": "", "Pooling": POOLING, "Dense": "2_Dense", "Normalize": NORMALIZE}
@@ -76,8 +82,7 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
         for number, (kind, place) in enumerate(places.items())
     ]
     write_json(folder / "modules.json", listing)
-    facts = source / FACTS_FILE
-    write_card(folder, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, [width], flat=True)
+    write_card(folder, read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}, [width], flat=True)
 
 
 def resolve_width(source: Path, width: int | None) -> int:

@@ -14,7 +14,8 @@ from jasper_fast.exporting.parity import check_export
 from jasper_fast.models.folder import NORMALIZE, POOLING, ROUTER, VISION, student_facts, write_json
 from jasper_fast.models.loading import without_bars
 from jasper_fast.models.quantization import ranges_file
-from jasper_fast.reporting.model_card import write_card
+from jasper_fast.reporting.licences import UNKNOWN_LICENCE
+from jasper_fast.reporting.model_card import card_header, write_card
 from jasper_fast.utils.atomic import publish_dir
 
 if TYPE_CHECKING:
@@ -62,10 +63,17 @@ def export_student(
         write_json(folder / "config_sentence_transformers.json", _model_settings(student))
         for width, pair in (ranges or {}).items():
             np.save(folder / ranges_file(width), pair)
-        facts = dict(card) if card is not None else {"student": student_facts(student.config)}
-        write_card(folder, facts, student.widths)
+        write_card(folder, _facts(student) if card is None else card, student.widths)
         check_export(student, folder, trust_remote_code=student.config.trust_remote_code)
     return Path(path)
+
+
+def _facts(student: Student) -> dict[str, Any]:
+    """Return what is known of a student without its run."""
+    config = student.config
+    header = card_header(config.model, config.revision)
+    licence = str(header.get("license") or UNKNOWN_LICENCE)
+    return {"student": student_facts(config), "licence": licence, "language": header.get("language")}
 
 
 def _write_modules(student: Student, folder: Path) -> None:

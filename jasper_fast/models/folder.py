@@ -72,6 +72,11 @@ def routes_of(source: Path) -> dict[int, str]:
     return dict(sorted(routes.items(), reverse=True))
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file in UTF-8."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

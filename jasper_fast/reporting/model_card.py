@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.yaml import NOT_YAML, parse_yaml
 from jasper_fast.models.folder import FACTS_FILE, student_facts
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.quantization import ranges_file
+from jasper_fast.reporting.licences import UNKNOWN_LICENCE, derived_licence, licence_text
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import HUB_NAME, public_name
@@ -22,7 +26,9 @@ if TYPE_CHECKING:
 
 
 TEMPLATE = "model_card.md.jinja"
-UNKNOWN_LICENCE = "unknown: check the model's page"
+TEACHER = "teacher"  # model of the result rows that are shown at any width
+INT8_GRAPH = "onnx/model_int8.onnx"
+LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 SOURCE_NAMES = {"docstrings": "docstrings of the installed Python packages"}
 
 
@@ -58,12 +64,15 @@ def run_facts(
         "seed": config.seed,
         "student": student_facts(config.student),
         "licence": model_licence(config.student.model, config.student.revision),
+        "language": card_header(config.student.model, config.student.revision).get("language"),
         "teachers": teachers,
         "sources": [public_name(source.path) for source in config.data.sources],
         "texts": texts,
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
+        "encoding": results.get("facts", {}).get("encoding"),
+        "device": results.get("facts", {}).get("device"),
         "pictures": results.get("pictures"),
         "picture_sources": [public_name(source.path) for source in config.images.sources] if config.images else [],
     }
@@ -76,10 +85,21 @@ def model_licence(name: str, revision: str | None = None) -> str:
         name: hub name, path, or ``package:import_name/folder``.
         revision: branch, tag or commit on the hub. None: the default branch.
     """
+    licence = card_header(name, revision).get("license")
+    return str(licence) if licence else UNKNOWN_LICENCE
+
+
+def card_header(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the front matter of a model's card, empty if the card is not on this machine.
+
+    Args:
+        name: hub name, path, or ``package:import_name/folder``.
+        revision: branch, tag or commit on the hub. None: the default branch.
+    """
     try:
         folder = Path(resolve_model(name))
     except JasperError:  # the package of the model is no longer installed
-        return UNKNOWN_LICENCE
+        return {}
     card: Path | None = folder / "README.md"
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -87,9 +107,8 @@ def model_licence(name: str, revision: str | None = None) -> str:
         cached = try_to_load_from_cache(name, "README.md", revision=revision) if HUB_NAME.fullmatch(name) else None
         card = Path(cached) if isinstance(cached, str) else None
     if card is None or not card.is_file():
-        return UNKNOWN_LICENCE
-    licence = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
-    return str(licence) if licence else UNKNOWN_LICENCE
+        return {}
+    return front_matter(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -108,10 +127,10 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False) -> None:
-    """Write README.md and the facts behind it into an exported folder, each file atomically.
+    """Write README.md, LICENSE and the facts behind them into an exported folder, each file atomically.
 
     Args:
-        folder: exported model folder.
+        folder: exported model folder, with its weights. The card lists their sizes.
         facts: facts of the run, as from run_facts. Sections without facts are left out of the card.
         widths: widths of the embeddings, widest first.
         flat: True for a model with one head and no Router. Default: False.
@@ -121,11 +140,33 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
     """
     folder = Path(folder)
     quantized = (folder / ranges_file(widths[-1])).is_file()
+    card = render_card(facts, widths, flat=flat, quantized=quantized, files=weight_files(folder))
     write_atomic(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(folder / "README.md", render_card(facts, widths, flat=flat, quantized=quantized))
+    write_atomic(folder / "LICENSE", licence_text(facts))
+    write_atomic(folder / "README.md", card)
 
 
-def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool = False, quantized: bool = False) -> str:
+def weight_files(folder: Path) -> list[tuple[str, int, int | None]]:
+    """List the files with weights in a model folder, as (name, bytes, parameters). ONNX files have None parameters."""
+    listed: list[tuple[str, int, int | None]] = []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np") as weights:
+                count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+            listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, count))
+        elif file.suffix in (".onnx", ".data"):
+            listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, None))
+    return listed
+
+
+def render_card(
+    facts: Mapping[str, Any],
+    widths: Sequence[int],
+    *,
+    flat: bool = False,
+    quantized: bool = False,
+    files: Sequence[tuple[str, int, int | None]] = (),
+) -> str:
     """Return the model card as Markdown with YAML front matter.
 
     Args:
@@ -133,12 +174,15 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         widths: widths of the embeddings, widest first.
         flat: True for a model with one head and no Router. Default: False.
         quantized: True for a model folder with ranges of int8 codes. Default: False.
+        files: files with weights, as from ``weight_files``. Empty: the card does not list them.
     """
     from huggingface_hub import ModelCard
 
     student = facts.get("student", {})
     prompts = student.get("prompts", {}).items()
-    metrics = sorted({metric for row in facts.get("rows", []) for metric in row["scores"]})
+    rows = [row for row in facts.get("rows", []) if row["width"] in widths or row["model"] == TEACHER]
+    metrics = sorted({metric for row in rows for metric in row["scores"]})
+    names = [name for name, _, _ in files]
     card = ModelCard.from_template(
         _metadata(facts),
         template_str=Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"),
@@ -150,25 +194,40 @@ def render_card(facts: Mapping[str, Any], widths: Sequence[int], *, flat: bool =
         prompts={role: json.dumps(prompt, ensure_ascii=False) for role, prompt in prompts if prompt},
         **(_image_facts(facts) if not flat and student.get("vision") else {}),
         teachers=[
-            (public_name(t["model"]), t.get("revision") or "not recorded", t.get("licence", UNKNOWN_LICENCE))
+            (public_name(t["model"]), _short(t.get("revision")), t.get("licence", UNKNOWN_LICENCE))
             for t in facts.get("teachers", [])
         ],
         **(_training_facts(facts) if facts.get("stages") else {}),
+        licence=derived_licence(facts),
+        base_licence=facts.get("licence", UNKNOWN_LICENCE),
+        torch_weights=not names or "model.safetensors" in names,
+        onnx=facts.get("onnx"),
+        speed=(facts.get("encoding") or {}).get("student_texts_per_s"),
+        device=facts.get("device") or "the machine of the run",
+        int8=INT8_GRAPH in names,
+        files=[(f"`{name}`", f"{size / 1e6:.1f} MB", f"{count:,}" if count else "") for name, size, count in files],
         metrics=metrics,
-        scores=[
-            [row["model"], row["width"], *(f"{row['scores'][m]:.4f}" if m in row["scores"] else "" for m in metrics)]
-            for row in facts.get("rows", [])
-        ],
+        scores=[_score_row(row, metrics) for row in rows],
         transductive=facts.get("transductive", []),
     )
     return card.content + "\n"
+
+
+def _score_row(row: Mapping[str, Any], metrics: Sequence[str]) -> list[Any]:
+    """Return the table cells of one model, width and precision."""
+    name = f"{row['model']}, {row['precision']}" if "precision" in row else row["model"]
+    return [name, row["width"], *(f"{row['scores'][m]:.4f}" if m in row["scores"] else "" for m in metrics)]
+
+
+def _short(revision: str | None) -> str:
+    """Return a revision with digests cut to twelve digits."""
+    return LONG_DIGEST.sub(r"\1", revision) if revision else "not recorded"
 
 
 def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     """Return the fields of the front matter that the facts are enough for."""
     from huggingface_hub import ModelCardData
 
-    licence = facts.get("licence", UNKNOWN_LICENCE)
     base = public_name(facts.get("student", {}).get("model", ""))
     sources = facts.get("sources", [])
     datasets = [source for source in sources if HUB_NAME.fullmatch(source) and not Path(source).exists()]
@@ -176,7 +235,8 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "distillation", "jasper_fast"],
-        license=licence if licence != UNKNOWN_LICENCE else None,
+        license=derived_licence(facts)[0],
+        language=facts.get("language"),
         base_model=base if HUB_NAME.fullmatch(base) else None,
         datasets=datasets or None,
     )
@@ -205,7 +265,6 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "max_length": student["max_length"],
         "texts": f"{texts:,} texts" if texts else "texts",
         "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
-        "licence": facts.get("licence", UNKNOWN_LICENCE),
         "seed": facts.get("seed"),
         "stages": [_stage_row(stage) for stage in facts["stages"]],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -25,7 +26,14 @@ from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.student import Student
-from jasper_fast.reporting.model_card import UNKNOWN_LICENCE, front_matter, model_licence, render_card, run_facts
+from jasper_fast.reporting.model_card import (
+    UNKNOWN_LICENCE,
+    front_matter,
+    model_licence,
+    render_card,
+    run_facts,
+    write_card,
+)
 from jasper_fast.utils.errors import JasperError
 
 WIDTHS = [24, 8, 4]
@@ -134,8 +142,12 @@ def test_routes(loaded: Any, bert: tuple[Student, Path]) -> None:
 def test_the_folder_holds_safetensors_only(bert: tuple[Student, Path], tmp_path: Path) -> None:
     export_flat(bert[1], 8, tmp_path / "flat")
     for folder in (bert[1], tmp_path / "flat"):
-        suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
+        suffixes = {file.suffix for file in folder.rglob("*") if file.is_file() and file.name != "LICENSE"}
         assert suffixes == {".safetensors", ".json", ".md"}
+        assert all(any(place.iterdir()) for place in folder.rglob("*") if place.is_dir())  # git drops empty folders
+    dense = json.loads((tmp_path / "flat" / "2_Dense" / "config.json").read_text())
+    # the arguments of Dense in sentence-transformers 4 and 5
+    assert set(dense) == {"in_features", "out_features", "bias", "activation_function"}
     kinds = [module["type"] for module in json.loads((tmp_path / "flat" / "modules.json").read_text())]
     assert kinds == [f"sentence_transformers.models.{k}" for k in ("Transformer", "Pooling", "Dense", "Normalize")]
 
@@ -203,11 +215,19 @@ def test_onnx_gives_the_same_vectors(qwen2: tuple[Student, Path], tmp_path: Path
 def test_a_graph_that_differs_is_not_published(
     bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jasper_fast.exporting.onnx._write_graph", lambda vectors, loaded, path: path.write_bytes(b""))
-    monkeypatch.setattr("jasper_fast.exporting.onnx._onnx_difference", lambda loaded, path: float("nan"))
-    with pytest.raises(JasperError, match="differs from PyTorch"):
-        export_onnx(bert[1], 8, tmp_path / "onnx")
-    assert list(tmp_path.iterdir()) == []
+    module = "jasper_fast.exporting.onnx."
+    for name in ("_write_graph", "_write_int8"):
+        monkeypatch.setattr(module + name, lambda *arguments: None)
+    for difference, cosine, message in (
+        (float("nan"), 1.0, "differs from PyTorch"),
+        (0.0, 0.94, r"cosine of 0.940.*at least 0.95.*without --int8"),
+        (0.0, float("nan"), "int8 weights change the embeddings too much"),
+    ):
+        monkeypatch.setattr(module + "_onnx_difference", lambda *_, value=difference: value)
+        monkeypatch.setattr(module + "_int8_cosines", lambda *_, value=cosine: (value, value))
+        with pytest.raises(JasperError, match=message):
+            export_onnx(bert[1], 8, tmp_path / "onnx", int8=True)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_without_its_packages_says_what_to_type(
@@ -216,6 +236,83 @@ def test_onnx_without_its_packages_says_what_to_type(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(JasperError, match="pip install onnx onnxscript onnxruntime"):
         export_onnx(bert[1], 8, tmp_path / "onnx")
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_onnx_folder(
+    bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The graphs of a folder without PyTorch weights, and the examples of its card and of docs/export.md."""
+    import onnxruntime
+
+    out = tmp_path / "onnx"
+    assert main([str(bert[1]), "--width", "8", "--int8", "--onnx-only", "--out", str(out)]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "" and re.search(r"onnx/model.onnx: .* MB, differs .* by at most \d", printed.out)
+    assert re.search(r"onnx/model_int8.onnx: .* MB, cosine with PyTorch (0\.9[5-9]|1\.0)", printed.out)
+    for name in ("model.safetensors", "modules.json", "1_Pooling", "2_Dense"):
+        assert not (out / name).exists()
+    for name in ("model", "model_int8"):
+        session = onnxruntime.InferenceSession(str(out / "onnx" / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        assert {i.name: i.shape for i in session.get_inputs()} == dict.fromkeys(
+            ("input_ids", "attention_mask"), ["batch", "tokens"]
+        )
+        assert session.get_outputs()[0].shape == ["batch", 8]
+        expected = {"model": "student", "width": "8", "max_tokens": "20", "normalized": "true"}
+        assert expected.items() <= session.get_modelmeta().custom_metadata_map.items()
+    card = (out / "README.md").read_text()
+    (example,) = python_blocks(card)  # nothing for sentence-transformers
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (documented,) = [block for block in python_blocks(page) if "onnxruntime" in block]
+    assert documented.replace("max_length=256", "max_length=20").replace("128) float32", "8) float32") == example
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    student = bert[0]
+    with torch.no_grad():
+        vectors = F.normalize(
+            student.project(student.pool(student.tokenize(names["texts"], "document")), [8])[8], dim=1
+        )
+    np.testing.assert_allclose(names["embeddings"], vectors.numpy(), atol=1e-4)
+
+
+def test_card_examples_run_in_the_folder(
+    bert: tuple[Student, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges = {width: np.array([[-1.0] * width, [1.0] * width], dtype=np.float32) for width in WIDTHS}
+    folder = export_student(bert[0], tmp_path / "model", ranges=ranges)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    for block in python_blocks((folder / "README.md").read_text()):
+        exec(block, names)
+    assert names["embeddings"].shape == (2, 4) and names["codes"].dtype == np.int8 and names["bits"].shape == (2, 1)
+
+
+LICENCES = {  # base, teachers: licence, part of the reason
+    "all alike": ("apache-2.0", ["apache-2.0"], "apache-2.0", "all teachers have the licence"),
+    "permissive": ("apache-2.0", ["mit", "bsd-3-clause"], "apache-2.0", "permit it"),
+    "unknown teacher": ("apache-2.0", ["mit", UNKNOWN_LICENCE], "other", "licence of teacher t1 is unknown"),
+    "unknown base": (UNKNOWN_LICENCE, ["mit"], "other", "licence of base model base is unknown"),
+    "a teacher whose licence has no name": ("mit", ["other"], "other", "teacher t0 is unknown"),
+    "non-commercial teacher": ("apache-2.0", ["CC-BY-NC-4.0"], "other", "teacher t0 has the licence CC-BY-NC-4.0"),
+    "the same strict licence": ("cc-by-sa-4.0", ["cc-by-sa-4.0"], "cc-by-sa-4.0", "all teachers"),
+}
+
+
+@pytest.mark.parametrize("case", LICENCES)
+def test_licence_of_a_distilled_model(case: str, tmp_path: Path) -> None:
+    base, teachers, licence, reason = LICENCES[case]
+    listed = [{"model": f"t{number}", "licence": teacher} for number, teacher in enumerate(teachers)]
+    facts = {"student": {"model": "base"}, "licence": base, "teachers": listed}
+    write_card(tmp_path, facts, [8])
+    card, file = ((tmp_path / name).read_text() for name in ("README.md", "LICENSE"))
+    assert front_matter(card)["license"] == licence and reason in card
+    assert file.startswith(f"Licence: {licence}\n") and reason in file
+    for number, teacher in enumerate(teachers):
+        assert f"| t{number} | not recorded | {teacher} |" in card and f"- teacher t{number}: {teacher}" in file
 
 
 def test_command_line(bert: tuple[Student, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,16 +354,22 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
         "rows": [
             {"model": "teacher", "width": 32, "scores": {"stsb/spearman": 0.82}},
             {"model": "student", "width": 4, "scores": {"stsb/spearman": 0.71234, "cisi/ndcg@10": 0.4}},
+            {"model": "student", "width": 4, "precision": "int8", "scores": {"cisi/ndcg@10": 0.39}},
         ],
+        "facts": {"encoding": {"student_texts_per_s": 120.5}, "device": "a CPU"},
         "transductive": ["cisi"],
     }
-    facts = run_facts(example_config(base, teacher), results=results, texts=12345, revisions=["sha256:77"])
-    card = render_card(json.loads(json.dumps(facts)), WIDTHS)
+    facts = run_facts(example_config(base, teacher), results=results, texts=12345, revisions=["sha256:" + "7" * 64])
+    card = render_card(json.loads(json.dumps(facts)), WIDTHS, files=[("model.safetensors", 4_000_000, 1_000_000)])
     header = front_matter(card)
     assert header["library_name"] == "sentence-transformers" and header["pipeline_tag"] == "sentence-similarity"
-    assert header["license"] == "apache-2.0" and header["datasets"] == ["org/corpus"] and "base_model" not in header
+    assert header["license"] == "other" and header["datasets"] == ["org/corpus"] and "base_model" not in header
     for said in (
-        "| teacher-model | sha256:77 | mit |",
+        f"| teacher-model | sha256:{'7' * 12} | mit |",
+        "because the licence of teacher embeddings in ready.npy is unknown",
+        "Licence of the base model: apache-2.0",
+        "| student, int8 | 4 | 0.3900 |  |",
+        "Speed in PyTorch: 120.5 training texts a second on a CPU.",
         f"| embeddings in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
         "| distil | `heads.*` | 24, 8, 4 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
         "| student | 4 | 0.4000 | 0.7123 |",
@@ -280,6 +383,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     assert str(tmp_path) not in card and str(tmp_path) not in json.dumps(facts)
     flat = render_card(facts, [8], flat=True)
     assert "task=" not in flat and "# 8 wide" in flat
+    assert "| student | 4 |" not in flat and "| teacher | 32 |" in flat  # no results of other widths
 
 
 def test_card_of_the_packaged_model() -> None:

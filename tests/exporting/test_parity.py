@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -217,7 +218,7 @@ def test_an_onnx_graph_that_gives_nan_is_different(monkeypatch):
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
 
-        def run(self, *_: Any) -> list[Any]:
+        def run(self, *_: Any) -> list[np.ndarray]:
             Session.calls += 1
             return [torch.full((1, 4), float("nan") if Session.calls == 2 else 0.0).numpy()]
 
@@ -225,8 +226,8 @@ def test_an_onnx_graph_that_gives_nan_is_different(monkeypatch):
         def preprocess(self, texts: list[str]) -> dict[str, torch.Tensor]:
             return {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
 
-        def encode(self, texts: list[str], convert_to_tensor: bool) -> torch.Tensor:
-            return torch.zeros(1, 4)
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return np.zeros((1, 4), dtype=np.float32)
 
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)

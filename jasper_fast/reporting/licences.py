@@ -1,0 +1,66 @@
+"""Licence of a distilled model, from the licences of its base model and teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jasper_fast.utils.names import public_name
+
+UNKNOWN_LICENCE = "unknown: check the model's page"
+# Identifiers of the hub whose models may be distilled and published under another of them.
+PERMISSIVE = frozenset(
+    {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "unlicense"}
+    | {"cc0-1.0", "0bsd", "wtfpl", "cc-by-3.0", "cc-by-4.0", "cdla-permissive-2.0", "ms-pl", "bsl-1.0", "postgresql"}
+)
+NO_NAME = frozenset({"other", "unknown"})  # identifiers of the hub that name no licence
+
+
+def model_parts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the models that a student is made of, as (name with its role, licence) pairs, the base model first."""
+    base = public_name(facts.get("student", {}).get("model", ""))
+    parts = [(f"base model {base}".strip(), facts.get("licence", UNKNOWN_LICENCE))]
+    teachers = facts.get("teachers", [])
+    return parts + [(f"teacher {public_name(t['model'])}", t.get("licence", UNKNOWN_LICENCE)) for t in teachers]
+
+
+def derived_licence(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the licence of a distilled model, and the reason.
+
+    If all parts have the same licence, or all have permissive ones, it is the licence of the base model. Otherwise it
+    is "other", and a person must decide.
+
+    Args:
+        facts: facts of the run, as from ``run_facts`` of the model card.
+
+    Returns:
+        The hub's identifier of the licence, e.g. ``apache-2.0`` or ``other``, and a sentence or two.
+
+    Example:
+        >>> derived_licence({"student": {"model": "a/b"}, "licence": "mit", "teachers": []})[0]
+        'mit'
+        >>> derived_licence({"student": {"model": "a/b"}, "licence": "mit", "teachers": [{"model": "c/d"}]})
+        ('other', 'No licence is named, because the licence of teacher c/d is unknown.')
+    """
+    parts = model_parts(facts)
+    unknown = [name for name, licence in parts if licence == UNKNOWN_LICENCE or licence.lower() in NO_NAME]
+    if unknown:
+        return "other", f"No licence is named, because the licence of {' and of '.join(unknown)} is unknown."
+    identifiers = [licence.lower() for _, licence in parts]
+    if len(set(identifiers)) == 1:
+        return identifiers[0], f"The base model and all teachers have the licence {identifiers[0]}."
+    strict = [f"{name} has the licence {licence}" for name, licence in parts if licence.lower() not in PERMISSIVE]
+    if strict:
+        reason = f"No licence is named, because {' and '.join(strict)}."
+        return "other", f"{reason} Read its terms on models trained with its outputs before you publish this one."
+    return identifiers[0], "This is the licence of the base model. The licences of all teachers permit it."
+
+
+def licence_text(facts: Mapping[str, Any]) -> str:
+    """Return the content of the file LICENSE: the licence, its reason, and the licences of all parts."""
+    licence, reason = derived_licence(facts)
+    head = f"Licence: {licence}"
+    if licence != "other":
+        head += "\nMeaning of this identifier: https://huggingface.co/docs/hub/repositories-licenses"
+    parts = "\n".join(f"- {name}: {licence}" for name, licence in model_parts(facts))
+    return f"{head}\n\n{reason}\n\nParts of this model:\n\n{parts}\n"
