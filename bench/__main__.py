@@ -24,6 +24,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "distil": "bench.quality.peers",
     "gpu": "bench.pages.gpu",
     "graph": "bench.mips.graph",
+    "label_free": "bench.label_free",
     "losses": "bench.losses.cpu",
     "mips": "bench.mips.cpu",
     "prose": "bench.pages.prose",

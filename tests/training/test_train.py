@@ -487,3 +487,42 @@ def test_print_config_and_dry_run(world, tmp_path, capsys):
     assert "heads.32.weight" in plan and "stage three" in plan and not (tmp_path / "dry").exists()
     with pytest.raises(ConfigError, match="unknown key"):
         main(["--config", str(path), "--nonsense", "1"])
+
+
+def test_a_run_without_sets_is_scored_on_its_held_out_documents(world, tiny_texts, tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from datasets import Dataset
+
+    from jasper_fast import train as command
+    from jasper_fast.data.text import text_digest
+
+    folder, tree = world
+    texts = tiny_texts[:40]
+    held_out = Dataset.from_dict(
+        {
+            "text": texts,
+            "role": ["document"] * len(texts),
+            "digest": [text_digest(text) for text in texts],
+            "query": [text[: len(text) // 3] for text in texts],
+            "body": [text[len(text) // 3 :] for text in texts],
+        }
+    )
+    prepare = command.prepare
+
+    def with_held_out(config, ranks):
+        student, data = prepare(config, ranks)
+        return student, replace(data, held_out_texts=held_out)
+
+    monkeypatch.setattr(command, "prepare", with_held_out)
+    stages = [stage | {"steps": 2} for stage in tree["stages"]]
+    command.train({**tree, "evaluate": [], "stages": stages}, out=tmp_path / "run")
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    label_free = results["label_free"]
+    models = {(row["model"], row["width"], row.get("precision")) for row in label_free["rows"]}
+    assert {("teacher", 32, None), ("student before", 32, None), ("student", 8, "int8")} <= models
+    assert {("student PCA", 8, None), ("teacher PCA", 8, None)} <= models
+    assert label_free["documents"] == len(set(texts)) and label_free["queries"] > 0
+    assert "neighbours kept of the teacher's" in shown and results["advice"] in shown
+    assert "## Held-out documents" in (tmp_path / "run" / "report.md").read_text()
