@@ -31,6 +31,7 @@ def complete_stages(tree: dict[str, Any]) -> list[str]:
     stages = default_stages(student)
     tree["stages"] = merge(stages, changes or {})
     keep_given_sizes(tree["stages"], stages)
+    prefer_minutes(tree["stages"], stages)
     names = ", ".join(str(stage.get("name")) for stage in tree["stages"] if isinstance(stage, dict))
     notes = [f"stages: none given, so the default ones are used ({names})"]
     if "head_init" not in student and _is_cut_teacher(student, tree.get("teachers")):
@@ -87,6 +88,21 @@ def keep_given_sizes(stages: Any, base: Any) -> None:
     for stage in stages if isinstance(stages, list) else []:
         if isinstance(stage, dict) and stage.get("batch_size") != sizes.get(stage.get("name"), stage.get("batch_size")):
             stage.pop("small_data", None)
+
+
+def prefer_minutes(stages: Any, base: Any) -> None:
+    """Drop the steps of the base from stages that the user has given ``minutes`` and no steps, in place.
+
+    Args:
+        stages: the stages with the user's changes.
+        base: the stages without them.
+    """
+    before = {stage.get("name"): stage for stage in base if isinstance(stage, dict)} if isinstance(base, list) else {}
+    for stage in stages if isinstance(stages, list) else []:
+        old = before.get(stage.get("name"), {}) if isinstance(stage, dict) else {}
+        newly = old and stage.get("minutes") is not None and old.get("minutes") is None
+        if newly and stage.get("steps") == old.get("steps"):
+            stage.pop("steps", None)
 
 
 def _is_cut_teacher(student: Mapping[str, Any], teachers: Any) -> bool:

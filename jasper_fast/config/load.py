@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from jasper_fast.config.comments import add_comments
-from jasper_fast.config.default_stages import complete_stages, keep_given_sizes
+from jasper_fast.config.default_stages import complete_stages, keep_given_sizes, prefer_minutes
 from jasper_fast.config.layers import Layers, read_layers, recipe_names, run_name
 from jasper_fast.config.merge import expand_short_forms
 from jasper_fast.config.messages import Problem, argument_message, problems_of
@@ -165,6 +165,7 @@ def _resolve(
     if removed:
         notes.append(f"own texts: these values of recipe {layers.recipe} do not apply: {', '.join(removed)}")
         keep_given_sizes(tree.get("stages"), layers.trees[0]["stages"])
+    prefer_minutes(tree.get("stages"), layers.trees[0].get("stages"))
     if removed and len(layers.trees) == 1 and not _sets(overrides, "name"):
         tree.pop("name", None)
     if tree.get("name") is None:

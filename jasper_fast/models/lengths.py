@@ -67,9 +67,10 @@ def describe_lengths(texts: Dataset, held_out: Dataset, student: Student, max_le
         whole = fraction_longer(sample_evenly(held_out), student.tokenizer, max_length, prefix)
     if not trained and not whole:
         return f"none longer than {max_length} tokens"
-    of_whole = f", {_percent(whole)} of whole documents" if whole > trained else ""
-    return f"{_percent(trained)} longer than {max_length} tokens{of_whole} (the rest of these is not read)"
+    of_whole = f", {percent(whole)} of whole documents" if whole > trained else ""
+    return f"{percent(trained)} longer than {max_length} tokens{of_whole} (the rest of these is not read)"
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Format a fraction in per cent, such as "13 %". It never reads as zero if it is not."""
     return "under 1 %" if 0 < fraction < 0.01 else f"{100 * fraction:.0f} %"

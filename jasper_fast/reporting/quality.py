@@ -149,6 +149,8 @@ def _label_free(results: Mapping[str, Any]) -> str:
         f"order has {100 * label_free['chance']:.1f}. *Spearman* is the rank correlation of all cosines with the "
         "teacher's. PCA was fitted on training texts."
     )
+    if "unlabelled" in label_free:
+        text += f" {label_free['unlabelled']}, and are left out."
     if with_ndcg:
         text += (
             f" *nDCG@10* is for {label_free['queries']:,} queries (a document's title or first sentence), each with "

@@ -16,6 +16,7 @@ from jasper_fast.data.rows import check_text
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.hub import model_revision
+from jasper_fast.models.lengths import fraction_longer, percent
 from jasper_fast.text_index.files import check_replace, model_location, text_table, weights, write
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
@@ -105,13 +106,11 @@ def long_texts(model: SentenceTransformer, texts: list[str]) -> str | None:
     if limit is None or not callable(tokenizer):
         return None
     sample = texts[:: -(-len(texts) // SAMPLE)]
-    tokens = tokenizer(sample, truncation=False, padding=False, verbose=False)["input_ids"]
-    longer = sum(len(row) > limit for row in tokens)
+    longer = fraction_longer(sample, tokenizer, limit)
     if not longer:
         return None
     of = f"{len(texts):,} texts" if len(sample) == len(texts) else f"a sample of {len(sample):,} texts"
-    share = f"{100 * longer / len(sample):.0f} %" if longer * 200 >= len(sample) else "under 1 %"
-    return f"{share} of {of} are longer than {limit:,} tokens, and the rest of these is not read"
+    return f"{percent(longer)} of {of} are longer than {limit:,} tokens, and the rest of these is not read"
 
 
 def image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidths:

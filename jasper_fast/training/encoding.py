@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jasper_fast.models.embedder import load_model, model_encoder
 from jasper_fast.teachers.encoder import teacher_encoder
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.run.run import Run
+from jasper_fast.utils.errors import JasperError
 
 TEXTS, FIRST = 256, 8  # the largest and the first number of texts
 LONG_ENOUGH = 1.0  # seconds that a measurement should take
@@ -24,7 +26,8 @@ Encode = Callable[[list[str]], Any]
 def encoding_speed(run: Run, data: TrainingData) -> dict[str, float | int | None]:
     """Measure how many documents a second the exported student and the teacher encode.
 
-    Both read the same training texts by turns, so that other load on the machine meets both.
+    Both read the same held-out documents by turns, so that other load on the machine meets both. Without held-out
+    documents, they read training texts.
 
     Args:
         run: the run, whose model is exported.
@@ -34,12 +37,15 @@ def encoding_speed(run: Run, data: TrainingData) -> dict[str, float | int | None
         ``student_texts_per_s`` and ``teacher_texts_per_s`` (None: it cannot encode), the number of ``texts``, and
         ``mean_tokens``, which the student reads of a text.
     """
-    documents = _documents(data.texts)
+    held_out = data.held_out_texts
+    documents = _documents(held_out if held_out is not None and len(held_out) else data.texts)
     exported = load_model(str(run.path / "model"), trust_remote_code=run.config.student.trust_remote_code)
-    student, teacher = model_encoder(exported), teacher_encoder(run.config.teachers, None, run.config.precision)
+    student = model_encoder(exported)
     encoders: dict[str, Encode] = {"student": lambda texts: student(texts, "document")}
-    if teacher is not None:
-        encoders["teacher"] = lambda texts: teacher(texts, "document")
+    with suppress(JasperError):  # the teacher's files may be gone by the end of a run
+        teacher = teacher_encoder(run.config.teachers, None, run.config.precision)
+        if teacher is not None:
+            encoders["teacher"] = lambda texts: teacher(texts, "document")
     speeds, count = measure_speeds(encoders, documents)
     tokens = exported.tokenizer(documents[:count], truncation=True, max_length=run.config.student.max_length)
     return {
@@ -74,6 +80,6 @@ def _seconds(encode: Encode, texts: list[str]) -> float:
 
 
 def _documents(texts: Any) -> list[str]:
-    """Return up to `TEXTS` training texts, in an order that is the same in every run."""
+    """Return up to `TEXTS` texts, in an order that is the same in every run."""
     rows = np.random.default_rng(0).permutation(len(texts))[:TEXTS]
     return list(texts[rows.tolist()]["text"])

@@ -41,17 +41,16 @@ from jasper_fast.reporting.model_card import run_facts, write_card
 from jasper_fast.reporting.quality import quality_lines
 from jasper_fast.reporting.report import step_lines, write_report
 from jasper_fast.teachers.encoder import teacher_encoder
-from jasper_fast.teachers.label import ensure_teachers
+from jasper_fast.teachers.label import label_dataset
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.early import early_end, early_line, set_untrained_heads
 from jasper_fast.training.encoding import encoding_speed
-from jasper_fast.training.run.checkpoint import Position
-from jasper_fast.training.run.folder import EARLY, RESULTS
+from jasper_fast.training.run.checkpoint import Position, delete_spare
+from jasper_fast.training.run.folder import CHECKPOINTS, EARLY, RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.trackers import score_curves
-from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
@@ -93,6 +92,8 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
+    if early is None:
+        delete_spare(folder.path / CHECKPOINTS)
     run.track(score_curves(results.get("rows", []), STUDENT), position.step)
     if run.planned_seconds:
         took, planned = results["facts"]["seconds"]["in all"], run.planned_seconds["in all"]
@@ -139,6 +140,7 @@ def _evaluate(
         "facts": {
             "texts": len(texts),
             "texts_line": data.texts_line,
+            **({"notes": list(config.notes)} if config.notes else {}),
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": labels.width,
             **({"teacher_reduction": labels.reduction.line()} if labels.reduction is not None else {}),
@@ -166,18 +168,21 @@ def _label_free(
     """Return the fields ``label_free`` and ``advice`` of the results, from the held-out documents."""
     config, held_out = run.config, HeldOut.of(rows[:])
     floors = {name: reduces for name, reduces in floors.items() if name != TRUNCATED}
+    counts: dict[str, str] = {}
     if (teacher := teacher_encoder(config.teachers, config.data.cache, config.precision)) is not None:
         ((_, vectors),) = teacher(held_out.texts, "document").items()
         encoders = {TEACHER: teacher} | encoders
     else:
-        first = {text: at for at, text in reversed([*enumerate(rows["text"])])}
-        try:
-            labels = ensure_teachers(config, rows, progress=False, student=student)
-        except JasperError as error:
-            sizes = {"documents": len(held_out.texts), "queries": 0}
-            return {"label_free": sizes | {"missing": f"the held-out documents have no teacher embeddings ({error})"}}
-        vectors = labels.read(np.array([first[text] for text in held_out.texts])).numpy()
-    scores = score_held_out(held_out, vectors, encoders, floors, ranges)
+        labels = label_dataset(config, rows, progress=False)
+        if labels.missing:
+            counts["unlabelled"] = f"{labels.missing} of {len(rows)} held-out documents have no teacher embedding"
+        if not len(labels.rows):
+            return {"label_free": {"documents": 0, "queries": 0, "missing": counts["unlabelled"]}}
+        labelled = rows.select(labels.rows)
+        held_out = HeldOut.of(labelled[:])
+        first = {text: at for at, text in reversed([*enumerate(labelled["text"])])}
+        vectors = labels.embeddings[[first[text] for text in held_out.texts]].numpy()
+    scores = score_held_out(held_out, vectors, encoders, floors, ranges) | counts
     return {"label_free": scores, "advice": advice(scores, _main_trend(run))}
 
 

@@ -233,6 +233,16 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def delete_spare(folder: Path) -> None:
+    """Delete all checkpoints but the newest. A finished run does not go back to them.
+
+    Args:
+        folder: the folder of the run's checkpoints.
+    """
+    for path in _published(folder)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _published(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
