@@ -175,7 +175,7 @@ def score_students(folder: Path, sets: Sequence[str], max_length: int) -> dict[s
 def correlations(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return Spearman's correlation of each label-free figure with the mean judged score, by documents and width.
 
-    A set's judged scores are standardised over the students before their mean is taken. ``mean`` stands for the mean
+    A set's judged scores are standardised over the students before their mean is taken. ``mean`` is the mean
     over the widths. Its row of ``overlap`` on held-out texts is the main figure.
 
     Args:
