@@ -188,5 +188,6 @@ def _no_measured_speed() -> Iterator[None]:
     from tests.helpers.costs import fixed_costs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jasper_fast.training.preflight.measure_costs", fixed_costs)
+        for module in ("preflight", "dry_run"):
+            patch.setattr(f"jasper_fast.training.{module}.measure_costs", fixed_costs)
         yield

@@ -109,6 +109,7 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         raise JasperError(f"{facts} is missing, and loading the student needs it. Fix: export the run again")
     try:
         fields = dict(json.loads(facts.read_text(encoding="utf-8"))["student"])
+        fields["heads"]  # has a default in a configuration, but a model's widths are a fact
     except (ValueError, KeyError, TypeError) as error:
         raise JasperError(f"{facts} is corrupt ({first_line(error)}). Fix: export the run again") from error
     fields |= {"model": str(folder), "layers": None, "trust_remote_code": trust_remote_code}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
+FILE_SECONDS = 30.0  # between two lines of progress that a file gets
 MIN_STORING_COST = 1e-6  # cosine distance between stored and computed embeddings, from which it is reported
 MAX_WAIT_SECONDS = 1800.0  # seconds without a new shard after which the other processes count as dead
 
@@ -173,6 +174,7 @@ def check_targets(
     config: Config,
     texts: Dataset,
     student: Student,
+    progress: bool = True,
 ) -> None:
     """Run the checks that `ensure_teachers` makes before encoding. Teachers with missing shards load one at a time.
 
@@ -180,12 +182,13 @@ def check_targets(
         config: configuration of the run.
         texts: training texts with columns ``text``, ``role`` and ``digest``.
         student: untrained student for the row-order check of embeddings without keys.
+        progress: whether to print how rows were matched.
 
     Raises:
         JasperError: a model, file of embeddings or width cannot be used, or the disk is too small.
     """
     caches = teacher_caches(config, texts)
-    open_all(config, caches, texts, (0, 1), student, print_error)
+    open_all(config, caches, texts, (0, 1), student, print_error if progress else _silent)
 
 
 def _drop_damaged(cache: TeacherCache, texts: Dataset, worker: Worker) -> None:
@@ -251,8 +254,9 @@ def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing:
     lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
     if len(lenders):
         log(f"teacher {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
-    quiet = True if log is _silent else None  # None: no bar unless stderr is a terminal
-    with tqdm(desc=cache.name, total=remaining, unit=" texts", disable=quiet, smoothing=0.05) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else FILE_SECONDS
+    options: dict[str, Any] = {"disable": log is _silent, "smoothing": 0.05, "mininterval": seconds}
+    with tqdm(desc=cache.name, total=remaining, unit=" texts", **options) as bar:
         started, tokens = time.perf_counter(), 0
 
         def progress(count: int, read: int) -> None:

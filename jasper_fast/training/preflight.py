@@ -261,12 +261,17 @@ def start(run: Run, student: Student, data: TrainingData) -> None:
         data: the training data.
 
     Raises:
-        JasperError: as in :func:`check_start` and :func:`plan_run`, or a tracker does not start.
+        JasperError: as in :func:`check_start` and :func:`plan_run`, a tracker does not start, or precomputed embeddings
+            do not fit the texts.
     """
+    from jasper_fast.teachers.label import check_targets
+
     run.config = fit_small_data(run.config, data)
     check_start(run, student, data)
     run.start_trackers()
     run.print(data.texts_line)
+    if any(teacher.vectors is not None for teacher in run.config.teachers):  # before speeds are measured
+        run.ranks.on_main(lambda: check_targets(run.config, data.texts, student, progress=False))
     plan_run(run, student, data)
 
 

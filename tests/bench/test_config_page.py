@@ -21,7 +21,7 @@ def test_every_field_has_a_meaning():
 
 def test_comments_above_a_field_and_on_its_line_are_read():
     found = field_meanings(StageConfig)
-    assert found["steps"] == "optimizer steps"
+    assert found["steps"] == "optimizer steps; 0: `minutes` decides"
     assert found["train"].startswith("parameters to train: globs")
 
 

@@ -265,7 +265,7 @@ def other_seed() -> None:
         run_module.code_digest = lambda: "other"
         load = module.load_config
         other = [("seed", 7), ("checkpoint.every", 3)]
-        module.load_config = lambda source, overrides=(): load(source, [*overrides, *other])
+        module.load_config = lambda source, overrides=(), out=None: load(source, [*overrides, *other], out)
 
 
 def test_ranks_that_differ_are_refused_with_the_difference(run, tmp_path):

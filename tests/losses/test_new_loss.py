@@ -59,7 +59,7 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
     ignored = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "jasper_fast", copy / "jasper_fast", ignore=ignored)
     shutil.copytree(ROOT / "kernels", copy / "jasper_fast" / "kernels", ignore=ignored)
-    for file in ("CHANGELOG.md", "pyproject.toml", CASES, "tests/conftest.py", TESTS):
+    for file in ("CHANGELOG.md", "pyproject.toml", CASES, "tests/conftest.py", "tests/helpers/costs.py", TESTS):
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, copy / file)
     before = digests(copy)

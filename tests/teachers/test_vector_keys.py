@@ -70,7 +70,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def assert_matched(config: Any, documents: list[str], vectors: np.ndarray) -> None:
     """Check that every training text has the embedding of its document."""
-    texts = prepare_texts(config)[0]
+    texts = prepare_texts(config).texts
     assert len(texts) == ROWS
     rows = [documents.index(text) for text in texts["text"]]
     found = ensure_teachers(config, texts, progress=False).read(np.arange(ROWS)).numpy()
@@ -111,7 +111,7 @@ def test_unusable_ids_are_rejected(id_of, message: str, run, vectors, tmp_path: 
     write(tmp_path / "v.jsonl", [{"id": id_of(row), "embedding": vectors[row].tolist()} for row in range(ROWS)])
     config = run("v.jsonl", "id")
     with pytest.raises(JasperError, match=message):
-        ensure_teachers(config, prepare_texts(config)[0], progress=False)
+        ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 def test_sources_without_usable_ids_are_rejected(run, vectors, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_sources_without_usable_ids_are_rejected(run, vectors, tmp_path: Path) -
         tree["data"]["sources"][0] |= change
         config = load_config(tree)
         with pytest.raises(JasperError, match=message):
-            ensure_teachers(config, prepare_texts(config)[0], progress=False)
+            ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 CONTRADICTIONS = {"digest of another text": 1, "digest of the text": 0}
@@ -144,7 +144,7 @@ def test_a_digest_and_a_text_may_not_contradict_each_other(shift, run, documents
         assert_matched(config, documents, vectors)
         return
     with pytest.raises(JasperError, match="line 1: `digest` and `text` contradict each other"):
-        ensure_teachers(config, prepare_texts(config)[0], progress=False)
+        ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 # the order of the sources
@@ -167,20 +167,20 @@ def test_the_order_of_the_sources(order, message, run, documents, vectors, tmp_p
         assert_matched(config, documents, vectors)
         return
     with pytest.raises(JasperError, match=message):
-        ensure_teachers(config, prepare_texts(config)[0], progress=False)
+        ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 def test_a_file_in_the_order_of_the_sources_is_told_the_field(run, vectors, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", vectors)
     config = run("v.npy")
     with pytest.raises(JasperError, match="no better than in a random order.*Or set order: source, if row i belongs"):
-        ensure_teachers(config, prepare_texts(config)[0], progress=False)
+        ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 def test_the_order_of_texts_overrides_the_check_with_a_warning(run, vectors, tmp_path: Path, capsys) -> None:
     np.save(tmp_path / "v.npy", vectors)
     config = run("v.npy", order="texts")
-    found = ensure_teachers(config, prepare_texts(config)[0]).read(KEEP).numpy()
+    found = ensure_teachers(config, prepare_texts(config).texts).read(KEEP).numpy()
     np.testing.assert_allclose(found, vectors, atol=1e-3)
     assert "WARNING: row order? The embeddings fit the training texts no better" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_an_order_beside_keys_is_rejected(run, documents, vectors, tmp_path: Pat
     write(tmp_path / "v.jsonl", [{"text": documents[0], "embedding": vectors[0].tolist()}])
     config = run("v.jsonl", order="source")
     with pytest.raises(JasperError, match="which decides the order .got order: source.*leave `order` out"):
-        ensure_teachers(config, prepare_texts(config)[0], progress=False)
+        ensure_teachers(config, prepare_texts(config).texts, progress=False)
 
 
 # labels of other texts
@@ -279,7 +279,7 @@ def test_missing_texts_need_keys(run, vectors, tmp_path: Path) -> None:
 
     np.save(tmp_path / "v.npy", vectors)
     config = run("v.npy")
-    texts = prepare_texts(config)[0]
+    texts = prepare_texts(config).texts
     with pytest.raises(JasperError, match="have no column `digest`, `text` or `id`"):
         missing_texts(texts, config)
     tree = config.model_dump(mode="json") | {"teachers": [{"model": "any"}]}
@@ -300,7 +300,7 @@ def test_a_wider_teacher_is_reduced_to_the_widest_head(head_init, run, documents
     tree = run("v.jsonl").model_dump(mode="json")
     tree["student"] |= {"head_init": head_init, "layers": None, "max_length": 64}
     config = load_config(tree)
-    texts = prepare_texts(config)[0]
+    texts = prepare_texts(config).texts
     labels = ensure_teachers(config, texts)
     assert labels.width == 32 and labels.widths == [128]
     assert "128 dimensions are reduced to 32 by PCA; that keeps 100.0% of the variance" in capsys.readouterr().err

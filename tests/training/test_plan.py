@@ -153,7 +153,8 @@ def test_measuring_changes_neither_student_nor_random_numbers(tiny):
     assert all(cost.step > 0 for cost in costs.stages) and costs.teacher > 0 and costs.evaluation > 0
     assert [cost.rows for cost in costs.stages] == [len(data.texts), 0, 0]
     assert costs.missing == len(data.texts) and costs.teacher_bytes > 0
-    assert costs.evaluated == 3 * 36  # teacher, student before and after
+    # The evaluation set and the held-out documents: by the teacher, and by the student before and after.
+    assert costs.evaluated == 3 * (36 + len(data.held_out_texts))
     assert costs.stages[2].setup > 0  # the neighbours
 
 

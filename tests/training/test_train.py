@@ -429,7 +429,7 @@ def test_all_that_is_known_before_the_texts_is_told_together(world, tmp_path, mo
     from jasper_fast.train import train
 
     _, tree = world
-    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: None)
+    monkeypatch.setattr("jasper_fast.training.run.trackers.find_spec", lambda name: None)
     overrides = [
         ("log.trackers", ["trackio"]),
         ("teachers.0.model", "./no-such-teacher"),
@@ -468,7 +468,7 @@ def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
     from jasper_fast.train import train
 
     _, tree = world
-    monkeypatch.setattr("jasper_fast.training.run.log.find_spec", lambda name: None)
+    monkeypatch.setattr("jasper_fast.training.run.trackers.find_spec", lambda name: None)
     with pytest.raises(JasperError, match="pip install trackio"):
         train(tree, out=tmp_path / "bad", overrides=[("log.trackers", ["trackio"])])
 
@@ -526,3 +526,34 @@ def test_a_run_without_sets_is_scored_on_its_held_out_documents(world, tiny_text
     assert label_free["documents"] == len(set(texts)) and label_free["queries"] > 0
     assert "neighbours kept of the teacher's" in shown and results["advice"] in shown
     assert "## Held-out documents" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("labelled", "scored"), [(40, 40), (25, 25), (10, 0), (0, 0)])
+def test_held_out_documents_are_compared_with_precomputed_vectors(world, tmp_path, labelled, scored):
+    from datasets import Dataset
+
+    from jasper_fast.data.text import text_digest
+    from jasper_fast.training import finish
+
+    _, tree = world
+    texts = [f"document {n} of a small set about subject {n % 7}" for n in range(40)]
+    columns = {"text": texts, "role": ["document"] * 40, "digest": [text_digest(text, "document") for text in texts]}
+    held_out = Dataset.from_dict({**columns, "query": [""] * 40, "body": [""] * 40})
+    vectors = np.random.default_rng(0).standard_normal((40, 24))
+    rows = [{"text": text, "embedding": v.tolist()} for text, v in zip(texts, vectors, strict=True)][:labelled]
+    rows += [{"text": "another text", "embedding": vectors[0].tolist()}]
+    (tmp_path / "bought.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config({**tree, "teachers": [{"vectors": str(tmp_path / "bought.jsonl")}], "evaluate": []})
+    run = type("Run", (), {"config": config, "path": tmp_path / "run"})()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+
+    def encode(batch, role):
+        return {32: np.random.default_rng(1).standard_normal((len(batch), 32)).astype(np.float32)}
+
+    label_free = finish._label_free(run, held_out, None, {"student": encode}, {}, {})["label_free"]
+    if scored:
+        assert label_free["documents"] == scored and {row["model"] for row in label_free["rows"]} == {"student"}
+        assert ("unlabelled" in label_free) == (labelled < 40)
+    else:
+        assert label_free["missing"] and "rows" not in label_free

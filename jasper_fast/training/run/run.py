@@ -201,7 +201,7 @@ class Run:
         if self.ranks.is_main:
             self.log = RunLog(self.path, self.config, total, position.step, self._trackers, self.progress)
         if self.planned_seconds:
-            self.log.event("plan", planned_seconds=self.planned_seconds)
+            self.log.event("planned", planned_seconds=self.planned_seconds)
         if position.stage < len(self.config.stages):
             self.progress.advance(self.config.stages[position.stage].name, position.stage_step, None)
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
