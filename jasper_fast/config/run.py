@@ -25,6 +25,9 @@ from jasper_fast.config.types import (
 from jasper_fast.utils.errors import JasperError
 
 
+DEFAULT_KEEP = 2  # checkpoints
+
+
 class ParallelConfig(Section):
     """Training with several processes, started by torchrun.
 
@@ -50,7 +53,8 @@ class CheckpointConfig(Section):
     """Checkpoints, from which the same command resumes the run."""
 
     every: PositiveInt = 100  # steps between checkpoints; the end of a stage is always saved
-    keep: Annotated[int, Field(ge=2, strict=True)] = 2  # number of checkpoints to keep
+    # number of checkpoints to keep; with the default, a finished run keeps only its newest
+    keep: Annotated[int, Field(ge=2, strict=True)] = DEFAULT_KEEP
 
 
 class Config(Section):

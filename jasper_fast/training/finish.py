@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jasper_fast.config.run import DEFAULT_KEEP
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.data.prepare import count_trained_pieces
@@ -92,7 +93,7 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()
     folder.write_json(RESULTS, results)
-    if early is None:
+    if early is None and config.checkpoint.keep == DEFAULT_KEEP:
         delete_spare(folder.path / CHECKPOINTS)
     run.track(score_curves(results.get("rows", []), STUDENT), position.step)
     if run.planned_seconds:

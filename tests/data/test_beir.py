@@ -171,7 +171,9 @@ def test_evaluate_and_its_json_name_what_is_absent(tmp_path: Path, tiny_bert: Pa
     )
     assert f"arguana: {line}" in capsys.readouterr().out.splitlines()
     (described,) = json.loads((tmp_path / "scores.json").read_text())["sets"]
-    assert described == {"name": "arguana", "kind": "beir", "metric": "nDCG@10", "remarks": line}
+    assert described == {"name": "arguana", "kind": "beir", "metric": "nDCG@10", "remarks": line} | {
+        "sizes": {"documents": 4, "queries": 3}
+    }
 
 
 # --- forms of files

@@ -175,6 +175,7 @@ def run(tmp_path_factory, tiny_bert, tiny_texts):
         part["batch_size"], part["steps"] = 12, 4
     tree["stages"][0] |= {"train": ["heads.32.*", "heads.8.*"], "heads": [32, 8], "narrow_start": "principal"}
     tree["evaluate"] = []
+    tree["data"]["held_out"] = 0
     assert end(start(1, run_as_rank, tree, str(folder / "alone"))) == [0]
     return folder, tree
 

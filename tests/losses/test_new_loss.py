@@ -99,4 +99,4 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
     assert f"5 {NAME.replace('_', ' ')}" in (tmp_path / "run" / "report.md").read_text()
     assert f"5 {NAME}" in (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f"{NAME} " in outputs[0]  # the printed line of a step
+    assert f"{NAME.replace('_', ' ')} " in outputs[0]  # the printed line of a step

@@ -54,6 +54,7 @@ def run(tiny_bert: Path, documents: list[str], tmp_path: Path) -> Callable[..., 
                 "data": {
                     "sources": [{"path": str(tmp_path / "docs.jsonl"), "id_column": id_column}],
                     "cache": str(tmp_path / "cache"),
+                    "held_out": 0,
                 },
                 "stages": [
                     {"name": "s", "train": ["heads.*"], "heads": [32], "batch_size": 8, "lr": 0.001, "steps": 1}

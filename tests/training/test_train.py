@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_a_user_expects(world):
     for name in ("config.yaml", "results.json", "report.md", "model/modules.json", "model/README.md"):
         assert (run / name).is_file(), name
     assert not list(run.rglob("*.bin")) and not list((run / "model").rglob("*.pt"))
-    assert len(list((run / "checkpoints").iterdir())) == 2
+    assert len(list((run / "checkpoints").iterdir())) == 1  # a finished run goes back to no other
     assert not [path for path in run.rglob("*") if path.is_dir() and not list(path.iterdir())]
     results = json.loads((run / "results.json").read_text())
     rows = {(row["model"], row["width"]) for row in results["rows"]}
@@ -306,13 +306,11 @@ def test_sigterm_saves_and_leaves_with_a_message(world, alone_on_one_thread):
 
 
 def test_a_checkpoint_cut_short_is_passed_over(world, tmp_path, capsys):
-    import shutil
-
     from jasper_fast.train import train
 
     folder, tree = world
     run = tmp_path / "cut"
-    shutil.copytree(folder / "alone", run)
+    train(tree | {"checkpoint": tree.get("checkpoint", {}) | {"keep": 3}}, out=run)  # a finished run keeps them
     (run / "results.json").unlink()
     newest = sorted((run / "checkpoints").iterdir())[-1]
     (newest / "state.pt").write_bytes(b"half")
