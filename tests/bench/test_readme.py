@@ -19,7 +19,7 @@ from jasper_fast.config.yaml import dump_yaml, parse_yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROMPT = re.compile(r"^(?:\$ )?((?:python|make|pip|pytest|torchrun|\.) .*)$")
+PROMPT = re.compile(r"^(?:\$ )?((?:python|jasper-fast|make|pip|pytest|torchrun|\.) .*)$")
 
 
 def text_of(page: Path) -> str:

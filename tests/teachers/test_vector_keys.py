@@ -119,7 +119,7 @@ def test_sources_without_usable_ids_are_rejected(run, vectors, tmp_path: Path) -
     write(tmp_path / "v.jsonl", [{"id": row, "embedding": vectors[row].tolist()} for row in range(ROWS)])
     for change, message in (
         ({"id_column": "nope"}, "no column 'nope' for the ids"),
-        ({"id_column": "id", "columns": ["text", "name"]}, "one id has several texts.*join: true"),
+        ({"id_column": "id", "columns": ["text", "name"], "join": False}, "one id has several texts.*join: true"),
     ):
         config = run("v.jsonl")
         tree = config.model_dump(mode="json")

@@ -65,7 +65,10 @@ def test_a_budget_below_one_step_of_each_stage_is_reported():
         ({"minutes": -3}, "minutes: Input should be greater than 0"),
         ({"minutes": "soon"}, "minutes: "),
         ({"stages.1.minutes": 0}, "stages.1.minutes: Input should be greater than 0"),
-        ({"stages.1.minutes": 3, "stages.1.steps": 600}, "steps 600 and minutes 3 are both given. Fix: set steps: 0, or no minutes"),
+        (
+            {"stages.1.minutes": 3, "stages.1.steps": 600},
+            "steps 600 and minutes 3 are both given. Fix: set steps: 0, or no minutes",
+        ),
         ({"stages.1.steps": 0}, "neither `steps` nor `minutes` is given"),
         ({"stages.1.steps": 0, "stages.1.minutes": 3, "minutes": 2}, "no time beside the stages' own 3 minutes"),
         (

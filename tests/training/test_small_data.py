@@ -59,3 +59,21 @@ def test_minimal_configuration_trains_on_forty_texts(tmp_path, tiny_bert, tiny_t
     assert main(["--config", "mine.yaml"]) == 0 and "is finished" in capsys.readouterr().out
     with pytest.raises(JasperError, match="stage 'reduce': a batch of 64 from"):
         train("mine.yaml", out="runs/other", overrides=[("stages.reduce.batch_size", 64)])
+
+
+def test_a_stage_that_reads_fewer_texts_than_axes_starts_those_heads_as_they_are(
+    tiny_bert, tiny_texts, tmp_path, capsys
+):
+    """A stage of two small batches of neighbours reads fewer texts than there are in the training set."""
+    from jasper_fast.train import train
+
+    (tmp_path / "texts.txt").write_text("\n".join(tiny_texts[:44]))
+    tree = {
+        "student": {"model": str(tiny_bert), "heads": [32, 24, 8], "max_length": 16},
+        "teachers": str(tiny_bert),
+        "data": {"sources": str(tmp_path / "texts.txt"), "cache": str(tmp_path / "cache"), "cut_share": 0},
+        "stages": {"head": {"steps": 1}, "distil": {"steps": 1}, "reduce": {"steps": 1}},
+    }
+    run = train(tree, out=tmp_path / "run")
+    assert "head 24 starts as it is: the stage reads 20 texts, too few for its axes" in capsys.readouterr().out
+    assert (run / "results.json").is_file()

@@ -81,7 +81,12 @@ class TextStage(BaseStage):
         stage = self.config
         if self.pooled is not None and stage.narrow_start == "principal" and not start.stage_step:
             states = self.pooled.read(self.pooled.rows[:PRINCIPAL_ROWS])
-            start_at_principal_axes(student, stage.heads, states, self.run_config.seed)
+            narrow = [width for width in stage.heads if width != student.widths[0]]
+            possible = [width for width in narrow if width <= len(states)]  # a short stage reads few texts
+            for width in sorted(set(narrow) - set(possible)):
+                run.log.info(f"head {width} starts as it is: the stage reads {len(states)} texts, too few for its axes")
+            if possible:
+                start_at_principal_axes(student, possible, states, self.run_config.seed)
         group, rows = (run.ranks.group, run.ranks.counts(stage.batch_size)) if self.global_loss else (None, None)
         self.loss = StageLoss(stage, student.widths[0], group, rows)
 
