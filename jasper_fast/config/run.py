@@ -24,7 +24,6 @@ from jasper_fast.config.types import (
 )
 from jasper_fast.utils.errors import JasperError
 
-
 DEFAULT_KEEP = 2  # checkpoints
 
 
