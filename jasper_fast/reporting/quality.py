@@ -33,8 +33,7 @@ def quality_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [_set_line(results, evalset) for evalset in results.get("sets", [])]
     if results.get("pictures"):
         lines.append(images_line(results["pictures"]))
-    if label_free := label_free_line(results):
-        lines.append(label_free)
+    lines += filter(None, [label_free_line(results), retrieval_line(results)])
     return [
         *(lines or ["no scores: no evaluation sets and no held-out documents"]),
         *filter(None, [results.get("advice")]),
@@ -48,8 +47,9 @@ def headline(results: Mapping[str, Any]) -> list[str]:
         results: content of results.json.
     """
     lines = [final_line(results)]
-    if (label_free := label_free_line(results)) and label_free not in lines:
-        lines.append(label_free)
+    for line in (label_free_line(results), retrieval_line(results)):
+        if line and line not in lines:
+            lines.append(line)
     return [f"**{line}**" for line in lines] + [text for text in [results.get("advice", "")] if text]
 
 
@@ -109,12 +109,34 @@ def label_free_line(results: Mapping[str, Any]) -> str:
     return f"neighbours kept of the teacher's ({documents}): {shared} (± {100 * error:.1f}){start}"
 
 
+def retrieval_line(results: Mapping[str, Any]) -> str:
+    """Return one line with the fraction of the teacher's nDCG@10 that each width keeps on held-out documents.
+
+    A document's title or first sentence is the query. The line is empty without queries, or without a teacher that
+    encodes them.
+
+    Args:
+        results: content of results.json.
+    """
+    rows = [row for row in results.get("label_free", {}).get("rows", []) if row.get("ndcg") and "precision" not in row]
+    teacher = next((row["ndcg"] for row in rows if row["model"] == TEACHER), 0.0)
+    heads = [row for row in rows if row["model"] == STUDENT]
+    if not teacher or not heads:
+        return ""
+    before = [row["ndcg"] for row in rows if row["model"] == BEFORE]
+    kept = ", ".join(f"{row['width']}: {100 * row['ndcg'] / teacher:.0f} %" for row in heads)
+    start = f"; before training {100 * before[0] / teacher:.0f} %" if before else ""
+    queries = f"{results['label_free']['queries']:,} held-out queries"
+    return f"nDCG@10 kept of the teacher's ({queries}): {kept}{start}"
+
+
 def _set_line(results: Mapping[str, Any], evalset: Mapping[str, Any]) -> str:
-    """Return the line of a set with its size. A long name is shortened."""
+    """Return the line of a set with its size if both fit. A long name is shortened."""
     sizes = ", ".join(f"{count:,} {what}" for what, count in evalset.get("sizes", {}).items())
     end = f" · {sizes}" if sizes else ""
     line = _score_line(results, evalset["name"], evalset["metric"])
-    excess = len(line) + len(end) - LINE
+    end = end if len(line) + len(end) <= LINE else ""
+    excess = len(line) - LINE
     if excess > 0:
         shown = evalset["name"][: max(1, len(evalset["name"]) - excess - 1)] + "…"
         line = shown + line.removeprefix(evalset["name"])

@@ -125,10 +125,11 @@ def label_free() -> dict[str, Any]:
 def test_held_out_documents_are_in_report_plot_and_last_lines(tmp_path: Path) -> None:
     content = {"facts": {}, "label_free": label_free(), "advice": "Use 16."}
     line = "neighbours kept of the teacher's (300 held-out documents): 64: 61 %, 16: 50 % (± 1.5); before training 40 %"
-    assert quality_lines(content) == [line, "Use 16."]
+    ndcg = "nDCG@10 kept of the teacher's (250 held-out queries): 64: 94 %, 16: 89 %; before training 67 %"
+    assert quality_lines(content) == [line, ndcg, "Use 16."]
     folder = write_run(tmp_path / "run", content)
     report = write_report(folder).read_text(encoding="utf-8")
-    assert f"**{line}**\n\nUse 16." in report
+    assert f"**{line}**\n\n**{ndcg}**\n\nUse 16." in report
     section = report.split("## Held-out documents")[1].split("\n## ")[0]
     assert table_row(section, "student", "16", "float32")[3:] == ["50.0", "1.5", "70.0", "80.0"]
     assert table_row(section, "student", "16", "int8")[3:] == ["49.0", "1.0", "69.0", "–"]
