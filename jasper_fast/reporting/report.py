@@ -221,7 +221,7 @@ def _speed(encoding: Mapping[str, Any]) -> list[str]:
     of_teacher = f", the teacher {teacher:,.0f} ({student / teacher:.1f} times as fast)" if teacher else ""
     return [
         f"- encoding speed on this machine: the student {student:,.0f} texts/s{of_teacher}, measured on "
-        f"{encoding['texts']} training texts of {encoding['mean_tokens']:.0f} tokens on average"
+        f"{encoding['texts']} documents of {encoding['mean_tokens']:.0f} tokens on average, in fp32"
     ]
 
 

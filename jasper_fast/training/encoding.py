@@ -43,7 +43,7 @@ def encoding_speed(run: Run, data: TrainingData) -> dict[str, float | int | None
     student = model_encoder(exported)
     encoders: dict[str, Encode] = {"student": lambda texts: student(texts, "document")}
     with suppress(JasperError):  # the teacher's files may be gone by the end of a run
-        teacher = teacher_encoder(run.config.teachers, None, run.config.precision)
+        teacher = teacher_encoder(run.config.teachers, None, "fp32")  # as users run both
         if teacher is not None:
             encoders["teacher"] = lambda texts: teacher(texts, "document")
     speeds, count = measure_speeds(encoders, documents)
@@ -64,6 +64,8 @@ def measure_speeds(encoders: dict[str, Encode], texts: list[str]) -> tuple[dict[
         texts: texts in random order.
     """
     count = min(FIRST, len(texts))
+    for encode in encoders.values():  # the first call of a model is slow
+        encode(texts[:count])
     while count < len(texts) and max(_seconds(encode, texts[:count]) for encode in encoders.values()) < LONG_ENOUGH / 2:
         count = min(2 * count, len(texts))
     spent: dict[str, list[float]] = {name: [] for name in encoders}

@@ -369,7 +369,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
         "because the licence of teacher embeddings in ready.npy is unknown",
         "Licence of the base model: apache-2.0",
         "| student, int8 | 4 | 0.3900 |  |",
-        "Speed in PyTorch: 120.5 training texts a second on a CPU.",
+        "Speed in PyTorch: 120.5 documents a second on a CPU.",
         f"| embeddings in ready.npy | not recorded | {UNKNOWN_LICENCE} |",
         "| distil | `heads.*` | 24, 8, 4 | 10 cosine, 200 similarity, 20 relative_similarity | 128 | 0.0001 | 7 |",
         "| student | 4 | 0.4000 | 0.7123 |",
