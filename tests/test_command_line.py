@@ -141,7 +141,9 @@ def test_a_recipe_begins_with_its_purpose_and_needs(name):
     text = (files("jasper_fast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     purpose, needs = text.splitlines()[:2]
     assert re.fullmatch(r"# [A-Z].*\w\)?\.", purpose)
-    assert re.fullmatch(r"# Needs: (?:about \d+ minutes on 2 CPU cores|.*(?:GPU|model hub|images).*)\.", needs)
+    assert re.fullmatch(
+        r"# Needs: (?:(?:about|\d+ to) \d+ minutes on 2 CPU cores|.*(?:GPU|model hub|images).*)\.", needs
+    )
 
 
 def test_train_lists_the_recipes(capsys):
