@@ -261,13 +261,24 @@ class TeacherEmbeddings:
         return self._rows
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Read the target embeddings of some texts.
+        """Read the target embeddings of some texts, reduced if there is a projection.
 
         Args:
             rows: (B,) int64 row numbers of texts, in any order.
 
         Returns:
             (B, width) float32, unit rows in the order of ``rows``.
+
+        Raises:
+            IndexError: a row number is out of range.
+        """
+        full = self.read_full(rows)
+        if self.reduction is None:
+            return full
+        return torch.nn.functional.normalize(full @ torch.from_numpy(self.reduction.matrix), dim=1)
+
+    def read_full(self, rows: np.ndarray) -> Tensor:
+        """Read the teachers' own embeddings of some texts, (B, sum of the widths) float32, as in :meth:`read`.
 
         Raises:
             IndexError: a row number is out of range.
@@ -281,8 +292,6 @@ class TeacherEmbeddings:
             part = _gather(rows, shard_rows, vectors, scales, width)
             out[:, first : first + width] = torch.nn.functional.normalize(torch.from_numpy(part), dim=1)
             first += width
-        if self.reduction is not None:
-            out = out @ torch.from_numpy(self.reduction.matrix)  # (B, width)
         return torch.nn.functional.normalize(out, dim=1)
 
 

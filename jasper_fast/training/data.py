@@ -30,7 +30,11 @@ class Teachers(Protocol):
     revisions: list[str | None]
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Return the unit embeddings of some texts, (B, width) float32."""
+        """Return the targets of some texts, (B, width) float32, unit rows."""
+        ...
+
+    def read_full(self, rows: np.ndarray) -> Tensor:
+        """Return the teachers' own embeddings of some texts, (B, D) float32, unit rows, without a reduction."""
         ...
 
 

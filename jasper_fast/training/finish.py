@@ -126,7 +126,7 @@ def _evaluate(
     exported = load_model(str(run.path / "model"), trust_remote_code=config.student.trust_remote_code)
     encode_before = student_encoder(before, None, student.max_length, device, config.precision)
     encode = model_encoder(exported)  # what users will load
-    train_vectors = labels.read(np.arange(min(len(texts), PCA_ROWS))).numpy()
+    train_vectors = labels.read_full(np.arange(min(len(texts), PCA_ROWS))).numpy()
     has_held_out = data.held_out_texts is not None and len(data.held_out_texts) > 0
     student_pca = _student_pca(run, student, texts) if evalsets or has_held_out else {}
     scores = evaluate_run(config, evalsets, encode_before, encode, train_vectors, ranges, student_pca)

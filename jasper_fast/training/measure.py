@@ -65,6 +65,8 @@ class RandomTeachers:
         generator = torch.Generator().manual_seed(len(rows))
         return torch.nn.functional.normalize(torch.randn(len(rows), self.width, generator=generator), dim=1)
 
+    read_full = read
+
 
 class PoolingLog(SilentLog):
     """A log that keeps the time of pooling and prints nothing."""

@@ -306,6 +306,7 @@ def test_a_wider_teacher_is_reduced_to_the_widest_head(head_init, run, documents
     assert labels.width == 32 and labels.widths == [128]
     assert "128 dimensions are reduced to 32 by PCA; that keeps 100.0% of the variance" in capsys.readouterr().err
     own = vectors[[documents.index(text) for text in texts["text"]]]
+    assert labels.read_full(KEEP).shape == (len(KEEP), 128)
     reduced = labels.read(KEEP).numpy()
     np.testing.assert_allclose(reduced @ reduced.T, own @ own.T, atol=5e-3)
     closeness = float((reduced * own).sum(axis=1).mean())

@@ -526,6 +526,24 @@ def test_a_run_without_sets_is_scored_on_its_held_out_documents(world, tiny_text
     assert "## Held-out documents" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_a_wider_teacher_is_compared_at_its_own_width_to_the_end(world, tiny_texts, tmp_path):
+    """The floors of held-out documents were fitted to reduced embeddings, and the run ended in a traceback."""
+    from jasper_fast.train import train
+
+    _, tree = world
+    texts = [f"{text} Part {number}." for number in range(2) for text in tiny_texts]
+    vectors = np.random.default_rng(0).standard_normal((len(texts), 48))
+    rows = [{"text": text, "embedding": v.tolist()} for text, v in zip(texts, vectors, strict=True)]
+    (tmp_path / "bought.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = [stage | {"steps": 2} for stage in tree["stages"]]
+    data = {"sources": [{"path": str(tmp_path / "bought.jsonl")}], "cache": str(tmp_path / "cache")}
+    teachers = [{"vectors": str(tmp_path / "bought.jsonl")}]
+    run = train(tree | {"teachers": teachers, "data": data, "evaluate": [], "stages": stages}, out=tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    assert "48 dimensions are reduced to 32" in results["facts"]["teacher_reduction"]
+    assert {row["model"] for row in results["label_free"]["rows"]} >= {"student", "teacher PCA", "student PCA"}
+
+
 @pytest.mark.parametrize(("labelled", "scored"), [(40, 40), (25, 25), (10, 0), (0, 0)])
 def test_held_out_documents_are_compared_with_precomputed_vectors(world, tmp_path, labelled, scored):
     from datasets import Dataset
