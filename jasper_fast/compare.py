@@ -155,9 +155,14 @@ def _numbers(results: Mapping[str, Any], folder: Path) -> dict[str, float]:
         for row in results.get("rows", []):
             if row["model"] == model:
                 numbers |= {f"{key} {model} @{row['width']}": score for key, score in row["scores"].items()}
-    for key, value in leaves(results.get("label_free") or {}, "label-free"):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            numbers[key] = float(value)
+    label_free = results.get("label_free") or {}
+    for row in label_free.get("rows", []):
+        if row["model"] in (TEACHER, STUDENT) and "precision" not in row:
+            for key, name in (("overlap", "neighbours"), ("spearman", "Spearman"), ("ndcg", "nDCG@10")):
+                if key in row:
+                    numbers[f"held-out {name} {row['model']} @{row['width']}"] = row[key]
+    if label_free:
+        numbers["held-out documents"] = label_free["documents"]  # runs with others are not comparable in these rows
     facts = results.get("facts", {})
     seconds = facts.get("seconds")
     for key, value in (seconds if isinstance(seconds, Mapping) else {"in all": seconds}).items():
@@ -176,7 +181,7 @@ def _numbers(results: Mapping[str, Any], folder: Path) -> dict[str, float]:
 def _number(label: str, value: float) -> str:
     if " @" in label:
         return f"{100 * value:.2f}"
-    return f"{value:,.3f}" if label.startswith("label-free") else f"{value:,.1f}".removesuffix(".0")
+    return f"{value:,.1f}".removesuffix(".0")
 
 
 def _setting(value: Any) -> str:

@@ -12,6 +12,17 @@ from jasper_fast import compare
 from jasper_fast.config.load import dump_config, load_config
 from jasper_fast.utils.errors import JasperError
 
+LABEL_FREE = {
+    "documents": 300,
+    "queries": 250,
+    "rows": [
+        {"model": "teacher", "width": 384, "ndcg": 0.8},
+        {"model": "student before", "width": 384, "overlap": 0.4, "spearman": 0.5},
+        {"model": "student", "width": 384, "overlap": 0.61, "spearman": 0.9, "ndcg": 0.78},
+        {"model": "student", "width": 384, "precision": "int8", "overlap": 0.6, "spearman": 0.9, "ndcg": 0.7},
+    ],
+}
+
 
 def write_run(folder: Path, overrides: dict[str, Any], results: dict[str, Any] | None, steps: int = 3) -> Path:
     folder.mkdir()
@@ -35,7 +46,7 @@ def cells(text: str, label: str) -> list[str]:
 
 def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
     facts = {"seconds": {"training": 61.25}, "encoding": {"student_texts_per_s": 30.0}, "student_parameters": 1234567}
-    new = scores(0.75, facts=facts, label_free={"neighbours": {"384": 0.61}})
+    new = scores(0.75, facts=facts, label_free=LABEL_FREE)
     a = write_run(tmp_path / "a", {"stages.1.lr": 1e-4}, new)
     b = write_run(tmp_path / "b", {"stages.1.lr": 2e-4, "log.every": 3}, scores(0.7, facts={"seconds": 9.0}))
     c = write_run(tmp_path / "c", {"stages.1.lr": 2e-4}, None)
@@ -44,7 +55,10 @@ def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
     text = capsys.readouterr().out
     assert cells(text, "stages.1.lr") == ["0.0001", "0.0002", "0.0002", "0.0002"] and "log.every" not in text
     assert cells(text, "docs/nDCG@10 student @64") == ["65.00", "60.00", "–", "40.00"]
-    assert cells(text, "label-free.neighbours.384") == ["0.610", "–", "–", "–"]
+    assert cells(text, "held-out neighbours student @384") == ["61.00", "–", "–", "–"]
+    assert cells(text, "held-out nDCG@10 teacher @384") == ["80.00", "–", "–", "–"]
+    assert cells(text, "held-out documents") == ["300", "–", "–", "–"]
+    assert "int8" not in text and "student before" not in text
     assert cells(text, "student texts/s") == ["30", "–", "–", "–"]
     assert cells(text, "seconds, training") == ["61.2", "–", "–", "–"]
     assert f"3  {c}: unfinished: 3 of 900 steps" in text
