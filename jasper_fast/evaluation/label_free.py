@@ -119,7 +119,10 @@ def score_held_out(
     count, questions = len(held_out.texts), held_out.questions
     sizes = {"documents": count, "queries": len(questions.queries) if questions else 0}
     if count < MIN_DOCUMENTS:
-        return sizes | {"missing": f"too few held-out documents (got {count}, expected at least {MIN_DOCUMENTS})"}
+        reason = f"too few held-out documents (got {count}, expected at least {MIN_DOCUMENTS})"
+        return sizes | {
+            "missing": f"{reason}. At most a tenth is held out, so give {10 * MIN_DOCUMENTS} documents or more"
+        }
     _check("teacher", teacher)
     similarities = cosines(teacher)
     scorer = _Scorer(neighbour_weights(similarities), similarities, questions)

@@ -145,14 +145,17 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
             losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"
         if contrastive := (stage.get("vision") or {}).get("contrastive"):
             losses += f", {contrastive:g} contrastive"
-        seconds = sum(stage["batch_size"] / line["texts_per_s"] for line in done if line["texts_per_s"] > 0)
-        speed = f"{len(done) * stage['batch_size'] / seconds:.0f}" if seconds else ""
+        batch = stage["batch_size"]  # as configured; few texts make it smaller, and `minutes` change the steps
+        if done and "seconds" in done[0]:
+            batch = round(done[0]["texts_per_s"] * done[0]["seconds"])
+        seconds = sum(batch / line["texts_per_s"] for line in done if line["texts_per_s"] > 0)
+        speed = f"{len(done) * batch / seconds:.0f}" if seconds else ""
         loss = f"{done[0]['loss']:.3f} → {done[-1]['loss']:.3f}" if done else ""
         heads = ", ".join(map(str, stage["heads"]))
         numbers = [
-            str(stage["batch_size"]),
+            str(batch),
             f"{stage['lr']:g}",
-            str(stage["steps"]),
+            str(len(done) or stage["steps"]),
             f"{seconds / 60:.1f}",
             speed,
             loss,

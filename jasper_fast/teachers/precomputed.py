@@ -249,7 +249,7 @@ class PrecomputedEmbeddings:
                 )
         elif self.rows != rows:
             raise JasperError(
-                f"{self.name}: {self.rows} embeddings for {rows} training texts (expected one row per text, got "
+                f"{self.name}: {self.rows} embeddings for {rows} training texts (expected one row per text, in "
                 f"{self._listed()}). Fix: {ADD_KEYS}{self._other_order()}"
             )
 
