@@ -245,7 +245,7 @@ class PrecomputedEmbeddings:
             if self.rows != len(self._documents):
                 raise JasperError(
                     f"{self.name}: {self.rows} embeddings for {len(self._documents)} documents in data.sources "
-                    f"(expected one row per document, got {self._listed()}). Fix: {ADD_KEYS}"
+                    f"(expected one row per document, in {self._listed()}). Fix: {ADD_KEYS}"
                 )
         elif self.rows != rows:
             raise JasperError(

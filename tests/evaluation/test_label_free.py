@@ -141,8 +141,8 @@ def test_few_documents_give_no_score(count: int) -> None:
     assert scores == {
         "documents": count,
         "queries": 0,
-        "missing": f"too few held-out documents (got {count}, expected at least 21). At most a tenth is held out, so give 210 "
-        "documents or more",
+        "missing": f"too few held-out documents (got {count}, expected at least 21). "
+        "At most a tenth is held out, so give 210 documents or more",
     }
     assert advice(scores) == ""
 
