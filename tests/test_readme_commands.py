@@ -89,7 +89,7 @@ SET_UP: dict[str, Callable[[str], bool]] = {
 
 
 def check_of(command: str) -> Callable[[str], bool] | None:
-    """The check of a set-up line, or None if there is none."""
+    """The check of a set-up line, or None if the line is unknown."""
     return next((check for start, check in SET_UP.items() if re.match(start, command)), None)
 
 

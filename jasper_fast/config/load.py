@@ -191,7 +191,7 @@ def _sets(overrides: Sequence[tuple[str, Any]], section: str) -> bool:
 
 
 def _first_source(tree: Mapping[str, Any]) -> str | None:
-    """Return the path of the first text source, or None if there is none."""
+    """Return the path of the first text source, or None if it is missing."""
     data = tree.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     first = sources[0] if isinstance(sources, list) and sources else None

@@ -146,16 +146,16 @@ def _build(data: DataConfig, seed: int, excluded: frozenset[str], settings: dict
             file.unlink()
     (folder / "spool").rmdir()
     counts["beyond_limit"] = counts["made"] - counts["duplicates"] - counts["like_held_out"] - counts["texts"]
-    told = TextCounts.from_counter(counts, limits)
-    if not told.texts:
+    summary = TextCounts.from_counter(counts, limits)
+    if not summary.texts:
         raise JasperError(
-            f"data: no training text is left ({told.line()}; `min_chars` is {data.min_chars}). Fix: add sources in "
+            f"data: no training text is left ({summary.line()}; `min_chars` is {data.min_chars}). Fix: add sources in "
             "data.sources, or lower data.min_chars"
         )
     hashes = {f: file_sha256(folder / f) for f in files}
     held_out_file = write_held_out(folder, held_out.values())
     facts = {
-        "counts": told.to_dict(),
+        "counts": summary.to_dict(),
         "settings": settings,
         "sha256": {**hashes, held_out_file: file_sha256(folder / held_out_file)},
     }

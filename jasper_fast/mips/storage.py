@@ -100,11 +100,16 @@ def load(path: str | Path, verify: bool, dtypes: Mapping[str, torch.dtype]) -> t
     return dim, dtype, segments, ids
 
 
-def _load_ids(file: Path, entry: dict[str, Any], verify: bool, rows: int) -> RowIds:
+def _check_file(file: Path, entry: dict[str, Any], verify: bool) -> None:
+    """Reject a missing file, or one whose checksum differs from the manifest's."""
     if not file.is_file():
         raise JasperError(f"{file}: the file is missing. Fix: build the index again, or restore the file")
     if verify and file_sha256(file) != entry["sha256"]:
         raise JasperError(f"{file}: damaged, its checksum differs from the manifest's. Fix: build the index again")
+
+
+def _load_ids(file: Path, entry: dict[str, Any], verify: bool, rows: int) -> RowIds:
+    _check_file(file, entry, verify)
     try:
         with safe_open(file, framework="pt") as opened:
             ids = opened.get_tensor("ids").clone()
@@ -129,10 +134,7 @@ def _tensors(segment: Segment) -> dict[str, Tensor]:
 
 
 def _load_segment(file: Path, entry: dict[str, Any], verify: bool, dim: int, dtype: torch.dtype) -> Segment:
-    if not file.is_file():
-        raise JasperError(f"{file}: the file is missing. Fix: build the index again, or restore the file")
-    if verify and file_sha256(file) != entry["sha256"]:
-        raise JasperError(f"{file}: damaged, its checksum differs from the manifest's. Fix: build the index again")
+    _check_file(file, entry, verify)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)

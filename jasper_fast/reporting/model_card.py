@@ -154,7 +154,7 @@ def weight_files(folder: Path) -> list[tuple[str, int, int | None]]:
         if file.suffix == ".safetensors":
             count = None
             with suppress(SafetensorError), safe_open(file, "np") as weights:  # the export's check reports damage
-                count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+                count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (not a dict)
             listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, count))
         elif file.suffix in (".onnx", ".data"):
             listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, None))

@@ -236,7 +236,7 @@ class TeacherEmbeddings:
 
     Args:
         caches: complete caches of the same texts, in the order of concatenation.
-        reduction: projection of the concatenation to fewer dimensions. None: there is none.
+        reduction: projection of the concatenation to fewer dimensions. None: they stay as wide as they are.
 
     Raises:
         ValueError: there are no caches, or they differ in their texts.

@@ -199,7 +199,7 @@ def write_plan(folder: Path, config: Config, data: TrainingData, plan: Plan) -> 
 
 
 def read_plan(folder: Path, config: Config, data: TrainingData) -> Plan | None:
-    """Return the stored plan. None: there is none for this configuration and these texts."""
+    """Return the stored plan, or None if it is missing or belongs to another configuration or other texts."""
     try:
         content: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         if content["key"] != _key(config, data):
