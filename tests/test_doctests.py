@@ -12,6 +12,7 @@ import jasper_fast.losses
 MODULES = [
     *(f"jasper_fast.losses.{module.name}" for module in pkgutil.iter_modules(jasper_fast.losses.__path__)),
     *(f"jasper_fast.mips.{name}" for name in ("top_k", "index", "binary", "funnel", "exports")),
+    *(f"jasper_fast.fitting.{name}" for name in ("statistics", "maps", "projections")),
     "jasper_fast.mteb",
     "jasper_fast.pictures",
     "jasper_fast.sentence_transformers",
