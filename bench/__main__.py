@@ -22,6 +22,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "compile_matrix": "bench.kernels.compile_matrix",
     "config_page": "bench.pages.config",
     "distil": "bench.quality.peers",
+    "fit": "bench.fit",
     "gpu": "bench.pages.gpu",
     "graph": "bench.mips.graph",
     "label_free": "bench.label_free",

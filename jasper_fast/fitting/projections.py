@@ -119,7 +119,7 @@ def learned_axes(
     Args:
         documents: (n, d) float32 embeddings of the teacher, memory-mapped or not.
         start: (d, w) projection, such as ``principal_axes``.
-        seconds: time of the search for neighbours and of the training together. Give this or ``steps``.
+        seconds: time of the training, without the search for neighbours. Give this or ``steps``.
         steps: number of batches.
         temperature: divisor of the cosines in the loss, > 0.
         seed: seed of the neighbours and batches.
@@ -134,7 +134,6 @@ def learned_axes(
         ValueError: wrong shapes, not exactly one of ``seconds`` and ``steps``, numbers out of range, or a document
             with NaN or infinity.
     """
-    begun = time.monotonic()
     _check_documents(documents)
     start = np.asarray(start, dtype=np.float64)
     if start.ndim != 2 or start.shape[0] != documents.shape[1] or not start.shape[1] or not np.isfinite(start).all():
@@ -149,6 +148,7 @@ def learned_axes(
         return start.copy()
     projection = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([projection], lr=RATE)
+    begun = time.monotonic()
     for step, rows in enumerate(_batches(groups, seed)):
         done = step / steps if steps is not None else (time.monotonic() - begun) / (seconds or 1.0)
         if progress is not None:
