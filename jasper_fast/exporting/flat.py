@@ -6,16 +6,8 @@ import shutil
 from pathlib import Path
 
 from jasper_fast.exporting.parity import check_flat_export
-from jasper_fast.models.folder import (
-    FACTS_FILE,
-    NORMALIZE,
-    POOLING,
-    ROUTER,
-    model_folder,
-    read_json,
-    routes_of,
-    write_json,
-)
+from jasper_fast.models.folder import FACTS_FILE, NORMALIZE, POOLING, model_folder, read_json, write_json
+from jasper_fast.models.heads import ROUTER, routes_of
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.heads import ROUTER, load_heads
 from jasper_fast.models.hub import CUSTOM_CODE
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
@@ -27,7 +26,7 @@ def student_facts(config: StudentConfig) -> dict[str, Any]:
     return facts
 
 
-POOLING, ROUTER, NORMALIZE = "1_Pooling", "2_Router", "3_Normalize"
+POOLING, NORMALIZE = "1_Pooling", "3_Normalize"
 VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, sentence-transformers ignores it
 
 
@@ -50,26 +49,6 @@ def model_folder(path: str | Path) -> Path:
         f"{path}: no finished model here (no {ROUTER}/router_config.json in it or in its folder `model`). "
         "Fix: finish the run with the command that started it"
     )
-
-
-def routes_of(source: Path) -> dict[int, str]:
-    """Map each width to the folder of its head, relative to the Router's folder, widest first.
-
-    Args:
-        source: model folder.
-
-    Raises:
-        JasperError: the Router's settings are damaged, or its routes are not widths.
-    """
-    file = source / ROUTER / "router_config.json"
-    try:
-        structure = json.loads(file.read_text(encoding="utf-8"))["structure"]
-        routes = {int(name): str(folders[0]) for name, folders in structure.items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise JasperError(f"{file} is damaged ({first_line(error)}). Fix: export the run again") from error
-    if not routes:
-        raise JasperError(f"{file}: no heads are listed. Fix: export the run again")
-    return dict(sorted(routes.items(), reverse=True))
 
 
 def read_json(path: Path) -> Any:
@@ -124,12 +103,5 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
             raise JasperError(f"{folder}: {CUSTOM_CODE}") from error
         raise
-    heads = routes_of(folder)
-    for name, head in student.heads.items():
-        file = folder / ROUTER / heads.get(int(name), str(name)) / "model.safetensors"
-        try:
-            weights = {key.removeprefix("linear."): value for key, value in load_file(file).items()}
-            head.load_state_dict(weights)
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, damaged, or of another width
-            raise JasperError(f"{file} cannot be loaded ({first_line(error)}). Fix: export the run again") from error
+    load_heads(student.heads, folder)
     return student.eval()
