@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.models.heads import ROUTER, load_heads
-from jasper_fast.models.hub import CUSTOM_CODE
+from jasper_fast.models.hub import CUSTOM_CODE, routes_by_role
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line, public_name
@@ -31,10 +32,10 @@ VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, 
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return the exported model folder: ``path`` itself, or ``model`` in a run folder.
+    """Return the exported model folder of one encoder: ``path`` itself, or ``model`` or ``symmetric`` in it.
 
     Args:
-        path: model folder or run folder.
+        path: model folder, run folder, or folder of an adapted model.
 
     Raises:
         JasperError: the folder is missing, or it contains no exported model.
@@ -43,6 +44,15 @@ def model_folder(path: str | Path) -> Path:
     for folder in (path / "model", path):
         if (folder / ROUTER / "router_config.json").is_file():
             return folder
+    if (path / "symmetric" / ROUTER / "router_config.json").is_file():
+        print(f"note: {path}: using its form `symmetric`, because one encoder is needed", file=sys.stderr)
+        return path / "symmetric"
+    forms = [folder for folder in (path, path / "asymmetric") if (folder / "modules.json").is_file()]
+    if any(routes_by_role(str(folder)) for folder in forms):
+        raise JasperError(
+            f"{path}: an asymmetric model has two encoders, and this needs one. Fix: give the folder `symmetric` of "
+            "the adapted model"
+        )
     if not path.is_dir():
         raise JasperError(f"{path}: there is no such folder. Fix: give a run folder, for example runs/NAME")
     raise JasperError(

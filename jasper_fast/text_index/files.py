@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_fast.data.document_ids import DocumentId
 from jasper_fast.mips import FlatIPIndex
-from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.models.hub import adapted_form, model_revision, resolve_model
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes
 from jasper_fast.utils.errors import JasperError
 
@@ -120,7 +120,10 @@ def model_location(model: str, out: Path) -> dict[str, str | None]:
     """Return the settings that say where the model is: its path, and for a local one that from the index's folder."""
     if not Path(model).exists():
         return {"model": model, "model_from_index": None}
-    there = Path(model).resolve()
+    there = Path(model)
+    if form := adapted_form(there):  # the form, because the folder may gain another one
+        there /= form
+    there = there.resolve()
     return {"model": str(there), "model_from_index": os.path.relpath(there, out.resolve())}
 
 
