@@ -1,7 +1,7 @@
 """Distil text-embedding models: several teachers into one small student with embeddings of several widths.
 
-``jasper_fast.train(config)`` does the same as ``python -m jasper_fast.train``, and ``jasper_fast.adapt(documents, out=…)``
-the same as ``python -m jasper_fast.adapt``. The losses are in ``jasper_fast.losses``, and exact search is in
+``jasper_fast.train(config)`` does the same as ``python -m jasper_fast.train``, and ``jasper_fast.adapt(documents,
+out=…)`` the same as ``python -m jasper_fast.adapt``. The losses are in ``jasper_fast.losses``, and exact search is in
 ``jasper_fast.mips``. Submodules are imported on first use, so that ``import jasper_fast`` is fast.
 """
 

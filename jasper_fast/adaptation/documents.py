@@ -106,7 +106,8 @@ def read_corpus(
     held_out, known = held.select(np.flatnonzero(fresh)), held.select(np.flatnonzero(~fresh))
     _check_number(len(held) + len(built.texts), len(held_out), built.counts)
     documents = concatenate_datasets([held_out.select_columns(columns), known.select_columns(columns), built.texts])
-    parts, kinds, answers = [documents], {}, np.empty(0, np.int64)
+    parts, answers = [documents], np.empty(0, np.int64)
+    kinds: dict[str, int] = {}
     if with_questions:
         titled = any(source.join and len(source.columns) > 1 for source in data.sources)
         questions, answers, kinds = _questions(held_out, titled)

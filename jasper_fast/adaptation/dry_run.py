@@ -30,7 +30,7 @@ def describe_request(request: Request) -> str:
     forms = "symmetric and asymmetric" if request.teacher.model is not None else "symmetric only: vectors have no model"
     kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
     lines = [
-        corpus.counts.line(kept="document to fit"),
+        corpus.counts.line(kept="document"),
         f"questions: {kinds or 'the held-out documents'}",
         f"teacher: {request.teacher_name}, width {width}, reads {len(corpus.texts):,} texts",
         f"student: {_student(request, corpus)}",

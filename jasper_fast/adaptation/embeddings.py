@@ -12,7 +12,6 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.listing import user_path
 from jasper_fast.models.embedder import load_model
-from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.sentence_transformer import set_length, transformers_of
 from jasper_fast.teachers.base import teacher_type
 from jasper_fast.teachers.cache import TeacherEmbeddings
@@ -49,19 +48,20 @@ class Vectors:
         return self.cached.read(np.arange(rows.start, rows.stop)).numpy()
 
 
-def embed(config: Config, model: TeacherConfig, texts: Dataset) -> Vectors:
+def embed(config: Config, model: TeacherConfig, texts: Dataset, called: str = "teacher") -> Vectors:
     """Return the embeddings of texts, and compute those that no cache has.
 
     Args:
         config: configuration with the precision, the sources of the texts and the cache.
         model: the model or the precomputed vectors.
         texts: texts with columns ``text``, ``role`` and ``digest``.
+        called: what messages call the model.
 
     Raises:
         JasperError: the model or a file cannot be used, or an embedding is missing, not finite or zero.
     """
     alone = config.model_copy(update={"teachers": [model], "stages": []})  # no loss compares widths here
-    return Vectors(ensure_teachers(alone, texts))
+    return Vectors(ensure_teachers(alone, texts, called=called))
 
 
 def checked_width(config: Config, model: TeacherConfig, texts: Dataset) -> int:
@@ -148,9 +148,8 @@ def with_length(model: TeacherConfig, length: int, cache: str) -> TeacherConfig:
     if own is None or length <= own:
         return model.model_copy(update={"max_length": length})
     set_length(loaded, length, str(model.model))
-    name = Path(resolve_model(str(model.model))).name if user_path(str(model.model)).is_dir() else "student"
-    key = settings_digest([identity(model), length])
-    folder = Path(cache).expanduser() / f"longer-{name}-{length}-{key}"
+    key = settings_digest([fixed_identity(model), length])
+    folder = Path(cache).expanduser() / f"length-{length}-{key}" / Path(str(model.model)).name
     with locked(folder):
         if not (folder / "modules.json").is_file():
             with publish_dir(folder, replace=True) as temporary:

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,10 @@ def speeds(student: SentenceTransformer, teacher: Teacher | None, corpus: Corpus
     encode: EncodeWidths = model_encoder(student)
     documents = corpus.texts[: min(TEXTS, corpus.documents)]["text"]
     asked = _questions(corpus)
-    encoders: dict[str, Callable[[list[str], str], Any]] = {"student": encode}
+    encoders: dict[str, Callable[..., Any]] = {"student": encode}
     if teacher is not None:
         encoders["teacher"] = teacher.encode
-    found, number = measure_speeds({n: (lambda t, e=e: e(t, "document")) for n, e in encoders.items()}, documents)
+    found, number = measure_speeds({name: partial(one, role="document") for name, one in encoders.items()}, documents)
     table: dict[str, Any] = {"student": None, "teacher": None}
     for name, one in encoders.items():
         table[name] = {"documents_per_s": round(found[name], 1), "queries_per_s": round(_queries(one, asked), 1)}

@@ -21,7 +21,15 @@ from jasper_fast.adaptation.report import closing_lines, opening_lines, write_ad
 from jasper_fast.adaptation.request import STUDENT, Request, same_space
 from jasper_fast.adaptation.scores import label_free_table, recommendation
 from jasper_fast.adaptation.state import DOCUMENTS, SENTENCES, State, open_state
-from jasper_fast.adaptation.steps import SECONDS, count_pairs, held_out_vectors, pick_length, project
+from jasper_fast.adaptation.steps import (
+    LENGTH_ROWS,
+    SECONDS,
+    count_pairs,
+    held_out_vectors,
+    lengths_to_compare,
+    pick_length,
+    project,
+)
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
@@ -33,7 +41,7 @@ from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 
 SHORT_TEXT = 0.2  # time that a question or sentence takes, as a fraction of a document's
-PLANNED = {"length": 10.0, "fit": 5.0, "scores": 5.0, "export": 15.0}  # seconds
+PLANNED = {"fit": 5.0, "scores": 5.0, "export": 15.0}  # seconds
 
 
 @dataclass
@@ -147,7 +155,7 @@ def _asked_widths(request: Request) -> list[int] | None:
 
 def _run(work: Work, train: Train) -> None:
     request, corpus, results = work.request, work.corpus, work.results
-    print(corpus.counts.line(kept="document to fit"), flush=True)
+    print(corpus.counts.line(kept="document"), flush=True)
     loaded = load_teacher(request.teacher, precision=request.config.precision) if request.teacher.model else None
     teacher = embed(request.config, request.teacher, corpus.texts) if loaded is None else None
     width = loaded.width if loaded is not None else teacher.width if teacher is not None else 0
@@ -214,19 +222,23 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     earlier = len(work.state.counted[DOCUMENTS])
     results["documents"] = document_facts(request, corpus, counts, results["student"]["max_length"], earlier)
     results["speed"] = speeds(model, teacher, corpus, counts)
-    work.progress = _plan(work, results["speed"])
+    work.progress = _plan(work, results["speed"], lengths_to_compare(model, counts))
     print("\n".join(opening_lines(results)), flush=True)
 
 
-def _plan(work: Work, speed: dict[str, Any]) -> Progress:
-    corpus = work.corpus
+def _plan(work: Work, speed: dict[str, Any], lengths: list[int]) -> Progress:
+    corpus, request = work.corpus, work.request
+    student = speed["student"]["documents_per_s"]
     units = corpus.documents + SHORT_TEXT * (len(corpus.texts) - corpus.documents)
-    phases = [Phase("length", 1, PLANNED["length"])]
+    phases = []
+    if request.max_length is None and "length" not in work.state.facts and len(lengths) > 1:
+        documents = min(corpus.documents, LENGTH_ROWS) * sum(lengths) / lengths[0]
+        phases.append(Phase("length", 1, documents / student))
     if "teacher" not in work.results["seconds"] and speed["teacher"] is not None:
         phases.insert(0, Phase("teacher", 1, units / speed["teacher"]["documents_per_s"]))
-    phases.append(Phase("student", 1, units / speed["student"]["documents_per_s"]))
+    phases.append(Phase("student", 1, units / student))
     phases.append(Phase("fit", 1, PLANNED["fit"] + corpus.documents / 20_000))
-    phases.append(Phase("projections", 1, SECONDS * len(work.request.widths or NARROW)))
+    phases.append(Phase("projections", 1, SECONDS * len(request.widths or NARROW)))
     return Progress([*phases, Phase("scores", 1, PLANNED["scores"]), Phase("export", 1, PLANNED["export"])])
 
 
@@ -237,7 +249,7 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
     models = {"student": fixed_identity(config), "teacher": state.settings["teacher"]}
     state.check_models(models)
     with work.step("student", f"the student reads {len(corpus.texts):,} texts, up to {config.max_length} tokens"):
-        student = embed(request.config, config, corpus.texts)
+        student = embed(request.config, config, corpus.texts, STUDENT)
     with work.step("fit", "fitting the maps"):
         new = count_pairs(state, corpus, student, teacher, lambda: state.save_statistics(models))
         print(f"{new[DOCUMENTS]:,} new documents and {new[SENTENCES]:,} new sentences are counted", flush=True)
@@ -312,7 +324,7 @@ def _score(
     ]
     earlier = None
     if request.minutes is not None and request.model is not None:
-        before = embed(request.config, request.model, _compared(work.corpus, held))
+        before = embed(request.config, request.model, _compared(work.corpus, held), STUDENT)
         count = len(held.student_questions)
         earlier = (before.read(range(count)), before.read(range(count, len(before.cached))))
     results["label_free"] = label_free_table(

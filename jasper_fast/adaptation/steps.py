@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 CORPUS_ROWS = 20_000  # documents that the held-out questions are compared on
-LENGTH_ROWS = 1000  # documents that lengths are compared on
+LENGTH_ROWS = 500  # documents that lengths are compared on
 SAVED_ROWS = 131_072  # counted texts between two savings of the statistics
 SECONDS = 20.0  # to learn the projection of a width
 SHARP, BLUNT = 0.05, 0.07  # temperatures of the loss, up to SHARP_WIDTH and above
@@ -89,6 +89,20 @@ def held_out_vectors(corpus: Corpus, student: Vectors, teacher: Vectors) -> Held
     )
 
 
+def lengths_to_compare(model: SentenceTransformer, counts: np.ndarray) -> list[int]:
+    """Return the lengths in tokens that are worth trying, the student's own first.
+
+    Args:
+        model: the student.
+        counts: tokens of a sample of the documents, not truncated.
+    """
+    longest = int(counts.max(initial=1))
+    current = own_length(model) or longest
+    limits = [position_limit(module.model) for module in transformers_of(model)]
+    limit = min((int(limit) for limit in limits if limit), default=max(current, longest))
+    return candidate_lengths(counts, current, limit)
+
+
 def pick_length(
     name: str, model: SentenceTransformer, corpus: Corpus, teacher: Vectors, counts: np.ndarray
 ) -> LengthChoice:
@@ -101,11 +115,8 @@ def pick_length(
         teacher: the teacher's embeddings of these.
         counts: tokens of a sample of the documents, not truncated.
     """
-    longest = int(counts.max(initial=1))
-    current = own_length(model) or longest
-    limits = [position_limit(module.model) for module in transformers_of(model)]
-    limit = min((int(limit) for limit in limits if limit), default=max(current, longest))
-    lengths = candidate_lengths(counts, current, limit)
+    lengths = lengths_to_compare(model, counts)
+    current = lengths[0]
     rows = range(min(max(LENGTH_ROWS, corpus.held_out), corpus.documents))
     texts = list(corpus.texts[: rows.stop]["text"])
     asked = list(corpus.texts[corpus.asked.start : corpus.asked.stop]["text"])
