@@ -110,11 +110,11 @@ def label_free_table(
     Returns:
         ``documents`` (searched), ``questions``, ``answers`` (whether questions have documents), ``depth`` (10),
         ``chance`` (the overlap of a random order), ``quality``, ``rows`` and ``differences``. A row has ``model``,
-        ``form``, ``width``, ``bytes`` of an embedding, ``overlap``, ``ndcg``, ``answer_ndcg`` and ``kept``, each from 0
-        to 1 with its standard error, such as ``overlap_error``. ``quality`` is the figure of merit: "kept", or "ndcg"
-        if questions have no documents. Differences are in this figure, paired over questions, with ``form``,
-        ``width``, ``to``, ``difference`` and ``error``. With too few documents or questions there are only their
-        numbers and ``missing``, the reason.
+        ``form``, ``width`` and ``bytes`` of an embedding. Its figures ``overlap``, ``ndcg``, ``answer_ndcg`` and
+        ``kept`` are from 0 to 1. Each has a standard error, such as ``overlap_error``. ``quality`` is the figure of
+        merit: "kept", or "ndcg" if questions have no documents. Differences are in this figure, paired over questions,
+        with ``form``, ``width``, ``to``, ``difference`` and ``error``. With too few documents or questions there are
+        only their numbers and ``missing``, the reason.
 
     Raises:
         JasperError: an embedding contains NaN or infinity.
