@@ -1,4 +1,4 @@
-"""Export a student that was adapted to documents: its embeddings, times a matrix, lie in the space of its teacher.
+"""Export a student that was adapted to documents: its embeddings, times a matrix, are in its teacher's space.
 
 *symmetric*: the student encodes queries and documents. *asymmetric*: the student encodes queries, and the teacher
 encodes documents. Stock sentence-transformers loads both forms.
@@ -60,8 +60,8 @@ def export_symmetric(
         ``path``.
 
     Raises:
-        JasperError: a matrix does not fit the student, the student encodes queries and documents with different
-            modules, ``path`` cannot be written, or the exported embeddings differ from the student's.
+        JasperError: a matrix does not fit the student, or the student has different modules for queries and
+            documents. ``path`` cannot be written, or the exported embeddings differ from the student's.
 
     Example:
         >>> export_symmetric(student, {384: W, 64: W @ P}, "adapted/symmetric")  # doctest: +SKIP
@@ -85,7 +85,7 @@ def export_symmetric(
     prompts = {role: prompt_of(student.prompts, role) for role in ROLES}
     with publish_dir(path, replace=replace) as folder:
         _save([*stem, router, Normalize()], prompts, str(student.device), folder)
-        write_card(folder, _facts(card, "symmetric", student, matrices, prompts), list(matrices))
+        write_card(folder, _facts(card, "symmetric", dict.fromkeys(ROLES, student), list(matrices)), list(matrices))
         expected = {role: {w: rows[role] @ matrix for w, matrix in matrices.items()} for role in ROLES}
         check_adapted(folder, expected, "{width}", str(student.device), trust_remote_code=trust_remote_code)
     return Path(path)
@@ -157,7 +157,7 @@ def export_asymmetric(
     prompts = {role: prompt_of(encoder.prompts, role) for role, encoder in encoders.items()}
     with publish_dir(path, replace=replace) as folder:
         _save(modules, prompts, device, folder)
-        write_card(folder, _facts(card, "asymmetric", student, queries, prompts), list(queries))
+        write_card(folder, _facts(card, "asymmetric", encoders, list(queries)), list(queries))
         expected = {
             "query": {w: rows["query"] @ matrix for w, matrix in queries.items()},
             "document": {w: rows["document"] @ _or_eye(matrix, w) for w, matrix in documents.items()},
@@ -207,6 +207,12 @@ def _projections(
             f"projections: other widths than the heads (got {sorted(given, reverse=True)}, expected {list(widths)}). "
             "Fix: give a head and a projection for each width"
         )
+    for width, matrix in given.items():
+        if matrix is None and width != rows:
+            raise JasperError(
+                f"projections[{width}]: None keeps the teacher's {rows} dimensions (got None, expected a matrix "
+                f"{(rows, width)}). Fix: give the projection"
+            )
     matrices = _matrices("projections", {w: _or_eye(matrix, rows) for w, matrix in given.items()}, rows)
     return {width: None if given[width] is None else matrix for width, matrix in matrices.items()}
 
@@ -289,19 +295,23 @@ def _places(first: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _facts(
-    card: Mapping[str, Any] | None,
-    form: str,
-    student: SentenceTransformer,
-    widths: Mapping[int, np.ndarray],
-    prompts: Mapping[str, str],
+    card: Mapping[str, Any] | None, form: str, encoders: Mapping[str, SentenceTransformer], widths: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the facts for the card, with the form, the widths and the student as exported."""
-    facts = dict(card or {})
-    exported = {"model": "student", **facts.get("student", {}), "prompts": dict(prompts)}
-    lengths = [int(module.max_seq_length) for module in transformers_of(student) if module.max_seq_length]
-    if lengths and _averages(student):  # what load_student can load
-        exported |= {"heads": list(widths), "head_type": "independent", "max_length": max(lengths)}
-    return {**facts, "student": exported, "adapted": {**facts.get("adapted", {}), "form": form}}
+    """Return the facts for the card, with the form and the student as exported. ``encoders`` has a model per role."""
+    facts, student = dict(card or {}), encoders["query"]
+    fields = facts.get("student", {})
+    adapted = {**facts.get("adapted", {}), "form": form, "max_length": {}, "trained_length": fields.get("max_length")}
+    for role, encoder in encoders.items():
+        lengths = [module.max_seq_length for module in transformers_of(encoder, role) if module.max_seq_length]
+        adapted["max_length"] |= {role: int(max(lengths))} if lengths else {}
+    exported = {
+        "model": "student",
+        **fields,
+        "prompts": {role: prompt_of(encoders[role].prompts, role) for role in ROLES},
+    }
+    if "query" in adapted["max_length"] and _averages(student):  # what load_student can load
+        exported |= {"heads": list(widths), "head_type": "independent", "max_length": adapted["max_length"]["query"]}
+    return {**facts, "student": exported, "adapted": adapted}
 
 
 def _averages(model: SentenceTransformer) -> bool:

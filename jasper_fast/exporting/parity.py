@@ -194,5 +194,5 @@ def _compare(exported: Tensor, expected: Tensor, what: str, source: str = "the t
         raise JasperError(
             f"the exported model differs from {source}: {what}, probe {list(PROBES)[worst]!r} (got a difference "
             f"of {float(difference[worst]):.1e} in a coordinate, expected at most {TOLERANCE:.0e}). Nothing was "
-            "published. Fix: report the student's architecture, or choose another student.model"
+            "published. Fix: report the architecture, or choose another model"
         )

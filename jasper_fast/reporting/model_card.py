@@ -98,7 +98,7 @@ def adapted_facts(
 
     Args:
         student: model that was adapted: folder of a model or of a run, or a name.
-        teacher: model in whose space the adapted embeddings lie. For precomputed embeddings, a description of them.
+        teacher: model whose space the adapted embeddings are in. For precomputed embeddings, a description of them.
         name: title of the card.
         teacher_revision: revision of the teacher. None: not recorded.
         sources: names of the documents, as in a configuration.
@@ -117,12 +117,10 @@ def adapted_facts(
     else:
         facts = {"student": {"model": public_name(student)}, "licence": model_licence(student)}
         facts["language"] = card_header(student).get("language")
-    space = {
-        "model": public_name(teacher),
-        "revision": teacher_revision,
-        "licence": model_licence(teacher, teacher_revision),
-    }
-    known = [other for other in facts.get("teachers", []) if other["model"] != space["model"]]
+    others = {other["model"]: other for other in facts.get("teachers", [])}
+    space = others.pop(public_name(teacher), {"model": public_name(teacher), "revision": None})
+    space["licence"] = model_licence(teacher, teacher_revision)
+    space["revision"] = teacher_revision or space["revision"]
     adapted = {
         "student": public_name(student),
         "teacher": space["model"],
@@ -133,7 +131,7 @@ def adapted_facts(
         "projections": {str(width): kind for width, kind in (projections or {}).items()},
         "scores": [dict(row) for row in scores],
     }
-    return {**facts, "name": name, "teachers": [space, *known], "adapted": adapted}
+    return {**facts, "name": name, "teachers": [space, *others.values()], "adapted": adapted}
 
 
 def model_licence(name: str, revision: str | None = None) -> str:
@@ -337,7 +335,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "student_name": public_name(student["model"]),
         "layers": {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers"),
-        "max_length": student["max_length"],
+        "max_length": facts.get("adapted", {}).get("trained_length") or student["max_length"],
         "texts": f"{texts:,} texts" if texts else "texts",
         "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
         "seed": facts.get("seed"),
