@@ -33,8 +33,10 @@ from jasper_fast.adaptation.steps import (
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
+from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
 from jasper_fast.training.run.folder import RESULTS, hold_folder
+from jasper_fast.training.run.log import LOG
 from jasper_fast.training.run.progress import Phase, Progress, clock
 from jasper_fast.training.run.signals import leave_on_sigterm
 from jasper_fast.utils.atomic import write_atomic
@@ -53,6 +55,8 @@ class Work:
         state: the saved state.
         corpus: the texts.
         results: what results.json will have.
+        progress: the planned steps.
+        counts: (n,) int64, tokens of a sample of the documents.
     """
 
     request: Request
@@ -60,6 +64,7 @@ class Work:
     corpus: Corpus
     results: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
@@ -145,7 +150,7 @@ def _is_done(request: Request, state: State, corpus: Corpus) -> bool:
         return False
     if state.facts.get("texts") == texts_fingerprint(corpus.texts):
         return True
-    digests = corpus.texts[: corpus.documents]["digest"]
+    digests = corpus.texts[corpus.fitted.start : corpus.fitted.stop]["digest"]
     return not state.is_new(DOCUMENTS, digests).any()
 
 
@@ -211,7 +216,7 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     """Measure speeds, describe the documents, print the opening lines and plan the time of the rest."""
     request, corpus, results = work.request, work.corpus, work.results
     model = load_model(name, trust_remote_code=request.trust_remote_code)
-    counts = token_counts(corpus, model)
+    work.counts = token_counts(corpus, model)
     width = int(model.get_embedding_dimension() or 0)
     space = _space(work, name)
     results["student"] = model_facts(name, width, model) | {
@@ -219,11 +224,18 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
         "same_space": space,
         "seen": space,
     }
-    earlier = len(work.state.counted[DOCUMENTS])
-    results["documents"] = document_facts(request, corpus, counts, results["student"]["max_length"], earlier)
-    results["speed"] = speeds(model, teacher, corpus, counts)
-    work.progress = _plan(work, results["speed"], lengths_to_compare(model, counts))
+    _describe_documents(work, results["student"]["max_length"])
+    results["speed"] = speeds(model, teacher, corpus, work.counts)
+    work.progress = _plan(work, results["speed"], lengths_to_compare(model, work.counts))
     print("\n".join(opening_lines(results)), flush=True)
+
+
+def _describe_documents(work: Work, max_length: int | None) -> None:
+    """Fill in the facts about the documents, for the length that the student reads."""
+    state, corpus = work.state, work.corpus
+    known = int((~state.is_new(DOCUMENTS, corpus.texts[: corpus.documents]["digest"])).sum())
+    earlier = len(state.counted[DOCUMENTS]) - known  # counted, and not among the documents of this call
+    work.results["documents"] = document_facts(work.request, corpus, work.counts, max_length, earlier)
 
 
 def _plan(work: Work, speed: dict[str, Any], lengths: list[int]) -> Progress:
@@ -274,17 +286,19 @@ def _student(work: Work, name: str, teacher: Vectors) -> TeacherConfig:
     """Return the student as a model to encode with, at the chosen length."""
     request, state, corpus = work.request, work.state, work.corpus
     config = TeacherConfig(model=name, trust_remote_code=request.trust_remote_code)
-    length = request.max_length or state.facts.get("length")
-    if length is None and request.teacher.model is not None:
-        model = load_model(name, trust_remote_code=request.trust_remote_code)
-        with work.step("length", "the length that the student reads"):
-            choice = pick_length(name, model, corpus, teacher, token_counts(corpus, model))
-        work.results["length"] = choice.record()
-        length = choice.length
-    if length is None:
-        length = work.results["student"]["max_length"]
-    state.save_facts(length=length)
-    work.results["documents"]["max_length"] = length
+    if request.max_length is not None:
+        length = request.max_length
+    elif request.teacher.model is None:  # without questions, lengths cannot be compared
+        length = work.results["student"]["max_length"] or int(work.counts.max())
+    else:
+        if "length" not in state.facts:
+            model = load_model(name, trust_remote_code=request.trust_remote_code)
+            with work.step("length", "the length that the student reads"):
+                choice = pick_length(name, model, corpus, teacher, work.counts)
+            state.save_facts(length=choice.record())
+        work.results["length"] = state.facts["length"]
+        length = state.facts["length"]["length"]
+    _describe_documents(work, length)
     return with_length(config, length, request.config.data.cache)
 
 
@@ -297,12 +311,14 @@ def _space(work: Work, name: str) -> bool:
 
 
 def _training_facts(request: Request) -> dict[str, Any]:
-    results = json.loads((request.out / STUDENT / RESULTS).read_text(encoding="utf-8"))
-    seconds = results["facts"].get("seconds", {})
+    """Return what the run that trained the student did, and its scores without labels before and after."""
+    folder = request.out / STUDENT
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    steps = step_lines((folder / LOG).read_text(encoding="utf-8").splitlines())
     return {
         "minutes": request.minutes,
+        "steps": steps[-1]["step"] if steps else 0,
         "texts": results["facts"]["texts"],
-        "seconds": seconds.get("training"),
         "label_free": results.get("label_free"),
     }
 

@@ -72,6 +72,7 @@ class State:
             arrays[f"{kind}.texts"] = self.counted[kind]
         if self.probes is not None:
             arrays["probes.texts"], arrays["probes.vectors"] = self.probes
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # safetensors ignores strides
         write_atomic(self.folder / STATISTICS, save(arrays, {"models": settings_digest(models)}))
 
     def load_statistics(self) -> None:

@@ -34,6 +34,8 @@ def test_statistics_and_texts_come_back(tmp_path):
     new = again.is_new(DOCUMENTS, [*DIGESTS[:3], text_digest("another")])
     assert new.tolist() == [False, False, False, True]
     assert again.is_new("sentences", DIGESTS).all()
+    for ours, theirs in zip(again.probes, state.probes, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(JasperError, match="of another student or teacher. Fix: "):
         again.check_models({**MODELS, "student": 3})
 
