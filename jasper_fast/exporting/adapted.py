@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense
 
+NO_LIMIT = 10**9  # tokens; tokenizers without a limit have a larger number
 Linear = tuple[np.ndarray, np.ndarray | None]  # weight (out, in) and bias (out,), float64
 
 
@@ -302,8 +303,8 @@ def _facts(
     fields = facts.get("student", {})
     adapted = {**facts.get("adapted", {}), "form": form, "max_length": {}, "trained_length": fields.get("max_length")}
     for role, encoder in encoders.items():
-        lengths = [module.max_seq_length for module in transformers_of(encoder, role) if module.max_seq_length]
-        adapted["max_length"] |= {role: int(max(lengths))} if lengths else {}
+        lengths = [int(module.max_seq_length or NO_LIMIT) for module in transformers_of(encoder, role)]
+        adapted["max_length"] |= {role: max(lengths)} if lengths and max(lengths) < NO_LIMIT else {}
     exported = {
         "model": "student",
         **fields,

@@ -16,6 +16,7 @@ from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line, public_name
 
+MIGRATION_FILE = "migration.json"  # in a model that was mapped into an index: the model that built the index
 FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 
 from jasper_fast.exporting import adapted as exporting_adapted
 from jasper_fast.exporting.adapted import export_asymmetric, export_symmetric
@@ -126,17 +127,32 @@ def test_tasks(adapted: Any) -> None:
     assert asymmetric.similarity_fn_name == "cosine"
 
 
-def test_the_sources_stay_as_they_are(adapted: Any, tmp_path: Path) -> None:
-    student, teacher = copy.deepcopy(adapted.student).half().train(), copy.deepcopy(adapted.teacher).train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sources_stay_as_they_are(dtype: torch.dtype, adapted: Any, tiny_qwen2: Path, tmp_path: Path) -> None:
+    stem = Transformer(str(tiny_qwen2), model_kwargs={"dtype": dtype})
+    teacher = SentenceTransformer(modules=[stem, Pooling(D)], device="cpu").train()
+    student = copy.deepcopy(adapted.student).to(dtype).train()
     weights = {name: value.clone() for name, value in teacher.state_dict().items()}
     export_symmetric(student, adapted.heads, tmp_path / "symmetric", max_length=9)
     export_asymmetric(student, teacher, adapted.heads, {D: None, 8: random_matrix(D, 8)}, tmp_path / "asymmetric")
-    assert student.max_seq_length == 20 and student.dtype == torch.float16 and student.training and teacher.training
+    assert student.max_seq_length == 20 and student.dtype == dtype and student.training and teacher.training
     assert all(torch.equal(weights[name], value) for name, value in teacher.state_dict().items())
     exported = SentenceTransformer(str(tmp_path / "asymmetric"), device="cpu")
     assert exported.dtype == torch.float32
     expected = unit(source(copy.deepcopy(student).float(), "query") @ adapted.heads[8])
     np.testing.assert_allclose(exported.encode(TEXTS, prompt_name="query", task="query-8"), expected, atol=1e-5)
+    expected = source(copy.deepcopy(teacher).float(), "document")
+    np.testing.assert_allclose(exported.encode_document(TEXTS), expected, atol=1e-5)
+
+
+def test_static_embeddings(adapted: Any, tmp_path: Path) -> None:
+    """A student without a Transformer."""
+    tokenizer = adapted.student.tokenizer.backend_tokenizer
+    student = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    head = {4: random_matrix(16, 4)}
+    folder = export_asymmetric(student, adapted.teacher, head, {4: random_matrix(D, 4)}, tmp_path / "out")
+    exported = SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(exported.encode_query(TEXTS), unit(source(student, "query") @ head[4]), atol=1e-5)
 
 
 def test_truncated_embeddings(adapted: Any, tmp_path: Path) -> None:
@@ -194,8 +210,6 @@ def test_the_symmetric_form_is_a_model_of_jasper_fast(adapted: Any, plain: Any, 
 
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
 def test_a_flat_export_keeps_the_pooling(pooling: str, tiny_bert: Path, tmp_path: Path) -> None:
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
     model = SentenceTransformer(modules=[Transformer(str(tiny_bert)), Pooling(32, pooling)], device="cpu")
     export_symmetric(model, {6: random_matrix(32, 6)}, tmp_path / "model")
     flat = SentenceTransformer(str(export_flat(tmp_path / "model", 6, tmp_path / "flat")), device="cpu")

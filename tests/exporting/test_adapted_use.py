@@ -154,7 +154,7 @@ def test_the_card_says_what_was_adapted_on_what(adapted: Any, tmp_path: Path) ->
         "# mine\n",
         "adapted to documents so that its embeddings are in the space of teacher. It was adapted with jasper_fast.",
         "documents do not need the teacher",
-        "One index may hold documents of both forms",
+        "One index may hold documents of both forms, if both have the same projection",
         "- Student: student.\n- Teacher: teacher.\n- Longest query: 20 tokens. The rest of it is not read.\n",
         "- Longest document: 20 tokens.",
         "\n- Documents: 1,234 from docs.jsonl. The choices below were made on",
