@@ -4,13 +4,15 @@
     python -m bench fit --vectors DOCUMENTS.npy    learned axes of other embeddings, (n, d) float32 unit rows
 
 The student's embeddings are the teacher's with noise. Learned axes are compared with principal axes by the fraction of
-the ten nearest documents that held-out documents keep. Peak memory is that of a new process.
+the ten nearest documents that held-out documents keep. Peak memory is that of a new process. ``load`` is the load
+average before the measurement: on a busy machine, times are upper bounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     documents = np.load(options.vectors) if options.vectors else clustered(options.rows[0], options.width, 0).numpy()
     results = {
-        "environment": environment() | {"threads": torch.get_num_threads()},
+        "environment": environment() | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
         "fits": [fit(rows, options.width) for rows in options.rows],
         "stream": stream(options.streamed, options.width),
         "vectors": options.vectors.stem if options.vectors else "clustered",

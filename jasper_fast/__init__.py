@@ -1,8 +1,8 @@
 """Distil text-embedding models: several teachers into one small student with embeddings of several widths.
 
-``jasper_fast.train(config)`` does the same as ``python -m jasper_fast.train``. The losses are in
-``jasper_fast.losses``, and exact search is in ``jasper_fast.mips``. Submodules are imported on first use, so that
-``import jasper_fast`` is fast.
+``jasper_fast.train(config)`` does the same as ``python -m jasper_fast.train``, and ``jasper_fast.adapt(documents,
+out=…)`` the same as ``python -m jasper_fast.adapt``. The losses are in ``jasper_fast.losses``, and exact search is in
+``jasper_fast.mips``. Submodules are imported on first use, so that ``import jasper_fast`` is fast.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from jasper_fast.utils.packages import check_started_module, require_training
 
 if TYPE_CHECKING:
     from jasper_fast import losses, mips, pictures, sentence_transformers
+    from jasper_fast.adapt import adapt
     from jasper_fast.train import train
 
-__all__ = ["__version__", "losses", "mips", "pictures", "sentence_transformers", "train"]
+__all__ = ["__version__", "adapt", "losses", "mips", "pictures", "sentence_transformers", "train"]
 
-_LAZY = ("losses", "mips", "pictures", "sentence_transformers", "train")
-_NEED_TRAINING = ("pictures", "train")
+_LAZY = ("adapt", "losses", "mips", "pictures", "sentence_transformers", "train")
+_NEED_TRAINING = ("adapt", "pictures", "train")
+_CALLABLE = ("adapt", "train")  # modules that call their function of the same name
 
 
 class _CallableModule(ModuleType):
@@ -34,14 +36,14 @@ class _CallableModule(ModuleType):
 
 
 class _Package(ModuleType):
-    """Type of this package, in which ``jasper_fast.train`` is both a module and a function.
+    """Type of this package, in which ``jasper_fast.train`` and ``jasper_fast.adapt`` are modules and functions.
 
-    Python sets each imported submodule as an attribute of the package. This is the only place that sees the module
-    before all its users, so it is made callable here.
+    Python sets each imported submodule as an attribute of the package. This is the only place that sees such a
+    module before all its users, so it is made callable here.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and isinstance(value, ModuleType):
+        if name in _CALLABLE and isinstance(value, ModuleType):
             value.__class__ = _CallableModule
         super().__setattr__(name, value)
 

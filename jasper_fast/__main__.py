@@ -32,6 +32,7 @@ class Command:
 
 # Modules are imported only to run them, because torch takes seconds to import.
 COMMANDS = {
+    "adapt": Command("adapt a student to your documents, without labels", resumes=True),
     "train": Command("train a student from a recipe or a YAML file, and resume it", resumes=True),
     "teach": Command("cache the teachers' embeddings of the training texts", resumes=True),
     "evaluate": Command("score a model at every width, next to its teacher"),

@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", metavar="N,N", type=_widths, help="e.g. 384,128; default: every head of the model")
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
     parser.add_argument(
-        "--max-length", type=positive_int, metavar="N", help="maximum tokens per text; default: each model's own"
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="maximum tokens per text, or per document of an asymmetric model; default: each model's own",
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="at most N queries or pairs per set")
     parser.add_argument("--precision", default="float32", help=f"comma-separated, from {', '.join(PRECISIONS)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jasper_fast.models.embedder import flat_model, load_model
-from jasper_fast.models.hub import resolve_model
+from jasper_fast.models.hub import FORMS, resolve_model
 from jasper_fast.models.sentence_transformer import model_batching
 from jasper_fast.utils.errors import JasperError
 
@@ -30,7 +30,8 @@ def load(
     """Load a model for ``mteb.evaluate``.
 
     Args:
-        model: run folder, model folder, hub name, or ``package:import_name/folder``.
+        model: run folder, model folder, folder of an adapted model, hub name, or ``package:import_name/folder``. An
+            asymmetric model can only be evaluated on retrieval tasks, which tell queries from documents.
         width: width of the embeddings. None: the widest.
         max_length: largest number of tokens per text. None: the model's.
         device: torch device, such as "cpu" or "cuda:1". None: the best available.
@@ -63,6 +64,8 @@ def load(
     path = Path(resolve_model(str(model)))
     folder = path.resolve() if path.exists() else path
     stem = folder.parent.name if folder.name == "model" else folder.name  # the model of a run gets the name of the run
+    if folder.name in FORMS:
+        stem = f"{folder.parent.name}-{folder.name}"
     dimension = flat.get_embedding_dimension()
     update = {"name": f"jasper_fast/{stem}-{dimension}", "embed_dim": dimension}
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(update=update)

@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jasper_fast.search", description=(__doc__ or "").splitlines()[0])
     commands: Any = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="encode texts and write their index")
-    make.add_argument("model", help="run folder, path, name, or package:import_name/folder")
+    make.add_argument("model", help="run folder, folder of an adapted model, path, name, or package:import_name/folder")
     make.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
     make.add_argument("--replace", action="store_true", help="replace an existing index at --out")
     make.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
@@ -196,7 +196,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="storage dtype of the embeddings"
     )
     make.add_argument(
-        "--max-length", type=positive_int, metavar="N", help="maximum tokens per text (default: the model's)"
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="maximum tokens per text, or per document of an asymmetric model (default: the model's)",
     )
     more = commands.add_parser("add", help="append texts to an index, with the model that built it")
     more.add_argument("index", help="folder that build wrote")

@@ -1,4 +1,4 @@
-"""With torch, numpy and safetensors alone, losses and search of arrays work, and commands say what is missing."""
+"""With torch, numpy and safetensors alone, losses, search and maps of arrays work, and commands say what is missing."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ index = jasper_fast.mips.FlatIPIndex(8, dtype="float32")
 index.add(torch.eye(8), ids=range(1, 9))
 index.save("index")
 assert jasper_fast.mips.FlatIPIndex.load("index").search(torch.eye(8), 1)[1].flatten().tolist() == list(range(1, 9))
+from jasper_fast.fitting import PairStatistics, learned_axes, ridge_map
+pairs = PairStatistics(8, 8)
+pairs.add(torch.eye(8).numpy(), torch.eye(8).numpy())
+assert abs(ridge_map(pairs, 1.0).trace() - 4) < 1e-9
+assert learned_axes(torch.randn(20, 8).numpy(), torch.eye(8)[:, :2].numpy(), steps=2).shape == (8, 2)
 assert dir(jasper_fast) == sorted(jasper_fast.__all__)
 try:
     jasper_fast.train("x.yaml")
@@ -46,7 +51,7 @@ def run(arguments: list[str], folder: Path, blocked: tuple[str, ...] = (), **env
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=inside, capture_output=True, text=True)
 
 
-def test_losses_and_search_work_without_the_packages_for_training(tmp_path):
+def test_losses_search_and_maps_work_without_the_packages_for_training(tmp_path):
     done = run(["-c", USE], tmp_path, TRAIN)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("JasperError this needs the packages for training (missing: transformers, ")

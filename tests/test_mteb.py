@@ -86,3 +86,28 @@ def test_names_keep_widths_apart_and_errors_say_what_to_do(run: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "mteb.models", None)
     with pytest.raises(JasperError, match="pip install mteb"):
         load(run)
+
+
+def test_an_asymmetric_model_encodes_queries_and_documents_apart(tiny_bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    from jasper_fast.exporting.adapted import export_asymmetric
+
+    student, teacher = (
+        SentenceTransformer(modules=[Transformer(str(tiny_bert)), Pooling(32, mode)], device="cpu")
+        for mode in ("mean", "cls")
+    )
+    head, projection = np.eye(32)[:, :8], np.eye(32)[:, 8:16]
+    export_asymmetric(student, teacher, {8: head}, {8: projection}, tmp_path / "mine" / "asymmetric")
+    model = load(tmp_path / "mine", width=8)
+    assert model.mteb_model_meta.name == "jasper_fast/mine-asymmetric-8"
+    found = mteb.evaluate(model, [mteb.mocks.MockRetrievalTask()], cache=None, show_progress_bar=False)
+    assert 0 < found.task_results[0].scores["test"][0]["ndcg_at_10"] <= 1
+    texts = ["a bridge", "forty boxes of apples"]
+    for encode, source, matrix in (
+        (model.model.encode_query, student, head),
+        (model.model.encode_document, teacher, projection),
+    ):
+        rows = source.encode(texts) @ matrix
+        np.testing.assert_allclose(encode(texts), rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-5)

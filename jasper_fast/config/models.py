@@ -121,7 +121,8 @@ class StudentConfig(Section):
     heads: list[Width] = Field(default=DEFAULT_HEADS, min_length=1)
     # independent: one linear layer per width; prefix: the first rows of the widest head
     head_type: Literal["independent", "prefix"] = "independent"
-    head_init: Literal["random", "identity"] = "random"  # identity: a head starts as the first pooled coordinates
+    # identity: a head starts as the first pooled coordinates; model: as the head of `model`, a folder from a run
+    head_init: Literal["random", "identity", "model"] = "random"
     max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
     bidirectional: bool = True  # remove the causal mask of decoder models
     prompts: Prompts = Prompts()

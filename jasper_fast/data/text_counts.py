@@ -70,10 +70,11 @@ class TextCounts:
         lost = self.excluded + self.too_short + self.like_held_out + self.duplicates + self.beyond_limit
         return made - lost - self.texts
 
-    def line(self, lengths: str = "") -> str:
+    def line(self, lengths: str = "", kept: str = "training text") -> str:
         """Describe in one line what became of the documents.
 
         Args:
+            kept: name of a text that is left, in the singular.
             lengths: a clause about long texts, from `jasper_fast.models.lengths.describe_lengths`. Empty: none.
 
         Example:
@@ -94,7 +95,7 @@ class TextCounts:
             made.append(f"{_percent(self.cut / self.kept)} cut into {_number(self.pieces, 'piece')}")
         made += [f"{self.shuffled:,} with shuffled words"] if self.shuffled else []
         made += [_number(self.variants, "variant")] if self.variants else []
-        left = f"{_number(self.texts, 'training text')}"
+        left = _number(self.texts, kept)
         left += f" (data.limit leaves out {self.beyond_limit:,})" if self.beyond_limit else ""
         steps = "; ".join(filter(None, [", ".join(read), ", ".join(made)]))
         return f"texts: {steps} → {left}" + (f"; {lengths}" if lengths else "")

@@ -6,16 +6,8 @@ import shutil
 from pathlib import Path
 
 from jasper_fast.exporting.parity import check_flat_export
-from jasper_fast.models.folder import (
-    FACTS_FILE,
-    NORMALIZE,
-    POOLING,
-    ROUTER,
-    model_folder,
-    read_json,
-    routes_of,
-    write_json,
-)
+from jasper_fast.models.folder import FACTS_FILE, NORMALIZE, POOLING, model_folder, read_json, write_json
+from jasper_fast.models.heads import ROUTER, routes_of
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
@@ -59,17 +51,21 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
     shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
     dense = folder / "2_Dense" / "config.json"
     write_json(dense, {k: v for k, v in read_json(dense).items() if k not in NEW_DENSE_KEYS})
-    hidden = read_json(source / POOLING / "config.json")["embedding_dimension"]
+    pooling = read_json(source / POOLING / "config.json")
+    modes = {
+        "cls_token": "cls",
+        "mean_tokens": "mean",
+        "max_tokens": "max",
+        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    }
+    modes |= {"weightedmean_tokens": "weightedmean", "lasttoken": "lasttoken"}
     (folder / POOLING).mkdir()
     (folder / NORMALIZE).mkdir()
     write_json(
         folder / POOLING / "config.json",
         {
-            "word_embedding_dimension": hidden,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": True,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
+            "word_embedding_dimension": pooling["embedding_dimension"],
+            **{f"pooling_mode_{name}": mode == pooling["pooling_mode"] for name, mode in modes.items()},
         },
     )
     write_json(folder / NORMALIZE / "config.json", {})  # git and object stores drop empty folders

@@ -1,4 +1,4 @@
-"""Compare an exported folder, loaded by stock sentence-transformers, with its student."""
+"""Compare an exported folder, loaded by stock sentence-transformers, with the models that it was made from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jasper_fast.models.sentence_transformer import ROLES
+from jasper_fast.models.hub import CANNOT_LOAD, prompt_of
+from jasper_fast.models.loading import without_bars
+from jasper_fast.models.sentence_transformer import ROLES, encode_role
 from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
@@ -75,6 +78,57 @@ def check_flat_export(first: Path, second: Path, width: int, *, trust_remote_cod
         _compare(exported, expected, f"{role} embeddings at width {width}")
 
 
+def source_rows(model: SentenceTransformer, role: str) -> np.ndarray:
+    """Return a model's embeddings of the probes as queries or documents, (n, D) float64 rows of unit length.
+
+    Args:
+        model: sentence-transformers model. It stays in its mode, training or evaluation.
+        role: "query" or "document". Prompts and routes are those of stock ``encode_query`` or ``encode_document``.
+    """
+    training = model.training
+    try:
+        rows = encode_role(model, list(PROBES.values()), role, prompt_of(model.prompts, role))
+    finally:
+        model.train(training)
+    return F.normalize(rows.double(), dim=1).cpu().numpy()
+
+
+def check_adapted(
+    folder: Path,
+    expected: Mapping[str, Mapping[int, np.ndarray]],
+    task: str,
+    device: str,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Compare the embeddings of an exported adapted model with the expected ones, for each role and width.
+
+    Args:
+        folder: unpublished export.
+        expected: {role: {width: (n, width)}} embeddings of the probes, of any length.
+        task: name of a width's task, with the fields ``{role}`` and ``{width}``.
+        device: torch device name for the exported model.
+        trust_remote_code: permission to run the model's custom code.
+
+    Raises:
+        JasperError: the export cannot be loaded, or an embedding differs by more than 1e-5 in a coordinate.
+    """
+    stock, texts = _open(folder, device, trust_remote_code), list(PROBES.values())
+    for role, widths in expected.items():
+        default = (stock.encode_query if role == "query" else stock.encode_document)(texts, convert_to_tensor=True)
+        found = {
+            width: stock.encode(
+                texts, prompt_name=role, task=task.format(role=role, width=width), convert_to_tensor=True
+            )
+            for width in widths
+        }
+        rows = {width: F.normalize(torch.from_numpy(vectors), dim=1) for width, vectors in widths.items()}
+        _compare(default.cpu(), rows[max(widths)], f"encode_{role}", "the models it was made from")
+        for width in widths:
+            what = f"{role} embeddings at width {width}"
+            _compare(found[width].cpu(), rows[width], what, "the models it was made from")
+
+
 @torch.no_grad()
 def _check_images(student: Student, folder: Path) -> None:
     """Compare the image embeddings of an export with the student's at the widest head."""
@@ -111,8 +165,6 @@ def _student_embeddings(student: Student, texts: list[str], role: str) -> Mappin
 def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    from jasper_fast.models.hub import CANNOT_LOAD
-    from jasper_fast.models.loading import without_bars
     from jasper_fast.utils.names import first_line
 
     try:
@@ -128,11 +180,11 @@ def _open(folder: Path, device: str, trust_remote_code: bool) -> SentenceTransfo
         ) from error
 
 
-def _compare(exported: Tensor, expected: Tensor, what: str) -> None:
+def _compare(exported: Tensor, expected: Tensor, what: str, source: str = "the trained one") -> None:
     """Raise if embeddings of the probes, (n, D) each, differ in width or by more than `TOLERANCE`."""
     if exported.shape != expected.shape:
         raise JasperError(
-            f"the exported model differs from the trained one: {what} (got a width of {exported.shape[1]}, expected "
+            f"the exported model differs from {source}: {what} (got a width of {exported.shape[1]}, expected "
             f"{expected.shape[1]}). Nothing was published. Fix: report the student's architecture"
         )
     difference = (exported.double() - expected.double()).abs().amax(dim=1)
@@ -140,7 +192,7 @@ def _compare(exported: Tensor, expected: Tensor, what: str) -> None:
     worst = int(difference.argmax())
     if float(difference[worst]) > TOLERANCE:
         raise JasperError(
-            f"the exported model differs from the trained one: {what}, probe {list(PROBES)[worst]!r} (got a difference "
+            f"the exported model differs from {source}: {what}, probe {list(PROBES)[worst]!r} (got a difference "
             f"of {float(difference[worst]):.1e} in a coordinate, expected at most {TOLERANCE:.0e}). Nothing was "
-            "published. Fix: report the student's architecture, or choose another student.model"
+            "published. Fix: report the architecture, or choose another model"
         )

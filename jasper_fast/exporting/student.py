@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from jasper_fast.exporting.parity import check_export
-from jasper_fast.models.folder import NORMALIZE, POOLING, ROUTER, VISION, student_facts, write_json
+from jasper_fast.models.folder import NORMALIZE, POOLING, VISION, student_facts, write_json
+from jasper_fast.models.heads import ROUTER
 from jasper_fast.models.loading import without_bars
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.licences import UNKNOWN_LICENCE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def learned_axes(
         steps: number of batches.
         temperature: divisor of the cosines in the loss, > 0.
         seed: seed of the neighbours and batches.
-        progress: function that gets the finished fraction, from 0 to 1, after each step.
+        progress: function that gets the finished fraction, from 0 to 1, before each step and at the end.
         groups: result of ``mined_groups``, which several widths can use. None: they are mined here.
 
     Returns:
@@ -148,15 +149,8 @@ def learned_axes(
         return start.copy()
     projection = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([projection], lr=RATE)
-    begun = time.monotonic()
-    for step, rows in enumerate(_batches(groups, seed)):
-        done = step / steps if steps is not None else (time.monotonic() - begun) / (seconds or 1.0)
-        if progress is not None:
-            progress(min(1.0, done))
-        if done >= 1.0:
-            break
-        for settings in optimizer.param_groups:
-            settings["lr"] = RATE * (1.0 - done)
+    for done, rows in zip(_fractions(seconds, steps, progress), _batches(groups, seed), strict=False):
+        optimizer.param_groups[0]["lr"] = RATE * (1.0 - done)
         teacher = torch.from_numpy(np.asarray(documents[rows], dtype=np.float32))
         loss = neighbourhood_loss(teacher @ projection, teacher, temperature=temperature)
         optimizer.zero_grad()
@@ -168,6 +162,18 @@ def learned_axes(
             "documents: got NaN or infinity in a document, expected finite numbers. Fix: encode the documents again"
         )
     return learned
+
+
+def _fractions(seconds: float | None, steps: int | None, progress: Callable[[float], None] | None) -> Iterator[float]:
+    """Yield the finished fraction before each step, below 1, and report it."""
+    begun = time.monotonic()
+    for step in count():
+        done = step / steps if steps is not None else (time.monotonic() - begun) / (seconds or 1.0)
+        if progress is not None:
+            progress(min(1.0, done))
+        if done >= 1.0:
+            return
+        yield done
 
 
 def _batches(groups: np.ndarray, seed: int) -> Iterator[np.ndarray]:

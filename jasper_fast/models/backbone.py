@@ -121,6 +121,11 @@ def transformer_folder(source: str) -> str:
     for kind, path in listed:
         if kind.rpartition(".")[2] == "Transformer":
             return str(Path(source) / path) if path else source
+    if any(kind.rpartition(".")[2] == "Router" for kind, _ in listed):
+        raise JasperError(
+            f"{source}: its Router holds several encoders, and a student has one. Fix: choose a model with one, "
+            "such as the folder `symmetric` of an adapted model"
+        )
     raise JasperError(
         f"{source}: a sentence-transformers model without a transformer (static or bag-of-words embeddings). "
         "Fix: choose one that has a transformer"

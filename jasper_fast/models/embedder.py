@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from jasper_fast.models.hub import CANNOT_LOAD, CUSTOM_CODE, prompt_of, resolve_model
-from jasper_fast.models.sentence_transformer import encode_role, load_stock, model_batching, set_length
+from jasper_fast.models.sentence_transformer import ROLES, encode_role, load_stock, model_batching, set_length
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+ROLE_WIDTH = re.compile(r"(query|document)-([1-9][0-9]*)")  # route and task of an asymmetric model
 EncodeWidths = Callable[[list[str], str], Mapping[int, np.ndarray]]
 
 
@@ -34,7 +36,8 @@ def load_model(
 
     Args:
         name: folder of a model or of a run, hub name, or ``package:import_name/folder``.
-        max_length: tokens after which texts are truncated. None keeps the model's limit.
+        max_length: tokens after which texts are truncated. None keeps the model's limit. In an asymmetric model, it is
+            the length of documents, and queries keep their own.
         device: torch device name. None is the GPU, or the CPU if there is no GPU.
         trust_remote_code: permission to run the model's custom code.
 
@@ -68,14 +71,38 @@ def routes(model: SentenceTransformer) -> tuple[int, dict[int, Any]]:
     """Find a model's Router of widths.
 
     Returns:
-        Position of the Router among the modules, and its heads by width. Without a Router: number of modules, {}.
+        Position of the Router among the modules, and its heads by width, those of documents in an asymmetric model.
+        Without a Router: number of modules, {}.
+    """
+    position, heads = role_heads(model)
+    return position, heads["document"]
+
+
+def role_heads(model: SentenceTransformer) -> tuple[int, dict[str, dict[int, Any]]]:
+    """Find a model's Router of widths, with its heads for queries and for documents.
+
+    The routes of a symmetric model are widths, such as "64", which both roles share. Those of an asymmetric model have
+    the role too, such as "query-64".
+
+    Returns:
+        Position of the Router among the modules, and its heads by role and width. Without a Router: number of modules,
+        {"query": {}, "document": {}}.
     """
     from sentence_transformers.base.modules import Router
 
     for position, module in enumerate(model):
-        if isinstance(module, Router) and all(_is_head(name, head) for name, head in module.sub_modules.items()):
-            return position, {int(name): head for name, head in module.sub_modules.items()}
-    return len(model), {}
+        if not isinstance(module, Router):
+            continue
+        if all(_is_head(name, head) for name, head in module.sub_modules.items()):
+            shared = {int(name): head for name, head in module.sub_modules.items()}
+            return position, dict.fromkeys(ROLES, shared)
+        parts = {name: ROLE_WIDTH.fullmatch(name) for name in module.sub_modules}
+        if all(parts.values()):
+            heads: dict[str, dict[int, Any]] = {role: {} for role in ROLES}
+            for name, found in parts.items():
+                heads[found[1]][int(found[2])] = module.sub_modules[name]  # type: ignore[index]
+            return position, heads
+    return len(model), {role: {} for role in ROLES}
 
 
 def _is_head(name: str, route: Any) -> bool:
@@ -87,6 +114,8 @@ def _is_head(name: str, route: Any) -> bool:
 def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransformer:
     """Return a model with one head in place of the Router. It shares the weights of the original.
 
+    An asymmetric model keeps a Router, with one head for each role.
+
     Args:
         model: sentence-transformers model, with or without a Router of heads.
         width: width of the head. None is the widest head.
@@ -95,8 +124,10 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
         JasperError: the model has no such width.
     """
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
 
-    position, heads = routes(model)
+    position, by_role = role_heads(model)
+    heads = by_role["document"]
     if not heads:
         full = model.get_embedding_dimension()
         if width not in (None, full):
@@ -110,7 +141,10 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
         raise JasperError(
             f"the model has no head of width {width} (expected one of {widths}). Fix: choose an available width"
         )
-    modules = [*list(model)[:position], *heads[width], *list(model)[position + 1 :]]
+    replaced = list(heads[width])
+    if by_role["query"] is not heads:
+        replaced = [Router({role: list(by_role[role][width]) for role in ROLES}, allow_empty_key=False)]
+    modules = [*list(model)[:position], *replaced, *list(model)[position + 1 :]]
     flat = SentenceTransformer(
         modules=modules, prompts=dict(model.prompts), device=str(model.device), truncate_dim=model.truncate_dim
     )
@@ -124,7 +158,7 @@ def model_encoder(model: SentenceTransformer, widths: Sequence[int] | None = Non
 
     Args:
         model: sentence-transformers model. With a Router of heads, each width is a head. Without one, a narrower width
-            is the first coordinates.
+            is the first coordinates. An asymmetric model has one encoder and its heads for each role.
         widths: widths to return. None is all heads, or the model's width.
 
     Returns:
@@ -135,23 +169,23 @@ def model_encoder(model: SentenceTransformer, widths: Sequence[int] | None = Non
     """
     from sentence_transformers import SentenceTransformer
 
-    position, heads = routes(model)
-    chosen_widths = _chosen_widths(model, heads, widths)
+    position, heads = role_heads(model)
+    chosen_widths = _chosen_widths(model, heads["document"], widths)
     # the modules before the Router are expensive, so they form a separate model that runs once per text
-    stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)) if heads else model
+    stem = SentenceTransformer(modules=list(model)[:position], device=str(model.device)) if heads["document"] else model
     tail = list(model)[position + 1 :]
     batching = model_batching(model, "the model")
 
     @torch.inference_mode()
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         features = encode_role(stem, texts, role, prompt_of(model.prompts, role), batching=batching)
-        if not heads:
+        if not heads[role]:
             vectors = features.float().cpu().numpy()
             return {width: normalise(vectors[:, :width]) for width in chosen_widths}
         embeddings = {}
         for width in chosen_widths:
             state = {"sentence_embedding": features}
-            for module in [*heads[width], *tail]:
+            for module in [*heads[role][width], *tail]:
                 state = module(state)
             embeddings[width] = normalise(state["sentence_embedding"].float().cpu().numpy())
         return embeddings

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from jasper_fast.config.models import StudentConfig
-from jasper_fast.models.hub import CUSTOM_CODE
+from jasper_fast.models.heads import ROUTER, load_heads
+from jasper_fast.models.hub import CUSTOM_CODE, routes_by_role
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line, public_name
 
+MIGRATION_FILE = "migration.json"  # in a model that was mapped into an index: the model that built the index
 FACTS_FILE = "training.json"  # next to the card, for the cards of other exports of the model
 
 
@@ -27,15 +28,15 @@ def student_facts(config: StudentConfig) -> dict[str, Any]:
     return facts
 
 
-POOLING, ROUTER, NORMALIZE = "1_Pooling", "2_Router", "3_Normalize"
+POOLING, NORMALIZE = "1_Pooling", "3_Normalize"
 VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, sentence-transformers ignores it
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return the exported model folder: ``path`` itself, or ``model`` in a run folder.
+    """Return the exported model folder of one encoder: ``path`` itself, or ``model`` or ``symmetric`` in it.
 
     Args:
-        path: model folder or run folder.
+        path: model folder, run folder, or folder of an adapted model.
 
     Raises:
         JasperError: the folder is missing, or it contains no exported model.
@@ -44,32 +45,21 @@ def model_folder(path: str | Path) -> Path:
     for folder in (path / "model", path):
         if (folder / ROUTER / "router_config.json").is_file():
             return folder
+    if (path / "symmetric" / ROUTER / "router_config.json").is_file():
+        print(f"note: {path}: using its form `symmetric`, because one encoder is needed", file=sys.stderr)
+        return path / "symmetric"
+    forms = [folder for folder in (path, path / "asymmetric") if (folder / "modules.json").is_file()]
+    if any(routes_by_role(str(folder)) for folder in forms):
+        raise JasperError(
+            f"{path}: an asymmetric model has two encoders, and this needs one. Fix: give the folder `symmetric` of "
+            "the adapted model"
+        )
     if not path.is_dir():
         raise JasperError(f"{path}: there is no such folder. Fix: give a run folder, for example runs/NAME")
     raise JasperError(
         f"{path}: no finished model here (no {ROUTER}/router_config.json in it or in its folder `model`). "
         "Fix: finish the run with the command that started it"
     )
-
-
-def routes_of(source: Path) -> dict[int, str]:
-    """Map each width to the folder of its head, relative to the Router's folder, widest first.
-
-    Args:
-        source: model folder.
-
-    Raises:
-        JasperError: the Router's settings are damaged, or its routes are not widths.
-    """
-    file = source / ROUTER / "router_config.json"
-    try:
-        structure = json.loads(file.read_text(encoding="utf-8"))["structure"]
-        routes = {int(name): str(folders[0]) for name, folders in structure.items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise JasperError(f"{file} is damaged ({first_line(error)}). Fix: export the run again") from error
-    if not routes:
-        raise JasperError(f"{file}: no heads are listed. Fix: export the run again")
-    return dict(sorted(routes.items(), reverse=True))
 
 
 def read_json(path: Path) -> Any:
@@ -124,12 +114,5 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
             raise JasperError(f"{folder}: {CUSTOM_CODE}") from error
         raise
-    heads = routes_of(folder)
-    for name, head in student.heads.items():
-        file = folder / ROUTER / heads.get(int(name), str(name)) / "model.safetensors"
-        try:
-            weights = {key.removeprefix("linear."): value for key, value in load_file(file).items()}
-            head.load_state_dict(weights)
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, damaged, or of another width
-            raise JasperError(f"{file} cannot be loaded ({first_line(error)}). Fix: export the run again") from error
+    load_heads(student.heads, folder)
     return student.eval()

@@ -34,6 +34,10 @@ VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.bpe", "*.tiktoken", "*.spm", "
 IDENTITY_FILES = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that determine a model's embeddings
 PROMPTS = "config_sentence_transformers.json"  # file of a model's prompts in sentence-transformers
 ROUTER = "router_config.json"
+FORMS = {  # folders of an adapted model, the preferred form first
+    "asymmetric": "form whose student encodes questions and whose teacher encodes documents",
+    "symmetric": "form whose student encodes questions and documents",
+}
 CUSTOM_CODE = (
     "the model needs custom code, which does not run by default. Fix: if you trust its authors, pass "
     "trust_remote_code=True, or --trust-remote-code to the command"
@@ -43,8 +47,12 @@ CUSTOM_CODE = (
 def resolve_model(name: str) -> str:
     """Return the folder of a model, or a hub name unchanged.
 
+    An adapted model has two forms, ``asymmetric`` and ``symmetric``. The first one that is there is chosen, and a note
+    says so.
+
     Args:
-        name: folder of a model or of a run, path that starts with ``~``, ``package:import_name/folder``, or hub name.
+        name: folder of a model, of a run or of an adapted model, path that starts with ``~``,
+            ``package:import_name/folder``, or hub name.
 
     Raises:
         JasperError: the package is not installed or has no such folder, or the name is not UTF-8 text.
@@ -55,6 +63,8 @@ def resolve_model(name: str) -> str:
         path = Path(name).expanduser() if name.startswith("~") else Path(name)
         if (path / "model" / "modules.json").is_file():  # a run folder
             return str(path / "model")
+        if form := adapted_form(path):
+            return str(path / form)
         return str(path) if name.startswith("~") else name
     package, _, inner = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", package) else None
@@ -70,6 +80,25 @@ def resolve_model(name: str) -> str:
     if name in PUBLISHED:
         _warn_of_others(folder / "model.safetensors", PUBLISHED[name])
     return str(folder)
+
+
+def adapted_form(folder: Path) -> str | None:
+    """Return the form to use of an adapted model's folder, "asymmetric" or "symmetric", and report the choice once.
+
+    Args:
+        folder: any path. One without these folders gives None.
+    """
+    forms = [form for form in FORMS if (folder / form / "modules.json").is_file()]
+    if not forms or (folder / "modules.json").is_file():
+        return None
+    _report_form(folder, *forms)
+    return forms[0]
+
+
+@functools.cache
+def _report_form(folder: Path, form: str, other: str | None = None) -> None:
+    choice = f"For the other form, give {folder / other}" if other else "It is the only form there"
+    print(f"note: {folder}: using the {FORMS[form]} ({form}). {choice}", file=sys.stderr)
 
 
 @functools.cache

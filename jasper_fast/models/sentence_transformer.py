@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +75,58 @@ def load_stock(
     return model
 
 
-def transformers_of(model: SentenceTransformer) -> Iterator[Any]:
-    """Yield the Transformer modules of a model, those inside its Routers included."""
+def transformers_of(model: SentenceTransformer, role: str | None = None) -> Iterator[Any]:
+    """Yield the Transformer modules of a model, those inside its Routers included.
+
+    Args:
+        model: sentence-transformers model.
+        role: "query" or "document", for the modules that encode such texts. None is all modules.
+    """
     from sentence_transformers.base.modules import Transformer
 
-    yield from (module for module in model.modules() if isinstance(module, Transformer))
+    parts = (
+        model.modules() if role is None else (part for module in role_modules(model, role) for part in module.modules())
+    )
+    yield from (module for module in parts if isinstance(module, Transformer))
+
+
+def role_modules(model: SentenceTransformer, role: str) -> list[Any]:
+    """List the modules that encode queries or documents, in order. A Router is replaced by the modules of its route.
+
+    Args:
+        model: sentence-transformers model.
+        role: "query" or "document", the task of stock ``encode_query`` or ``encode_document``.
+
+    Raises:
+        JasperError: a Router has no route for the role.
+    """
+    return list(_resolved(model, role))
+
+
+def _resolved(modules: Iterable[Any], role: str) -> Iterator[Any]:
+    from sentence_transformers.base.modules import Router
+
+    for module in modules:
+        if not isinstance(module, Router):
+            yield module
+            continue
+        mapped = (
+            module.route_mappings.get(key) for key in ((role, "text"), (role, None), (None, "text"), (None, None))
+        )
+        named = (name for name in (role, "text") if name in module.sub_modules)
+        route = next(filter(None, (*mapped, *named)), None)
+        if route is None:
+            known = ", ".join(module.sub_modules)
+            raise JasperError(
+                f"the model does not encode a {role}: its Router has the routes {known}. Fix: choose another model"
+            )
+        yield from _resolved(module.sub_modules[route], role)
+
+
+def roles_differ(model: SentenceTransformer) -> bool:
+    """Return True if a model encodes queries and documents with different modules, as an asymmetric one does."""
+    queries, documents = (role_modules(model, role) for role in ROLES)
+    return [id(module) for module in queries] != [id(module) for module in documents]
 
 
 def encode_role(
@@ -179,8 +226,12 @@ def limit_length(model: SentenceTransformer, max_length: int) -> int:
     Returns:
         The largest resulting limit of a part, in tokens.
     """
+    return _limit(transformers_of(model), max_length)
+
+
+def _limit(modules: Iterable[Any], max_length: int) -> int:
     lengths = []
-    for module in transformers_of(model):
+    for module in modules:
         bounds = (max_length, module.max_seq_length, position_limit(module.model))
         module.max_seq_length = min(int(bound) for bound in bounds if bound)
         for role in ("query_length", "document_length"):  # per-role lengths
@@ -193,17 +244,21 @@ def limit_length(model: SentenceTransformer, max_length: int) -> int:
 def set_length(model: SentenceTransformer, tokens: int, name: str) -> None:
     """Truncate texts at ``tokens`` tokens.
 
+    In a model that encodes queries and documents with different modules, this is the length of documents. Its queries
+    keep their length.
+
     Raises:
         JasperError: a part of the model has fewer positions.
     """
-    for module in transformers_of(model):
+    modules = list(transformers_of(model, "document" if roles_differ(model) else None))
+    for module in modules:
         limit = position_limit(module.model)
         if limit is not None and tokens > limit:
             raise JasperError(
                 f"{name}: max length {tokens} is beyond the model's {limit} positions. Fix: set at most {limit}"
             )
         module.max_seq_length = tokens
-    limit_length(model, tokens)
+    _limit(modules, tokens)
 
 
 def _check_text_fits(model: SentenceTransformer, role: str, prompt: str, name: str) -> None:

@@ -10,6 +10,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from jasper_fast.models.backbone import (
     make_bidirectional,
     token_type_template,
 )
+from jasper_fast.models.heads import load_heads
+from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.layers import keep_layers, layer_list, unknown_layers_message
 from jasper_fast.models.probes import LONG, SHORT, explain_failures, find_batching
 from jasper_fast.models.vision_tower import VisionTower
@@ -89,6 +92,8 @@ class Student(nn.Module):
         tokenizer.model_max_length = config.max_length
         encoder.train()  # from_pretrained sets evaluation mode, which would disable gradient checkpointing
         student = cls(encoder, tokenizer, config)
+        if config.head_init == "model":  # a trained student that learns on
+            load_heads(student.heads, Path(resolve_model(config.model)))
         student._check_encoder()
         if config.bidirectional and make_bidirectional(encoder):
             student._check_encoder()

@@ -28,7 +28,8 @@ def derived_licence(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Return the licence of a distilled model, and the reason.
 
     If all parts have the same licence, or all have permissive ones, it is the licence of the base model. Otherwise it
-    is "other", and a person must decide.
+    is "other", and a person must decide. The asymmetric form of an adapted model holds its teacher too, so all parts
+    must have the same licence.
 
     Args:
         facts: facts of the run, as from ``run_facts`` of the model card.
@@ -49,6 +50,9 @@ def derived_licence(facts: Mapping[str, Any]) -> tuple[str, str]:
     identifiers = [licence.lower() for _, licence in parts]
     if len(set(identifiers)) == 1:
         return identifiers[0], f"The base model and all teachers have the licence {identifiers[0]}."
+    if facts.get("adapted", {}).get("form") == "asymmetric":
+        named = " and ".join(f"{name} has the licence {licence}" for name, licence in parts)
+        return "other", f"No licence is named, because the folder holds several models: {named}."
     strict = [f"{name} has the licence {licence}" for name, licence in parts if licence.lower() not in PERMISSIVE]
     if strict:
         reason = f"No licence is named, because {' and '.join(strict)}."

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.yaml import NOT_YAML, parse_yaml
-from jasper_fast.models.folder import FACTS_FILE, student_facts
+from jasper_fast.models.folder import FACTS_FILE, read_json, student_facts
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.licences import UNKNOWN_LICENCE, derived_licence, licence_text
@@ -77,6 +77,61 @@ def run_facts(
         "pictures": results.get("pictures"),
         "picture_sources": [public_name(source.path) for source in config.images.sources] if config.images else [],
     }
+
+
+def adapted_facts(
+    student: str,
+    teacher: str,
+    *,
+    name: str = "adapted student",
+    teacher_revision: str | None = None,
+    sources: Sequence[str] = (),
+    documents: int | None = None,
+    held_out: int | None = None,
+    chosen: str | None = None,
+    projections: Mapping[int, str] | None = None,
+    scores: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return the facts of an adapted model for its model card, as plain JSON.
+
+    If the student is a model of jasper_fast, the facts of its training are kept.
+
+    Args:
+        student: model that was adapted: folder of a model or of a run, or a name.
+        teacher: model whose space the adapted embeddings are in. For precomputed embeddings, a description of them.
+        name: title of the card.
+        teacher_revision: revision of the teacher. None: not recorded.
+        sources: names of the documents, as in a configuration.
+        documents: number of documents that the maps were fitted to.
+        held_out: number of documents that were held out to choose by.
+        chosen: the chosen map, such as "documents, λ 10".
+        projections: {width: its projection}, such as {64: "learned", 32: "principal axes"}.
+        scores: held-out agreement with the teacher, one mapping per row of the table, with the same keys in each. The
+            keys are the heads of the columns, and floats are shown with four decimals.
+    """
+    folder = Path(resolve_model(student))
+    trained = folder / FACTS_FILE
+    if trained.is_file():
+        facts = {key: value for key, value in read_json(trained).items() if key not in ("rows", "pictures", "onnx")}
+        facts["student"] = {**facts["student"], "vision": None}
+    else:
+        facts = {"student": {"model": public_name(student)}, "licence": model_licence(student)}
+        facts["language"] = card_header(student).get("language")
+    others = {other["model"]: other for other in facts.get("teachers", [])}
+    space = others.pop(public_name(teacher), {"model": public_name(teacher), "revision": None})
+    space["licence"] = model_licence(teacher, teacher_revision)
+    space["revision"] = teacher_revision or space["revision"]
+    adapted = {
+        "student": public_name(student),
+        "teacher": space["model"],
+        "sources": [public_name(source) for source in sources],
+        "documents": documents,
+        "held_out": held_out,
+        "chosen": chosen,
+        "projections": {str(width): kind for width, kind in (projections or {}).items()},
+        "scores": [dict(row) for row in scores],
+    }
+    return {**facts, "name": name, "teachers": [space, *others.values()], "adapted": adapted}
 
 
 def model_licence(name: str, revision: str | None = None) -> str:
@@ -202,7 +257,8 @@ def render_card(
         **(_training_facts(facts) if facts.get("stages") else {}),
         licence=derived_licence(facts),
         base_licence=facts.get("licence", UNKNOWN_LICENCE),
-        torch_weights=not names or "model.safetensors" in names,
+        torch_weights=not names or any(name.endswith(".safetensors") for name in names),
+        adapted=_adapted(facts["adapted"]) if "adapted" in facts else None,
         onnx=facts.get("onnx"),
         speed=(facts.get("encoding") or {}).get("student_texts_per_s"),
         device=facts.get("device") or "the machine of the run",
@@ -213,6 +269,21 @@ def render_card(
         transductive=facts.get("transductive", []),
     )
     return card.content + "\n"
+
+
+def _adapted(adapted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template's variables for the section on the adaptation."""
+    columns = list(dict.fromkeys(key for row in adapted.get("scores", []) for key in row))
+    return {
+        "teacher": "the teacher",
+        **adapted,
+        "columns": columns,
+        "scores": [[_cell(row.get(column)) for column in columns] for row in adapted.get("scores", [])],
+    }
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _score_row(row: Mapping[str, Any], metrics: Sequence[str]) -> list[Any]:
@@ -264,7 +335,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "student_name": public_name(student["model"]),
         "layers": {int: f"its first {layers} layers", list: f"its layers {layers}"}.get(type(layers), "all layers"),
-        "max_length": student["max_length"],
+        "max_length": facts.get("adapted", {}).get("trained_length") or student["max_length"],
         "texts": f"{texts:,} texts" if texts else "texts",
         "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
         "seed": facts.get("seed"),

@@ -46,7 +46,7 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
     """
     stages = _stages(steps)
     colours = {part: PART_COLOURS[place % len(PART_COLOURS)] for place, part in enumerate(LOGGED_LOSSES)}
-    figure, axes = _figure(1, 2, (10, 4))
+    figure, axes = new_figure(1, 2, (10, 4))
     upper, lower = axes
     window = round(SMOOTH_FRACTION * len(steps)) | 1  # odd
     for _, lines in stages:
@@ -61,8 +61,8 @@ def plot_losses(steps: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
         axis.set_yscale("log")
         _plain_log_ticks(axis)
         _mark_stages(axis, stages)
-    _shared_legend(figure, [lower])
-    _save(figure, file)
+    shared_legend(figure, [lower])
+    save_figure(figure, file)
 
 
 def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -90,9 +90,9 @@ def plot_widths(results: Mapping[str, Any], file: IO[bytes]) -> None:
         axis.minorticks_off()
         axis.set_xlabel("embedding width")
         axis.set_ylabel(f"{evalset['metric']}, %")
-        axis.set_title(_shown(evalset["name"]), loc="left", fontsize=11)
-    _shared_legend(figure, axes[: len(sets)])
-    _save(figure, file)
+        axis.set_title(shown_name(evalset["name"]), loc="left", fontsize=11)
+    shared_legend(figure, axes[: len(sets)])
+    save_figure(figure, file)
 
 
 def plot_label_free(label_free: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -102,7 +102,7 @@ def plot_label_free(label_free: Mapping[str, Any], file: IO[bytes]) -> None:
         label_free: field ``label_free`` of results.json, with rows.
         file: binary file for the PNG.
     """
-    figure, (axis,) = _figure(1, 1, (5.5, 3.6))
+    figure, (axis,) = new_figure(1, 1, (5.5, 3.6))
     rows = [row for row in label_free["rows"] if "overlap" in row and "precision" not in row]
     for model, style in ((STUDENT, "o-"), *FLOOR_STYLES, (BEFORE, "D")):
         if points := [row for row in rows if row["model"] == model]:
@@ -119,8 +119,8 @@ def plot_label_free(label_free: Mapping[str, Any], file: IO[bytes]) -> None:
     axis.set_xlabel("embedding width")
     axis.set_ylabel("neighbours shared with the teacher, %")
     axis.set_title(f"{label_free['documents']} held-out documents", loc="left", fontsize=11)
-    _shared_legend(figure, [axis])
-    _save(figure, file)
+    shared_legend(figure, [axis])
+    save_figure(figure, file)
 
 
 def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -131,7 +131,7 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
         file: binary file for the PNG.
     """
     sets = results["sets"]
-    figure, (axis,) = _figure(1, 1, (max(5.5, 1.6 * len(sets) + 1.5), 4))
+    figure, (axis,) = new_figure(1, 1, (max(5.5, 1.6 * len(sets) + 1.5), 4))
     models = [m for m in (BEFORE, STUDENT, TEACHER) if any(row["model"] == m for row in results["rows"])]
     thickness = 0.8 / len(models)
     for position, model in enumerate(models):
@@ -141,18 +141,22 @@ def plot_sets(results: Mapping[str, Any], file: IO[bytes]) -> None:
         bars = axis.bar(places, heights, 0.94 * thickness, color=COLOURS[model], label=label)
         texts = ["" if math.isnan(height) else f"{height:.1f}" for height in heights]
         axis.bar_label(bars, texts, fontsize=8, padding=2)
-    axis.set_xticks(range(len(sets)), [f"{_shown(s['name'])}\n{s['metric']}" for s in sets], fontsize=9)
+    axis.set_xticks(range(len(sets)), [f"{shown_name(s['name'])}\n{s['metric']}" for s in sets], fontsize=9)
     axis.tick_params(axis="x", length=0)
     margin = max(0.5, 1.2 - 0.3 * len(sets))  # keeps the bars of a single set from filling the plot
     axis.set_xlim(-margin, len(sets) - 1 + margin)
     axis.set_ylabel("score, %")
     axis.set_title("full width", loc="left", fontsize=11)
-    _shared_legend(figure, [axis])
-    _save(figure, file)
+    shared_legend(figure, [axis])
+    save_figure(figure, file)
 
 
-def _shown(name: str) -> str:
-    """Escape a user's name for matplotlib: no formulas, and no lone surrogates."""
+def shown_name(name: str) -> str:
+    """Escape a user's name for matplotlib: no formulas, and no lone surrogates.
+
+    Args:
+        name: name of a set or model.
+    """
     return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -221,8 +225,17 @@ def _widest(results: Mapping[str, Any], model: str, key: str) -> float:
     return points[-1][1] if points else math.nan
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Create a figure without a window or global state, which pyplot would keep."""
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Create a figure without a window or global state, which pyplot would keep.
+
+    Args:
+        rows: rows of panels.
+        columns: columns of panels.
+        size: width and height in inches.
+
+    Returns:
+        The figure and its panels, row by row.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -239,13 +252,19 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 def _grid(panels: int) -> tuple[Figure, list[Axes]]:
     columns = min(PANELS_PER_ROW, panels)
     rows = math.ceil(panels / columns)
-    figure, axes = _figure(rows, columns, (max(5.0, 3.6 * columns), 3.3 * rows + 0.6))
+    figure, axes = new_figure(rows, columns, (max(5.0, 3.6 * columns), 3.3 * rows + 0.6))
     for axis in axes[panels:]:
         axis.set_visible(False)
     return figure, axes
 
 
-def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Draw one legend below the panels, with each label once.
+
+    Args:
+        figure: figure from :func:`new_figure`.
+        axes: its panels with labelled lines.
+    """
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -257,5 +276,11 @@ def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
         )
 
 
-def _save(figure: Figure, file: IO[bytes]) -> None:
+def save_figure(figure: Figure, file: IO[bytes]) -> None:
+    """Write a figure as a PNG.
+
+    Args:
+        figure: the figure.
+        file: binary file.
+    """
     figure.savefig(file, format="png", dpi=DPI)

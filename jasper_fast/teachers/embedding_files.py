@@ -46,7 +46,7 @@ class EmbeddingFile(NamedTuple):
     file: Path
     vectors: np.ndarray  # (rows, width) float, memory-mapped
     keys: Keys | None  # None: the file has no column ``digest`` or ``text``
-    ids: list[Any] | None = None  # None: the file has these columns, or no column ``id``
+    ids: list[Any] | None = None  # None: the file has no column ``id``, or it has keys, which are used instead
 
 
 class Batch(NamedTuple):
@@ -65,20 +65,22 @@ def embedding_paths(name: str) -> list[Path]:
     return [path] if path.is_file() and path.name.lower().endswith(SUFFIXES) else []
 
 
-def open_embedding_file(file: Path, scratch: Path | None = None) -> EmbeddingFile:
+def open_embedding_file(file: Path, scratch: Path | None = None, *, of_index: bool = False) -> EmbeddingFile:
     """Open a file of embeddings.
 
     Args:
         file: .npy file with floats of shape (rows, width), or .parquet or .jsonl file (compressed or not) with one
             column of lists of floats. With several such columns, one is called ``vector`` or ``embedding``.
         scratch: folder for the temporary copy of a .parquet or .jsonl file. None is the system's temporary folder.
+        of_index: the rows are those of an existing index. They may then be whole numbers, which are codes of quantized
+            embeddings, and ids are kept next to texts.
 
     Raises:
         JasperError: the file cannot be read or has another format, a row has another width, or a key is missing.
     """
     if file.suffix.lower() == ".npy":
-        return EmbeddingFile(file, _open_npy(file), None)
-    return _copy(file, _batches(file), scratch)
+        return EmbeddingFile(file, _open_npy(file, "fiu" if of_index else "f"), None)
+    return _copy(file, _batches(file, of_index), scratch, of_index)
 
 
 def texts_of(file: Path) -> Iterator[str]:
@@ -88,18 +90,18 @@ def texts_of(file: Path) -> Iterator[str]:
             yield from batch.columns.get("text", ())
 
 
-def _batches(file: Path) -> Iterator[Batch]:
-    return _parquet_batches(file) if file.suffix.lower() == ".parquet" else _jsonl_batches(file)
+def _batches(file: Path, codes: bool = False) -> Iterator[Batch]:
+    return _parquet_batches(file, codes) if file.suffix.lower() == ".parquet" else _jsonl_batches(file)
 
 
-def _open_npy(file: Path) -> np.ndarray:
+def _open_npy(file: Path, kinds: str) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
         raise JasperError(f"{file}: not a readable .npy file ({error}). Fix: write it with numpy.save") from error
     if not isinstance(array, np.ndarray):
         raise JasperError(f"{file}: holds an .npz archive (expected one array). Fix: write it with numpy.save")
-    if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+    if array.ndim != 2 or array.dtype.kind not in kinds or 0 in array.shape:
         raise JasperError(
             f"{file}: unusable array (got {array.dtype} {array.shape}, expected floats of shape (texts, width)). "
             "Fix: save floats, one row per text"
@@ -107,7 +109,7 @@ def _open_npy(file: Path) -> np.ndarray:
     return array
 
 
-def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> EmbeddingFile:
+def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None, keep_ids: bool) -> EmbeddingFile:
     """Copy the embeddings of all batches to an unnamed temporary file and map it."""
     keys: list[Keys] = []
     ids: list[Any] = []
@@ -121,7 +123,7 @@ def _copy(file: Path, batches: Iterator[Batch], scratch: Path | None) -> Embeddi
                 width, dtype = batch.vectors.shape[1], batch.vectors.dtype
             copy.write(batch.vectors.astype(dtype, copy=False).tobytes())
             keys += _keys(batch, rows)
-            if not keys:
+            if keep_ids or not keys:
                 ids += batch.columns.get("id", ())
             rows += len(batch.vectors)
         if not rows or not width:
@@ -187,7 +189,7 @@ def _check(values: list[Any], form: str, column: str, expected: str, place: Call
             )
 
 
-def _parquet_batches(file: Path) -> Iterator[Batch]:
+def _parquet_batches(file: Path, codes: bool) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,9 +197,7 @@ def _parquet_batches(file: Path) -> Iterator[Batch]:
         with pq.ParquetFile(file, memory_map=True) as parquet:
             schema = parquet.schema_arrow
             described = ", ".join(f"{field.name} ({field.type})" for field in schema)
-            name = _embedding_column(
-                [field.name for field in schema if _is_embedding_type(field.type)], file, described
-            )
+            name = _embedding_column(_embedding_names(schema, codes), file, described)
             if len(set(schema.names)) < len(schema.names):
                 raise JasperError(f"{file}: two columns have the same name ({described}). Fix: rename one of them")
             keys = [key for key in KEY_COLUMNS if key in schema.names]
@@ -232,12 +232,17 @@ def _to_matrix(column: Any, width: int, place: Callable[[int], str]) -> np.ndarr
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
-def _is_embedding_type(kind: Any) -> bool:
-    """Return True for an Arrow type of lists of floats."""
+def _embedding_names(schema: Any, codes: bool) -> list[str]:
+    """Return the columns with lists of floats. Without any, those with lists of whole numbers, if codes are allowed."""
     from pyarrow import types
 
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return is_list and types.is_floating(kind.value_type)
+    lists = [
+        (field.name, field.type.value_type)
+        for field in schema
+        if types.is_list(field.type) or types.is_large_list(field.type) or types.is_fixed_size_list(field.type)
+    ]
+    floats = [name for name, kind in lists if types.is_floating(kind)]
+    return floats or [name for name, kind in lists if codes and types.is_integer(kind)]
 
 
 def _jsonl_batches(file: Path) -> Iterator[Batch]:

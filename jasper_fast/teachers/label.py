@@ -48,6 +48,7 @@ def ensure_teachers(
     shard_rows: int = SHARD_ROWS,
     student: Student | None = None,
     alone: bool = False,
+    called: str = "teacher",
 ) -> TeacherEmbeddings:
     """Return the teacher embeddings of these texts, and compute missing or damaged shards.
 
@@ -60,6 +61,7 @@ def ensure_teachers(
         shard_rows: texts per shard.
         student: untrained student for the row-order check of embeddings without keys. None builds it when needed.
         alone: True if this process computes all shards, and the other processes of the run do not call this.
+        called: what messages call the models.
 
     Raises:
         JasperError: a teacher, file, width or cache cannot be used, or the disk is too small. Precomputed embeddings
@@ -75,8 +77,8 @@ def ensure_teachers(
     opened = open_all(config, caches, texts, worker, student, log)
     meet()  # no process encodes before all have checked every teacher
     for teacher, cache in zip(config.teachers, caches, strict=True):
-        _fill(config, teacher, cache, texts, worker, opened.pop(cache.fingerprint, None), log)
-        _log_finished(cache, log)
+        _fill(config, teacher, cache, texts, worker, opened.pop(cache.fingerprint, None), log, called)
+        _log_finished(cache, log, called)
     return reduce_to_head(config, caches, texts, student, log)
 
 
@@ -208,13 +210,14 @@ def _fill(
     worker: Worker,
     opened: OpenTeacher | None,
     log: Log,
+    called: str,
 ) -> None:
     """Compute this process's missing shards, then wait for the other processes. Rank 0 finishes the cache."""
     with _locked(cache, worker):
         missing = [shard for shard in assigned_shards(cache, worker) if not cache.has(shard)]
         if missing:
             cache.begin()
-            _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, log)
+            _compute(opened or open_teacher(config, teacher, cache), cache, texts, missing, log, called)
     if worker[0] == 0:
         _wait(cache, lambda: all(cache.has(shard) for shard in range(cache.shards)))
         with locked(cache.folder.with_name(f"{cache.folder.name}-finish")):  # two runs may fill the same cache
@@ -224,7 +227,7 @@ def _fill(
         _wait(cache, lambda: cache.complete)
 
 
-def _log_finished(cache: TeacherCache, log: Log) -> None:
+def _log_finished(cache: TeacherCache, log: Log, called: str) -> None:
     header = cache.header
     error = header["cosine_distance_of_storing"]
     cost = ""
@@ -233,7 +236,7 @@ def _log_finished(cache: TeacherCache, log: Log) -> None:
             f". Storing {cache.identity['dtype']} costs a cosine distance of {error['mean']:.1e} "
             f"(largest {error['max']:.1e})"
         )
-    log(f"teacher {cache.name}: {cache.rows:,} embeddings of width {header['width']} are ready{cost}")
+    log(f"{called} {cache.name}: {cache.rows:,} embeddings of width {header['width']} are ready{cost}")
 
 
 def _locked(cache: TeacherCache, worker: Worker) -> AbstractContextManager[None]:
@@ -242,18 +245,20 @@ def _locked(cache: TeacherCache, worker: Worker) -> AbstractContextManager[None]
     return locked(cache.folder.with_name(f"{cache.folder.name}-{rank}-of-{world}"))
 
 
-def _compute(teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing: list[int], log: Log) -> None:
+def _compute(
+    teacher: OpenTeacher, cache: TeacherCache, texts: Dataset, missing: list[int], log: Log, called: str
+) -> None:
     """Compute and publish the missing shards, one after the other."""
     from tqdm import tqdm
 
     remaining = sum(stop - start for start, stop in map(cache.span, missing))
     if remaining < cache.rows and cache.has(0):
-        log(f"teacher {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing")
+        log(f"{called} {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing")
     if teacher.note is not None:
-        log(f"teacher {cache.name}: {teacher.note}")
+        log(f"{called} {cache.name}: {teacher.note}")
     lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
     if len(lenders):
-        log(f"teacher {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
+        log(f"{called} {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
     seconds = 0.1 if sys.stderr.isatty() else FILE_SECONDS
     options: dict[str, Any] = {"disable": log is _silent, "smoothing": 0.05, "mininterval": seconds}
     with tqdm(desc=cache.name, total=remaining, unit=" texts", **options) as bar:

@@ -148,7 +148,7 @@ def reduce_to_head(
 ) -> TeacherEmbeddings:
     """Return the embeddings of complete caches, reduced to the widest head if a loss needs that.
 
-    A student whose heads start as the identity gets targets that are rotated towards its untrained embeddings.
+    A student whose heads do not start at random gets targets that are rotated towards its untrained embeddings.
 
     Args:
         config: configuration of the run.
@@ -163,7 +163,7 @@ def reduce_to_head(
     width = reduced_width(config, full.widths)
     if width is None:
         return full
-    aligned = config.student.head_init == "identity"
+    aligned = config.student.head_init != "random"
 
     def start(rows: np.ndarray) -> np.ndarray:
         model, sampled = student or build_student(config), texts[rows.tolist()]

@@ -17,6 +17,7 @@ from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.hub import model_revision
 from jasper_fast.models.lengths import fraction_longer, percent
+from jasper_fast.models.sentence_transformer import transformers_of
 from jasper_fast.text_index.files import check_replace, model_location, text_table, weights, write
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
@@ -51,7 +52,8 @@ def build(
         out: folder to write.
         width: width of the embeddings. None takes the model's widest.
         dtype: storage dtype of the embeddings, as in ``FlatIPIndex``.
-        max_length: maximum number of tokens per text. None keeps the model's limit.
+        max_length: maximum number of tokens per text. None keeps the model's limit. In an asymmetric model, questions
+            keep the limit of their encoder.
         total: number of texts for the progress bar. None shows no total.
         pictures: treat the texts as paths of images. The model must have a vision tower. Words find the images.
         trust_remote_code: allow code that the model brings to run.
@@ -96,17 +98,18 @@ def long_texts(model: SentenceTransformer, texts: list[str]) -> str | None:
     """Count the texts that a model does not read to their end, among at most 2,000 evenly spaced ones.
 
     Args:
-        model: model with a tokenizer and a limit of tokens. Others give None.
+        model: model with a tokenizer and a limit of tokens for documents. Others give None.
         texts: the documents.
 
     Returns:
         a line such as "13 % of 1,999 texts are longer than 256 tokens, and the rest of these is not read", or None.
     """
-    limit, tokenizer = getattr(model, "max_seq_length", None), getattr(model, "tokenizer", None)
-    if limit is None or not callable(tokenizer):
+    reader = next(transformers_of(model, "document"), None)
+    if reader is None or reader.tokenizer is None or reader.max_seq_length is None:
         return None
+    limit = reader.max_seq_length
     sample = texts[:: -(-len(texts) // SAMPLE)]
-    longer = fraction_longer(sample, tokenizer, limit)
+    longer = fraction_longer(sample, reader.tokenizer, limit)
     if not longer:
         return None
     of = f"{len(texts):,} texts" if len(sample) == len(texts) else f"a sample of {len(sample):,} texts"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_fast.data.document_ids import DocumentId
 from jasper_fast.mips import FlatIPIndex
-from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.models.folder import MIGRATION_FILE, read_json
+from jasper_fast.models.hub import adapted_form, model_revision, resolve_model
 from jasper_fast.utils.arrow_files import read_mapped, stream_bytes
 from jasper_fast.utils.errors import JasperError
 
@@ -120,7 +121,10 @@ def model_location(model: str, out: Path) -> dict[str, str | None]:
     """Return the settings that say where the model is: its path, and for a local one that from the index's folder."""
     if not Path(model).exists():
         return {"model": model, "model_from_index": None}
-    there = Path(model).resolve()
+    there = Path(model)
+    if form := adapted_form(there):  # the form, because the folder may gain another one
+        there /= form
+    there = there.resolve()
     return {"model": str(there), "model_from_index": os.path.relpath(there, out.resolve())}
 
 
@@ -131,14 +135,29 @@ def find_model(settings: dict[str, Any], path: Path) -> str:
     return os.path.normpath(path.resolve() / near) if moved else settings["model"]
 
 
-def check_model(model: str, path: Path, settings: dict[str, Any]) -> None:
+def check_model(model: str, path: Path, settings: dict[str, Any], *, migrated: bool = False) -> None:
     """Check that a model built an index.
+
+    Args:
+        model: the model.
+        path: folder of the index.
+        settings: settings of the index.
+        migrated: allow a model whose questions were mapped into an index of the same model.
 
     Raises:
         JasperError: it is another model.
     """
+    if migrated and is_migrated(model, settings):
+        return
     if model_revision(weights(model)) != settings["revision"]:
-        raise JasperError(f"{model}: not the model that {path} was built with. Fix: build the index again")
+        fix = "build the index again, or map the model into it with `jasper-fast adapt --into`"
+        raise JasperError(f"{model}: not the model that {path} was built with. Fix: {fix}")
+
+
+def is_migrated(model: str, settings: dict[str, Any]) -> bool:
+    """Return whether a model's questions were mapped into an index of the model that built this one."""
+    file = Path(weights(model)) / MIGRATION_FILE
+    return file.is_file() and read_json(file)["index_model"] == settings["revision"]
 
 
 def weights(model: str) -> str:

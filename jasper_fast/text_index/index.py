@@ -11,7 +11,7 @@ import numpy as np
 from jasper_fast.data.document_ids import DocumentId
 from jasper_fast.data.rows import check_text
 from jasper_fast.models.embedder import load_model, model_encoder
-from jasper_fast.text_index.files import check_model, find_model, open_index
+from jasper_fast.text_index.files import check_model, find_model, is_migrated, open_index
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TextIndex:
 
     Args:
         path: folder that ``build`` wrote.
-        model: current location of the model. None looks next to the index as at the build, and then
-            at the place of the build.
+        model: current location of the model, or a model that was mapped into the index. None looks next to the index
+            as at the build, and then at the place of the build.
         verify: compare the files' checksums, and check that the model built the index.
         trust_remote_code: allow code that the model brings to run.
 
@@ -49,8 +49,9 @@ class TextIndex:
         self.texts = table.column("text")
         self.ids = table.column("id") if "id" in table.column_names else None
         if verify:
-            check_model(name, path, settings)
-        loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
+            check_model(name, path, settings, migrated=True)
+        length = None if is_migrated(name, settings) else settings["max_length"]
+        loaded = load_model(name, length, trust_remote_code=trust_remote_code)
         self._encode = model_encoder(loaded, [self.width])
 
     def __len__(self) -> int:

@@ -20,7 +20,8 @@ from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.onnx import _onnx_difference, export_onnx
 from jasper_fast.exporting.parity import check_export
 from jasper_fast.exporting.student import export_student
-from jasper_fast.models.folder import load_student, routes_of
+from jasper_fast.models.folder import load_student
+from jasper_fast.models.heads import routes_of
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 

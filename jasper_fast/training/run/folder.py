@@ -154,6 +154,21 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
             + "\n  - ".join(difference)
             + "\nFix: use the old one to resume, or --out DIR for a new run"
         )
+    with hold_folder(path):
+        write_atomic(path / CONFIG, dump_config(config))
+        yield RunFolder(path)
+
+
+@contextmanager
+def hold_folder(path: Path) -> Iterator[None]:
+    """Lock a folder for this process, and delete what a killed process left unpublished in it.
+
+    Args:
+        path: the folder, which is made if it is missing.
+
+    Raises:
+        JasperError: another process has the lock, or the folder cannot be written.
+    """
     try:
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -166,8 +181,7 @@ def open_run(path: Path, config: Config) -> Iterator[RunFolder]:
         ) from error
     try:
         sweep_unfinished(path)
-        write_atomic(path / CONFIG, dump_config(config))
-        yield RunFolder(path)
+        yield
     finally:
         with suppress(OSError):  # before it is released, so that `_lock` sees that the file is gone
             (path / LOCK).unlink()

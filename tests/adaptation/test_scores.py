@@ -1,0 +1,165 @@
+"""The table of scores without labels, its differences and the recommendation."""
+
+import numpy as np
+import pytest
+
+from jasper_fast.adaptation.choose import HeldOutVectors
+from jasper_fast.adaptation.scores import difference, fractions_of, label_free_table, recommendation
+from jasper_fast.fitting.agreement import agreement, mean_error
+
+WIDTH, DOCUMENTS, QUESTIONS = 16, 200, 80
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def space(noise=0.05, documents=DOCUMENTS, questions=QUESTIONS, answers=True, fade=0.8):
+    """Documents whose later coordinates are smaller, and a student that is a rotated and noisy teacher."""
+    random = np.random.default_rng(0)
+    scale = fade ** np.arange(WIDTH)
+    known = unit(random.standard_normal((documents, WIDTH)) * scale)
+    own = np.arange(questions) % documents
+    asked = unit(known[own] + 0.2 * random.standard_normal((questions, WIDTH)) * scale)
+    rotation = np.linalg.qr(random.standard_normal((WIDTH, WIDTH)))[0]
+    student = [unit((rows + noise * random.standard_normal(rows.shape)) @ rotation) for rows in (asked, known)]
+    held = HeldOutVectors(student[0], asked, student[1], known, own if answers else None)
+    return held, rotation.T
+
+
+def table(held, back, widths=(8, 4), forms=("symmetric", "asymmetric"), **others):
+    projections = {form: {width: np.eye(WIDTH)[:, :width] for width in widths} for form in forms}
+    return label_free_table(held, {form: back for form in forms}, projections, **others)
+
+
+def row(scores, model, form, width):
+    (found,) = (r for r in scores["rows"] if (r["model"], r["form"], r["width"]) == (model, form, width))
+    return found
+
+
+def test_rows_are_the_agreement_of_each_model():
+    held, back = space()
+    scores = table(held, back, start=np.eye(WIDTH))
+    questions, documents = unit(held.student_questions @ back), unit(held.corpus_student @ back)
+    models = {
+        ("student", "symmetric", 16): (questions, documents),
+        ("student", "asymmetric", 16): (questions, held.corpus_teacher),
+        ("student", "symmetric", 4): (unit(questions[:, :4]), unit(documents[:, :4])),
+        ("student", "asymmetric", 4): (unit(questions[:, :4]), unit(held.corpus_teacher[:, :4])),
+        ("student before", "symmetric", 16): (held.student_questions, held.corpus_student),
+        ("student before", "asymmetric", 16): (held.student_questions, held.corpus_teacher),
+        ("teacher", "teacher", 16): (held.teacher_questions, held.corpus_teacher),
+    }
+    teacher = row(scores, "teacher", "teacher", 16)
+    for key, (asked, known) in models.items():
+        expected = agreement(asked, known, held.teacher_questions, held.corpus_teacher, held.answers)
+        got = row(scores, *key)
+        assert got["overlap"] == pytest.approx(expected.overlap.mean(), abs=0.005)
+        assert got["overlap_error"] == pytest.approx(mean_error(expected.overlap), abs=0.005)
+        assert got["ndcg"] == pytest.approx(expected.ndcg.mean(), abs=0.005)
+        assert got["answer_ndcg"] == pytest.approx(expected.answer_ndcg.mean(), abs=0.005)
+        assert got["kept"] == pytest.approx(got["answer_ndcg"] / teacher["answer_ndcg"])
+        assert got["bytes"] == 4 * got["width"]
+    assert teacher["overlap"] == teacher["kept"] == 1 and teacher["kept_error"] == 0
+    assert (scores["chance"], scores["quality"]) == (0.05, "kept")
+    assert {(r["model"], r["width"]) for r in scores["rows"] if "PCA" in r["model"]} == {
+        (model, width) for model in ("teacher PCA", "student PCA") for width in (8, 4)
+    }
+    # The unadapted student's own axes keep most where it is nearly the teacher.
+    assert row(scores, "student PCA", "symmetric", 8)["overlap"] > row(scores, "student PCA", "symmetric", 4)["overlap"]
+
+
+def test_differences_are_paired_over_questions():
+    held, back = space()
+    scores = table(held, back, start=np.eye(WIDTH))
+    for form in ("symmetric", "asymmetric"):
+        full, narrow = (row(scores, "student", form, width)["kept"] for width in (16, 4))
+        gain, error = difference(scores, form, 4, "full width")
+        assert gain == pytest.approx(narrow - full) and 0 < error < 0.1
+        before = row(scores, "student before", form, 16)["kept"]
+        assert difference(scores, form, 16, "student before")[0] == pytest.approx(full - before)
+        own = row(scores, "student PCA", "symmetric", 4)["kept"]
+        assert difference(scores, form, 4, "student PCA")[0] == pytest.approx(narrow - own)
+    both = [row(scores, "student", form, 8)["kept"] for form in ("asymmetric", "symmetric")]
+    assert difference(scores, "asymmetric", 8, "symmetric")[0] == pytest.approx(both[0] - both[1])
+    assert difference(scores, "symmetric", 16, "student before training") is None
+
+
+def test_training_is_compared_with_the_student_before_it():
+    held, back = space()
+    noise = np.random.default_rng(3).standard_normal((2, DOCUMENTS, WIDTH))
+    earlier = unit(held.student_questions + 0.3 * noise[0, :QUESTIONS]), unit(held.corpus_student + 0.3 * noise[1])
+    scores = table(held, back, earlier=earlier)
+    gain, error = difference(scores, "symmetric", 16, "student before training")
+    untrained = row(scores, "student before training", "symmetric", 16)["kept"]
+    assert gain == pytest.approx(row(scores, "student", "symmetric", 16)["kept"] - untrained)
+    assert gain > 2 * error > 0
+
+
+def test_without_documents_of_questions_ndcg_is_the_quality():
+    held, back = space(answers=False)
+    scores = table(held, back, forms=("symmetric",))
+    assert scores["quality"] == "ndcg" and scores["answers"] is False
+    assert not any("kept" in r or "answer_ndcg" in r for r in scores["rows"])
+    full, narrow = (row(scores, "student", "symmetric", width)["ndcg"] for width in (16, 4))
+    assert difference(scores, "symmetric", 4, "full width")[0] == pytest.approx(narrow - full)
+
+
+def test_fractions_have_the_mean_and_the_error_of_the_ratio():
+    random = np.random.default_rng(0)
+    teacher = random.random(400)
+    values = 0.9 * teacher + 0.1 * random.random(400)
+    kept = fractions_of(values, teacher)
+    assert kept.mean() == pytest.approx(values.mean() / teacher.mean())
+    draws = [random.integers(0, 400, 400) for _ in range(2000)]
+    bootstrap = np.std([values[draw].mean() / teacher[draw].mean() for draw in draws])
+    assert mean_error(kept) == pytest.approx(bootstrap, rel=0.1)
+    np.testing.assert_allclose(fractions_of(0.5 * teacher, teacher), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [({"documents": 20}, "got 20, expected at least 21"), ({"questions": 9}, "got 9, expected at least 10")],
+)
+def test_few_documents_or_questions_give_a_reason_instead_of_numbers(sizes, reason):
+    scores = table(*space(**sizes))
+    assert "rows" not in scores and reason in scores["missing"]
+    assert recommendation(scores).startswith("No recommendation: too few")
+
+
+def made(symmetric, asymmetric=None, error=0.005):
+    """A table with the given qualities by width."""
+    rows, differences = [], []
+    for form, by_width in (("symmetric", symmetric), ("asymmetric", asymmetric or {})):
+        for width, kept in by_width.items():
+            one = {"model": "student", "form": form, "width": width, "bytes": 4 * width}
+            rows.append(one | {"kept": kept, "kept_error": 0.008})
+            to = {"full width": by_width[max(by_width)]} if width < max(by_width) else {}
+            to |= {"symmetric": symmetric[width]} if form == "asymmetric" else {}
+            entry = {"form": form, "width": width, "error": error}
+            differences += [entry | {"to": name, "difference": kept - other} for name, other in to.items()]
+    return {"quality": "kept", "depth": 10, "rows": rows, "differences": differences}
+
+
+def test_the_narrowest_width_within_a_twentieth_is_recommended():
+    text = recommendation(made({384: 0.97, 128: 0.95, 64: 0.90, 32: 0.8}))
+    assert text == (
+        "Use symmetric at width 128 (512 bytes a document): it keeps 95.0 ± 0.8 % of the teacher's nDCG@10; "
+        "width 64 loses 7.0 ± 0.5 points against width 384."
+    )
+    assert recommendation(made({384: 0.97, 128: 0.8})).startswith("Use symmetric at width 384 (1,536 bytes")
+
+
+def test_the_teachers_index_is_recommended_only_if_it_is_measurably_better():
+    speed = {"student": {"documents_per_s": 22.0}, "teacher": {"documents_per_s": 11.0}}
+    better = recommendation(made({384: 0.95}, {384: 0.98}), speed)
+    assert better.startswith("Use asymmetric") and "gain +3.0 ± 0.5 points over symmetric" in better
+    assert "new documents need the teacher, which encodes 11 a second here" in better
+    unclear = recommendation(made({384: 0.95}, {384: 0.955}), speed)
+    assert unclear.startswith("Use symmetric") and "gain nothing measurable" in unclear
+    assert "11 a second" not in unclear
+    assert "lose 3.0 ± 0.5 points" in recommendation(made({384: 0.95}, {384: 0.92}))
+
+
+def test_a_loss_within_the_error_is_not_claimed():
+    assert "loses" not in recommendation(made({384: 0.97, 128: 0.91}, error=0.05))
