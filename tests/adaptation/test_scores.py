@@ -78,11 +78,19 @@ def test_rows_are_the_agreement_of_each_model():
 def test_only_the_adapted_student_has_an_expected_fraction():
     held, back = space()
     scores = table(held, back)
-    full, narrow = (row(scores, "student", "symmetric", width) for width in (16, 4))
-    assert full["expected"] == pytest.approx(1 - 0.1 * (1 - full["overlap"]))
-    assert narrow["expected"] == pytest.approx(full["expected"] * narrow["overlap"] / full["overlap"])
+    cut = agreement(
+        unit(held.teacher_questions[:, :4]),
+        unit(held.corpus_teacher[:, :4]),
+        held.teacher_questions,
+        held.corpus_teacher,
+    ).ndcg.mean()
+    for form in ("symmetric", "asymmetric"):
+        full, narrow = (row(scores, "student", form, width) for width in (16, 4))
+        assert full["expected"] == pytest.approx(1 - 0.1 * (1 - full["overlap"]))
+        assert narrow["teacher_ndcg"] == pytest.approx(cut, abs=0.005) and "teacher_ndcg" not in full
+        assert narrow["expected"] == pytest.approx(full["expected"] * narrow["teacher_ndcg"])
     assert {r["model"] for r in scores["rows"] if "expected" in r} == {"student"}
-    assert expected_fraction(1.0, 1.0) == 1 and expected_fraction(0.0, 0.0) == 0
+    assert expected_fraction(1.0) == 1 and expected_fraction(0.0, 0.5) == 0.45
 
 
 def test_differences_are_paired_over_questions():
@@ -151,7 +159,7 @@ def made(symmetric, asymmetric=None, error=0.005):
         for width, overlap in by_width.items():
             full = by_width[max(by_width)]
             one = {"model": "student", "form": form, "width": width, "bytes": 4 * width, "overlap": overlap}
-            rows.append(one | {"overlap_error": 0.008, "expected": expected_fraction(overlap, full)})
+            rows.append(one | {"overlap_error": 0.008, "expected": 0.93})
             to = {"full width": full} if width < max(by_width) else {}
             to |= {"symmetric": symmetric[width]} if form == "asymmetric" else {}
             entry = {"form": form, "width": width, "error": error}
