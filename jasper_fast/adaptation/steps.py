@@ -170,6 +170,7 @@ def project(
         temperature = SHARP if width <= SHARP_WIDTH else BLUNT
         learned = learned_axes(documents, axes, seconds=SECONDS, temperature=temperature, groups=groups)
         options = {"PCA": axes, "learned": learned}
-        for form, choice in maps.items():
-            chosen[form][width] = choose_projection(held, choice.map, form, options)
+        choice = choose_projection(held, {form: fitted.map for form, fitted in maps.items()}, options)
+        for form in maps:
+            chosen[form][width] = choice
     return chosen

@@ -40,9 +40,9 @@ def results():
     pairs.add(student[1][QUESTIONS:], known[QUESTIONS:])
     maps = choose_maps(candidates(pairs, None, same_space=True), held)
     axes = {width: principal_axes(pairs.target, width) for width in (8, 4)}
-    chosen = {
-        form: {w: choose_projection(held, maps[form].map, form, {"PCA": p}) for w, p in axes.items()} for form in maps
-    }
+    heads = {form: choice.map for form, choice in maps.items()}
+    shared = {width: choose_projection(held, heads, {"PCA": matrix}) for width, matrix in axes.items()}
+    chosen = dict.fromkeys(maps, shared)
     earlier = tuple(unit(rows + 0.3 * random.standard_normal(rows.shape)) for rows in student)
     label_free = label_free_table(
         held, {form: choice.map for form, choice in maps.items()}, {form: axes for form in maps}, earlier=earlier

@@ -124,12 +124,24 @@ def test_too_few_questions_keep_the_default():
 def test_the_better_projection_is_chosen():
     held, _ = held_out(lambda rows: rows)
     useful, useless = np.eye(WIDTH)[:, :12], np.eye(WIDTH)[:, 12:]
-    for form in FORMS:
-        choice = choose_projection(held, np.eye(WIDTH), form, {"PCA": useless, "learned": useful})
+    for forms in (FORMS, FORMS[:1], FORMS[1:]):
+        maps = dict.fromkeys(forms, np.eye(WIDTH))
+        choice = choose_projection(held, maps, {"PCA": useless, "learned": useful})
         assert choice.name == "learned" and choice.map is useful
-        assert choose_projection(held, np.eye(WIDTH), form, {"PCA": useful, "learned": useless}).name == "PCA"
-        alone = choose_projection(held, np.eye(WIDTH), form, {"PCA": useful})
+        assert choose_projection(held, maps, {"PCA": useful, "learned": useless}).name == "PCA"
+        alone = choose_projection(held, maps, {"PCA": useful})
         assert (alone.name, alone.reason) == ("PCA", "the only option")
+
+
+def test_the_overlap_of_a_projection_is_the_mean_of_its_forms():
+    held, pairs = held_out(turned)
+    chosen = choose_maps(candidates(pairs, None, same_space=True), held)
+    maps = {form: choice.map for form, choice in chosen.items()}
+    options = {"first": np.eye(WIDTH)[:, :12], "last": np.eye(WIDTH)[:, 12:]}
+    both = choose_projection(held, maps, options).table
+    alone = [choose_projection(held, {form: head}, options).table for form, head in maps.items()]
+    for row, *rows in zip(both, *alone, strict=True):
+        assert row["overlap"] == pytest.approx(np.mean([r["overlap"] for r in rows]))
 
 
 LENGTHS = [
