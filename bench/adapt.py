@@ -243,7 +243,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the mean and standard deviation over draws of every set, and of the mean over sets, in per cent."""
     keys = dict.fromkeys((row["limit"], row["model"], row["form"], row["width"]) for row in rows)
     sets = [*dict.fromkeys(row["set"] for row in rows)]
-    table = []
+    means = []
     for key in keys:
         chosen = [row for row in rows if (row["limit"], row["model"], row["form"], row["width"]) == key]
         draws = sorted({row["draw"] for row in chosen})
@@ -255,8 +255,31 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if all("overlap" in row for row in chosen):
             line["overlap"] = round(100 * float(np.mean([row["overlap"] for row in chosen])), 1)
             line["label_free_ndcg"] = round(100 * float(np.mean([row["label_free_ndcg"] for row in chosen])), 1)
-        table.append(line)
-    return table
+        means.append(line)
+    return means
+
+
+def table(summary: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> str:
+    """Return the Markdown table of docs/adapt.md: a row for each model, form and number of documents.
+
+    Args:
+        summary: result of :func:`summary`.
+        sets: names of the sets.
+    """
+    titles = {"student before": "not adapted", "adapted": "**adapted**", "teacher PCA": "teacher's axes"}
+    lines = ["| | form | width | mean | " + " | ".join(sets) + " |", "| --- | --- |" + " ---: |" * (2 + len(sets))]
+    for row in summary:
+        if row["model"] not in titles or (row["limit"] and row["model"] != "adapted"):
+            continue
+        title = titles[row["model"]] + (f", {row['limit']} documents" if row["limit"] else "")
+        form = "both sides the teacher" if row["model"] == "teacher PCA" else row["form"]
+        cells = [_cell(*row[name]) for name in ("mean", *sets)]
+        lines.append(f"| {title} | {form} | {row['width']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(mean: float, deviation: float) -> str:
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation else "")
 
 
 def main(argv: list[str]) -> int:
@@ -274,10 +297,9 @@ def main(argv: list[str]) -> int:
     rows = run(
         arguments.student, arguments.sets, arguments.folder, arguments.draws, arguments.widths, [None, arguments.few]
     )
-    table = summary(rows)
-    for line in table:
-        print(json.dumps(line))
+    means = summary(rows)
+    print(table(means, [Path(path).name for path in arguments.sets]))
     if arguments.json:
-        result = {"environment": environment(), "teacher": TEACHER, "summary": table, "rows": rows}
+        result = {"environment": environment(), "teacher": TEACHER, "summary": means, "rows": rows}
         write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
     return 0
