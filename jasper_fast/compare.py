@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         JasperError: a folder has no run, or its files are damaged.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jasper-fast compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, at least two")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")

@@ -111,7 +111,7 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.train",
+        prog="jasper-fast train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes: {', '.join(recipe_names())}",

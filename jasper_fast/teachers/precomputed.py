@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # incremented when the same files would give other embeddings
 MIN_COSINE = 0.999  # minimum cosine of two embeddings of one text that count as equal
-MISSING = "python -m jasper_fast.teach --missing missing.jsonl"
+MISSING = "jasper-fast teach --missing missing.jsonl"
 SOURCE_ORDER = "position in the sources"
 SAMPLE, MAX_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
 CHUNK = 4096  # rows

@@ -495,7 +495,7 @@ def test_two_swapped_files_are_rejected(
     parts[2], parts[6] = parts[6], parts[2]
     save_parts(tmp_path / "v", [f"p{i}.npy" for i in range(10)], np.concatenate(parts))
     config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / "v")}], model=str(tiny_bert)))
-    with pytest.raises(JasperError, match="row order. From p[26].npy row .* do not fit .*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="row order. From p[26].npy row .* do not fit .*--texts texts.jsonl"):
         ensure_teachers(config, genuine(mixed_texts), progress=False)
 
 
@@ -521,7 +521,7 @@ def test_keys_override_the_check_of_the_order(vectors: np.ndarray, texts: Datase
     for name, rejected in (("v.npy", True), ("v.parquet", False)):
         config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / name)}]))
         if rejected:
-            with pytest.raises(JasperError, match="row order.*Fix: add a column `digest` or `text`"):
+            with pytest.raises(JasperError, match="row order.*Fix: save the embeddings as .jsonl or .parquet with a column `digest` or `text`"):
                 ensure_teachers(config, texts, progress=False)
         else:
             assert len(ensure_teachers(config, texts, progress=False)) == ROWS
