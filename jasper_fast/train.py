@@ -34,7 +34,7 @@ from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
 from jasper_fast.utils.atomic import check_output_path
 from jasper_fast.utils.command_line import StoreOnce
-from jasper_fast.utils.errors import run_cli
+from jasper_fast.utils.errors import JasperError, run_cli
 
 __getattr__ = old_names(__name__)
 
@@ -126,6 +126,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
     names = ("config", "out", "print-config", "dry-run", "verbose", "finish", "list", *ALIASES)
+    if options.dry_run and options.finish:
+        raise JasperError(
+            "--dry-run and --finish cannot be used together: a dry run plans training, and --finish trains no more. "
+            "Fix: give one of them"
+        )
     config = load_arguments(options.config, rest, names, options.out)
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
