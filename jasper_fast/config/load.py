@@ -170,7 +170,7 @@ def _resolve(
     tree = _overridden(layers.merged(misnamed, recipe), overrides, problems)
     notes = []
     if removed:
-        notes.append(f"own texts: these values of recipe {layers.recipe} do not apply: {', '.join(removed)}")
+        notes.append(f"your texts replace those of recipe {layers.recipe}, and so their settings: {', '.join(removed)}")
         keep_given_sizes(tree.get("stages"), layers.trees[0]["stages"])
     prefer_minutes(tree.get("stages"), layers.trees[0].get("stages"))
     if removed and len(layers.trees) == 1 and not _sets(overrides, "name"):

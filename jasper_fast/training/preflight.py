@@ -75,7 +75,10 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
 
 def _texts_line(config: Config, prepared: PreparedTexts, student: Student) -> str:
     longest = max(stage.max_length or student.max_length for stage in config.stages)
-    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest))
+    keys = ["stages.*.max_length" if any(stage.max_length for stage in config.stages) else "student.max_length"]
+    if any(teacher.max_length is not None and teacher.max_length <= longest for teacher in config.teachers):
+        keys.append("teachers.*.max_length")
+    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest, keys))
 
 
 def check_stages(config: Config, student: Student, ranks: int) -> None:
@@ -269,7 +272,7 @@ def start(run: Run, student: Student, data: TrainingData) -> None:
     run.config = fit_small_data(run.config, data)
     check_start(run, student, data)
     run.start_trackers()
-    run.print(data.texts_line)
+    run.print("\n".join([data.texts_line, *run.config.notes]))
     if any(teacher.vectors is not None for teacher in run.config.teachers):  # before speeds are measured
         run.ranks.on_main(lambda: check_targets(run.config, data.texts, student, progress=False))
     plan_run(run, student, data)
