@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.stage import StageConfig
+from jasper_fast.evaluation.label_free import MIN_DOCUMENTS
 from jasper_fast.models.lengths import describe_lengths
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
@@ -123,7 +124,7 @@ def check_sources(config: Config) -> None:
 def fit_small_data(config: Config, data: TrainingData) -> Config:
     """Return the configuration with smaller batches for the stages that adapt to few texts (``small_data: adapt``).
 
-    Notes of the configuration say what was changed.
+    Notes of the configuration say what was changed, and if too few documents are held out.
     """
     stages, notes = [], []
     for built in build_stages(config, data):
@@ -133,7 +134,18 @@ def fit_small_data(config: Config, data: TrainingData) -> Config:
             values = ", ".join(f"{key} {getattr(stage, key)} -> {value}" for key, value in changes.items())
             notes.append(f"stage {stage.name!r}: {values}, since there are {available:,} texts")
         stages.append(stage.model_copy(update=changes))
+    notes += _few_held_out(config, data)
     return config.model_copy(update={"stages": stages}).with_notes(notes) if notes else config
+
+
+def _few_held_out(config: Config, data: TrainingData) -> list[str]:
+    """Say that too few documents are held out to score the student without labels, unless none should be."""
+    if data.held_out_texts is None or not config.data.held_out or len(data.held_out_texts) >= MIN_DOCUMENTS:
+        return []
+    return [
+        f"quality without labels will not be measured: {len(data.held_out_texts)} documents are held out, and it needs "
+        f"{MIN_DOCUMENTS}. At most a tenth is held out, so give {10 * MIN_DOCUMENTS} documents or more"
+    ]
 
 
 def _small_data_changes(stage: StageConfig, available: int, widest: int) -> dict[str, Any]:
