@@ -34,7 +34,7 @@ from jasper_fast.training.run.signals import Stopped
 from jasper_fast.training.stages.base import build_stage
 from jasper_fast.utils.atomic import check_output_path
 from jasper_fast.utils.command_line import StoreOnce
-from jasper_fast.utils.errors import JasperError, run_cli
+from jasper_fast.utils.errors import run_cli
 
 __getattr__ = old_names(__name__)
 
@@ -120,17 +120,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
     shown = "print the resolved configuration with a comment for each field, and leave"
     parser.add_argument("--print-config", action="store_true", help=shown)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
-    parser.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
+    once = parser.add_mutually_exclusive_group()  # a dry run plans training, and --finish trains no more
+    once.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    once.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
     parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: name every trained parameter")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)
     names = ("config", "out", "print-config", "dry-run", "verbose", "finish", "list", *ALIASES)
-    if options.dry_run and options.finish:
-        raise JasperError(
-            "--dry-run and --finish cannot be used together: a dry run plans training, and --finish trains no more. "
-            "Fix: give one of them"
-        )
     config = load_arguments(options.config, rest, names, options.out)
     out = Path(options.out) if options.out is not None else Path("runs") / config.name
     if options.list:
