@@ -14,7 +14,7 @@ from jasper_fast.utils.command_line import check_command
 from jasper_fast.utils.errors import JasperError, run_cli
 from jasper_fast.utils.packages import LIGHT_COMMANDS, require_training
 
-PROGRAM = "python -m jasper_fast"
+PROGRAM = "jasper-fast"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def listing() -> str:
     lines = [f"  {name:{widest}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            f"usage: {PROGRAM} COMMAND [arguments]    or: jasper-fast COMMAND [arguments]",
+            f"usage: {PROGRAM} COMMAND [arguments]    or: python -m jasper_fast COMMAND [arguments]",
             "",
             "commands:",
             *lines,

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class ComparedRun:
 
     Args:
         name: the folder as it was given.
-        settings: values of the configuration by dotted key.
+        settings: values of the configuration by dotted key. Those of a finished run have the steps and batch sizes that
+            were taken.
         status: "finished", or how far the run is.
         numbers: scores as fractions, seconds and sizes, by label.
     """
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
         JasperError: a folder has no run, or its files are damaged.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jasper-fast compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, at least two")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -84,11 +86,12 @@ def read_run(folder: Path) -> ComparedRun:
                 "or leave this run out"
             )
     steps = sum(stage.get("steps") or 0 for stage in config.get("stages", []))
-    done = _steps_done(folder / "log.jsonl")
-    status = f"unfinished: {done} of {steps} steps"
+    logged = _step_lines(folder / "log.jsonl")
+    status = f"unfinished: {max(logged, default=0)} of {steps} steps"
     if results is not None:
         early = results.get("finished_early")
         status = f"finished early, after step {early['step']} of {early['steps']}" if early else "finished"
+        config = _as_taken(config, [*logged.values()])
     settings = {key: value for key, value in leaves(dict(config)) if key.split(".")[0] not in NEUTRAL}
     return ComparedRun(str(folder), settings, status, _numbers(results or {}, folder))
 
@@ -189,15 +192,29 @@ def _setting(value: Any) -> str:
     return text if len(text) <= 40 else f"…{text[-39:]}"
 
 
-def _steps_done(log: Path) -> int:
-    """Return the last step of a log, of which a killed run may have cut the last line."""
-    done = 0
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
-        try:
-            done = max(done, json.loads(line).get("step", 0))
-        except (ValueError, AttributeError):
-            continue
-    return done
+def _step_lines(log: Path) -> dict[int, dict[str, Any]]:
+    """Return the lines of a log by step. A killed run may have cut the last line, and a resumed one repeats steps."""
+    lines = dict[int, dict[str, Any]]()
+    for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
+        with suppress(ValueError, AttributeError):
+            line = json.loads(text)
+            if line.get("event") == "step":
+                lines[int(line["step"])] = line
+    return lines
+
+
+def _as_taken(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return a configuration with the steps and batch sizes of the log, which `minutes` and few texts change."""
+    if not any("stage" in line for line in lines):
+        return config
+    stages = []
+    for stage in config.get("stages", []):
+        done = [line for line in lines if line.get("stage") == stage["name"]]
+        taken = {"steps": len(done)}
+        if done and done[0].get("seconds") and done[0].get("texts_per_s"):
+            taken["batch_size"] = round(done[0]["texts_per_s"] * done[0]["seconds"])
+        stages.append({**stage, **taken})
+    return {**config, "stages": stages}
 
 
 def _read(path: Path, parse: Any) -> Any:

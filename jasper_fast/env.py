@@ -77,7 +77,7 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     """Print the report. ``--json`` prints the same facts as one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.env", description=__doc__)
+    parser = argparse.ArgumentParser(prog="jasper-fast env", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     facts = environment()
     print(json.dumps(facts, indent=2) if parser.parse_args(argv).json else describe(facts))

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="jasper-fast evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="run folder, path, name, or package:import_name/folder")
     parser.add_argument("data", nargs="*", help="BEIR folder, similarity TSV, classification folder, or: docstrings")
     parser.add_argument("--teacher", help="model to compare with, in the same forms")

@@ -19,7 +19,7 @@ __getattr__ = old_names(__name__)
 
 def main(argv: list[str]) -> int:
     """Run the command line: export one width, with an ONNX graph if requested."""
-    parser = argparse.ArgumentParser("python -m jasper_fast.export", description=__doc__)
+    parser = argparse.ArgumentParser("jasper-fast export", description=__doc__)
     parser.add_argument("run", help="run folder, or the model folder in it")
     parser.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
     parser.add_argument("--onnx", action="store_true", help="add an ONNX graph and check it with onnxruntime")

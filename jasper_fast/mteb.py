@@ -57,7 +57,7 @@ def load(
     if model_batching(loaded, str(model)) != "padded":
         raise JasperError(
             f"{model}: its embeddings depend on padding, and mteb pads its batches. Fix: evaluate it with "
-            "`python -m jasper_fast.evaluate`, which encodes one length at a time"
+            "`jasper-fast evaluate`, which encodes one length at a time"
         )
     flat = flat_model(loaded, width)
     wrapper = SentenceTransformerEncoderWrapper(flat)

@@ -53,7 +53,7 @@ def _build(args: argparse.Namespace) -> None:
     )  # fmt: skip
     kind = "images" if args.pictures else "texts"
     print(f"{count:,} {kind} in {args.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
-    print(f"  python -m jasper_fast.search ask {args.out}")
+    print(f"  jasper-fast search ask {args.out}")
 
 
 def _add(args: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
         argv: command-line arguments.
     """
     parser = _parser()
-    check_command(argv, ("build", "add", "remove", "ask"), "python -m jasper_fast.search", "ask")
+    check_command(argv, ("build", "add", "remove", "ask"), "jasper-fast search", "ask")
     args = parser.parse_args(argv)
     if getattr(args, "model", None) is not None:
         check_model_argument(args.model, f"search {args.command}")
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.search", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="jasper-fast search", description=(__doc__ or "").splitlines()[0])
     commands: Any = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="encode texts and write their index")
     make.add_argument("model", help="run folder, folder of an adapted model, path, name, or package:import_name/folder")

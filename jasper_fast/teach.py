@@ -34,7 +34,7 @@ __getattr__ = old_names(__name__)
 
 def main(argv: list[str]) -> int:
     """Build the training texts of a configuration and cache the embeddings of all its teachers."""
-    parser = argparse.ArgumentParser(prog="python -m jasper_fast.teach", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="jasper-fast teach", description=main.__doc__)
     parser.add_argument(
         "--config", action=StoreOnce, help="YAML file or name of a recipe (default: the embedded recipe)"
     )
@@ -85,6 +85,10 @@ def _write(config: Config, texts: Dataset, file: Path, *, missing: bool) -> None
     write_texts(chosen, file, config)
     names = [teacher.vectors for teacher in config.teachers if teacher.vectors is not None]
     print(f"{len(chosen)} texts written to {file.resolve()}")
+    if names and names[0].lower().endswith(".npy"):  # rows without columns
+        print(f"Next: embed the column `text`, and save row i for text i with numpy.save as {names[0]}.")
+        print("Keep the order of the texts. A .jsonl or .parquet file with a column `text` or `digest` may have any.")
+        return
     print("Next: embed the column `text`, and add the result to each row as a column `embedding`.")
     if missing:
         print(

@@ -111,7 +111,7 @@ def label_texts(run: Run, student: Student, data: TrainingData) -> Teachers:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.train",
+        prog="jasper-fast train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes: {', '.join(recipe_names())}",
@@ -120,8 +120,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", action=StoreOnce, help="the run's folder (default runs/RECIPE)")
     shown = "print the resolved configuration with a comment for each field, and leave"
     parser.add_argument("--print-config", action="store_true", help=shown)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
-    parser.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
+    once = parser.add_mutually_exclusive_group()  # a dry run plans training, and --finish trains no more
+    once.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")
+    once.add_argument("--finish", action="store_true", help="train no more; export and evaluate the last checkpoint")
     parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: name every trained parameter")
     parser.add_argument("--list", action="store_true", help="describe the shipped recipes and leave")
     options, rest = parser.parse_known_args(argv)

@@ -71,8 +71,8 @@ def test_the_version_is_printed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian", "--config", "a b"], "did you mean `python -m jasper_fast train --config 'a b'`?"),
-        (["Search"], "did you mean `python -m jasper_fast search`?"),
+        (["trian", "--config", "a b"], "did you mean `jasper-fast train --config 'a b'`?"),
+        (["Search"], "did you mean `jasper-fast search`?"),
         (["my-run.yaml"], "'my-run.yaml' is not a command"),
         ([""], "'' is not a command"),
         (["--config", "my-run.yaml"], "'--config': expected a command first"),
@@ -114,7 +114,26 @@ def test_a_command_runs_as_its_module_does(monkeypatch, capsys, name, result, st
 @pytest.mark.parametrize("name", command_line.COMMANDS)
 def test_the_help_of_a_command_has_the_name_of_its_module(monkeypatch, capsys, name):
     assert run(monkeypatch, name, "--help") == 0
-    assert capsys.readouterr().out.startswith(f"usage: python -m jasper_fast.{name} ")
+    assert capsys.readouterr().out.startswith(f"usage: jasper-fast {name} ")
+
+
+def test_messages_name_commands_as_they_are_installed():
+    """`python -m jasper_fast…` is left to docstrings of modules, and to the list of commands for other environments."""
+    package, found = Path(jasper_fast.__file__).parent, {}
+    for file in package.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        documented = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        wrong = [n.value for n in texts if id(n) not in documented and "python -m jasper_fast" in n.value]
+        found |= {str(file.relative_to(package)): wrong} if wrong else {}
+    assert [*found] == ["__main__.py"], found
+    assert len(found["__main__.py"]) == 1 and "or: python -m jasper_fast COMMAND" in found["__main__.py"][0]
 
 
 def test_a_closed_pipe_causes_no_traceback():

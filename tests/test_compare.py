@@ -66,6 +66,22 @@ def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
     assert "± sd" not in text
 
 
+def test_the_steps_and_batches_of_a_finished_run_are_those_taken(tmp_path, capsys):
+    runs, names = [], ("head", "distil", "reduce")
+    cases = (("few", (2, 3, 1), scores(0.7), 40.0), ("many", (2, 4, 1), scores(0.7), 64.0), ("cut", (1,), None, 64.0))
+    for name, counts, results, speed in cases:
+        runs.append(write_run(tmp_path / name, {}, results))
+        stages = [stage for stage, count in zip(names, counts, strict=False) for _ in range(count)]
+        common = {"event": "step", "seconds": 0.5, "texts_per_s": speed}
+        lines = [json.dumps({**common, "step": step, "stage": stage}) for step, stage in enumerate(stages, 1)]
+        (runs[-1] / "log.jsonl").write_text("\n".join(lines))
+    assert compare.main([*map(str, runs)]) == 0
+    text = capsys.readouterr().out
+    assert cells(text, "stages.0.steps") == ["2", "2", "100"]  # an unfinished run has its plan
+    assert cells(text, "stages.1.steps") == ["3", "4", "500"]
+    assert cells(text, "stages.1.batch_size") == ["20", "32", "32"]
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_seeds_have_a_mean(tmp_path, capsys, as_json):
     runs = [write_run(tmp_path / str(seed), {"seed": seed}, scores(0.7 + seed / 100)) for seed in (1, 2, 3)]

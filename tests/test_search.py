@@ -425,6 +425,9 @@ def test_hits_fit_the_terminal_unless_whole_texts_are_wanted(columns, full, monk
 
 def test_the_part_of_long_texts_that_is_not_read_is_reported(tiny_bert, tmp_path, capsys):
     build(str(tiny_bert), ["the river " * 50, "the river", "a bridge", "a red bridge"], tmp_path / "i", max_length=16)
-    assert "25 % of 4 texts are longer than 16 tokens, and the rest of these is not read" in capsys.readouterr().err
+    said = "25 % of 4 texts are longer than 16 tokens, and the rest of these is not read. --max-length 64 reads more\n"
+    assert said in capsys.readouterr().err
+    build(str(tiny_bert), ["the river " * 50], tmp_path / "k", max_length=64)  # as many tokens as there are positions
+    assert "the rest of these is not read\n" in capsys.readouterr().err
     build(str(tiny_bert), ["the river", "a bridge"], tmp_path / "j", max_length=16)
     assert "longer than" not in capsys.readouterr().err

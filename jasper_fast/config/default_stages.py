@@ -9,7 +9,7 @@ from jasper_fast.config.merge import merge
 from jasper_fast.config.models import DEFAULT_HEADS
 
 
-def complete_stages(tree: dict[str, Any]) -> list[str]:
+def complete_stages(tree: dict[str, Any], problems: list[str]) -> list[str]:
     """Add the default stages to a configuration that has no list of stages, in place.
 
     A mapping under ``stages`` changes the default stages by name. A student that is cut from its only teacher starts
@@ -17,19 +17,17 @@ def complete_stages(tree: dict[str, Any]) -> list[str]:
 
     Args:
         tree: configuration as plain values.
+        problems: list that gets a line for each key under ``stages`` that is no default stage.
 
     Returns:
         lines that describe what was chosen.
-
-    Raises:
-        IndexError: a key under ``stages`` is no default stage.
     """
     changes = tree.get("stages")
     if changes is not None and not isinstance(changes, dict):
         return []
     student = tree["student"] if isinstance(tree.get("student"), dict) else {}
     stages = default_stages(student)
-    tree["stages"] = merge(stages, changes or {})
+    tree["stages"] = merge(stages, changes or {}, problems, "stages")
     keep_given_sizes(tree["stages"], stages)
     prefer_minutes(tree["stages"], stages)
     names = ", ".join(str(stage.get("name")) for stage in tree["stages"] if isinstance(stage, dict))

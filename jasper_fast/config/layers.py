@@ -38,22 +38,17 @@ class Layers:
     where: str
     stem: str | None
 
-    def merged(self, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+    def merged(self, problems: list[str], recipe: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the merged layers as new plain values.
 
         Args:
+            problems: list that gets a line for each item of a list that a layer changes and its base does not have.
             recipe: tree in place of the base. None: the base itself.
-
-        Raises:
-            ConfigError: a layer changes an item of a list that its base does not have.
         """
         tree: dict[str, Any] = {}
         for layer in [recipe if recipe is not None else self.trees[0], *self.trees[1:]]:
             tree.pop("name", None)  # each layer is another run
-            try:
-                tree = merge(tree, layer)
-            except IndexError as error:
-                raise ConfigError([str(error)], self.where) from None
+            tree = merge(tree, layer, problems)
         return tree
 
 

@@ -130,11 +130,15 @@ def _load(
     """
     layers = read_layers(source)
     override_problems = list(problems)
-    tree, notes = _resolve(layers, overrides, out, override_problems)
-    config, all_problems = _validate(tree)
-    if config is not None and not override_problems:
+    tree, notes, misnamed = _resolve(layers, overrides, out, override_problems)
+    config, invalid = _validate(tree)
+    all_problems = [*misnamed, *invalid]
+    if config is not None and not override_problems and not misnamed:
         return config.with_notes(notes)
-    file_problems = _validate(_resolve(layers, (), out, [])[0])[1] if overrides else all_problems
+    file_problems = all_problems
+    if overrides:
+        tree, _, misnamed = _resolve(layers, (), out, [])
+        file_problems = [*misnamed, *_validate(tree)[1]]
     for problem in all_problems:
         if problem not in file_problems:
             override_problems.append(problem.line if options is None else argument_message(Config, problem, options))
@@ -145,25 +149,28 @@ def _load(
 
 def _resolve(
     layers: Layers, overrides: Sequence[tuple[str, Any]], out: str | Path | None, problems: list[str]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[str], list[Problem]]:
     """Return the values of all layers, overrides and defaults that depend on others, and lines about the latter.
+
+    The third part has a problem for each name that is that of no item of a list.
 
     Args:
         layers: the configuration and what it extends.
         overrides: pairs of dotted key and value.
         out: the run's folder, or None.
-        problems: list that gets a line for each key that leads to no field.
+        problems: list that gets a line for each override that leads to no field.
     """
+    misnamed: list[str] = []
     recipe: dict[str, Any] | None = None
     removed: list[str] = []
     if layers.recipe is not None:
-        changed = _overridden(layers.merged(), overrides, [])
+        changed = _overridden(layers.merged([]), overrides, [])
         sets_given = any("evaluate" in tree for tree in layers.trees[1:]) or _sets(overrides, "evaluate")
         recipe, removed = without_limits(layers.trees[0], changed, sets_given)
-    tree = _overridden(layers.merged(recipe), overrides, problems)
+    tree = _overridden(layers.merged(misnamed, recipe), overrides, problems)
     notes = []
     if removed:
-        notes.append(f"own texts: these values of recipe {layers.recipe} do not apply: {', '.join(removed)}")
+        notes.append(f"your texts replace those of recipe {layers.recipe}, and so their settings: {', '.join(removed)}")
         keep_given_sizes(tree.get("stages"), layers.trees[0]["stages"])
     prefer_minutes(tree.get("stages"), layers.trees[0].get("stages"))
     if removed and len(layers.trees) == 1 and not _sets(overrides, "name"):
@@ -171,11 +178,8 @@ def _resolve(
     if tree.get("name") is None:
         file = layers.stem if layers.stem != layers.recipe else None
         tree["name"] = file or run_name(out or _first_source(tree) or "run")
-    try:
-        notes += complete_stages(tree)
-    except IndexError as error:
-        raise ConfigError([f"stages: {error}"], "the configuration") from None
-    return tree, notes
+    notes += complete_stages(tree, misnamed)
+    return tree, notes, [Problem(line) for line in misnamed]
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:

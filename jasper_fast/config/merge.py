@@ -20,16 +20,32 @@ SHORT_FORMS = {
 }
 
 
-def merge(base: Any, change: Any) -> Any:
+class NoSuchItem(IndexError):
+    """A key leads to no item of a list.
+
+    Args:
+        message: what was given, and what is known.
+        nearest: position of the item with the most similar name, or None.
+    """
+
+    def __init__(self, message: str, nearest: int | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+def merge(base: Any, change: Any, problems: list[str] | None = None, key: str = "") -> Any:
     """Return ``base`` with the values of ``change``. Neither is modified.
 
     Args:
         base: plain values.
         change: plain values. A mapping merges into a mapping, or into the items of a list by name or position. Anything
             else replaces the base.
+        problems: list that gets a line for each key that leads to no item of a list. Its values go to the item with the
+            most similar name, so that their problems are found too. None raises the first problem.
+        key: dotted key of ``base``, for the problems.
 
     Raises:
-        IndexError: a key of a change leads to no item of a list.
+        NoSuchItem: a key of a change leads to no item of a list, and ``problems`` is None.
 
     Example:
         >>> merge({"a": 1, "stages": [{"name": "x", "lr": 1}]}, {"stages": {"x": {"lr": 2}}})
@@ -38,13 +54,14 @@ def merge(base: Any, change: Any) -> Any:
     if not isinstance(change, dict) or not isinstance(base, (dict, list)) or _is_plain_list(base):
         return copy.deepcopy(change)
     merged = copy.copy(base)
-    for key, value in change.items():
+    for part, value in change.items():
+        inner = f"{key}.{part}" if key else str(part)
         if isinstance(merged, dict):
-            merged[key] = merge(merged.get(key), value)
-        elif (place := item_position(merged, str(key))) == len(merged):
+            merged[part] = merge(merged.get(part), value, problems, inner)
+        elif (place := _known_position(merged, str(part), problems, key)) == len(merged):
             merged.append(copy.deepcopy(value))
-        else:
-            merged[place] = merge(merged[place], value)
+        elif place is not None:
+            merged[place] = merge(merged[place], value, problems, inner)
     return merged
 
 
@@ -52,20 +69,35 @@ def item_position(items: list[Any], part: str) -> int:
     """Return the position of a list's item, given as its position or name. The position after the last one is allowed.
 
     Raises:
-        IndexError: there is no such item.
+        NoSuchItem: there is no such item.
     """
     if part.isascii() and part.isdecimal() and int(part) <= len(items):
         return int(part)
-    names = [str(item["name"]) for item in items if isinstance(item, dict) and item.get("name") is not None]
-    if part in names:
-        return next(i for i, item in enumerate(items) if isinstance(item, dict) and str(item.get("name")) == part)
+    positions: dict[str, int] = {}
+    for position, item in enumerate(items):
+        if isinstance(item, dict) and item.get("name") is not None:
+            positions.setdefault(str(item["name"]), position)
+    if part in positions:
+        return positions[part]
+    names = [*positions]
     if near := difflib.get_close_matches(part, names, n=1):
-        raise IndexError(f"no item is named {part!r}; did you mean `{near[0]}`?")
+        raise NoSuchItem(f"no item is named {part!r}; did you mean `{near[0]}`?", positions[near[0]])
     known = f", or by name ({', '.join(names)})" if names else ""
-    raise IndexError(
+    raise NoSuchItem(
         f"a list is indexed by position from 0 to {max(0, len(items) - 1)}{known}; {len(items)} adds an item "
         f"(got {part!r}), {EXAMPLE}"
     )
+
+
+def _known_position(items: list[Any], part: str, problems: list[str] | None, key: str) -> int | None:
+    """Return the position of an item. Report a wrong name, and return the most similar item, or None."""
+    try:
+        return item_position(items, part)
+    except NoSuchItem as error:
+        if problems is None:
+            raise
+        problems.append(f"{key}: {error}" if key else str(error))
+        return error.nearest
 
 
 def expand_short_forms(tree: dict[str, Any]) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from jasper_fast.evaluation.label_free import NEIGHBOURS
 from jasper_fast.evaluation.score import BEFORE, STUDENT, STUDENT_PCA
 
 LOSS = 0.1  # a narrower width is advised if it loses at most this fraction of the widest one's overlap
 CERTAIN = 2.0  # standard errors from which a difference counts
+FEW = 10**9  # documents, where their number is unknown: no chance level
+PCA = " (its main directions, found without training)"
 MIN_STEPS = 40  # steps of a stage from which its last tenth says something
 
 
@@ -26,7 +29,8 @@ def advice(label_free: Mapping[str, Any], trend: Mapping[str, Any] | None = None
     if not heads:
         return ""
     compared = {(d["width"], d["to"]): (d["difference"], d["error"]) for d in label_free["differences"]}
-    sentences = [_width_sentence(heads, compared), _training_sentence(heads, compared, trend)]
+    chance = min(1.0, NEIGHBOURS / max(1, label_free.get("documents", FEW) - 1))
+    sentences = [_width_sentence(heads, compared, chance), _training_sentence(heads, compared, trend)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -53,12 +57,21 @@ def loss_trend(steps: Sequence[Mapping[str, Any]], stage: str) -> dict[str, Any]
     return {"stage": stage, "fall": float(fall), "error": float(error / earlier.mean())}
 
 
-def _width_sentence(heads: Mapping[int, float], compared: Mapping[tuple[int, str], tuple[float, float]]) -> str:
-    """Say down to which width the overlap of the widest is kept, and what narrower ones lose."""
+def _width_sentence(
+    heads: Mapping[int, float], compared: Mapping[tuple[int, str], tuple[float, float]], chance: float
+) -> str:
+    """Say down to which width the overlap of the widest is kept, and what narrower ones lose.
+
+    Among few documents, random neighbours are often the teacher's. Only overlap above that chance counts as kept.
+    """
     widest, *narrow = sorted(heads, reverse=True)
     if not narrow:
         return ""
-    lost = next((at for at, width in enumerate(narrow) if heads[width] < (1 - LOSS) * heads[widest]), len(narrow))
+    chance = chance if chance >= LOSS else 0.0
+    least = chance + (1 - LOSS) * (heads[widest] - chance)
+    if heads[widest] <= chance:
+        return f"No width keeps more neighbours than chance ({100 * chance:.0f} %)."
+    lost = next((at for at, width in enumerate(narrow) if heads[width] < least), len(narrow))
     changes = {width: _points(*compared[width, "widest"]) for width in narrow}
     parts = []
     if lost:
@@ -66,6 +79,8 @@ def _width_sentence(heads: Mapping[int, float], compared: Mapping[tuple[int, str
         parts.append(f"width {kept} keeps the neighbours of width {widest} within a tenth ({changes[kept]})")
     if listed := ", ".join(f"{width}: {changes[width]}" for width in narrow[lost:]):
         parts.append(f"narrower widths lose more than a tenth ({listed})")
+    if chance:
+        parts.append(f"among so few documents, chance alone gives {100 * chance:.0f} %, which is subtracted here")
     return _sentence(parts)
 
 
@@ -85,6 +100,8 @@ def _training_sentence(
         ("trained heads lose to", worse),
     )
     parts = [f"at {_list(widths)}, {phrase} PCA of width {max(heads)}" for phrase, widths in phrases if widths]
+    if parts:
+        parts[0] += PCA
     gain, error = compared.get((max(heads), BEFORE), (None, 0.0))
     if gain is not None and gain <= CERTAIN * error:
         parts.append(f"training gained nothing measurable ({_points(gain, error)})")

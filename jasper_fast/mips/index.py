@@ -28,9 +28,11 @@ class FlatIPIndex:
         dim: width of the embeddings.
         device: device that stores and searches them. Several devices, such as ``["cuda:0", "cuda:1"]``, take turns in
             storing segments of at least 256 MB. A search merges the results of all devices.
-        dtype: storage dtype. Scores are those of the stored values. "bfloat16" and "int8" (codes and a scale per row)
-            round the added rows. "float32" keeps them, together with a shorter copy for scans. The copy is int8 on a
-            CPU (5 bytes per element in all) and bfloat16 on a GPU (6 bytes). On a CPU it makes few queries fast.
+        dtype: storage dtype. Scores are those of the stored values. The default, "bfloat16", takes 2 bytes per element.
+            It rounds the added rows to 8 significant bits. So scores of unit rows change by up to 0.004, and near-ties
+            may change places. "int8" (codes and a scale per row) takes 1 byte. "float32" keeps the rows, together with
+            a shorter copy for scans. The copy is int8 on a CPU (5 bytes per element in all) and bfloat16 on a GPU (6
+            bytes). On a CPU it makes few queries fast.
         scratch: bytes that a search may use in addition to the embeddings, queries and results.
 
     Raises:
@@ -170,7 +172,9 @@ class FlatIPIndex:
         return (scores, ids) if isinstance(q, Tensor) else (scores.numpy(), ids.numpy())
 
     def reconstruct(self, i: int) -> Tensor:
-        """Return the stored embedding of an id, (dim,) float32.
+        """Return the stored embedding of an id as a tensor, (dim,) float32 on the index's device.
+
+        It is a copy, as rounded by the storage dtype. Use ``.numpy()`` for an array.
 
         Args:
             i: id of a row.
@@ -230,7 +234,8 @@ class FlatIPIndex:
         """Write the index as a folder, atomically.
 
         Args:
-            path: folder to write. An index at this path is replaced.
+            path: folder to write. An index at this path is replaced, as `faiss.write_index` replaces a file. A folder
+                with anything else is an error.
 
         Raises:
             JasperError: the disk is full, the folder cannot be written, or the path holds something else.

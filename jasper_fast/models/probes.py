@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -41,6 +41,30 @@ def explain_failures(name: str, architecture: str, fix: str) -> Iterator[None]:
     except ENCODER_ERRORS as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise JasperError(f"{name}: {architecture} cannot encode a short text ({reason}). Fix: {fix}") from error
+
+
+@contextmanager
+def explain_text_failures(texts: Sequence[str]) -> Iterator[None]:
+    """Convert an encoder's exception in the block to an error with the first text of the batch and a fix.
+
+    Some encoders fail on very short texts, such as CANINE below four tokens.
+
+    Args:
+        texts: the batch.
+
+    Raises:
+        JasperError: the encoder failed in the block, other than for lack of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ENCODER_ERRORS as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise JasperError(
+            f"the model cannot encode a text such as {texts[0][:50]!r} ({reason}). Fix: leave out texts as short as "
+            "this, or choose another model"
+        ) from error
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from jasper_fast.models.backbone import ensure_pad_token, position_limit, position_table
 from jasper_fast.models.hub import PROMPTS, prompt_of, read_settings
 from jasper_fast.models.loading import check_tokenizer, load_checked
-from jasper_fast.models.probes import LONG, SHORT, Batching, explain_failures, find_batching
+from jasper_fast.models.probes import LONG, SHORT, Batching, explain_failures, explain_text_failures, find_batching
 from jasper_fast.utils.errors import JasperError
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ def encode_role(
         return model.encode(inputs, batch_size=batch_size, **options)
     vectors: list[Tensor] = [torch.empty(0)] * len(inputs)
     for batch in length_batches(token_lengths(model, inputs, role, prompt), batch_size):
-        encoded = model.encode([inputs[i] for i in batch], batch_size=len(batch), **options)
+        same = [inputs[i] for i in batch]
+        with explain_text_failures(same):
+            encoded = model.encode(same, batch_size=len(batch), **options)
         for position, vector in zip(batch, encoded, strict=True):
             vectors[position] = vector
     return torch.stack(vectors) if vectors else torch.empty(0)

@@ -69,6 +69,7 @@ def run_facts(
         "teachers": teachers,
         "sources": [public_name(source.path) for source in config.data.sources],
         "texts": texts,
+        "early": results.get("early_line"),
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
@@ -309,7 +310,6 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "distillation", "jasper_fast"],
         license=derived_licence(facts)[0],
-        language=facts.get("language"),
         base_model=base if HUB_NAME.fullmatch(base) else None,
         datasets=datasets or None,
     )
@@ -330,7 +330,7 @@ def _image_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template's variables for the section on training."""
-    student, texts = facts["student"], facts.get("texts")
+    student, texts, language = facts["student"], facts.get("texts"), facts.get("language")
     layers = student.get("layers")
     return {
         "student_name": public_name(student["model"]),
@@ -339,6 +339,8 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "texts": f"{texts:,} texts" if texts else "texts",
         "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
         "seed": facts.get("seed"),
+        "early": facts.get("early"),
+        "languages": ", ".join([language] if isinstance(language, str) else map(str, language or [])),
         "stages": [_stage_row(stage) for stage in facts["stages"]],
     }
 

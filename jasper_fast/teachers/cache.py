@@ -161,7 +161,7 @@ class TeacherCache:
         if len(widths) != 1:
             raise JasperError(
                 f"{self.folder}: its shards differ in width (got {widths}). Fix: delete the folder and run "
-                "`python -m jasper_fast.teach` again"
+                "`jasper-fast teach` again"
             )
         summary = {
             "complete": True,
@@ -220,7 +220,7 @@ class TeacherCache:
             cached = self.header["identity"]
         except (ValueError, KeyError):
             raise JasperError(
-                f"{self.folder / HEADER}: cannot be read. Fix: delete the folder and run `python -m jasper_fast.teach` "
+                f"{self.folder / HEADER}: cannot be read. Fix: delete the folder and run `jasper-fast teach` "
                 "again"
             ) from None
         differences = config_difference(cached, self.identity)

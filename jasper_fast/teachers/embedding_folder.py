@@ -10,8 +10,8 @@ from jasper_fast.data.listing import listed_files, user_path
 from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, embedding_paths
 from jasper_fast.utils.errors import JasperError
 
-TEXTS = "`python -m jasper_fast.teach --texts texts.parquet`, with this configuration, writes the training texts"
-ADD_KEYS = f"add a column `digest` or `text` to the embeddings. {TEXTS} with both"
+TEXTS = "`jasper-fast teach --texts texts.jsonl`, with this configuration, writes the training texts"
+ADD_KEYS = f"save the embeddings as .jsonl or .parquet with a column `digest` or `text`. {TEXTS} with both"
 
 
 def has_files(config: TeacherConfig) -> bool:

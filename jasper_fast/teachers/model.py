@@ -12,7 +12,7 @@ import torch
 from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.models.hub import CANNOT_LOAD, model_prompts, model_revision, resolve_model, routes_by_role
-from jasper_fast.models.probes import Batching
+from jasper_fast.models.probes import Batching, explain_text_failures
 from jasper_fast.models.sentence_transformer import encode_role, limit_length, load_stock, model_batching, token_lengths
 from jasper_fast.teachers.base import Precision, Progress
 from jasper_fast.utils.device import autocast, used_precision
@@ -131,7 +131,7 @@ class Teacher:
         for batch in token_batches(lengths, self.config.batch_tokens, self.batching):
             batch_texts = [inputs[i] for i in batch]
             try:
-                with self.autocast:
+                with self.autocast, explain_text_failures(batch_texts):
                     encoded = encode_role(self.model, batch_texts, role, prefix, batch_size=len(batch))
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(error, len(batch), int(lengths[batch].max())) from error

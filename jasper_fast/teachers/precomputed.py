@@ -23,7 +23,7 @@ from jasper_fast.teachers.embedding_files import Keys, joined_keys, open_embeddi
 from jasper_fast.teachers.embedding_folder import ADD_KEYS, check_names, embedding_files, folder_anomalies
 from jasper_fast.teachers.model import normalised
 from jasper_fast.teachers.reuse import digest_keys
-from jasper_fast.teachers.row_order import MIN_ROWS, Fit, centred_similarities, fit_of_order
+from jasper_fast.teachers.row_order import MIN_ROWS, centred_similarities, fit_of_order, order_problem, other_orders
 from jasper_fast.teachers.source_keys import checked_id, count_documents, digests_by_id, document_digests
 from jasper_fast.utils.atomic import disk_errors
 from jasper_fast.utils.errors import JasperError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # incremented when the same files would give other embeddings
 MIN_COSINE = 0.999  # minimum cosine of two embeddings of one text that count as equal
-MISSING = "python -m jasper_fast.teach --missing missing.jsonl"
+MISSING = "jasper-fast teach --missing missing.jsonl"
 SOURCE_ORDER = "position in the sources"
 SAMPLE, MAX_SAMPLE, SAMPLE_OF_FILE = 512, 1024, 8  # rows in the check of the order: usual, at most, per file
 CHUNK = 4096  # rows
@@ -200,8 +200,8 @@ class PrecomputedEmbeddings:
             reference: function from n texts and n roles to a list of similarity matrices, (n, n) float64 each.
 
         Raises:
-            JasperError: the embeddings fit the texts no better than in a random order, everywhere or in a part. With
-                ``order: texts`` this is a warning in the outcome.
+            JasperError: the embeddings fit the texts no better than in a random order, or better in another order,
+                everywhere or in a part. With ``order: texts`` this is a warning in the outcome.
         """
         chosen = rows = self._sample()
         if self.key is not None:
@@ -218,8 +218,9 @@ class PrecomputedEmbeddings:
                 )
             return f"WARNING: the order of {len(rows)} rows cannot be checked"
         sampled = texts[chosen.tolist()]
-        fit = fit_of_order(centred_similarities(vectors), reference(sampled["text"], sampled["role"]))
-        problem = self._order_problem(fit, rows)
+        references = reference(sampled["text"], sampled["role"])
+        fit = fit_of_order(centred_similarities(vectors), references, other_orders(rows, self.rows, self._gather))
+        problem = order_problem(fit, lambda part: self._between(rows, part))
         if problem and self.order == "texts":
             return f"WARNING: row order? {problem}. It is used as it is, because of order: texts"
         if problem:
@@ -371,18 +372,10 @@ class PrecomputedEmbeddings:
         if len(vectors) > 1 and np.allclose(vectors, vectors[0], atol=1e-6):
             raise JasperError(f"{self.name}: all embeddings are equal. Fix: encode the texts again")
 
-    def _order_problem(self, fit: Fit, rows: np.ndarray) -> str | None:
-        measured = (
-            f"rank correlation with the texts' similarities: got {fit.correlation:.2f}, expected about 0.1 to 0.9"
-        )
-        if not fit.is_significant:
-            return f"The embeddings fit the training texts no better than in a random order ({measured})"
-        if fit.block is not None:
-            first, last = (self._place(rows[row]) for row in (fit.block[0], fit.block[1] - 1))
-            return f"From {first} to {last} the embeddings do not fit the training texts ({measured})"
-        if fit.wrong:
-            return f"About {fit.wrong:.0%} of the embeddings do not fit the training texts ({measured})"
-        return None
+    def _between(self, rows: np.ndarray, part: tuple[int, int]) -> str:
+        """Name the first and last row of a part of the sampled rows."""
+        first, last = (self._place(rows[row]) for row in (part[0], part[1] - 1))
+        return f"From {first} to {last}"
 
     def _listed(self) -> str:
         names = [file.file.name for file in self.files]

@@ -16,7 +16,7 @@ from jasper_fast.data.rows import check_text
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.hub import model_revision
-from jasper_fast.models.lengths import fraction_longer, percent
+from jasper_fast.models.lengths import fraction_longer, length_for_most, percent, positions_of
 from jasper_fast.models.sentence_transformer import transformers_of
 from jasper_fast.text_index.files import check_replace, model_location, text_table, weights, write
 from jasper_fast.utils.atomic import publish_dir
@@ -113,7 +113,9 @@ def long_texts(model: SentenceTransformer, texts: list[str]) -> str | None:
     if not longer:
         return None
     of = f"{len(texts):,} texts" if len(sample) == len(texts) else f"a sample of {len(sample):,} texts"
-    return f"{percent(longer)} of {of} are longer than {limit:,} tokens, and the rest of these is not read"
+    length = length_for_most(sample, tokenizer, limit, positions_of(model))
+    more = f". --max-length {length} reads more" if length is not None else ""
+    return f"{percent(longer)} of {of} are longer than {limit:,} tokens, and the rest of these is not read{more}"
 
 
 def image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidths:

@@ -86,7 +86,7 @@ def open_index(path: Path, verify: bool) -> tuple[dict[str, Any], pa.Table, Flat
         missing = f"no text index here ({Path(error.filename or SETTINGS).name} is missing)"
         raise JasperError(
             f"{path}: {missing if path.exists() else 'there is no such folder'}. Fix: make an index with "
-            "`python -m jasper_fast.search build MODEL TEXTS --out DIR`"
+            "`jasper-fast search build MODEL TEXTS --out DIR`"
         ) from None
     except (ValueError, KeyError, OSError, pa.ArrowException) as error:
         raise JasperError(f"{path}: damaged ({error}). Fix: build the index again") from error

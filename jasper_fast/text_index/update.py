@@ -153,7 +153,7 @@ def _without_known(
     if not replace:
         raise JasperError(
             f"{path}: the id {stored[known[0]]!r} appears twice: its document {known[0] + 1} has it already. "
-            "Fix: add --replace, or run `python -m jasper_fast.search remove` first"
+            "Fix: add --replace, or run `jasper-fast search remove` first"
         )
     return _without(table, index, known)
 

@@ -218,7 +218,7 @@ class TeacherCosts:
         check_losses(config, widths)
         self.width = sum(widths)
         self.bytes = sum(missing_bytes(cache, width) for cache, width in zip(self.caches, widths, strict=True))
-        self.missing = sum(len(self.missing_rows(index)) for index in range(len(self.caches)))
+        self.missing = 0  # embeddings to compute, known after `missing_seconds`
 
     def open(self, index: int) -> Any:
         """Open a teacher. Only one is in memory at a time."""
@@ -255,14 +255,18 @@ class TeacherCosts:
         return (time.perf_counter() - started) / len(texts)
 
     def missing_seconds(self) -> float:
-        """Return the seconds to compute the missing embeddings of all teachers."""
-        seconds = 0.0
+        """Return the seconds to compute the missing embeddings of all teachers, and count these embeddings.
+
+        Embeddings in a file, or in the cache of other texts, are copied.
+        """
+        seconds, self.missing = 0.0, 0
         for index, cache in enumerate(self.caches):
             rows = self.missing_rows(index)
-            if not rows or self.config.teachers[index].model is None:
+            if not rows or self.config.teachers[index].vectors is not None:
                 continue
             lent = CacheReuse(cache, self.texts["digest"][:])
             share = max(0.0, 1.0 - len(lent) / cache.rows)
+            self.missing += round(share * len(rows))
             chosen = self.texts[_spread(rows, SAMPLE)]
             seconds += share * len(rows) * self.seconds_per_text(index, chosen["text"], chosen["role"])
         return seconds

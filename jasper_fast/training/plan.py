@@ -218,7 +218,7 @@ def _key(config: Config, data: TrainingData) -> str:
 def describe_costs(plan: Plan, stages: list[StageConfig]) -> list[str]:
     """Return a line for each part of the plan: seconds, passes, texts."""
     costs = plan.costs
-    teacher = f"{costs.missing:,} embeddings to compute" if costs.missing else "all embeddings are in the cache"
+    teacher = f"{costs.missing:,} embeddings to compute" if costs.missing else "no embedding to compute"
     lines = [f"  teacher      {duration(costs.teacher):>12}  {teacher}"]
     for stage, cost, steps in zip(stages, costs.stages, plan.steps, strict=True):
         pooled = f"; {cost.pooled(steps):,} texts pooled" if cost.rows else ""

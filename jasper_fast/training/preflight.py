@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.stage import StageConfig
+from jasper_fast.evaluation.label_free import MIN_DOCUMENTS
 from jasper_fast.models.lengths import describe_lengths
 from jasper_fast.models.student import Student, build_student
 from jasper_fast.training.data import TrainingData
@@ -75,7 +76,10 @@ def prepare(config: Config, ranks: int = 1) -> tuple[Student, TrainingData]:
 
 def _texts_line(config: Config, prepared: PreparedTexts, student: Student) -> str:
     longest = max(stage.max_length or student.max_length for stage in config.stages)
-    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest))
+    keys = ["stages.*.max_length" if any(stage.max_length for stage in config.stages) else "student.max_length"]
+    if any(teacher.max_length is not None and teacher.max_length <= longest for teacher in config.teachers):
+        keys.append("teachers.*.max_length")
+    return prepared.counts.line(describe_lengths(prepared.texts, prepared.held_out, student, longest, keys))
 
 
 def check_stages(config: Config, student: Student, ranks: int) -> None:
@@ -120,7 +124,7 @@ def check_sources(config: Config) -> None:
 def fit_small_data(config: Config, data: TrainingData) -> Config:
     """Return the configuration with smaller batches for the stages that adapt to few texts (``small_data: adapt``).
 
-    Notes of the configuration say what was changed.
+    Notes of the configuration say what was changed, and if too few documents are held out.
     """
     stages, notes = [], []
     for built in build_stages(config, data):
@@ -130,7 +134,18 @@ def fit_small_data(config: Config, data: TrainingData) -> Config:
             values = ", ".join(f"{key} {getattr(stage, key)} -> {value}" for key, value in changes.items())
             notes.append(f"stage {stage.name!r}: {values}, since there are {available:,} texts")
         stages.append(stage.model_copy(update=changes))
+    notes += _few_held_out(config, data)
     return config.model_copy(update={"stages": stages}).with_notes(notes) if notes else config
+
+
+def _few_held_out(config: Config, data: TrainingData) -> list[str]:
+    """Say that too few documents are held out to score the student without labels, unless none should be."""
+    if data.held_out_texts is None or not config.data.held_out or len(data.held_out_texts) >= MIN_DOCUMENTS:
+        return []
+    return [
+        f"quality without labels will not be measured: {len(data.held_out_texts)} documents are held out, and it needs "
+        f"{MIN_DOCUMENTS}. At most a tenth is held out, so give {10 * MIN_DOCUMENTS} documents or more"
+    ]
 
 
 def _small_data_changes(stage: StageConfig, available: int, widest: int) -> dict[str, Any]:
@@ -269,7 +284,7 @@ def start(run: Run, student: Student, data: TrainingData) -> None:
     run.config = fit_small_data(run.config, data)
     check_start(run, student, data)
     run.start_trackers()
-    run.print(data.texts_line)
+    run.print("\n".join([data.texts_line, *run.config.notes]))
     if any(teacher.vectors is not None for teacher in run.config.teachers):  # before speeds are measured
         run.ranks.on_main(lambda: check_targets(run.config, data.texts, student, progress=False))
     plan_run(run, student, data)

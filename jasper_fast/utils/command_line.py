@@ -62,7 +62,7 @@ def check_model_argument(name: str, command: str) -> None:
     if name.endswith(CONFIG_FILES) and not Path(name).is_dir():
         raise JasperError(
             f"{command}: {name} is a configuration, and a model is expected. "
-            f"Fix: run `python -m jasper_fast.train --config {name}`, then give its folder, runs/NAME"
+            f"Fix: run `jasper-fast train --config {name}`, then give its folder, runs/NAME"
         )
 
 
@@ -90,7 +90,7 @@ def check_command(argv: Sequence[str], commands: Sequence[str], program: str, de
     Args:
         argv: all arguments. The first one is the command.
         commands: known commands.
-        program: start of the command line, e.g. ``python -m jasper_fast.search``.
+        program: start of the command line, e.g. ``jasper-fast search``.
         default: most common command, which may have been left out. None means that there is no such command.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -85,12 +86,14 @@ def run_cli(main: Callable[[list[str]], int | None], resumes: bool = False) -> N
     """Run a command and end the process. A JasperError becomes one message and exit status 2.
 
     Failed output does not stop the command (:mod:`jasper_fast.utils.output`). Afterwards the exit status is 141 for a
-    closed pipe, or 1 for another error. It stays 0 for a command that resumes, because its results are files.
+    closed pipe, or 1 for another error. It stays 0 for a command that resumes, because its results are files. Progress
+    bars of `datasets` are hidden, unless the environment has HF_DATASETS_DISABLE_PROGRESS_BARS=0.
 
     Args:
         main: function of the command, which takes the arguments and returns an exit status or None.
         resumes: True if the same command resumes after an interruption.
     """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read by `datasets`, whose bars name only files
     open_standard_streams()
     with tolerant_output() as out:
         status = _status(main, resumes)

@@ -242,9 +242,23 @@ def test_the_difference_names_changed_added_and_dropped_fields():
     new = {"a": 1, "b": {"c": [1, 3, 4]}}
     assert config_difference(old, new) == [
         "b.c.1: 2 -> 3",
-        "b.c.2: '(absent)' -> 4",
-        "gone: 1 -> '(absent)'",
+        "b.c.2: not set -> 4",
+        "gone: 1 -> not set",
     ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shown"),
+    [
+        (None, 2, "not set -> 2"),
+        ("a", None, "'a' -> not set"),
+        (False, True, "false -> true"),
+        ([1], [], "not set -> []"),
+    ],
+)
+def test_the_difference_is_in_plain_words(old, new, shown):
+    assert config_difference({"a": old, "b": 1}, {"a": new, "b": 1})[0] == f"a: {shown}"
+    assert config_difference({"a": None, "b": 1}, {"b": 1}) == []
 
 
 def test_a_temperature_for_each_head_round_trips(tmp_path):

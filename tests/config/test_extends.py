@@ -56,6 +56,40 @@ def test_a_wrong_base_is_refused(files, message, tmp_path):
         load_config(tmp_path / "a.yaml")
 
 
+WRONG_NAME = "no item is named 'distill'; did you mean `distil`"
+
+
+@pytest.mark.parametrize("named_in", ["a file that extends a recipe", "default stages", "the command line", "9"])
+def test_a_wrong_stage_name_hides_no_other_problem(named_in, tmp_path):
+    stage = "9: {lr: 1}" if named_in == "9" else "distill: {lr: -1, learning_rate: 2}, reduce: {batch_size: 0}"
+    text = f"seed: -2\nprecision: fp8\ndata: {{limits: 3}}\nstages: {{{stage}}}\n"
+    arguments = []
+    if named_in == "default stages":
+        text += f"teachers: {MINILM}\nstudent: {{model: {MINILM}, heads: [384, 128]}}\n"
+        text = text.replace("limits: 3", "limits: 3, sources: docs.jsonl")
+    elif named_in == "the command line":
+        text = text.replace(f"stages: {{{stage}}}\n", "extends: minilm-docstrings\n")
+        arguments = [
+            "--stages.distill.lr",
+            "-1",
+            "--stages.reduce.batch_size",
+            "0",
+            "--stages.distil.learning_rate",
+            "2",
+        ]
+    else:
+        text += "extends: minilm-docstrings\n"
+    write(tmp_path, a=text)
+    with pytest.raises(ConfigError) as error:
+        load_arguments(tmp_path / "a.yaml", arguments)
+    expected = ["seed: ", "precision: ", "data.limits: unknown key; did you mean `limit`?"]
+    expected += ["3 adds an item (got '9')"] if named_in == "9" else [WRONG_NAME, "stages.2.batch_size: "]
+    if named_in not in ("9", "the command line"):  # the other values of the misnamed stage are checked as well
+        expected += ["stages.1.lr: ", "stages.1.learning_rate: unknown key"]
+    for part in expected:
+        assert str(error.value).count(part) == 1, f"{part}\n{error.value}"
+
+
 def test_a_minimal_configuration_has_the_stages_of_the_recipe():
     config, recipe = load_config(MINIMAL), load_config()
     assert config.name == "docs" and config.student.heads == [384, 128, 64] and config.student.head_init == "identity"

@@ -96,7 +96,7 @@ def test_a_run_of_an_older_version_keeps_its_texts(explicit, tmp_path):
     if explicit:  # what the user writes is compared, not replaced
         config = load_config(config.model_dump(mode="json"))
         assert keep_older_texts(run, config) == config
-        assert existing_difference(run, config) == ["data.held_out: 0 -> 500", "data.sources.0.join: False -> True"]
+        assert existing_difference(run, config) == ["data.held_out: 0 -> 500", "data.sources.0.join: false -> true"]
         return
     kept = keep_older_texts(run, config)
     assert kept.data.held_out == 0 and kept.data.sources[0].join is False

@@ -349,7 +349,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     base, teacher = tmp_path / "base-model", tmp_path / "teacher-model"
     for folder, licence in ((base, "apache-2.0"), (teacher, "mit")):
         folder.mkdir()
-        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# it\n")
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\nlanguage: [en, de]\n---\n# it\n")
     results = {
         "rows": [
             {"model": "teacher", "width": 32, "scores": {"stsb/spearman": 0.82}},
@@ -364,6 +364,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
     header = front_matter(card)
     assert header["library_name"] == "sentence-transformers" and header["pipeline_tag"] == "sentence-similarity"
     assert header["license"] == "other" and header["datasets"] == ["org/corpus"] and "base_model" not in header
+    assert "language" not in header  # that of the training texts is unknown
     for said in (
         f"| teacher-model | sha256:{'7' * 12} | mit |",
         "because the licence of teacher embeddings in ready.npy is unknown",
@@ -376,6 +377,7 @@ def test_card_says_what_was_done(tmp_path: Path) -> None:
         "| teacher | 32 |  | 0.8200 |",
         "Transductive (texts of these sets were among the training texts): cisi.",
         "12,345 texts",
+        "- Language: not recorded for the training texts. The card of the base model names en, de.",
         'model.encode(texts, task="8")',
         '`"the city council {text}"`',
     ):

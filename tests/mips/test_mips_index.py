@@ -543,3 +543,14 @@ def test_exports_have_the_ids(tmp_path):
     assert to_faiss(index).search(np.eye(4, dtype=np.float32)[2:3], 1)[1].item() == 7
     to_parquet(index, tmp_path / "export")
     assert table.read_table(tmp_path / "export" / "vectors.parquet")["id"].to_pylist() == [9, 7, 6]
+
+
+def test_the_default_dtype_changes_scores_as_documented():
+    """Rounding to 8 significant bits moves a unit row by at most 2⁻⁸ of its length."""
+    rows = torch.nn.functional.normalize(torch.randn(200, 32, dtype=torch.float64), dim=1)
+    index = FlatIPIndex(32)
+    index.add(rows.float())
+    assert index.dtype == "bfloat16" and isinstance(index.reconstruct(3), torch.Tensor)
+    stored = torch.stack([index.reconstruct(row) for row in range(200)]).double()
+    difference = (stored @ rows.T - rows @ rows.T).abs().max()
+    assert 0 < difference <= 0.004

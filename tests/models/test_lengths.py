@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from jasper_fast.models.lengths import describe_lengths, fraction_longer, sample_evenly
+from jasper_fast.models.lengths import describe_lengths, fraction_longer, length_for_most, sample_evenly
 
 
 @pytest.fixture(scope="module")
@@ -55,5 +55,27 @@ def test_the_clause(long_texts, long_documents, clause, tokenizer):
     def texts(long, number):
         return Dataset.from_dict({"text": ["a b"] * (number - long) + ["a b " * 20] * long})
 
-    student = SimpleNamespace(tokenizer=tokenizer, prefixes={"document": ""})
+    encoder = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64), named_modules=list)
+    student = SimpleNamespace(tokenizer=tokenizer, prefixes={"document": ""}, encoder=encoder)
     assert describe_lengths(texts(long_texts, 100), texts(long_documents, 20), student, 16) == clause
+    keys = ["student.max_length", "teachers.*.max_length"]
+    proposed = describe_lengths(texts(long_texts, 100), texts(long_documents, 20), student, 16, keys)
+    more = "; --student.max_length 64 --teachers.*.max_length 64 reads more)"
+    assert proposed == clause.replace(" is not read)", f" is not read{more}")
+
+
+@pytest.mark.parametrize(
+    ("words", "now", "limit", "length"),
+    [
+        ([10] * 99 + [900], 8, 512, 64),  # one long text in a hundred changes nothing
+        ([100] * 10, 64, 512, 128),
+        ([600] * 10, 128, 512, 512),
+        ([600] * 10, 512, 512, None),
+        ([600] * 10, 512, None, 640),
+    ],
+)
+def test_the_proposed_length_reads_most_texts(words, now, limit, length):
+    def tokenizer(texts, **options):
+        return {"input_ids": [text.split() for text in texts]}
+
+    assert length_for_most(["a " * count for count in words], tokenizer, now, limit) == length

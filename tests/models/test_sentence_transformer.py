@@ -230,6 +230,20 @@ def test_evaluate_and_search_encode_it_the_same_way(kind: str, leaky: dict[str, 
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+def test_a_text_too_short_for_the_encoder_is_an_error_with_a_fix(tmp_path: Path) -> None:
+    from transformers import CanineConfig, CanineModel, CanineTokenizer
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(7)
+    CanineModel(CanineConfig(**size, num_hash_buckets=64, num_hash_functions=2)).save_pretrained(tmp_path)
+    CanineTokenizer(model_max_length=64).save_pretrained(tmp_path)
+    encode, teacher = model_encoder(load_model(str(tmp_path))), load_teacher(TeacherConfig(model=str(tmp_path)))
+    assert np.isfinite(teacher.encode(TEXTS)).all()
+    for encoded in (lambda: encode([*TEXTS, "a"], "query"), lambda: teacher.encode([*TEXTS, "a"])):
+        with pytest.raises(JasperError, match="cannot encode a text such as 'a' .* Fix: leave out texts as short"):
+            encoded()
+
+
 @pytest.mark.parametrize("kind", ["fnet", "convbert"])
 def test_a_student_that_pads_badly_is_rejected(kind: str, leaky: dict[str, Path]) -> None:
     with pytest.raises(JasperError, match="does not honour the attention mask"):

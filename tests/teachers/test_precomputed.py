@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jasper_fast.data.text import text_digest
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.teachers.model import load_teacher
 from jasper_fast.teachers.precomputed import PrecomputedEmbeddings, describe_precomputed
-from jasper_fast.teachers.row_order import centred_similarities, fit_of_order, lexical_similarities
+from jasper_fast.teachers.row_order import centred_similarities, fit_of_order, lexical_similarities, other_orders
 from jasper_fast.utils.errors import JasperError
 
 pa = pytest.importorskip("pyarrow")
@@ -458,12 +459,15 @@ WRONG_ORDERS = {
     "shuffled": (np.random.default_rng(4).permutation(200), "no better than in a random order"),
     "neighbours swapped": (np.arange(200) ^ 1, "no better than in a random order"),
     "the second half reversed": (np.r_[0:100, 199:99:-1], "From v.npy row .* the embeddings do not fit"),
-    "the first third shifted": (np.r_[np.roll(np.arange(66), 1), 66:200], "From v.npy row .* do not fit"),
+    "the first third shifted": (
+        np.r_[np.roll(np.arange(66), 1), 66:200],
+        "From v.npy row 0 .* the text 1 row before",
+    ),
     "two blocks swapped": (swapped(200, 20, 120, 30), "From v.npy row .* do not fit"),
     "half of the rows": (scattered(200, 0.5), "of the embeddings do not fit"),
     "one row repeated, all others later": (
         np.r_[0:100, 99:199],
-        "From v.npy row .* to v.npy row 199 the embeddings do",
+        "From v.npy row .* to v.npy row 199 each embedding fits the text 1 row before",
     ),
     "constant": (np.zeros(200, int), "all embeddings are equal"),
 }
@@ -491,7 +495,7 @@ def test_two_swapped_files_are_rejected(
     parts[2], parts[6] = parts[6], parts[2]
     save_parts(tmp_path / "v", [f"p{i}.npy" for i in range(10)], np.concatenate(parts))
     config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / "v")}], model=str(tiny_bert)))
-    with pytest.raises(JasperError, match="row order. From p[26].npy row .* do not fit .*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="row order. From p[26].npy row .* do not fit .*--texts texts.jsonl"):
         ensure_teachers(config, genuine(mixed_texts), progress=False)
 
 
@@ -517,10 +521,67 @@ def test_keys_override_the_check_of_the_order(vectors: np.ndarray, texts: Datase
     for name, rejected in (("v.npy", True), ("v.parquet", False)):
         config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / name)}]))
         if rejected:
-            with pytest.raises(JasperError, match="row order.*Fix: add a column `digest` or `text`"):
+            with pytest.raises(JasperError, match="row order.*Fix: save the embeddings as .jsonl or .parquet with a column `digest` or `text`"):
                 ensure_teachers(config, texts, progress=False)
         else:
             assert len(ensure_teachers(config, texts, progress=False)) == ROWS
+
+
+# Texts of which neighbours are similar, as sections of a document are.
+
+LINES = {
+    "shifted": (lambda n: np.roll(np.arange(n), 1), "each embedding fits the text 1 row before better than its own"),
+    "shifted up by two": (lambda n: np.roll(np.arange(n), -2), "each embedding fits the text 2 rows after better"),
+    "reversed": (lambda n: np.arange(n)[::-1], "each embedding fits the text at the same distance from the other end"),
+    "the second half shifted": (
+        lambda n: np.r_[0 : n // 2, np.roll(np.arange(n // 2, n), 1)],
+        "From v.npy row [1-9].* each embedding fits the text 1 row before better",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def winding() -> tuple[np.ndarray, np.ndarray]:
+    """Draw walks, in which neighbouring rows are similar: states of texts and embeddings of a teacher, (270, 8)."""
+    generator = np.random.default_rng(8)
+    steps = generator.standard_normal((270, 8))
+    walk = np.array([sum(0.8**back * steps[row - back] for back in range(min(row, 12) + 1)) for row in range(270)])
+    return walk, walk + 0.7 * generator.standard_normal(walk.shape)
+
+
+@pytest.mark.parametrize("n", [60, 270])
+@pytest.mark.parametrize(("order", "message"), [(np.arange, None), *LINES.values()], ids=["right", *LINES])
+def test_an_order_that_fits_worse_than_another_is_rejected(
+    order: Callable[[int], np.ndarray], message: str | None, n: int, winding, tmp_path: Path
+) -> None:
+    if n == 60 and message is not None and message.startswith("From"):
+        pytest.skip("a shifted half of 60 rows is within the noise")
+    states, vectors = (part[:n] for part in winding)
+    np.save(tmp_path / "v.npy", vectors[order(n)])
+    ready = PrecomputedEmbeddings(TeacherConfig(vectors=str(tmp_path / "v.npy")), n)
+    texts = dataset([f"text {i}" for i in range(n)], ["document"] * n)
+
+    def check() -> str:
+        return ready.check_order(texts, lambda texts, roles: [centred_similarities(states)])
+
+    if message is None:
+        assert "their order fits the texts" in check()
+        return
+    with pytest.raises(JasperError, match=message) as error:
+        check()
+    given, found = (float(re.search(rf"([-0-9.]+) in {which}", str(error.value))[1]) for which in ("the given", "that"))
+    assert found > given + 0.1
+
+
+def test_orders_that_are_compared_are_those_of_the_file() -> None:
+    values = np.arange(20.0)[:, None] ** [0, 1, 2]
+    names, found = [], []
+    for name, texts, similarities in other_orders(np.array([0, 9, 19]), 20, lambda rows: values[rows]):
+        names.append(name)
+        found.append(texts.tolist())
+        assert similarities.shape == (len(texts), len(texts))
+    assert found == [[0, 1], [1, 2], [0, 1], [1, 2], [0, 1], [1, 2], [0, 1, 2]]
+    assert names[2:4] == ["the text 2 rows before", "the text 2 rows after"]
 
 
 @pytest.mark.parametrize("n", [30, 100, 300])

@@ -665,7 +665,7 @@ def test_the_command_fills_the_cache_and_resumes(run_file: Path, tiny_bert: Path
 def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray, tmp_path: Path, capsys) -> None:
     vectors, file = tmp_path / "vectors.parquet", tmp_path / "out" / "texts.parquet"
     command = ["--config", str(run_file), "--teachers", json.dumps([{"vectors": str(vectors)}])]
-    with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.parquet"):
+    with pytest.raises(JasperError, match="no teacher embeddings here.*--texts texts.jsonl"):
         teach.main(command)
     with pytest.raises(
         JasperError,
@@ -684,6 +684,21 @@ def test_texts_are_written_to_embed_elsewhere(run_file: Path, ready: np.ndarray,
     pq.write_table(pq.read_table(other).slice(1), vectors)
     with pytest.raises(JasperError, match="1 of 200 training texts have no embedding.*--missing missing.jsonl"):
         teach.main(command)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "unsaid"),
+    [
+        ("later.npy", "save row i for text i with numpy.save as later.npy", "column `embedding`"),
+        ("later.jsonl", "a column `embedding`.\nThen save the rows as later.jsonl", "numpy.save"),
+        ("later.parquet", "a column `embedding`.\nThen save the rows as later.parquet", "numpy.save"),
+    ],
+)
+def test_the_advice_is_that_of_the_future_file(name, said, unsaid, run_file: Path, tmp_path: Path, capsys) -> None:
+    teachers = json.dumps([{"vectors": name}])
+    assert teach.main(["--config", str(run_file), "--teachers", teachers, "--texts", str(tmp_path / "t.jsonl")]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed and unsaid not in printed
 
 
 # The command with small shards and a slow first process. Every process must find the complete cache.

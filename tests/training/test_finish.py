@@ -76,6 +76,7 @@ def test_a_stopped_run_is_finished_early_and_trains_on(
     }  # fmt: skip
     line = f"finished early, after step {steps} of 20"
     assert line in said and line in (run / "report.md").read_text()
+    assert f"- The run was {line}" in (run / "model" / "README.md").read_text()
     weights = load_student(run / "model").state_dict()
     saved = load_file(run / "checkpoints" / f"step-{steps:08d}" / "model.safetensors")
     for width in (16, 8):
@@ -93,6 +94,7 @@ def test_a_stopped_run_is_finished_early_and_trains_on(
     assert "was finished early" in capsys.readouterr().out
     assert "finished_early" not in json.loads((run / "results.json").read_text())
     assert_same_run(run, folder / "alone")
+    assert "finished early" not in (run / "model" / "README.md").read_text()
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -104,6 +106,13 @@ def test_a_run_without_a_checkpoint_is_refused_and_nothing_is_made(world, tmp_pa
     with pytest.raises(JasperError, match="has no checkpoint .* Fix: train without --finish first"):
         train(tree, out=tmp_path / "none", finish=True)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_plans_no_early_end(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "run"), "--dry-run", "--finish"])
+    assert "argument --finish: not allowed with argument --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so(world, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +160,21 @@ def test_measuring_changes_neither_student_nor_random_numbers(tiny):
     # The evaluation set and the held-out documents: by the teacher, and by the student before and after.
     assert costs.evaluated == 3 * (36 + len(data.held_out_texts))
     assert costs.stages[2].setup > 0  # the neighbours
+
+
+def test_only_embeddings_that_a_model_computes_are_counted(tiny, tmp_path):
+    from jasper_fast.training.measure import TeacherCosts
+    from jasper_fast.training.preflight import prepare
+
+    tree = tiny | {"data": {**tiny["data"], "cut_share": 0, "shuffle_share": 0}}
+    data = prepare(load_config(tree))[1]
+    np.save(tmp_path / "ready.npy", np.random.default_rng(0).standard_normal((len(data.texts), 32)))
+    model, ready = tiny["teachers"][0], {"vectors": str(tmp_path / "ready.npy"), "order": "texts"}
+    other = {**model, "max_length": 16}
+    for teachers, expected in (([ready], 0), ([model], 1), ([model, ready], 1), ([model, other], 2)):
+        costs = TeacherCosts(load_config(tree | {"teachers": teachers}), data)
+        costs.missing_seconds()
+        assert costs.missing == expected * len(data.texts)
 
 
 def test_a_resumed_run_keeps_its_steps(tiny, tmp_path, monkeypatch):

@@ -573,3 +573,20 @@ def test_held_out_documents_are_compared_with_precomputed_vectors(world, tmp_pat
         assert ("unlabelled" in label_free) == (labelled < 40)
     else:
         assert label_free["missing"] and "rows" not in label_free
+
+
+def test_choices_for_the_user_are_printed_before_the_teacher_runs(world, tmp_path, capsys, monkeypatch):
+    from jasper_fast import train as command
+
+    folder, tree = world
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "label_texts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.train(load_config(tree).with_notes(["a choice"]), out=tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert printed.count("a choice") == 1 and printed.index("texts: ") < printed.index("a choice") < printed.index(
+        "plan: "
+    )

@@ -283,3 +283,21 @@ def test_a_folder_that_models_cannot_be_written_to_is_refused_before_the_work(tm
     with pytest.raises(JasperError, match=r"\\udcff': not a name in UTF-8.*Fix: choose a name of plain letters"):
         train(out=str(tmp_path / "run\udcff"))
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(("setting", "shown"), [(None, False), ("0", True)])
+def test_commands_hide_the_bars_of_datasets(setting, shown, tmp_path):
+    program = (
+        "from jasper_fast.utils.errors import run_cli\n"
+        "def main(argv):\n"
+        "    from datasets import Dataset\n"
+        "    Dataset.from_dict({'text': ['a']}).to_parquet('texts.parquet')\n"
+        "run_cli(main)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
+    environment |= {"PYTHONPATH": os.getcwd()} | ({"HF_DATASETS_DISABLE_PROGRESS_BARS": setting} if setting else {})
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("Creating parquet" in done.stderr) == shown and (tmp_path / "texts.parquet").is_file()

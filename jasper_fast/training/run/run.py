@@ -206,7 +206,6 @@ class Run:
             self.progress.advance(self.config.stages[position.stage].name, position.stage_step, None)
         self.log.event("preparation", seconds=time.perf_counter() - self.started)
         for note in self.config.notes:
-            self.log.info(note)
             self.log.event("note", text=note)
         early = self.folder.finished_early if self.folder is not None else None
         if early is not None and self.ranks.is_main:
