@@ -25,6 +25,7 @@ from jasper_fast.adaptation.request import STUDENT, Request, make_request
 from jasper_fast.adaptation.student import continued_training, first_training
 from jasper_fast.models.embedder import load_model
 from jasper_fast.train import Stopped, train
+from jasper_fast.training.run.folder import RunFolder
 from jasper_fast.utils.command_line import StoreOnce, check_model_argument, column_names, positive_int
 from jasper_fast.utils.errors import JasperError, run_cli
 
@@ -83,14 +84,18 @@ def adapt(
 
 
 def _train(request: Request, corpus: Corpus) -> Path:
-    """Train the student of a call and return the folder of its run."""
+    """Train the student of a call and return the folder of its run. Later calls keep the student of the first one."""
+    folder = request.out / STUDENT
+    if RunFolder(folder).finished:
+        print(f"the student in {folder} is trained already and stays as it is", flush=True)
+        return folder
     if request.model is None:
         config = first_training(request)
     else:
         given = load_model(str(request.model.model), trust_remote_code=request.trust_remote_code)
         config = continued_training(request, corpus, given)
     try:
-        return train(config, out=request.out / STUDENT)
+        return train(config, out=folder)
     except Stopped as stopped:
         done = str(stopped).partition(". ")[0]
         raise Stopped(f"{done}. Run the same command to go on") from None

@@ -16,7 +16,7 @@ from jasper_fast.adaptation.choose import FORMS, SYMMETRIC, Choice, HeldOutVecto
 from jasper_fast.adaptation.documents import Corpus, read_corpus
 from jasper_fast.adaptation.embeddings import Vectors, embed, fixed_identity, with_length
 from jasper_fast.adaptation.export import NARROW, Fitted, export_forms, narrow_widths
-from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts
+from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts, width_of
 from jasper_fast.adaptation.report import closing_lines, opening_lines, write_adapt_report
 from jasper_fast.adaptation.request import STUDENT, Request, same_space
 from jasper_fast.adaptation.scores import label_free_table, recommendation
@@ -217,7 +217,7 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     request, corpus, results = work.request, work.corpus, work.results
     model = load_model(name, trust_remote_code=request.trust_remote_code)
     work.counts = token_counts(corpus, model)
-    width = int(model.get_embedding_dimension() or 0)
+    width = width_of(model)
     space = _space(work, name)
     results["student"] = model_facts(name, width, model) | {
         "layers": layers_of(name, request.teacher, teacher and teacher.model),

@@ -1,4 +1,4 @@
-"""What a call asks for: documents, teacher, student and options, checked before any work."""
+"""The arguments of a call: documents, teacher, student and options, checked before any work."""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def continued_training(request: Request, corpus: Corpus, model: SentenceTransfor
 def write_questions(corpus: Corpus, file: Path) -> None:
     """Write the titles and sentences of the documents that are not held out, a JSON object a line."""
     texts = corpus.texts.select(corpus.sentences)["text"]
-    write_atomic(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if not file.is_file() or file.read_bytes() != content:  # a file that stays as it is keeps its place in the cache
+        write_atomic(file, content)
 
 
 def student_settings(name: str, model: SentenceTransformer) -> dict[str, Any]:
