@@ -8,7 +8,7 @@ from typing import Any
 
 from jasper_fast.adaptation.choose import ASYMMETRIC, FORMS, SYMMETRIC, points
 from jasper_fast.adaptation.plots import query_times
-from jasper_fast.adaptation.scores import BYTES, CERTAIN, UNTRAINED, difference
+from jasper_fast.adaptation.scores import BY_TEACHER, BYTES, CERTAIN, UNTRAINED, difference
 from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER
 
 COLUMNS, LABEL = 100, 16  # characters of a line, and of the label before it
@@ -125,49 +125,44 @@ def gain_sentences(results: Mapping[str, Any]) -> list[str]:
     """
     label_free = results["label_free"]
     sentences = []
-    training = results.get("training")
-    run = (training or {}).get("label_free") or {}
-    untrained = [d for d in run.get("differences", []) if d["to"] == BEFORE]
-    if training and untrained:
-        gain = _claim(untrained[0]["difference"], untrained[0]["error"])
-        sentences.append(f"{training['minutes']:g} minutes of training gained {gain} of the teacher's neighbours.")
+    training = results.get("training") or {}
+    trained = f"Training for {training.get('minutes', 0):g} minutes"
+    run = training.get("label_free") or {}
+    sentences += [_gain(trained, d["difference"], d["error"]) for d in run.get("differences", []) if d["to"] == BEFORE]
     if "rows" not in label_free:
         return sentences
     full = next(row["width"] for row in label_free["rows"] if row["model"] == TEACHER)
+    if both := difference(label_free, SYMMETRIC, full, UNTRAINED):
+        sentences.append(_gain(f"{trained} and adapting (symmetric)", *both))
     measured = {form: difference(label_free, form, full, BEFORE) for form in FORMS}
-    parts = [f"{_claim(*gain)} {form}" for form, gain in measured.items() if gain is not None]
-    sentences.append(f"Adapting gained {' and '.join(parts)}.")
-    if training and (both := difference(label_free, SYMMETRIC, full, UNTRAINED)):
-        sentences.append(f"Training for {training['minutes']:g} minutes and adapting gained {_claim(*both)} symmetric.")
-    return sentences
+    return sentences + [_gain(f"Adapting ({form})", *gain) for form, gain in measured.items() if gain is not None]
 
 
-def _claim(gain: float, error: float) -> str:
-    sized = points(gain, error)
-    return sized if abs(gain) > CERTAIN * error else f"nothing measurable ({sized})"
+def _gain(subject: str, gain: float, error: float) -> str:
+    sized = f"{points(gain, error)} of the teacher's neighbours"
+    if abs(gain) <= CERTAIN * error:
+        return f"{subject} gained nothing measurable ({sized})."
+    return f"{subject} {'gained' if gain > 0 else 'lost'} {sized}."
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:
     """Return the table of forms and widths. A narrow terminal leaves out the narrowest of many widths."""
     label_free = results["label_free"]
-    key, rows = label_free["quality"], label_free["rows"]
+    rows = label_free["rows"]
     cells = {(row["model"], row["form"], row["width"]): row for row in rows}
     widths = sorted({row["width"] for row in rows if row["model"] == STUDENT}, reverse=True)[:MOST_WIDTHS]
-    error = max(row[f"{key}_error"] for row in rows if row["model"] == STUDENT)
-    title = f"{label_free['questions']:,} questions, ± {100 * error:.1f}"
-    lines = [_row(title, TEACHER, *map(str, widths))]
-    names = {"kept": "% of the teacher's nDCG@10", "ndcg": "nDCG@10 of its ranking, %"}
+    error = max(row["overlap_error"] for row in rows if row["model"] == STUDENT)
+    lines = [_row(f"{label_free['questions']:,} questions, % (± {100 * error:.1f})", TEACHER, *map(str, widths))]
     for form in (ASYMMETRIC, SYMMETRIC):
         found = [cells.get((STUDENT, form, width)) for width in widths]
         if any(found):
-            lines.append(_row(f"{form}: {names[key]}", "100", *(_percent(row, key) for row in found)))
-            lines.append(_row("  same ten neighbours, %", "100", *(_percent(row, "overlap") for row in found)))
-    before = [cells.get((BEFORE, SYMMETRIC, width)) for width in widths]
-    if any(before):
-        lines.append(_row("not adapted, symmetric", "–", *(_percent(row, key) for row in before)))
-    limit = [cells.get((PCA, TEACHER, width)) for width in widths]
-    if any(limit):
-        lines.append(_row("teacher's PCA on both sides", "–", *(_percent(row, key) for row in limit)))
+            lines.append(_row(f"{form}: same ten neighbours", "100", *(_percent(row, "overlap") for row in found)))
+            lines.append(_row("  expected nDCG@10 of the teacher's", "100", *(_percent(r, "expected") for r in found)))
+    others = (("not adapted, symmetric", BEFORE, SYMMETRIC), ("teacher's PCA on both sides", PCA, BY_TEACHER))
+    for name, model, form in others:
+        found = [cells.get((model, form, width)) for width in widths]
+        if any(found):
+            lines.append(_row(name, "100", *(_percent(row, "overlap") for row in found)))
     lines.append(_row("bytes per document", f"{BYTES * widths[0]:,}", *(f"{BYTES * width:,}" for width in widths)))
     times = query_times(results)
     if STUDENT in times:

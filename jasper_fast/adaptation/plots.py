@@ -23,7 +23,6 @@ SERIES = {
     (BEFORE, SYMMETRIC): ("D", "#D55E00", "not adapted, symmetric"),
 }
 HOLLOW = (BEFORE,)  # models with hollow markers
-QUALITY = {"kept": "nDCG@10 kept of the teacher's, %", "ndcg": "nDCG@10 of the teacher's ranking, %"}
 
 
 def plot_bytes(results: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -37,7 +36,7 @@ def plot_bytes(results: Mapping[str, Any], file: IO[bytes]) -> None:
     rows = results["label_free"]["rows"]
     for series in SERIES:
         points = [row for row in rows if (row["model"], row["form"]) == series]
-        _draw(axis, results, series, [row["bytes"] for row in points], points)
+        _draw(axis, series, [row["bytes"] for row in points], points)
     axis.axhline(100, color=COLOURS[TEACHER], linewidth=1, label="teacher, full width")
     sizes = sorted({row["bytes"] for row in rows})
     axis.set_xscale("log", base=2)
@@ -61,12 +60,12 @@ def plot_query_time(results: Mapping[str, Any], file: IO[bytes]) -> None:
     for side, series in enumerate(((STUDENT, SYMMETRIC), (STUDENT, ASYMMETRIC), (PCA, BY_TEACHER))):
         model = TEACHER if series[0] == PCA else STUDENT
         points = [row for row in results["label_free"]["rows"] if (row["model"], row["form"]) == series]
-        _draw(axis, results, series, [times[model]] * len(points), points)
+        _draw(axis, series, [times[model]] * len(points), points)
         left = side == 0  # the forms of the student have the same time
         for row in points:
             axis.annotate(
                 str(row["width"]),
-                (times[model], 100 * row[results["label_free"]["quality"]]),
+                (times[model], 100 * row["overlap"]),
                 xytext=(-9 if left else 9, 0),
                 textcoords="offset points",
                 ha="right" if left else "left",
@@ -91,16 +90,9 @@ def query_times(results: Mapping[str, Any]) -> dict[str, float]:
     return {model: 1000 / speed[model]["queries_per_s"] for model in (STUDENT, TEACHER) if speed.get(model)}
 
 
-def _draw(
-    axis: Axes,
-    results: Mapping[str, Any],
-    series: tuple[str, str],
-    places: list[float],
-    points: list[Mapping[str, Any]],
-) -> None:
-    key = results["label_free"]["quality"]
+def _draw(axis: Axes, series: tuple[str, str], places: list[float], points: list[Mapping[str, Any]]) -> None:
     style, colour, label = SERIES[series]
-    values, errors = [100 * row[key] for row in points], [100 * row[f"{key}_error"] for row in points]
+    values, errors = [100 * row["overlap"] for row in points], [100 * row["overlap_error"] for row in points]
     if points:
         face = "white" if series[0] in HOLLOW else colour
         axis.errorbar(
@@ -109,5 +101,5 @@ def _draw(
 
 
 def _finish(axis: Axes, results: Mapping[str, Any]) -> None:
-    axis.set_ylabel(QUALITY[results["label_free"]["quality"]])
+    axis.set_ylabel("teacher's ten neighbours found, %")
     axis.set_title(f"{results['label_free']['questions']:,} held-out questions", loc="left", fontsize=11)
