@@ -451,8 +451,8 @@ CASES += [
         "too few documents .*got 9",
     ),
     Case(
-        "adapt: an unknown teacher of a model", "adapt", "{w}/texts.jsonl --model {w}/bert --out {t}/out --cache {t}/c",
-        nothing, "does not say which teacher .*Fix: give --teacher",
+        "adapt: an unknown teacher of a model", "adapt",
+        "{w}/texts.jsonl --model {w}/bert --out {t}/out --cache {t}/cache", nothing, "does not say which teacher .*Fix: give --teacher",
     ),
     Case(
         "adapt: a configuration for a model", "adapt", "{w}/texts.jsonl --model {w}/run.yaml --out {t}/out", nothing,
@@ -471,6 +471,7 @@ CASES += [
     adapted("a width above the teacher's", "--widths 64", nothing, "--widths: 64 is wider .*at most 32.*Fix: "),
     adapted("a length of zero", "--max-length 0", nothing, "whole number from 1"),
     adapted("a length beyond the positions", "--max-length 999", nothing, "64 positions"),
+    adapted("a model twice", "--model {t}/none", nothing, "given twice"),
     adapted("a folder of something else", "", file("out/mine.txt", "x"), "holds something else .*mine.txt.*Fix: "),
     adapted("a file for a folder", "", file("out", ""), "a file is where a folder should be"),
     adapted("vectors that are missing", "", nothing, "none.npy")._replace(

@@ -30,9 +30,11 @@ from jasper_fast.adaptation.steps import (
     pick_length,
     project,
 )
+from jasper_fast.adaptation.student import student_settings
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
+from jasper_fast.models.sentence_transformer import set_length
 from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
 from jasper_fast.training.run.folder import RESULTS, hold_folder
@@ -144,6 +146,25 @@ def check_widths(request: Request, width: int) -> None:
         )
 
 
+def check_student(request: Request) -> None:
+    """Reject a length beyond the student's positions, and a student that cannot be trained on.
+
+    Args:
+        request: the call.
+
+    Raises:
+        JasperError: the student cannot do what is asked.
+    """
+    name = str(request.model.model) if request.model is not None else request.config.student.model
+    if request.max_length is None and (request.model is None or request.minutes is None):
+        return
+    model = load_model(name, trust_remote_code=request.trust_remote_code)
+    if request.model is not None and request.minutes is not None:
+        student_settings(name, model)
+    if request.max_length is not None:
+        set_length(model, request.max_length, name)
+
+
 def _is_done(request: Request, state: State, corpus: Corpus) -> bool:
     """Return whether an earlier call has done all that this one asks for."""
     if not state.finished or state.facts.get("widths") != _asked_widths(request):
@@ -165,6 +186,7 @@ def _run(work: Work, train: Train) -> None:
     teacher = embed(request.config, request.teacher, corpus.texts) if loaded is None else None
     width = loaded.width if loaded is not None else teacher.width if teacher is not None else 0
     check_widths(request, width)
+    check_student(request)
     _begin(work, teacher, width)
     results["teacher"] = model_facts(request.teacher_name, width, loaded and loaded.model)
     results["held_out"] = {
