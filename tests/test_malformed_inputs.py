@@ -452,7 +452,8 @@ CASES += [
     ),
     Case(
         "adapt: an unknown teacher of a model", "adapt",
-        "{w}/texts.jsonl --model {w}/bert --out {t}/out --cache {t}/cache", nothing, "does not say which teacher .*Fix: give --teacher",
+        "{w}/texts.jsonl --model {w}/bert --out {t}/out --cache {t}/cache", nothing,
+        "does not say which teacher .*Fix: give --teacher",
     ),
     Case(
         "adapt: a configuration for a model", "adapt", "{w}/texts.jsonl --model {w}/run.yaml --out {t}/out", nothing,

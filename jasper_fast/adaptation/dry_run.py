@@ -5,9 +5,10 @@ from __future__ import annotations
 from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import checked_width
 from jasper_fast.adaptation.export import NARROW
-from jasper_fast.adaptation.pipeline import check_student, check_widths, read_request_corpus
-from jasper_fast.adaptation.request import STUDENT, Request
+from jasper_fast.adaptation.pipeline import read_request_corpus
+from jasper_fast.adaptation.request import STUDENT, Request, check_widths
 from jasper_fast.adaptation.state import DOCUMENTS, open_state
+from jasper_fast.adaptation.student import check_student
 
 
 def describe_request(request: Request) -> str:

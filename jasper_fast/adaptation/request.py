@@ -146,6 +146,23 @@ def make_request(
     )
 
 
+def check_widths(request: Request, width: int) -> None:
+    """Reject widths that the teacher does not have.
+
+    Args:
+        request: the call.
+        width: the teacher's width.
+
+    Raises:
+        JasperError: a width is too large.
+    """
+    if request.widths and request.widths[0] > width:
+        raise JasperError(
+            f"--widths: {request.widths[0]} is wider than the teacher (got {request.widths[0]}, expected at most "
+            f"{width}). Fix: leave it out"
+        )
+
+
 def teacher_of(model: str) -> TeacherConfig:
     """Return the teacher that a student was trained with, reading whole documents.
 
