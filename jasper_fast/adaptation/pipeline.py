@@ -16,7 +16,7 @@ from jasper_fast.adaptation.export import Fitted, export_forms, narrow_widths
 from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts, width_of
 from jasper_fast.adaptation.report import closing_lines, opening_lines, write_adapt_report
 from jasper_fast.adaptation.request import STUDENT, Request, check_widths, same_space
-from jasper_fast.adaptation.scores import label_free_table, recommendation
+from jasper_fast.adaptation.scores import label_free_table, recommendation, recommended
 from jasper_fast.adaptation.state import DOCUMENTS, SENTENCES, State, open_state
 from jasper_fast.adaptation.steps import (
     count_pairs,
@@ -287,13 +287,15 @@ def _compared(corpus: Corpus, held: HeldOutVectors) -> Any:
 def _report(work: Work, fitted: Fitted) -> None:
     """Write the report, then the results, which mark the adaptation as finished. Print the end."""
     request, results = work.request, work.results
-    best = request.out if "asymmetric" in fitted.maps else request.out / SYMMETRIC
+    form, width = recommended(results["label_free"]) or (SYMMETRIC, fitted.width)
     columns = ",".join(request.source.columns)
-    given = f" --columns {columns}" if request.source.columns != ["text"] else ""
-    ids = f" --id-column {request.source.id_column}" if request.source.id_column is not None else ""
     index = f"{request.out}-index"
+    build = ["jasper-fast search build", str(request.out / form), request.documents]
+    build += ["--columns", columns] if columns != "text" else []
+    build += ["--id-column", request.source.id_column] if request.source.id_column is not None else []
+    build += ["--width", str(width)] if width != fitted.width else []
     results["next"] = [
-        f"jasper-fast search build {best} {request.documents}{given}{ids} --out {index}",
+        " ".join([*build, "--out", index]),
         f'jasper-fast search ask {index} "your question"',
     ]
     write_adapt_report(request.out, results)
