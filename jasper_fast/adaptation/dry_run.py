@@ -5,11 +5,10 @@ from __future__ import annotations
 from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import checked_width
 from jasper_fast.adaptation.export import NARROW
-from jasper_fast.adaptation.pipeline import check_widths, read_request_corpus
-from jasper_fast.adaptation.request import STUDENT, Request
+from jasper_fast.adaptation.pipeline import read_request_corpus
+from jasper_fast.adaptation.request import STUDENT, Request, check_widths
 from jasper_fast.adaptation.state import DOCUMENTS, open_state
-from jasper_fast.adaptation.student import student_settings
-from jasper_fast.models.embedder import load_model
+from jasper_fast.adaptation.student import check_student
 
 
 def describe_request(request: Request) -> str:
@@ -26,6 +25,7 @@ def describe_request(request: Request) -> str:
     corpus = read_request_corpus(request, state)
     width = checked_width(request.config, request.teacher, corpus.texts)
     check_widths(request, width)
+    check_student(request)
     widths = [one for one in request.widths or NARROW if one < width]
     forms = "symmetric and asymmetric" if request.teacher.model is not None else "symmetric only: vectors have no model"
     kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
@@ -47,9 +47,7 @@ def _student(request: Request, corpus: Corpus) -> str:
             f"trained for {request.minutes:g} minutes in {request.out / STUDENT}, from {request.config.student.model}"
         )
     name = str(request.model.model)
-    model = load_model(name, trust_remote_code=request.trust_remote_code)
     reads = f"{name}, reads {len(corpus.texts):,} texts"
     if request.minutes is None:
         return reads
-    student_settings(name, model)
     return f"{reads} after {request.minutes:g} minutes of training in {request.out / STUDENT}"

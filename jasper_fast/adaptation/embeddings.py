@@ -12,6 +12,7 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.data.listing import user_path
 from jasper_fast.models.embedder import load_model
+from jasper_fast.models.loading import without_bars
 from jasper_fast.models.sentence_transformer import set_length, transformers_of
 from jasper_fast.teachers.base import teacher_type
 from jasper_fast.teachers.cache import TeacherEmbeddings
@@ -152,7 +153,7 @@ def with_length(model: TeacherConfig, length: int, cache: str) -> TeacherConfig:
     folder = Path(cache).expanduser() / f"length-{length}-{key}" / Path(str(model.model)).name
     with locked(folder):
         if not (folder / "modules.json").is_file():
-            with publish_dir(folder, replace=True) as temporary:
+            with publish_dir(folder, replace=True) as temporary, without_bars():
                 loaded.save_pretrained(str(temporary), create_model_card=False)
     return model.model_copy(update={"model": str(folder), "max_length": length})
 

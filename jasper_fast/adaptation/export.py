@@ -26,7 +26,7 @@ NARROW = tuple(width for width in DEFAULT_HEADS if width != max(DEFAULT_HEADS))
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was chosen for the models.
+    """The choices that make the models.
 
     Args:
         student: the student's folder or name.

@@ -16,7 +16,7 @@ from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import own_length
 from jasper_fast.adaptation.request import Request
 from jasper_fast.config.models import TeacherConfig
-from jasper_fast.models.embedder import EncodeWidths, model_encoder
+from jasper_fast.models.embedder import EncodeWidths, model_encoder, routes
 from jasper_fast.models.folder import FACTS_FILE
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.lengths import CHARACTERS_PER_TOKEN, SAMPLE, sample_evenly
@@ -44,6 +44,12 @@ def model_facts(name: str, width: int, model: SentenceTransformer | None) -> dic
     if model is None:
         return facts | {"parameters": None, "max_length": None}
     return facts | {"parameters": sum(p.numel() for p in model.parameters()), "max_length": own_length(model)}
+
+
+def width_of(model: SentenceTransformer) -> int:
+    """Return the widest width of a loaded model."""
+    heads = routes(model)[1]
+    return max(heads) if heads else int(model.get_embedding_dimension() or 0)
 
 
 def layers_of(student: str, teacher: TeacherConfig, loaded: SentenceTransformer | None) -> str | None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,21 @@ import numpy as np
 from jasper_fast.adaptation.choose import FORMS, SYMMETRIC, Choice, HeldOutVectors, candidates, choose_maps
 from jasper_fast.adaptation.documents import Corpus, read_corpus
 from jasper_fast.adaptation.embeddings import Vectors, embed, fixed_identity, with_length
-from jasper_fast.adaptation.export import NARROW, Fitted, export_forms, narrow_widths
-from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts
+from jasper_fast.adaptation.export import Fitted, export_forms, narrow_widths
+from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts, width_of
 from jasper_fast.adaptation.report import closing_lines, opening_lines, write_adapt_report
-from jasper_fast.adaptation.request import STUDENT, Request, same_space
-from jasper_fast.adaptation.scores import label_free_table, recommendation
+from jasper_fast.adaptation.request import STUDENT, Request, check_widths, same_space
+from jasper_fast.adaptation.scores import label_free_table, recommendation, recommended
 from jasper_fast.adaptation.state import DOCUMENTS, SENTENCES, State, open_state
 from jasper_fast.adaptation.steps import (
-    LENGTH_ROWS,
-    SECONDS,
     count_pairs,
     held_out_vectors,
     lengths_to_compare,
     pick_length,
     project,
 )
+from jasper_fast.adaptation.student import check_student
+from jasper_fast.adaptation.work import Work, plan_time
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
@@ -37,52 +34,11 @@ from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
 from jasper_fast.training.run.folder import RESULTS, hold_folder
 from jasper_fast.training.run.log import LOG
-from jasper_fast.training.run.progress import Phase, Progress, clock
 from jasper_fast.training.run.signals import leave_on_sigterm
 from jasper_fast.utils.atomic import write_atomic
-from jasper_fast.utils.errors import JasperError
 
 SHORT_TEXT = 0.2  # time that a question or sentence takes, as a fraction of a document's
 PLANNED = {"fit": 5.0, "scores": 5.0, "export": 15.0}  # seconds
-
-
-@dataclass
-class Work:
-    """An adaptation in progress.
-
-    Args:
-        request: the call.
-        state: the saved state.
-        corpus: the texts.
-        results: what results.json will have.
-        progress: the planned steps.
-        counts: (n,) int64, tokens of a sample of the documents.
-    """
-
-    request: Request
-    state: State
-    corpus: Corpus
-    results: dict[str, Any]
-    progress: Progress = field(default_factory=Progress)
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-
-    @contextmanager
-    def step(self, name: str, title: str) -> Iterator[None]:
-        """Print the title of a step with the time to go, and time the step."""
-        to_go = self.progress.to_go()
-        print(title + (f" · {clock(to_go)} to go" if to_go is not None else ""), flush=True)
-        began = time.perf_counter()
-        yield
-        spent = time.perf_counter() - began
-        self.results["seconds"][name] = round(spent, 2)
-        phase = self.progress.find(name)
-        if phase is not None:
-            self.progress.advance(name, phase.units, spent)
-
-    def note(self, line: str) -> None:
-        """Print something that was decided for the user, and keep it for the report."""
-        print(line, flush=True)
-        self.results["notes"].append(line)
 
 
 Train = Callable[[Request, Corpus], Path]  # trains the student and returns its run's folder
@@ -127,23 +83,6 @@ def read_request_corpus(request: Request, state: State | None = None) -> Corpus:
     return read_corpus(request.config.data, lambda digests: state.is_new(DOCUMENTS, digests), questions)
 
 
-def check_widths(request: Request, width: int) -> None:
-    """Reject widths that the teacher does not have.
-
-    Args:
-        request: the call.
-        width: the teacher's width.
-
-    Raises:
-        JasperError: a width is too large.
-    """
-    if request.widths and request.widths[0] > width:
-        raise JasperError(
-            f"--widths: {request.widths[0]} is wider than the teacher (got {request.widths[0]}, expected at most "
-            f"{width}). Fix: leave it out"
-        )
-
-
 def _is_done(request: Request, state: State, corpus: Corpus) -> bool:
     """Return whether an earlier call has done all that this one asks for."""
     if not state.finished or state.facts.get("widths") != _asked_widths(request):
@@ -165,6 +104,7 @@ def _run(work: Work, train: Train) -> None:
     teacher = embed(request.config, request.teacher, corpus.texts) if loaded is None else None
     width = loaded.width if loaded is not None else teacher.width if teacher is not None else 0
     check_widths(request, width)
+    check_student(request)
     _begin(work, teacher, width)
     results["teacher"] = model_facts(request.teacher_name, width, loaded and loaded.model)
     results["held_out"] = {
@@ -217,7 +157,7 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     request, corpus, results = work.request, work.corpus, work.results
     model = load_model(name, trust_remote_code=request.trust_remote_code)
     work.counts = token_counts(corpus, model)
-    width = int(model.get_embedding_dimension() or 0)
+    width = width_of(model)
     space = _space(work, name)
     results["student"] = model_facts(name, width, model) | {
         "layers": layers_of(name, request.teacher, teacher and teacher.model),
@@ -226,7 +166,7 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     }
     _describe_documents(work, results["student"]["max_length"])
     results["speed"] = speeds(model, teacher, corpus, work.counts)
-    work.progress = _plan(work, results["speed"], lengths_to_compare(model, work.counts))
+    plan_time(work, results["speed"], lengths_to_compare(model, work.counts))
     print("\n".join(opening_lines(results)), flush=True)
 
 
@@ -236,22 +176,6 @@ def _describe_documents(work: Work, max_length: int | None) -> None:
     known = int((~state.is_new(DOCUMENTS, corpus.texts[: corpus.documents]["digest"])).sum())
     earlier = len(state.counted[DOCUMENTS]) - known  # counted, and not among the documents of this call
     work.results["documents"] = document_facts(work.request, corpus, work.counts, max_length, earlier)
-
-
-def _plan(work: Work, speed: dict[str, Any], lengths: list[int]) -> Progress:
-    corpus, request = work.corpus, work.request
-    student = speed["student"]["documents_per_s"]
-    units = corpus.documents + SHORT_TEXT * (len(corpus.texts) - corpus.documents)
-    phases = []
-    if request.max_length is None and "length" not in work.state.facts and len(lengths) > 1:
-        documents = min(corpus.documents, LENGTH_ROWS) * sum(lengths) / lengths[0]
-        phases.append(Phase("length", 1, documents / student))
-    if "teacher" not in work.results["seconds"] and speed["teacher"] is not None:
-        phases.insert(0, Phase("teacher", 1, units / speed["teacher"]["documents_per_s"]))
-    phases.append(Phase("student", 1, units / student))
-    phases.append(Phase("fit", 1, PLANNED["fit"] + corpus.documents / 20_000))
-    phases.append(Phase("projections", 1, SECONDS * len(request.widths or NARROW)))
-    return Progress([*phases, Phase("scores", 1, PLANNED["scores"]), Phase("export", 1, PLANNED["export"])])
 
 
 def _fit(work: Work, name: str, teacher: Vectors) -> None:
@@ -363,13 +287,15 @@ def _compared(corpus: Corpus, held: HeldOutVectors) -> Any:
 def _report(work: Work, fitted: Fitted) -> None:
     """Write the report, then the results, which mark the adaptation as finished. Print the end."""
     request, results = work.request, work.results
-    best = request.out if "asymmetric" in fitted.maps else request.out / SYMMETRIC
+    form, width = recommended(results["label_free"]) or (SYMMETRIC, fitted.width)
     columns = ",".join(request.source.columns)
-    given = f" --columns {columns}" if request.source.columns != ["text"] else ""
-    ids = f" --id-column {request.source.id_column}" if request.source.id_column is not None else ""
     index = f"{request.out}-index"
+    build = ["jasper-fast search build", str(request.out / form), request.documents]
+    build += ["--columns", columns] if columns != "text" else []
+    build += ["--id-column", request.source.id_column] if request.source.id_column is not None else []
+    build += ["--width", str(width)] if width != fitted.width else []
     results["next"] = [
-        f"jasper-fast search build {best} {request.documents}{given}{ids} --out {index}",
+        " ".join([*build, "--out", index]),
         f'jasper-fast search ask {index} "your question"',
     ]
     write_adapt_report(request.out, results)

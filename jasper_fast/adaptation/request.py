@@ -1,4 +1,4 @@
-"""What a call asks for: documents, teacher, student and options, checked before any work."""
+"""The arguments of a call: documents, teacher, student and options, checked before any work."""
 
 from __future__ import annotations
 
@@ -144,6 +144,23 @@ def make_request(
     return Request(
         str(documents), path, config, teaching, student, chosen_minutes, chosen_widths, chosen_length, trust_remote_code
     )
+
+
+def check_widths(request: Request, width: int) -> None:
+    """Reject widths that the teacher does not have.
+
+    Args:
+        request: the call.
+        width: the teacher's width.
+
+    Raises:
+        JasperError: a width is too large.
+    """
+    if request.widths and request.widths[0] > width:
+        raise JasperError(
+            f"--widths: {request.widths[0]} is wider than the teacher (got {request.widths[0]}, expected at most "
+            f"{width}). Fix: leave it out"
+        )
 
 
 def teacher_of(model: str) -> TeacherConfig:

@@ -218,6 +218,19 @@ def recommendation(label_free: Mapping[str, Any], speed: Mapping[str, Any] | Non
     return f"Use {form} at width {width} ({row['bytes']:,} bytes a document): {'; '.join(filter(None, clauses))}."
 
 
+def recommended(label_free: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the form and the width of :func:`recommendation`. None: there are no scores.
+
+    Args:
+        label_free: result of :func:`label_free_table`.
+    """
+    if "missing" in label_free:
+        return None
+    form, _ = _recommended_form(label_free)
+    rows = {row["width"]: row for row in label_free["rows"] if (row["model"], row["form"]) == (STUDENT, form)}
+    return form, _recommended_width(label_free, form, rows)[0]
+
+
 def difference(label_free: Mapping[str, Any], form: str, width: int, to: str) -> tuple[float, float] | None:
     """Return a difference in overlap and its standard error. None: it was not measured.
 

@@ -1,4 +1,4 @@
-"""What an adaptation keeps between calls: its settings, and the statistics with the texts that they cover."""
+"""The saved state of an adaptation: its settings, and the statistics with the texts that they cover."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jasper_fast.utils.names import first_line
 ADAPT, STATISTICS = "adapt.json", "statistics.safetensors"
 FORMAT = 1  # increment it when this version cannot continue older folders
 DOCUMENTS, SENTENCES = KINDS = ("documents", "sentences")
-PROBES = 32  # documents whose vectors are kept, to recognise vectors of another model
+PROBES = 32  # documents with kept embeddings, to recognise vectors of another model
 MIN_COSINE = 0.999  # of two embeddings of one text by one model
 
 
@@ -138,7 +138,7 @@ class State:
             self.probes = keys[:PROBES], np.ascontiguousarray(teacher[:PROBES])
 
     def check_probes(self, digests: list[str], read: Callable[[np.ndarray], np.ndarray], name: str) -> None:
-        """Reject vectors of another model, by documents whose vectors were kept.
+        """Reject vectors of another model, by the documents with kept embeddings.
 
         Args:
             digests: digests of n documents.

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.request import Request
 from jasper_fast.config.run import Config
+from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import FACTS_FILE
 from jasper_fast.models.heads import ROUTER, routes_of
 from jasper_fast.models.hub import resolve_model
-from jasper_fast.models.sentence_transformer import transformers_of
+from jasper_fast.models.sentence_transformer import set_length, transformers_of
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 
@@ -83,7 +84,9 @@ def continued_training(request: Request, corpus: Corpus, model: SentenceTransfor
 def write_questions(corpus: Corpus, file: Path) -> None:
     """Write the titles and sentences of the documents that are not held out, a JSON object a line."""
     texts = corpus.texts.select(corpus.sentences)["text"]
-    write_atomic(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if not file.is_file() or file.read_bytes() != content:  # a file that stays as it is keeps its place in the cache
+        write_atomic(file, content)
 
 
 def student_settings(name: str, model: SentenceTransformer) -> dict[str, Any]:
@@ -116,3 +119,22 @@ def student_settings(name: str, model: SentenceTransformer) -> dict[str, Any]:
     width = int(model.get_embedding_dimension() or 0)
     prompts = {role: (model.prompts or {}).get(role) or "" for role in ("query", "document")}
     return {"model": name, "heads": [width], "head_init": "identity", "max_length": length, "prompts": prompts}
+
+
+def check_student(request: Request) -> None:
+    """Reject a length beyond the student's positions, and a student that cannot be trained on.
+
+    Args:
+        request: the call.
+
+    Raises:
+        JasperError: the student cannot do what is asked.
+    """
+    name = str(request.model.model) if request.model is not None else request.config.student.model
+    if request.max_length is None and (request.model is None or request.minutes is None):
+        return
+    model = load_model(name, trust_remote_code=request.trust_remote_code)
+    if request.model is not None and request.minutes is not None:
+        student_settings(name, model)
+    if request.max_length is not None:
+        set_length(model, request.max_length, name)

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 import jasper_fast
 from jasper_fast.adapt import main
 from jasper_fast.adaptation import pipeline
+from jasper_fast.adaptation.scores import recommended
 from jasper_fast.adaptation.state import ADAPT, STATISTICS
 from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.utils.errors import JasperError
@@ -41,7 +42,12 @@ def test_one_call_writes_models_report_and_results(world, finished):
     assert results["held_out"]["documents"] == 9 and results["held_out"]["questions"] > 9
     assert results["student"]["same_space"] and results["teacher"]["width"] == 32
     assert {row["width"] for row in results["label_free"]["rows"] if row["model"] == "student"} == {32, 8}
-    assert results["next"][0].startswith(f"jasper-fast search build {finished} {world.few} --columns title,text --out ")
+    form, width = recommended(results["label_free"])
+    assert results["next"][0].startswith(
+        f"jasper-fast search build {finished / form} {world.few} --columns title,text "
+    )
+    assert (f"--width {width}" in results["next"][0]) == (width != 32)
+    assert f"Use {form} at width {width} " in results["recommendation"]
     symmetric = SentenceTransformer(str(finished / "symmetric"))
     texts = ["A note on apples.", "The old bridge"]
     assert symmetric.encode(texts).shape == (2, 32) and symmetric.encode(texts, task="8").shape == (2, 8)

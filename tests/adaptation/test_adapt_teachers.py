@@ -121,6 +121,10 @@ def test_the_student_learns_on_from_its_own_embeddings(world, tmp_path, capsys):
     assert len(held_out) >= results["held_out"]["documents"]
     jasper_fast.adapt(world.few, out=out, **options)
     assert "is finished" in capsys.readouterr().out
+    weights = (out / "student" / "model" / "model.safetensors").read_bytes()
+    jasper_fast.adapt(world.many, out=out, **options)
+    assert "stays as it is" in capsys.readouterr().out and results_of(out)["documents"]["used"] == 130
+    assert (out / "student" / "model" / "model.safetensors").read_bytes() == weights
 
 
 def test_a_trained_student_starts_as_it_is(world):
