@@ -113,7 +113,7 @@ def long_texts(model: SentenceTransformer, texts: list[str]) -> str | None:
     if not longer:
         return None
     of = f"{len(texts):,} texts" if len(sample) == len(texts) else f"a sample of {len(sample):,} texts"
-    length = length_for_most(sample, tokenizer, limit, positions_of(model))
+    length = length_for_most(sample, reader.tokenizer, limit, positions_of(reader))
     more = f". --max-length {length} reads more" if length is not None else ""
     return f"{percent(longer)} of {of} are longer than {limit:,} tokens, and the rest of these is not read{more}"
 
