@@ -5,6 +5,7 @@
     … --minutes 10                       train that long; with --model, on from that model
     … --teacher NAME | vectors.npy       another teacher: a model, or embeddings of the documents
     … --dry-run                          what would be done
+    … --model runs/new --into old-index  map a new model's questions into an existing index instead
 
 The same command continues after an interruption. With more documents, it encodes and counts only the new ones. Then
 build an index with `jasper-fast search build my-model docs.jsonl --out my-index`. From Python, call
@@ -25,7 +26,7 @@ from jasper_fast.adaptation.student import continued_training, first_training
 from jasper_fast.models.embedder import load_model
 from jasper_fast.train import Stopped, train
 from jasper_fast.utils.command_line import StoreOnce, check_model_argument, column_names, positive_int
-from jasper_fast.utils.errors import run_cli
+from jasper_fast.utils.errors import JasperError, run_cli
 
 __all__ = ["Stopped", "adapt", "main"]
 
@@ -105,6 +106,11 @@ def main(argv: list[str]) -> int:
         "id_column": args.id_column, "widths": args.widths, "max_length": args.max_length, "cache": args.cache,
         "trust_remote_code": args.trust_remote_code,
     }  # fmt: skip
+    if args.into is not None:
+        return _migrate(args)
+    for option in ("pairs", "force"):
+        if getattr(args, option):
+            raise JasperError(f"--{option} is for --into, which is not given. Fix: leave it out, or give --into OLD")
     if args.dry_run:
         print(describe_request(make_request(args.documents, args.out, **options)))
         return 0
@@ -113,6 +119,25 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         print(stopped)
         return 130
+    return 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    """Map a new model into an existing index."""
+    from jasper_fast.adaptation.migrate import PAIRS, migrate
+
+    if args.model is None:
+        raise JasperError("--into needs --model, the new model whose questions are mapped. Fix: give --model")
+    for option in ("teacher", "minutes", "widths", "dry_run"):
+        if getattr(args, option):
+            name = f"--{option.replace('_', '-')}"
+            raise JasperError(f"--into maps a finished model, for which {name} means nothing. Fix: leave out {name}")
+    if args.max_length != "auto":
+        raise JasperError("--into keeps the length of the model. Fix: leave out --max-length")
+    migrate(
+        args.documents, args.into, args.model, args.out, columns=args.columns, id_column=args.id_column,
+        pairs=args.pairs or PAIRS, cache=args.cache, force=args.force, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     return 0
 
 
@@ -138,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", type=_widths, metavar="A,B", help="narrower widths (default: the student's)")
     parser.add_argument(
         "--max-length", type=_length, default="auto", metavar="N", help="tokens that the student reads (default: auto)"
+    )
+    parser.add_argument(
+        "--into", metavar="OLD", action=StoreOnce, help="existing index to map --model's questions into"
+    )
+    parser.add_argument("--pairs", type=positive_int, metavar="N", help="with --into: most documents to encode")
+    parser.add_argument(
+        "--force", action="store_true", help="with --into: write the model in spite of a bad map or order"
     )
     parser.add_argument("--cache", default="cache", metavar="DIR", help="texts and embeddings (default: cache)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and leave")

@@ -188,6 +188,10 @@ def scored(name: str, place: str, content: str | bytes) -> Case:
     return Case(f"pairs: {name}", "evaluate", f"{{w}}/run {{t}}/{place}", file(place, content), place)
 
 
+def adapted(name: str, more: str, make: Make = nothing, message: str = ".") -> Case:
+    return Case(f"adapt: {name}", "adapt", f"{ADAPT} {more}", make, message)
+
+
 def retrieval(name: str, place: str, content: str) -> Case:
     return Case(f"retrieval: {name}", "evaluate", "{w}/run {t}/beir", beir(place, content))
 
@@ -195,6 +199,7 @@ def retrieval(name: str, place: str, content: str) -> Case:
 RUN = "--config {t}/run.yaml --out {t}/out"
 GOOD = "--config {w}/run.yaml --out {t}/out"
 EVALUATE = "{w}/run {w}/pairs.tsv"
+ADAPT = "{w}/texts.jsonl --model {w}/run --teacher {w}/bert --out {t}/out --cache {t}/cache"
 BUILD = "build {w}/run {w}/texts.jsonl --out {t}/out"
 PICTURES = "build {w}/run {t}/p --pictures --out {t}/out"
 STUDENT = "--config {w}/run.yaml --out {t}/out --student.model {t}/bert"
@@ -434,6 +439,47 @@ CASES += [
     run("a length that is a word", "sentence_bert_config.json", '{"max_seq_length": "x"}'),
     bert("a width that is a word", "config.json", replaced('"hidden_size": 32', '"hidden_size": "a"')),
 ]
+
+few_documents = file("few.jsonl", "".join(f'{{"text": "The number {i} is here."}}\n' for i in range(9)))
+CASES += [
+    Case("adapt: no arguments", "adapt", "", nothing, "required: DOCUMENTS, --out"),
+    Case("adapt: no --out", "adapt", "{w}/texts.jsonl", nothing, "required: --out"),
+    Case("adapt: no such documents", "adapt", "{t}/none.jsonl --out {t}/out --cache {t}/cache", nothing, "none.jsonl"),
+    Case(
+        "adapt: too few documents", "adapt",
+        "{t}/few.jsonl --model {w}/run --teacher {w}/bert --out {t}/out --cache {t}/cache", few_documents,
+        "too few documents .*got 9",
+    ),
+    Case(
+        "adapt: an unknown teacher of a model", "adapt", "{w}/texts.jsonl --model {w}/bert --out {t}/out --cache {t}/c",
+        nothing, "does not say which teacher .*Fix: give --teacher",
+    ),
+    Case(
+        "adapt: a configuration for a model", "adapt", "{w}/texts.jsonl --model {w}/run.yaml --out {t}/out", nothing,
+        "is a configuration",
+    ),
+    Case(
+        "adapt: no such model", "adapt", "{w}/texts.jsonl --model {t}/none --out {t}/out --cache {t}/cache", nothing,
+        "there is no such folder",
+    ),
+    adapted("an unknown column", "--columns title", nothing, "title"),
+    adapted("columns of commas", "--columns ,,", nothing, "expected column names"),
+    adapted("minutes that are a word", "--minutes soon", nothing, "expected a number of minutes"),
+    adapted("no minutes", "--minutes 0", nothing, "minutes: got 0.*Fix: "),
+    adapted("endless minutes", "--minutes nan", nothing, "minutes: got nan.*Fix: "),
+    adapted("widths that are words", "--widths a,b", nothing, "whole number from 1"),
+    adapted("a width above the teacher's", "--widths 64", nothing, "--widths: 64 is wider .*at most 32.*Fix: "),
+    adapted("a length of zero", "--max-length 0", nothing, "whole number from 1"),
+    adapted("a length beyond the positions", "--max-length 999", nothing, "64 positions"),
+    adapted("a folder of something else", "", file("out/mine.txt", "x"), "holds something else .*mine.txt.*Fix: "),
+    adapted("a file for a folder", "", file("out", ""), "a file is where a folder should be"),
+    adapted("vectors that are missing", "", nothing, "none.npy")._replace(
+        arguments="{w}/texts.jsonl --model {w}/run --teacher {t}/none.npy --out {t}/out --cache {t}/cache"
+    ),
+    adapted("an option of --into", "--pairs 5", nothing, "--pairs is for --into"),
+    adapted("an option that --into has not", "--into {t}/old.npy", nothing, "leave out --teacher"),
+    Case("adapt: --into alone", "adapt", "{w}/texts.jsonl --into {t}/x.npy --out {t}/out", nothing, "--model"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
