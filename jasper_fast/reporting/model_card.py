@@ -72,6 +72,7 @@ def run_facts(
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
+        "refit": results.get("refit", {}).get("line"),
         "encoding": results.get("facts", {}).get("encoding"),
         "device": results.get("facts", {}).get("device"),
         "pictures": results.get("pictures"),
@@ -269,6 +270,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "sources": [SOURCE_NAMES.get(source, source) for source in facts.get("sources", [])],
         "seed": facts.get("seed"),
         "stages": [_stage_row(stage) for stage in facts["stages"]],
+        "refit": facts.get("refit"),
     }
 
 
