@@ -21,10 +21,11 @@ from jasper_fast.fitting import PairStatistics, ridge_map
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Teachers
 from jasper_fast.training.held_out import LabelledDocuments
-from jasper_fast.training.refit_figures import Figures, HeldOutFigures, is_better
+from jasper_fast.training.refit_figures import DOCUMENTS, NDCG, Figures, HeldOutFigures, is_better
 from jasper_fast.training.run.log import append_event
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.sample import Sample, can_refit
+from jasper_fast.utils.errors import JasperError
 
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # λ
 VIEW_STRENGTH = 1.0  # λ of the map from the teacher's embeddings to a head in another space
@@ -72,12 +73,18 @@ def refit_run(
     Returns:
         The facts of :func:`refit_heads`, with a sentence ``line``. None: the configuration turns the refit off, or the
         run has images, or too few held-out documents with an embedding.
+
+    Raises:
+        JasperError: an embedding of a training text contains NaN or infinity.
     """
     if documents is None or sample is None or not can_refit(run.config, len(documents.documents.texts)):
         return None
     figures = HeldOutFigures.of(documents, student, run.device, run.precision)
     targets = labels.read(sample.rows).numpy()
-    facts = refit_heads(student, sample.states, targets, figures, trained_in_teacher_space(run.config))
+    try:
+        facts = refit_heads(student, sample.states, targets, figures, trained_in_teacher_space(run.config))
+    except ValueError as error:
+        raise JasperError(f"refit of the heads: {error}, or train with `refit: false`") from error
     facts["line"] = refit_line(facts)
     append_event(run.path, "refit", **facts)
     print(facts["line"], flush=True)
@@ -188,6 +195,9 @@ def refit_line(facts: Mapping[str, Any]) -> str:
 
 
 def _gains(head: Mapping[str, Any]) -> str:
+    """Return the figures of a head that other lines of a run have too, before and after."""
     return ", ".join(
-        f"{name} {100 * before:.1f} → {100 * head['refitted'][name]:.1f}" for name, before in head["trained"].items()
+        f"{name} {100 * head['trained'][name]:.1f} → {100 * head['refitted'][name]:.1f}"
+        for name in (DOCUMENTS, NDCG)
+        if name in head["trained"]
     )

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,17 @@ from torch import nn
 from jasper_fast.config.data import ImagesConfig
 from jasper_fast.config.load import load_config
 from jasper_fast.data.eval_sets import RetrievalSet
-from jasper_fast.evaluation.label_free import cosines, neighbour_weights
+from jasper_fast.evaluation.label_free import HeldOut, cosines, neighbour_weights
 from jasper_fast.models.folder import load_student
 from jasper_fast.reporting.quality import quality_sections
 from jasper_fast.train import train
 from jasper_fast.training.data import TrainingData
+from jasper_fast.training.held_out import LabelledDocuments
 from jasper_fast.training.plan import Costs, StageCost, make_plan
 from jasper_fast.training.refit import STRENGTHS, Head, refit_heads, refit_line, refitted
 from jasper_fast.training.refit_figures import Figures, HeldOutFigures, is_better, nearest_weights
-from jasper_fast.training.sample import REFIT_TEXTS, can_refit, most_sampled, sample_size
+from jasper_fast.training.sample import REFIT_TEXTS, Sample, can_refit, most_sampled, sample_size
+from jasper_fast.utils.errors import JasperError
 from tests.helpers.runs import assert_same_run, records, settings, write_data
 
 HIDDEN, WIDTH, NARROW = 12, 10, 4
@@ -290,6 +293,22 @@ def test_a_run_exports_the_refitted_heads_and_keeps_its_checkpoint(documents_run
     assert json.loads((run / "results.json").read_text())["refit"] == refit
     for name, value in load_student(run / "model").state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_numbers_that_are_not_finite_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import jasper_fast.training.refit as module
+
+    student, states, targets, held_out, teacher = world()
+    states[7, 3] = torch.nan
+    figures_of = judge(held_out, teacher)
+    monkeypatch.setattr(module.HeldOutFigures, "of", lambda *_: figures_of)
+    run: Any = SimpleNamespace(config=load_config(), device=torch.device("cpu"), precision="fp32", path=tmp_path)
+    documents = LabelledDocuments(HeldOut([str(i) for i in range(60)]), teacher)
+    labels: Any = SimpleNamespace(read=lambda rows: torch.from_numpy(targets))
+    with pytest.raises(
+        JasperError, match="refit of the heads: source: row 7 holds NaN .*, or train with `refit: false`"
+    ):
+        module.refit_run(run, student, labels, documents, Sample(np.arange(400), states))  # type: ignore[arg-type]
 
 
 def test_when_heads_are_not_refitted(documents_run: tuple[Path, dict[str, Any]]) -> None:
