@@ -202,8 +202,8 @@ def _refit(results: Mapping[str, Any]) -> str:
         f"After training, ridge regressions on {refit['texts']:,} training texts correct each head towards the "
         f"teacher's embeddings. A refit replaces the trained head if the neighbours of {refit['documents']:,} held-out "
         f"documents or of their {refit['questions']:,} questions rise by two standard errors, and no figure falls. "
-        "Figures are in per cent, ± is the standard error of the difference, and λ is chosen by the mean figure. The "
-        "exported model and all other scores include this."
+        "Figures are in per cent, and ± is the standard error of the difference. λ is chosen by nDCG@10, or by the "
+        "neighbours if there are no questions. The exported model and all other scores include this."
     )
     return f"## Closed-form refit of the heads\n\n{text}\n\n" + markdown(table, 2)
 
