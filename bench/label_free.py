@@ -164,7 +164,7 @@ def score_students(folder: Path, sets: Sequence[str], max_length: int) -> dict[s
             label_free[kind] = {
                 str(row["width"]): {figure: row[figure] for figure in FIGURES if figure in row}
                 for row in measured
-                if "precision" not in row
+                if row["model"] == STUDENT and "precision" not in row
             }
         scores[name] = {"judged": {str(row["width"]): row["scores"] for row in rows}, "label free": label_free}
         write_atomic(file, json.dumps(scores, indent=1) + "\n")

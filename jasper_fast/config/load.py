@@ -24,7 +24,8 @@ from jasper_fast.config.schema import takes_list
 from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.utils.errors import ConfigError
 
-OLDER_DATA: dict[str, Any] = {"held_out": 0}  # what a stored section `data` means that lacks a field
+OLDER_RUN: dict[str, Any] = {"refit": False}  # what a stored configuration means that lacks a field
+OLDER_DATA: dict[str, Any] = {"held_out": 0}  # the same for its section `data`
 OLDER_SOURCE: dict[str, Any] = {"join": False}  # the same for a source of texts
 
 
@@ -86,7 +87,7 @@ def load_arguments(
 def stored_config(tree: dict[str, Any], where: str) -> Config:
     """Load a configuration that a run stored, in this version or an older one.
 
-    A missing field has its default, or its value in `OLDER_DATA` or `OLDER_SOURCE`.
+    A missing field has its default, or its value in `OLDER_RUN`, `OLDER_DATA` or `OLDER_SOURCE`.
 
     Args:
         tree: dumped configuration, or the part of it that determines the results.
@@ -102,7 +103,8 @@ def stored_config(tree: dict[str, Any], where: str) -> Config:
 
 
 def _with_older_meaning(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the fields of the texts that older versions lacked."""
+    """Return a stored configuration with the fields whose absence does not mean today's default."""
+    tree = {**OLDER_RUN, **tree}
     data = tree.get("data")
     if not isinstance(data, Mapping):
         return tree

@@ -75,6 +75,8 @@ class Config(Section):
     evaluate: list[EvalConfig] = []
     stages: list[StageConfig] = Field(min_length=1)
     losses: LossesConfig = LossesConfig()
+    # after training, refit each head in closed form, if held-out documents then keep more of the teacher's neighbours
+    refit: bool = True
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -119,11 +121,16 @@ def reduced_width(config: Config, teachers: Sequence[int]) -> int | None:
         teachers: width of each teacher's embeddings.
     """
     widest = config.student.heads[0]
-    pointwise = any(
+    return widest if trained_in_teacher_space(config) and sum(teachers) > widest else None
+
+
+def trained_in_teacher_space(config: Config) -> bool:
+    """Return whether a stage trains the student's widest embeddings to equal the teachers', possibly reduced ones."""
+    widest = config.student.heads[0]
+    return any(
         stage.vision is None and widest in stage.heads and any(loss.equal_widths for loss in stage.weights.weighted())
         for stage in config.stages
     )
-    return widest if pointwise and sum(teachers) > widest else None
 
 
 def check_losses(config: Config, teachers: Sequence[int]) -> None:

@@ -17,7 +17,17 @@ from jasper_fast.data.eval_pairs import pair_set
 from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.evaluation.metrics import score_codes
 from jasper_fast.evaluation.quantized import quantize_groups
-from jasper_fast.evaluation.score import BEFORE, SOURCES, STUDENT, STUDENT_PCA, TEACHER, Reduce, Row, embed
+from jasper_fast.evaluation.score import (
+    BEFORE,
+    DOCUMENTS_BY_TEACHER,
+    SOURCES,
+    STUDENT,
+    STUDENT_PCA,
+    TEACHER,
+    Reduce,
+    Row,
+    embed,
+)
 from jasper_fast.models.embedder import EncodeWidths
 from jasper_fast.utils.errors import JasperError
 
@@ -57,6 +67,9 @@ class HeldOut:
         return cls([texts[at] for at in kept], questions if asked else None)
 
 
+_Embedded = tuple[np.ndarray, Mapping[str, np.ndarray] | None]  # documents, and the groups of the questions
+
+
 @dataclass
 class _Scorer:
     """The teacher's neighbours and cosines, and the overlap of every scored model by document."""
@@ -87,6 +100,19 @@ class _Scorer:
             row["ndcg"] = score_codes(self.questions, asked, precision, ranges)["nDCG@10"]
         self.rows.append(row)
 
+    def add_asymmetric(self, student: _Embedded, teacher: _Embedded) -> None:
+        """Add the row of the student's embeddings as queries among the teacher's documents, if the widths agree."""
+        (vectors, asked), (documents, answers) = student, teacher
+        if vectors.shape != documents.shape:
+            return
+        overlap = (neighbour_weights(cosines(vectors, documents)) * self.wanted).sum(axis=1) / NEIGHBOURS
+        row = {"model": DOCUMENTS_BY_TEACHER, "width": vectors.shape[1]}
+        row |= {"overlap": float(overlap.mean()), "overlap_error": standard_error(overlap)}
+        if asked is not None and answers is not None and self.questions is not None:
+            groups = {"queries": asked["queries"], "documents": answers["documents"]}
+            row["ndcg"] = score_codes(self.questions, groups, "float32")["nDCG@10"]
+        self.rows.append(row)
+
 
 def score_held_out(
     held_out: HeldOut,
@@ -110,8 +136,9 @@ def score_held_out(
         ``documents``, ``queries`` (their numbers), ``neighbours`` (10), ``chance`` (the overlap of a random order),
         ``rows`` and ``differences``. A row has ``model``, ``width``, ``precision`` unless it is float32, ``overlap``
         with its standard error ``overlap_error``, ``spearman``, and ``ndcg`` if there are queries. The teacher's row
-        has only ``ndcg``. Differences are paired over documents, see :func:`_differences`. With fewer than 21 documents
-        there are only their numbers and ``missing``, the reason.
+        has only ``ndcg``. The row of the model "documents by teacher" has no ``spearman``. It is missing if the
+        student's widest embeddings and the teacher's differ in width. Differences are paired over documents, see
+        :func:`_differences`. With fewer than 21 documents there are only their numbers and ``missing``, the reason.
 
     Raises:
         JasperError: an embedding contains NaN or infinity.
@@ -126,7 +153,7 @@ def score_held_out(
     _check("teacher", teacher)
     similarities = cosines(teacher)
     scorer = _Scorer(neighbour_weights(similarities), similarities, questions)
-    reduced: dict[str, tuple[np.ndarray, Mapping[str, np.ndarray] | None]] = {TEACHER: (teacher, None)}
+    reduced: dict[str, _Embedded] = {TEACHER: (teacher, None)}
     for model, encode in encoders.items():
         asked = embed(questions, encode) if questions else {}
         if model == TEACHER:
@@ -142,6 +169,8 @@ def score_held_out(
             for precision in CODES if model == STUDENT else CODES[:1]:
                 scorer.add(model, width, vectors, asked.get(width), precision, (ranges or {}).get(width))
         reduced[model] = (by_width[max(by_width)], asked.get(max(by_width)))
+    if STUDENT in reduced:
+        scorer.add_asymmetric(reduced[STUDENT], reduced[TEACHER])
     for floor, reduces in (floors or {}).items():
         vectors, groups = reduced[SOURCES[floor]]
         for width, reduce in reduces.items():
@@ -155,31 +184,35 @@ def score_held_out(
     }
 
 
-def cosines(vectors: np.ndarray) -> np.ndarray:
-    """Return all cosines of the rows, (n, n) float64. Equal codes give exactly equal cosines. A zero row gives 0.
+def cosines(vectors: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """Return all cosines of the rows, (n, m) float64. Equal codes give exactly equal cosines. A zero row gives 0.
 
     Args:
         vectors: (n, D) embeddings or codes.
+        others: (m, D) embeddings or codes to compare with. None: ``vectors``.
     """
-    rows = vectors.astype(np.float64)
-    lengths = np.linalg.norm(rows, axis=1)
-    return (rows @ rows.T) / np.maximum(np.outer(lengths, lengths), 1e-300)
+    left = vectors.astype(np.float64)
+    right = left if others is None else others.astype(np.float64)
+    lengths = np.outer(np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1))
+    return (left @ right.T) / np.maximum(lengths, 1e-300)
 
 
-def neighbour_weights(similarities: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Weigh the nearest neighbours of each row: 1 for a neighbour, 0 for others, and never the row itself.
+def neighbour_weights(similarities: np.ndarray, count: int = NEIGHBOURS, own: bool = True) -> np.ndarray:
+    """Weigh the nearest neighbours of each row: 1 for a neighbour, and 0 for others.
 
     Rows that tie for the last places share them evenly, so the overlap does not depend on the order of the documents.
 
     Args:
-        similarities: (n, n) similarities, with n > ``count``.
+        similarities: (n, m) similarities, with m > ``count``.
         count: number of neighbours.
+        own: whether column i is row i itself, which is no neighbour.
 
     Returns:
-        (n, n) float64. Each row sums to ``count``.
+        (n, m) float64. Each row sums to ``count``.
     """
     others = similarities.copy()
-    np.fill_diagonal(others, -np.inf)
+    if own:
+        np.fill_diagonal(others, -np.inf)
     last = np.partition(others, -count, axis=1)[:, -count, None]
     above, tied = others > last, others == last
     places = count - above.sum(axis=1, keepdims=True)

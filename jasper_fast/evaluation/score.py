@@ -16,6 +16,7 @@ from jasper_fast.teachers.encoder import teacher_encoder
 
 TEACHER, BEFORE, STUDENT, PCA, TRUNCATED = "teacher", "student before", "student", "teacher PCA", "teacher truncated"
 STUDENT_PCA = "student PCA"
+DOCUMENTS_BY_TEACHER = "documents by teacher"  # the student encodes queries, and the teacher documents
 SOURCES = {PCA: TEACHER, TRUNCATED: TEACHER, STUDENT_PCA: STUDENT}  # the model whose embeddings a floor reduces
 PCA_ROWS = 20_000  # teacher embeddings of training texts that fit the PCA
 STUDENT_PCA_ROWS = 2048  # student embeddings of training texts that fit the student's PCA
@@ -51,6 +52,16 @@ def embed(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, np.ndar
             for name, texts in members.items():
                 embeddings.setdefault(width, {})[name] = vectors[[distinct[text] for text in texts]]
     return embeddings
+
+
+def by_role(queries: EncodeWidths, documents: EncodeWidths) -> EncodeWidths:
+    """Return an encode function that uses one model for queries and another one for documents, in the same space.
+
+    Args:
+        queries: encode function of the texts with the role "query".
+        documents: encode function of the texts with the role "document", of the same widths.
+    """
+    return lambda texts, role: (queries if role == "query" else documents)(texts, role)
 
 
 def evaluate_widths(evalset: EvalSet, encode: EncodeWidths) -> dict[int, dict[str, float]]:

@@ -105,6 +105,12 @@ def role_heads(model: SentenceTransformer) -> tuple[int, dict[str, dict[int, Any
     return len(model), {role: {} for role in ROLES}
 
 
+def model_widths(model: SentenceTransformer) -> list[int]:
+    """Return the widths of a model's heads, widest first. Without a Router of widths, it is the model's width."""
+    _, heads = routes(model)
+    return sorted(heads, reverse=True) or [int(model.get_embedding_dimension() or 0)]
+
+
 def _is_head(name: str, route: Any) -> bool:
     """Return True if a route's name is its output width."""
     width = getattr(route[-1], "get_embedding_dimension", lambda: None)()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jasper_fast.models.micro_batches import EVAL_MICRO_BATCH, MicroBatches
 from jasper_fast.models.student import Student
@@ -69,13 +70,28 @@ def student_encoder(
     @torch.no_grad()
     def encode(texts: list[str], role: str) -> dict[int, np.ndarray]:
         pooled = np.concatenate(list(pool_texts(student, texts, [role] * len(texts), max_length, device, precision)))
+        states = torch.from_numpy(pooled)
         if widths is None:
-            embeddings = {pooled.shape[1]: torch.from_numpy(pooled)}
-        else:
-            training = student.training
-            student.eval()
-            embeddings = student.project(torch.from_numpy(pooled).to(device), widths)
-            student.train(training)
-        return {w: torch.nn.functional.normalize(e.float(), dim=1).cpu().numpy() for w, e in embeddings.items()}
+            return {pooled.shape[1]: torch.nn.functional.normalize(states, dim=1).numpy()}
+        return project_states(student, states.to(device), widths)
 
     return encode
+
+
+@torch.no_grad()
+def project_states(student: Student, states: Tensor, widths: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the embeddings of pooled states, without dropout.
+
+    Args:
+        student: the student.
+        states: (n, H) float32, on the student's device.
+        widths: widths of the heads.
+
+    Returns:
+        {width: (n, width) float32 unit rows}
+    """
+    training = student.training
+    student.eval()
+    embeddings = student.project(states, widths)
+    student.train(training)
+    return {w: torch.nn.functional.normalize(e.float(), dim=1).cpu().numpy() for w, e in embeddings.items()}

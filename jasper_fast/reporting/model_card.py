@@ -73,6 +73,7 @@ def run_facts(
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "rows": list(results.get("rows", [])),
         "transductive": list(results.get("transductive", [])),
+        "refit": results.get("refit", {}).get("line"),
         "encoding": results.get("facts", {}).get("encoding"),
         "device": results.get("facts", {}).get("device"),
         "pictures": results.get("pictures"),
@@ -342,6 +343,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
         "early": facts.get("early"),
         "languages": ", ".join([language] if isinstance(language, str) else map(str, language or [])),
         "stages": [_stage_row(stage) for stage in facts["stages"]],
+        "refit": facts.get("refit"),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jasper_fast.evaluation.score import (
     BEFORE,
+    DOCUMENTS_BY_TEACHER,
     PCA,
     STUDENT,
     STUDENT_PCA,
@@ -19,6 +20,7 @@ from jasper_fast.models.quantization import CANDIDATES, PRECISIONS
 from jasper_fast.reporting.tables import images_line
 
 LINE = 100  # characters of a line in the terminal
+ASYMMETRIC_TITLE = "student, documents by teacher"
 FLOOR_TITLES = {STUDENT_PCA: "student, PCA", PCA: "teacher, PCA", TRUNCATED: "teacher, first coordinates"}
 
 
@@ -65,6 +67,7 @@ def quality_sections(results: Mapping[str, Any], images: Mapping[str, str]) -> l
         _notes(results),
         _label_free(results),
         images.get("label_free", ""),
+        _refit(results),
         _scores(results),
         images.get("sets", ""),
         _widths(results),
@@ -161,7 +164,7 @@ def _label_free(results: Mapping[str, Any]) -> str:
     table = [["model", "width", "precision", "neighbours", "±", "Spearman", *(["nDCG@10"] if with_ndcg else [])]]
     for row in label_free["rows"]:
         cells = [_cell(row.get(key), 1) for key in ("overlap", "overlap_error", "spearman")]
-        title = FLOOR_TITLES.get(row["model"], row["model"])
+        title = {**FLOOR_TITLES, DOCUMENTS_BY_TEACHER: ASYMMETRIC_TITLE}.get(row["model"], row["model"])
         ndcg = [_cell(row.get("ndcg"), 1)] if with_ndcg else []
         table.append([title, str(row["width"]), row.get("precision", "float32"), *cells, *ndcg])
     teacher = any(row["model"] == TEACHER for row in label_free["rows"])
@@ -171,6 +174,8 @@ def _label_free(results: Mapping[str, Any]) -> str:
         f"order has {100 * label_free['chance']:.1f}. *Spearman* is the rank correlation of all cosines with the "
         "teacher's. PCA was fitted on training texts."
     )
+    if any(row["model"] == DOCUMENTS_BY_TEACHER for row in label_free["rows"]):
+        text += f" *{ASYMMETRIC_TITLE}*: the student's embeddings are compared with the teacher's of the documents."
     if "unlabelled" in label_free:
         text += f" {label_free['unlabelled']}, and are left out."
     if with_ndcg:
@@ -180,6 +185,27 @@ def _label_free(results: Mapping[str, Any]) -> str:
         )
         text += "" if teacher else " The teacher cannot encode queries, so it has no nDCG."
     return f"## Held-out documents, without labels\n\n{text}\n\n" + markdown(table, 1)
+
+
+def _refit(results: Mapping[str, Any]) -> str:
+    """Return the table of the closed-form refit: held-out figures of each trained head and of its best refit."""
+    refit = results.get("refit")
+    if not refit:
+        return ""
+    table = [["width", "figure", "trained", "best refit", "±", "λ", "chosen"]]
+    for head in refit["heads"]:
+        for name, trained in head["trained"].items():
+            cells = [_cell(trained, 1), _cell(head["refitted"][name], 1), _cell(head["error"].get(name), 1)]
+            chosen = "trained" if head["strength"] is None else "refit"
+            table.append([str(head["width"]), name, *cells, f"{head['best']:g}", chosen])
+    text = (
+        f"After training, ridge regressions on {refit['texts']:,} training texts correct each head towards the "
+        f"teacher's embeddings. A refit replaces the trained head if the neighbours of {refit['documents']:,} held-out "
+        f"documents or of their {refit['questions']:,} questions rise by two standard errors, and no figure falls. "
+        "Figures are in per cent, and ± is the standard error of the difference. λ is chosen by nDCG@10, or by the "
+        "neighbours if there are no questions. The exported model and all other scores include this."
+    )
+    return f"## Closed-form refit of the heads\n\n{text}\n\n" + markdown(table, 2)
 
 
 def _scores(results: Mapping[str, Any]) -> str:

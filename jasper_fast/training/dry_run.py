@@ -18,7 +18,7 @@ from jasper_fast.training.preflight import (
     fit_small_data,
     prepare,
 )
-from jasper_fast.training.run.folder import RESULTS, RunFolder, existing_difference, keep_older_texts
+from jasper_fast.training.run.folder import RESULTS, RunFolder, existing_difference, keep_older_meaning
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.stages.base import describe_stage, trained_names
 from jasper_fast.utils.atomic import free_bytes
@@ -39,7 +39,7 @@ def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
     """
     from jasper_fast.teachers.label import check_targets
 
-    config = keep_older_texts(folder, config)
+    config = keep_older_meaning(folder, config)
     if difference := existing_difference(folder, config):
         raise JasperError(
             f"{folder} was started with another configuration:\n  - "

@@ -17,7 +17,7 @@ from jasper_fast.data.prepare import count_trained_pieces
 from jasper_fast.distributed.fsdp import collect, is_sharded, load_weights
 from jasper_fast.evaluation.advice import advice, loss_trend
 from jasper_fast.evaluation.images import evaluate_images
-from jasper_fast.evaluation.label_free import HeldOut, score_held_out
+from jasper_fast.evaluation.label_free import score_held_out
 from jasper_fast.evaluation.score import (
     BEFORE,
     PCA_ROWS,
@@ -33,7 +33,7 @@ from jasper_fast.evaluation.score import (
 )
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
-from jasper_fast.models.encode import student_encoder
+from jasper_fast.models.encode import project_states, student_encoder
 from jasper_fast.models.folder import load_student
 from jasper_fast.models.quantization import CALIBRATION_TEXTS, int8_ranges
 from jasper_fast.models.student import Student, build_student
@@ -41,17 +41,19 @@ from jasper_fast.reporting.contact_sheet import SHEET, write_sheet
 from jasper_fast.reporting.model_card import run_facts, write_card
 from jasper_fast.reporting.quality import quality_lines
 from jasper_fast.reporting.report import step_lines, write_report
-from jasper_fast.teachers.encoder import teacher_encoder
-from jasper_fast.teachers.label import label_dataset
+from jasper_fast.teachers.reduction import spread_rows
 from jasper_fast.training.data import Teachers, TrainingData
 from jasper_fast.training.early import early_end, early_line, set_untrained_heads
 from jasper_fast.training.encoding import encoding_speed
+from jasper_fast.training.held_out import LabelledDocuments, label_held_out
+from jasper_fast.training.refit import refit_run
 from jasper_fast.training.run.checkpoint import Position, delete_spare
 from jasper_fast.training.run.folder import CHECKPOINTS, EARLY, RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
 from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.trackers import score_curves
+from jasper_fast.training.sample import Sample, take_sample
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
@@ -78,10 +80,15 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     early = early_end(config, position, student)
     if early is not None:
         early["principal_heads"] = set_untrained_heads(run, student, early["untrained_heads"], texts)
+    documents = label_held_out(config, data.held_out_texts)
+    sample = take_sample(run, student, data, position)
+    refit = refit_run(run, student, labels, documents, sample)
     ranges = _int8_ranges(run, student, texts)
     facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
     export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
-    results = _evaluate(run, student, data, labels, ranges)
+    results = _evaluate(run, student, data, labels, ranges, documents, sample)
+    if refit is not None:
+        results["refit"] = refit
     if early is not None:
         results |= {EARLY: early, "early_line": early_line(early)}
     results["facts"]["encoding"] = encoding_speed(run, data)
@@ -117,7 +124,13 @@ def _full_student(run: Run, student: Student) -> Student:
 
 
 def _evaluate(
-    run: Run, student: Student, data: TrainingData, labels: Teachers, ranges: dict[int, np.ndarray]
+    run: Run,
+    student: Student,
+    data: TrainingData,
+    labels: Teachers,
+    ranges: dict[int, np.ndarray],
+    documents: LabelledDocuments | None,
+    sample: Sample | None,
 ) -> dict[str, Any]:
     """Return the results of the exported model, of the student before training and of the teacher."""
     config, device, texts = run.config, run.device, data.texts
@@ -127,13 +140,12 @@ def _evaluate(
     encode_before = student_encoder(before, None, student.max_length, device, config.precision)
     encode = model_encoder(exported)  # what users will load
     train_vectors = labels.read_full(np.arange(min(len(texts), PCA_ROWS))).numpy()
-    has_held_out = data.held_out_texts is not None and len(data.held_out_texts) > 0
-    student_pca = _student_pca(run, student, texts) if evalsets or has_held_out else {}
+    student_pca = _student_pca(student, sample) if sample is not None else {}
     scores = evaluate_run(config, evalsets, encode_before, encode, train_vectors, ranges, student_pca)
-    if has_held_out:
+    if documents is not None:
         floors = teacher_floors(train_vectors, config.student.heads) | {STUDENT_PCA: student_pca}
         encoders = {BEFORE: encode_before, STUDENT: encode}
-        scores |= _label_free(run, data.held_out_texts, student, encoders, floors, ranges)
+        scores |= _label_free(run, documents, encoders, floors, ranges)
     results: dict[str, Any] = {
         "recipe": config.name,
         **scores,
@@ -160,30 +172,20 @@ def _evaluate(
 
 def _label_free(
     run: Run,
-    rows: Any,
-    student: Student,
+    labelled: LabelledDocuments,
     encoders: dict[str, EncodeWidths],
     floors: dict[str, dict[int, Reduce]],
     ranges: dict[int, np.ndarray],
 ) -> dict[str, Any]:
     """Return the fields ``label_free`` and ``advice`` of the results, from the held-out documents."""
-    config, held_out = run.config, HeldOut.of(rows[:])
+    if not labelled.documents.texts:
+        return {"label_free": {"documents": 0, "queries": 0, "missing": labelled.unlabelled}}
     floors = {name: reduces for name, reduces in floors.items() if name != TRUNCATED}
-    counts: dict[str, str] = {}
-    if (teacher := teacher_encoder(config.teachers, config.data.cache, config.precision)) is not None:
-        ((_, vectors),) = teacher(held_out.texts, "document").items()
-        encoders = {TEACHER: teacher} | encoders
-    else:
-        labels = label_dataset(config, rows, progress=False)
-        if labels.missing:
-            counts["unlabelled"] = f"{labels.missing} of {len(rows)} held-out documents have no teacher embedding"
-        if not len(labels.rows):
-            return {"label_free": {"documents": 0, "queries": 0, "missing": counts["unlabelled"]}}
-        labelled = rows.select(labels.rows)
-        held_out = HeldOut.of(labelled[:])
-        first = {text: at for at, text in reversed([*enumerate(labelled["text"])])}
-        vectors = labels.embeddings[[first[text] for text in held_out.texts]].numpy()
-    scores = score_held_out(held_out, vectors, encoders, floors, ranges) | counts
+    if labelled.teacher is not None:
+        encoders = {TEACHER: labelled.teacher} | encoders
+    scores = score_held_out(labelled.documents, labelled.vectors, encoders, floors, ranges)
+    if labelled.unlabelled:
+        scores["unlabelled"] = labelled.unlabelled
     return {"label_free": scores, "advice": advice(scores, _main_trend(run))}
 
 
@@ -195,12 +197,10 @@ def _main_trend(run: Run) -> dict[str, Any] | None:
     return loss_trend(step_lines(lines), stages[-1]) if stages else None
 
 
-def _student_pca(run: Run, student: Student, texts: Any) -> dict[int, Reduce]:
-    """Fit the PCA of the student's widest embeddings, on texts spread over the training texts."""
-    rows = np.unique(np.linspace(0, len(texts) - 1, STUDENT_PCA_ROWS).astype(np.int64))
-    widest = student.widths[0]
-    encode = student_encoder(student.to(run.device), [widest], student.max_length, run.device, run.precision)
-    return fit_pca(encode(texts[rows.tolist()]["text"], "document")[widest], student.widths)
+def _student_pca(student: Student, sample: Sample) -> dict[int, Reduce]:
+    """Fit the PCA of the student's widest embeddings, on a part of the sampled training texts."""
+    states = sample.states[spread_rows(len(sample.rows), STUDENT_PCA_ROWS)].to(student.device)
+    return fit_pca(project_states(student, states, student.widths[:1])[student.widths[0]], student.widths)
 
 
 def _evaluate_images(run: Run, student: Student, data: TrainingData, results: dict[str, Any]) -> None:

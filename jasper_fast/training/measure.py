@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.config.run import Config, check_losses
+from jasper_fast.evaluation.score import STUDENT_PCA_ROWS
 from jasper_fast.models.encode import student_encoder
 from jasper_fast.models.quantization import CALIBRATION_TEXTS
 from jasper_fast.models.student import Student
@@ -32,6 +33,7 @@ from jasper_fast.training.rng import random_state, set_random_state
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.run.log import SilentLog
 from jasper_fast.training.run.run import Run
+from jasper_fast.training.sample import most_sampled
 from jasper_fast.training.stages.base import build_stage
 from jasper_fast.training.step import StepTimer
 from jasper_fast.utils.device import pick_device
@@ -98,7 +100,7 @@ def measure_costs(config: Config, student: Student, data: TrainingData, ranks: i
     state = random_state(device)
     try:
         teacher = TeacherCosts(config, data)
-        evaluation, evaluated = evaluation_cost(config, student, data, teacher, device)
+        evaluation, evaluated, encode = evaluation_cost(config, student, data, teacher, device)
         missing = teacher.missing_seconds()
         teacher.close()
         stages = tuple(
@@ -114,6 +116,9 @@ def measure_costs(config: Config, student: Student, data: TrainingData, ranks: i
         missing=teacher.missing,
         evaluation=evaluation,
         evaluated=evaluated,
+        texts=len(data.texts),
+        most_sampled=most_sampled(config, data),
+        encode=encode,
         export=EXPORT_SECONDS + weights / EXPORT_BYTES,
         memory=_peak_memory(device),
         teacher_bytes=teacher.bytes,
@@ -274,16 +279,20 @@ class TeacherCosts:
 
 def evaluation_cost(
     config: Config, student: Student, data: TrainingData, teacher: TeacherCosts, device: torch.device
-) -> tuple[float, int]:
-    """Return the seconds of encoding all that is evaluated, and the number of texts over all models."""
+) -> tuple[float, int, float]:
+    """Return the seconds of encoding all that is evaluated, the number of texts, and seconds per sampled text."""
     groups = evaluated_texts(config, data)
     texts = [text for part, _ in groups for text in part]
     calibration = min(CALIBRATION_TEXTS, len(data.texts))
     own = texts or data.texts[:SAMPLE]["text"]
     copied = copy.deepcopy(student).to(device)
     rate = _student_rate(copied, _spread(own, SAMPLE), device, config)
+    most = most_sampled(config, data)
+    sampled = data.texts[_spread(range(len(data.texts)), SAMPLE)]["text"] if most else []
+    encode = _student_rate(copied, sampled, device, config)
     del copied
-    seconds, encoded = rate * (2 * len(texts) + calibration), 2 * len(texts)
+    held_out = [text for part, _ in _held_out_texts(data) for text in part]
+    seconds, encoded = rate * (2 * len(texts) + calibration + len(held_out) * (most > STUDENT_PCA_ROWS)), 2 * len(texts)
     if all(of.model is not None for of in config.teachers):
         for index, of in enumerate(config.teachers):
             new = [
@@ -295,7 +304,7 @@ def evaluation_cost(
             chosen = _spread(new, SAMPLE)
             rate = teacher.seconds_per_text(index, [text for text, _ in chosen], [role for _, role in chosen])
             seconds, encoded = seconds + rate * len(new), encoded + len(new)
-    return seconds, encoded
+    return seconds, encoded, encode
 
 
 def evaluated_texts(config: Config, data: TrainingData) -> list[Texts]:
@@ -311,12 +320,16 @@ def evaluated_texts(config: Config, data: TrainingData) -> list[Texts]:
 
     for evalset in load_evals(config.evaluate):
         embed(evalset, note)
+    return [group for group in [*groups, *_held_out_texts(data)] if group[0]]
+
+
+def _held_out_texts(data: TrainingData) -> list[Texts]:
+    """Return the documents held out for quality, their queries, and the rest of these documents."""
     held_out = data.held_out_texts
-    if held_out is not None and len(held_out):
-        groups.append((held_out["text"][:], "document"))
-        for column, role in (("query", "query"), ("body", "document")):
-            groups.append(([text for text in held_out[column][:] if text], role))
-    return [group for group in groups if group[0]]
+    if held_out is None or not len(held_out):
+        return []
+    parts = [("text", "document"), ("query", "query"), ("body", "document")]
+    return [([text for text in held_out[column][:] if text], role) for column, role in parts]
 
 
 def _student_rate(student: Student, texts: list[str], device: torch.device, config: Config) -> float:

@@ -13,6 +13,7 @@ from jasper_fast.config.stage import StageConfig
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.run.folder import result_settings
 from jasper_fast.training.run.progress import Phase, Progress, duration
+from jasper_fast.training.sample import sample_size
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.fingerprint import settings_digest
 
@@ -60,6 +61,9 @@ class Costs:
         missing: number of these embeddings.
         evaluation: seconds to encode and score what is evaluated.
         evaluated: texts that are encoded for the evaluation, by model and set counted once each.
+        texts: number of training texts.
+        most_sampled: largest number of training texts that are encoded for the refit of the heads and for PCA.
+        encode: seconds per text that the student encodes without gradients.
         export: seconds to write and check the model.
         memory: peak memory in bytes while this was measured.
         teacher_bytes: bytes of the missing teacher embeddings.
@@ -70,6 +74,9 @@ class Costs:
     missing: int = 0
     evaluation: float = 0.0
     evaluated: int = 0
+    texts: int = 0
+    most_sampled: int = 0
+    encode: float = 0.0
     export: float = 0.0
     memory: int = 0
     teacher_bytes: int = 0
@@ -97,7 +104,14 @@ class Plan:
     @property
     def evaluation(self) -> float:
         """Seconds from the last step to the report."""
-        return self.costs.evaluation + self.costs.export
+        return self.costs.evaluation + self.costs.encode * self.sampled + self.costs.export
+
+    @property
+    def sampled(self) -> int:
+        """Number of training texts that are encoded after the last step."""
+        stages = zip(self.costs.stages, self.steps, strict=True)
+        trained = sum(cost.batch * steps for cost, steps in stages if not cost.rows)
+        return sample_size(self.costs.texts, self.costs.most_sampled, trained)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -212,7 +226,9 @@ def read_plan(folder: Path, config: Config, data: TrainingData) -> Plan | None:
 
 
 def _key(config: Config, data: TrainingData) -> str:
-    return settings_digest([result_settings(config), data.fingerprint], size=16)
+    settings = result_settings(config)
+    del settings["refit"]  # it changes no step, and plans of older versions lack it
+    return settings_digest([settings, data.fingerprint], size=16)
 
 
 def describe_costs(plan: Plan, stages: list[StageConfig]) -> list[str]:
@@ -228,6 +244,7 @@ def describe_costs(plan: Plan, stages: list[StageConfig]) -> list[str]:
             f"passes over {cost.available:,}{pooled}"
         )
     what = f"{costs.evaluated:,} texts to encode" if costs.evaluated else "nothing to encode"
+    what += f" and {plan.sampled:,} training texts" if plan.sampled else ""
     lines.append(f"  evaluation   {duration(plan.evaluation):>12}  {what}, with export and report")
     lines.append(f"  in all       {duration(plan.seconds['in all']):>12}  of it training {duration(plan.training)}")
     return lines

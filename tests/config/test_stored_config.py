@@ -15,7 +15,7 @@ from jasper_fast.config.load import load_config
 from jasper_fast.config.run import Config
 from jasper_fast.config.types import Section
 from jasper_fast.config.yaml import dump_yaml
-from jasper_fast.training.run.folder import existing_difference, keep_older_texts, result_settings, stored_difference
+from jasper_fast.training.run.folder import existing_difference, keep_older_meaning, result_settings, stored_difference
 from jasper_fast.utils.errors import JasperError
 from tests.helpers.runs import assert_same_run, settings, write_data
 
@@ -86,31 +86,35 @@ def test_all_of_them_at_once_and_a_field_that_is_set_now(tmp_path):
     assert existing_difference(run, set_now) == ["stages.0.average: 0.0 -> 0.9"]
 
 
-TEXTS = [("data", "held_out"), ("data", "sources", 0, "join")]  # their absence does not mean today's default
+MEANING = [("data", "held_out"), ("data", "sources", 0, "join"), ("refit",)]  # absent: not today's default
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_run_of_an_older_version_keeps_its_texts(explicit, tmp_path):
+def test_a_run_of_an_older_version_keeps_its_meaning(explicit, tmp_path):
     config = plain()
-    run = started(tmp_path / "run", without(config.model_dump(mode="json"), *TEXTS))
+    run = started(tmp_path / "run", without(config.model_dump(mode="json"), *MEANING))
     if explicit:  # what the user writes is compared, not replaced
         config = load_config(config.model_dump(mode="json"))
-        assert keep_older_texts(run, config) == config
-        assert existing_difference(run, config) == ["data.held_out: 0 -> 500", "data.sources.0.join: false -> true"]
+        assert keep_older_meaning(run, config) == config
+        assert sorted(existing_difference(run, config)) == [
+            "data.held_out: 0 -> 500",
+            "data.sources.0.join: false -> true",
+            "refit: false -> true",
+        ]
         return
-    kept = keep_older_texts(run, config)
-    assert kept.data.held_out == 0 and kept.data.sources[0].join is False
+    kept = keep_older_meaning(run, config)
+    assert kept.data.held_out == 0 and kept.data.sources[0].join is False and kept.refit is False
     assert existing_difference(run, kept) == []
     (run / "config.yaml").write_text(dump_yaml(kept.model_dump(mode="json")))  # as the resumed run writes it
-    assert existing_difference(run, keep_older_texts(run, config)) == []
+    assert existing_difference(run, keep_older_meaning(run, config)) == []
 
 
 def test_a_new_run_has_the_defaults_of_today(tmp_path):
-    assert keep_older_texts(tmp_path / "absent", plain()) == plain()
+    assert keep_older_meaning(tmp_path / "absent", plain()) == plain()
     run = started(tmp_path / "run", plain().model_dump(mode="json"))
-    assert keep_older_texts(run, plain()) == plain()
+    assert keep_older_meaning(run, plain()) == plain()
     (run / "config.yaml").write_text("data: {sources: 3}")
-    assert keep_older_texts(run, plain()) == plain()
+    assert keep_older_meaning(run, plain()) == plain()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def test_an_unfinished_run_of_an_older_version_resumes_bit_for_bit(tmp_path, tin
         ("images",),
         ("precision",),
         ("data", "min_chars"),
-        *TEXTS,
+        *MEANING,
         ("student", "vision"),
         ("stages", 0, "average"),
     ]

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from jasper_fast.config.data import EvalConfig
 from jasper_fast.config.load import load_config
@@ -554,3 +555,56 @@ def test_table_has_no_fraction_of_a_negative_teacher() -> None:
         {"model": "student", "width": 4, "scores": {"x/Spearman": 0.3}},
     ]
     assert scores_table(rows).splitlines()[3].split() == ["student", "4", "30.00"]
+
+
+@pytest.fixture(scope="module")
+def flat(routed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that is 24 wide, like the widest head of the student."""
+    folder = tmp_path_factory.mktemp("flat")
+    model = flat_model(load_model(str(routed)), 24)
+    with torch.no_grad():
+        words = next(model[0].parameters())
+        words.copy_(words.roll(1, dims=0))
+    model.save(str(folder))
+    return folder
+
+
+def test_documents_by_a_teacher_are_searched_by_the_models_queries(
+    routed: Path, flat: Path, tmp_path: Path, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stories = write_beir(tmp_path / "stories", tiny_texts[:30], queries=20)
+    pairs = write_sts(tmp_path / "pairs.tsv", tiny_texts[:30])
+    out = tmp_path / "scores.json"
+    given = [str(routed), str(pairs), str(stories), "--documents-by", str(flat), "--json", str(out)]
+    assert main([*given, "--precision", "float32,int8"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["documents_by"] == str(flat)
+    rows = {(row["model"], row["width"], row.get("precision")): row["scores"] for row in content["rows"]}
+    assert [*rows][-2:] == [("documents by teacher", 24, None), ("documents by teacher", 24, "int8")]
+    evalset = load_eval(EvalConfig(path=str(stories)))
+    queries, documents = (
+        model_encoder(load_model(str(path)), [24])(texts, role)[24]
+        for path, texts, role in ((routed, evalset.queries, "query"), (flat, evalset.documents, "document"))
+    )
+    expected = metrics.score_embeddings(evalset, {"queries": queries, "documents": documents})
+    assert rows["documents by teacher", 24, None] == {f"stories/{name}": value for name, value in expected.items()}
+    assert expected["nDCG@10"] != rows["model", 24, None]["stories/nDCG@10"]
+    assert f"documents by teacher: not at 8, which {flat} lacks" in printed
+    assert "pairs: --documents-by does not apply to a set without queries" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{stories}", "--widths", "8"], r"no width agrees \(got 8 of .*, expected one of 24\)"),
+        (["{pairs}"], r"no set has queries and documents \(got pairs, expected a retrieval set\)"),
+    ],
+)
+def test_documents_by_needs_an_equal_width_and_queries(
+    routed: Path, flat: Path, tmp_path: Path, tiny_texts: list[str], arguments: list[str], says: str
+) -> None:
+    stories = write_beir(tmp_path / "stories", tiny_texts[:30], queries=20)
+    pairs = write_sts(tmp_path / "pairs.tsv", tiny_texts[:6])
+    with pytest.raises(JasperError, match=says):
+        main([str(routed), *(a.format(stories=stories, pairs=pairs) for a in arguments), "--documents-by", str(flat)])

@@ -92,6 +92,32 @@ def test_scores_equal_slow_references_at_every_width_and_precision() -> None:
         assert compared[4, name]["difference"] == pytest.approx(difference)
 
 
+def test_the_students_queries_among_the_teachers_documents() -> None:
+    by_text, by_teacher = all_vectors(0), all_vectors(40)
+    for text, row in by_text.items():  # a student of this teacher
+        by_teacher[text] = normalise((row + 0.5 * by_teacher[text])[None])[0]
+    teacher = np.stack([by_teacher[text] for text in WORDS])
+    encoders = {"teacher": encoder(by_teacher, (16,)), "student": encoder(by_text)}
+    rows = {(row["model"], row["width"]): row for row in score_held_out(held_out(), teacher, encoders)["rows"]}
+    row = rows["documents by teacher", 16]
+    student = np.stack([by_text[text] for text in WORDS])
+    shared = []
+    for i in range(COUNT):
+        found, wanted = (
+            set(sorted((j for j in range(COUNT) if j != i), key=lambda j: -float(rows @ teacher[j]))[:10])
+            for rows in (student[i].astype(np.float64), teacher[i].astype(np.float64))
+        )
+        shared.append(len(found & wanted) / 10)
+    assert row["overlap"] == pytest.approx(np.mean(shared))
+    assert row["overlap_error"] == pytest.approx(np.std(shared, ddof=1) / COUNT**0.5) and "spearman" not in row
+    queries = np.stack([by_text[f"query {i}"] for i in range(COUNT)])
+    bodies = np.stack([by_teacher[f"body {i}"] for i in range(COUNT)])
+    assert row["ndcg"] == pytest.approx(slow_ndcg(queries, bodies))
+    without = score_held_out(held_out(), teacher, {"student": encoder(by_text)})["rows"]  # a file of embeddings
+    (row,) = [row for row in without if row["model"] == "documents by teacher"]
+    assert row["overlap"] == pytest.approx(np.mean(shared)) and "ndcg" not in row
+
+
 def slow_spearman(student: np.ndarray, teacher: np.ndarray) -> float:
     """Pearson's correlation of average ranks, pair by pair."""
     pairs = [(i, j) for i in range(len(student)) for j in range(i)]

@@ -550,6 +550,7 @@ def test_held_out_documents_are_compared_with_precomputed_vectors(world, tmp_pat
 
     from jasper_fast.data.text import text_digest
     from jasper_fast.training import finish
+    from jasper_fast.training.held_out import label_held_out
 
     _, tree = world
     texts = [f"document {n} of a small set about subject {n % 7}" for n in range(40)]
@@ -567,7 +568,8 @@ def test_held_out_documents_are_compared_with_precomputed_vectors(world, tmp_pat
     def encode(batch, role):
         return {32: np.random.default_rng(1).standard_normal((len(batch), 32)).astype(np.float32)}
 
-    label_free = finish._label_free(run, held_out, None, {"student": encode}, {}, {})["label_free"]
+    labelled_documents = label_held_out(config, held_out)
+    label_free = finish._label_free(run, labelled_documents, {"student": encode}, {}, {})["label_free"]
     if scored:
         assert label_free["documents"] == scored and {row["model"] for row in label_free["rows"]} == {"student"}
         assert ("unlabelled" in label_free) == (labelled < 40)

@@ -98,18 +98,19 @@ def stored_difference(tree: Any, config: Config, where: str) -> list[str]:
     return config_difference(result_settings(old), result_settings(config))
 
 
-def keep_older_texts(path: Path, config: Config) -> Config:
-    """Return the configuration with the texts of an older version, if the folder's run was started with one.
+def keep_older_meaning(path: Path, config: Config) -> Config:
+    """Return the configuration as an older version meant it, if the folder's run was started with one.
 
-    Older versions held out no documents, and read each column as a separate text. Only fields that the user did not set
-    are changed, so that the same command resumes the run with the same texts.
+    Older versions held out no documents, read each column as a separate text, and did not refit heads. Only fields that
+    the user did not set are changed, so that the same command resumes the same run.
 
     Args:
         path: the folder of the run.
         config: the configuration to resume with.
     """
     try:
-        stored = read_yaml(path / CONFIG, str(path / CONFIG))["data"] if _started(path) else None
+        tree = read_yaml(path / CONFIG, str(path / CONFIG)) if _started(path) else {}
+        stored = tree["data"] if tree else None
         sources = [source.get("join", False) for source in stored["sources"]] if stored else []
     except (ConfigError, OSError, KeyError, TypeError, AttributeError):
         return config  # `existing_difference` explains what is wrong
@@ -123,7 +124,10 @@ def keep_older_texts(path: Path, config: Config) -> Config:
         source if join or "join" in source.model_fields_set else source.model_copy(update={"join": False})
         for source, join in zip(data.sources, sources, strict=True)
     ]
-    return config.model_copy(update={"data": data.model_copy(update=changes)})
+    update: dict[str, Any] = {"data": data.model_copy(update=changes)}
+    if "refit" not in config.model_fields_set and not tree.get("refit", False):
+        update["refit"] = False
+    return config.model_copy(update=update)
 
 
 def _started(path: Path) -> bool:

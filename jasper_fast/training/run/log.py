@@ -180,6 +180,21 @@ class SilentLog(RunLog):
         """Do nothing: there is no file."""
 
 
+def append_event(folder: Path, event: str, **facts: Any) -> None:
+    """Append one line to the ``log.jsonl`` of a run whose log is closed.
+
+    Args:
+        folder: the run's folder.
+        event: the name of the event.
+        facts: its values.
+
+    Raises:
+        JasperError: the disk is full.
+    """
+    with disk_errors(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": event, **facts}) + "\n")
+
+
 def seconds_spent(log: Path) -> dict[str, float]:
     """Return the wall-clock seconds of a ``log.jsonl`` by event, over all resumes. Repeated steps count once."""
     spent: dict[str, float] = {}

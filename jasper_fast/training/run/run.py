@@ -23,7 +23,7 @@ from jasper_fast.ops.native import code_digest
 from jasper_fast.training.data import Batch, Precision, TrainingData
 from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
-from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, keep_older_texts, open_run, stored_difference
+from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, keep_older_meaning, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog
 from jasper_fast.training.run.progress import Progress
 from jasper_fast.training.run.signals import FINISH, RESUME, Stopped, leave_on_sigterm, stop_on_signal
@@ -83,7 +83,7 @@ class Run:
             ranks = joined.enter_context(join_ranks(config.parallel.timeout))
             sections = config.model_dump(mode="json", exclude={"log"})
             ranks.check_consistent({**sections, "code": code_digest(), "torch": torch.__version__, "out": str(path)})
-            config = ranks.on_main(lambda: keep_older_texts(path, config))
+            config = ranks.on_main(lambda: keep_older_meaning(path, config))
             folder = ranks.on_main(lambda: held.enter_context(open_run(path, config)))
             run = cls(config, pick_device(), ranks, folder)
             run._held, run._joined = held, joined
