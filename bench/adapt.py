@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,26 @@ def corpus_texts(corpus: Corpus) -> list[Text]:
     return [(spaced(text), role) for text, role in zip(corpus.texts["text"][:], corpus.texts["role"][:], strict=True)]
 
 
-def adapted(
-    corpus: Corpus, student: Embeddings, teacher: Embeddings, widths: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, dict[int, np.ndarray]], PairStatistics, HeldOutVectors]:
+@dataclass(frozen=True)
+class Adapted:
+    """What was chosen from the documents alone.
+
+    Args:
+        names: the chosen options by form.
+        maps: {form: (h, d) map}.
+        projections: {width: (d, width)}, of both forms.
+        documents: sums over the documents.
+        held: held-out embeddings.
+    """
+
+    names: dict[str, Any]
+    maps: dict[str, np.ndarray]
+    projections: dict[int, np.ndarray]
+    documents: PairStatistics
+    held: HeldOutVectors
+
+
+def adapted(corpus: Corpus, student: Embeddings, teacher: Embeddings, widths: Sequence[int]) -> Adapted:
     """Choose maps and projections from the documents alone."""
     texts = corpus_texts(corpus)
     s, t = student.of(texts), teacher.of(texts)
@@ -146,8 +164,8 @@ def adapted(
     chosen = choose_maps(candidates(documents, sentences, same_space=True), held)
     maps = {form: chosen[form].map for form in FORMS}
     groups = mined_groups(t[fitted])
-    projections: dict[str, dict[int, np.ndarray]] = {form: {} for form in FORMS}
-    names: dict[str, Any] = {form: {"map": chosen[form].name} for form in FORMS}
+    projections: dict[int, np.ndarray] = {}
+    names: dict[str, Any] = {form: chosen[form].name for form in FORMS}
     for width in widths:
         options = {"PCA": principal_axes(documents.target, width)}
         temperature = SHARP if width <= SHARP_WIDTH else BLUNT
@@ -155,19 +173,12 @@ def adapted(
             t[fitted], options["PCA"], steps=STEPS, temperature=temperature, groups=groups
         )
         choice = choose_projection(held, maps, options)
-        for form in FORMS:
-            projections[form][width], names[form][str(width)] = choice.map, choice.name
-    return names, maps, projections, documents, held
+        projections[width], names[str(width)] = choice.map, choice.name
+    return Adapted(names, maps, projections, documents, held)
 
 
 def judged_rows(
-    evalset: RetrievalSet,
-    student: Embeddings,
-    teacher: Embeddings,
-    maps: Mapping[str, np.ndarray],
-    projections: Mapping[str, Mapping[int, np.ndarray]],
-    documents: PairStatistics,
-    held: HeldOutVectors,
+    evalset: RetrievalSet, student: Embeddings, teacher: Embeddings, fitted: Adapted
 ) -> list[dict[str, Any]]:
     """Score every model, form and width as a fraction of the teacher's nDCG@10, next to the label-free overlap."""
     queries = [(spaced(text), "query") for text in evalset.queries]
@@ -184,7 +195,7 @@ def judged_rows(
         score = ndcg(*pair)
         row = {"model": model, "form": form, "width": width, "ndcg": score, "kept": score / full}
         if own is not None:
-            measured = held.reference.measure(*own)
+            measured = fitted.held.reference.measure(*own)
             row |= {"overlap": float(measured.overlap.mean()), "label_free_ndcg": float(measured.ndcg.mean())}
         rows.append(row)
 
@@ -193,15 +204,16 @@ def judged_rows(
     if sq.shape == tq.shape:
         add("student before", "asymmetric", td.shape[1], (sq, td))
     for form in FORMS:
-        for width in (td.shape[1], *projections[form]):
-            axes = projections[form].get(width)
-            head = maps[form] if axes is None else maps[form] @ axes
+        for width in (td.shape[1], *fitted.projections):
+            axes = fitted.projections.get(width)
+            head = fitted.maps[form] if axes is None else fitted.maps[form] @ axes
             asked = projected_rows(sq, head)
             right = td if axes is None else projected_rows(td, axes)
             searched = projected_rows(sd, head) if form == SYMMETRIC else right
-            add("adapted", form, width, (asked, searched), held.embeddings(form, maps[form], axes))
-    for width in next(iter(projections.values())):
-        axes = principal_axes(documents.target, width)
+            add("adapted", form, width, (asked, searched), fitted.held.embeddings(form, fitted.maps[form], axes))
+    held = fitted.held
+    for width in fitted.projections:
+        axes = principal_axes(fitted.documents.target, width)
         own = (projected_rows(held.teacher_questions, axes), projected_rows(held.corpus_teacher, axes))
         add("teacher PCA", SYMMETRIC, width, (projected_rows(tq, axes), projected_rows(td, axes)), own)
     return rows
@@ -232,10 +244,10 @@ def run(
         for (name, draw, limit), corpus in corpora.items():
             if name != path:
                 continue
-            chosen, *parts = adapted(corpus, small, teacher, widths)
+            fitted = adapted(corpus, small, teacher, widths)
             about = {"set": Path(path).name, "draw": draw, "documents": corpus.documents, "limit": limit}
-            rows += [about | row for row in judged_rows(evalset, small, teacher, *parts)]
-            print(json.dumps(about | chosen), flush=True)
+            rows += [about | row for row in judged_rows(evalset, small, teacher, fitted)]
+            print(json.dumps(about | fitted.names), flush=True)
     return rows
 
 
@@ -248,15 +260,20 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         chosen = [row for row in rows if (row["limit"], row["model"], row["form"], row["width"]) == key]
         draws = sorted({row["draw"] for row in chosen})
         kept = np.array([[r["kept"] for d in draws for r in chosen if r["set"] == s and r["draw"] == d] for s in sets])
-        by_set = {s: [round(100 * float(v.mean()), 1), round(100 * float(v.std(ddof=1)), 1)] for s, v in zip(sets, kept, strict=True)}
-        mean = kept.mean(axis=0)
+        by_set = {name: _percent(values) for name, values in zip(sets, kept, strict=True)}
         line = dict(zip(("limit", "model", "form", "width"), key, strict=True))
-        line |= {"mean": [round(100 * float(mean.mean()), 1), round(100 * float(mean.std(ddof=1)), 1)], **by_set}
+        line |= {"mean": _percent(kept.mean(axis=0)), **by_set}
         if all("overlap" in row for row in chosen):
             line["overlap"] = round(100 * float(np.mean([row["overlap"] for row in chosen])), 1)
             line["label_free_ndcg"] = round(100 * float(np.mean([row["label_free_ndcg"] for row in chosen])), 1)
         means.append(line)
     return means
+
+
+def _percent(values: np.ndarray) -> list[float]:
+    """Return mean and standard deviation over draws, in per cent."""
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    return [round(100 * float(values.mean()), 1), round(100 * float(deviation), 1)]
 
 
 def table(summary: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> str:

@@ -220,8 +220,7 @@ class TeacherCache:
             cached = self.header["identity"]
         except (ValueError, KeyError):
             raise JasperError(
-                f"{self.folder / HEADER}: cannot be read. Fix: delete the folder and run `jasper-fast teach` "
-                "again"
+                f"{self.folder / HEADER}: cannot be read. Fix: delete the folder and run `jasper-fast teach` again"
             ) from None
         differences = config_difference(cached, self.identity)
         if differences:

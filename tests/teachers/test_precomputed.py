@@ -521,7 +521,10 @@ def test_keys_override_the_check_of_the_order(vectors: np.ndarray, texts: Datase
     for name, rejected in (("v.npy", True), ("v.parquet", False)):
         config = load_config(run_of(tmp_path, [{"vectors": str(tmp_path / name)}]))
         if rejected:
-            with pytest.raises(JasperError, match="row order.*Fix: save the embeddings as .jsonl or .parquet with a column `digest` or `text`"):
+            with pytest.raises(
+                JasperError,
+                match="row order.*Fix: save the embeddings as .jsonl or .parquet with a column `digest` or",
+            ):
                 ensure_teachers(config, texts, progress=False)
         else:
             assert len(ensure_teachers(config, texts, progress=False)) == ROWS
