@@ -141,6 +141,13 @@ def trains(done: Done) -> None:
         assert (done.folder / run / file).is_file()
 
 
+def adapts(done: Done) -> None:
+    folder = done.option("--out")
+    for file in ("symmetric/modules.json", "asymmetric/modules.json", "student/results.json", "report.md"):
+        assert (done.folder / (folder or "") / file).is_file()
+    assert f"jasper-fast search build {folder}" in done.out
+
+
 def plans(done: Done) -> None:
     assert re.search(r"^stage distil: .* steps of \d+", done.out, flags=re.MULTILINE)
 
@@ -161,6 +168,7 @@ def compares(done: Done) -> None:
 
 
 EXPECTED: dict[str, Callable[[Done], None]] = {
+    r"adapt ": adapts,
     r"train (?!.*--(?:dry-run|list|print-config|finish))": trains,
     r"train .*--dry-run": plans,
     r"search build ": builds_an_index,

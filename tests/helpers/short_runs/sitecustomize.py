@@ -7,6 +7,7 @@ for the plan, and docstrings are those of the standard library. Everything else 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jasper_fast.config.run import Config
 
 STEPS, TEXTS, BATCH, MINUTES = 2, 160, 128, 0.001  # at most
 TOKENS = 32  # per text
+SECONDS = 0.2  # to learn a projection
 
 
 def shorten(config: Config) -> Config:
@@ -49,6 +51,12 @@ def _shortened(function: Callable[..., Config]) -> Callable[..., Config]:
 
         docstrings.PACKAGES = ()
         measure.STEPS = STEPS
+        if "adapt" in sys.argv:
+            from jasper_fast.adaptation import steps, student
+
+            steps.SECONDS = SECONDS
+            command = sys.modules["jasper_fast.adapt"]
+            command.first_training = lambda request: shorten(student.first_training(request))
         return shorten(function(*arguments, **options))
 
     return wrapper
