@@ -10,11 +10,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jasper_fast._version import __version__
+from jasper_fast.adaptation.embeddings import own_length
 from jasper_fast.adaptation.migration.maps import LEAST_OWN, Corpus, HeldOut, MapTable, candidate_maps, compare_maps
 from jasper_fast.adaptation.migration.old_index import MOST_ROWS, OldIndex, lengths_note, usable_rows
 from jasper_fast.adaptation.migration.opening import open_old_index
@@ -31,6 +32,7 @@ from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.models.embedder import load_model, normalise
 from jasper_fast.models.folder import MIGRATION_FILE, write_json
 from jasper_fast.models.hub import model_revision
+from jasper_fast.models.sentence_transformer import roles_differ
 from jasper_fast.reporting.model_card import adapted_facts
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.teachers.reduction import spread_rows
@@ -38,12 +40,15 @@ from jasper_fast.utils.atomic import check_output_path, publish_dir, write_text
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import public_name
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 PAIRS = 5000  # default of the largest number of pairs
 FEWEST_PAIRS = 20
 HELD_OUT_SHARE, MOST_HELD_OUT = 5, 500  # one pair in five is held out, up to this number
 CORPUS_ROWS = 100_000  # rows of the old index that questions are compared with
 QUESTIONS, REPORT, RESULTS = "questions", "report.md", "results.json"
-WHOLE = 10**6  # tokens: texts are cut at the model's own limit only
+NO_LIMIT = 10**6  # tokens, for a model that reads texts of any length
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def migrate(
     _check_out(out, replace)
     source = SourceConfig(path=str(documents), columns=list(columns), split=split, id_column=id_column, join=True)
     report_ignored(source)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    loaded = _new_model(model, trust_remote_code)
     index = open_old_index(str(old))
     lines = [f"{index.name}: {index.kind}, {index.rows:,} rows of width {index.width:,}"]
     drawn = draw_pairs(source, index, pairs, seed)
@@ -124,7 +129,8 @@ def migrate(
     lines += [f"note: {note}" for note in _notes(index)]
     _say(lines)
     _check_number(len(both.pairs.texts), drawn.counts)
-    both = _encode(both, source, model, cache, trust_remote_code, progress)
+    encoder = TeacherConfig(model=model, max_length=own_length(loaded) or NO_LIMIT, trust_remote_code=trust_remote_code)
+    both = _encode(both, source, encoder, cache, progress)
     if drawn.key == BY_POSITION:
         lines += _say([check_order(index.name, both.pairs.texts, both.old, both.new, force)])
     held, statistics, corpus_rows = _split(both, index, seed)
@@ -173,6 +179,16 @@ def _check_out(out: Path, replace: bool) -> None:
         raise JasperError(f"{out}: exists, a migration. Fix: add --replace, or choose another --out")
 
 
+def _new_model(model: str, trust_remote_code: bool) -> SentenceTransformer:
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    if roles_differ(loaded):
+        raise JasperError(
+            f"{model}: it encodes questions and documents with different modules (expected the same ones, because the "
+            "map is fitted to documents). Fix: give the model of its questions, such as DIR/symmetric"
+        )
+    return loaded
+
+
 def _usable(pairs: Pairs, index: OldIndex) -> tuple[Embeddings, int]:
     """Read the rows of the pairs, and leave out those that are not finite or are zero. Return their number too."""
     old = index.read(pairs.rows)
@@ -205,7 +221,7 @@ def _check_number(number: int, counts: dict[str, int]) -> None:
 
 
 def _encode(
-    both: Embeddings, source: SourceConfig, model: str, cache: str | Path, trust_remote_code: bool, progress: bool
+    both: Embeddings, source: SourceConfig, encoder: TeacherConfig, cache: str | Path, progress: bool
 ) -> Embeddings:
     """Return the pairs with the new model's embeddings, read from the cache where it has them."""
     from datasets import Dataset
@@ -217,7 +233,6 @@ def _encode(
     config = load_config(
         None, [("data.sources", [source.model_dump(mode="json", exclude_defaults=True)]), ("data.cache", str(cache))]
     )
-    encoder = TeacherConfig(model=model, max_length=WHOLE, trust_remote_code=trust_remote_code)
     alone = config.model_copy(update={"teachers": [encoder], "stages": []})
     dataset = Dataset.from_dict({"text": texts, "role": roles, "digest": digests})
     vectors = ensure_teachers(alone, dataset, progress, alone=True).read(np.arange(len(texts))).numpy()
@@ -244,12 +259,13 @@ def _split(both: Embeddings, index: OldIndex, seed: int) -> tuple[HeldOut, PairS
     rest = index.read(others)
     corpus = np.concatenate([both.old[held], rest[usable_rows(rest)]])
     scale = float(np.linalg.norm(corpus.astype(np.float64), axis=1).mean())
-    asked = held[(both.asked[held] != 0).any(axis=1)]
+    owners = np.flatnonzero((both.asked[held] != 0).any(axis=1))
     return (
         HeldOut(
             both.new[held],
-            both.asked[asked],
-            asked,
+            both.asked[held[owners]],
+            owners,
+            held[owners],
             Corpus(corpus / np.float32(scale), index.metric),
             Corpus(both.old / np.float32(scale), index.metric),
             both.new,

@@ -156,6 +156,16 @@ def test_unusable_rows_and_missing_ids_are_left_out_and_counted(run, old, tmp_pa
     assert "all rows have a length near 3" in printed
 
 
+def test_a_model_with_two_encoders_is_refused_first(tiny_bert, documents, tmp_path):
+    from sentence_transformers.base.modules import Router
+
+    modules = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
+    router = Router.for_query_document(*modules)
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "two"))
+    with pytest.raises(JasperError, match="different modules .* Fix: give the model of its questions"):
+        migrate(documents, tmp_path / "no-index", str(tmp_path / "two"), tmp_path / "out", cache=tmp_path / "cache")
+
+
 def test_too_few_pairs_and_other_folders_are_refused(run, old, tmp_path):
     pq.write_table(pa.table({"id": [f"d{n}" for n in range(12)], "vector": list(old[:12])}), tmp_path / "few.parquet")
     with pytest.raises(JasperError, match=r"too few pairs .*got 12, expected at least 20"):

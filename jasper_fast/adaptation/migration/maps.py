@@ -55,7 +55,8 @@ class HeldOut:
     Args:
         documents: (m, h) float32 unit rows, the new model's embeddings of the held-out documents.
         questions: (q, h) float32 unit rows, those of titles or first sentences. q may be 0.
-        answers: (q,) int64, document of each question: its number among all pairs.
+        owners: (q,) int64, document of each question: its number among the held-out documents.
+        answers: (q,) int64, the same among all pairs.
         corpus: rows of the old index. The rows of the held-out documents are the first m.
         pair_rows: rows of the old index of all pairs, as the corpus.
         new_documents: (n, h) float32 unit rows, the new model's embeddings of the documents of all pairs.
@@ -63,6 +64,7 @@ class HeldOut:
 
     documents: np.ndarray
     questions: np.ndarray
+    owners: np.ndarray
     answers: np.ndarray
     corpus: Corpus
     pair_rows: Corpus
@@ -78,8 +80,8 @@ class MapScore:
         overlap: mean fraction of the old index's ten nearest rows of a document that its mapped embedding finds.
         error: standard error of ``overlap``.
         own_row: fraction of documents whose own row is among the ten that their mapped embedding finds.
-        answer: nDCG@10 of titles or first sentences that find their document. None: there are none.
-        kept: ``answer`` as a fraction of that of the new model in its own space.
+        answer: nDCG@10 of titles or first sentences that find their document in the corpus. None: there are none.
+        kept: the same among the rows of all pairs, as a fraction of that of the new model in its own space.
     """
 
     name: str
@@ -97,7 +99,7 @@ class MapTable:
     Args:
         rows: scores, in the order of the candidates.
         best: the chosen one.
-        own: nDCG@10 of the titles in the new model's own space. None: there are no titles.
+        own: nDCG@10 of the titles among all pairs in the new model's own space. None: there are no titles.
         chance: overlap of a random order.
     """
 
@@ -145,7 +147,8 @@ def compare_maps(statistics: PairStatistics, held: HeldOut) -> MapTable:
     """Score the candidates on held-out pairs, and choose one.
 
     The map whose titles find their document best is chosen, and of those within 0.002 the one with the highest overlap.
-    Overlap alone favours maps that copy the errors of a weaker old model. With few titles it has to decide.
+    Overlap alone favours maps that copy the errors of a weaker old model. With few titles it has to decide. Titles are
+    compared with the whole corpus, because few pairs are easy to tell apart even in a wrong space.
 
     Args:
         statistics: sums over the other pairs.
@@ -159,11 +162,11 @@ def compare_maps(statistics: PairStatistics, held: HeldOut) -> MapTable:
     for name, matrix in candidate_maps(statistics):
         moved = held.corpus.questions(mapped(held.documents, matrix))
         found = reference.measure(moved, documents)
-        answer = None
+        answer = kept = None
         if own is not None:
-            questions = held.pair_rows.questions(mapped(held.questions, matrix))
-            answer = answer_ndcg(questions, pair_rows, held.answers)
-        kept = None if answer is None or not own else answer / own
+            questions = held.corpus.questions(mapped(held.questions, matrix))
+            answer = answer_ndcg(questions, documents, held.owners)
+            kept = answer_ndcg(questions, pair_rows, held.answers) / own if own else None
         own_row = float(_found(moved, documents, np.arange(count)).any(axis=1).mean())
         rows.append(MapScore(name, float(found.overlap.mean()), mean_error(found.overlap), own_row, answer, kept))
     return MapTable(rows, _best(rows, len(held.questions)), own, min(1.0, DEPTH / len(documents)))
