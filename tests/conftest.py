@@ -58,11 +58,23 @@ OBJECTS = (
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Collect only files with GPU tests for ``-m gpu``, because a machine with a GPU may lack what others import."""
-    if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
+    """Collect only files with GPU tests for ``-m gpu``, because a machine with a GPU may lack what others import.
+
+    A folder without such files is left out with its conftest.py.
+    """
+    if config.option.markexpr.strip() != "gpu":
         return None
-    has_gpu_tests = collection_path.stem in KERNEL_TESTS or "mark.gpu" in collection_path.read_text(encoding="utf-8")
-    return None if has_gpu_tests else True
+    if collection_path.is_dir():
+        files = [*collection_path.rglob("test_*.py")]
+    elif collection_path.suffix == ".py":
+        files = [collection_path]
+    else:
+        return None
+    return None if any(map(_has_gpu_tests, files)) else True
+
+
+def _has_gpu_tests(file: Path) -> bool:
+    return file.stem in KERNEL_TESTS or "mark.gpu" in file.read_text(encoding="utf-8")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m

@@ -7,9 +7,6 @@ from typing import NamedTuple
 
 import pytest
 
-from jasper_fast.adaptation import pipeline, steps
-from tests.helpers.adaptations import write_documents, write_student
-
 SPEED = {"documents_per_s": 100.0, "queries_per_s": 100.0}
 
 
@@ -33,6 +30,8 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, tiny_bert, tiny_texts) -> World:
+    from tests.helpers.adaptations import write_documents, write_student  # needs more than torch
+
     folder = tmp_path_factory.mktemp("adapt")
     few, many = folder / "few.jsonl", folder / "many.jsonl"
     write_documents(few, tiny_texts, 90)
@@ -44,6 +43,8 @@ def world(tmp_path_factory, tiny_bert, tiny_texts) -> World:
 @pytest.fixture
 def fast(monkeypatch):
     """Leave out what only takes time: measured speeds and long searches for projections."""
+    from jasper_fast.adaptation import pipeline, steps
+
     table = {"student": SPEED, "teacher": SPEED, "texts": 8, "mean_tokens": 20.0}
     monkeypatch.setattr(pipeline, "speeds", lambda model, teacher, *_: table | ({} if teacher else {"teacher": None}))
     monkeypatch.setattr(steps, "SECONDS", 0.05)

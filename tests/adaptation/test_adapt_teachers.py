@@ -164,6 +164,21 @@ def test_without_a_student_it_trains_as_train_with_texts_does(world, tmp_path, m
     assert config.model_dump() == expected.model_dump() and folder == out / "student"
 
 
+def test_a_stopped_training_says_how_to_go_on(world, tmp_path, monkeypatch, capsys):
+    import importlib
+
+    module = importlib.import_module("jasper_fast.adapt")
+
+    def stop(config, out):
+        raise module.Stopped("stopped after step 3 as requested. Run the same command to resume, or add --finish")
+
+    monkeypatch.setattr(module, "train", stop)
+    given = ["--columns", "title,text", "--model", str(world.student), "--minutes", "1", "--cache", str(world.cache)]
+    assert module.main([str(world.few), *given, "--out", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().out
+    assert "stopped after step 3 as requested. Run the same command to go on" in said and "--finish" not in said
+
+
 def test_vectors_have_no_other_settings(world, vectors, tmp_path):
     np.save(tmp_path / "v.npy", vectors[:90])
     request = make_request(world.few, tmp_path / "out", **world.options(teacher=str(tmp_path / "v.npy")))
