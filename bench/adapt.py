@@ -134,7 +134,7 @@ def corpus_texts(corpus: Corpus) -> list[Text]:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was chosen from the documents alone.
+    """Choices made from the documents alone.
 
     Args:
         names: the chosen options by form.

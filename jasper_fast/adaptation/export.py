@@ -11,6 +11,7 @@ import numpy as np
 from jasper_fast.adaptation.choose import ASYMMETRIC, SYMMETRIC, Choice
 from jasper_fast.adaptation.request import Request
 from jasper_fast.config.models import DEFAULT_HEADS
+from jasper_fast.evaluation.score import STUDENT
 from jasper_fast.exporting.adapted import export_asymmetric, export_symmetric
 from jasper_fast.models.embedder import load_model, routes
 from jasper_fast.reporting.model_card import adapted_facts
@@ -123,7 +124,8 @@ def _projections(teacher: Teacher, fitted: Fitted) -> dict[int, np.ndarray | Non
 
 
 def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: str) -> dict[str, Any]:
-    rows = [row for row in results["label_free"].get("rows", []) if row.get("form") == form]
+    scored = results["label_free"].get("rows", [])
+    rows = [row for row in scored if (row["model"], row["form"]) == (STUDENT, form)]
     keys = ("width", "overlap", "ndcg")
     return adapted_facts(
         fitted.student,
