@@ -34,19 +34,19 @@ class Fitted:
         max_length: tokens that it reads.
         width: the teacher's width d.
         maps: (h, d) map by form.
-        projections: (d, w) projection by form and width below d.
+        projections: (d, w) projection by width below d, of both forms.
     """
 
     student: str
     max_length: int
     width: int
     maps: Mapping[str, Choice]
-    projections: Mapping[str, Mapping[int, Choice]]
+    projections: Mapping[int, Choice]
 
     def heads(self, form: str) -> dict[int, np.ndarray]:
         """Return the matrix (h, w) of each width, which follows the student's widest embedding."""
         matrix = self.maps[form].map
-        return {self.width: matrix} | {w: matrix @ axes.map for w, axes in self.projections[form].items()}
+        return {self.width: matrix} | {w: matrix @ axes.map for w, axes in self.projections.items()}
 
 
 def narrow_widths(asked: Sequence[int] | None, student: str, width: int, trust_remote_code: bool) -> list[int]:
@@ -116,7 +116,7 @@ def _as_stock(teacher: Teacher) -> SentenceTransformer:
 def _projections(teacher: Teacher, fitted: Fitted) -> dict[int, np.ndarray | None]:
     """Return the projection of each width from the teacher's whole embedding. A cut teacher has more coordinates."""
     full = int(teacher.model.get_embedding_dimension() or 0)
-    narrow = {width: axes.map for width, axes in fitted.projections[ASYMMETRIC].items()}
+    narrow = {width: axes.map for width, axes in fitted.projections.items()}
     if full == fitted.width:
         return {fitted.width: None, **narrow}
     cut = np.eye(full, fitted.width)
@@ -135,6 +135,6 @@ def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: st
         documents=results["documents"]["used"] - results["held_out"]["documents"],
         held_out=results["held_out"]["documents"],
         chosen=fitted.maps[form].name,
-        projections={width: choice.name for width, choice in fitted.projections[form].items()},
+        projections={width: choice.name for width, choice in fitted.projections.items()},
         scores=[{key: row[key] for key in keys} for row in rows if all(key in row for key in keys)],
     )

@@ -252,16 +252,12 @@ def _score(
     name: str,
     held: HeldOutVectors,
     maps: dict[str, Choice],
-    projections: dict[str, dict[int, Choice]],
+    projections: dict[int, Choice],
 ) -> None:
     results, request = work.results, work.request
     same = results["student"]["same_space"] and results["student"]["width"] == results["teacher"]["width"]
     results["maps"] = {form: choice.record() for form, choice in maps.items()}
-    results["projections"] = [
-        {"form": form, "width": width, **choice.record()}
-        for form, by_width in projections.items()
-        for width, choice in by_width.items()
-    ]
+    results["projections"] = [{"width": width, **choice.record()} for width, choice in projections.items()]
     earlier = None
     if request.minutes is not None and request.model is not None:
         before = embed(request.config, request.model, _compared(work.corpus, held), STUDENT)
@@ -270,7 +266,7 @@ def _score(
     results["label_free"] = label_free_table(
         held,
         {form: choice.map for form, choice in maps.items()},
-        {form: {w: choice.map for w, choice in by_width.items()} for form, by_width in projections.items()},
+        {width: choice.map for width, choice in projections.items()},
         start=np.eye(results["teacher"]["width"]) if same else None,
         earlier=earlier,
     )

@@ -12,7 +12,7 @@ Keys of the results. Fractions are from 0 to 1, and what was not measured is abs
   student also has ``layers`` ("3 of 6") and ``same_space``.
 - ``training``, if the student was trained: ``minutes``, ``texts``, and ``label_free`` of the run's results.
 - ``maps``: {form: ``Choice.record()``}.
-- ``projections``: a list of ``Choice.record()`` with ``form`` and ``width``.
+- ``projections``: a list of ``Choice.record()`` with ``width``.
 - ``length``: ``LengthChoice.record()``.
 - ``label_free``: result of ``label_free_table``.
 - ``recommendation``: a sentence.
@@ -186,13 +186,16 @@ def _length(results: Mapping[str, Any]) -> str:
 def _projections(results: Mapping[str, Any]) -> str:
     if not results.get("projections"):
         return ""
-    table = [["form", "option", "chosen", "width", "neighbours", "difference", "±"]]
+    table = [["option", "chosen", "width", "neighbours", "difference", "±"]]
     for choice in results["projections"]:
         for row in choice["table"]:
             mark = "yes" if row["chosen"] else ""
-            table.append([choice["form"], row["name"], mark, str(choice["width"]), *_measured(row)])
-    text = "Principal axes of the documents, or axes learned from their neighbours where these are certainly better."
-    return f"## Narrow projections\n\n{text}\n\n{markdown(table, 3)}"
+            table.append([row["name"], mark, str(choice["width"]), *_measured(row)])
+    text = (
+        "Principal axes of the documents, or axes learned from their neighbours where these are certainly better. Both "
+        "forms have the same ones, so an index may mix their embeddings. *neighbours* is the mean of the forms."
+    )
+    return f"## Narrow projections\n\n{text}\n\n{markdown(table, 2)}"
 
 
 def _facts(results: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ class _Scorer:
 def label_free_table(
     held: HeldOutVectors,
     maps: Mapping[str, np.ndarray],
-    projections: Mapping[str, Mapping[int, np.ndarray]],
+    projections: Mapping[int, np.ndarray],
     *,
     start: np.ndarray | None = None,
     earlier: Embeddings | None = None,
@@ -110,7 +110,7 @@ def label_free_table(
     Args:
         held: held-out embeddings.
         maps: {form: (h, d) map W}. A form may be missing.
-        projections: {form: {w: (d, w) projection P}} for widths below d. The full width d is always scored.
+        projections: {w: (d, w) projection P} for widths below d, of all forms. The full width d is always scored.
         start: (h, d) map of the unadapted student's questions into the teacher's index. None: they are not compared.
         earlier: (q, h') and (n, h') embeddings by the student before training. None: nothing was trained.
 
@@ -132,7 +132,7 @@ def label_free_table(
         return sizes | {"missing": reason}
     scorer = _Scorer(held, held.reference.measure(held.teacher_questions, held.corpus_teacher))
     scorer.add(TEACHER, BY_TEACHER, (held.teacher_questions, held.corpus_teacher))
-    widths = sorted({width for by_width in projections.values() for width in by_width}, reverse=True)
+    widths = sorted(projections, reverse=True)
     _add_pca(scorer, PCA, BY_TEACHER, (held.teacher_questions, held.corpus_teacher), widths)
     unadapted = (held.student_questions, held.corpus_student)
     if earlier is not None:
@@ -142,7 +142,7 @@ def label_free_table(
         scorer.add(BEFORE, ASYMMETRIC, held.embeddings(ASYMMETRIC, start))
     _add_pca(scorer, STUDENT_PCA, SYMMETRIC, unadapted, widths)
     for form, head in maps.items():
-        scorer.add_adapted(form, head, projections.get(form, {}))
+        scorer.add_adapted(form, head, projections)
     return sizes | {
         "answers": held.answers is not None,
         "depth": DEPTH,

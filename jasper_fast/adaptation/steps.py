@@ -149,8 +149,8 @@ def project(
     held: HeldOutVectors,
     maps: dict[str, Choice],
     widths: Sequence[int],
-) -> dict[str, dict[int, Choice]]:
-    """Return the narrow projections of each form and width: principal axes of the documents, or learned ones.
+) -> dict[int, Choice]:
+    """Return the narrow projection of each width, of both forms: principal axes of the documents, or learned ones.
 
     Args:
         corpus: the texts.
@@ -160,9 +160,9 @@ def project(
         maps: the chosen map of each form.
         widths: widths below d.
     """
-    chosen: dict[str, dict[int, Choice]] = {form: {} for form in maps}
     if not widths:
-        return chosen
+        return {}
+    chosen: dict[int, Choice] = {}
     documents = teacher.read(corpus.fitted[:MINED])
     groups = mined_groups(documents)
     for width in widths:
@@ -170,7 +170,5 @@ def project(
         temperature = SHARP if width <= SHARP_WIDTH else BLUNT
         learned = learned_axes(documents, axes, seconds=SECONDS, temperature=temperature, groups=groups)
         options = {"PCA": axes, "learned": learned}
-        choice = choose_projection(held, {form: fitted.map for form, fitted in maps.items()}, options)
-        for form in maps:
-            chosen[form][width] = choice
+        chosen[width] = choose_projection(held, {form: fitted.map for form, fitted in maps.items()}, options)
     return chosen

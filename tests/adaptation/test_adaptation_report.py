@@ -41,12 +41,9 @@ def results():
     maps = choose_maps(candidates(pairs, None, same_space=True), held)
     axes = {width: principal_axes(pairs.target, width) for width in (8, 4)}
     heads = {form: choice.map for form, choice in maps.items()}
-    shared = {width: choose_projection(held, heads, {"PCA": matrix}) for width, matrix in axes.items()}
-    chosen = dict.fromkeys(maps, shared)
+    chosen = {width: choose_projection(held, heads, {"PCA": matrix}) for width, matrix in axes.items()}
     earlier = tuple(unit(rows + 0.3 * random.standard_normal(rows.shape)) for rows in student)
-    label_free = label_free_table(
-        held, {form: choice.map for form, choice in maps.items()}, {form: axes for form in maps}, earlier=earlier
-    )
+    label_free = label_free_table(held, {form: choice.map for form, choice in maps.items()}, axes, earlier=earlier)
     speed = {"student": {"documents_per_s": 22.2, "queries_per_s": 100.0}, "texts": 64, "mean_tokens": 150.4}
     speed["teacher"] = {"documents_per_s": 11.4, "queries_per_s": 40.0}
     return {
@@ -81,11 +78,7 @@ def results():
         "training": {"minutes": 10, "texts": 2200},
         "maps": {form: choice.record() for form, choice in maps.items()},
         "length": LengthChoice(256, 128, LENGTHS, "+10.0 ± 1.0 points of the teacher's ten neighbours").record(),
-        "projections": [
-            {"form": form, "width": width, **choice.record()}
-            for form in chosen
-            for width, choice in chosen[form].items()
-        ],
+        "projections": [{"width": width, **choice.record()} for width, choice in chosen.items()],
         "label_free": label_free,
         "speed": speed,
         "recommendation": recommendation(label_free, speed),

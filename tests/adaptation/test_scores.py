@@ -34,7 +34,7 @@ def space(noise=0.05, documents=DOCUMENTS, questions=QUESTIONS, answers=True, fa
 
 
 def table(held, back, widths=(8, 4), forms=("symmetric", "asymmetric"), **others):
-    projections = {form: {width: np.eye(WIDTH)[:, :width] for width in widths} for form in forms}
+    projections = {width: np.eye(WIDTH)[:, :width] for width in widths}
     return label_free_table(held, {form: back for form in forms}, projections, **others)
 
 
