@@ -148,7 +148,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jasper_fast.adapt",
+        prog="jasper-fast adapt",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -171,13 +171,13 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
     """Plot all arms in the order of their scores at the two narrowest widths. Return the images' Markdown."""
     import io
 
-    from jasper_fast.reporting.plots import _figure, _save
+    from jasper_fast.reporting.plots import new_figure, save_figure
 
     drawn = []
     kinds, widths = kinds_of(results), results["widths"][-2:]
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in results["runs"]) if not arm.startswith("encoder")]
     for width in widths:
-        figure, axes = _figure(1, len(kinds), (6 * len(kinds), 1.5 + 0.22 * len(arms)))
+        figure, axes = new_figure(1, len(kinds), (6 * len(kinds), 1.5 + 0.22 * len(arms)))
         for axis, kind in zip(axes, kinds, strict=True):
             by_arm = {arm: scores.get((arm, "seconds", width, "float32", kind)) for arm in arms}
             ordered = sorted(((mean(v), v, arm) for arm, v in by_arm.items() if v), key=lambda item: item[0])
@@ -193,7 +193,7 @@ def _pictures(results: Mapping[str, Any], scores: Mapping[Key, list[float]], pat
             axis.set_yticks(range(len(ordered)), [arm for *_, arm in ordered], fontsize=7)
             axis.set_title(f"{kind} at {width}, equal seconds, %", loc="left", fontsize=11)
         content = io.BytesIO()
-        _save(figure, content)
+        save_figure(figure, content)
         file = path.parent / path.stem / f"arms-{width}.png"
         write_atomic(file, content.getvalue())
         drawn.append(f"![All arms at {width} dimensions]({path.stem}/{file.name})")

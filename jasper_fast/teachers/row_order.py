@@ -33,6 +33,7 @@ class Alternative(NamedTuple):
     name: str  # such as "the text 1 row before"
     texts: np.ndarray  # (m,) int64, positions among the sampled texts
     similarities: np.ndarray  # (m, m) float64, of the embeddings that these texts have in the other order
+    partial: bool = True  # whether only a part of a file can be in this order
 
 
 class Better(NamedTuple):
@@ -123,10 +124,11 @@ def other_orders(rows: np.ndarray, total: int, gather: Callable[[np.ndarray], np
         f"the text {abs(shift)} row{'s' if abs(shift) > 1 else ''} {'before' if shift > 0 else 'after'}": rows + shift
         for shift in SHIFTS
     }
-    for name, other in {**others, "the text at the same distance from the other end": total - 1 - rows}.items():
+    reverse = "the text at the same distance from the other end"
+    for name, other in {**others, reverse: total - 1 - rows}.items():
         inside = np.flatnonzero((other >= 0) & (other < total))
         vectors = np.nan_to_num(_unit(gather(other[inside])))  # faulty rows are reported when they are used
-        yield Alternative(name, inside, centred_similarities(vectors))
+        yield Alternative(name, inside, centred_similarities(vectors), partial=name != reverse)
 
 
 def order_problem(fit: Fit, between: Callable[[tuple[int, int]], str]) -> str | None:
@@ -170,7 +172,7 @@ def _compare(similarities: np.ndarray, references: Sequence[np.ndarray], other: 
     given, texts = similarities[square], [reference[square] for reference in references]
     expected = _mean_profiles(texts)
     gains = ((_profiles(other.similarities) - _profiles(given)) * expected).sum(axis=1)
-    part = _part_with_gain(gains)
+    part = _part_with_gain(gains, other.partial)
     if part is None:
         return None
     rows = slice(*part)
@@ -181,12 +183,12 @@ def _compare(similarities: np.ndarray, references: Sequence[np.ndarray], other: 
     return Better(other.name, (first, last), found, before, float(gains[rows].sum()))
 
 
-def _part_with_gain(gains: np.ndarray) -> tuple[int, int] | None:
-    """Find all rows, or else the consecutive ones, that gain significantly. Returns first and last + 1, or None."""
+def _part_with_gain(gains: np.ndarray, partial: bool) -> tuple[int, int] | None:
+    """Find all rows, or else consecutive ones if ``partial``, that gain significantly: first and last + 1, or None."""
     if _standard_errors(gains) > BETTER:
         return 0, len(gains)
     final = len(gains) - WINDOW
-    starts = [*range(0, final, WINDOW // 2), final] if final >= 0 else []
+    starts = [*range(0, final, WINDOW // 2), final] if partial and final >= 0 else []
     errors = [_standard_errors(gains[start : start + WINDOW]) for start in starts]
     if not errors or max(errors) <= BETTER_PART:
         return None

@@ -155,10 +155,10 @@ def test_more_documents_add_only_new_ones(world, finished, tmp_path, capsys, mon
     ("changes", "message"),
     [
         ({"columns": ["text"]}, r"columns.0: 'title' -> 'text'"),
-        ({"max_length": 16}, r"max_length: None -> 16"),
+        ({"max_length": 16}, r"max_length: not set -> 16"),
         ({"teacher": "{student}"}, r"teacher.revision: 'sha256:"),
         ({"model": "{teacher}", "teacher": "{teacher}"}, r"student.revision: 'sha256:"),
-        ({"minutes": 1.0}, r"minutes: None -> 1.0"),
+        ({"minutes": 1.0}, r"minutes: not set -> 1.0"),
     ],
 )
 def test_a_changed_call_is_an_error_with_the_difference(world, finished, changes, message):

@@ -579,7 +579,7 @@ def test_an_order_that_fits_worse_than_another_is_rejected(
 def test_orders_that_are_compared_are_those_of_the_file() -> None:
     values = np.arange(20.0)[:, None] ** [0, 1, 2]
     names, found = [], []
-    for name, texts, similarities in other_orders(np.array([0, 9, 19]), 20, lambda rows: values[rows]):
+    for name, texts, similarities, _ in other_orders(np.array([0, 9, 19]), 20, lambda rows: values[rows]):
         names.append(name)
         found.append(texts.tolist())
         assert similarities.shape == (len(texts), len(texts))

@@ -111,7 +111,7 @@ def usage(model: Path, index: OldIndex) -> list[str]:
     """
     lines = [f"model: {model}", "Encode questions with it, and search the old index as before:", ""]
     if index.kind.startswith("text index"):
-        return [*lines, f"    python -m jasper_fast.search ask {index.name} --model {model}"]
+        return [*lines, f"    jasper-fast search ask {index.name} --model {model}"]
     scaled = ["    # multiply the embeddings by the length in the note above"] if index.metric == L2 else []
     return [
         *lines,
