@@ -464,6 +464,7 @@ CASES += [
         "there is no such folder",
     ),
     adapted("an unknown column", "--columns title", nothing, "title"),
+    adapted("an unknown id column", "--id-column number", nothing, "number"),
     adapted("columns of commas", "--columns ,,", nothing, "expected column names"),
     adapted("minutes that are a word", "--minutes soon", nothing, "expected a number of minutes"),
     adapted("no minutes", "--minutes 0", nothing, "minutes: got 0.*Fix: "),

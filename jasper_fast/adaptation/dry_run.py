@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import checked_width
-from jasper_fast.adaptation.export import NARROW
+from jasper_fast.adaptation.export import NARROW, narrow_widths
 from jasper_fast.adaptation.pipeline import read_request_corpus
 from jasper_fast.adaptation.request import STUDENT, Request, check_widths
 from jasper_fast.adaptation.state import DOCUMENTS, open_state
@@ -26,7 +26,7 @@ def describe_request(request: Request) -> str:
     width = checked_width(request.config, request.teacher, corpus.texts)
     check_widths(request, width)
     check_student(request)
-    widths = [one for one in request.widths or NARROW if one < width]
+    widths = _widths(request, width)
     forms = "symmetric and asymmetric" if request.teacher.model is not None else "symmetric only: vectors have no model"
     kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
     lines = [
@@ -39,6 +39,13 @@ def describe_request(request: Request) -> str:
     if len(state.counted[DOCUMENTS]):
         lines.append(f"continues with {len(state.counted[DOCUMENTS]):,} documents that are counted already")
     return "\n".join(lines)
+
+
+def _widths(request: Request, width: int) -> list[int]:
+    if request.model is not None and request.minutes is None:
+        return narrow_widths(request.widths, str(request.model.model), width, request.trust_remote_code)
+    own = request.config.student.heads if request.model is None else NARROW  # training on keeps the widest head only
+    return sorted({one for one in request.widths or own if one < width}, reverse=True)
 
 
 def _student(request: Request, corpus: Corpus) -> str:

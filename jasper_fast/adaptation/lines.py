@@ -157,7 +157,9 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         found = [cells.get((STUDENT, form, width)) for width in widths]
         if any(found):
             lines.append(_row(f"{form}: same ten neighbours", "100", *(_percent(row, "overlap") for row in found)))
-            lines.append(_row("  expected nDCG@10 of the teacher's", "100", *(_percent(r, "expected") for r in found)))
+            if any("expected" in row for row in found if row):
+                expected = [_percent(row, "expected") for row in found]
+                lines.append(_row("  expected nDCG@10 of the teacher's", "100", *expected))
     others = (("not adapted, symmetric", BEFORE, SYMMETRIC), ("teacher's PCA on both sides", PCA, BY_TEACHER))
     for name, model, form in others:
         found = [cells.get((model, form, width)) for width in widths]
@@ -176,7 +178,7 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _percent(row: Mapping[str, Any] | None, key: str) -> str:
-    return "–" if row is None else f"{100 * row[key]:.1f}"
+    return "–" if row is None or key not in row else f"{100 * row[key]:.1f}"
 
 
 def _speed_text(results: Mapping[str, Any], model: str) -> str:

@@ -17,6 +17,7 @@ from jasper_fast.config.load import load_config, stored_config
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.config.yaml import read_yaml
+from jasper_fast.data.document_ids import read_documents
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.text_sources import check_source, is_local
 from jasper_fast.models.folder import FACTS_FILE
@@ -120,6 +121,8 @@ def make_request(
     chosen_length = _length(max_length)
     chosen_minutes = _minutes(minutes, model)
     chosen_widths = _widths(widths)
+    if teacher is None or not is_vectors(teacher):  # else the ids match the vectors, which reports more
+        _check_ids(source)
     check_writable(Path(cache).expanduser())
     overrides: list[tuple[str, Any]] = [
         ("data.sources", [source.model_dump(mode="json", exclude_defaults=True)]),
@@ -201,6 +204,12 @@ def _source(documents: str | Path, columns: Sequence[str], id_column: str | None
     if is_local(source):
         check_source(source)
     return source
+
+
+def _check_ids(source: SourceConfig) -> None:
+    """Reject ids that an index could not have: null, repeated, or in a column that is missing."""
+    if source.id_column is not None:
+        read_documents(source, source.id_column, None)
 
 
 def _length(max_length: int | str) -> int | None:

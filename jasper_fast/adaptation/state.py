@@ -193,7 +193,7 @@ def open_state(folder: Path, settings: dict[str, Any]) -> State:
         raise JasperError(f"{file} is of another version of jasper_fast. Fix: use another --out")
     if difference := config_difference(stored, settings):
         raise JasperError(
-            f"{folder} is an adaptation with other settings (got -> expected):\n  - "
+            f"{folder} is an adaptation with other settings (stored -> given):\n  - "
             + "\n  - ".join(difference)
             + "\nFix: repeat the old settings to continue it, or use another --out"
         )

@@ -183,4 +183,14 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(world, tmp_path, cap
     said = capsys.readouterr().out
     assert "90 documents read, 9 held out" in said and "after 3 minutes of training in" in said
     assert "symmetric and asymmetric; widths 32, 16" not in said and "width 32" in said
+    assert main([str(world.few), *given, "--out", str(tmp_path / "out")]) == 0
+    assert "symmetric and asymmetric; widths 32, 16" in capsys.readouterr().out  # the widths of the student
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rejected_call_leaves_no_folder(world, tmp_path):
+    few = tmp_path / "five.jsonl"
+    few.write_text("".join(world.few.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(JasperError, match="too few documents"):
+        jasper_fast.adapt(few, out=tmp_path / "out", **world.options())
     assert not (tmp_path / "out").exists()

@@ -189,3 +189,14 @@ def test_the_teachers_index_is_recommended_only_if_it_is_measurably_better():
 
 def test_a_loss_within_the_error_is_not_claimed():
     assert "loses" not in recommendation(made({384: 0.60, 128: 0.55}, error=0.05))
+
+
+def test_nothing_is_estimated_for_a_student_far_from_the_teacher():
+    held, back = space()
+    elsewhere = np.random.default_rng(3).standard_normal((WIDTH, WIDTH))
+    near, far = (table(held, head, forms=("asymmetric",)) for head in (back, elsewhere))
+    for scores, estimated in ((near, True), (far, False)):
+        adapted = [r for r in scores["rows"] if r["model"] == "student"]
+        assert adapted and all(("expected" in r) is estimated for r in adapted)
+        assert ("is expected" in recommendation(scores)) is estimated
+        assert ("far from the teacher" in recommendation(scores)) is not estimated

@@ -189,6 +189,8 @@ def hold_folder(path: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # before it is released, so that `_lock` sees that the file is gone
             (path / LOCK).unlink()
+        with suppress(OSError):  # it holds something
+            path.rmdir()
         fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
 
