@@ -121,7 +121,7 @@ def _run(work: Work, train: Train) -> None:
         with work.step("teacher", f"the teacher reads {len(corpus.texts):,} texts"):
             teacher = embed(request.config, request.teacher, corpus.texts)
     if request.minutes is not None:
-        with work.step("training", f"the student learns for {request.minutes:g} minutes in {request.out / STUDENT}"):
+        with work.step("training", f"the student learns for {request.minutes:g} min in {request.out / STUDENT}"):
             name = str(train(request, corpus))
         results["training"] = _training_facts(request)
         _measure(work, name, None if request.teacher.model is None else load_teacher(request.teacher))
@@ -220,8 +220,13 @@ def _student(work: Work, name: str, teacher: Vectors) -> TeacherConfig:
             with work.step("length", "the length that the student reads"):
                 choice = pick_length(name, model, corpus, teacher, work.counts)
             state.save_facts(length=choice.record())
-        work.results["length"] = state.facts["length"]
-        length = state.facts["length"]["length"]
+        chosen = work.results["length"] = state.facts["length"]
+        length = chosen["length"]
+        if length != chosen["before"]:
+            print(
+                f"the student reads at most {length} tokens ({chosen['before']} before): {chosen['reason']}", flush=True
+            )
+    work.results["student"]["max_length"] = length
     _describe_documents(work, length)
     return with_length(config, length, request.config.data.cache)
 

@@ -304,14 +304,14 @@ def token_batches(lengths: np.ndarray, budget: int, batching: Batching = "padded
     return batches
 
 
-def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts: Sequence[str] | None) -> np.ndarray:
+def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts: Sequence[str]) -> np.ndarray:
     """Normalise rows to unit length, (B, D).
 
     Args:
         vectors: (B, D) float.
         name: teacher, for messages.
         rows: row numbers for messages. None numbers them from 0.
-        texts: encoded texts for messages. None means that the embeddings come from a file.
+        texts: encoded texts for messages.
 
     Raises:
         JasperError: a row is not finite or is zero.
@@ -322,14 +322,9 @@ def normalised(vectors: np.ndarray, name: str, rows: Sequence[int] | None, texts
         first = int(bad[0])
         row = rows[first] if rows is not None else first
         kind = "zero" if norms[first, 0] == 0 else "not finite"
-        excerpt = f" ({str(texts[first])[:60]!r})" if texts is not None else ""
-        fix = (
-            "correct or remove the text, or run the teacher with `--precision fp32` if it overflows in bf16"
-            if texts is not None
-            else "give every training text an embedding of finite numbers that are not all 0"
-        )
         raise JasperError(
-            f"{name}: the embedding of text row {row}{excerpt} is {kind} ({len(bad)} rows in this part). Fix: {fix}"
+            f"{name}: the embedding of text row {row} ({str(texts[first])[:60]!r}) is {kind} ({len(bad)} rows in this "
+            "part). Fix: correct or remove the text, or run the teacher with `--precision fp32` if it overflows in bf16"
         )
     return vectors / norms
 

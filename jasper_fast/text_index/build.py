@@ -25,7 +25,7 @@ from jasper_fast.utils.errors import JasperError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-ENCODE_CHUNK_TEXTS = 4096  # The model sorts these by length.
+ENCODE_CHUNK_TEXTS = 1024  # The model sorts these by length, and the progress moves with each chunk.
 SAMPLE = 2000  # texts whose length is counted
 Dtype = Literal["bfloat16", "float32", "int8"]
 
@@ -70,6 +70,7 @@ def build(
     check_replace(out, replace)
     if ids is not None:
         texts, ids = with_ids(texts, ids)
+        total = len(texts)
     loaded = load_model(model, max_length, trust_remote_code=trust_remote_code)
     encode, width = _encoder(loaded, width)
     if pictures:

@@ -271,8 +271,8 @@ REJECTED = {
     ),
     "no vector": (changed("embedding", 3, None), r"(row 3 is null|line 4: has no embedding)"),
     "a short vector": (changed("embedding", 3, [1.0]), r"another width than the first row \(got 1, expected 6\)"),
-    "a vector that is not finite": (changed("embedding", 3, [float("nan")] * WIDTH), "text row 3 is not finite"),
-    "a zero vector": (changed("embedding", 3, [0.0] * WIDTH), "text row 3 is zero"),
+    "a vector that is not finite": (changed("embedding", 3, [float("nan")] * WIDTH), "row 3 is not finite"),
+    "a zero vector": (changed("embedding", 3, [0.0] * WIDTH), "row 3 is zero"),
 }
 
 
@@ -627,8 +627,8 @@ REFUSED = {
     "width": "40 wide and the teachers' embeddings 32",
     "rows": "199 embeddings for 200 training texts",
     "order": "row order",
-    "not finite": "text row 50 is not finite",
-    "zero": "text row 50 is zero",
+    "not finite": "row 50 is not finite",
+    "zero": "row 50 is zero",
     "truncate_dim": r"truncate_dim exceeds the width of the embeddings \(got 33, expected at most 32\)",
     "texts": "1 of 200 training texts have no embedding",
     "digests": "1 of 200 training texts have no embedding",

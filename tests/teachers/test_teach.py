@@ -554,6 +554,17 @@ def test_precomputed_embeddings_are_read_unchanged(
     np.testing.assert_allclose(read, expected, atol=1e-3)
 
 
+def test_rows_that_are_not_finite_or_zero_are_named_in_their_file(
+    ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path
+) -> None:
+    broken = ready.copy()
+    broken[5], broken[7:9] = np.nan, 0
+    np.save(tmp_path / "v.npy", broken)
+    named = r"v\.npy row 5 is not finite \(1 of 200 rows read\), and v\.npy row 7 is zero \(2 of 200 rows read\)"
+    with pytest.raises(JasperError, match=named):
+        quiet(config_of({"vectors": str(tmp_path / "v.npy")}), texts)
+
+
 def test_errors_name_unusable_precomputed_rows(ready: np.ndarray, texts: Dataset, config_of, tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(JasperError, match=message):
@@ -571,7 +582,7 @@ def test_errors_name_unusable_precomputed_rows(ready: np.ndarray, texts: Dataset
         broken = ready.copy()
         broken[101] = bad
         np.save(path, broken)
-        refused(rf"embedding of text row 101 is {word} \(1 rows .* Fix: give every training text an embedding")
+        refused(rf"row 101 is {word} \(1 of 200 rows read.* Fix: give every training text an embedding")
     path = tmp_path / "v.parquet"
     path.write_bytes(b"not parquet")
     refused("not a readable parquet file")
@@ -620,7 +631,7 @@ def test_every_teacher_is_checked_before_a_text_is_encoded(
     refused(vectors, "150 embeddings for 200 training texts", STAGE["weights"])
     ready[101] = np.nan
     np.save(tmp_path / "v.npy", ready)
-    refused(vectors, "text row 101 is not finite", STAGE["weights"])
+    refused(vectors, "row 101 is not finite", STAGE["weights"])
     vectors = {"vectors": str(tmp_path / "v.parquet")}
     save_parquet(tmp_path / "v.parquet", ready, [text_digest("another text"), *texts["digest"][1:]])
     refused(vectors, "1 of 200 training texts have no embedding", STAGE["weights"])
