@@ -128,7 +128,7 @@ class LengthChoice:
 
 
 def best_option(overlaps: Mapping[str, np.ndarray], groups: np.ndarray | None = None) -> str:
-    """Return the option with the highest mean overlap, or the default (the first) unless it is certainly better.
+    """Return the option with the highest mean overlap, or the default (the first) unless it is clearly better.
 
     This is the rule of every choice. The difference to the default is paired over questions, and must exceed its
     standard error by the factor ``CERTAIN``.
@@ -289,7 +289,8 @@ def _reason(table: Sequence[Mapping[str, Any]], default: str) -> str:
     best = max(table, key=lambda row: row["overlap"])
     if best is chosen:
         return "no other option keeps more of the teacher's ten neighbours"
-    return f"{best['name']} is not certainly better ({points(best['difference'], best['difference_error'])})"
+    gain = points(best["difference"], best["difference_error"])
+    return f"{best['name']} is not better by more than a standard error ({gain})"
 
 
 def points(difference: float, error: float) -> str:

@@ -158,7 +158,8 @@ def _maps(results: Mapping[str, Any]) -> str:
     parts = [
         "## Map from the student's space to the teacher's",
         "The candidates are the unfitted map, and ridge regressions towards it on documents, on titles and sentences, "
-        "or on both. λ is the strength of the ridge. The unfitted map is kept unless another is certainly better.",
+        "or on both. λ is the strength of the ridge. The unfitted map is kept unless another is better by more than a "
+        "standard error.",
         "\n".join(chosen),
     ]
     names = list(dict.fromkeys(row["name"] for choice in maps.values() for row in choice["table"]))
@@ -193,7 +194,8 @@ def _projections(results: Mapping[str, Any]) -> str:
             mark = "yes" if row["chosen"] else ""
             table.append([row["name"], mark, str(choice["width"]), *_measured(row)])
     text = (
-        "Principal axes of the documents, or axes learned from their neighbours where these are certainly better. Both "
+        "Principal axes of the documents, or axes learned from their neighbours where these are better by more "
+        "than a standard error. Both "
         "forms have the same ones, so an index may mix their embeddings. *neighbours* is the mean of the forms."
     )
     return f"## Narrow projections\n\n{text}\n\n{markdown(table, 2)}"
