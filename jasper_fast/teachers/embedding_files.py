@@ -293,3 +293,29 @@ def _width_error(place: str, got: int, expected: int) -> JasperError:
     return JasperError(
         f"{place}: another width than the first row (got {got}, expected {expected}). Fix: use one width for all rows"
     )
+
+
+def unit_rows(vectors: np.ndarray, name: str, place: Callable[[int], str]) -> np.ndarray:
+    """Return rows of files as unit vectors, (n, width) float32.
+
+    Args:
+        vectors: (n, width) floats.
+        name: files, for messages.
+        place: function that names a row in its file.
+
+    Raises:
+        JasperError: a row is not finite or is zero. The message names the first of each in its file.
+    """
+    norms = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
+    kinds = {"not finite": ~np.isfinite(norms[:, 0]), "zero": norms[:, 0] == 0}
+    found = [
+        f"{place(int(bad.argmax()))} is {kind} ({int(bad.sum()):,} of {len(vectors):,} rows read)"
+        for kind, bad in kinds.items()
+        if bad.any()
+    ]
+    if found:
+        raise JasperError(
+            f"{name}: {', and '.join(found)}, counted from 0. Fix: give every training text an embedding of finite "
+            "numbers that are not all 0"
+        )
+    return np.asarray(vectors / norms)

@@ -19,7 +19,7 @@ from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.text import normal_form
 from jasper_fast.teachers.base import Log, Precision, Progress, Similarities
-from jasper_fast.teachers.embedding_files import Keys, joined_keys, open_embedding_file, texts_of
+from jasper_fast.teachers.embedding_files import Keys, joined_keys, open_embedding_file, texts_of, unit_rows
 from jasper_fast.teachers.embedding_folder import ADD_KEYS, check_names, embedding_files, folder_anomalies
 from jasper_fast.teachers.reuse import digest_keys
 from jasper_fast.teachers.row_order import MIN_ROWS, centred_similarities, fit_of_order, order_problem, other_orders
@@ -159,7 +159,7 @@ class PrecomputedEmbeddings:
             rows = self.find(digests)
             for missing in np.flatnonzero(rows < 0)[:1]:
                 raise JasperError(f"{self.name}: training text {start + missing} has no embedding. Fix: {ADD_KEYS}")
-        return self._unit_rows(rows)
+        return unit_rows(self._gather(rows), self.name, lambda row: self._place(rows[row]))
 
     def match(self, texts: Dataset, data: DataConfig) -> str:
         """Check that every training text has an embedding, and describe how the rows were matched.
@@ -207,7 +207,7 @@ class PrecomputedEmbeddings:
             chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLE).round().astype(np.int64))
             rows = self.find(texts[chosen.tolist()]["digest"])
             chosen, rows = chosen[np.argsort(rows)], np.sort(rows)  # a wrong block is one of the file
-        vectors = self._unit_rows(rows)
+        vectors = unit_rows(self._gather(rows), self.name, lambda row: self._place(rows[row]))
         self._check_distinct(vectors)
         if len(rows) < MIN_ROWS:
             if self.order is None:
@@ -225,27 +225,6 @@ class PrecomputedEmbeddings:
         if problem:
             raise JasperError(f"{self.name}: row order? {problem}. Fix: {ADD_KEYS}{self._other_order()}")
         return f"their order fits the texts (rank correlation {fit.correlation:.2f} on {len(rows)} texts)"
-
-    def _unit_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Return rows of the files as unit vectors, (n, width) float32.
-
-        Raises:
-            JasperError: a row is not finite or is zero. The message names the first of each in its file.
-        """
-        vectors = self._gather(rows)
-        norms = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
-        kinds = {"not finite": ~np.isfinite(norms[:, 0]), "zero": norms[:, 0] == 0}
-        found = [
-            f"{self._place(rows[int(bad.argmax())])} is {kind} ({int(bad.sum()):,} of {len(rows):,} rows read)"
-            for kind, bad in kinds.items()
-            if bad.any()
-        ]
-        if found:
-            raise JasperError(
-                f"{self.name}: {', and '.join(found)}, counted from 0. Fix: give every training text an embedding of "
-                "finite numbers that are not all 0"
-            )
-        return vectors / norms
 
     def _width(self, truncate_dim: int | None) -> int:
         widths = sorted({file.vectors.shape[1] for file in self.files})
