@@ -113,7 +113,7 @@ def student_settings(name: str, model: SentenceTransformer) -> dict[str, Any]:
     pooling = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if encoder is None or not known or pooling != ["mean"]:
         raise JasperError(
-            f"{name}: training goes on only from a run of this project, or a model with mean pooling (got "
+            f"{name}: only a run of this project, or a model with mean pooling, can be trained further (got "
             f"{', '.join(type(module).__name__ for module in model)}). Fix: leave --minutes out"
         )
     width = int(model.get_embedding_dimension() or 0)
