@@ -218,3 +218,16 @@ def test_the_dry_run_tells_the_cost_and_names_parameters_only_if_asked(tiny, tmp
     assert "heads.32.weight" in describe_plan(load_config(tiny), tmp_path / "run", verbose=True)
     without = describe_plan(load_config(tiny | {"evaluate": []}), tmp_path / "run")
     assert "evaluation: no set with labels" in without
+
+
+def test_the_graph_of_many_texts_is_measured_on_full_blocks(monkeypatch):
+    """Few rows are slower for each pair of rows. Scaled up, they would make the graph look several times too slow."""
+    from types import SimpleNamespace
+
+    from jasper_fast.training import measure
+
+    searched, clock = [], iter([10.0, 12.0])
+    monkeypatch.setattr(measure, "neighbour_graph", lambda read, rows, k: searched.append(rows))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure._graph_seconds(32_768, 4, 8) == 8.0
+    assert searched == [4, 16_384]
