@@ -276,14 +276,15 @@ def _percent(values: np.ndarray) -> list[float]:
     return [round(100 * float(values.mean()), 1), round(100 * float(deviation), 1)]
 
 
-def table(summary: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> str:
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Return the Markdown table of docs/adapt.md: a row for each model, form and number of documents.
 
     Args:
         summary: result of :func:`summary`.
-        sets: names of the sets.
     """
     titles = {"student before": "not adapted", "adapted": "**adapted**", "teacher PCA": "teacher's axes"}
+    described = ("limit", "model", "form", "width", "mean", "overlap", "label_free_ndcg")
+    sets = [name for name in summary[0] if name not in described]
     lines = ["| | form | width | mean | " + " | ".join(sets) + " |", "| --- | --- |" + " ---: |" * (2 + len(sets))]
     for row in summary:
         if row["model"] not in titles or (row["limit"] and row["model"] != "adapted"):
@@ -315,7 +316,7 @@ def main(argv: list[str]) -> int:
         arguments.student, arguments.sets, arguments.folder, arguments.draws, arguments.widths, [None, arguments.few]
     )
     means = summary(rows)
-    print(table(means, [Path(path).name for path in arguments.sets]))
+    print(table(means))
     if arguments.json:
         result = {"environment": environment(), "teacher": TEACHER, "summary": means, "rows": rows}
         write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")

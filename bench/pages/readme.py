@@ -1,4 +1,4 @@
-"""Write the tables of README and docs/results.md from committed results: ``python -m bench readme``.
+"""Write the tables of README, docs/results.md and docs/adapt.md from committed results: ``python -m bench readme``.
 
 ``--check`` only compares. The README gets six rows of the run on public text and the figure. docs/results.md gets all
 tables. The reports of both runs, the default recipe and the recipe on public text, are in ``docs/runs``. ``--from RUN``
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench.adapt import table as adapted_table
 from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
 from jasper_fast.utils.atomic import write_atomic
 
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         copy_report(Path(options.run))
     default, public = read_results(DEFAULT), read_results(PUBLIC)
     losses = json.loads((ROOT / "bench" / "results" / "losses-cpu.json").read_text(encoding="utf-8"))
+    adapted = json.loads((ROOT / "bench" / "results" / "adapt.json").read_text(encoding="utf-8"))["summary"]
     tables = {
         "README.md": {"results": summary_section(public)},
         "docs/results.md": {
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
             "public": public_section(public),
             "losses": losses_section(losses),
         },
+        "docs/adapt.md": {"adapted": adapted_table(adapted)},
     }
     outdated = []
     for name, sections in tables.items():

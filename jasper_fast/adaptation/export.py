@@ -10,7 +10,6 @@ import numpy as np
 
 from jasper_fast.adaptation.choose import ASYMMETRIC, SYMMETRIC, Choice
 from jasper_fast.adaptation.request import Request
-from jasper_fast.config.models import DEFAULT_HEADS
 from jasper_fast.evaluation.score import STUDENT
 from jasper_fast.exporting.adapted import export_asymmetric, export_symmetric
 from jasper_fast.models.embedder import load_model, routes
@@ -22,7 +21,7 @@ from jasper_fast.utils.names import public_name
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-NARROW = tuple(width for width in DEFAULT_HEADS if width != max(DEFAULT_HEADS))
+NARROW = (128, 64, 32)  # widths for a student without narrow heads
 
 
 @dataclass(frozen=True)

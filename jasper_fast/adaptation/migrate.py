@@ -59,7 +59,7 @@ class Embeddings:
         pairs: the documents and their rows.
         old: (n, d) float32, rows of the old index as stored.
         new: (n, h) float32 unit rows, the new model's embeddings of the documents.
-        asked: (n, h) float32 unit rows, its embeddings of their titles or first sentences. Zero where there is none.
+        asked: (n, h) float32 unit rows, of their titles or first sentences. A row of zeros: no title.
     """
 
     pairs: Pairs

@@ -75,7 +75,7 @@ def read_request_corpus(request: Request, state: State | None = None) -> Corpus:
 
     Args:
         request: the call.
-        state: the saved state, whose documents are not held out. None: there is none.
+        state: the saved state, whose documents are not held out. None: nothing was saved.
     """
     questions = request.teacher.model is not None
     if state is None:
@@ -162,7 +162,6 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     results["student"] = model_facts(name, width, model) | {
         "layers": layers_of(name, request.teacher, teacher and teacher.model),
         "same_space": space,
-        "seen": space,
     }
     _describe_documents(work, results["student"]["max_length"])
     results["speed"] = speeds(model, teacher, corpus, work.counts)

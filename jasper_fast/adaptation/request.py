@@ -17,7 +17,7 @@ from jasper_fast.config.load import load_config, stored_config
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.config.run import Config
 from jasper_fast.config.yaml import read_yaml
-from jasper_fast.data.document_ids import read_documents
+from jasper_fast.data.document_ids import check_document_ids
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.text_sources import check_source, is_local
 from jasper_fast.models.folder import FACTS_FILE
@@ -209,7 +209,7 @@ def _source(documents: str | Path, columns: Sequence[str], id_column: str | None
 def _check_ids(source: SourceConfig) -> None:
     """Reject ids that an index could not have: null, repeated, or in a column that is missing."""
     if source.id_column is not None:
-        read_documents(source, source.id_column, None)
+        check_document_ids(source, source.id_column)
 
 
 def _length(max_length: int | str) -> int | None:

@@ -127,7 +127,7 @@ class State:
             kind: "documents" or "sentences".
             student: (n, h) float32 unit rows.
             teacher: (n, d) float32 unit rows.
-            digests: digests of the n texts, none of which is counted yet.
+            digests: digests of the n texts, which are not counted yet.
         """
         if kind not in self.sums:
             self.sums[kind] = PairStatistics(student.shape[1], teacher.shape[1])

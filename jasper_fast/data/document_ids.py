@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableSequence
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,19 @@ def read_documents(source: SourceConfig, id_column: str, limit: int | None) -> t
     texts: list[str] = []
     ids = check_ids(_located_ids(source, id_column, limit, texts))
     return texts, ids
+
+
+def check_document_ids(source: SourceConfig, id_column: str) -> None:
+    """Check the ids of all documents, as :func:`read_documents` does, without keeping the texts.
+
+    Args:
+        source: source of the texts.
+        id_column: name of the column with the ids.
+
+    Raises:
+        JasperError: the source cannot be read, the column is missing, or an id is null or appears twice.
+    """
+    check_ids(_located_ids(source, id_column, None, deque(maxlen=0)))
 
 
 def check_ids(located: Iterable[tuple[str, Any]]) -> list[DocumentId]:
@@ -69,7 +83,9 @@ def check_ids(located: Iterable[tuple[str, Any]]) -> list[DocumentId]:
     return list(first)
 
 
-def _located_ids(source: SourceConfig, column: str, limit: int | None, texts: list[str]) -> Iterator[tuple[str, Any]]:
+def _located_ids(
+    source: SourceConfig, column: str, limit: int | None, texts: MutableSequence[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield the position and the value of each id, and append the texts to ``texts``."""
     if source.path in BUILT_IN:
         raise JasperError(f"{source.path}: a built-in source has no ids. Fix: leave out --id-column")

@@ -194,3 +194,11 @@ def test_a_rejected_call_leaves_no_folder(world, tmp_path):
     with pytest.raises(JasperError, match="too few documents"):
         jasper_fast.adapt(few, out=tmp_path / "out", **world.options())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_without_narrow_heads_gets_the_documented_widths(world):
+    from jasper_fast.adaptation.export import narrow_widths
+
+    assert narrow_widths(None, str(world.teacher), 384, False) == [128, 64, 32]
+    assert narrow_widths(None, str(world.teacher), 64, False) == [32]
+    assert narrow_widths(None, str(world.student), 32, False) == [16]  # its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from bench.pages.readme import (
@@ -110,3 +111,17 @@ def test_the_output_and_minutes_in_the_readme_are_those_of_the_committed_runs():
     assert (
         minutes == [8, 20] and "6 to 11 minutes on two CPU cores" in readme and "Twenty minutes of training" in readme
     )
+
+
+def test_the_first_page_gives_the_figures_of_adapted_students():
+    """The sentence on the first page is written by hand. Its figures are those of the committed benchmark."""
+    summary = json.loads((ROOT / "bench" / "results" / "adapt.json").read_text())["summary"]
+
+    def mean(model: str, form: str, width: int) -> str:
+        (row,) = (r for r in summary if (r["limit"], r["model"], r["form"], r["width"]) == (None, model, form, width))
+        return f"{row['mean'][0]:.1f} %"
+
+    (paragraph,) = [p for p in (ROOT / "README.md").read_text().split("\n\n") if p.startswith("[Adapted](")]
+    claimed = re.findall(r"\d+\.\d %", " ".join(paragraph.split()))
+    adapted = [mean("adapted", "asymmetric", width) for width in (384, 64)]
+    assert claimed == adapted + [mean("student before", "symmetric", width) for width in (384, 64)]

@@ -552,13 +552,18 @@ def winding() -> tuple[np.ndarray, np.ndarray]:
     return walk, walk + 0.7 * generator.standard_normal(walk.shape)
 
 
-@pytest.mark.parametrize("n", [60, 270])
-@pytest.mark.parametrize(("order", "message"), [(np.arange, None), *LINES.values()], ids=["right", *LINES])
+ORDERS = {  # name: rows, order, message; a shifted half of 60 rows cannot be told from noise
+    f"{name}-{n}": (n, order, message)
+    for n in (60, 270)
+    for name, (order, message) in {"right": (np.arange, None), **LINES}.items()
+    if n > 60 or not (message or "").startswith("From")
+}
+
+
+@pytest.mark.parametrize(("n", "order", "message"), ORDERS.values(), ids=ORDERS)
 def test_an_order_that_fits_worse_than_another_is_rejected(
-    order: Callable[[int], np.ndarray], message: str | None, n: int, winding, tmp_path: Path
+    n: int, order: Callable[[int], np.ndarray], message: str | None, winding, tmp_path: Path
 ) -> None:
-    if n == 60 and message is not None and message.startswith("From"):
-        pytest.skip("a shifted half of 60 rows is within the noise")
     states, vectors = (part[:n] for part in winding)
     np.save(tmp_path / "v.npy", vectors[order(n)])
     ready = PrecomputedEmbeddings(TeacherConfig(vectors=str(tmp_path / "v.npy")), n)

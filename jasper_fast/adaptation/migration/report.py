@@ -46,8 +46,8 @@ def table_lines(table: MapTable, documents: int, questions: int, rows: int, inde
     capped = "" if rows >= index.rows else f" (of {index.rows:,})"
     lines = [
         "",
-        f"{documents:,} held-out documents as questions among {rows:,} rows{capped}. The ten nearest rows of their own "
-        "rows are the truth",
+        f"{documents:,} held-out documents as questions among {rows:,} rows{capped}. The truth is the ten rows nearest "
+        "to the old row of the document",
         "",
         "| map | same ten rows | own row among ten | titles find their document | kept of the new model's own |",
         "| --- | ---: | ---: | ---: | ---: |",
