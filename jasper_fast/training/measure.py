@@ -20,6 +20,7 @@ from jasper_fast.evaluation.score import STUDENT_PCA_ROWS
 from jasper_fast.models.encode import student_encoder
 from jasper_fast.models.quantization import CALIBRATION_TEXTS
 from jasper_fast.models.student import Student
+from jasper_fast.teachers.cache import joined_fingerprint
 from jasper_fast.teachers.encoder import has_embeddings
 from jasper_fast.teachers.label import print_error, teacher_caches
 from jasper_fast.teachers.opening import embedding_width, missing_bytes, open_teacher
@@ -27,7 +28,7 @@ from jasper_fast.teachers.reduction import Reduction
 from jasper_fast.teachers.reuse import CacheReuse
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.loop import train_step
-from jasper_fast.training.neighbours import neighbour_graph
+from jasper_fast.training.neighbours import graph_folder, neighbour_graph
 from jasper_fast.training.plan import Costs, StageCost
 from jasper_fast.training.rng import random_state, set_random_state
 from jasper_fast.training.run.checkpoint import Position
@@ -41,6 +42,7 @@ from jasper_fast.utils.device import pick_device
 STEPS, LEAST_STEPS = 13, 3  # measured steps of a stage, at most and at least, after one that warms up
 STEP_SECONDS, SLOW_SECONDS = 4.0, 20.0  # after so long, no further step is measured; then one step suffices
 SAMPLE = 96  # texts that are encoded to measure a model
+POOLED_TEXTS = 1024  # texts that are pooled to measure a stage: batches of few texts have more padding than the run's
 GRAPH_ROWS = 16_384  # rows of the neighbour graph that is measured; fewer are slower for each pair of rows
 # Seconds of loading models, scores and plots, which do not depend on the texts, and written bytes per second.
 EXPORT_SECONDS, EXPORT_BYTES = 6.0, 1e8
@@ -104,8 +106,7 @@ def measure_costs(config: Config, student: Student, data: TrainingData, ranks: i
         missing = teacher.missing_seconds()
         teacher.close()
         stages = tuple(
-            measure_stage(config, index, student, data, teacher.width, device, ranks)
-            for index in range(len(config.stages))
+            measure_stage(config, index, student, data, teacher, device, ranks) for index in range(len(config.stages))
         )
     finally:
         set_random_state(state, device)
@@ -130,7 +131,7 @@ def measure_stage(
     index: int,
     student: Student,
     data: TrainingData,
-    width: int,
+    teacher: TeacherCosts,
     device: torch.device,
     ranks: int = 1,
 ) -> StageCost:
@@ -143,7 +144,7 @@ def measure_stage(
         index: the stage's position in it.
         student: the student, which is copied.
         data: the training data.
-        width: the width of the teachers' embeddings.
+        teacher: the teachers.
         device: the device that trains.
         ranks: the number of processes, which divide each batch.
     """
@@ -154,15 +155,17 @@ def measure_stage(
     unlimited = settings.model_copy(update={"steps": 10**9, "minutes": None})
     rows = build_stage(_with_stage(config, index, unlimited), index, data).pooled_rows(student)
     if rows and settings.max_chars is None:
-        changed["texts"] = share  # so that few texts are pooled
+        changed["texts"] = min(available, max(share, POOLED_TEXTS))  # so that few texts are pooled
     run = Run.local(_with_stage(config, index, settings.model_copy(update=changed)), device, log=PoolingLog())
     copied = copy.deepcopy(student).to(device)
-    stage = build_stage(run.config, index, data, RandomTeachers(width))
+    stage = build_stage(run.config, index, data, RandomTeachers(teacher.width))
     optimizer = stage.begin(run, copied, Position(0, index, 0))
     seconds = _time_steps(run, copied, stage, optimizer, index)
     assert isinstance(run.log, PoolingLog)
     stage.end(run)
-    setup = _graph_seconds(available, settings.neighbours, width) if settings.batches == "neighbours" else 0.0
+    setup = 0.0
+    if settings.batches == "neighbours" and not teacher.has_graph(available, settings.neighbours):
+        setup = _graph_seconds(available, settings.neighbours, teacher.width)
     del copied, optimizer, stage
     _free(device)
     return StageCost(
@@ -223,6 +226,7 @@ class TeacherCosts:
     def __init__(self, config: Config, data: TrainingData) -> None:
         self.config, self.texts = config, data.texts
         self.caches = teacher_caches(config, data.texts)
+        self.fingerprint = joined_fingerprint(self.caches)
         self._opened: dict[int, Any] = {}
         widths = [embedding_width(cache, partial(self.open, index)) for index, cache in enumerate(self.caches)]
         check_losses(config, widths)
@@ -241,6 +245,10 @@ class TeacherCosts:
         """Free the models."""
         self._opened.clear()
         gc.collect()
+
+    def has_graph(self, n: int, k: int) -> bool:
+        """Return True if the cache has the graph of the k nearest neighbours of the first n texts."""
+        return graph_folder(self.config.data.cache, self.fingerprint, n, k).exists()
 
     def missing_rows(self, index: int) -> list[int]:
         """Return the rows of a teacher's missing embeddings."""

@@ -108,8 +108,7 @@ def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, log: Ca
         "duplicate": DUPLICATE,
         "vectors": _probe(teachers, n),
     }
-    key = settings_digest([teachers.fingerprint, n, k])
-    path = Path(folder).expanduser() / f"neighbours-{key}"
+    path = graph_folder(folder, teachers.fingerprint, n, k)
     with locked(path):
         cached = _read_identity(path)
         if cached != identity:
@@ -123,6 +122,18 @@ def cached_graph(folder: str | Path, teachers: Teachers, n: int, k: int, log: Ca
                 np.save(new / "copies.npy", graph.copies)
                 (new / "graph.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         return Graph(*(np.load(path / f"{name}.npy", mmap_mode="r") for name in ("nearest", "copies")))
+
+
+def graph_folder(folder: str | Path, fingerprint: str, n: int, k: int) -> Path:
+    """Return the place of a graph in the cache. It exists once the graph is complete.
+
+    Args:
+        folder: the cache.
+        fingerprint: the teachers' fingerprint.
+        n: the number of texts.
+        k: rows per neighbourhood, the row itself included.
+    """
+    return Path(folder).expanduser() / f"neighbours-{settings_digest([fingerprint, n, k])}"
 
 
 def _connected(candidates: np.ndarray, near: np.ndarray) -> np.ndarray:

@@ -177,6 +177,19 @@ def test_only_embeddings_that_a_model_computes_are_counted(tiny, tmp_path):
         assert costs.missing == expected * len(data.texts)
 
 
+def test_a_graph_in_the_cache_takes_no_time(tiny):
+    from jasper_fast.training.measure import RandomTeachers, TeacherCosts, measure_costs
+    from jasper_fast.training.neighbours import cached_graph
+    from jasper_fast.training.preflight import prepare
+
+    config = load_config(tiny)
+    student, data = prepare(config)
+    stage, teachers = config.stages[2], RandomTeachers(32)
+    teachers.fingerprint = TeacherCosts(config, data).fingerprint
+    cached_graph(config.data.cache, teachers, len(data.texts), stage.neighbours, print)
+    assert measure_costs(config, student, data).stages[2].setup == 0.0
+
+
 def test_a_resumed_run_keeps_its_steps(tiny, tmp_path, monkeypatch):
     from jasper_fast.training import preflight
     from jasper_fast.training.run.checkpoint import Checkpoint, Position
