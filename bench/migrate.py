@@ -32,6 +32,7 @@ from jasper_fast.data.held_out import held_out_document
 from jasper_fast.data.text_sources import read_source
 from jasper_fast.evaluation.metrics import score_embeddings
 from jasper_fast.utils.atomic import write_atomic
+from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import public_name
 
 FLOATS, INT8, BITS = "float32", "int8", "bits"
@@ -98,6 +99,9 @@ def judged(
 
     Returns:
         A row for each form of index, number of pairs and draw.
+
+    Raises:
+        JasperError: the new model finds no relevant document in its own index.
     """
     new, old = models
     queries = new.of([(spaced(text), "query") for text in evalset.queries])
@@ -107,6 +111,11 @@ def judged(
         return float(score_embeddings(evalset, {"queries": asked, "documents": searched})["nDCG@10"])
 
     own, rows = ndcg(queries, new.of(texts)), []
+    if not own:
+        raise JasperError(
+            f"{evalset.name}: {short_name(new.model)} finds no relevant document (expected nDCG@10 above 0, to compare "
+            "with). Fix: give a set that it can search"
+        )
     for form in FORMS:
         index = write_index(old.of(texts), form, folder)
         searched = index.read(np.arange(index.rows))
