@@ -221,10 +221,14 @@ def _save(model_class, config, tokenizer, folder: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_measured_speed() -> Iterator[None]:
-    """Plan runs with fixed speeds: tests neither wait for measured steps nor count them among their own."""
+    """Plan runs with fixed speeds: tests neither wait for measured steps nor count them among their own.
+
+    The speed of encoding that reports give is measured on few texts.
+    """
     from tests.helpers.costs import fixed_costs
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("preflight", "dry_run"):
             patch.setattr(f"jasper_fast.training.{module}.measure_costs", fixed_costs)
+        patch.setattr("jasper_fast.training.encoding.LONG_ENOUGH", 0.01)
         yield

@@ -6,6 +6,7 @@ from the environment when it is imported is that of the server, except for the n
 """
 
 import array
+import gc
 import json
 import os
 import runpy
@@ -26,6 +27,7 @@ def serve(path: str) -> None:
     """Import the slow modules, then run requests, also several at a time, until the process is killed."""
     for name in SLOW_IMPORTS:
         __import__(name)
+    gc.freeze()  # so that a fork collects only its own objects
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{path}.new")
         server.listen()
