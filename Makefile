@@ -28,8 +28,9 @@ help:  ## list the targets
 train: $(VENV)/.demo  ## set up, then train the default recipe, or ARGS="--config FILE --out DIR ..."
 	$(BIN)/python -m jasper_fast.train $(ARGS)
 
+# Threads of the processes that wait actively would take cores from the other processes.
 test: $(VENV)/.dev  ## set up, then run the tests in JOBS processes; ARGS go to pytest
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -o faulthandler_exit_on_timeout=true $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -o faulthandler_exit_on_timeout=true $(ARGS)
 
 soak: $(VENV)/.dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -28,6 +28,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "graph": "bench.mips.graph",
     "label_free": "bench.label_free",
     "losses": "bench.losses.cpu",
+    "migrate": "bench.migrate",
     "mips": "bench.mips.cpu",
     "prose": "bench.pages.prose",
     "readme": "bench.pages.readme",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -79,7 +80,12 @@ def _has_gpu_tests(file: Path) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests of the kernels as GPU tests on a machine with a GPU, because the kernels are compiled for it."""
+    """Run files with slow tests first, so that no process is left alone with them at the end.
+
+    On a machine with a GPU, all tests of the kernels are GPU tests, because the kernels are compiled for it.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         for item in items:
             if item.path.stem in KERNEL_TESTS:
@@ -134,6 +140,25 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) 
         initializer_range=0.2,
     )
     return _save(Qwen2Model, config, tokenizer, tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield a Python command that needs no time for imports. See :mod:`tests.helpers.warm_python`."""
+    from tests.helpers.processes import fork_server
+    from tests.helpers.warm_python import serve, write_client
+
+    folder = tmp_path_factory.mktemp("python")
+    path, command = folder / "s", folder / "python"
+    server = fork_server().Process(target=serve, args=(str(path),), daemon=True)
+    server.start()
+    while not path.exists():
+        assert server.is_alive()
+        time.sleep(0.02)
+    write_client(command, str(path))
+    yield str(command)
+    server.kill()
+    server.join()
 
 
 @pytest.fixture(autouse=True)
@@ -196,10 +221,14 @@ def _save(model_class, config, tokenizer, folder: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_measured_speed() -> Iterator[None]:
-    """Plan runs with fixed speeds: tests neither wait for measured steps nor count them among their own."""
+    """Plan runs with fixed speeds: tests neither wait for measured steps nor count them among their own.
+
+    The speed of encoding that reports give is measured on few texts.
+    """
     from tests.helpers.costs import fixed_costs
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("preflight", "dry_run"):
             patch.setattr(f"jasper_fast.training.{module}.measure_costs", fixed_costs)
+        patch.setattr("jasper_fast.training.encoding.LONG_ENOUGH", 0.01)
         yield

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.warm_python import write_client
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELLS = ("", "sh", "bash", "console")  # languages of blocks with commands
 OUTPUT = "<!-- output:start -->"  # line before a block that shows what a command prints
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # installed as a package, and put into the cache of the hub
 COMMIT = 40 * "0"
-CLIENT = ROOT / "tests" / "helpers" / "warm_python.py"
 SOCKET = "python.socket"
 RUN = re.compile(r"jasper-fast|python -m jasper_fast\b|python ")  # starts of commands that the test runs
 
@@ -251,11 +252,8 @@ def make_environment(folder: Path) -> dict[str, str]:
     """
     commands = folder / "bin"
     commands.mkdir()
-    for name, arguments in {"python": "", "jasper-fast": "-m jasper_fast "}.items():
-        (commands / name).write_text(
-            f'#!/bin/sh\nexec "{sys.executable}" -IS "{CLIENT}" "{folder / SOCKET}" {arguments}"$@"\n'
-        )
-        (commands / name).chmod(0o755)
+    for name, arguments in {"python": "", "jasper-fast": "-m jasper_fast"}.items():
+        write_client(commands / name, str(folder / SOCKET), arguments)
     cached = folder / "hub" / f"models--{MODEL.replace('/', '--')}"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT)

@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/results.md and docs/adapt.md from committed results: ``python -m bench readme``.
+"""Write the tables of README and pages in docs/ from committed results: ``python -m bench readme``.
 
 ``--check`` only compares. The README gets six rows of the run on public text and the figure. docs/results.md gets all
 tables. The reports of both runs, the default recipe and the recipe on public text, are in ``docs/runs``. ``--from RUN``
@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from bench.adapt import table as adapted_table
+from bench.migrate import table as migrated_table
 from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER, TRUNCATED
 from jasper_fast.utils.atomic import write_atomic
 
@@ -36,8 +37,7 @@ def main(argv: list[str]) -> int:
     if options.run:
         copy_report(Path(options.run))
     default, public = read_results(DEFAULT), read_results(PUBLIC)
-    losses = json.loads((ROOT / "bench" / "results" / "losses-cpu.json").read_text(encoding="utf-8"))
-    adapted = json.loads((ROOT / "bench" / "results" / "adapt.json").read_text(encoding="utf-8"))["summary"]
+    losses, adapted, migrated = map(read_benchmark, ("losses-cpu", "adapt", "migrate"))
     tables = {
         "README.md": {"results": summary_section(public)},
         "docs/results.md": {
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
             "public": public_section(public),
             "losses": losses_section(losses),
         },
-        "docs/adapt.md": {"adapted": adapted_table(adapted)},
+        "docs/adapt.md": {"adapted": adapted_table(adapted["summary"])},
+        "docs/migrate.md": {"migrated": migrated_table(migrated["summary"])},
     }
     outdated = []
     for name, sections in tables.items():
@@ -78,6 +79,11 @@ def copy_report(run: Path) -> None:
 def read_results(recipe: str) -> dict[str, Any]:
     """Read the scores of a recipe's committed run."""
     return json.loads((RUNS / recipe / "results.json").read_text(encoding="utf-8"))
+
+
+def read_benchmark(name: str) -> dict[str, Any]:
+    """Read the committed results of a benchmark."""
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def with_section(readme: str, name: str, text: str) -> str:

@@ -68,6 +68,25 @@ class Embeddings:
     asked: np.ndarray
 
 
+@dataclass(frozen=True)
+class MapFit:
+    """A map into an old index, and what it was chosen on.
+
+    Args:
+        matrix: (h, d) map, fitted to all pairs.
+        table: scores of the candidates on the held-out pairs.
+        held: the held-out pairs.
+        fitted: number of the other pairs.
+        corpus_rows: number of rows of the old index that questions were compared with.
+    """
+
+    matrix: np.ndarray
+    table: MapTable
+    held: HeldOut
+    fitted: int
+    corpus_rows: int
+
+
 def migrate(
     documents: str | Path,
     old: str | Path,
@@ -124,7 +143,7 @@ def migrate(
     index = open_old_index(str(old))
     lines = [f"{index.name}: {index.kind}, {index.rows:,} rows of width {index.width:,}"]
     drawn = draw_pairs(source, index, pairs, seed)
-    both, skipped = _usable(drawn, index)
+    both, skipped = usable_pairs(drawn, index)
     lines += pairs_lines(both.pairs, skipped)
     lines += [f"note: {note}" for note in _notes(index)]
     _say(lines)
@@ -133,14 +152,13 @@ def migrate(
     both = _encode(both, source, encoder, cache, progress)
     if drawn.key == BY_POSITION:
         lines += _say([check_order(index.name, both.pairs.texts, both.old, both.new, force)])
-    held, statistics, corpus_rows = _split(both, index, seed)
-    table = compare_maps(statistics, held)
-    lines += _say(table_lines(table, len(held.documents), len(held.questions), corpus_rows, index))
-    lines += _say(advice(table, statistics.count, both.new.shape[1], index))
+    fit = fit_map(both, index, seed)
+    table, held = fit.table, fit.held
+    lines += _say(table_lines(table, len(held.documents), len(held.questions), fit.corpus_rows, index))
+    lines += _say(advice(table, fit.fitted, both.new.shape[1], index))
     if not table.usable:
         lines += _say([_refuse(table, index, force)])
-    facts = _facts(source, index, model, both, statistics.count, held, corpus_rows, table)
-    matrix = dict(candidate_maps(_statistics(both, np.arange(len(both.new)))))[table.best.name]
+    facts = _facts(source, index, model, both, fit)
     with publish_dir(out, replace=replace) as folder:
         card = adapted_facts(
             model,
@@ -153,7 +171,7 @@ def migrate(
             scores=[asdict(row) for row in table.rows],
         )
         export_symmetric(
-            loaded, {index.width: matrix}, folder / QUESTIONS, card=card, trust_remote_code=trust_remote_code
+            loaded, {index.width: fit.matrix}, folder / QUESTIONS, card=card, trust_remote_code=trust_remote_code
         )
         if index.model is not None:  # `search ask` then accepts the model for this index
             write_json(folder / QUESTIONS / MIGRATION_FILE, {"index_model": index.model})
@@ -189,8 +207,16 @@ def _new_model(model: str, trust_remote_code: bool) -> SentenceTransformer:
     return loaded
 
 
-def _usable(pairs: Pairs, index: OldIndex) -> tuple[Embeddings, int]:
-    """Read the rows of the pairs, and leave out those that are not finite or are zero. Return their number too."""
+def usable_pairs(pairs: Pairs, index: OldIndex) -> tuple[Embeddings, int]:
+    """Read the rows of the pairs, and leave out those that are not finite or are zero.
+
+    Args:
+        pairs: documents with their rows.
+        index: the old index.
+
+    Returns:
+        The usable pairs, still without the new model's embeddings, and the number of those left out.
+    """
     old = index.read(pairs.rows)
     good = np.flatnonzero(usable_rows(old))
     kept = Pairs(
@@ -242,14 +268,29 @@ def _encode(
     return Embeddings(both.pairs, both.old, vectors[:count], questions)
 
 
+def fit_map(both: Embeddings, index: OldIndex, seed: int) -> MapFit:
+    """Choose a map on held-out pairs, and fit it to all pairs.
+
+    Args:
+        both: both embeddings of the pairs.
+        index: the old index.
+        seed: seed of the draw of the held-out pairs.
+    """
+    held, fitted, corpus_rows = _split(both, index, seed)
+    statistics = _statistics(both, fitted)
+    table = compare_maps(statistics, held)
+    matrix = dict(candidate_maps(_statistics(both, np.arange(len(both.new)))))[table.best.name]
+    return MapFit(matrix, table, held, statistics.count, corpus_rows)
+
+
 def _statistics(both: Embeddings, chosen: np.ndarray) -> PairStatistics:
     statistics = PairStatistics(both.new.shape[1], both.old.shape[1])
     statistics.add(both.new[chosen], normalise(both.old[chosen]))
     return statistics
 
 
-def _split(both: Embeddings, index: OldIndex, seed: int) -> tuple[HeldOut, PairStatistics, int]:
-    """Hold out pairs, and add the others up. Return the number of rows in the corpus too."""
+def _split(both: Embeddings, index: OldIndex, seed: int) -> tuple[HeldOut, np.ndarray, int]:
+    """Hold out pairs. Return the numbers of the other pairs and the number of rows in the corpus too."""
     count, generator = len(both.new), np.random.default_rng([seed, 1])
     order = generator.permutation(count)
     held, fitted = np.split(order, [min(count // HELD_OUT_SHARE, MOST_HELD_OUT)])
@@ -270,7 +311,7 @@ def _split(both: Embeddings, index: OldIndex, seed: int) -> tuple[HeldOut, PairS
             Corpus(both.old / np.float32(scale), index.metric),
             both.new,
         ),
-        _statistics(both, fitted),
+        fitted,
         len(corpus),
     )
 
@@ -288,17 +329,9 @@ def _refuse(table: MapTable, index: OldIndex, force: bool) -> str:
     raise JasperError(f"{index.name}: {problem}. Fix: check ids, columns and order, or give more documents")
 
 
-def _facts(
-    source: SourceConfig,
-    index: OldIndex,
-    model: str,
-    both: Embeddings,
-    fitted: int,
-    held: HeldOut,
-    corpus: int,
-    table: MapTable,
-) -> dict[str, Any]:
+def _facts(source: SourceConfig, index: OldIndex, model: str, both: Embeddings, fit: MapFit) -> dict[str, Any]:
     """Return the content of results.json."""
+    held = {"documents": len(fit.held.documents), "questions": len(fit.held.questions), "rows": fit.corpus_rows}
     return {
         "jasper_fast": __version__,
         "migration": {
@@ -308,8 +341,8 @@ def _facts(
             "matched_by": both.pairs.key,
             "counts": both.pairs.counts,
             "pairs": len(both.new),
-            "fitted": fitted,
-            "held_out": {"documents": len(held.documents), "questions": len(held.questions), "rows": corpus},
-            **table.as_json(),
+            "fitted": fit.fitted,
+            "held_out": held,
+            **fit.table.as_json(),
         },
     }

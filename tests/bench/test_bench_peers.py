@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 import pytest
 
@@ -120,7 +121,10 @@ def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
     assert (tmp_path / "peers.md").read_text() == PAGE.read_text()
 
 
-def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(arms, tmp_path, capsys):
+def test_the_command_searches_the_peers_rate_and_keeps_other_sets_aside(
+    arms, tmp_path, capsys, monkeypatch, warm_python
+):
+    monkeypatch.setattr(sys, "executable", warm_python)  # of the processes of the arms
     folder, _ = arms
     (tmp_path / "other.tsv").write_text((folder / "pairs.tsv").read_text())
     tree = parse_yaml((folder / "tiny.yaml").read_text())

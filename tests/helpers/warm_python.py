@@ -1,10 +1,12 @@
 """A Python that starts fast: each command is a fork of one process with the slow imports done.
 
 ``serve`` runs that process. Run as a script, this file is the client: it passes its arguments, folder, environment and
-standard streams to the server, and exits with the status of the fork.
+standard streams to the server, and exits with the status of the fork. Signals are not passed on. What a library reads
+from the environment when it is imported is that of the server, except for the number of torch's threads.
 """
 
 import array
+import gc
 import json
 import os
 import runpy
@@ -12,6 +14,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 
 SLOW_IMPORTS = (
     *("torch", "transformers", "datasets", "sentence_transformers", "matplotlib.pyplot", "pyarrow.parquet"),
@@ -21,9 +24,10 @@ STREAMS = 3
 
 
 def serve(path: str) -> None:
-    """Import the slow modules, then run requests one after another until the process is killed."""
+    """Import the slow modules, then run requests, also several at a time, until the process is killed."""
     for name in SLOW_IMPORTS:
         __import__(name)
+    gc.freeze()  # so that a fork collects only its own objects
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{path}.new")
         server.listen()
@@ -31,14 +35,23 @@ def serve(path: str) -> None:
         while True:
             connection, _ = server.accept()
             with connection:
-                request, streams = _receive(connection)
-                child = os.fork()
-                if not child:
-                    _become(request, streams)
-                for stream in streams:
-                    os.close(stream)
-                _, status = os.waitpid(child, 0)
-                connection.sendall(bytes([os.waitstatus_to_exitcode(status) % 256]))
+                if not os.fork():
+                    _answer(connection)
+            with suppress(ChildProcessError):  # none is left
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+
+def write_client(file: Path, path: str, arguments: str = "") -> None:
+    """Write a command that runs as a fork of the server at ``path``.
+
+    Args:
+        file: file of the command.
+        path: socket of the server.
+        arguments: arguments to put before those of the command.
+    """
+    file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "{path}" {arguments} "$@"\n')
+    file.chmod(0o755)
 
 
 def ask(path: str, arguments: list[str]) -> int:
@@ -51,6 +64,17 @@ def ask(path: str, arguments: list[str]) -> int:
         connection.sendall(json.dumps(request).encode())
         connection.shutdown(socket.SHUT_WR)
         return connection.recv(1)[0]
+
+
+def _answer(connection: socket.socket) -> None:
+    """Run one request in a fork, send its exit status, and end this process."""
+    request, streams = _receive(connection)
+    child = os.fork()
+    if not child:
+        _become(request, streams)
+    _, status = os.waitpid(child, 0)
+    connection.sendall(bytes([os.waitstatus_to_exitcode(status) % 256]))
+    os._exit(0)
 
 
 def _receive(connection: socket.socket) -> tuple[dict, list[int]]:
@@ -67,6 +91,8 @@ def _become(request: dict, streams: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if (threads := os.environ.get("OMP_NUM_THREADS")) and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(threads))
     option, name, *arguments = request["arguments"]
     status: object = 0
     try:

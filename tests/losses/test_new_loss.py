@@ -17,6 +17,15 @@ ROOT = Path(__file__).parents[2]
 NAME = "l1_similarity"
 TABLE, CASES = "jasper_fast/config/losses.py", "tests/helpers/loss_table.py"
 TESTS = "tests/losses/test_every_loss.py"
+# In one process, because imports take most of the time.
+TRAIN_AND_CHECK = """
+import json, sys
+train, check = json.loads(sys.argv[1])
+import pytest
+from jasper_fast.train import main
+assert not main(train)
+sys.exit(pytest.main(check))
+"""
 
 
 def steps() -> dict[str, str]:
@@ -75,21 +84,14 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
 
     (tmp_path / "texts.txt").write_text("\n".join(tiny_texts[:40]), encoding="utf-8")
     (tmp_path / "run.yaml").write_text(json.dumps(config(tmp_path, tiny_bert)), encoding="utf-8")
-    train = ["jasper_fast.train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
-    check = ["pytest", "-q", "-p", "no:cacheprovider", TESTS, "-k", f"{NAME} or slow_form"]
+    train = ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+    check = ["-q", "-p", "no:cacheprovider", TESTS, "-k", f"{NAME} or slow_form"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for command in (train, check)
-    ]
-    outputs = [process.communicate()[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    command = [sys.executable, "-c", TRAIN_AND_CHECK, json.dumps([train, check])]
+    done = subprocess.run(
+        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     logged = [line for line in lines if line["event"] == "step"]
@@ -99,4 +101,4 @@ def test_a_new_loss_touches_four_files_and_trains(tiny_bert, tiny_texts, tmp_pat
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
     assert f"5 {NAME.replace('_', ' ')}" in (tmp_path / "run" / "report.md").read_text()
     assert f"5 {NAME}" in (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f"{NAME.replace('_', ' ')} " in outputs[0]  # the printed line of a step
+    assert f"{NAME.replace('_', ' ')} " in done.stdout  # the printed line of a step

@@ -726,12 +726,12 @@ run_cli(teach.main)
 """
 
 
-def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_work(run_file: Path, tiny_bert: Path, tmp_path: Path, warm_python: str) -> None:
     given = load_config(run_file)
     in_order = build_texts(given.data, given.data.seed)["text"][:]
     np.save(tmp_path / "vectors.npy", narrowed(load_teacher(TeacherConfig(model=str(tiny_bert))).encode(in_order)))
     teachers = json.dumps([{"vectors": str(tmp_path / "vectors.npy")}])
-    command = [sys.executable, "-c", SLOW_FIRST, "--config", str(run_file), "--teachers", teachers]
+    command = [warm_python, "-c", SLOW_FIRST, "--config", str(run_file), "--teachers", teachers]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def both() -> None:

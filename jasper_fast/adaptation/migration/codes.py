@@ -9,7 +9,7 @@ import numpy as np
 
 MIDDLE = 128  # code of zero among unsigned codes
 INT8_COST = "Rounding to 8 bits usually costs under 1 % of the ranking"
-BITS_COST = "Bits cost more. In a trial they kept 89 % of the new model's own nDCG@10, where floats kept 99 %"
+BITS_COST = "Bits cost more. In a benchmark they kept 89 % of the new model's own nDCG@10, where floats kept 100 %"
 
 
 class Codes(NamedTuple):

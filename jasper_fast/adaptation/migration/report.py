@@ -94,8 +94,8 @@ def advice(table: MapTable, fitted: int, width: int, index: OldIndex) -> list[st
         lines = [f"map: {best.name}. Questions keep {kept:.1%} of the new model's own nDCG@10 here: {verdict}"]
     if fitted < 2 * width:
         lines.append(
-            f"note: {fitted:,} pairs are few for {width:,} dimensions. In trials with 384 dimensions, 200 pairs kept "
-            "73 to 89 % of the new model's own nDCG@10, 400 kept 86 to 99 %, and 1,000 kept 90 to 100 %"
+            f"note: {fitted:,} pairs are few for {width:,} dimensions. In a benchmark with 384 dimensions, 200 pairs "
+            "kept 74 to 87 % of the new model's own nDCG@10, 400 kept 85 to 97 %, and 1,000 kept 90 to 100 %"
         )
     if index.codes == "bits":
         lines.append("note: the table compares float questions with the bits. Questions rounded to bits keep less")

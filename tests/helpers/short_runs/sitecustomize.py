@@ -1,7 +1,7 @@
 """Shorten every run of the processes that have this folder in PYTHONPATH: few steps, short texts, smaller batches.
 
-Python imports this module at its start. It changes the results of the configuration loader. Fewer steps are measured
-for the plan, and docstrings are those of the standard library. Everything else is as in any run.
+Python imports this module at its start. It changes the results of the configuration loader. Less is measured
+for plan and report, and docstrings are those of the standard library. Everything else is as in any run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jasper_fast.config.run import Config
 
 STEPS, TEXTS, BATCH, MINUTES = 2, 160, 128, 0.001  # at most
 TOKENS = 32  # per text
-SECONDS = 0.2  # to learn a projection
+SECONDS = 0.2  # to learn a projection, and to measure the speed of encoding
 
 
 def shorten(config: Config) -> Config:
@@ -47,9 +47,10 @@ def _shortened(function: Callable[..., Config]) -> Callable[..., Config]:
     @functools.wraps(function)
     def wrapper(*arguments: Any, **options: Any) -> Config:
         from jasper_fast.data import docstrings
-        from jasper_fast.training import measure  # slow to import, and not needed by all commands
+        from jasper_fast.training import encoding, measure  # slow to import, and not needed by all commands
 
         docstrings.PACKAGES = ()
+        encoding.LONG_ENOUGH = SECONDS
         measure.STEPS = STEPS
         if "adapt" in sys.argv:
             from jasper_fast.adaptation import steps, student
