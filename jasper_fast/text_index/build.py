@@ -136,7 +136,7 @@ def encode_texts(
     from tqdm import tqdm
 
     indexed = list[str]()
-    with tqdm(total=total, unit=unit, desc="encoding") as bar:
+    with tqdm(total=total, unit=unit, desc="encoding", disable=None) as bar:  # a log gets no bar
         for chunk in chunks:
             try:
                 index.add(np.ascontiguousarray(encode(chunk, "document")[index.dim]))
