@@ -32,7 +32,8 @@ from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
 from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
-from jasper_fast.training.run.folder import RESULTS, hold_folder
+from jasper_fast.teachers.reuse import text_keys
+from jasper_fast.training.run.folder import RESULTS, RunFolder, hold_folder
 from jasper_fast.training.run.log import LOG
 from jasper_fast.training.run.signals import leave_on_sigterm
 from jasper_fast.utils.atomic import write_atomic
@@ -89,8 +90,7 @@ def _is_done(request: Request, state: State, corpus: Corpus) -> bool:
         return False
     if state.facts.get("texts") == texts_fingerprint(corpus.texts):
         return True
-    digests = corpus.texts[corpus.fitted.start : corpus.fitted.stop]["digest"]
-    return not state.is_new(DOCUMENTS, digests).any()
+    return not any(state.is_new(DOCUMENTS, digests).any() for digests in corpus.digests(corpus.fitted))
 
 
 def _asked_widths(request: Request) -> list[int] | None:
@@ -133,8 +133,8 @@ def _begin(work: Work, teacher: Vectors | None, width: int) -> None:
     """Check the vectors against those of earlier calls, mark the folder as ours, and say what is unusual."""
     request, state, corpus = work.request, work.state, work.corpus
     if teacher is not None:
-        digests = corpus.texts[: corpus.documents]["digest"]
-        state.check_probes(digests, lambda rows: teacher.cached.read(rows).numpy(), request.teacher_name)
+        keys = text_keys(corpus.texts)[: corpus.documents, 0]
+        state.check_probes(keys, lambda rows: teacher.cached.read(rows).numpy(), request.teacher_name)
     if state.finished:
         (request.out / RESULTS).unlink()
     state.save_facts(texts=texts_fingerprint(corpus.texts), widths=_asked_widths(request))
@@ -172,7 +172,8 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
 def _describe_documents(work: Work, max_length: int | None) -> None:
     """Fill in the facts about the documents, for the length that the student reads."""
     state, corpus = work.state, work.corpus
-    known = int((~state.is_new(DOCUMENTS, corpus.texts[: corpus.documents]["digest"])).sum())
+    blocks = corpus.digests(range(corpus.documents))
+    known = sum(int((~state.is_new(DOCUMENTS, digests)).sum()) for digests in blocks)
     earlier = len(state.counted[DOCUMENTS]) - known  # counted, and not among the documents of this call
     work.results["documents"] = document_facts(work.request, corpus, work.counts, max_length, earlier)
 

@@ -25,7 +25,7 @@ from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherEmbeddin
 from jasper_fast.teachers.model import check_custom_code
 from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher, reduce_to_head
 from jasper_fast.teachers.precomputed import PrecomputedEmbeddings
-from jasper_fast.teachers.reuse import CacheReuse
+from jasper_fast.teachers.reuse import CacheReuse, text_keys
 from jasper_fast.utils.atomic import locked
 from jasper_fast.utils.errors import JasperError, Problems
 
@@ -256,7 +256,7 @@ def _compute(
         log(f"{called} {cache.name}: resuming, {remaining:,} of {cache.rows:,} embeddings are missing")
     if teacher.note is not None:
         log(f"{called} {cache.name}: {teacher.note}")
-    lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
+    lenders = CacheReuse(cache, text_keys(texts) if teacher.reusable else None)
     if len(lenders):
         log(f"{called} {cache.name}: reusing {len(lenders):,} of {cache.rows:,} embeddings from other caches")
     # A log gets lines in place of the bar.
