@@ -130,6 +130,7 @@ def gain_sentences(results: Mapping[str, Any]) -> list[str]:
     run = training.get("label_free") or {}
     sentences += [_gain(trained, d["difference"], d["error"]) for d in run.get("differences", []) if d["to"] == BEFORE]
     if "rows" not in label_free:
+    trained += " by an earlier call" if training.get("earlier") else ""
         return sentences
     full = next(row["width"] for row in label_free["rows"] if row["model"] == TEACHER)
     if both := difference(label_free, SYMMETRIC, full, UNTRAINED):

@@ -121,9 +121,10 @@ def _run(work: Work, train: Train) -> None:
         with work.step("teacher", f"the teacher reads {len(corpus.texts):,} texts"):
             teacher = embed(request.config, request.teacher, corpus.texts)
     if request.minutes is not None:
+        earlier = RunFolder(request.out / STUDENT).finished
         with work.step("training", f"the student learns for {request.minutes:g} min in {request.out / STUDENT}"):
             name = str(train(request, corpus))
-        results["training"] = _training_facts(request)
+        results["training"] = _training_facts(request) | ({"earlier": True} if earlier else {})
         _measure(work, name, None if request.teacher.model is None else load_teacher(request.teacher))
     assert name is not None
     _fit(work, name, teacher)

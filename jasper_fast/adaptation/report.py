@@ -10,7 +10,8 @@ Keys of the results. Fractions are from 0 to 1, and what was not measured is abs
   says whether a searched document contains its question.
 - ``teacher`` and ``student``: ``name``, ``width``, ``parameters``, ``max_length`` and ``vectors`` (precomputed). The
   student also has ``layers`` ("3 of 6") and ``same_space``.
-- ``training``, if the student was trained: ``minutes``, ``texts``, and ``label_free`` of the run's results.
+- ``training``, if the student was trained: ``minutes``, ``texts``, and ``label_free`` of the run's results. ``earlier``
+  is True if an earlier call did it, on the documents that it had.
 - ``maps``: {form: ``Choice.record()``}.
 - ``projections``: a list of ``Choice.record()`` with ``width``.
 - ``length``: ``LengthChoice.record()``.
@@ -207,7 +208,8 @@ def _facts(results: Mapping[str, Any]) -> str:
     lines += [f"held out: {held_out_text(results['held_out'])}"] if "held_out" in results else []
     lines += [f"{model}: {model_text(results[model])}" for model in (TEACHER, STUDENT)]
     if training := results.get("training"):
-        lines.append(f"training: {training['minutes']:g} minutes on {training['texts']:,} texts")
+        earlier = ", by an earlier call" if training.get("earlier") else ""
+        lines.append(f"training: {training['minutes']:g} minutes on {training['texts']:,} texts{earlier}")
     lines += _speed(results)
     widths = sorted({row["width"] for row in results["label_free"].get("rows", []) if row["model"] == STUDENT})
     if sizes := ", ".join(f"{width} wide {BYTES * width:,}" for width in reversed(widths)):
