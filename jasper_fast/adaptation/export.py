@@ -125,7 +125,13 @@ def _projections(teacher: Teacher, fitted: Fitted) -> dict[int, np.ndarray | Non
 def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: str) -> dict[str, Any]:
     scored = results["label_free"].get("rows", [])
     rows = [row for row in scored if (row["model"], row["form"]) == (STUDENT, form)]
-    keys = ("width", "overlap", "ndcg")
+    names = {
+        "width": "width",
+        "overlap": "neighbours",
+        "answer_ndcg": "nDCG@10",
+        "kept": "kept",
+        "expected": "expected",
+    }
     return adapted_facts(
         fitted.student,
         request.teacher_name,
@@ -135,5 +141,5 @@ def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: st
         held_out=results["held_out"]["documents"],
         chosen=fitted.maps[form].name,
         projections={width: choice.name for width, choice in fitted.projections.items()},
-        scores=[{key: row[key] for key in keys} for row in rows if all(key in row for key in keys)],
+        scores=[{name: row[key] for key, name in names.items() if key in row} for row in rows],
     )

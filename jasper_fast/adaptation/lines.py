@@ -157,10 +157,10 @@ def _table(results: Mapping[str, Any]) -> list[str]:
     for form in (ASYMMETRIC, SYMMETRIC):
         found = [cells.get((STUDENT, form, width)) for width in widths]
         if any(found):
-            lines.append(_row(f"{form}: same ten neighbours", "100", *(_percent(row, "overlap") for row in found)))
+            lines.append(_row(f"{form}: neighbours", "100", *(_percent(row, "overlap") for row in found)))
             if any("expected" in row for row in found if row):
                 expected = [_percent(row, "expected") for row in found]
-                lines.append(_row("  expected nDCG@10 of the teacher's", "100", *expected))
+                lines.append(_row("  expected of the teacher's nDCG@10", "100", *expected))
     others = (("not adapted, symmetric", BEFORE, SYMMETRIC), ("teacher's PCA on both sides", PCA, BY_TEACHER))
     for name, model, form in others:
         found = [cells.get((model, form, width)) for width in widths]

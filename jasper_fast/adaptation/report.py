@@ -91,7 +91,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     label_free = results["label_free"]
     if "missing" in label_free:
         return f"## Scores without labels\n\nNo scores: {label_free['missing']}."
-    figures = {"overlap": "neighbours", "ndcg": "nDCG@10", "answer_ndcg": "own document", "kept": "kept"}
+    figures = {"overlap": "neighbours", "ndcg": "ranking", "answer_ndcg": "nDCG@10", "kept": "kept"}
     present = {key: title for key, title in figures.items() if any(key in row for row in label_free["rows"])}
     measured = [cell for title in present.values() for cell in (title, "±")]
     table = [["model", "form", "width", "bytes", *measured, "expected"]]
@@ -114,13 +114,15 @@ def _explanation(results: Mapping[str, Any]) -> str:
         "teacher encodes documents.",
         f"- *neighbours*: the fraction of the teacher's {label_free['depth']} nearest documents that a model finds. A "
         f"random order has {100 * label_free['chance']:.1f}.",
-        "- *nDCG@10*: the same with ranks. The teacher's nearest document has gain 10, its tenth has gain 1.",
+        "- *ranking*: nDCG@10 where the teacher's nearest document has gain 10, and its tenth has gain 1.",
     ]
     if label_free["answers"]:
         contained = " The document contains its question." if held_out.get("question_in_document") else ""
-        lines.append(f"- *own document*: nDCG@10 of finding the question's document.{contained}")
         lines.append(
-            "- *kept*: the fraction of the teacher's figure for *own document* at full width. Questions that repeat "
+            f"- *nDCG@10*: the score of finding the question's own document, as in reports of training.{contained}"
+        )
+        lines.append(
+            "- *kept*: the fraction of the teacher's *nDCG@10* at full width. Questions that repeat "
             "words of their document make it high for every model."
         )
     lines.append(

@@ -62,7 +62,7 @@ def test_both_forms_have_cards_of_their_own_scores(finished):
     assert [choice["width"] for choice in results["projections"]] == [8]
     for form in ("symmetric", "asymmetric"):
         card = (finished / form / "README.md").read_text()
-        table = card[card.index("| width | overlap |") :].partition("\n\n")[0].splitlines()
+        table = card[card.index("| width | neighbours | nDCG@10 | kept |") :].partition("\n\n")[0].splitlines()
         assert [line.split("|")[1].strip() for line in table[2:]] == ["32", "8"]
 
 
