@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.adaptation.choose import FORMS, SYMMETRIC, Choice, HeldOutVectors, candidates, choose_maps
+from jasper_fast.adaptation.choose import ASYMMETRIC, FORMS, SYMMETRIC, Choice, HeldOutVectors, candidates, choose_maps
 from jasper_fast.adaptation.documents import Corpus, read_corpus
 from jasper_fast.adaptation.embeddings import Vectors, embed, fixed_identity, with_length
-from jasper_fast.adaptation.export import Fitted, export_forms, narrow_widths
-from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts, width_of
+from jasper_fast.adaptation.export import Fitted, document_ranges, export_forms, narrow_widths
+from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, width_of
+from jasper_fast.adaptation.plan import expected_reading, plan_text, planned_phases, reading_of
 from jasper_fast.adaptation.report import closing_lines, opening_lines, write_adapt_report
 from jasper_fast.adaptation.request import STUDENT, Request, check_widths, same_space
 from jasper_fast.adaptation.scores import label_free_table, recommendation, recommended
@@ -21,12 +22,12 @@ from jasper_fast.adaptation.state import DOCUMENTS, SENTENCES, State, open_state
 from jasper_fast.adaptation.steps import (
     count_pairs,
     held_out_vectors,
-    lengths_to_compare,
     pick_length,
     project,
 )
 from jasper_fast.adaptation.student import check_student
-from jasper_fast.adaptation.work import Work, plan_time
+from jasper_fast.adaptation.work import Work
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
@@ -37,10 +38,6 @@ from jasper_fast.training.run.folder import RESULTS, RunFolder, hold_folder
 from jasper_fast.training.run.log import LOG
 from jasper_fast.training.run.signals import leave_on_sigterm
 from jasper_fast.utils.atomic import write_atomic
-
-SHORT_TEXT = 0.2  # time that a question or sentence takes, as a fraction of a document's
-PLANNED = {"fit": 5.0, "scores": 5.0, "export": 15.0}  # seconds
-
 
 Train = Callable[[Request, Corpus], Path]  # trains the student and returns its run's folder
 
@@ -116,6 +113,9 @@ def _run(work: Work, train: Train) -> None:
     name = request.model.model if request.model is not None else None
     if request.minutes is None and name is not None:
         _measure(work, name, loaded)
+    else:
+        work.plan(planned_phases(request, work.state, corpus, expected_reading(request, loaded, corpus), width))
+        print(f"planned time: {plan_text(results['planned'])}", flush=True)
     del loaded  # the next step loads it again if an embedding is missing
     if teacher is None:
         with work.step("teacher", f"the teacher reads {len(corpus.texts):,} texts"):
@@ -146,18 +146,19 @@ def _begin(work: Work, teacher: Vectors | None, width: int) -> None:
         )
     if len(corpus.fitted) < width:
         work.note(
-            f"{len(corpus.fitted):,} documents for {width} dimensions: the map stays as it was where they say nothing. "
-            "Expect about a point less than from a thousand documents"
+            f"{len(corpus.fitted):,} documents for {width:,} dimensions: the map stays as it was where they say "
+            "nothing. Expect about a point less than from a thousand documents"
         )
     elif corpus.questions and corpus.questions < 50:
-        work.note(f"{corpus.questions} held-out questions: scores are uncertain by several points")
+        work.note(f"{corpus.questions:,} held-out questions: scores are uncertain by several points")
 
 
 def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     """Measure speeds, describe the documents, print the opening lines and plan the time of the rest."""
     request, corpus, results = work.request, work.corpus, work.results
     model = load_model(name, trust_remote_code=request.trust_remote_code)
-    work.counts = token_counts(corpus, model)
+    reading = reading_of(model, teacher, corpus)
+    work.counts = reading.counts
     width = width_of(model)
     space = _space(work, name)
     results["student"] = model_facts(name, width, model) | {
@@ -165,8 +166,8 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
         "same_space": space,
     }
     _describe_documents(work, results["student"]["max_length"])
-    results["speed"] = speeds(model, teacher, corpus, work.counts)
-    plan_time(work, results["speed"], lengths_to_compare(model, work.counts))
+    results["speed"] = reading.speed
+    work.plan(planned_phases(request, work.state, corpus, reading, results["teacher"]["width"]))
     print("\n".join(opening_lines(results)), flush=True)
 
 
@@ -185,7 +186,7 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
     config = _student(work, name, teacher)
     models = {"student": fixed_identity(config), "teacher": state.settings["teacher"]}
     state.check_models(models)
-    with work.step("student", f"the student reads {len(corpus.texts):,} texts, up to {config.max_length} tokens"):
+    with work.step("student", f"the student reads {len(corpus.texts):,} texts, up to {config.max_length:,} tokens"):
         student = embed(request.config, config, corpus.texts, STUDENT)
     with work.step("fit", "fitting the maps"):
         new = count_pairs(state, corpus, student, teacher, lambda: state.save_statistics(models))
@@ -201,7 +202,8 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
         projections = project(corpus, teacher, state.sums[DOCUMENTS].target, held, maps, widths)
     with work.step("scores", "scores without labels"):
         _score(work, name, held, maps, projections)
-    fitted = Fitted(name, config.max_length, teacher.width, maps, projections)
+    ranges = document_ranges(held, maps, projections)
+    fitted = Fitted(name, config.max_length, teacher.width, maps, projections, ranges)
     with work.step("export", "writing the models"):
         export_forms(request, fitted, results)
     _report(work, fitted)
@@ -225,7 +227,8 @@ def _student(work: Work, name: str, teacher: Vectors) -> TeacherConfig:
         length = chosen["length"]
         if length != chosen["before"]:
             print(
-                f"the student reads at most {length} tokens ({chosen['before']} before): {chosen['reason']}", flush=True
+                f"the student reads at most {length:,} tokens ({chosen['before']:,} before): {chosen['reason']}",
+                flush=True,
             )
     work.results["student"]["max_length"] = length
     _describe_documents(work, length)
@@ -296,6 +299,10 @@ def _report(work: Work, fitted: Fitted) -> None:
     build += ["--columns", columns] if columns != "text" else []
     build += ["--id-column", request.source.id_column] if request.source.id_column is not None else []
     build += ["--width", str(width)] if width != fitted.width else []
+    cache = str(request.config.data.cache)
+    build += (
+        ["--cache", cache] if form == ASYMMETRIC and cache != DataConfig.model_fields["cache"].default else []
+    )  # has the teacher's embeddings
     results["next"] = [
         " ".join([*build, "--out", index]),
         f'jasper-fast search ask {index} "your question"',

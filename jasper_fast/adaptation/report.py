@@ -20,7 +20,7 @@ Keys of the results. Fractions are from 0 to 1, and what was not measured is abs
 - ``speed``: ``student`` and ``teacher`` have ``documents_per_s`` and ``queries_per_s``. The teacher is None for
   vectors. ``texts`` is the number of measured documents, and ``mean_tokens`` their length.
 - ``notes``: lines on what was decided for the user.
-- ``seconds``: {step: seconds}.
+- ``seconds`` and ``planned``: {step: seconds}.
 - ``next``: commands.
 """
 

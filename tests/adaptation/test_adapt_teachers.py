@@ -131,6 +131,16 @@ def test_the_student_learns_on_from_its_own_embeddings(world, tmp_path, capsys):
     assert (out / "student" / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_student_with_several_widths_is_opened_without_a_warning(world, monkeypatch):
+    from sentence_transformers.base.modules import router
+
+    from jasper_fast.teachers.model import load_teacher
+
+    warned = []
+    monkeypatch.setattr(router.logger, "warning_once", warned.append, raising=False)
+    assert load_teacher(TeacherConfig(model=str(world.student))).width == 32 and not warned
+
+
 def test_a_trained_student_starts_as_it_is(world):
     from jasper_fast.config.models import StudentConfig
     from jasper_fast.models.folder import load_student
