@@ -49,7 +49,7 @@ def _build(args: argparse.Namespace) -> None:
     count = build(
         args.model, documents, args.out, width=args.width, dtype=args.dtype, max_length=args.max_length,
         total=args.limit, pictures=args.pictures, trust_remote_code=args.trust_remote_code, replace=args.replace,
-        ids=ids,
+        ids=ids, cache=args.cache,
     )  # fmt: skip
     kind = "images" if args.pictures else "texts"
     print(f"{count:,} {kind} in {args.out}, {time.perf_counter() - begin:.0f} s. Ask with:")
@@ -200,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
         type=positive_int,
         metavar="N",
         help="maximum tokens per text, or per document of an asymmetric model (default: the model's)",
+    )
+    make.add_argument(
+        "--cache",
+        default="cache",
+        metavar="DIR",
+        help="embeddings that adapt computed, used if they fit (default: cache)",
     )
     more = commands.add_parser("add", help="append texts to an index, with the model that built it")
     more.add_argument("index", help="folder that build wrote")

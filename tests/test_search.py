@@ -33,6 +33,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, text_file: Path, tiny_bert: 
     return folder
 
 
+def test_a_log_gets_no_bar(text_file, tiny_bert, tmp_path, capsys):
+    assert main(["build", str(tiny_bert), str(text_file), "--out", str(tmp_path / "i"), "--limit", "9"]) == 0
+    printed = capsys.readouterr()
+    assert "9 texts in" in printed.out and "encoding" not in printed.err and "\r" not in printed.err
+
+
 def test_hits_are_those_of_the_models_own_vectors(built, tiny_bert, tiny_texts):
     model = SentenceTransformer(str(tiny_bert), device="cpu")
     questions = [tiny_texts[7], "the bridge near the river", "apples"]

@@ -59,6 +59,12 @@ class Corpus:
     counts: TextCounts
     one_word: int
 
+    def digests(self, rows: range) -> Iterator[list[str]]:
+        """Yield the digests of consecutive rows in blocks of at most `BLOCK`. Texts are not read."""
+        column = self.texts.select_columns(["digest"])
+        for start in range(rows.start, rows.stop, BLOCK):
+            yield column[start : min(start + BLOCK, rows.stop)]["digest"]
+
     @property
     def fitted(self) -> range:
         """Rows of the documents that the map is fitted on."""
@@ -252,6 +258,6 @@ def _one_word(documents: Dataset) -> int:
 def _check_number(documents: int, held_out: int, counts: TextCounts) -> None:
     if documents < FEWEST_DOCUMENTS or not held_out:
         raise JasperError(
-            f"too few documents to adapt to (got {documents} distinct ones of which {held_out} are held out, expected "
-            f"at least {FEWEST_DOCUMENTS}; {counts.line(kept='document')}). Fix: give more documents"
+            f"too few documents to adapt to (got {documents:,} distinct ones of which {held_out:,} are held out, "
+            f"expected at least {FEWEST_DOCUMENTS}; {counts.line(kept='document')}). Fix: give more documents"
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import checked_width
-from jasper_fast.adaptation.export import NARROW, narrow_widths
 from jasper_fast.adaptation.pipeline import read_request_corpus
+from jasper_fast.adaptation.plan import expected_reading, plan_text, planned_phases, planned_widths
 from jasper_fast.adaptation.request import STUDENT, Request, check_widths
 from jasper_fast.adaptation.state import DOCUMENTS, open_state
 from jasper_fast.adaptation.student import check_student
+from jasper_fast.teachers.model import load_teacher
 
 
 def describe_request(request: Request) -> str:
@@ -26,26 +27,22 @@ def describe_request(request: Request) -> str:
     width = checked_width(request.config, request.teacher, corpus.texts)
     check_widths(request, width)
     check_student(request)
-    widths = _widths(request, width)
+    widths = planned_widths(request, width)
+    loaded = load_teacher(request.teacher, precision=request.config.precision) if request.teacher.model else None
+    phases = planned_phases(request, state, corpus, expected_reading(request, loaded, corpus), width)
     forms = "symmetric and asymmetric" if request.teacher.model is not None else "symmetric only: vectors have no model"
-    kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.kinds.items())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in corpus.kinds.items())
     lines = [
         corpus.counts.line(kept="document"),
         f"questions: {kinds or 'the held-out documents'}",
-        f"teacher: {request.teacher_name}, width {width}, reads {len(corpus.texts):,} texts",
+        f"teacher: {request.teacher_name}, width {width:,}, reads {len(corpus.texts):,} texts",
         f"student: {_student(request, corpus)}",
         f"models in {request.out}: {forms}; widths {', '.join(map(str, [width, *widths]))}",
+        f"planned time: {plan_text({phase.name: phase.seconds for phase in phases})}",
     ]
     if len(state.counted[DOCUMENTS]):
         lines.append(f"continues with {len(state.counted[DOCUMENTS]):,} documents that are counted already")
     return "\n".join(lines)
-
-
-def _widths(request: Request, width: int) -> list[int]:
-    if request.model is not None and request.minutes is None:
-        return narrow_widths(request.widths, str(request.model.model), width, request.trust_remote_code)
-    own = request.config.student.heads if request.model is None else NARROW  # training on keeps the widest head only
-    return sorted({one for one in request.widths or own if one < width}, reverse=True)
 
 
 def _student(request: Request, corpus: Corpus) -> str:

@@ -19,6 +19,7 @@ from jasper_fast.teachers.cache import TeacherEmbeddings
 from jasper_fast.teachers.label import ensure_teachers, print_error, teacher_caches
 from jasper_fast.teachers.opening import embedding_width, open_all
 from jasper_fast.teachers.precomputed import PrecomputedEmbeddings
+from jasper_fast.teachers.reuse import CacheReuse, text_keys
 from jasper_fast.utils.atomic import locked, publish_dir
 from jasper_fast.utils.fingerprint import settings_digest
 
@@ -80,6 +81,27 @@ def checked_width(config: Config, model: TeacherConfig, texts: Dataset) -> int:
     (cache,) = teacher_caches(alone, texts)
     opened = open_all(alone, [cache], texts, (0, 1), None, print_error)
     return embedding_width(cache, lambda: opened[cache.fingerprint])
+
+
+def unread(config: Config, model: TeacherConfig, texts: Dataset) -> float:
+    """Return the fraction of texts that a model must encode, because no cache has their embeddings.
+
+    Args:
+        config: as for `embed`.
+        model: the model. Of precomputed vectors, all count as read.
+        texts: the texts to embed.
+
+    Raises:
+        JasperError: the model does not exist.
+    """
+    if model.model is None:
+        return 0.0
+    alone = config.model_copy(update={"teachers": [model], "stages": []})
+    (cache,) = teacher_caches(alone, texts)
+    missing = [cache.span(shard) for shard in range(cache.shards) if not cache.has(shard)]
+    found = CacheReuse(cache, text_keys(texts) if missing else None).found
+    count = sum(stop - start - (int(found[start:stop].sum())) for start, stop in missing)
+    return count / len(texts)
 
 
 def identity(model: TeacherConfig) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_fast.adaptation.choose import ASYMMETRIC, SYMMETRIC, Choice
+from jasper_fast.adaptation.choose import ASYMMETRIC, SYMMETRIC, Choice, HeldOutVectors
 from jasper_fast.adaptation.request import Request
 from jasper_fast.evaluation.score import STUDENT
 from jasper_fast.exporting.adapted import export_asymmetric, export_symmetric
-from jasper_fast.models.embedder import load_model, routes
+from jasper_fast.models.embedder import load_model, model_widths
+from jasper_fast.models.quantization import int8_ranges
 from jasper_fast.reporting.model_card import adapted_facts
-from jasper_fast.teachers.model import Teacher, load_teacher
+from jasper_fast.teachers.model import Teacher, describe_teacher, load_teacher
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import public_name
 
@@ -34,6 +35,7 @@ class Fitted:
         width: the teacher's width d.
         maps: (h, d) map by form.
         projections: (d, w) projection by width below d, of both forms.
+        ranges: (2, w) float32 ranges of int8 codes by form and width.
     """
 
     student: str
@@ -41,6 +43,7 @@ class Fitted:
     width: int
     maps: Mapping[str, Choice]
     projections: Mapping[int, Choice]
+    ranges: Mapping[str, Mapping[int, np.ndarray]]
 
     def heads(self, form: str) -> dict[int, np.ndarray]:
         """Return the matrix (h, w) of each width, which follows the student's widest embedding."""
@@ -58,9 +61,28 @@ def narrow_widths(asked: Sequence[int] | None, student: str, width: int, trust_r
         trust_remote_code: permission to run the student's code.
     """
     if asked is None:
-        own = routes(load_model(student, trust_remote_code=trust_remote_code))[1]
+        own = model_widths(load_model(student, trust_remote_code=trust_remote_code))
         asked = [narrow for narrow in own if narrow < max(own)] or list(NARROW)
     return sorted({narrow for narrow in asked if narrow < width}, reverse=True)
+
+
+def document_ranges(
+    held: HeldOutVectors, maps: Mapping[str, Choice], projections: Mapping[int, Choice]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Return the int8 ranges of each form and width, from the embeddings of the searched documents.
+
+    Args:
+        held: held-out embeddings with the searched documents.
+        maps: the chosen map of each form.
+        projections: the chosen projection of each width below d.
+    """
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for form, choice in maps.items():
+        axes = {held.corpus_teacher.shape[1]: None} | {width: narrow.map for width, narrow in projections.items()}
+        found[form] = {
+            width: int8_ranges(held.embeddings(form, choice.map, matrix)[1]) for width, matrix in axes.items()
+        }
+    return found
 
 
 def export_forms(request: Request, fitted: Fitted, results: Mapping[str, Any]) -> None:
@@ -81,17 +103,25 @@ def export_forms(request: Request, fitted: Fitted, results: Mapping[str, Any]) -
         "trust_remote_code": request.trust_remote_code,
     }
     path = request.out / SYMMETRIC
-    export_symmetric(student, fitted.heads(SYMMETRIC), path, card=_card(request, fitted, results, SYMMETRIC), **options)
+    card = _card(request, fitted, results, SYMMETRIC)
+    export_symmetric(student, fitted.heads(SYMMETRIC), path, card=card, ranges=fitted.ranges[SYMMETRIC], **options)
     if ASYMMETRIC not in fitted.maps:
         return
     teacher = load_teacher(request.teacher)
+    card = _card(request, fitted, results, ASYMMETRIC)
+    card["adapted"]["documents_by"] = {  # `search build` finds the teacher's embeddings in the cache by it
+        "identity": describe_teacher(request.teacher),
+        "max_length": teacher.max_length,
+        "width": fitted.width,
+    }
     export_asymmetric(
         student,
         _as_stock(teacher),
         fitted.heads(ASYMMETRIC),
         _projections(teacher, fitted),
         request.out / ASYMMETRIC,
-        card=_card(request, fitted, results, ASYMMETRIC),
+        card=card,
+        ranges=fitted.ranges[ASYMMETRIC],
         **options,
     )
 
@@ -114,7 +144,7 @@ def _as_stock(teacher: Teacher) -> SentenceTransformer:
 
 def _projections(teacher: Teacher, fitted: Fitted) -> dict[int, np.ndarray | None]:
     """Return the projection of each width from the teacher's whole embedding. A cut teacher has more coordinates."""
-    full = int(teacher.model.get_embedding_dimension() or 0)
+    full = model_widths(teacher.model)[0]
     narrow = {width: axes.map for width, axes in fitted.projections.items()}
     if full == fitted.width:
         return {fitted.width: None, **narrow}
@@ -125,7 +155,13 @@ def _projections(teacher: Teacher, fitted: Fitted) -> dict[int, np.ndarray | Non
 def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: str) -> dict[str, Any]:
     scored = results["label_free"].get("rows", [])
     rows = [row for row in scored if (row["model"], row["form"]) == (STUDENT, form)]
-    keys = ("width", "overlap", "ndcg")
+    names = {
+        "width": "width",
+        "overlap": "neighbours",
+        "answer_ndcg": "nDCG@10",
+        "kept": "kept",
+        "expected": "expected",
+    }
     return adapted_facts(
         fitted.student,
         request.teacher_name,
@@ -135,5 +171,5 @@ def _card(request: Request, fitted: Fitted, results: Mapping[str, Any], form: st
         held_out=results["held_out"]["documents"],
         chosen=fitted.maps[form].name,
         projections={width: choice.name for width, choice in fitted.projections.items()},
-        scores=[{key: row[key] for key in keys} for row in rows if all(key in row for key in keys)],
+        scores=[{name: row[key] for key, name in names.items() if key in row} for row in rows],
     )

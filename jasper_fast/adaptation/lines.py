@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jasper_fast.adaptation.choose import ASYMMETRIC, FORMS, SYMMETRIC, points
+from jasper_fast.adaptation.plan import plan_text
 from jasper_fast.adaptation.plots import query_times
 from jasper_fast.adaptation.scores import BY_TEACHER, BYTES, CERTAIN, UNTRAINED, difference
 from jasper_fast.evaluation.score import BEFORE, PCA, STUDENT, TEACHER
@@ -32,6 +33,8 @@ def opening_lines(results: Mapping[str, Any]) -> list[str]:
         lines += _labelled("teacher", model_text(teacher) + _speed_text(results, TEACHER))
     if student := results.get("student"):
         lines += _labelled("student", model_text(student) + _speed_text(results, STUDENT))
+    if planned := results.get("planned"):
+        lines += _labelled("planned time", plan_text(planned))
     return lines
 
 
@@ -127,6 +130,7 @@ def gain_sentences(results: Mapping[str, Any]) -> list[str]:
     sentences = []
     training = results.get("training") or {}
     trained = f"Training for {training.get('minutes', 0):g} minutes"
+    trained += " by an earlier call" if training.get("earlier") else ""
     run = training.get("label_free") or {}
     sentences += [_gain(trained, d["difference"], d["error"]) for d in run.get("differences", []) if d["to"] == BEFORE]
     if "rows" not in label_free:
@@ -156,10 +160,10 @@ def _table(results: Mapping[str, Any]) -> list[str]:
     for form in (ASYMMETRIC, SYMMETRIC):
         found = [cells.get((STUDENT, form, width)) for width in widths]
         if any(found):
-            lines.append(_row(f"{form}: same ten neighbours", "100", *(_percent(row, "overlap") for row in found)))
+            lines.append(_row(f"{form}: neighbours", "100", *(_percent(row, "overlap") for row in found)))
             if any("expected" in row for row in found if row):
                 expected = [_percent(row, "expected") for row in found]
-                lines.append(_row("  expected nDCG@10 of the teacher's", "100", *expected))
+                lines.append(_row("  expected of the teacher's nDCG@10", "100", *expected))
     others = (("not adapted, symmetric", BEFORE, SYMMETRIC), ("teacher's PCA on both sides", PCA, BY_TEACHER))
     for name, model, form in others:
         found = [cells.get((model, form, width)) for width in widths]

@@ -16,7 +16,7 @@ from jasper_fast.adaptation.documents import Corpus
 from jasper_fast.adaptation.embeddings import own_length
 from jasper_fast.adaptation.request import Request
 from jasper_fast.config.models import TeacherConfig
-from jasper_fast.models.embedder import EncodeWidths, model_encoder, routes
+from jasper_fast.models.embedder import EncodeWidths, routes
 from jasper_fast.models.folder import FACTS_FILE
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.lengths import CHARACTERS_PER_TOKEN, SAMPLE, sample_evenly
@@ -64,7 +64,7 @@ def layers_of(student: str, teacher: TeacherConfig, loaded: SentenceTransformer 
     return f"{len(facts['layers'])} of {depths[0]}" if depths and depths[0] else None
 
 
-def token_counts(corpus: Corpus, model: SentenceTransformer) -> np.ndarray:
+def token_counts(corpus: Corpus, model: Any) -> np.ndarray:
     """Count the tokens of a sample of the documents, not truncated at the model's length, (n,) int64.
 
     Args:
@@ -108,30 +108,31 @@ def document_facts(
     return facts | ({"earlier": earlier} if earlier else {})
 
 
-def speeds(student: SentenceTransformer, teacher: Teacher | None, corpus: Corpus, counts: np.ndarray) -> dict[str, Any]:
+def speeds(
+    student: EncodeWidths, teacher: Teacher | None, corpus: Corpus, counts: np.ndarray, length: int
+) -> dict[str, Any]:
     """Measure how many documents and questions a second student and teacher encode.
 
     Args:
-        student: the student.
+        student: function that encodes as the student.
         teacher: the teacher. None: precomputed vectors.
         corpus: the texts.
         counts: result of `token_counts`.
+        length: tokens that the student reads.
 
     Returns:
         ``student`` and ``teacher`` (None for vectors) with ``documents_per_s`` and ``queries_per_s``, the number of
         ``texts`` and their ``mean_tokens``.
     """
-    encode: EncodeWidths = model_encoder(student)
     documents = corpus.texts[: min(TEXTS, corpus.documents)]["text"]
     asked = _questions(corpus)
-    encoders: dict[str, Callable[..., Any]] = {"student": encode}
+    encoders: dict[str, Callable[..., Any]] = {"student": student}
     if teacher is not None:
         encoders["teacher"] = teacher.encode
     found, number = measure_speeds({name: partial(one, role="document") for name, one in encoders.items()}, documents)
     table: dict[str, Any] = {"student": None, "teacher": None}
     for name, one in encoders.items():
         table[name] = {"documents_per_s": round(found[name], 1), "queries_per_s": round(_queries(one, asked), 1)}
-    length = own_length(student) or LONGEST
     return table | {"texts": number, "mean_tokens": round(float(np.minimum(counts, length).mean()), 1)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from jasper_fast.adaptation.migration.old_index import MOST_ROWS, OldIndex, leng
 from jasper_fast.adaptation.migration.opening import open_old_index
 from jasper_fast.adaptation.migration.order import check_order
 from jasper_fast.adaptation.migration.pairs import BY_POSITION, Pairs, draw_pairs
-from jasper_fast.adaptation.migration.report import advice, pairs_lines, render, table_lines, usage
+from jasper_fast.adaptation.migration.report import advice, card_scores, pairs_lines, render, table_lines, usage
 from jasper_fast.config.data import SourceConfig
 from jasper_fast.config.load import load_config
 from jasper_fast.config.models import TeacherConfig
@@ -31,9 +31,10 @@ from jasper_fast.exporting.adapted import export_symmetric
 from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.models.embedder import load_model, normalise
 from jasper_fast.models.folder import MIGRATION_FILE, write_json
-from jasper_fast.models.hub import model_revision
-from jasper_fast.models.sentence_transformer import roles_differ
+from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.models.sentence_transformer import check_embeds, roles_differ
 from jasper_fast.reporting.model_card import adapted_facts
+from jasper_fast.reporting.tables import aligned
 from jasper_fast.teachers.label import ensure_teachers
 from jasper_fast.teachers.reduction import spread_rows
 from jasper_fast.utils.atomic import check_output_path, publish_dir, write_text
@@ -162,13 +163,14 @@ def migrate(
     with publish_dir(out, replace=replace) as folder:
         card = adapted_facts(
             model,
-            f"the index {Path(index.name).name}",
+            Path(index.name).name,
             name=out.name,
             sources=[public_name(source.path)],
             documents=len(both.new),
             held_out=len(held.documents),
             chosen=table.best.name,
-            scores=[asdict(row) for row in table.rows],
+            scores=card_scores(table),
+            into={"kind": index.kind, "rows": index.rows, "width": index.width},
         )
         export_symmetric(
             loaded, {index.width: fit.matrix}, folder / QUESTIONS, card=card, trust_remote_code=trust_remote_code
@@ -182,8 +184,8 @@ def migrate(
 
 
 def _say(lines: Sequence[str]) -> list[str]:
-    """Print lines and return them, for the report."""
-    print("\n".join(lines), flush=True)
+    """Print lines, tables in columns, and return them as they are, for the report."""
+    print("\n".join(aligned(lines)), flush=True)
     return list(lines)
 
 
@@ -198,6 +200,7 @@ def _check_out(out: Path, replace: bool) -> None:
 
 
 def _new_model(model: str, trust_remote_code: bool) -> SentenceTransformer:
+    check_embeds(resolve_model(model), model)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     if roles_differ(loaded):
         raise JasperError(

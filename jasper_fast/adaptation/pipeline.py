@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from jasper_fast.adaptation.choose import FORMS, SYMMETRIC, Choice, HeldOutVectors, candidates, choose_maps
+from jasper_fast.adaptation.choose import ASYMMETRIC, FORMS, SYMMETRIC, Choice, HeldOutVectors, candidates, choose_maps
 from jasper_fast.adaptation.documents import Corpus, read_corpus
 from jasper_fast.adaptation.embeddings import Vectors, embed, fixed_identity, with_length
-from jasper_fast.adaptation.export import Fitted, export_forms, narrow_widths
-from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, speeds, token_counts, width_of
+from jasper_fast.adaptation.export import Fitted, document_ranges, export_forms, narrow_widths
+from jasper_fast.adaptation.measure import document_facts, layers_of, model_facts, width_of
+from jasper_fast.adaptation.plan import expected_reading, plan_text, planned_phases, reading_of
 from jasper_fast.adaptation.report import closing_lines, opening_lines, write_adapt_report
 from jasper_fast.adaptation.request import STUDENT, Request, check_widths, same_space
 from jasper_fast.adaptation.scores import label_free_table, recommendation, recommended
@@ -21,25 +22,22 @@ from jasper_fast.adaptation.state import DOCUMENTS, SENTENCES, State, open_state
 from jasper_fast.adaptation.steps import (
     count_pairs,
     held_out_vectors,
-    lengths_to_compare,
     pick_length,
     project,
 )
 from jasper_fast.adaptation.student import check_student
-from jasper_fast.adaptation.work import Work, plan_time
+from jasper_fast.adaptation.work import Work
+from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
 from jasper_fast.models.embedder import load_model
 from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
-from jasper_fast.training.run.folder import RESULTS, hold_folder
+from jasper_fast.teachers.reuse import text_keys
+from jasper_fast.training.run.folder import RESULTS, RunFolder, hold_folder
 from jasper_fast.training.run.log import LOG
 from jasper_fast.training.run.signals import leave_on_sigterm
 from jasper_fast.utils.atomic import write_atomic
-
-SHORT_TEXT = 0.2  # time that a question or sentence takes, as a fraction of a document's
-PLANNED = {"fit": 5.0, "scores": 5.0, "export": 15.0}  # seconds
-
 
 Train = Callable[[Request, Corpus], Path]  # trains the student and returns its run's folder
 
@@ -89,8 +87,7 @@ def _is_done(request: Request, state: State, corpus: Corpus) -> bool:
         return False
     if state.facts.get("texts") == texts_fingerprint(corpus.texts):
         return True
-    digests = corpus.texts[corpus.fitted.start : corpus.fitted.stop]["digest"]
-    return not state.is_new(DOCUMENTS, digests).any()
+    return not any(state.is_new(DOCUMENTS, digests).any() for digests in corpus.digests(corpus.fitted))
 
 
 def _asked_widths(request: Request) -> list[int] | None:
@@ -116,14 +113,18 @@ def _run(work: Work, train: Train) -> None:
     name = request.model.model if request.model is not None else None
     if request.minutes is None and name is not None:
         _measure(work, name, loaded)
+    else:
+        work.plan(planned_phases(request, work.state, corpus, expected_reading(request, loaded, corpus), width))
+        print(f"planned time: {plan_text(results['planned'])}", flush=True)
     del loaded  # the next step loads it again if an embedding is missing
     if teacher is None:
         with work.step("teacher", f"the teacher reads {len(corpus.texts):,} texts"):
             teacher = embed(request.config, request.teacher, corpus.texts)
     if request.minutes is not None:
+        earlier = RunFolder(request.out / STUDENT).finished
         with work.step("training", f"the student learns for {request.minutes:g} min in {request.out / STUDENT}"):
             name = str(train(request, corpus))
-        results["training"] = _training_facts(request)
+        results["training"] = _training_facts(request) | ({"earlier": True} if earlier else {})
         _measure(work, name, None if request.teacher.model is None else load_teacher(request.teacher))
     assert name is not None
     _fit(work, name, teacher)
@@ -133,8 +134,8 @@ def _begin(work: Work, teacher: Vectors | None, width: int) -> None:
     """Check the vectors against those of earlier calls, mark the folder as ours, and say what is unusual."""
     request, state, corpus = work.request, work.state, work.corpus
     if teacher is not None:
-        digests = corpus.texts[: corpus.documents]["digest"]
-        state.check_probes(digests, lambda rows: teacher.cached.read(rows).numpy(), request.teacher_name)
+        keys = text_keys(corpus.texts)[: corpus.documents, 0]
+        state.check_probes(keys, lambda rows: teacher.cached.read(rows).numpy(), request.teacher_name)
     if state.finished:
         (request.out / RESULTS).unlink()
     state.save_facts(texts=texts_fingerprint(corpus.texts), widths=_asked_widths(request))
@@ -145,18 +146,19 @@ def _begin(work: Work, teacher: Vectors | None, width: int) -> None:
         )
     if len(corpus.fitted) < width:
         work.note(
-            f"{len(corpus.fitted):,} documents for {width} dimensions: the map stays as it was where they say nothing. "
-            "Expect about a point less than from a thousand documents"
+            f"{len(corpus.fitted):,} documents for {width:,} dimensions: the map stays as it was where they say "
+            "nothing. Expect about a point less than from a thousand documents"
         )
     elif corpus.questions and corpus.questions < 50:
-        work.note(f"{corpus.questions} held-out questions: scores are uncertain by several points")
+        work.note(f"{corpus.questions:,} held-out questions: scores are uncertain by several points")
 
 
 def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
     """Measure speeds, describe the documents, print the opening lines and plan the time of the rest."""
     request, corpus, results = work.request, work.corpus, work.results
     model = load_model(name, trust_remote_code=request.trust_remote_code)
-    work.counts = token_counts(corpus, model)
+    reading = reading_of(model, teacher, corpus)
+    work.counts = reading.counts
     width = width_of(model)
     space = _space(work, name)
     results["student"] = model_facts(name, width, model) | {
@@ -164,15 +166,16 @@ def _measure(work: Work, name: str, teacher: Teacher | None) -> None:
         "same_space": space,
     }
     _describe_documents(work, results["student"]["max_length"])
-    results["speed"] = speeds(model, teacher, corpus, work.counts)
-    plan_time(work, results["speed"], lengths_to_compare(model, work.counts))
+    results["speed"] = reading.speed
+    work.plan(planned_phases(request, work.state, corpus, reading, results["teacher"]["width"]))
     print("\n".join(opening_lines(results)), flush=True)
 
 
 def _describe_documents(work: Work, max_length: int | None) -> None:
     """Fill in the facts about the documents, for the length that the student reads."""
     state, corpus = work.state, work.corpus
-    known = int((~state.is_new(DOCUMENTS, corpus.texts[: corpus.documents]["digest"])).sum())
+    blocks = corpus.digests(range(corpus.documents))
+    known = sum(int((~state.is_new(DOCUMENTS, digests)).sum()) for digests in blocks)
     earlier = len(state.counted[DOCUMENTS]) - known  # counted, and not among the documents of this call
     work.results["documents"] = document_facts(work.request, corpus, work.counts, max_length, earlier)
 
@@ -183,7 +186,7 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
     config = _student(work, name, teacher)
     models = {"student": fixed_identity(config), "teacher": state.settings["teacher"]}
     state.check_models(models)
-    with work.step("student", f"the student reads {len(corpus.texts):,} texts, up to {config.max_length} tokens"):
+    with work.step("student", f"the student reads {len(corpus.texts):,} texts, up to {config.max_length:,} tokens"):
         student = embed(request.config, config, corpus.texts, STUDENT)
     with work.step("fit", "fitting the maps"):
         new = count_pairs(state, corpus, student, teacher, lambda: state.save_statistics(models))
@@ -199,7 +202,8 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
         projections = project(corpus, teacher, state.sums[DOCUMENTS].target, held, maps, widths)
     with work.step("scores", "scores without labels"):
         _score(work, name, held, maps, projections)
-    fitted = Fitted(name, config.max_length, teacher.width, maps, projections)
+    ranges = document_ranges(held, maps, projections)
+    fitted = Fitted(name, config.max_length, teacher.width, maps, projections, ranges)
     with work.step("export", "writing the models"):
         export_forms(request, fitted, results)
     _report(work, fitted)
@@ -223,7 +227,8 @@ def _student(work: Work, name: str, teacher: Vectors) -> TeacherConfig:
         length = chosen["length"]
         if length != chosen["before"]:
             print(
-                f"the student reads at most {length} tokens ({chosen['before']} before): {chosen['reason']}", flush=True
+                f"the student reads at most {length:,} tokens ({chosen['before']:,} before): {chosen['reason']}",
+                flush=True,
             )
     work.results["student"]["max_length"] = length
     _describe_documents(work, length)
@@ -294,6 +299,10 @@ def _report(work: Work, fitted: Fitted) -> None:
     build += ["--columns", columns] if columns != "text" else []
     build += ["--id-column", request.source.id_column] if request.source.id_column is not None else []
     build += ["--width", str(width)] if width != fitted.width else []
+    cache = str(request.config.data.cache)
+    build += (
+        ["--cache", cache] if form == ASYMMETRIC and cache != DataConfig.model_fields["cache"].default else []
+    )  # has the teacher's embeddings
     results["next"] = [
         " ".join([*build, "--out", index]),
         f'jasper-fast search ask {index} "your question"',

@@ -101,5 +101,5 @@ def _draw(axis: Axes, series: tuple[str, str], places: list[float], points: list
 
 
 def _finish(axis: Axes, results: Mapping[str, Any]) -> None:
-    axis.set_ylabel("teacher's ten neighbours found, %")
+    axis.set_ylabel("neighbours, %")
     axis.set_title(f"{results['label_free']['questions']:,} held-out questions", loc="left", fontsize=11)

@@ -10,7 +10,8 @@ Keys of the results. Fractions are from 0 to 1, and what was not measured is abs
   says whether a searched document contains its question.
 - ``teacher`` and ``student``: ``name``, ``width``, ``parameters``, ``max_length`` and ``vectors`` (precomputed). The
   student also has ``layers`` ("3 of 6") and ``same_space``.
-- ``training``, if the student was trained: ``minutes``, ``texts``, and ``label_free`` of the run's results.
+- ``training``, if the student was trained: ``minutes``, ``texts``, and ``label_free`` of the run's results. ``earlier``
+  is True if an earlier call did it, on the documents that it had.
 - ``maps``: {form: ``Choice.record()``}.
 - ``projections``: a list of ``Choice.record()`` with ``width``.
 - ``length``: ``LengthChoice.record()``.
@@ -19,7 +20,7 @@ Keys of the results. Fractions are from 0 to 1, and what was not measured is abs
 - ``speed``: ``student`` and ``teacher`` have ``documents_per_s`` and ``queries_per_s``. The teacher is None for
   vectors. ``texts`` is the number of measured documents, and ``mean_tokens`` their length.
 - ``notes``: lines on what was decided for the user.
-- ``seconds``: {step: seconds}.
+- ``seconds`` and ``planned``: {step: seconds}.
 - ``next``: commands.
 """
 
@@ -90,7 +91,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     label_free = results["label_free"]
     if "missing" in label_free:
         return f"## Scores without labels\n\nNo scores: {label_free['missing']}."
-    figures = {"overlap": "neighbours", "ndcg": "nDCG@10", "answer_ndcg": "own document", "kept": "kept"}
+    figures = {"overlap": "neighbours", "ndcg": "ranking", "answer_ndcg": "nDCG@10", "kept": "kept"}
     present = {key: title for key, title in figures.items() if any(key in row for row in label_free["rows"])}
     measured = [cell for title in present.values() for cell in (title, "±")]
     table = [["model", "form", "width", "bytes", *measured, "expected"]]
@@ -113,13 +114,15 @@ def _explanation(results: Mapping[str, Any]) -> str:
         "teacher encodes documents.",
         f"- *neighbours*: the fraction of the teacher's {label_free['depth']} nearest documents that a model finds. A "
         f"random order has {100 * label_free['chance']:.1f}.",
-        "- *nDCG@10*: the same with ranks. The teacher's nearest document has gain 10, its tenth has gain 1.",
+        "- *ranking*: nDCG@10 where the teacher's nearest document has gain 10, and its tenth has gain 1.",
     ]
     if label_free["answers"]:
         contained = " The document contains its question." if held_out.get("question_in_document") else ""
-        lines.append(f"- *own document*: nDCG@10 of finding the question's document.{contained}")
         lines.append(
-            "- *kept*: the fraction of the teacher's figure for *own document* at full width. Questions that repeat "
+            f"- *nDCG@10*: the score of finding the question's own document, as in reports of training.{contained}"
+        )
+        lines.append(
+            "- *kept*: the fraction of the teacher's *nDCG@10* at full width. Questions that repeat "
             "words of their document make it high for every model."
         )
     lines.append(
@@ -207,7 +210,8 @@ def _facts(results: Mapping[str, Any]) -> str:
     lines += [f"held out: {held_out_text(results['held_out'])}"] if "held_out" in results else []
     lines += [f"{model}: {model_text(results[model])}" for model in (TEACHER, STUDENT)]
     if training := results.get("training"):
-        lines.append(f"training: {training['minutes']:g} minutes on {training['texts']:,} texts")
+        earlier = ", by an earlier call" if training.get("earlier") else ""
+        lines.append(f"training: {training['minutes']:g} minutes on {training['texts']:,} texts{earlier}")
     lines += _speed(results)
     widths = sorted({row["width"] for row in results["label_free"].get("rows", []) if row["model"] == STUDENT})
     if sizes := ", ".join(f"{width} wide {BYTES * width:,}" for width in reversed(widths)):

@@ -21,7 +21,8 @@ from jasper_fast.data.document_ids import check_document_ids
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.text_sources import check_source, is_local
 from jasper_fast.models.folder import FACTS_FILE
-from jasper_fast.models.hub import model_revision, resolve_model
+from jasper_fast.models.hub import configured_width, model_revision, resolve_model
+from jasper_fast.models.sentence_transformer import check_embeds
 from jasper_fast.teachers.model import check_custom_code
 from jasper_fast.training.run.folder import CONFIG
 from jasper_fast.utils.atomic import check_output_path, check_writable
@@ -115,12 +116,10 @@ def make_request(
         JasperError: an argument is impossible, or a model, file or folder cannot be used.
     """
     path = Path(out).expanduser()
+    chosen_length, chosen_minutes, chosen_widths = _length(max_length), _minutes(minutes, model), _widths(widths)
     check_output_path(path)
     check_vacant(path)
     source = _source(documents, columns, id_column)
-    chosen_length = _length(max_length)
-    chosen_minutes = _minutes(minutes, model)
-    chosen_widths = _widths(widths)
     if teacher is None or not is_vectors(teacher):  # else the ids match the vectors, which reports more
         _check_ids(source)
     check_writable(Path(cache).expanduser())
@@ -141,12 +140,17 @@ def make_request(
         teaching = vectors_config(teacher, probe)
     else:
         teaching = TeacherConfig(model=teacher, max_length=LONGEST, trust_remote_code=trust_remote_code)
+    if teaching.model is not None:
+        check_embeds(resolve_model(teaching.model), teaching.model, teaching.revision)
     check_custom_code(teaching)
     overrides.append(("teachers", [teaching.model_dump(mode="json", exclude_defaults=True)]))
     config = load_config(None, overrides)
-    return Request(
+    request = Request(
         str(documents), path, config, teaching, student, chosen_minutes, chosen_widths, chosen_length, trust_remote_code
     )
+    if (width := _teacher_width(teaching)) is not None:
+        check_widths(request, width)
+    return request
 
 
 def check_widths(request: Request, width: int) -> None:
@@ -195,6 +199,13 @@ def same_space(student: str, teacher: TeacherConfig) -> bool | None:
     whole = teacher.truncate_dim is None and teacher.dense is None and teacher.pooling == "auto"
     revisions = [fact.get("revision") for fact in facts if isinstance(fact, dict)]
     return whole and len(facts) == 1 and revisions == [model_revision(teacher.model, teacher.revision)]
+
+
+def _teacher_width(teacher: TeacherConfig) -> int | None:
+    """Return the teacher's width if its files say it. The loaded teacher is checked again."""
+    if teacher.model is None or teacher.dense is not None or teacher.truncate_dim is not None:
+        return teacher.truncate_dim
+    return configured_width(teacher.model, teacher.revision)
 
 
 def _source(documents: str | Path, columns: Sequence[str], id_column: str | None) -> SourceConfig:
@@ -246,6 +257,7 @@ def _check_student(model: str) -> None:
         )
     if looks_like_path(model) and not folder.is_dir():
         raise JasperError(f"{model}: there is no such folder. Fix: give a run folder, a model's folder or a name")
+    check_embeds(str(folder), model)
     model_revision(model)
 
 

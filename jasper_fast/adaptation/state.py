@@ -137,11 +137,11 @@ class State:
         if kind == KINDS[0] and self.probes is None:
             self.probes = keys[:PROBES], np.ascontiguousarray(teacher[:PROBES])
 
-    def check_probes(self, digests: list[str], read: Callable[[np.ndarray], np.ndarray], name: str) -> None:
+    def check_probes(self, texts: np.ndarray, read: Callable[[np.ndarray], np.ndarray], name: str) -> None:
         """Reject vectors of another model, by the documents with kept embeddings.
 
         Args:
-            digests: digests of n documents.
+            texts: (n,) uint64, the first 64 bits of the digests of n documents.
             read: function from some of their positions, (k,) int64, to the vectors (k, d) of these, unit rows.
             name: the vectors, for the message.
 
@@ -151,7 +151,7 @@ class State:
         if self.probes is None:
             return
         keys, kept = self.probes
-        _, old, new = np.intersect1d(keys, short_keys(digests), return_indices=True)
+        _, old, new = np.intersect1d(keys, texts, return_indices=True)
         if not len(old):
             return
         vectors = read(new)

@@ -122,7 +122,7 @@ def pick_length(
     asked = list(corpus.texts[corpus.asked.start : corpus.asked.stop]["text"])
 
     def encode(length: int) -> np.ndarray:
-        print(f"reading {len(texts):,} documents up to {length} tokens", flush=True)
+        print(f"reading {len(texts):,} documents up to {length:,} tokens", flush=True)
         set_length(model, length, name)
         return _widest(model_encoder(model)(texts, "document"))
 

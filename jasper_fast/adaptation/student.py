@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_fast.adaptation.documents import Corpus
+from jasper_fast.adaptation.documents import Corpus, texts_in
 from jasper_fast.adaptation.request import Request
 from jasper_fast.config.run import Config
 from jasper_fast.models.embedder import load_model
@@ -83,8 +83,8 @@ def continued_training(request: Request, corpus: Corpus, model: SentenceTransfor
 
 def write_questions(corpus: Corpus, file: Path) -> None:
     """Write the titles and sentences of the documents that are not held out, a JSON object a line."""
-    texts = corpus.texts.select(corpus.sentences)["text"]
-    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    texts = (text for block in texts_in(corpus.texts, corpus.sentences) for text in block["text"])
+    content = b"".join((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode() for text in texts)
     if not file.is_file() or file.read_bytes() != content:  # a file that stays as it is keeps its place in the cache
         write_atomic(file, content)
 

@@ -110,7 +110,11 @@ def missing_column(column: str, present: Iterable[str], where: str) -> JasperErr
     """
     names = list(map(str, present))
     separator = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    fix = f"separate the cells by commas, not by {separator!r}" if separator else "set `columns` to one of these"
+    fix = (
+        f"separate the cells by commas, not by {separator!r}"
+        if separator
+        else "set --columns (columns of a source) to one of these"
+    )
     return JasperError(f"{where}: no column {column!r} (got columns: {', '.join(names) or 'none'}). Fix: {fix}")
 
 

@@ -129,7 +129,7 @@ def _build(data: DataConfig, seed: int, excluded: frozenset[str], settings: dict
         buckets = _Buckets(spool, seed)
         for number, source in enumerate(data.sources):
             reader = _Reader(source, data, seed, excluded, choice, f"data.sources.{number}.limit")
-            with tqdm(desc=f"reading {source.path}", unit=" texts", delay=2, leave=False) as bar:
+            with tqdm(desc=f"reading {source.path}", unit=" texts", delay=2, leave=False, disable=None) as bar:
                 for text, place in reader.texts(counts):
                     buckets.add((text, source.role, text_digest(text, source.role)), place)
                     bar.update()
@@ -149,8 +149,9 @@ def _build(data: DataConfig, seed: int, excluded: frozenset[str], settings: dict
     summary = TextCounts.from_counter(counts, limits)
     if not summary.texts:
         raise JasperError(
-            f"data: no training text is left ({summary.line()}; `min_chars` is {data.min_chars}). Fix: add sources in "
-            "data.sources, or lower data.min_chars"
+            f"no training text is left ({summary.line()}; texts with fewer than {data.min_chars} characters are left "
+            "out). Fix: give a source with more or longer texts, or other columns (--columns), or lower min_chars of a "
+            "configuration"
         )
     hashes = {f: file_sha256(folder / f) for f in files}
     held_out_file = write_held_out(folder, held_out.values())

@@ -167,7 +167,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     if os.path.isdir(path):
         files = [file for file in listed_files(path, SUFFIXES) if not _is_note(file)]
     elif not os.path.exists(path):
-        raise JasperError(f"{source.path}: no such file or folder. Fix: correct the path in data.sources")
+        raise JasperError(f"{source.path}: no such file or folder. Fix: correct the path")
     else:
         files = [path] if path.name.lower().endswith(SUFFIXES) else []
     if not files:
@@ -226,7 +226,7 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return check_text(value, where)
     problem = "is null" if value is None else f"is not text but {type(value).__name__} ({str(value)[:40]})"
-    raise JasperError(f"{where} {problem}. Fix: remove or correct the row, or select other `columns`")
+    raise JasperError(f"{where} {problem}. Fix: remove or correct the row, or select other columns (--columns)")
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Row]:
@@ -250,7 +250,7 @@ def _stream(source: SourceConfig) -> Any:
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise JasperError(
             f"{source.path}: not a local file or folder, and loading it as a hub dataset failed (config "
-            f"{source.config}, split {source.split!r}: {_first_line(error)}). Fix: correct the path in data.sources"
+            f"{source.config}, split {source.split!r}: {_first_line(error)}). Fix: correct the path"
         ) from error
 
 

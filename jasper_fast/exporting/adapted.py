@@ -19,6 +19,7 @@ from jasper_fast.exporting.parity import check_adapted, source_rows
 from jasper_fast.models.folder import read_json, write_json
 from jasper_fast.models.hub import prompt_of
 from jasper_fast.models.loading import without_bars
+from jasper_fast.models.quantization import ranges_file
 from jasper_fast.models.sentence_transformer import ROLES, role_modules, roles_differ, set_length, transformers_of
 from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
@@ -39,6 +40,7 @@ def export_symmetric(
     *,
     max_length: int | None = None,
     card: Mapping[str, Any] | None = None,
+    ranges: Mapping[int, np.ndarray] | None = None,
     replace: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -54,6 +56,7 @@ def export_symmetric(
         path: new model folder. It is published complete or not at all.
         max_length: maximum number of tokens per text. None: the student's.
         card: facts for the model card, as from ``adapted_facts`` of the model card. None: only the widths.
+        ranges: {w: (2, w) float32 ranges of int8 codes}, as from ``int8_ranges``, saved in the folder. None: no ranges.
         replace: permission to replace an existing folder. Default: False.
         trust_remote_code: permission to run the student's code while the export is checked. Default: False.
 
@@ -86,6 +89,7 @@ def export_symmetric(
     prompts = {role: prompt_of(student.prompts, role) for role in ROLES}
     with publish_dir(path, replace=replace) as folder:
         _save([*stem, router, Normalize()], prompts, str(student.device), folder)
+        _save_ranges(ranges, folder)
         write_card(folder, _facts(card, "symmetric", dict.fromkeys(ROLES, student), list(matrices)), list(matrices))
         expected = {role: {w: rows[role] @ matrix for w, matrix in matrices.items()} for role in ROLES}
         check_adapted(folder, expected, "{width}", str(student.device), trust_remote_code=trust_remote_code)
@@ -101,6 +105,7 @@ def export_asymmetric(
     *,
     max_length: int | None = None,
     card: Mapping[str, Any] | None = None,
+    ranges: Mapping[int, np.ndarray] | None = None,
     replace: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -119,6 +124,7 @@ def export_asymmetric(
         path: new model folder. It is published complete or not at all.
         max_length: maximum number of tokens per query. None: the student's.
         card: facts for the model card, as from ``adapted_facts`` of the model card. None: only the widths.
+        ranges: {w: (2, w) float32 ranges of int8 codes}, as from ``int8_ranges``, saved in the folder. None: no ranges.
         replace: permission to replace an existing folder. Default: False.
         trust_remote_code: permission to run the models' code while the export is checked. Default: False.
 
@@ -158,6 +164,7 @@ def export_asymmetric(
     prompts = {role: prompt_of(encoder.prompts, role) for role, encoder in encoders.items()}
     with publish_dir(path, replace=replace) as folder:
         _save(modules, prompts, device, folder)
+        _save_ranges(ranges, folder)
         write_card(folder, _facts(card, "asymmetric", encoders, list(queries)), list(queries))
         expected = {
             "query": {w: rows["query"] @ matrix for w, matrix in queries.items()},
@@ -283,6 +290,11 @@ def _save(modules: list[Any], prompts: Mapping[str, str], device: str, folder: P
         if getattr(module.model, "pooler", True) is None:
             settings["model_args"] = {"add_pooling_layer": False}  # otherwise loading adds random weights
         write_json(file, settings)
+
+
+def _save_ranges(ranges: Mapping[int, np.ndarray] | None, folder: Path) -> None:
+    for width, pair in (ranges or {}).items():
+        np.save(folder / ranges_file(width), pair)
 
 
 def _places(first: Any) -> Iterator[tuple[Any, str]]:

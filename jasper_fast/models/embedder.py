@@ -200,6 +200,38 @@ def model_encoder(model: SentenceTransformer, widths: Sequence[int] | None = Non
     return encode
 
 
+def document_head(model: SentenceTransformer, width: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return the modules of an asymmetric model that follow its document encoder, as a function of its embeddings.
+
+    Args:
+        model: sentence-transformers model with a Router of widths by role.
+        width: width of the result.
+
+    Returns:
+        A function from (n, d) float32 unit rows to (n, width) float32 unit rows. Coordinates of the encoder beyond
+        d count as zero. None: the model has no such head, or the head depends on the length of its input.
+    """
+    from sentence_transformers.base.modules import Dense
+
+    position, heads = role_heads(model)
+    modules = [*heads["document"].get(width, []), *list(model)[position + 1 :]]
+    dense = [module for module in modules if isinstance(module, Dense)]
+    linear = all(isinstance(part.activation_function, torch.nn.Identity) and part.linear.bias is None for part in dense)
+    if width not in heads["document"] or heads["query"] is heads["document"] or not linear:
+        return None
+    inputs = dense[0].in_features if dense else width
+
+    @torch.inference_mode()
+    def project(rows: np.ndarray) -> np.ndarray:
+        padded = np.pad(rows, ((0, 0), (0, inputs - rows.shape[1])))
+        state = {"sentence_embedding": torch.from_numpy(padded).to(model.device)}
+        for module in modules:
+            state = module(state)
+        return normalise(state["sentence_embedding"].float().cpu().numpy())
+
+    return project
+
+
 def _chosen_widths(model: SentenceTransformer, heads: dict[int, Any], widths: Sequence[int] | None) -> list[int]:
     """Check the requested widths and return them, widest first. None requests all heads, or the model's width."""
     full = max(heads) if heads else int(model.get_embedding_dimension() or 0)

@@ -34,6 +34,7 @@ VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.bpe", "*.tiktoken", "*.spm", "
 IDENTITY_FILES = (*WEIGHTS, *VOCABULARIES, "*.json", "*.py")  # files that determine a model's embeddings
 PROMPTS = "config_sentence_transformers.json"  # file of a model's prompts in sentence-transformers
 ROUTER = "router_config.json"
+HIDDEN = ("hidden_size", "d_model", "dim", "n_embd")  # names of an encoder's width in config.json
 FORMS = {  # folders of an adapted model, the preferred form first
     "asymmetric": "form whose student encodes questions and whose teacher encodes documents",
     "symmetric": "form whose student encodes questions and documents",
@@ -169,6 +170,35 @@ def routes_by_role(name: str, revision: str | None = None) -> bool:
         raise JasperError(
             f"{name}: modules.json is damaged ({error}). Fix: copy or download the model again"
         ) from error
+
+
+def configured_width(name: str, revision: str | None = None) -> int | None:
+    """Return the width of a model's embeddings by its files, without loading it.
+
+    Args:
+        name: model as in a configuration.
+        revision: branch, tag or commit, for a name on the hub.
+
+    Returns:
+        the width. None: the files do not say it, as of a model with a Router or with several poolings.
+
+    Raises:
+        JasperError: its settings are damaged, or the hub does not know the name or cannot be reached.
+    """
+    width: Any = None
+    for module in read_settings(name, revision, "modules.json") or [{"type": "Transformer", "path": ""}]:
+        kind = str(module.get("type")).rpartition(".")[2]
+        settings = read_settings(name, revision, f"{module.get('path', '')}/config.json".lstrip("/"))
+        if kind == "Transformer":
+            width = next((settings[key] for key in HIDDEN if key in settings), None)
+        elif kind == "Dense":
+            width = settings.get("out_features")
+        elif kind == "Pooling":
+            modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
+            width = width if len(modes) <= 1 else None
+        elif kind not in ("Normalize", "Dropout"):
+            return None
+    return width if isinstance(width, int) else None
 
 
 def read_settings(name: str, revision: str | None, file: str) -> Any:

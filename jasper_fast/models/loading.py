@@ -75,7 +75,6 @@ def record_loads() -> Iterator[list[LoadedWeights]]:
     Not thread-safe.
     """
     from transformers import PreTrainedModel
-    from transformers.utils import logging
 
     original = PreTrainedModel.__dict__["from_pretrained"]
     loads: list[LoadedWeights] = []
@@ -87,14 +86,24 @@ def record_loads() -> Iterator[list[LoadedWeights]]:
         loads.append(LoadedWeights(model, *names))
         return (model, info) if output_loading_info else model
 
-    verbosity = logging.get_verbosity()
     PreTrainedModel.from_pretrained = classmethod(recording)
-    logging.set_verbosity_error()
     try:
-        with without_bars():
+        with _errors_only(), without_bars():
             yield loads
     finally:
         PreTrainedModel.from_pretrained = original
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence the warnings of transformers in the block. Not thread-safe."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
         logging.set_verbosity(verbosity)
 
 
@@ -168,7 +177,7 @@ def _task_heads(model: Any) -> set[str]:
     names: set[str] = set()
     for model_class in classes:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _errors_only():  # some classes warn about uses that nobody has in mind here
                 names.update(name for name, _ in model_class(model.config).named_children())
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError):
             continue  # a class that this configuration cannot build has not saved these weights

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jasper_fast.models.hub import adapted_form
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -93,12 +95,15 @@ def read_ranges(folder: str | Path) -> dict[int, np.ndarray]:
     """Read the int8 ranges of an exported model.
 
     Args:
-        folder: model folder or run folder.
+        folder: model folder, run folder or folder of an adapted model.
 
     Returns:
         {width: (2, width) float32}, empty if the folder has no ranges or does not exist.
     """
     path = Path(folder)
-    path = path / "model" if (path / "model").is_dir() else path
+    if (path / "model").is_dir():
+        path /= "model"
+    elif form := adapted_form(path):
+        path /= form
     files = sorted(path.glob("int8_ranges_*.npy")) if path.is_dir() else []
     return {int(file.stem.rpartition("_")[2]): np.load(file) for file in files}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 ROLES = ("query", "document")
+CLASSIFIER = "ForSequenceClassification"  # end of the class of cross-encoders and classifiers in transformers
 TOKENIZED_AT_ONCE = 512  # texts per call of the tokenizer
 OTHER_MODEL_FIX = "choose another model, or the version of transformers that it was saved with"
 
@@ -278,9 +279,37 @@ def _check_text_fits(model: SentenceTransformer, role: str, prompt: str, name: s
         )
 
 
+def check_embeds(where: str, name: str, revision: str | None = None) -> None:
+    """Reject models that give no embedding per text. Nothing is loaded or downloaded.
+
+    A plain encoder that was saved as a classifier can be a student's beginning, but embeds nothing as it is.
+
+    Args:
+        where: folder or hub name. Of a hub name, only files that were downloaded are read.
+        name: model, for messages.
+        revision: branch, tag or commit on the hub. None is the default branch.
+
+    Raises:
+        JasperError: the model is of another class of sentence-transformers, or a cross-encoder or classifier.
+    """
+    _check_kind(where, revision, name)
+    folder = _local_folder(where, revision)
+    if folder is None or (folder / "modules.json").is_file():
+        return
+    architectures = read_settings(str(folder), None, "config.json").get("architectures") or []
+    classifier = next((one for one in architectures if str(one).endswith(CLASSIFIER)), None)
+    if classifier is not None:
+        raise JasperError(
+            f"{name}: the model is a {classifier}, a cross-encoder or classifier, which scores texts (expected a model "
+            "with one embedding per text). Fix: choose an embedding model, such as all-MiniLM-L6-v2"
+        )
+
+
 def _check_kind(where: str, revision: str | None, name: str) -> None:
     """Reject models of another class of sentence-transformers, such as a CrossEncoder."""
-    kind = _kind(where, revision)
+    folder = _local_folder(where, revision)
+    settings = read_settings(str(folder), None, PROMPTS) if folder is not None else {}
+    kind = settings.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise JasperError(
             f"{name}: the model is a {kind}, whose modules would not be loaded (expected a SentenceTransformer). Fix: "
@@ -288,17 +317,15 @@ def _check_kind(where: str, revision: str | None, name: str) -> None:
         )
 
 
-def _kind(where: str, revision: str | None) -> str:
-    """Return the class that saved a loaded model. Hub files are cached by now, so this needs no network."""
+def _local_folder(where: str, revision: str | None) -> Path | None:
+    """Return the folder of a model on this machine, without the network. None: it was not downloaded yet."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder: Path | None = Path(where)
-    if not Path(where).is_dir():
-        name = where if "/" in where else f"sentence-transformers/{where}"
-        cached = try_to_load_from_cache(name, PROMPTS, revision=revision)
-        folder = Path(cached).parent if isinstance(cached, str) else None
-    settings = read_settings(str(folder), None, PROMPTS) if folder is not None else {}
-    return settings.get("model_type", "SentenceTransformer")
+    if Path(where).is_dir():
+        return Path(where)
+    name = where if "/" in where else f"sentence-transformers/{where}"
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in (PROMPTS, "config.json"))
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def _check_modules_file(name: str, where: str) -> None:

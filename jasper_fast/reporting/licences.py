@@ -20,8 +20,11 @@ def model_parts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the models that a student is made of, as (name with its role, licence) pairs, the base model first."""
     base = public_name(facts.get("student", {}).get("model", ""))
     parts = [(f"base model {base}".strip(), facts.get("licence", UNKNOWN_LICENCE))]
-    teachers = facts.get("teachers", [])
-    return parts + [(f"teacher {public_name(t['model'])}", t.get("licence", UNKNOWN_LICENCE)) for t in teachers]
+    into = bool(facts.get("adapted", {}).get("into"))  # then the first teacher is an index
+    for position, teacher in enumerate(facts.get("teachers", [])):
+        role = "index" if into and not position else "teacher"
+        parts.append((f"{role} {public_name(teacher['model'])}", teacher.get("licence", UNKNOWN_LICENCE)))
+    return parts
 
 
 def derived_licence(facts: Mapping[str, Any]) -> tuple[str, str]:

@@ -93,6 +93,7 @@ def adapted_facts(
     chosen: str | None = None,
     projections: Mapping[int, str] | None = None,
     scores: Sequence[Mapping[str, Any]] = (),
+    into: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the facts of an adapted model for its model card, as plain JSON.
 
@@ -110,6 +111,8 @@ def adapted_facts(
         projections: {width: its projection}, such as {64: "learned", 32: "principal axes"}.
         scores: held-out agreement with the teacher, one mapping per row of the table, with the same keys in each. The
             keys are the heads of the columns, and floats are shown with four decimals.
+        into: ``kind``, ``rows`` and ``width`` of an existing index that the questions were mapped into. The teacher is
+            then the name of this index. None: the model was adapted to documents.
     """
     folder = Path(resolve_model(student))
     trained = folder / FACTS_FILE
@@ -132,6 +135,7 @@ def adapted_facts(
         "chosen": chosen,
         "projections": {str(width): kind for width, kind in (projections or {}).items()},
         "scores": [dict(row) for row in scores],
+        "into": dict(into) if into is not None else None,
     }
     return {**facts, "name": name, "teachers": [space, *others.values()], "adapted": adapted}
 

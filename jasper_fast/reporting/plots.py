@@ -117,7 +117,7 @@ def plot_label_free(label_free: Mapping[str, Any], file: IO[bytes]) -> None:
     axis.set_xticks(widths, [str(width) for width in widths])
     axis.minorticks_off()
     axis.set_xlabel("embedding width")
-    axis.set_ylabel("neighbours shared with the teacher, %")
+    axis.set_ylabel("neighbours, %")
     axis.set_title(f"{label_free['documents']} held-out documents", loc="left", fontsize=11)
     shared_legend(figure, [axis])
     save_figure(figure, file)

@@ -120,7 +120,7 @@ def _plots(folder: Path, steps: Sequence[Mapping[str, Any]], results: Mapping[st
     if steps:
         drawings["losses"] = ("Loss curves", lambda file: plots.plot_losses(steps, file))
     if results.get("label_free", {}).get("rows"):
-        drawings["label_free"] = ("Neighbours kept", lambda file: plots.plot_label_free(results["label_free"], file))
+        drawings["label_free"] = ("Neighbours", lambda file: plots.plot_label_free(results["label_free"], file))
     if results.get("rows"):
         drawings["sets"] = ("Student against teacher", lambda file: plots.plot_sets(results, file))
         drawings["widths"] = ("Quality against width", lambda file: plots.plot_widths(results, file))

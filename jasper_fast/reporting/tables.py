@@ -1,13 +1,39 @@
-"""Tables of image retrieval scores."""
+"""Tables of image retrieval scores, and Markdown tables as a terminal shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from jasper_fast.evaluation.images import DEPTHS, FLOOR, REFERENCE, STUDENT
 
+GAP = "  "  # between the columns of a table in the terminal
 OLD_NAMES = {"ceiling: its other captions": REFERENCE}  # in results of earlier versions
+
+
+def aligned(lines: Sequence[str]) -> list[str]:
+    """Return lines for the terminal: Markdown tables among them become columns, the first one left-aligned.
+
+    Args:
+        lines: lines of text. Consecutive ones that begin with ``|`` are a table, and cells hold no ``|``.
+
+    Example:
+        >>> aligned(["scores", "| map | overlap |", "| --- | ---: |", "| **ridge** | 98.0 % |"])
+        ['scores', 'map    overlap', 'ridge   98.0 %']
+    """
+    shown: list[str] = []
+    for is_table, group in groupby(lines, lambda line: line.startswith("|")):
+        if not is_table:
+            shown += group
+            continue
+        rows = [[cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in group]
+        rows = [row for row in rows if not all(set(cell) <= set("-:") and cell for cell in row)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for first, *others in rows:
+            cells = [first.ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(others, widths[1:], strict=True))]
+            shown.append(GAP.join(cells).rstrip())
+    return shown
 
 
 def scores_markdown(results: Mapping[str, Any]) -> str:

@@ -226,7 +226,8 @@ class TeacherCache:
         if differences:
             first = f"{self.folder}: holds other embeddings than this run needs (got -> expected):"
             raise JasperError(
-                "\n  - ".join([first, *differences]) + "\nFix: delete or move that folder, or use another data.cache"
+                "\n  - ".join([first, *differences])
+                + "\nFix: delete or move that folder, or use another cache (--cache or data.cache)"
             )
 
 

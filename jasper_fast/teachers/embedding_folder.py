@@ -10,8 +10,11 @@ from jasper_fast.data.listing import listed_files, user_path
 from jasper_fast.teachers.embedding_files import KINDS, SUFFIXES, embedding_paths
 from jasper_fast.utils.errors import JasperError
 
-TEXTS = "`jasper-fast teach --texts texts.jsonl`, with this configuration, writes the training texts"
-ADD_KEYS = f"save the embeddings as .jsonl or .parquet with a column `digest` or `text`. {TEXTS} with both"
+TEXTS = "`jasper-fast teach --texts texts.jsonl` writes the training texts of a configuration"
+ADD_KEYS = (
+    "save the embeddings as .jsonl or .parquet with a column `digest` or `text`, or `id` with --id-column. "
+    f"{TEXTS} with their digests"
+)
 
 
 def has_files(config: TeacherConfig) -> bool:

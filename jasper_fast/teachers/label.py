@@ -25,7 +25,7 @@ from jasper_fast.teachers.cache import SHARD_ROWS, TeacherCache, TeacherEmbeddin
 from jasper_fast.teachers.model import check_custom_code
 from jasper_fast.teachers.opening import Worker, assigned_shards, open_all, open_teacher, reduce_to_head
 from jasper_fast.teachers.precomputed import PrecomputedEmbeddings
-from jasper_fast.teachers.reuse import CacheReuse
+from jasper_fast.teachers.reuse import CacheReuse, text_keys
 from jasper_fast.utils.atomic import locked
 from jasper_fast.utils.errors import JasperError, Problems
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jasper_fast.models.student import Student
 
 
-FILE_SECONDS = 30.0  # between two lines of progress that a file gets
+LINE_SECONDS = 30.0  # between two lines of progress in a log
 MIN_STORING_COST = 1e-6  # cosine distance between stored and computed embeddings, from which it is reported
 MAX_WAIT_SECONDS = 1800.0  # seconds without a new shard after which the other processes count as dead
 
@@ -253,22 +253,28 @@ def _compute(
 
     remaining = sum(stop - start for start, stop in map(cache.span, missing))
     if remaining < cache.rows and cache.has(0):
-        log(f"{called} {cache.name}: resuming, {remaining} of {cache.rows} embeddings are missing")
+        log(f"{called} {cache.name}: resuming, {remaining:,} of {cache.rows:,} embeddings are missing")
     if teacher.note is not None:
         log(f"{called} {cache.name}: {teacher.note}")
-    lenders = CacheReuse(cache, texts["digest"][:] if teacher.reusable else [])
+    lenders = CacheReuse(cache, text_keys(texts) if teacher.reusable else None)
     if len(lenders):
-        log(f"{called} {cache.name}: reusing {len(lenders)} of {cache.rows} embeddings from other caches")
-    seconds = 0.1 if sys.stderr.isatty() else FILE_SECONDS
-    options: dict[str, Any] = {"disable": log is _silent, "smoothing": 0.05, "mininterval": seconds}
+        log(f"{called} {cache.name}: reusing {len(lenders):,} of {cache.rows:,} embeddings from other caches")
+    # A log gets lines in place of the bar.
+    options: dict[str, Any] = {"disable": True if log is _silent else None, "smoothing": 0.05}
     with tqdm(desc=cache.name, total=remaining, unit=" texts", **options) as bar:
-        started, tokens = time.perf_counter(), 0
+        started, tokens, done = time.perf_counter(), 0, 0
+        said = started
 
         def progress(count: int, read: int) -> None:
-            nonlocal tokens
-            tokens += read
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            nonlocal tokens, done, said
+            tokens, done, now = tokens + read, done + count, time.perf_counter()
+            speed = f"{tokens / (now - started):,.0f} tokens/s"
+            bar.set_postfix_str(speed, refresh=False)
             bar.update(count)
+            if bar.disable and (now - said >= LINE_SECONDS or done == remaining):
+                said = now
+                rate = done / (now - started)
+                log(f"{called} {cache.name}: {done:,} of {remaining:,} texts, {rate:,.1f} texts/s, {speed}")
 
         for shard in missing:
             start, stop = cache.span(shard)

@@ -11,9 +11,17 @@ import torch
 
 from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
+from jasper_fast.models.embedder import model_widths
 from jasper_fast.models.hub import CANNOT_LOAD, model_prompts, model_revision, resolve_model, routes_by_role
 from jasper_fast.models.probes import Batching, explain_text_failures
-from jasper_fast.models.sentence_transformer import encode_role, limit_length, load_stock, model_batching, token_lengths
+from jasper_fast.models.sentence_transformer import (
+    check_embeds,
+    encode_role,
+    limit_length,
+    load_stock,
+    model_batching,
+    token_lengths,
+)
 from jasper_fast.teachers.base import Precision, Progress
 from jasper_fast.utils.device import autocast, used_precision
 from jasper_fast.utils.errors import JasperError
@@ -62,7 +70,7 @@ class Teacher:
         self.revision: str = self.fingerprint["revision"]
         self.max_length = limit_length(model, config.max_length)
         self.note = _truncation(self.max_length, config)
-        full = int(model.get_embedding_dimension() or 0)
+        full = model_widths(model)[0]
         if config.truncate_dim is not None and config.truncate_dim > full:
             raise JasperError(
                 f"{self.name}: truncate_dim exceeds the teacher's width (got {config.truncate_dim}, expected at most "
@@ -180,6 +188,7 @@ def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Tea
         )
     where = resolve_model(config.model)
     revision = model_revision(config.model, config.revision)
+    check_embeds(where, config.model, config.revision)
     try:
         model = load_stock(
             config.model,

@@ -71,7 +71,7 @@ def open_all(
     check_losses(config, widths)
     if (width := reduced_width(config, widths)) is not None:
         log(f"the teachers' embeddings, {sum(widths):,} wide, are reduced to the widest head, {width:,}, by PCA")
-    fix = "use another data.cache, or set data.cache_dtype to int8"
+    fix = "use another folder for the cache (--cache or data.cache), or set data.cache_dtype to int8"
     check_disk_space(caches[0].folder.parent, needed, "the teacher embeddings", fix)
     return opened
 

@@ -244,12 +244,12 @@ class PrecomputedEmbeddings:
         if self.key == SOURCE_ORDER:
             if self.rows != len(self._documents):
                 raise JasperError(
-                    f"{self.name}: {self.rows} embeddings for {len(self._documents)} documents in data.sources "
+                    f"{self.name}: {self.rows:,} embeddings for {len(self._documents):,} documents "
                     f"(expected one row per document, in {self._listed()}). Fix: {ADD_KEYS}"
                 )
         elif self.rows != rows:
             raise JasperError(
-                f"{self.name}: {self.rows} embeddings for {rows} training texts (expected one row per text, in "
+                f"{self.name}: {self.rows:,} embeddings for {rows:,} training texts (expected one row per text, in "
                 f"{self._listed()}). Fix: {ADD_KEYS}{self._other_order()}"
             )
 
@@ -262,9 +262,11 @@ class PrecomputedEmbeddings:
     def _other_order(self) -> str:
         """Suggest the order of the sources if the number of documents allows it, and ids if a file has them."""
         ids = all(file.ids is not None for file in self.files)
-        hint = ". Or set id_column in data.sources, to match the column `id`" if ids and self.key is None else ""
+        hint = (
+            ". Or set --id-column (id_column of a source), to match the column `id`" if ids and self.key is None else ""
+        )
         if self.key is None and self.order is None and self.rows == count_documents(self.data):
-            hint += ". Or set order: source, if row i belongs to document i of data.sources, of which there are as many"
+            hint += ". Or set order: source, if row i belongs to document i of the sources, of which there are as many"
         return hint
 
     def _choose_key(self, keyed: bool) -> str | None:
@@ -297,8 +299,8 @@ class PrecomputedEmbeddings:
                 known.append((row, digest))
         if not known:
             raise JasperError(
-                f"{self.name}: no row has an id of data.sources (got ids such as {own!r}, expected ids such as "
-                f"{next(iter(digests), '')!r}). Fix: correct id_column, or {ADD_KEYS}"
+                f"{self.name}: no row has an id of the documents (got ids such as {own!r}, expected ids such as "
+                f"{next(iter(digests), '')!r}). Fix: correct --id-column (id_column of a source), or {ADD_KEYS}"
             )
         rows, found = (np.array(part) for part in zip(*known, strict=True))
         return Keys(digest_keys(found.tolist()), rows, np.ones(len(rows), bool))
@@ -351,11 +353,11 @@ class PrecomputedEmbeddings:
         missing_forms = {normal_form(text) for text in missing[:CHUNK]["text"]}
         near = len(missing_forms.intersection(normal_form(text) for file in self.files for text in texts_of(file.file)))
         reason = f"At least {near} of them differ only in role, Unicode form, case or white space. " if near else ""
-        fix = f"add the missing texts. `{MISSING}`, with this configuration, writes them"
+        fix = f"add the missing texts. `{MISSING}` writes those of a configuration"
         if not near and (data.cut_share or data.shuffle_share):
             fix += ". Or set data.cut_share: 0 and data.shuffle_share: 0 to train on whole texts only"
         return JasperError(
-            f"{self.name}: {len(missing)} of {count} training texts have no embedding among {self.rows} rows: "
+            f"{self.name}: {len(missing):,} of {count:,} training texts have no embedding among {self.rows:,} rows: "
             f"{examples}. {reason}Fix: {fix}"
         )
 

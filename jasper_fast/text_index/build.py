@@ -18,6 +18,7 @@ from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
 from jasper_fast.models.hub import model_revision
 from jasper_fast.models.lengths import fraction_longer, length_for_most, percent, positions_of
 from jasper_fast.models.sentence_transformer import transformers_of
+from jasper_fast.text_index.cached import EncodeRows, cached_encoder, rows_encoder
 from jasper_fast.text_index.files import check_replace, model_location, text_table, weights, write
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
@@ -43,6 +44,7 @@ def build(
     trust_remote_code: bool = False,
     replace: bool = False,
     ids: Iterable[DocumentId] | None = None,
+    cache: str | Path | None = None,
 ) -> int:
     """Encode texts and write their index as a folder, atomically.
 
@@ -59,6 +61,8 @@ def build(
         trust_remote_code: allow code that the model brings to run.
         replace: replace an index at ``out``. By default, an existing index is an error.
         ids: a different id for each document: all strings, or all whole numbers. None numbers the rows.
+        cache: folder of embeddings that ``adapt`` computed. An index of the asymmetric form takes those of its teacher,
+            which are rounded to float16, and a line says how many. None computes all.
 
     Returns:
         number of texts in the index.
@@ -76,8 +80,14 @@ def build(
     if pictures:
         encode = image_encoder(model, width, trust_remote_code)
     index = FlatIPIndex(width, dtype=dtype)
-    parts = chunks(texts, None if ids is not None else set())
-    indexed = encode_texts(model, parts, encode, index, total, " images" if pictures else " texts")
+    parts: Iterable[list[str]] = chunks(texts, None if ids is not None else set())
+    rows = rows_encoder(encode, width)
+    if cache is not None and not pictures:
+        parts = list(parts)
+        rows, note = cached_encoder(model, loaded, rows, [text for part in parts for text in part], width, cache)
+        if note:
+            print(note, file=sys.stderr)
+    indexed = encode_texts(model, parts, rows, index, total, " images" if pictures else " texts")
     if not indexed:
         raise JasperError("no texts to index. Fix: give a source with at least one text")
     settings = {
@@ -130,16 +140,16 @@ def image_encoder(model: str, width: int, trust_remote_code: bool) -> EncodeWidt
 
 
 def encode_texts(
-    model: str, chunks: Iterable[list[str]], encode: EncodeWidths, index: FlatIPIndex, total: int | None, unit: str
+    model: str, chunks: Iterable[list[str]], encode: EncodeRows, index: FlatIPIndex, total: int | None, unit: str
 ) -> list[str]:
     """Add the texts' embeddings to the index, and return the texts."""
     from tqdm import tqdm
 
     indexed = list[str]()
-    with tqdm(total=total, unit=unit, desc="encoding") as bar:
+    with tqdm(total=total, unit=unit, desc="encoding", disable=None) as bar:  # a log gets no bar
         for chunk in chunks:
             try:
-                index.add(np.ascontiguousarray(encode(chunk, "document")[index.dim]))
+                index.add(encode(chunk, len(indexed)))
             except ValueError as error:
                 raise JasperError(f"{model}: its embeddings cannot be indexed: {error}") from error
             indexed += chunk

@@ -11,6 +11,7 @@ from jasper_fast.data.document_ids import DocumentId
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.models.embedder import load_model, model_encoder
 from jasper_fast.text_index.build import chunks, encode_texts, image_encoder, with_ids
+from jasper_fast.text_index.cached import rows_encoder
 from jasper_fast.text_index.files import TEXTS, check_model, find_model, open_index, text_table, write
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
@@ -72,7 +73,9 @@ def add(
         loaded = load_model(name, settings["max_length"], trust_remote_code=trust_remote_code)
         encode = model_encoder(loaded, [index.dim])
     parts = chunks(texts, None if ids is not None else set(table.column("text").to_pylist()))
-    added = encode_texts(name, parts, encode, index, total, " images" if pictures else " texts")
+    added = encode_texts(
+        name, parts, rows_encoder(encode, index.dim), index, total, " images" if pictures else " texts"
+    )
     if not added:
         return 0
     table = pa.concat_tables([table, text_table(added, ids)])

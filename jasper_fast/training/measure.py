@@ -25,7 +25,7 @@ from jasper_fast.teachers.encoder import has_embeddings
 from jasper_fast.teachers.label import print_error, teacher_caches
 from jasper_fast.teachers.opening import embedding_width, missing_bytes, open_teacher
 from jasper_fast.teachers.reduction import Reduction
-from jasper_fast.teachers.reuse import CacheReuse
+from jasper_fast.teachers.reuse import CacheReuse, text_keys
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.loop import train_step
 from jasper_fast.training.neighbours import graph_folder, neighbour_graph
@@ -282,7 +282,7 @@ class TeacherCosts:
             rows = self.missing_rows(index)
             if not rows or self.config.teachers[index].vectors is not None:
                 continue
-            lent = CacheReuse(cache, self.texts["digest"][:])
+            lent = CacheReuse(cache, text_keys(self.texts))
             share = max(0.0, 1.0 - len(lent) / cache.rows)
             self.missing += round(share * len(rows))
             chosen = self.texts[_spread(rows, SAMPLE)]

@@ -43,8 +43,8 @@ def world(tmp_path_factory, tiny_bert, tiny_texts) -> World:
 @pytest.fixture
 def fast(monkeypatch):
     """Leave out what only takes time: measured speeds and long searches for projections."""
-    from jasper_fast.adaptation import pipeline, steps
+    from jasper_fast.adaptation import plan, steps
 
     table = {"student": SPEED, "teacher": SPEED, "texts": 8, "mean_tokens": 20.0}
-    monkeypatch.setattr(pipeline, "speeds", lambda model, teacher, *_: table | ({} if teacher else {"teacher": None}))
+    monkeypatch.setattr(plan, "speeds", lambda model, teacher, *_: table | ({} if teacher else {"teacher": None}))
     monkeypatch.setattr(steps, "SECONDS", 0.05)

@@ -15,6 +15,7 @@ from jasper_fast.adaptation import pipeline
 from jasper_fast.adaptation.scores import recommended
 from jasper_fast.adaptation.state import ADAPT, STATISTICS
 from jasper_fast.fitting.statistics import PairStatistics
+from jasper_fast.models.quantization import read_ranges
 from jasper_fast.utils.errors import JasperError
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -62,8 +63,27 @@ def test_both_forms_have_cards_of_their_own_scores(finished):
     assert [choice["width"] for choice in results["projections"]] == [8]
     for form in ("symmetric", "asymmetric"):
         card = (finished / form / "README.md").read_text()
-        table = card[card.index("| width | overlap |") :].partition("\n\n")[0].splitlines()
+        table = card[card.index("| width | neighbours | nDCG@10 | kept |") :].partition("\n\n")[0].splitlines()
         assert [line.split("|")[1].strip() for line in table[2:]] == ["32", "8"]
+
+
+def test_every_width_of_both_forms_has_int8_ranges(world, finished):
+    """The codes' inner products are those of the embeddings, up to the rounding, and the card says how."""
+    from sentence_transformers.util import quantize_embeddings
+
+    texts = [f"{row['title']}\n{row['text']}" for row in map(json.loads, world.few.read_text().splitlines())]
+    for form, task in (("symmetric", "{}"), ("asymmetric", "document-{}")):
+        model = SentenceTransformer(str(finished / form))
+        ranges = read_ranges(finished / form)
+        assert sorted(ranges) == [8, 32]
+        for width, pair in ranges.items():
+            rows = model.encode(texts, prompt_name="document", task=task.format(width))
+            codes = quantize_embeddings(rows, "int8", ranges=pair).astype(np.float64)
+            step = (pair[1, 0] - pair[0, 0]) / 255
+            np.testing.assert_allclose(codes @ codes.T * step**2, rows @ rows.T, atol=0.05)
+            assert np.abs(codes * step - rows).max() <= 2 * step  # the ranges come from the cache, perhaps in bf16
+        card = (finished / form / "README.md").read_text()
+        assert 'quantize_embeddings(documents, "int8", ranges=ranges)  # documents 8 wide' in card
 
 
 def test_the_statistics_are_those_of_the_embeddings(world, finished):

@@ -122,9 +122,23 @@ def test_the_student_learns_on_from_its_own_embeddings(world, tmp_path, capsys):
     jasper_fast.adapt(world.few, out=out, **options)
     assert "is finished" in capsys.readouterr().out
     weights = (out / "student" / "model" / "model.safetensors").read_bytes()
+    assert "earlier" not in training and "by an earlier call" not in (out / "report.md").read_text()
     jasper_fast.adapt(world.many, out=out, **options)
-    assert "stays as it is" in capsys.readouterr().out and results_of(out)["documents"]["used"] == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stays as it is" in said and results_of(out)["documents"]["used"] == 130
+    assert "Training for 0.02 minutes by an earlier call" in said
+    assert "by an earlier call" in (out / "report.md").read_text()
     assert (out / "student" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_student_with_several_widths_is_opened_without_a_warning(world, monkeypatch):
+    from sentence_transformers.base.modules import router
+
+    from jasper_fast.teachers.model import load_teacher
+
+    warned = []
+    monkeypatch.setattr(router.logger, "warning_once", warned.append, raising=False)
+    assert load_teacher(TeacherConfig(model=str(world.student))).width == 32 and not warned
 
 
 def test_a_trained_student_starts_as_it_is(world):

@@ -107,9 +107,9 @@ def test_the_closing_table_has_every_form_and_width(results):
     table = {line[:38].strip(): line[38:].split() for line in lines}
     kept = {(r["form"], r["width"]): r for r in results["label_free"]["rows"] if r["model"] == "student"}
     for form in ("symmetric", "asymmetric"):
-        cells = table[f"{form}: same ten neighbours"]
+        cells = table[f"{form}: neighbours"]
         assert cells == ["100", *(f"{100 * kept[form, width]['overlap']:.1f}" for width in (16, 8, 4))]
-    expected = table["expected nDCG@10 of the teacher's"]  # of the last form
+    expected = table["expected of the teacher's nDCG@10"]  # of the last form
     assert expected == ["100", *(f"{100 * kept['symmetric', width]['expected']:.1f}" for width in (16, 8, 4))]
     assert table["bytes per document"] == ["64", "64", "32", "16"]
     assert table["seconds per 1,000 queries"] == ["25.0", "10.0", "10.0", "10.0"]
@@ -169,6 +169,19 @@ def test_the_report_has_every_section_and_both_plots(results, tmp_path):
         assert f"| {row['name']} | {100 * row['overlap']:.1f} |" in text
 
 
+def test_figures_have_the_names_of_training_reports(results, tmp_path):
+    """*neighbours*, *nDCG@10* (of the own document) and *kept* mean the same in all reports, tables and plots."""
+    text = write_adapt_report(tmp_path, results).read_text(encoding="utf-8")
+    head = next(line for line in text.splitlines() if line.startswith("| model | form |"))
+    assert head == (
+        "| model | form | width | bytes | neighbours | ± | ranking | ± | nDCG@10 | ± | kept | ± | expected |"
+    )
+    row = next(row for row in results["label_free"]["rows"] if row["model"] == "student")
+    cells = next(line for line in text.splitlines() if line.startswith("| student, adapted |")).split(" | ")
+    figures = [f"{100 * row[key]:.1f}" for key in ("overlap", "ndcg", "answer_ndcg", "kept")]
+    assert [cells[place] for place in (4, 6, 8, 10)] == figures
+
+
 def test_too_few_documents_give_the_reason(results, tmp_path):
     label_free = {"documents": 12, "questions": 3, "missing": "too few documents to search (got 12, …)"}
     few = {**results, "label_free": label_free, "recommendation": recommendation(label_free)}
@@ -192,7 +205,7 @@ def test_precomputed_vectors_have_one_form_and_no_query_time(results, tmp_path):
     }
     text = write_adapt_report(tmp_path, vectors).read_text(encoding="utf-8")
     assert "vectors.npy, 8 wide, precomputed" in text and "## Narrow projections" not in text
-    assert "own document" not in text and "query_time" not in text
+    assert "*nDCG@10*" not in text and "query_time" not in text
     lines = closing_lines(vectors)
     assert not any("asymmetric:" in line for line in lines if "map:" not in line)
     assert [line.split()[-2:] for line in lines if line.startswith("seconds per")] == [["–", "10.0"]]

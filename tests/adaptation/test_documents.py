@@ -101,3 +101,31 @@ def test_titles_and_sentences():
     assert sentence_of("Only one sentence is here.") == ""
     assert sentence_of("One is here. Two is here.") in ("One is here.", "Two is here.")
     assert sentence_of("One is here. Two is here.") == sentence_of("One is here. Two is here.")
+
+
+def test_digests_are_read_without_the_texts_and_in_blocks(tmp_path, monkeypatch):
+    """At a million documents, a list of all texts would take gigabytes."""
+    import tracemalloc
+
+    from datasets import Dataset
+
+    from jasper_fast.adaptation import documents
+    from jasper_fast.data.text import text_digest
+    from jasper_fast.data.text_counts import TextCounts
+    from jasper_fast.teachers.reuse import digest_keys, text_keys
+
+    digests = [text_digest(str(i)) for i in range(5000)]
+    made = Dataset.from_dict({"text": ["x" * 2000] * 5000, "role": ["document"] * 5000, "digest": digests})
+    made.save_to_disk(str(tmp_path / "d"))
+    texts = Dataset.load_from_disk(str(tmp_path / "d"))
+    corpus = documents.Corpus(texts, 10, 5000, 0, np.empty(0, np.int64), {}, TextCounts(), 0)
+    monkeypatch.setattr(documents, "BLOCK", 512)
+    next(corpus.digests(range(2)))
+    tracemalloc.start()
+    sizes = [len(block) for block in corpus.digests(corpus.fitted)]
+    keys = text_keys(texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sizes == [512] * 9 + [382] and [d for block in corpus.digests(range(700)) for d in block] == digests[:700]
+    np.testing.assert_array_equal(keys, digest_keys(digests))
+    assert peak < 4e6 < sum(map(len, made["text"])) / 2  # bytes

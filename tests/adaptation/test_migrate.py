@@ -83,8 +83,23 @@ def test_questions_of_the_new_model_search_the_old_index(run, old, tiny_texts, t
     assert best["overlap"] > 0.7 > 3 * found["chance"]
     assert best["kept"] == pytest.approx(1, abs=0.05) and found["held_out"]["questions"] == 40
     printed = capsys.readouterr().out
-    assert printed.index("| Procrustes |") < printed.index("of the new model's own nDCG@10") < printed.index("model: ")
-    assert "200 pairs of a document and a row, matched by id" in (tmp_path / "out" / "report.md").read_text()
+    assert printed.index("\nProcrustes ") < printed.index("of the new model's own nDCG@10") < printed.index("model: ")
+    table = printed[printed.index("\nmap ") + 1 : printed.index("\nchance ")].splitlines()
+    assert "|" not in printed and len({len(line) for line in table}) == 1 and len(table[0]) <= 100
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "200 pairs of a document and a row, matched by id" in report and "| Procrustes |" in report
+
+
+def test_the_card_says_what_was_mapped_into_which_index(run, old, tmp_path):
+    ids = [f"d{n}" for n in range(200)]
+    pq.write_table(pa.table({"id": ids, "embedding": list(old)}), tmp_path / "old.parquet")
+    found = run(tmp_path / "old.parquet", id_column="id")
+    card = (tmp_path / "out" / "questions" / "README.md").read_text()
+    assert "mapped into the existing index old.parquet" in card and "of 200 rows of width 40. It stays as it is" in card
+    assert f"Map from the model's embeddings to those of the index: {found['best']}" in card
+    assert "| map | same ten rows | own row among ten | titles nDCG@10 | kept |" in card
+    for wrong in ("eacher", "symmetric", "encode_document([", "adapted to documents"):
+        assert wrong not in card
 
 
 def test_a_text_index_is_asked_with_the_migrated_model(run, tiny_bert, tiny_texts, tmp_path, capsys):
@@ -134,7 +149,7 @@ def test_a_map_no_better_than_chance_is_refused_with_its_figures(run, old, tmp_p
     pq.write_table(pa.table({"id": ids, "embedding": list(noise)}), tmp_path / "old.parquet")
     with pytest.raises(JasperError, match=r"\(chance: 5\.0%\), and the own row of"):
         run(tmp_path / "old.parquet", id_column="id")
-    assert "| Procrustes |" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert "\nProcrustes " in capsys.readouterr().out and not (tmp_path / "out").exists()
     run(tmp_path / "old.parquet", id_column="id", force=True)
     assert "WARNING: the best map finds" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(JasperError, match="exists, a migration. Fix: add --replace"):

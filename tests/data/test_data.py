@@ -155,6 +155,14 @@ def test_bad_parquet_columns_are_named_with_their_row(tmp_path: Path) -> None:
         list(read_source(source(path, columns=["text", "body"])))
 
 
+def test_reading_shows_no_bar_in_a_log(tmp_path: Path, monkeypatch, capsys) -> None:
+    import tqdm
+
+    monkeypatch.setattr(tqdm, "tqdm", lambda *args, delay, **kwargs: tqdm.std.tqdm(*args, **kwargs))  # at once
+    build_texts(settings(tmp_path, source(jsonl(tmp_path / "rows.jsonl", [{"text": "a first text"}]))), seed=0)
+    assert "reading" not in capsys.readouterr().err
+
+
 def test_every_file_of_every_source_is_tried_before_one_is_read_whole(tmp_path: Path) -> None:
     first = source(jsonl(tmp_path / "first.jsonl", [{"text": "good"}, {"text": None}]))
     other = jsonl(tmp_path / "other.jsonl", [{"body": "x"}])

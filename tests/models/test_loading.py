@@ -205,6 +205,28 @@ def test_task_heads_and_poolers_may_be_left_over_or_missing(
     LOADERS[loader](folder)
 
 
+def test_looking_for_task_heads_logs_no_warning(tiny_bert: Path) -> None:
+    """BertLMHeadModel warns that its configuration is not that of a decoder. It is built for its names only."""
+    import logging
+
+    import transformers
+
+    from jasper_fast.models.loading import _task_heads
+
+    model, records, handler = transformers.BertModel.from_pretrained(tiny_bert), [], logging.Handler()
+    handler.emit = records.append
+    logger, verbosity = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    try:
+        assert "cls" in _task_heads(model)
+        assert transformers.logging.get_verbosity() == logging.WARNING
+    finally:
+        logger.removeHandler(handler)
+        transformers.logging.set_verbosity(verbosity)
+    assert not records
+
+
 # --- sentence-transformers folders ------------------------------------------------------------------------------------
 
 

@@ -507,7 +507,7 @@ def test_a_new_type_of_teacher_needs_its_class_and_its_line(texts: Dataset, conf
 def test_a_full_disk_is_reported_before_the_work(tiny_bert: Path, texts: Dataset, config_of, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(
-        JasperError, match=r"need 0.0 GB and 0.0 GB are free. Fix: free some space, use another data.cache"
+        JasperError, match=r"need 0.0 GB and 0.0 GB are free. Fix: free some space, use another folder for the cache"
     ):
         quiet(config_of({"model": str(tiny_bert)}), texts)
 
@@ -666,6 +666,7 @@ def test_the_command_fills_the_cache_and_resumes(run_file: Path, tiny_bert: Path
     printed = capsys.readouterr()
     assert "200 training texts" in printed.out and "200 target embeddings of width 32 are ready" in printed.out
     assert "200 embeddings of width 32" in printed.err and "texts/s" in printed.err and "tokens/s" in printed.err
+    assert "200 of 200 texts" in printed.err and "\r" not in printed.err  # a log gets lines and no bar
     assert "truncates texts at 64 tokens, the limit of its model or tokenizer" in printed.err
     assert "max_length" not in printed.err  # nobody wrote it
     assert teach.main(command) == 0

@@ -99,7 +99,7 @@ def test_a_text_goes_before_an_id(run, documents, vectors, tmp_path: Path) -> No
 
 
 BAD_IDS: dict[str, tuple[Callable[[int], Any], str]] = {
-    "unknown ids": (lambda row: f"x{row}", "no row has an id of data.sources .*such as 'x199'.*such as '0'"),
+    "unknown ids": (lambda row: f"x{row}", "no row has an id of the documents .*such as 'x199'.*such as '0'"),
     "one missing": (lambda row: row or "none", "1 of 200 training texts have no embedding.*--missing missing.jsonl"),
     "an id twice": (lambda row: max(row, 1), "have the same text and different embeddings"),
     "a fraction": (lambda row: row + 0.5, "unusable id .got float"),

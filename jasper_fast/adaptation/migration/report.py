@@ -49,7 +49,7 @@ def table_lines(table: MapTable, documents: int, questions: int, rows: int, inde
         f"{documents:,} held-out documents as questions among {rows:,} rows{capped}. The truth is the ten rows nearest "
         "to the old row of the document",
         "",
-        "| map | same ten rows | own row among ten | titles find their document | kept of the new model's own |",
+        "| map | same ten rows | own row among ten | titles nDCG@10 | kept |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in table.rows:
@@ -62,10 +62,29 @@ def table_lines(table: MapTable, documents: int, questions: int, rows: int, inde
     if table.own is not None:
         lines += [
             "",
-            f"Titles: titles or first sentences of {questions:,} held-out documents; nDCG@10 among the rows. Kept: "
-            f"among the pairs only, where the new model in its own space has {100 * table.own:.1f}",
+            f"titles nDCG@10: titles or first sentences of {questions:,} held-out documents find their document among "
+            f"the rows. kept: the same among the pairs only, as a fraction of the new model's {100 * table.own:.1f} in "
+            "its own space",
         ]
     return lines
+
+
+def card_scores(table: MapTable) -> list[dict[str, float | str | None]]:
+    """Return the rows of the model card's table, with the names of :func:`table_lines`.
+
+    Args:
+        table: the scored maps.
+    """
+    return [
+        {
+            "map": row.name,
+            "same ten rows": row.overlap,
+            "own row among ten": row.own_row,
+            "titles nDCG@10": row.answer,
+            "kept": row.kept,
+        }
+        for row in table.rows
+    ]
 
 
 def advice(table: MapTable, fitted: int, width: int, index: OldIndex) -> list[str]:
