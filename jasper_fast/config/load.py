@@ -20,7 +20,7 @@ from jasper_fast.config.messages import Problem, argument_message, problems_of
 from jasper_fast.config.overrides import override, override_pairs
 from jasper_fast.config.own_texts import without_limits
 from jasper_fast.config.run import Config, run_problems
-from jasper_fast.config.schema import takes_list
+from jasper_fast.config.schema import takes_list, takes_text
 from jasper_fast.config.yaml import dump_yaml
 from jasper_fast.utils.errors import ConfigError
 
@@ -187,7 +187,7 @@ def _resolve(
 def _overridden(tree: dict[str, Any], overrides: Sequence[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
     """Return values with overrides."""
     for key, value in overrides:
-        override(tree, key, value, problems, partial(takes_list, Config))
+        override(tree, key, value, problems, partial(takes_list, Config), partial(takes_text, Config))
         expand_short_forms(tree)
     return tree
 

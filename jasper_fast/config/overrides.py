@@ -56,6 +56,7 @@ def override(
     value: Any,
     problems: list[str],
     takes_list: Callable[[str, bool], bool] = lambda key, several: False,
+    takes_text: Callable[[str], bool] = lambda key: False,
 ) -> None:
     """Set the field of a dotted key in a configuration.
 
@@ -66,9 +67,12 @@ def override(
         problems: list that gets a line if the key leads to no field.
         takes_list: function that returns True if the field of a key takes a list of plain values. Its second argument
             is True if the value has commas.
+        takes_text: function that returns True if the field of a key takes text and no number: ``3`` may be a name.
     """
     try:
-        value = _value(value, key, takes_list) if isinstance(value, str) else value
+        if isinstance(value, str):
+            parsed = _value(value, key, takes_list)
+            value = parsed if parsed is None or isinstance(parsed, (str, list, dict)) or not takes_text(key) else value
         _set(tree, key.split("."), value)
     except (IndexError, TypeError, DuplicateKey) as error:
         problems.append(f"--{key}: {error}")

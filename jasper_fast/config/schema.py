@@ -29,6 +29,19 @@ def takes_list(schema: type[BaseModel], key: str, several: bool) -> bool:
     return bool(lists) and (several or len(lists) == len(kinds))
 
 
+def takes_text(schema: type[BaseModel], key: str) -> bool:
+    """Return True if a field takes text, and no number and no truth value.
+
+    Args:
+        schema: schema of the whole configuration.
+        key: dotted key of the field, e.g. ``name``.
+    """
+    *path, name = key.split(".")
+    field = section_at(schema, path).model_fields.get(name)
+    kinds = [] if field is None else _alternatives(field.annotation)
+    return str in kinds and not {int, float, bool} & set(kinds)
+
+
 def field_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of all fields. A position in a list is ``N``."""
     for name, field in schema.model_fields.items():

@@ -222,6 +222,16 @@ def test_a_file_that_is_not_a_mapping(tmp_path):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["3", "1e10", "true", "2026-11-30"])
+@pytest.mark.parametrize("key", ["name", "data.cache", "student.revision", "teachers.0.revision"])
+def test_text_fields_take_names_that_look_like_numbers(key, text):
+    config = load_config(None, parse_overrides([f"--{key}", text]))
+    value = config
+    for part in key.split("."):
+        value = value[int(part)] if part.isdigit() else getattr(value, part)
+    assert value == text
+
+
 def test_overrides_from_the_command_line():
     assert parse_overrides(["--a.b", "1", "--c=x"]) == [("a.b", "1"), ("c", "x")]
     config = load_config(None, parse_overrides(["--stages.0.lr", "1e-4", "--seed=3"]))
