@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jasper_fast.exporting.int8 import check_int8_cpu
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import read_json
 from jasper_fast.models.hub import PROMPTS, prompt_of
@@ -132,6 +133,7 @@ def _onnxruntime(file: Path, threads: int | None) -> Graph:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    check_int8_cpu(session.get_modelmeta().custom_metadata_map, str(file))
     return lambda ids, mask: session.run([EMBEDDINGS], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
 
 
