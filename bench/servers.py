@@ -3,7 +3,7 @@
     python -m venv infinity && infinity/bin/pip install "infinity-emb[server,torch]"
     INFINITY_EMB=infinity/bin/infinity_emb python -m bench servers exported --dimensions 64
 
-infinity needs sentence-transformers 3, so it must have another environment. It listens on loopback only, and stops after
+infinity needs sentence-transformers 3, so it must have another environment. It listens on loopback only. It stops after
 the comparison.
 """
 

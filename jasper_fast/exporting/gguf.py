@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jasper_fast.utils.errors import JasperError
 
 GGUF_FILE = "model.gguf"
 # Smallest accepted cosine between llama.cpp and PyTorch for the same tokens, by type of the weights.
-COSINES = {"f32": 0.9999, "f16": 0.9999, "q8_0": 0.999}
+COSINES = {"f32": 0.9999, "f16": 0.9999, "q8_0": 0.995}
 ARCHITECTURE = "bert"
 GELU = {
     "gelu",
@@ -115,6 +116,21 @@ def open_gguf(folder: Path, *, threads: int | None = None) -> Callable[[list[str
         return server.embed([_truncated(server.tokens(prompt + text), length) for text in texts])
 
     return encode
+
+
+def gguf_line(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Describe a written file for the terminal: size, the check against PyTorch, and the scripts with other tokens.
+
+    Args:
+        folder: folder of the file.
+        facts: result of ``write_gguf``.
+    """
+    size = (folder / GGUF_FILE).stat().st_size / 1e6
+    cosine = math.floor(facts["cosine_min"] * 1e5) / 1e5  # "at least" must not be rounded up
+    line = f"{GGUF_FILE}: {size:.1f} MB in {facts['weights']}, cosine with PyTorch at least {cosine:.5f}"
+    if facts["other_tokens"]:
+        line += f"; llama.cpp splits these scripts otherwise: {', '.join(facts['other_tokens'])}"
+    return line
 
 
 def require_gguf() -> None:

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import nn
 
 from jasper_fast.exporting import gguf as module
-from jasper_fast.exporting.gguf import GGUF_FILE, open_gguf, require_gguf, write_gguf
+from jasper_fast.exporting.gguf import GGUF_FILE, gguf_line, open_gguf, require_gguf, write_gguf
 from jasper_fast.exporting.llama_server import PATH_VARIABLE, LlamaServer, find_llama_server, is_up
 from jasper_fast.exporting.parity import PROBES
 from jasper_fast.models.embedder import load_model, normalise
@@ -149,6 +149,16 @@ def test_other_encoders_and_weights_are_errors(tiny_qwen2, tiny_bert, tmp_path, 
         write_gguf(saved(tmp_path / "qwen2", tiny_qwen2))
     with pytest.raises(JasperError, match="got 'q4', expected one of f32, f16, q8_0"):
         write_gguf(saved(tmp_path / "bert", tiny_bert), weights="q4")
+
+
+def test_the_line_names_size_check_and_scripts(tmp_path):
+    (tmp_path / GGUF_FILE).write_bytes(bytes(1_230_000))
+    facts = {"weights": "f16", "cosine_min": 0.999996, "other_tokens": ["Korean", "Thai"]}
+    assert gguf_line(tmp_path, facts) == (
+        "model.gguf: 1.2 MB in f16, cosine with PyTorch at least 0.99999; llama.cpp splits these scripts otherwise: "
+        "Korean, Thai"
+    )
+    assert gguf_line(tmp_path, {**facts, "other_tokens": []}).endswith("at least 0.99999")
 
 
 def test_a_missing_server_is_an_error(monkeypatch, tmp_path):
