@@ -15,7 +15,7 @@ from torch import nn
 
 from jasper_fast.exporting import gguf as module
 from jasper_fast.exporting.gguf import GGUF_FILE, gguf_line, open_gguf, require_gguf, write_gguf
-from jasper_fast.exporting.llama_server import PATH_VARIABLE, LlamaServer, find_llama_server, is_up
+from jasper_fast.exporting.llama_server import PATH_VARIABLE, REQUEST, LlamaServer, find_llama_server, is_up
 from jasper_fast.exporting.parity import PROBES
 from jasper_fast.models.embedder import load_model, normalise
 from jasper_fast.utils.errors import JasperError
@@ -191,7 +191,8 @@ def test_a_difference_is_refused(tiny_bert, tmp_path, unchecked, monkeypatch):
 def test_llama_gives_the_embeddings_of_pytorch(pooling, tiny_bert, tmp_path):
     folder = saved(tmp_path / "model", tiny_bert, pooling)
     assert write_gguf(folder)["cosine_min"] >= 0.9999
-    texts = [PROBES["one word"], PROBES["a sentence"], PROBES["more than the maximum length"]] * 30
+    # One more than the texts of a request.
+    texts = [PROBES["one word"]] * (REQUEST - 1) + [PROBES["a sentence"], PROBES["more than the maximum length"]]
     encode = open_gguf(folder, threads=1)
     model = load_model(str(folder), device="cpu")
     for role in ("query", "document"):
