@@ -33,6 +33,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "prose": "bench.pages.prose",
     "readme": "bench.pages.readme",
     "search": "bench.mips.search",
+    "servers": "bench.servers",
     "similarity_forms": "bench.losses.forms",
     "train": "bench.train.cpu",
 }
