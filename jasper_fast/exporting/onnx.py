@@ -63,7 +63,7 @@ def export_onnx(
         JasperError: the model, the width or a package is missing, the architecture cannot be exported to ONNX, or the
             embeddings of a graph differ.
     """
-    _require_onnx()
+    require_onnx()
     source = model_folder(model)
     width = resolve_width(source, width)
     with publish_dir(out) as folder:
@@ -73,7 +73,7 @@ def export_onnx(
         facts = read_json(folder / FACTS_FILE)
         graph = folder / ONNX_FILE
         graph.parent.mkdir()
-        with _explain_onnx_errors(loaded, source), _quiet():
+        with _explain_onnx_errors(loaded, source), quiet():
             name = str(facts.get("name", "student"))
             _write_graph(_EmbeddingModel(loaded), loaded, graph, _metadata(loaded, name, width))
             onnx = {"max_tokens": _max_tokens(loaded), "difference": _onnx_difference(loaded, graph)}
@@ -82,9 +82,28 @@ def export_onnx(
                 onnx["cosine_mean"], onnx["cosine_min"] = _int8_cosines(loaded, folder / INT8_FILE)
         _check_graphs(source, onnx)
         if not weights:
-            _remove_weights(folder)
+            remove_weights(folder)
         write_card(folder, {**facts, "onnx": onnx}, [width], flat=True)
     return Path(out)
+
+
+def write_model_graph(loaded: Any, source: Path, path: Path) -> None:
+    """Write the graph of a flat model in float32.
+
+    Args:
+        loaded: the model, on the CPU.
+        source: its folder, for messages and for its name.
+        path: new graph in an existing folder.
+
+    Raises:
+        JasperError: a package is missing, or the architecture cannot be exported to ONNX.
+    """
+    require_onnx()
+    facts = read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}
+    width = int(loaded.get_embedding_dimension() or 0)
+    with _explain_onnx_errors(loaded, source), quiet():
+        metadata = _metadata(loaded, str(facts.get("name", "student")), width)
+        _write_graph(_EmbeddingModel(loaded), loaded, path, metadata)
 
 
 def graph_lines(folder: Path) -> list[str]:
@@ -148,7 +167,7 @@ def _explain_onnx_errors(loaded: Any, source: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide warnings of torch's exporter and onnxruntime, which concern their own code."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -217,7 +236,7 @@ def _int8_cosines(loaded: Any, path: Path) -> tuple[float, float]:
     return float(cosines.mean()), float(cosines.min())
 
 
-def _remove_weights(folder: Path) -> None:
+def remove_weights(folder: Path) -> None:
     """Remove the files of a flat folder that only sentence-transformers needs. The tokenizer stays."""
     for file in folder.glob("*.safetensors*"):
         file.unlink()
@@ -227,7 +246,12 @@ def _remove_weights(folder: Path) -> None:
     (folder / "modules.json").unlink()
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
+    """Check that the packages for ONNX are installed.
+
+    Raises:
+        JasperError: one is missing.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
