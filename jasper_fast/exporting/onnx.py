@@ -130,8 +130,27 @@ def write_graphs(
         shutil.rmtree((folder / ONNX_FILE).parent)
         del checks["difference"]
     if not weights:
-        _remove_weights(folder, width if tokens else None)
+        remove_weights(folder, width if tokens else None)
     write_card(folder, {**facts, "onnx": checks}, [width], flat=True)
+
+
+def write_model_graph(loaded: Any, source: Path, path: Path) -> None:
+    """Write the graph of a flat model in float32.
+
+    Args:
+        loaded: the model, on the CPU.
+        source: its folder, for messages and for its name.
+        path: new graph in an existing folder.
+
+    Raises:
+        JasperError: a package is missing, or the architecture cannot be exported to ONNX.
+    """
+    require_onnx()
+    facts = read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}
+    width = int(loaded.get_embedding_dimension() or 0)
+    with _explain_onnx_errors(loaded, source), quiet():
+        metadata = _metadata(loaded, str(facts.get("name", "student")), width)
+        _write_graph(_EmbeddingModel(loaded, False), loaded, path, metadata)
 
 
 def graph_lines(folder: Path) -> list[str]:
@@ -278,7 +297,7 @@ def _compare(folder: Path, names: list[str], trust_remote_code: bool) -> dict[st
     return checks
 
 
-def _remove_weights(folder: Path, width: int | None) -> None:
+def remove_weights(folder: Path, width: int | None = None) -> None:
     """Remove the files of a flat folder that only PyTorch needs. The tokenizer stays.
 
     Args:
