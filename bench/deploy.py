@@ -21,8 +21,8 @@ from jasper_fast.config.data import EvalConfig
 from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.exporting.check_sets import JUDGED, CheckSet, fewer_documents
-from jasper_fast.exporting.quality import PYTORCH, QUESTION, compare_runtimes, source_encoder
-from jasper_fast.exporting.runtimes import Runtime, open_runtimes
+from jasper_fast.exporting.quality import QUESTION, compare_runtimes, source_encoder
+from jasper_fast.exporting.runtimes import PYTORCH, Runtime, open_runtimes
 from jasper_fast.models.folder import model_folder
 from jasper_fast.models.heads import routes_of
 from jasper_fast.utils.atomic import write_atomic

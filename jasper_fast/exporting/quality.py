@@ -17,7 +17,7 @@ import torch
 
 from jasper_fast.evaluation.metrics import ndcg_by_query
 from jasper_fast.exporting.check_sets import CheckSet, mixed_texts
-from jasper_fast.exporting.runtimes import Runtime
+from jasper_fast.exporting.runtimes import INT8, ONNX, OPENVINO, PYTORCH, Runtime
 from jasper_fast.fitting.agreement import Reference
 from jasper_fast.models.embedder import load_model, model_encoder, normalise
 from jasper_fast.models.folder import write_json
@@ -27,7 +27,7 @@ from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.hardware import cpu_name
 
 FORMAT = 1
-PYTORCH = "pytorch"
+LENGTH_TOLERANCE = 1e-3  # of the length of an embedding, which is 1
 LARGEST_ERROR = 0.02  # a standard error above this excuses no loss: the set is too small to judge
 BATCH = 32  # documents of a batch whose speed is measured
 TURNS = 5  # of which the median speed is taken
@@ -54,10 +54,10 @@ class Limit:
 EXACT = Limit(0.9999, 0.001)  # float32 in another library
 LIMITS = {  # by runtime
     PYTORCH: EXACT,
-    "onnx": EXACT,
-    "openvino": EXACT,
+    ONNX: EXACT,
+    OPENVINO: EXACT,
     "gguf": Limit(0.999, 0.002),  # llama.cpp multiplies in float16
-    "onnx-int8": Limit(0.95, 0.005),
+    INT8: Limit(0.95, 0.005),
 }
 SHRUNK = Limit(None, 0.02)  # a smaller vocabulary or smaller weights: compared with the model before
 
@@ -143,8 +143,9 @@ def compare_runtimes(
     base: Embeddings | None = None  # of PyTorch, or of the first file without it
     for runtime in runtimes:
         found = _embed(runtime.encode, texts, checks)
-        _check_shapes(runtime, found, widths[0])
-        facts = {"runtime": runtime.name, "file": runtime.file, "mb": file_megabytes(folder, runtime.file)}
+        _check_rows(runtime, found, widths[0])
+        size = file_megabytes(folder, runtime.name, runtime.file)
+        facts = {"runtime": runtime.name, "file": runtime.file, "mb": size}
         facts |= _speed(runtime.encode, texts, checks)
         aligned = wanted if form != "prefix" else _rotated(wanted, found)
         exact = base is not None
@@ -183,13 +184,17 @@ def limit_of(runtime: str, shrunk: bool, compared: bool = True) -> Limit:
     return Limit(limit.cosine if compared else SHRUNK.cosine, SHRUNK.lost + (limit.lost if limit != EXACT else 0))
 
 
-def file_megabytes(folder: Path, file: str) -> float:
-    """Return the megabytes of a runtime's files: all weights of PyTorch, or the graph with its external weights."""
+def file_megabytes(folder: Path, runtime: str, file: str) -> float:
+    """Return the megabytes of a runtime's files: all weights of PyTorch, or a graph with its external weights.
+
+    Args:
+        folder: exported folder.
+        runtime: name of the runtime.
+        file: its file in the folder.
+    """
     path = folder / file
-    if path.suffix == ".safetensors":
-        files = [*folder.rglob("*.safetensors")]
-    else:
-        files = [path, path.with_name(path.name + ".data"), path.with_suffix(".bin")]
+    graph = [path, path.with_name(path.name + ".data"), path.with_suffix(".bin")]
+    files = folder.rglob("*.safetensors") if runtime == PYTORCH else iter(graph)
     return round(sum(one.stat().st_size for one in files if one.is_file()) / 1e6, 2)
 
 
@@ -227,13 +232,21 @@ def _embed(encode: Encode, texts: list[str], checks: Sequence[CheckSet]) -> Embe
     return rows
 
 
-def _check_shapes(runtime: Runtime, rows: Embeddings, width: int) -> None:
+def _check_rows(runtime: Runtime, rows: Embeddings, width: int) -> None:
+    """Raise if embeddings have a wrong width or length, or NaN."""
     for vectors in rows.values():
         bad = int((~np.isfinite(vectors).all(axis=1)).sum())
         if bad or vectors.shape[1] != width:
             raise JasperError(
                 f"{runtime.file} in {runtime.name}: wrong embeddings (got a width of {vectors.shape[1]} and {bad} rows "
                 f"with NaN or infinity, expected {width} and 0). Nothing was published. Fix: export without this file"
+            )
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        if not np.abs(lengths - 1).max() <= LENGTH_TOLERANCE:
+            raise JasperError(
+                f"{runtime.file} in {runtime.name}: embeddings are not normalised (got lengths from "
+                f"{lengths.min():.3f} to {lengths.max():.3f}, expected 1). Nothing was published. Fix: export without "
+                "this file"
             )
 
 
@@ -285,7 +298,7 @@ def _retrieval(checks: Sequence[CheckSet], rows: Embeddings, reference: Embeddin
 
 def _beyond(row: Mapping[str, Any]) -> list[str]:
     """Return the reasons to refuse a file. NaN is beyond every limit."""
-    where = f"{row['file']} at width {row['width']}"
+    where = f"{row['runtime']} at width {row['width']}"
     reasons = []
     if row["limit_cosine"] is not None and not row["cosine_min"] >= row["limit_cosine"]:
         reasons.append(f"{where} has a cosine of {row['cosine_min']:.5f} (expected at least {row['limit_cosine']})")

@@ -1,85 +1,186 @@
-"""Open the files of an exported folder, each in its own runtime."""
+"""Open an exported folder in every runtime that it has files for, and encode with each in the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from jasper_fast.models.embedder import load_model, normalise
+from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import read_json
-from jasper_fast.models.hub import prompt_of
+from jasper_fast.models.hub import PROMPTS, prompt_of
+from jasper_fast.models.sentence_transformer import encode_role
+from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
 
-FILES = {"pytorch": "model.safetensors", "onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_int8.onnx"}
-BATCH = 32
-INPUTS = ("input_ids", "attention_mask")
+PYTORCH, ONNX, INT8, OPENVINO = "pytorch", "onnx", "onnx-int8", "openvino"
+FILES = {  # by runtime, in the order of a table
+    PYTORCH: "modules.json",
+    ONNX: "onnx/model.onnx",
+    INT8: "onnx/model_int8.onnx",
+    OPENVINO: "openvino/openvino_model.xml",
+}
+INSTALL = {ONNX: "onnxruntime", INT8: "onnxruntime", OPENVINO: "openvino"}
+INPUTS = ["input_ids", "attention_mask"]
+EMBEDDINGS = "sentence_embedding"  # output of a graph
+TEXTS_PER_BATCH = 32
+Encode = Callable[[list[str], str], np.ndarray]
+Graph = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask, (b, tokens) int64 → (b, D) float32
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """An exported file, opened by the library that serves it.
+    """One file of an exported folder, opened in the program that it is for.
 
-    Args:
-        name: "pytorch", "onnx" or "onnx-int8".
-        file: the file in the folder.
-        encode: function from texts and a role, "query" or "document", to (n, D) float32 unit rows. It adds the prompt.
+    Attributes:
+        name: "pytorch", "onnx", "onnx-int8" or "openvino".
+        file: path of the file in the folder.
+        encode: function (texts, role) → (n, D) float32 embeddings, in the order of the texts. The role is "query" or
+            "document". The prompt of the role, truncation and batches are inside.
     """
 
     name: str
     file: str
-    encode: Callable[[list[str], str], np.ndarray]
+    encode: Encode
 
 
-def open_runtimes(folder: Path, names: Sequence[str] | None = None, *, threads: int | None = None) -> list[Runtime]:
-    """Open every file of an exported folder that a runtime on this machine can read.
+def open_runtimes(
+    folder: Path, names: Sequence[str] | None = None, *, threads: int | None = None, trust_remote_code: bool = False
+) -> list[Runtime]:
+    """Open an exported folder in its runtimes, on the CPU.
 
     Args:
-        folder: flat model folder.
-        names: runtimes to open. None: all.
-        threads: CPU threads of ONNX Runtime. None: its default.
+        folder: flat folder, with or without PyTorch weights.
+        names: runtimes to open, in this order. None: all that the folder has files for.
+        threads: CPU threads of each runtime. None: the runtime's default.
+        trust_remote_code: permission to run code from the folder. Default: False.
+
+    Returns:
+        The opened runtimes. PyTorch is stock sentence-transformers.
+
+    Raises:
+        JasperError: the folder has no file for a runtime, a package is missing, or a file cannot be opened.
+
+    Example:
+        >>> for runtime in open_runtimes(Path("student-128-onnx"), threads=1):  # doctest: +SKIP
+        ...     print(runtime.name, runtime.encode(["How do I reverse a list?"], "query").shape)
     """
-    openers = {"pytorch": lambda file: _pytorch(folder)}
-    openers |= {name: lambda file: _onnx(folder, file, threads) for name in ("onnx", "onnx-int8")}
+    folder = Path(folder)
+    present = [name for name in FILES if _has(folder, name)]
+    for name in present if names is None else names:
+        if name not in present:
+            raise JasperError(
+                f"{folder}: nothing to open for {name!r} (got {', '.join(present) or 'no model files'}, expected "
+                f"{FILES.get(name, 'one of ' + ', '.join(FILES))}). Fix: export the model again with this runtime"
+            )
     return [
-        Runtime(name, file, openers[name](folder / file))
-        for name, file in FILES.items()
-        if (folder / file).is_file() and (names is None or name in names)
+        Runtime(name, FILES[name], _opened(folder, name, threads, trust_remote_code))
+        for name in (present if names is None else names)
     ]
 
 
-def _pytorch(folder: Path) -> Callable[[list[str], str], np.ndarray]:
-    model = load_model(str(folder), device="cpu")
+def _has(folder: Path, name: str) -> bool:
+    """Return whether a folder has the files of a runtime. PyTorch needs weights too."""
+    return (folder / FILES[name]).is_file() and (name != PYTORCH or any(folder.glob("*.safetensors")))
+
+
+def _opened(folder: Path, name: str, threads: int | None, trust_remote_code: bool) -> Encode:
+    if name == PYTORCH:
+        return _pytorch(folder, threads, trust_remote_code)
+    try:
+        run = (_openvino if name == OPENVINO else _onnxruntime)(folder / FILES[name], threads)
+    except ImportError as error:
+        raise JasperError(
+            f"{FILES[name]}: the package {error.name} is missing. Fix: `pip install {INSTALL[name]}`"
+        ) from None
+    except Exception as error:  # the libraries have no common class of errors
+        raise JasperError(
+            f"{folder / FILES[name]} cannot be opened ({first_line(error)}). Fix: export the model again"
+        ) from error
+    return _graph_encode(folder, run, trust_remote_code)
+
+
+def _pytorch(folder: Path, threads: int | None, trust_remote_code: bool) -> Encode:
+    model = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
 
     def encode(texts: list[str], role: str) -> np.ndarray:
-        return normalise(model.encode(texts, prompt_name=role if role in model.prompts else None))
+        with _torch_threads(threads):
+            rows = encode_role(model, texts, role, prompt_of(model.prompts, role), TEXTS_PER_BATCH)
+        return rows.float().numpy()
 
     return encode
 
 
-def _onnx(folder: Path, file: Path, threads: int | None) -> Callable[[list[str], str], np.ndarray]:
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _onnxruntime(file: Path, threads: int | None) -> Graph:
     import onnxruntime
-    from transformers import AutoTokenizer
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-    longest = int(session.get_modelmeta().custom_metadata_map["max_tokens"])
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts", {})
+    return lambda ids, mask: session.run([EMBEDDINGS], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
+
+
+def _openvino(file: Path, threads: int | None) -> Graph:
+    import openvino
+
+    # The default is bfloat16 on some CPUs, with other embeddings than float32.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    output = model.output(EMBEDDINGS)
+    return lambda ids, mask: model(dict(zip(INPUTS, (ids, mask), strict=True)))[output]
+
+
+def _graph_encode(folder: Path, run: Graph, trust_remote_code: bool) -> Encode:
+    """Return an encoder around a graph: prompts, tokenizer, truncation, and batches of texts of similar length."""
+    tokenizer, tokens = _tokenizer(folder, trust_remote_code)
+    file = folder / PROMPTS
+    prompts: Mapping[str, str | None] = read_json(file).get("prompts", {}) if file.is_file() else {}
+
+    def embed(texts: list[str]) -> np.ndarray:
+        features = tokenizer(texts, padding=True, truncation=True, max_length=tokens, return_tensors="np")
+        return run(*(features[name].astype(np.int64) for name in INPUTS))
 
     def encode(texts: list[str], role: str) -> np.ndarray:
-        prompt = prompt_of(prompts, role) or ""
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        rows: dict[int, np.ndarray] = {}
-        for start in range(0, len(texts), BATCH):
-            batch = order[start : start + BATCH]
-            chosen = [prompt + texts[at] for at in batch]
-            tokens = tokenizer(chosen, padding=True, truncation=True, max_length=longest, return_tensors="np")
-            feed = {name: tokens[name].astype(np.int64) for name in INPUTS}
-            rows |= dict(zip(batch.tolist(), session.run(["sentence_embedding"], feed)[0], strict=True))
-        return normalise(np.stack([rows[at] for at in range(len(texts))]))
+        prompted = [prompt_of(prompts, role) + text for text in texts]
+        order = np.argsort([-len(text) for text in prompted], kind="stable")
+        rows: np.ndarray | None = None
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            batch = order[start : start + TEXTS_PER_BATCH]
+            found = embed([prompted[i] for i in batch])
+            rows = np.empty((len(texts), found.shape[1]), dtype=np.float32) if rows is None else rows
+            rows[batch] = found
+        return embed([""])[:0] if rows is None else rows
 
     return encode
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, int]:
+    """Return the tokenizer of a flat folder, and the number of tokens at which texts are truncated."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise JasperError(
+            f"{folder}: the tokenizer cannot be loaded ({first_line(error)}). Fix: export the model again"
+        ) from error
+    file = folder / "sentence_bert_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    return tokenizer, int(settings.get("max_seq_length") or tokenizer.model_max_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_the_folder_holds_safetensors_only(bert: tuple[Student, Path], tmp_path:
     assert set(dense) == {"in_features", "out_features", "bias", "activation_function"}
     kinds = [module["type"] for module in json.loads((tmp_path / "flat" / "modules.json").read_text())]
     assert kinds == [f"sentence_transformers.models.{k}" for k in ("Transformer", "Pooling", "Dense", "Normalize")]
+
+
+def test_the_tokenizer_of_a_flat_export_has_the_length_of_the_model(bert: tuple[Student, Path], tmp_path: Path) -> None:
+    """fastembed reads it there, and the base model's may be shorter."""
+    model = Path(shutil.copytree(bert[1], tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "max_length": 7}))
+    flat = json.loads((export_flat(model, 8, tmp_path / "flat") / "tokenizer_config.json").read_text())
+    assert flat == {**settings, "max_length": 20, "model_max_length": 20}
 
 
 def test_a_saved_copy_of_the_loaded_model_is_the_same(loaded: Any, tmp_path: Path) -> None:
