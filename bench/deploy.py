@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.common.environment import environment
 from bench.common.measure import medians
 from jasper_fast import export
@@ -107,7 +109,7 @@ def measure(model: str, form: str, widths: Sequence[int], options: argparse.Name
     rows = []
     for group in [[width] for width in widths] if form == FLAT else [list(widths)]:
         folder = exported(source, form, group[0], options.folder, options.files)
-        runtimes = open_runtimes(folder, threads=options.threads)
+        runtimes = open_runtimes(folder, threads=options.threads or torch.get_num_threads())
         content = compare_runtimes(source_encoder(source, group[0]), folder, runtimes, group, form=form, checks=checks)
         times = dict(zip([one.name for one in runtimes], speeds(runtimes, texts, options.repeats), strict=True))
         for row in content["rows"]:
@@ -147,7 +149,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--queries", type=int, help="largest number of queries of a set (default: all)")
     parser.add_argument("--documents", type=int, help="largest number of documents of a set (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each timing (default: 9)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime (default: its own)")
+    parser.add_argument("--threads", type=int, help="threads of every runtime (default: those of torch)")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,23 @@ def load_checks(paths: Sequence[str], columns: Sequence[str] = ("text",)) -> lis
     return checks
 
 
+def checks_of(paths: Sequence[str], columns: Sequence[str], source: str | Path) -> list[CheckSet]:
+    """Return the sets of ``--check``, else the held-out documents of the run, else nothing.
+
+    Args:
+        paths: arguments of ``--check``. Empty: none were given.
+        columns: columns of documents, the title first.
+        source: model to export, or its run.
+
+    Raises:
+        JasperError: as in ``load_checks``.
+    """
+    if paths:
+        return load_checks(paths, columns)
+    held_out = held_out_check(source)
+    return [held_out] if held_out else []
+
+
 def held_out_check(source: str | Path) -> CheckSet | None:
     """Return the held-out documents of a run, if its text cache is still there.
 

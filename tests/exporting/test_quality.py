@@ -14,9 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jasper_fast.config.load import dump_config
 from jasper_fast.config.models import StudentConfig
+from jasper_fast.config.run import Config
+from jasper_fast.data.eval_sets import RetrievalSet
+from jasper_fast.data.text_dataset import build_all_texts
 from jasper_fast.evaluation.metrics import ndcg_by_query, score_embeddings
-from jasper_fast.exporting.check_sets import JUDGED, LABEL_FREE, CheckSet, load_checks, mixed_texts
+from jasper_fast.exporting.check_sets import (
+    JUDGED,
+    LABEL_FREE,
+    CheckSet,
+    checks_of,
+    held_out_check,
+    load_checks,
+    mixed_texts,
+)
 from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.quality import (
@@ -161,7 +173,6 @@ def noisy(amount: float):
 
 def check_set(documents: int, queries: int) -> CheckSet:
     texts = [f"document {i}" for i in range(documents)]
-    from jasper_fast.data.eval_sets import RetrievalSet
 
     relevant = [dict.fromkeys(near, 1) for near in _nearest(texts, queries)]
     return CheckSet(RetrievalSet("set", [f"query {i}" for i in range(queries)], texts, relevant), JUDGED, documents)
@@ -206,6 +217,37 @@ def test_checks_are_read(judged: Path, tiny_texts: list[str], tmp_path: Path) ->
     ):
         with pytest.raises(JasperError, match=message):
             load_checks(paths)
+
+
+def test_held_out_documents_of_a_run(tiny_texts: list[str], tiny_bert: Path, tmp_path: Path) -> None:
+    documents = tmp_path / "documents.jsonl"
+    rows = [{"title": f"{text.split(' ')[1]} {i}", "text": text} for i, text in enumerate(tiny_texts)]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(documents), "columns": ["title", "text"]}
+    config = Config.model_validate(
+        {
+            "name": "mine",
+            "student": {"model": str(tiny_bert), "heads": [4]},
+            "teachers": [{"model": str(tiny_bert)}],
+            "data": {"sources": [source], "cache": str(tmp_path / "cache")},
+            "stages": [{"name": "distil", "train": ["heads.*"], "heads": [4], "steps": 1, "lr": 1e-4}],
+        }
+    )
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    assert held_out_check(run) is None
+    (run / "config.yaml").write_text(dump_config(config))
+    assert held_out_check(run) is None  # its cache is gone
+    held_out = build_all_texts(config.data, config.data.seed).held_out
+    for folder in (run, run / "model"):
+        check = held_out_check(folder)
+        assert check is not None and check.kind == LABEL_FREE and check.evalset.name == "held-out documents"
+        assert len(held_out) == 20 and set(check.evalset.queries) == set(held_out["query"])
+    assert [one.kind for one in checks_of([], ["text"], run)] == [LABEL_FREE]
+    other = config.model_copy(update={"data": config.data.model_copy(update={"cut_share": 0.0})})
+    (run / "config.yaml").write_text(dump_config(other))
+    assert held_out_check(run) is None  # other texts
+    assert checks_of([], ["text"], run) == []
 
 
 def test_a_large_set_keeps_what_is_judged(monkeypatch: pytest.MonkeyPatch, judged: Path) -> None:
