@@ -30,7 +30,7 @@ FORMAT = 1
 LENGTH_TOLERANCE = 1e-3  # of the length of an embedding, which is 1
 LARGEST_ERROR = 0.02  # a standard error above this excuses no loss: the set is too small to judge
 BATCH = 32  # documents of a batch whose speed is measured
-TURNS = 5  # of which the median speed is taken
+QUESTION_TURNS, BATCH_TURNS = 7, 3  # of which the median time is taken
 QUESTION = "how do I reverse a list?"
 
 Encode = Callable[[list[str], str], np.ndarray]
@@ -92,10 +92,10 @@ def measure_quality(
         trust_remote_code: permission to run code from the source.
 
     Returns:
-        The content of ``quality.json``: ``form``, ``texts`` (number of compared texts), ``sets``, ``rows``, ``limits``,
-        ``beyond`` (reasons to refuse it) and ``allowed``. A row has ``runtime``, ``file``, ``width``, ``mb``,
-        ``question_ms``, ``batch_per_s``, ``cosine_mean``, ``cosine_min``, and with sets ``neighbours``, ``ndcg``,
-        ``lost`` and ``lost_error``, all as fractions.
+        The content of ``quality.json``: ``form``, ``texts`` (number of compared texts), ``sets``, ``cpu``, ``threads``,
+        ``rows``, ``beyond`` (reasons to refuse it) and ``allowed``. A row has ``runtime``, ``file``, ``width``, ``mb``,
+        ``question_ms``, ``batch_per_s``, ``cosine_mean``, ``cosine_min``, ``limit_cosine`` and ``limit_lost``. With
+        sets it also has the fractions ``neighbours``, ``ndcg``, ``lost`` and ``lost_error``.
 
     Raises:
         JasperError: a file is beyond its limits and ``allow_loss`` is False, or it returns NaN or a wrong shape.
@@ -147,14 +147,14 @@ def compare_runtimes(
         size = file_megabytes(folder, runtime.name, runtime.file)
         facts = {"runtime": runtime.name, "file": runtime.file, "mb": size}
         facts |= _speed(runtime.encode, texts, checks)
-        aligned = wanted if form != "prefix" else _rotated(wanted, found)
-        exact = base is not None
+        compared = base is not None
+        aligned = _rotated(wanted, found) if form == "prefix" and not compared else wanted
         for width in widths:
             full = width == widths[0]
             own, reference = _cut(found, width), _cut(base or found, width)
-            row = {"width": width, **facts, **_cosines(own, reference if exact or not full else aligned)}
+            row = {"width": width, **facts, **_cosines(own, reference if compared or not full else aligned)}
             row |= _retrieval(checks, own, wanted if full else reference)
-            limit = limit_of(runtime.name, shrunk, exact)
+            limit = limit_of(runtime.name, shrunk, compared)
             row |= {"limit_cosine": limit.cosine, "limit_lost": limit.lost}
             rows.append(row)
         base = base or found
@@ -322,14 +322,14 @@ def _speed(encode: Encode, texts: Sequence[str], checks: Sequence[CheckSet]) -> 
     """Measure the milliseconds of one question and the documents a second of a batch, as medians of a few turns."""
     documents = [*(text for check in checks for text in check.evalset.documents[:BATCH]), *texts][:BATCH]
 
-    def median(members: list[str], role: str) -> float:
+    def median(members: list[str], role: str, turns: int) -> float:
         encode(members, role)
         times = []
-        for _ in range(TURNS):
+        for _ in range(turns):
             begin = time.perf_counter()
             encode(members, role)
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
-    question, batch = median([QUESTION], "query"), median(documents, "document")
+    question, batch = median([QUESTION], "query", QUESTION_TURNS), median(documents, "document", BATCH_TURNS)
     return {"question_ms": 1e3 * question, "batch_per_s": len(documents) / batch}
