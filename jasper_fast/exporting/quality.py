@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def measure_quality(
 
     Args:
         source: model that was exported, or its encode function, from texts and a role to (n, D) unit rows.
-        folder: unpublished export.
+        folder: unpublished export. If it has two encoders, in ``query`` and ``document``, join their runtimes.
         runtimes: its files, as from ``open_runtimes`` with the threads of torch, the exact ones first.
         widths: widths of the embeddings, widest first. Narrower ones are prefixes, normalised again.
         form: form of the export, for the table.
@@ -138,13 +138,14 @@ def compare_runtimes(
         The content of ``quality.json``, without ``allowed``.
     """
     texts = mixed_texts(checks)
+    places = [folder / role for role in ROLES if (folder / role).is_dir()] or [folder]
     wanted = _embed(source, texts, checks)
     rows: list[dict[str, Any]] = []
     base: Embeddings | None = None  # of PyTorch, or of the first file without it
     for runtime in runtimes:
         found = _embed(runtime.encode, texts, checks)
         _check_rows(runtime, found, widths[0])
-        size = file_megabytes(folder, runtime.name, runtime.file)
+        size = sum(file_megabytes(place, runtime.name, runtime.file) for place in places)
         facts = {"runtime": runtime.name, "file": runtime.file, "mb": size}
         facts |= _speed(runtime.encode, texts, checks)
         compared = base is not None
@@ -168,6 +169,21 @@ def compare_runtimes(
         "rows": rows,
         "beyond": [reason for row in rows for reason in _beyond(row)],
     }
+
+
+def join_roles(queries: Sequence[Runtime], documents: Sequence[Runtime]) -> list[Runtime]:
+    """Return the runtimes of two folders, one of which encodes queries and the other one documents.
+
+    Args:
+        queries: opened files of the folder for queries.
+        documents: opened files of the folder for documents. A runtime that only one folder has is left out.
+    """
+    others = {one.name: one for one in documents}
+
+    def joined(query: Runtime, document: Runtime) -> Runtime:
+        return replace(query, encode=lambda texts, role: (query if role == "query" else document).encode(texts, role))
+
+    return [joined(one, others[one.name]) for one in queries if one.name in others]
 
 
 def limit_of(runtime: str, shrunk: bool, compared: bool = True) -> Limit:

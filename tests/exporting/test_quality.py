@@ -34,6 +34,7 @@ from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.quality import (
     compare_runtimes,
     file_megabytes,
+    join_roles,
     limit_of,
     measure_quality,
     quality_lines,
@@ -276,6 +277,25 @@ def test_sizes(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(bytes(100_000))
     sizes = [file_megabytes(tmp_path, *one) for one in (("pytorch", "modules.json"), ("onnx", "onnx/model.onnx"))]
     assert sizes == [0.2, 0.2]
+
+
+def test_an_export_of_two_encoders(tmp_path: Path) -> None:
+    for role in ("query", "document"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "model.safetensors").write_bytes(bytes(100_000))
+
+    def of_role(own: str) -> list[Runtime]:
+        def encode(texts: list[str], role: str) -> np.ndarray:
+            assert role == own
+            return rows_of(texts, role)
+
+        names = ("pytorch", "onnx") if own == "query" else ("pytorch",)
+        return [Runtime(name, "modules.json", encode) for name in names]
+
+    runtimes = join_roles(of_role("query"), of_role("document"))
+    content = compare_runtimes(rows_of, tmp_path, runtimes, [WIDTH], checks=[check_set(50, 20)])
+    assert [(row["runtime"], row["mb"], row["lost"]) for row in content["rows"]] == [("pytorch", 0.2, 0)]
+    assert not content["beyond"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
