@@ -153,7 +153,11 @@ def compare_runtimes(
         for width in widths:
             full = width == widths[0]
             own, reference = _cut(found, width), _cut(base or found, width)
-            row = {"width": width, **facts, **_cosines(own, reference if compared or not full else aligned)}
+            row: dict[str, Any] = {
+                "width": width,
+                **facts,
+                **_cosines(own, reference if compared or not full else aligned),
+            }
             row |= _retrieval(checks, own, wanted if full else reference)
             limit = limit_of(runtime.name, shrunk, compared)
             row |= {"limit_cosine": limit.cosine, "limit_lost": limit.lost}
