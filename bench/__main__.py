@@ -22,6 +22,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "binned": "bench.losses.binned",
     "compile_matrix": "bench.kernels.compile_matrix",
     "config_page": "bench.pages.config",
+    "deploy": "bench.deploy",
     "distil": "bench.quality.peers",
     "fit": "bench.fit",
     "gpu": "bench.pages.gpu",

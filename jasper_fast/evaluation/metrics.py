@@ -108,8 +108,27 @@ def _rankings(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Ra
     return rankings
 
 
+def ndcg_by_query(evalset: RetrievalSet, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the nDCG@10 of each query, (q,) float64. Their mean is the nDCG@10 of ``score_embeddings``.
+
+    Args:
+        evalset: retrieval set.
+        vectors: (n, D) float32 unit rows of the groups "queries" and "documents", without NaN.
+    """
+    rankings = _rankings(vectors["queries"], vectors["documents"], DEPTH + bool(evalset.self_matches))
+    return np.array([scores["ndcg_cut_10"] for scores in _by_query(evalset, rankings)])
+
+
 def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, float]:
-    """Score rankings with pytrec_eval, as BEIR and mteb do, without each query's own document.
+    scores = _by_query(evalset, rankings)
+    return {
+        "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
+        "recall@100": float(np.mean([s["recall_100"] for s in scores])),
+    }
+
+
+def _by_query(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> list[dict[str, float]]:
+    """Score each query's ranking with pytrec_eval, as BEIR and mteb do, without the query's own document.
 
     Documents missing from the corpus stay in the ideal ranking. Queries without a relevant document score 0.
     """
@@ -124,13 +143,9 @@ def _retrieval(evalset: RetrievalSet, rankings: Sequence[Ranking]) -> dict[str, 
         for q, (scores, documents) in enumerate(rankings)
     }
     judged = {str(q): {name(d): grade for d, grade in grades.items()} for q, grades in enumerate(evalset.relevant)}
-    scores = list(pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values())
+    scores = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run)
     # pytrec_eval leaves out queries without a relevant document.
-    scores += [{"ndcg_cut_10": 0.0, "recall_100": 0.0}] * (len(rankings) - len(scores))
-    return {
-        "nDCG@10": float(np.mean([s["ndcg_cut_10"] for s in scores])),
-        "recall@100": float(np.mean([s["recall_100"] for s in scores])),
-    }
+    return [scores.get(str(q), {"ndcg_cut_10": 0.0, "recall_100": 0.0}) for q in range(len(rankings))]
 
 
 def _spearman(left: np.ndarray, right: np.ndarray, gold: list[float]) -> float:

@@ -72,6 +72,7 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
     settings = read_json(source / "sentence_bert_config.json")
     shared = {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
     write_json(folder / "sentence_bert_config.json", shared)
+    _limit_tokenizer(folder, settings.get("max_seq_length"))
     places = {"Transformer": "", "Pooling": POOLING, "Dense": "2_Dense", "Normalize": NORMALIZE}
     listing = [
         {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
@@ -79,6 +80,17 @@ def write_flat(source: Path, width: int, folder: Path) -> None:
     ]
     write_json(folder / "modules.json", listing)
     write_card(folder, read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}, [width], flat=True)
+
+
+def _limit_tokenizer(folder: Path, tokens: int | None) -> None:
+    """Give the tokenizer's own settings the maximum length of the model.
+
+    fastembed truncates at the smaller of the two, and a base model's ``max_length`` may be smaller.
+    """
+    file = folder / "tokenizer_config.json"
+    if tokens is not None and file.is_file():
+        limits = dict.fromkeys(("model_max_length", "max_length"), tokens)
+        write_json(file, {**read_json(file), **limits})
 
 
 def resolve_width(source: Path, width: int | None) -> int:

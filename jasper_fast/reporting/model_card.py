@@ -17,7 +17,8 @@ from jasper_fast.config.yaml import NOT_YAML, parse_yaml
 from jasper_fast.models.folder import FACTS_FILE, read_json, student_facts
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.quantization import ranges_file
-from jasper_fast.reporting.licences import UNKNOWN_LICENCE, derived_licence, licence_text
+from jasper_fast.reporting.exports import QUALITY_FILE, loss_line, quality_sources, quality_table
+from jasper_fast.reporting.licences import UNKNOWN_LICENCE, derived_licence, licence_text, obligations
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import HUB_NAME, public_name
@@ -192,7 +193,7 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
     """Write README.md, LICENSE and the facts behind them into an exported folder, each file atomically.
 
     Args:
-        folder: exported model folder, with its weights. The card lists their sizes.
+        folder: exported model folder, with its weights. The card lists their sizes, and shows ``quality.json``.
         facts: facts of the run, as from run_facts. Sections without facts are left out of the card.
         widths: widths of the embeddings, widest first.
         flat: True for a model with one head and no Router. Default: False.
@@ -202,14 +203,16 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], widths: Sequence[in
     """
     folder = Path(folder)
     quantized = (folder / ranges_file(widths[-1])).is_file()
-    card = render_card(facts, widths, flat=flat, quantized=quantized, files=weight_files(folder))
+    quality = read_json(folder / QUALITY_FILE) if (folder / QUALITY_FILE).is_file() else None
+    files = weight_files(folder)
+    card = render_card(facts, widths, flat=flat, quantized=quantized, files=files, quality=quality)
     write_atomic(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     write_atomic(folder / "LICENSE", licence_text(facts))
     write_atomic(folder / "README.md", card)
 
 
 def weight_files(folder: Path) -> list[tuple[str, int, int | None]]:
-    """List the files with weights in a model folder, as (name, bytes, parameters). ONNX files have None parameters."""
+    """List the files with weights in a model folder, as (name, bytes, parameters). None: unknown parameters."""
     listed: list[tuple[str, int, int | None]] = []
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".safetensors":
@@ -217,7 +220,7 @@ def weight_files(folder: Path) -> list[tuple[str, int, int | None]]:
             with suppress(SafetensorError), safe_open(file, "np") as weights:  # the export's check reports damage
                 count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (not a dict)
             listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, count))
-        elif file.suffix in (".onnx", ".data"):
+        elif file.suffix in (".onnx", ".data", ".bin", ".gguf"):
             listed.append((file.relative_to(folder).as_posix(), file.stat().st_size, None))
     return listed
 
@@ -229,6 +232,7 @@ def render_card(
     flat: bool = False,
     quantized: bool = False,
     files: Sequence[tuple[str, int, int | None]] = (),
+    quality: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the model card as Markdown with YAML front matter.
 
@@ -238,6 +242,7 @@ def render_card(
         flat: True for a model with one head and no Router. Default: False.
         quantized: True for a model folder with ranges of int8 codes. Default: False.
         files: files with weights, as from ``weight_files``. Empty: the card does not list them.
+        quality: content of ``quality.json``. None: the files were not measured.
     """
     from huggingface_hub import ModelCard
 
@@ -263,6 +268,7 @@ def render_card(
         **(_training_facts(facts) if facts.get("stages") else {}),
         licence=derived_licence(facts),
         base_licence=facts.get("licence", UNKNOWN_LICENCE),
+        obligations=obligations(facts),
         torch_weights=not names or any(name.endswith(".safetensors") for name in names),
         adapted=_adapted(facts["adapted"]) if "adapted" in facts else None,
         onnx=facts.get("onnx"),
@@ -270,11 +276,24 @@ def render_card(
         device=facts.get("device") or "the machine of the run",
         int8=INT8_GRAPH in names,
         files=[(f"`{name}`", f"{size / 1e6:.1f} MB", f"{count:,}" if count else "") for name, size, count in files],
+        parameters=f"{sum(count or 0 for _, _, count in files):,}",
+        **(_quality_facts(quality) if quality else {}),
         metrics=metrics,
         scores=[_score_row(row, metrics) for row in rows],
         transductive=facts.get("transductive", []),
     )
     return card.content + "\n"
+
+
+def _quality_facts(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template's variables for the measured files."""
+    widths = sorted({row["width"] for row in quality["rows"]}, reverse=True)
+    return {
+        "quality": quality_table(quality),
+        "quality_sources": quality_sources(quality),
+        "loss": loss_line(quality),
+        "prefixes": widths[1:] if quality["form"] == "prefix" else [],
+    }
 
 
 def _adapted(adapted: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.student import Student
+from jasper_fast.reporting.licences import obligations
 from jasper_fast.reporting.model_card import (
     UNKNOWN_LICENCE,
     front_matter,
@@ -152,6 +154,15 @@ def test_the_folder_holds_safetensors_only(bert: tuple[Student, Path], tmp_path:
     assert kinds == [f"sentence_transformers.models.{k}" for k in ("Transformer", "Pooling", "Dense", "Normalize")]
 
 
+def test_the_tokenizer_of_a_flat_export_has_the_length_of_the_model(bert: tuple[Student, Path], tmp_path: Path) -> None:
+    """fastembed reads it there, and the base model's may be shorter."""
+    model = Path(shutil.copytree(bert[1], tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "max_length": 7}))
+    flat = json.loads((export_flat(model, 8, tmp_path / "flat") / "tokenizer_config.json").read_text())
+    assert flat == {**settings, "max_length": 20, "model_max_length": 20}
+
+
 def test_a_saved_copy_of_the_loaded_model_is_the_same(loaded: Any, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -263,7 +274,8 @@ def test_onnx_folder(
         expected = {"model": "student", "width": "8", "max_tokens": "20", "normalized": "true"}
         assert expected.items() <= session.get_modelmeta().custom_metadata_map.items()
     card = (out / "README.md").read_text()
-    (example,) = python_blocks(card)  # nothing for sentence-transformers
+    example, fastembed = python_blocks(card)  # nothing for sentence-transformers
+    assert "PoolingType.DISABLED" in fastembed and "dim=8," in fastembed
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     (documented,) = [block for block in python_blocks(page) if "onnxruntime" in block]
     assert documented.replace("max_length=256", "max_length=20").replace("128) float32", "8) float32") == example
@@ -312,6 +324,43 @@ def test_licence_of_a_distilled_model(case: str, tmp_path: Path) -> None:
     assert file.startswith(f"Licence: {licence}\n") and reason in file
     for number, teacher in enumerate(teachers):
         assert f"| t{number} | not recorded | {teacher} |" in card and f"- teacher t{number}: {teacher}" in file
+        assert (
+            f"- {teacher}: " in card.split("What the licences ask")[1] and f"- {teacher}: " in file.split("ask of a")[1]
+        )
+
+
+def test_obligations() -> None:
+    facts = {
+        "student": {"model": "b"},
+        "licence": "Apache-2.0",
+        "teachers": [{"model": "t", "licence": "cc-by-nc-4.0"}],
+    }
+    facts["teachers"] += [{"model": "u"}, {"model": "v", "licence": "my-own"}, {"model": "w", "licence": "cc0-1.0"}]
+    duties = dict(obligations(facts))
+    assert [*duties] == ["Apache-2.0", "cc-by-nc-4.0", UNKNOWN_LICENCE, "my-own", "cc0-1.0"]
+    assert "NOTICE" in duties["Apache-2.0"] and "Commercial use is not permitted" in duties["cc-by-nc-4.0"]
+    assert "find out" in duties[UNKNOWN_LICENCE] and duties["my-own"] == "read its terms"
+
+
+def test_the_card_shows_the_measured_files(tmp_path: Path) -> None:
+    row = {"width": 16, "runtime": "pytorch", "mb": 4.25, "question_ms": 3.0, "batch_per_s": 120.4}
+    row |= {"cosine_mean": 1.0, "cosine_min": 0.99999, "neighbours": 1.0, "ndcg": 0.5, "lost": 0.0, "lost_error": 0.001}
+    sets = [{"name": "mine", "queries": 9, "documents": 20, "of": 30, "kind": "judged"}]
+    measured = {"form": "prefix", "texts": 7, "sets": sets, "threads": 2, "cpu": "a CPU", "beyond": ["x loses"]}
+    measured |= {"allowed": True, "rows": [row, row | {"width": 4}]}
+    (tmp_path / "quality.json").write_text(json.dumps(measured))
+    write_card(tmp_path, {"name": "m"}, [16], flat=True)
+    (tmp_path / "model.safetensors").touch()
+    write_card(tmp_path, {"name": "m"}, [16], flat=True)
+    card = (tmp_path / "README.md").read_text()
+    for said in (
+        "| prefix | 4 | pytorch | 4.2 | 3.0 ms | 120 | 1.00000 | 0.99999 | 100.0 % | 50.00 | 0.00 ± 0.10 % |",
+        "retrieval on mine (9 questions, 20 of 30 documents, judged). Speed with 2 threads of a CPU.",
+        "**Accepted by --allow-loss: x loses.**",
+        '"dimensions": 4}',
+        "truncate_dim=4",
+    ):
+        assert said in card, said
 
 
 def test_command_line(bert: tuple[Student, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
