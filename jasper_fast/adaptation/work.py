@@ -31,7 +31,7 @@ class Work:
         corpus: the texts.
         results: what results.json will have.
         progress: the planned steps, whose time depends on the speed of the machine.
-        fixed: seconds of the projections, which do not.
+        fixed: seconds of the projections and of the rotation, which do not.
         counts: (n,) int64, tokens of a sample of the documents.
     """
 
@@ -83,4 +83,4 @@ def plan_time(work: Work, speed: dict[str, Any], lengths: list[int]) -> None:
     phases.append(Phase("student", 1, units / student))
     phases.append(Phase("fit", 1, PLANNED["fit"] + corpus.documents / 20_000))
     phases += [Phase(name, 1, PLANNED[name]) for name in ("scores", "export")]
-    work.progress, work.fixed = Progress(phases), SECONDS * len(request.widths or NARROW)
+    work.progress, work.fixed = Progress(phases), SECONDS * (len(request.widths or NARROW) + 1)

@@ -63,28 +63,47 @@ def export_onnx(
         JasperError: the model, the width or a package is missing, the architecture cannot be exported to ONNX, or the
             embeddings of a graph differ.
     """
-    _require_onnx()
+    require_onnx()
     source = model_folder(model)
     width = resolve_width(source, width)
     with publish_dir(out) as folder:
         write_flat(source, width, folder)
         check_flat_export(source, folder, width, trust_remote_code=trust_remote_code)
-        loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
-        facts = read_json(folder / FACTS_FILE)
-        graph = folder / ONNX_FILE
-        graph.parent.mkdir()
-        with _explain_onnx_errors(loaded, source), _quiet():
-            name = str(facts.get("name", "student"))
-            _write_graph(_EmbeddingModel(loaded), loaded, graph, _metadata(loaded, name, width))
-            onnx = {"max_tokens": _max_tokens(loaded), "difference": _onnx_difference(loaded, graph)}
-            if int8:
-                _write_int8(graph, folder / INT8_FILE)
-                onnx["cosine_mean"], onnx["cosine_min"] = _int8_cosines(loaded, folder / INT8_FILE)
-        _check_graphs(source, onnx)
-        if not weights:
-            _remove_weights(folder)
-        write_card(folder, {**facts, "onnx": onnx}, [width], flat=True)
+        write_graphs(folder, source, int8=int8, weights=weights, trust_remote_code=trust_remote_code)
     return Path(out)
+
+
+def write_graphs(
+    folder: Path, source: Path, *, int8: bool = False, weights: bool = True, trust_remote_code: bool = False
+) -> None:
+    """Add ONNX graphs to an unpublished flat folder, and their checks to its card.
+
+    Args:
+        folder: unpublished flat folder with its card.
+        source: model that the folder was made from, for messages.
+        int8: True to add the graph with int8 weights too.
+        weights: False to leave out the files that PyTorch loads.
+        trust_remote_code: permission to run code from the model. Default: False.
+
+    Raises:
+        JasperError: the architecture cannot be exported to ONNX, or the embeddings of a graph differ.
+    """
+    loaded = load_model(str(folder), device="cpu", trust_remote_code=trust_remote_code)
+    facts = read_json(folder / FACTS_FILE)
+    width = int(loaded.get_embedding_dimension() or 0)
+    graph = folder / ONNX_FILE
+    graph.parent.mkdir()
+    with _explain_onnx_errors(loaded, source), _quiet():
+        name = str(facts.get("name", "student"))
+        _write_graph(_EmbeddingModel(loaded), loaded, graph, _metadata(loaded, name, width))
+        onnx = {"max_tokens": _max_tokens(loaded), "difference": _onnx_difference(loaded, graph)}
+        if int8:
+            _write_int8(graph, folder / INT8_FILE)
+            onnx["cosine_mean"], onnx["cosine_min"] = _int8_cosines(loaded, folder / INT8_FILE)
+    _check_graphs(source, onnx)
+    if not weights:
+        _remove_weights(folder)
+    write_card(folder, {**facts, "onnx": onnx}, [width], flat=True)
 
 
 def graph_lines(folder: Path) -> list[str]:
@@ -227,7 +246,12 @@ def _remove_weights(folder: Path) -> None:
     (folder / "modules.json").unlink()
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
+    """Check that the packages for ONNX are installed.
+
+    Raises:
+        JasperError: one is missing.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
