@@ -106,7 +106,7 @@ def text_axes(embed: Callable[[list[str]], np.ndarray], texts: list[str], widths
         PRINCIPAL: principal_axes(moment, rows.shape[1]),
         LEARNED: learned_rotation(documents, moment, widths, seconds=SECONDS),
     }
-    if held_out < FEWEST or np.array_equal(*options.values()):
+    if held_out < FEWEST or np.array_equal(options[PRINCIPAL], options[LEARNED]):
         return Axes(options[PRINCIPAL], PRINCIPAL, name)
     reference = Reference(questions, documents)
     overlap = {
