@@ -37,6 +37,7 @@ from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.data.rows import read_rows
 from jasper_fast.evaluation.metrics import score_embeddings
 from jasper_fast.fitting.projections import learned_axes, mined_groups, principal_axes
+from jasper_fast.fitting.rotations import learned_rotation
 from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.models.embedder import load_model, model_encoder
 from jasper_fast.utils.atomic import write_atomic
@@ -140,6 +141,7 @@ class Adapted:
         names: the chosen options by form.
         maps: {form: (h, d) map}.
         projections: {width: (d, width)}, of both forms.
+        rotation: (d, d), whose first columns are the projections of the prefix form.
         documents: sums over the documents.
         held: held-out embeddings.
     """
@@ -147,6 +149,7 @@ class Adapted:
     names: dict[str, Any]
     maps: dict[str, np.ndarray]
     projections: dict[int, np.ndarray]
+    rotation: np.ndarray
     documents: PairStatistics
     held: HeldOutVectors
 
@@ -174,7 +177,8 @@ def adapted(corpus: Corpus, student: Embeddings, teacher: Embeddings, widths: Se
         )
         choice = choose_projection(held, maps, options)
         projections[width], names[str(width)] = choice.map, choice.name
-    return Adapted(names, maps, projections, documents, held)
+    rotation = learned_rotation(t[fitted], documents.target, widths, steps=STEPS, groups=groups)
+    return Adapted(names, maps, projections, rotation, documents, held)
 
 
 def judged_rows(
@@ -203,14 +207,16 @@ def judged_rows(
         add("student before", SYMMETRIC, width, (student.of(queries, width), student.of(texts, width)))
     if sq.shape == tq.shape:
         add("student before", "asymmetric", td.shape[1], (sq, td))
-    for form in FORMS:
-        for width in (td.shape[1], *fitted.projections):
-            axes = fitted.projections.get(width)
-            head = fitted.maps[form] if axes is None else fitted.maps[form] @ axes
-            asked = projected_rows(sq, head)
-            right = td if axes is None else projected_rows(td, axes)
-            searched = projected_rows(sd, head) if form == SYMMETRIC else right
-            add("adapted", form, width, (asked, searched), fitted.held.embeddings(form, fitted.maps[form], axes))
+    prefixes = {width: fitted.rotation[:, :width] for width in fitted.projections}
+    for model, projections in (("adapted", fitted.projections), ("adapted prefix", prefixes)):
+        for form in FORMS:
+            for width in (td.shape[1], *projections):
+                axes = projections.get(width)
+                head = fitted.maps[form] if axes is None else fitted.maps[form] @ axes
+                asked = projected_rows(sq, head)
+                right = td if axes is None else projected_rows(td, axes)
+                searched = projected_rows(sd, head) if form == SYMMETRIC else right
+                add(model, form, width, (asked, searched), fitted.held.embeddings(form, fitted.maps[form], axes))
     held = fitted.held
     for width in fitted.projections:
         axes = principal_axes(fitted.documents.target, width)
@@ -282,7 +288,12 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
     Args:
         summary: result of :func:`summary`.
     """
-    titles = {"student before": "not adapted", "adapted": "**adapted**", "teacher PCA": "teacher's axes"}
+    titles = {
+        "student before": "not adapted",
+        "adapted": "**adapted**",
+        "adapted prefix": "adapted, prefix form",
+        "teacher PCA": "teacher's axes",
+    }
     described = ("limit", "model", "form", "width", "mean", "overlap", "label_free_ndcg")
     sets = [name for name in summary[0] if name not in described]
     lines = ["| | form | width | mean | " + " | ".join(sets) + " |", "| --- | --- |" + " ---: |" * (2 + len(sets))]

@@ -1,67 +1,62 @@
-"""Export a trained student to formats that load without jasper_fast: sentence-transformers folders, ONNX, OpenVINO.
+"""Export a trained student to formats that load without jasper_fast: sentence-transformers folders and ONNX.
 
-``python -m jasper_fast.export RUN --width 128 [--onnx] [--int8] [--openvino] [--out DIR]`` takes a run folder or an
-exported model.
+``python -m jasper_fast.export RUN --width 128 [--onnx] [--int8] [--out DIR]`` takes a run folder or an exported model.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jasper_fast._renamed import old_names
-from jasper_fast.exporting.flat import export_flat, resolve_width
-from jasper_fast.exporting.onnx import export_onnx, graph_lines
-from jasper_fast.models.folder import model_folder
-from jasper_fast.utils.command_line import check_model_argument, positive_int
+from jasper_fast.exporting.pipeline import FORMS, ExportRequest, export, export_lines
+from jasper_fast.utils.command_line import check_model_argument, column_names, positive_int
 from jasper_fast.utils.errors import run_cli
 
 __getattr__ = old_names(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line: export one width, with graphs for other runtimes if requested."""
+    """Run the command line: export one width, with an ONNX graph if requested."""
     parser = argparse.ArgumentParser("jasper-fast export", description=__doc__)
     parser.add_argument("run", help="run folder, or the model folder in it")
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="flat: one width; prefix: any width, as the first dimensions of the embedding; headless: no Dense module, "
+        "for a student without a head (default: flat, or headless for such a student)",
+    )
     parser.add_argument("--width", type=positive_int, metavar="N", help="width of the embeddings (default: the widest)")
+    parser.add_argument("--axes", metavar="FILE", help="texts that order the dimensions of the prefix form")
+    parser.add_argument(
+        "--columns",
+        type=column_names,
+        default=["text"],
+        metavar="A,B",
+        help="columns of --axes to join (default: text)",
+    )
     parser.add_argument("--onnx", action="store_true", help="add an ONNX graph and check it with onnxruntime")
     parser.add_argument("--int8", action="store_true", help="add an ONNX graph with int8 weights too (implies --onnx)")
-    parser.add_argument("--openvino", action="store_true", help="add a model for OpenVINO, and check it there")
-    parser.add_argument(
-        "--onnx-only",
-        action="store_true",
-        help="leave out the PyTorch weights (implies --onnx, unless with --openvino)",
-    )
-    parser.add_argument("--out", help="new folder (default: next to the model, named after the width)")
+    parser.add_argument("--onnx-only", action="store_true", help="leave out the PyTorch weights (implies --onnx)")
+    parser.add_argument("--out", help="new folder (default: next to the model, named after the form)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code from the model folder; only for models you trust"
     )
     arguments = parser.parse_args(argv)
     check_model_argument(arguments.run, "export")
-    source = model_folder(arguments.run)
-    width = resolve_width(source, arguments.width)
-    openvino = arguments.openvino
-    onnx = arguments.onnx or arguments.int8 or (arguments.onnx_only and not openvino)
-    out = (
-        arguments.out
-        or source.resolve().parent
-        / f"{source.resolve().name}-{width}{'-onnx' if onnx else '-openvino' if openvino else ''}"
+    request = ExportRequest(
+        source=Path(arguments.run),
+        out=Path(arguments.out) if arguments.out else None,
+        form=arguments.form,
+        width=arguments.width,
+        axes=arguments.axes,
+        columns=arguments.columns,
+        onnx=arguments.onnx,
+        int8=arguments.int8,
+        weights=not arguments.onnx_only,
+        trust_remote_code=arguments.trust_remote_code,
     )
-    trust = arguments.trust_remote_code
-    if not onnx and not openvino:
-        written = export_flat(source, width, out, trust_remote_code=trust)
-    else:
-        written = export_onnx(
-            source,
-            width,
-            out,
-            onnx=onnx,
-            int8=arguments.int8,
-            openvino=openvino,
-            weights=not arguments.onnx_only,
-            trust_remote_code=trust,
-        )
-    lines = graph_lines(written) if onnx or openvino else []
-    print("\n".join([f"wrote {written}: embeddings {width} wide", *lines]))
+    print("\n".join(export_lines(export(request))))
     return 0
 
 

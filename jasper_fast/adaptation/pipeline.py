@@ -30,6 +30,7 @@ from jasper_fast.adaptation.work import Work
 from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.data.text_dataset import texts_fingerprint
+from jasper_fast.exporting.axes import save_axes
 from jasper_fast.models.embedder import load_model
 from jasper_fast.reporting.report import step_lines
 from jasper_fast.teachers.model import Teacher, load_teacher
@@ -199,7 +200,9 @@ def _fit(work: Work, name: str, teacher: Vectors) -> None:
     widths = narrow_widths(request.widths, name, teacher.width, request.trust_remote_code)
     listed = ", ".join(map(str, widths)) or "no narrower width"
     with work.step("projections", f"projections to {listed}"):
-        projections = project(corpus, teacher, state.sums[DOCUMENTS].target, held, maps, widths)
+        projections, axes = project(corpus, teacher, state.sums[DOCUMENTS].target, held, maps, widths)
+        if axes is not None:
+            save_axes(request.out, axes)
     with work.step("scores", "scores without labels"):
         _score(work, name, held, maps, projections)
     ranges = document_ranges(held, maps, projections)

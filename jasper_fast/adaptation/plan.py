@@ -120,7 +120,7 @@ def planned_phases(request: Request, state: State, corpus: Corpus, reading: Read
     share = 1.0 if trains else _unread_by_student(request, state, corpus)
     phases.append(Phase("student", 1, share * units / student))
     phases.append(Phase("fit", 1, PLANNED["fit"] + corpus.documents / FITTED_PER_S))
-    phases.append(Phase("projections", 1, SECONDS * len(planned_widths(request, width))))
+    phases.append(Phase("projections", 1, SECONDS * (len(planned_widths(request, width)) + 1)))
     return phases + [Phase(name, 1, PLANNED[name]) for name in ("scores", "export")]
 
 

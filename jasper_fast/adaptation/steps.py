@@ -18,7 +18,17 @@ from jasper_fast.adaptation.choose import (
 from jasper_fast.adaptation.documents import BLOCK, Corpus
 from jasper_fast.adaptation.embeddings import Vectors, own_length
 from jasper_fast.adaptation.state import KINDS, State
-from jasper_fast.fitting.projections import MINED, learned_axes, mined_groups, principal_axes
+from jasper_fast.exporting.axes import LEARNED, PRINCIPAL, Axes
+from jasper_fast.fitting.projections import (
+    BLUNT,
+    MINED,
+    SHARP,
+    SHARP_WIDTH,
+    learned_axes,
+    mined_groups,
+    principal_axes,
+)
+from jasper_fast.fitting.rotations import learned_rotation
 from jasper_fast.models.backbone import position_limit
 from jasper_fast.models.embedder import model_encoder
 from jasper_fast.models.sentence_transformer import set_length, transformers_of
@@ -30,8 +40,6 @@ CORPUS_ROWS = 20_000  # documents that the held-out questions are compared on
 LENGTH_ROWS = 500  # documents that lengths are compared on
 SAVED_ROWS = 131_072  # counted texts between two savings of the statistics
 SECONDS = 20.0  # to learn the projection of a width
-SHARP, BLUNT = 0.05, 0.07  # temperatures of the loss, up to SHARP_WIDTH and above
-SHARP_WIDTH = 48
 
 
 def count_pairs(
@@ -149,8 +157,8 @@ def project(
     held: HeldOutVectors,
     maps: dict[str, Choice],
     widths: Sequence[int],
-) -> dict[int, Choice]:
-    """Return the narrow projection of each width, of both forms: principal axes of the documents, or learned ones.
+) -> tuple[dict[int, Choice], Axes | None]:
+    """Choose the narrow projection of each width, of both forms: principal axes of the documents, or learned ones.
 
     Args:
         corpus: the texts.
@@ -159,9 +167,13 @@ def project(
         held: held-out embeddings.
         maps: the chosen map of each form.
         widths: widths below d.
+
+    Returns:
+        The projections, and the rotation of the prefix form, which the narrowest width decides. None: no width.
     """
     if not widths:
-        return {}
+        return {}, None
+    matrices = {form: fitted.map for form, fitted in maps.items()}
     chosen: dict[int, Choice] = {}
     documents = teacher.read(corpus.fitted[:MINED])
     groups = mined_groups(documents)
@@ -170,5 +182,11 @@ def project(
         temperature = SHARP if width <= SHARP_WIDTH else BLUNT
         learned = learned_axes(documents, axes, seconds=SECONDS, temperature=temperature, groups=groups)
         options = {"PCA": axes, "learned": learned}
-        chosen[width] = choose_projection(held, {form: fitted.map for form, fitted in maps.items()}, options)
-    return chosen
+        chosen[width] = choose_projection(held, matrices, options)
+    rotations = {
+        PRINCIPAL: principal_axes(second_moment, len(second_moment)),
+        LEARNED: learned_rotation(documents, second_moment, widths, seconds=SECONDS, groups=groups),
+    }
+    narrowest = {name: rotation[:, : min(widths)] for name, rotation in rotations.items()}
+    name = choose_projection(held, matrices, narrowest).name
+    return chosen, Axes(rotations[name], name, f"{corpus.documents - corpus.held_out:,} documents of the adaptation")

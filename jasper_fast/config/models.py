@@ -111,7 +111,7 @@ DEFAULT_HEADS = [384, 128, 64]  # the first is the width of all-MiniLM-L6-v2
 
 
 class StudentConfig(Section):
-    """Model to train: a text encoder, mean pooling, and one linear head per width."""
+    """Model to train: a text encoder, mean pooling, and one linear head per width, or no head."""
 
     model: str  # Hugging Face text encoder: hub name, path, or `package:import_name/folder`
     revision: str | None = None  # branch, tag or commit on the model hub
@@ -119,8 +119,9 @@ class StudentConfig(Section):
     layers: PositiveInt | list[Annotated[int, Field(ge=0, strict=True)]] | None = None
     # widths of the embeddings; the widest is the default of the export, and the teachers' width for the cosine loss
     heads: list[Width] = Field(default=DEFAULT_HEADS, min_length=1)
-    # independent: one linear layer per width; prefix: the first rows of the widest head
-    head_type: Literal["independent", "prefix"] = "independent"
+    # independent: one linear layer per width; prefix: the first rows of the widest head; none: the pooled state;
+    # `heads` is the encoder's hidden size
+    head_type: Literal["independent", "prefix", "none"] = "independent"
     # identity: a head starts as the first pooled coordinates; model: as the head of `model`, a folder from a run
     head_init: Literal["random", "identity", "model"] = "random"
     max_length: PositiveInt = 512  # tokens per text; longer texts are truncated
@@ -136,6 +137,21 @@ class StudentConfig(Section):
         if len(set(heads)) != len(heads):
             raise ValueError(f"head widths must differ, got {heads}")
         return sorted(heads, reverse=True)
+
+    @model_validator(mode="after")
+    def _no_head(self) -> StudentConfig:
+        if self.head_type != "none":
+            return self
+        if len(self.heads) != 1:
+            raise ValueError(
+                f"head_type none has one width, the encoder's hidden size (got heads {self.heads}). Fix: set heads to "
+                "this size alone, for example heads: [384], and export narrow widths with `--form prefix`"
+            )
+        if self.head_init == "model":
+            raise ValueError("head_type none has no head to load. Fix: leave head_init out")
+        if self.vision is not None:
+            raise ValueError("a vision tower needs a head (got head_type none). Fix: set head_type: independent")
+        return self
 
 
 def prompt_problem(prompt: str) -> str | None:

@@ -80,15 +80,15 @@ def export_symmetric(
     student = _copy(student, max_length)
     rows = {role: source_rows(student, role) for role in ROLES}
     matrices = _matrices("heads", heads, rows["query"].shape[1])
-    stem, linear = _split(role_modules(student, "document"))
-    linear = linear or _identity(student, "document")
-    routes = {str(width): [_dense(linear, matrix)] for width, matrix in matrices.items()}
+    stem, linear = split_head(role_modules(student, "document"))
+    linear = linear or identity_layer(student, "document")
+    routes = {str(width): [dense_layer(linear, matrix)] for width, matrix in matrices.items()}
     widest = next(iter(routes))
     # There is no route for (None, None), because it would accept widths that do not exist.
     router = Router(routes, widest, route_mappings={(role, None): widest for role in ROLES})
     prompts = {role: prompt_of(student.prompts, role) for role in ROLES}
     with publish_dir(path, replace=replace) as folder:
-        _save([*stem, router, Normalize()], prompts, str(student.device), folder)
+        save_modules([*stem, router, Normalize()], prompts, str(student.device), folder)
         _save_ranges(ranges, folder)
         write_card(folder, _facts(card, "symmetric", dict.fromkeys(ROLES, student), list(matrices)), list(matrices))
         expected = {role: {w: rows[role] @ matrix for w, matrix in matrices.items()} for role in ROLES}
@@ -145,12 +145,12 @@ def export_asymmetric(
     rows = {role: source_rows(encoder, role) for role, encoder in encoders.items()}
     queries = _matrices("heads", heads, rows["query"].shape[1])
     documents = _projections(projections, list(queries), rows["document"].shape[1])
-    stem, linear = _split(role_modules(student, "query"))
-    linear, whole = linear or _identity(student, "query"), _identity(teacher, "document")
+    stem, linear = split_head(role_modules(student, "query"))
+    linear, whole = linear or identity_layer(student, "query"), identity_layer(teacher, "document")
     normalize = Normalize()  # shared by all routes, so that it is saved once
-    routes = {f"query-{w}": [_dense(linear, matrix), normalize] for w, matrix in queries.items()}
+    routes = {f"query-{w}": [dense_layer(linear, matrix), normalize] for w, matrix in queries.items()}
     for width, projection in documents.items():
-        cut = [] if projection is None and width == len(whole[0]) else [_dense(whole, _or_eye(projection, width))]
+        cut = [] if projection is None and width == len(whole[0]) else [dense_layer(whole, _or_eye(projection, width))]
         routes[f"document-{width}"] = [*cut, normalize]
     tasks = {(task, None): task.partition("-")[0] for task in routes}
     modules = [
@@ -163,7 +163,7 @@ def export_asymmetric(
     ]
     prompts = {role: prompt_of(encoder.prompts, role) for role, encoder in encoders.items()}
     with publish_dir(path, replace=replace) as folder:
-        _save(modules, prompts, device, folder)
+        save_modules(modules, prompts, device, folder)
         _save_ranges(ranges, folder)
         write_card(folder, _facts(card, "asymmetric", encoders, list(queries)), list(queries))
         expected = {
@@ -229,7 +229,7 @@ def _or_eye(matrix: np.ndarray | None, width: int) -> np.ndarray:
     return np.eye(width) if matrix is None else matrix
 
 
-def _split(modules: Sequence[Any]) -> tuple[list[Any], Linear | None]:
+def split_head(modules: Sequence[Any]) -> tuple[list[Any], Linear | None]:
     """Take a model apart: the modules before its last linear layer, and this layer if there is one.
 
     Normalize modules at the end are left out, because a head has its own Normalize after it.
@@ -255,13 +255,13 @@ def _float64(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy()
 
 
-def _identity(model: SentenceTransformer, role: str) -> Linear:
+def identity_layer(model: SentenceTransformer, role: str) -> Linear:
     """Return the linear layer that leaves a model's whole embedding as it is, with no coordinates cut off."""
     with model.truncate_embeddings(None):
         return np.eye(source_rows(model, role).shape[1]), None
 
 
-def _dense(linear: Linear, matrix: np.ndarray) -> Dense:
+def dense_layer(linear: Linear, matrix: np.ndarray) -> Dense:
     """Return the product of a linear layer and a matrix (k, w), which takes the first k coordinates of its output."""
     from sentence_transformers.sentence_transformer.modules import Dense
 
@@ -277,7 +277,7 @@ def _dense(linear: Linear, matrix: np.ndarray) -> Dense:
     )
 
 
-def _save(modules: list[Any], prompts: Mapping[str, str], device: str, folder: Path) -> None:
+def save_modules(modules: list[Any], prompts: Mapping[str, str], device: str, folder: Path) -> None:
     """Write a sentence-transformers model, without a card."""
     from sentence_transformers import SentenceTransformer
 
@@ -331,6 +331,6 @@ def _averages(model: SentenceTransformer) -> bool:
     """Return True if a model is a Transformer, mean pooling, and at most linear layers and Normalize after them."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    stem, _ = _split(role_modules(model, "document"))
+    stem, _ = split_head(role_modules(model, "document"))
     kinds = [type(module) for module in stem]
     return kinds == [Transformer, Pooling] and stem[1].pooling_mode == "mean" and stem[1].include_prompt

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jasper_fast.exporting.parity import check_flat_export
-from jasper_fast.models.folder import FACTS_FILE, NORMALIZE, POOLING, model_folder, read_json, write_json
+from jasper_fast.models.folder import FACTS_FILE, POOLING, model_folder, read_json, write_json
 from jasper_fast.models.heads import ROUTER, routes_of
 from jasper_fast.models.quantization import ranges_file
 from jasper_fast.reporting.model_card import write_card
@@ -15,6 +17,15 @@ from jasper_fast.utils.errors import JasperError
 
 # Keys with their defaults in sentence-transformers 6. Version 5 and older reject them.
 NEW_DENSE_KEYS = {"module_input_name", "module_output_name"}
+OLD_MODULES = "sentence_transformers.models"  # where all versions find the modules
+POOLING_MODES = {  # the name of each mode's switch in version 5
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean_tokens": "weightedmean",
+    "lasttoken": "lasttoken",
+}
 
 
 def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -43,43 +54,85 @@ def export_flat(model: str | Path, width: int | None, out: str | Path, *, trust_
 
 def write_flat(source: Path, width: int, folder: Path) -> None:
     """Write one width of a model folder as a flat SentenceTransformer of four modules."""
-    rewritten = {"modules.json", "README.md", FACTS_FILE, "sentence_bert_config.json"}
+    head = source / ROUTER / routes_of(source)[width]
+    copy_model(source, width, folder, {"Pooling": source / POOLING, "Dense": head, "Normalize": None}, "flat")
+
+
+def copy_model(source: Path, width: int, folder: Path, parts: dict[str, Path | None], form: str) -> None:
+    """Copy an encoder with some modules after it, as sentence-transformers 4 and newer read them, and write its card.
+
+    Args:
+        source: model folder from export_student.
+        width: width of the embeddings.
+        folder: unpublished folder.
+        parts: folder of each module by kind, in order. None: the module has no settings.
+        form: form of the export, for the facts.
+    """
+    rewritten = {"modules.json", "README.md", FACTS_FILE}
     for file in source.iterdir():
         of_other_width = file.match(ranges_file("*")) and file.name != ranges_file(width)
         if file.is_file() and file.name not in rewritten and not of_other_width:
             shutil.copy2(file, folder)
-    shutil.copytree(source / ROUTER / routes_of(source)[width], folder / "2_Dense")
-    dense = folder / "2_Dense" / "config.json"
-    write_json(dense, {k: v for k, v in read_json(dense).items() if k not in NEW_DENSE_KEYS})
-    pooling = read_json(source / POOLING / "config.json")
-    modes = {
-        "cls_token": "cls",
-        "mean_tokens": "mean",
-        "max_tokens": "max",
-        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    }
-    modes |= {"weightedmean_tokens": "weightedmean", "lasttoken": "lasttoken"}
-    (folder / POOLING).mkdir()
-    (folder / NORMALIZE).mkdir()
+    places = {"Transformer": ""} | {kind: f"{number}_{kind}" for number, kind in enumerate(parts, 1)}
+    for kind, part in parts.items():
+        (folder / places[kind]).mkdir() if part is None else shutil.copytree(part, folder / places[kind])
     write_json(
-        folder / POOLING / "config.json",
-        {
-            "word_embedding_dimension": pooling["embedding_dimension"],
-            **{f"pooling_mode_{name}": mode == pooling["pooling_mode"] for name, mode in modes.items()},
-        },
+        folder / "modules.json",
+        [
+            {"idx": number, "name": str(number), "path": place, "type": f"{OLD_MODULES}.{kind}"}
+            for number, (kind, place) in enumerate(places.items())
+        ],
     )
-    write_json(folder / NORMALIZE / "config.json", {})  # git and object stores drop empty folders
-    settings = read_json(source / "sentence_bert_config.json")
-    shared = {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
-    write_json(folder / "sentence_bert_config.json", shared)
-    _limit_tokenizer(folder, settings.get("max_seq_length"))
-    places = {"Transformer": "", "Pooling": POOLING, "Dense": "2_Dense", "Normalize": NORMALIZE}
-    listing = [
-        {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
-        for number, (kind, place) in enumerate(places.items())
-    ]
+    for_older_readers(folder)
+    facts = read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}
+    write_card(folder, {**facts, "export": {"form": form, "width": width}}, [width], flat=True)
+
+
+def for_older_readers(folder: Path) -> None:
+    """Rewrite the settings of a model folder without a Router as sentence-transformers 4 and 5 read them.
+
+    Version 6 reads them too. Modules of other kinds than Transformer, Pooling, Dense and Normalize stay as they are.
+
+    Args:
+        folder: unpublished model folder with ``modules.json``.
+    """
+    listing = read_json(folder / "modules.json")
+    for entry in listing:
+        kind, place = entry["type"].rpartition(".")[2], folder / entry["path"]
+        if kind not in OLD_SETTINGS:
+            continue
+        file, rewrite = OLD_SETTINGS[kind]
+        write_json(place / file, rewrite(read_json(place / file) if (place / file).is_file() else {}))
+        entry["type"] = f"{OLD_MODULES}.{kind}"
     write_json(folder / "modules.json", listing)
-    write_card(folder, read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}, [width], flat=True)
+    _limit_tokenizer(folder, read_json(folder / "sentence_bert_config.json").get("max_seq_length"))
+
+
+def _old_transformer(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key in ("max_seq_length", "do_lower_case", "model_args") if key in settings}
+
+
+def _old_pooling(settings: dict[str, Any]) -> dict[str, Any]:
+    if "pooling_mode" not in settings:  # written for older readers already
+        return settings
+    return {
+        "word_embedding_dimension": settings["embedding_dimension"],
+        **{f"pooling_mode_{name}": mode == settings["pooling_mode"] for name, mode in POOLING_MODES.items()},
+        "include_prompt": settings.get("include_prompt", True),
+    }
+
+
+def _old_dense(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NEW_DENSE_KEYS}
+
+
+# The file and the conversion of each module's settings. An empty folder would get lost in git and object stores.
+OLD_SETTINGS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "Transformer": ("sentence_bert_config.json", _old_transformer),
+    "Pooling": ("config.json", _old_pooling),
+    "Dense": ("config.json", _old_dense),
+    "Normalize": ("config.json", lambda settings: {}),
+}
 
 
 def _limit_tokenizer(folder: Path, tokens: int | None) -> None:

@@ -49,7 +49,8 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
     for role in ROLES:
         expected = _student_embeddings(student, texts, role)
         for width, vectors in expected.items():
-            exported = stock.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
+            task = None if student.headless else str(width)
+            exported = stock.encode(texts, prompt_name=role, task=task, convert_to_tensor=True)
             _compare(exported, vectors, f"{role} embeddings at width {width}")
         # The widest head is the default.
         default = (stock.encode_query if role == "query" else stock.encode_document)(texts, convert_to_tensor=True)
@@ -58,13 +59,13 @@ def check_export(student: Student, folder: Path, *, trust_remote_code: bool = Fa
         _check_images(student, folder)
 
 
-def check_flat_export(first: Path, second: Path, width: int, *, trust_remote_code: bool = False) -> None:
-    """Compare the embeddings of a flat export with those of its Router folder at one width.
+def check_flat_export(first: Path, second: Path, width: int | None, *, trust_remote_code: bool = False) -> None:
+    """Compare the embeddings of a flat export with those of its source at one width.
 
     Args:
-        first: Router folder.
+        first: Router folder, or the folder of a student without a head.
         second: flat export.
-        width: width of the flat export.
+        width: width of the flat export. None: the source has no Router.
         trust_remote_code: permission to run the model's custom code.
 
     Raises:
@@ -73,7 +74,8 @@ def check_flat_export(first: Path, second: Path, width: int, *, trust_remote_cod
     router, flat = (_open(folder, "cpu", trust_remote_code) for folder in (first, second))
     texts = list(PROBES.values())
     for role in ROLES:
-        expected = router.encode(texts, prompt_name=role, task=str(width), convert_to_tensor=True)
+        task = None if width is None else str(width)
+        expected = router.encode(texts, prompt_name=role, task=task, convert_to_tensor=True)
         exported = flat.encode(texts, prompt_name=role, convert_to_tensor=True)
         _compare(exported, expected, f"{role} embeddings at width {width}")
 
@@ -127,6 +129,27 @@ def check_adapted(
         for width in widths:
             what = f"{role} embeddings at width {width}"
             _compare(found[width].cpu(), rows[width], what, "the models it was made from")
+
+
+def check_rows(
+    folder: Path, expected: Mapping[str, np.ndarray], device: str, *, trust_remote_code: bool = False
+) -> None:
+    """Compare ``encode_query`` and ``encode_document`` of an export with the expected embeddings.
+
+    Args:
+        folder: unpublished export without a Router.
+        expected: {role: (n, width)} embeddings of the probes, of any length.
+        device: torch device name for the exported model.
+        trust_remote_code: permission to run the model's custom code.
+
+    Raises:
+        JasperError: the export cannot be loaded, or an embedding differs by more than 1e-5 in a coordinate.
+    """
+    stock, texts = _open(folder, device, trust_remote_code), list(PROBES.values())
+    for role, vectors in expected.items():
+        found = (stock.encode_query if role == "query" else stock.encode_document)(texts, convert_to_tensor=True)
+        rows = F.normalize(torch.from_numpy(vectors), dim=1)
+        _compare(found.cpu(), rows, f"{role} embeddings", "its source")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jasper_fast.exporting.parity import check_export
-from jasper_fast.models.folder import NORMALIZE, POOLING, VISION, student_facts, write_json
+from jasper_fast.models.folder import POOLING, VISION, student_facts, write_json
 from jasper_fast.models.heads import ROUTER
 from jasper_fast.models.loading import without_bars
 from jasper_fast.models.quantization import ranges_file
@@ -31,7 +31,7 @@ def export_student(
     ranges: Mapping[int, np.ndarray] | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write a sentence-transformers model: Transformer, Pooling, a Router of Dense heads, Normalize.
+    """Write a sentence-transformers model: Transformer, Pooling, a Router of Dense heads if it has heads, Normalize.
 
     Stock sentence-transformers loads the folder before it is published. Its embeddings must match the student's.
 
@@ -64,7 +64,7 @@ def export_student(
         write_json(folder / "config_sentence_transformers.json", _model_settings(student))
         for width, pair in (ranges or {}).items():
             np.save(folder / ranges_file(width), pair)
-        write_card(folder, _facts(student) if card is None else card, student.widths)
+        write_card(folder, _facts(student) if card is None else card, student.widths, flat=student.headless)
         check_export(student, folder, trust_remote_code=student.config.trust_remote_code)
     return Path(path)
 
@@ -79,7 +79,22 @@ def _facts(student: Student) -> dict[str, Any]:
 
 def _write_modules(student: Student, folder: Path) -> None:
     """Write the modules after the Transformer, and ``modules.json``, which lists all of them."""
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    modules: list[tuple[Any, str]] = [(Pooling(student.hidden_size, "mean"), POOLING)]
+    modules += [] if student.headless else [(_router(student), ROUTER)]
+    modules.append((Normalize(), f"{len(modules) + 1}_Normalize"))
+    listing = [_entry(0, "", Transformer)]
+    for number, (module, place) in enumerate(modules, 1):
+        (folder / place).mkdir()
+        module.save(str(folder / place))
+        listing.append(_entry(number, place, type(module)))
+    write_json(folder / "modules.json", listing)
+
+
+def _router(student: Student) -> Any:
+    """Return a Router with a Dense layer for each width. The widest is the default."""
+    from sentence_transformers.sentence_transformer.modules import Dense, Router
 
     routes = {}
     for width in student.widths:
@@ -95,14 +110,7 @@ def _write_modules(student: Student, folder: Path) -> None:
         ]
     widest = str(student.widths[0])
     # There is no route for (None, None), because it would accept widths that do not exist.
-    router = Router(routes, widest, route_mappings={("query", None): widest, ("document", None): widest})
-    modules = [(Pooling(student.hidden_size, "mean"), POOLING), (router, ROUTER), (Normalize(), NORMALIZE)]
-    listing = [_entry(0, "", Transformer)]
-    for number, (module, place) in enumerate(modules, 1):
-        (folder / place).mkdir()
-        module.save(str(folder / place))
-        listing.append(_entry(number, place, type(module)))
-    write_json(folder / "modules.json", listing)
+    return Router(routes, widest, route_mappings={("query", None): widest, ("document", None): widest})
 
 
 def _transformer_settings(student: Student) -> dict[str, Any]:

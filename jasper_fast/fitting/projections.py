@@ -20,6 +20,8 @@ from jasper_fast.mips import topk
 GROUP, GROUPS = 8, 64  # documents of a neighbourhood, and neighbourhoods of a batch
 MINED, ANCHORS = 50_000, 16_384  # documents that are searched, and those that get a neighbourhood
 RATE = 2e-3  # Adam's first learning rate, which falls linearly to 0
+SHARP, BLUNT = 0.05, 0.07  # temperatures of the loss, up to SHARP_WIDTH and above
+SHARP_WIDTH = 48
 
 
 def principal_axes(second_moment: np.ndarray, width: int) -> np.ndarray:
@@ -79,7 +81,7 @@ def mined_groups(documents: np.ndarray, *, seed: int = 0, rows: int = MINED, gro
     Raises:
         ValueError: the documents are not an (n, d) array of floats, or one has NaN or infinity.
     """
-    _check_documents(documents)
+    check_documents(documents)
     draw = np.random.default_rng(seed)
     numbers = np.sort(draw.permutation(len(documents))[:rows])
     subset = np.ascontiguousarray(documents[numbers], dtype=np.float32)
@@ -135,21 +137,21 @@ def learned_axes(
         ValueError: wrong shapes, not exactly one of ``seconds`` and ``steps``, numbers out of range, or a document
             with NaN or infinity.
     """
-    _check_documents(documents)
+    check_documents(documents)
     start = np.asarray(start, dtype=np.float64)
     if start.ndim != 2 or start.shape[0] != documents.shape[1] or not start.shape[1] or not np.isfinite(start).all():
         raise ValueError(
             f"start: got shape {start.shape}, expected ({documents.shape[1]}, w) finite numbers. "
             "Fix: give principal_axes of these documents"
         )
-    _check_length(seconds, steps)
+    check_length(seconds, steps)
     temperature = check_temperature(temperature)
-    groups = mined_groups(documents, seed=seed) if groups is None else _checked_groups(groups, len(documents))
+    groups = mined_groups(documents, seed=seed) if groups is None else checked_groups(groups, len(documents))
     if not len(groups) or len(np.unique(groups)) <= start.shape[1]:
         return start.copy()
     projection = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([projection], lr=RATE)
-    for done, rows in zip(_fractions(seconds, steps, progress), _batches(groups, seed), strict=False):
+    for done, rows in zip(fractions(seconds, steps, progress), group_batches(groups, seed), strict=False):
         optimizer.param_groups[0]["lr"] = RATE * (1.0 - done)
         teacher = torch.from_numpy(np.asarray(documents[rows], dtype=np.float32))
         loss = neighbourhood_loss(teacher @ projection, teacher, temperature=temperature)
@@ -164,7 +166,7 @@ def learned_axes(
     return learned
 
 
-def _fractions(seconds: float | None, steps: int | None, progress: Callable[[float], None] | None) -> Iterator[float]:
+def fractions(seconds: float | None, steps: int | None, progress: Callable[[float], None] | None) -> Iterator[float]:
     """Yield the finished fraction before each step, below 1, and report it."""
     begun = time.monotonic()
     for step in count():
@@ -176,7 +178,7 @@ def _fractions(seconds: float | None, steps: int | None, progress: Callable[[flo
         yield done
 
 
-def _batches(groups: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+def group_batches(groups: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     """Yield the different rows of 64 groups, sorted. Each pass over the groups has another order."""
     draw = np.random.default_rng([seed, 1])
     while True:
@@ -193,13 +195,15 @@ def _different_rows(rows: np.ndarray) -> np.ndarray:
     return np.fromiter(places.values(), dtype=np.int64, count=len(places))
 
 
-def _check_documents(documents: np.ndarray) -> None:
+def check_documents(documents: np.ndarray) -> None:
+    """Reject documents that are no (n, d) array of floats, with a ValueError."""
     if not isinstance(documents, np.ndarray) or documents.dtype.kind != "f" or documents.ndim != 2:
         got = f"{documents.dtype} {documents.shape}" if isinstance(documents, np.ndarray) else type(documents).__name__
         raise ValueError(f"documents: got {got}, expected an (n, d) array of floats. Fix: give embeddings")
 
 
-def _check_length(seconds: float | None, steps: int | None) -> None:
+def check_length(seconds: float | None, steps: int | None) -> None:
+    """Reject anything but one positive length of the training, with a ValueError."""
     if (seconds is None) == (steps is None):
         raise ValueError(f"got seconds {seconds} and steps {steps}, expected exactly one. Fix: leave one of them out")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1):
@@ -208,7 +212,8 @@ def _check_length(seconds: float | None, steps: int | None) -> None:
         raise ValueError(f"seconds: got {seconds}, expected a finite number > 0. Fix: give 20, for example")
 
 
-def _checked_groups(groups: np.ndarray, documents: int) -> np.ndarray:
+def checked_groups(groups: np.ndarray, documents: int) -> np.ndarray:
+    """Return groups (g, 8) of row numbers below ``documents``. Others are rejected with a ValueError."""
     groups = np.asarray(groups)
     fits = groups.ndim == 2 and groups.dtype.kind in "iu"
     if not fits or (groups.size and (groups.min() < 0 or groups.max() >= documents)):

@@ -28,7 +28,7 @@ def student_facts(config: StudentConfig) -> dict[str, Any]:
     return facts
 
 
-POOLING, NORMALIZE = "1_Pooling", "3_Normalize"
+POOLING = "1_Pooling"
 VISION = "vision"  # folder of the vision tower; jasper_fast.pictures reads it, sentence-transformers ignores it
 
 
@@ -43,7 +43,7 @@ def model_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     for folder in (path / "model", path):
-        if (folder / ROUTER / "router_config.json").is_file():
+        if (folder / ROUTER / "router_config.json").is_file() or is_headless(folder):
             return folder
     if (path / "symmetric" / ROUTER / "router_config.json").is_file():
         print(f"note: {path}: using its form `symmetric`, because one encoder is needed", file=sys.stderr)
@@ -60,6 +60,14 @@ def model_folder(path: str | Path) -> Path:
         f"{path}: no finished model here (no {ROUTER}/router_config.json in it or in its folder `model`). "
         "Fix: finish the run with the command that started it"
     )
+
+
+def is_headless(folder: Path) -> bool:
+    """Return True if a model folder has a student without a head: Transformer, Pooling and Normalize."""
+    if not (folder / FACTS_FILE).is_file() or not (folder / "modules.json").is_file():
+        return False
+    kinds = [module["type"].rpartition(".")[2] for module in read_json(folder / "modules.json")]
+    return kinds == ["Transformer", "Pooling", "Normalize"]
 
 
 def read_json(path: Path) -> Any:
@@ -114,5 +122,6 @@ def load_student(path: str | Path, *, trust_remote_code: bool = False, trust_tow
         if "trust_remote_code: true" in str(error):  # advice about a configuration file, which a folder lacks
             raise JasperError(f"{folder}: {CUSTOM_CODE}") from error
         raise
-    load_heads(student.heads, folder)
+    if not student.headless:
+        load_heads(student.heads, folder)
     return student.eval()

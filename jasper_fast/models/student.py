@@ -1,4 +1,4 @@
-"""The student: a Hugging Face text encoder, mean pooling over its tokens, and one linear head per width.
+"""The student: a Hugging Face text encoder, mean pooling over its tokens, and one linear head per width or none.
 
 The encoder's dropout is off, because teacher embeddings are deterministic targets. The paper's dropout acts on the
 pooled embedding. Without that, a forward pass depends on the weights and the text alone.
@@ -37,7 +37,7 @@ FINAL_NORM = re.compile(r"norm|ln_f|final_(layer_?)?norm")  # names of the norm 
 
 
 class Student(nn.Module):
-    """Text encoder with one linear head per width.
+    """Text encoder with one linear head per width. With ``head_type: none``, the embedding is the pooled state.
 
     Parameter names are ``encoder.…`` and ``heads.<width>.weight|bias``. A student with ``vision`` also reads images.
     It also has the parameters ``vision.tower.…`` and ``vision.marks``.
@@ -61,7 +61,13 @@ class Student(nn.Module):
         }
         self.token_types = token_type_template(tokenizer, encoder)
         self._layers = layer_list(encoder)
-        head_widths = self.widths if config.head_type == "independent" else self.widths[:1]
+        self.headless = config.head_type == "none"
+        if self.headless and self.widths != [self.hidden_size]:
+            raise JasperError(
+                f"student.heads: without a head, the embedding has the encoder's hidden size (got {self.widths}, "
+                f"expected [{self.hidden_size}]). Fix: set student.heads to [{self.hidden_size}]"
+            )
+        head_widths = {"independent": self.widths, "prefix": self.widths[:1], "none": []}[config.head_type]
         self.heads = nn.ModuleDict({str(width): nn.Linear(self.hidden_size, width) for width in head_widths})
         if config.head_init == "identity":  # a student made of its teacher's layers starts close to the teacher
             head: Any
@@ -233,6 +239,8 @@ class Student(nn.Module):
             pooled = pooled * dropout
         else:
             pooled = F.dropout(pooled, self.config.vector_dropout, self.training)
+        if self.headless:
+            return {width: _at_least_fp32(pooled) for width in requested}
         if self.config.head_type == "prefix":
             widest = _at_least_fp32(self.heads[str(self.widths[0])](pooled))
             return {width: widest[:, :width] for width in requested}

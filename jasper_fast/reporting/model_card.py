@@ -258,6 +258,7 @@ def render_card(
         widths=list(widths),
         flat=flat,
         ranges_file=ranges_file(widths[-1]) if quantized else None,
+        prefix_widths=facts.get("export", {}).get("prefix_widths"),
         prefix_heads=student.get("head_type") == "prefix",
         prompts={role: json.dumps(prompt, ensure_ascii=False) for role, prompt in prompts if prompt},
         **(_image_facts(facts) if not flat and student.get("vision") else {}),

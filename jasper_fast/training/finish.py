@@ -95,7 +95,9 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
     results["facts"]["planned_seconds"] = run.planned_seconds
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
-    write_card(folder.model, card, student.widths)  # the model itself is published, checked and scored
+    write_card(
+        folder.model, card, student.widths, flat=student.headless
+    )  # the model itself is published, checked and scored
     write_report(folder.path, results)
     with suppress(OSError):  # it is missing or not empty
         folder.pooled.rmdir()

@@ -38,8 +38,8 @@ class Sample(NamedTuple):
 
 
 def can_refit(config: Config, documents: int) -> bool:
-    """Return whether a run may refit its heads: with enough held-out documents, and without images."""
-    return config.refit and config.images is None and documents >= MIN_DOCUMENTS
+    """Return whether a run may refit its heads: it has heads, enough held-out documents, and no images."""
+    return config.refit and config.student.head_type != "none" and config.images is None and documents >= MIN_DOCUMENTS
 
 
 def most_sampled(config: Config, data: TrainingData) -> int:

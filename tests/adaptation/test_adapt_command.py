@@ -14,6 +14,7 @@ from jasper_fast.adapt import main
 from jasper_fast.adaptation import pipeline
 from jasper_fast.adaptation.scores import recommended
 from jasper_fast.adaptation.state import ADAPT, STATISTICS
+from jasper_fast.exporting.axes import ROTATION
 from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.models.quantization import read_ranges
 from jasper_fast.utils.errors import JasperError
@@ -36,7 +37,7 @@ def finished(world, tmp_path_factory):
 
 
 def test_one_call_writes_models_report_and_results(world, finished):
-    assert {"symmetric", "asymmetric", "report.md", "results.json", ADAPT, STATISTICS} <= {
+    assert {"symmetric", "asymmetric", "report.md", "results.json", ADAPT, STATISTICS, ROTATION} <= {
         path.name for path in finished.iterdir()
     }
     results = results_of(finished)

@@ -1,0 +1,199 @@
+"""Export a model: write its form, then add what other runtimes need. Nothing is published before all steps succeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jasper_fast.exporting.axes import find_axes
+from jasper_fast.exporting.flat import resolve_width, write_flat
+from jasper_fast.exporting.headless import headless_width, write_headless
+from jasper_fast.exporting.onnx import graph_lines, require_onnx, write_graphs
+from jasper_fast.exporting.parity import check_flat_export
+from jasper_fast.exporting.prefix import NARROW, write_prefix
+from jasper_fast.models.embedder import load_model, model_widths
+from jasper_fast.models.folder import FACTS_FILE, is_headless, model_folder, read_json
+from jasper_fast.models.hub import resolve_model
+from jasper_fast.models.sentence_transformer import ROLES
+from jasper_fast.utils.atomic import publish_dir
+from jasper_fast.utils.errors import JasperError
+
+FLAT, PREFIX, HEADLESS = FORMS = "flat", "prefix", "headless"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One call of ``jasper-fast export``.
+
+    Args:
+        source: run folder, model folder, or folder of an adapted model.
+        out: new folder. None: next to the model, named after the form.
+        form: modules of the export, one of ``FORMS``. None: flat, or headless for a student without a head.
+        width: width of the embeddings. None: the widest. The prefix form always has the widest.
+        axes: texts whose axes order the dimensions of the prefix form, in a format of ``data.sources``. None: what the
+            adaptation saved, or the texts of the run.
+        columns: columns of these texts, which are joined.
+        onnx: True to add an ONNX graph.
+        int8: True to add a graph with int8 weights too.
+        weights: False to leave out the files that PyTorch loads.
+        trust_remote_code: permission to run code from the model. Default: False.
+    """
+
+    source: Path
+    out: Path | None = None
+    form: str | None = None
+    width: int | None = None
+    axes: str | None = None
+    columns: Sequence[str] = ("text",)
+    onnx: bool = False
+    int8: bool = False
+    weights: bool = True
+    trust_remote_code: bool = False
+
+    @property
+    def graphs(self) -> bool:
+        """True if the export has graphs for ONNX Runtime."""
+        return self.onnx or self.int8 or not self.weights
+
+
+def export(request: ExportRequest) -> Path:
+    """Write an export, check it against its source, and publish it.
+
+    Args:
+        request: the model and what to make of it.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        JasperError: the model, the width or a package is missing, the folder exists already, or an exported embedding
+            differs from its source.
+
+    Example:
+        >>> export(ExportRequest(Path("runs/try-1"), width=128))  # doctest: +SKIP
+    """
+    _check_options(request)
+    if request.graphs:
+        require_onnx()
+    out = request.out or _default_out(request)
+    with publish_dir(out) as folder:
+        for model in write_form(request, folder):
+            if request.graphs:
+                write_graphs(
+                    model,
+                    request.source,
+                    int8=request.int8,
+                    weights=request.weights,
+                    trust_remote_code=request.trust_remote_code,
+                )
+    return out
+
+
+def write_form(request: ExportRequest, folder: Path) -> list[Path]:
+    """Write the PyTorch model of a form into an unpublished folder, compared with its source.
+
+    Args:
+        request: the model and the form.
+        folder: unpublished folder.
+
+    Returns:
+        The model folders: ``folder``, or two in it if queries and documents have different encoders.
+
+    Raises:
+        JasperError: as in :func:`export`.
+    """
+    trust = request.trust_remote_code
+    if request.form == PREFIX:
+        source = _resolved(request.source)
+        model = load_model(str(source), device="cpu", trust_remote_code=trust)
+        full, *narrow = model_widths(model)
+        widths = narrow or [width for width in NARROW if width < full]
+        axes = find_axes(request.source, model, widths, request.axes, request.columns)
+        facts = read_json(source / FACTS_FILE) if (source / FACTS_FILE).is_file() else {}
+        return write_prefix(model, axes, widths, folder, facts, trust_remote_code=trust)
+    source = model_folder(request.source)
+    if is_headless(source):
+        write_headless(source, folder, trust_remote_code=trust)
+        return [folder]
+    width = resolve_width(source, request.width)
+    write_flat(source, width, folder)
+    check_flat_export(source, folder, width, trust_remote_code=trust)
+    return [folder]
+
+
+def export_lines(folder: Path) -> list[str]:
+    """Describe a published export for the terminal, one line for each part."""
+    models = [folder] if (folder / FACTS_FILE).is_file() else [folder / role for role in ROLES]
+    lines = []
+    for model in models:
+        facts = read_json(model / FACTS_FILE)
+        exported = facts["export"]
+        lines += [f"wrote {model}: {exported['form']}, embeddings {exported['width']} wide"]
+        lines += graph_lines(model) if "onnx" in facts else []
+    return lines + (axes_lines(exported) if "axes" in exported else [])
+
+
+def axes_lines(exported: Mapping[str, Any]) -> list[str]:
+    """Describe the axes of a prefix export, and what each kind of axes keeps.
+
+    Args:
+        exported: facts of the export.
+    """
+    axes = exported["axes"]
+    lines = [f"dimensions are ordered by {axes['name']} of {axes['texts']}"]
+    for name, kept in axes["overlap"].items():
+        shares = ", ".join(f"{100 * share:.1f} % at {width}" for width, share in kept.items())
+        lines.append(f"  {name} keep {shares} of the ten nearest neighbours of held-out texts")
+    return lines
+
+
+def _check_options(request: ExportRequest) -> None:
+    """Reject a form that the student cannot have, and options that the form has no use for."""
+    if request.form == PREFIX and request.width is not None:
+        raise JasperError(
+            f"--width {request.width}: the prefix form has all widths, and its reader cuts the embeddings (got a "
+            "width, expected none). Fix: leave out --width"
+        )
+    if request.form == PREFIX:
+        return
+    if request.axes is not None:
+        raise JasperError("--axes orders the dimensions of the prefix form alone. Fix: add --form prefix")
+    source = model_folder(request.source)
+    headless = is_headless(source)
+    if request.form == HEADLESS and not headless:
+        raise JasperError(
+            f"{source}: the student has a head, and without it the embeddings would be others (got --form headless, "
+            "expected a student without a head). Fix: train one with `student.head_type: none`, or export --form flat"
+        )
+    if request.form == FLAT and headless:
+        raise JasperError(f"{source}: the student has no head (got --form flat). Fix: give --form headless")
+    if headless and request.width not in (None, headless_width(source)):
+        raise JasperError(
+            f"{source}: a student without a head has one width (got --width {request.width}, expected "
+            f"{headless_width(source)}). Fix: leave --width out, or export --form prefix and cut its embeddings"
+        )
+
+
+def _default_out(request: ExportRequest) -> Path:
+    """Return a place next to the model, named after the form and the runtimes."""
+    graphs = "-onnx" if request.graphs else ""
+    if request.form == PREFIX:
+        place = _resolved(request.source).resolve()
+        return place.parent / f"{place.name}-{request.form}{graphs}"
+    source = model_folder(request.source)
+    place = source.resolve()
+    form = HEADLESS if is_headless(source) else str(resolve_width(source, request.width))
+    return place.parent / f"{place.name}-{form}{graphs}"
+
+
+def _resolved(source: Path) -> Path:
+    """Return the model folder of a run or of an adapted model. Both forms of the latter can be exported.
+
+    Raises:
+        JasperError: there is no such folder.
+    """
+    if not source.is_dir():
+        raise JasperError(f"{source}: there is no such folder. Fix: give a run folder, for example runs/NAME")
+    return Path(resolve_model(str(source)))
