@@ -233,14 +233,21 @@ def test_the_dry_run_tells_the_cost_and_names_parameters_only_if_asked(tiny, tmp
     assert "evaluation: no set with labels" in without
 
 
-def test_the_graph_of_many_texts_is_measured_on_full_blocks(monkeypatch):
+@pytest.mark.parametrize(("quadratic", "linear"), [(1e-8, 0.0), (0.0, 1e-4), (1e-8, 1e-4)])
+def test_the_graph_of_many_texts_is_measured_on_full_blocks(quadratic, linear, monkeypatch):
     """Few rows are slower for each pair of rows. Scaled up, they would make the graph look several times too slow."""
     from types import SimpleNamespace
 
     from jasper_fast.training import measure
 
-    searched, clock = [], iter([10.0, 12.0])
-    monkeypatch.setattr(measure, "neighbour_graph", lambda read, rows, k: searched.append(rows))
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert measure._graph_seconds(32_768, 4, 8) == 8.0
-    assert searched == [4, 16_384]
+    clock, searched = [0.0], []
+
+    def search(read, rows, k):
+        searched.append(rows)
+        clock[0] += quadratic * rows**2 + linear * rows
+
+    monkeypatch.setattr(measure, "neighbour_graph", search)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for n in (100, 16_384, 112_345):
+        assert measure._graph_seconds(n, 4, 8) == pytest.approx(quadratic * n**2 + linear * n)
+    assert max(searched) == 16_384
