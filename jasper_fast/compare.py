@@ -134,7 +134,7 @@ def _compare_models(arguments: argparse.Namespace) -> int:
         key = os.environ.get(arguments.key_variable)
         if not key:
             raise JasperError(f"--key-variable: {arguments.key_variable} is not set. Fix: export it with the key")
-    endpoint = EndpointOptions(arguments.model, arguments.dimensions, arguments.timeout, key)
+    endpoint = EndpointOptions(arguments.model, timeout=arguments.timeout, key=key)
     names = ("texts", "role", "dimensions", "min_cosine", "accept", "send_prompts", "trust_remote_code")
     options = Options(endpoint=endpoint, **{name: getattr(arguments, name) for name in names})
     first, second = arguments.models

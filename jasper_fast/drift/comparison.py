@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Options:
         min_cosine: smallest cosine of a text's two embeddings that counts as equal.
         accept: kinds of findings that do not count as a difference.
         send_prompts: True to put the prompts that the other side declares before the texts for an endpoint.
-        endpoint: options of requests.
+        endpoint: options of requests. Their ``dimensions`` are those of the comparison.
         trust_remote_code: permission to run a model's custom code.
     """
 
@@ -141,7 +141,7 @@ def open_side(name: str, options: Options = Options()) -> Side:  # noqa: B008
         JasperError: there is no such file or folder, or it cannot be opened.
     """
     if is_address(name):
-        return EndpointSide(name, options.endpoint)
+        return EndpointSide(name, replace(options.endpoint, dimensions=options.dimensions))
     path = Path(name).expanduser()
     if not path.exists() and (path.suffix in (".json", ".onnx") or looks_like_path(name)):
         raise JasperError(f"{name}: there is no such file or folder. Fix: check the path")

@@ -183,7 +183,8 @@ class Diagnosis:
     def _task(self, letter: str, *, alone: bool = False) -> Task:
         other = OTHER[letter]
         target = self._alone.get(other, self.rows[other]) if alone else self.rows[other]
-        return Task(letter, other, self.texts, target, self.limit, self.dimensions)
+        cut = self.dimensions if target.shape[1] == self.dimensions else None
+        return Task(letter, other, self.texts, target, self.limit, cut)
 
     def _model(self, letter: str) -> Variants | None:
         """Return the model of a side whose settings can be changed, or None. A folder is opened once."""

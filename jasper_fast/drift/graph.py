@@ -16,7 +16,6 @@ from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
 BATCH = 32
-INT8_OPERATORS = {"DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QGemm", "ConvInteger", "QuantizeLinear"}
 GRAPHS = ("onnx/model.onnx", "model.onnx", "onnx/model_int8.onnx")  # in this order, if a folder is given
 NO_LIMIT = 10**6  # tokenizers without a maximum length have a huge one
 
@@ -100,12 +99,11 @@ def find_graph(folder: Path) -> Path | None:
 
 
 def is_int8(file: Path) -> bool:
-    """Return True if operators of a graph multiply int8 weights."""
-    import onnx
+    """Return True if a graph has weights of 8 bits."""
+    from onnx import TensorProto, load
 
-    graph = onnx.load(str(file), load_external_data=False).graph
-    functions_free = {node.op_type for node in graph.node}
-    return bool(functions_free & INT8_OPERATORS)
+    tensors = load(str(file), load_external_data=False).graph.initializer
+    return any(tensor.data_type in (TensorProto.INT8, TensorProto.UINT8) and len(tensor.dims) > 1 for tensor in tensors)
 
 
 def _open(name: str, file: Path) -> Any:

@@ -119,6 +119,10 @@ def _on_grid(rows: np.ndarray) -> bool:
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the cosine of two differences (n, D), taken as one vector each. 0 if one is zero."""
+    """Return the correlation of two differences (n, D) over texts, without the means that all texts share.
+
+    Any change of weights may shift all texts in one direction, so the means say little. 0 if a difference is constant.
+    """
+    first, second = first - first.mean(axis=0), second - second.mean(axis=0)
     size = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float((first * second).sum()) / size if size else 0.0

@@ -26,8 +26,8 @@ BATCH = 8
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 OWN_ROUTES = {role: role for role in ROLES}
 SWAPPED = dict(zip(ROLES, reversed(ROLES), strict=True))
-ROUNDINGS = ("channel", "tensor", "block")  # forms of int8 weights
-BLOCK = 32  # weights that share a scale in GGUF's Q8_0
+BLOCKS = {"Q8_0": (32, 127), "MatMulNBits": (128, 128)}  # int8 forms of GGUF and ONNX: weights with one scale, steps
+ROUNDINGS = ("channel", "tensor", *BLOCKS)  # forms of int8 weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Setting:
         first: numbers to keep of each embedding.
         length: tokens after which texts are truncated.
         rounding: one of ``ROUNDINGS``, to compute linear layers with int8 weights, one text at a time. Weights that
-            share a scale are a "channel" (a row), a "tensor" or a "block" (as in GGUF).
+            share a scale are a "channel" (a row), a "tensor" or a block. With blocks, inputs and heads stay float32.
     """
 
     prompts: Prompts | None = None
@@ -176,7 +176,8 @@ def _length(model: SentenceTransformer, route: str, length: int | None) -> Itera
 @contextmanager
 def _int8_weights(modules: Sequence[Any], rounding: str | None) -> Iterator[None]:
     """Compute linear layers with int8 weights in the block. The weights themselves stay."""
-    parts = [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
+    changed = modules[:1] if rounding in BLOCKS else modules
+    parts = [part for module in changed for part in module.modules() if isinstance(part, nn.Linear)]
     with ExitStack() as stack:
         for part in parts if rounding is not None else []:
             stack.callback(part.__dict__.pop, "forward", None)
@@ -186,7 +187,7 @@ def _int8_weights(modules: Sequence[Any], rounding: str | None) -> Iterator[None
 
 def _int8_linear(linear: nn.Linear, rounding: str) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        inputs = x if rounding == "block" else rounded_input(x)
+        inputs = x if rounding in BLOCKS else rounded_input(x)
         return F.linear(inputs, rounded(linear.weight, rounding), linear.bias)
 
     return forward
@@ -197,12 +198,18 @@ def rounded(weight: Tensor, rounding: str) -> Tensor:
 
     Args:
         weight: the weight.
-        rounding: the values that share a scale: "tensor", "block" (32 values of a row), or otherwise a row.
+        rounding: the values that share a scale: "tensor", "channel" (a row), or a name in ``BLOCKS``.
     """
-    if rounding == "block" and weight.shape[1] % BLOCK == 0:
-        return rounded(weight.reshape(-1, BLOCK), "channel").reshape(weight.shape)
-    largest = weight.abs().amax() if rounding == "tensor" else weight.abs().amax(dim=1, keepdim=True)
-    scale = (largest / 127).clamp(min=1e-12)
+    if rounding in BLOCKS:
+        size, steps = BLOCKS[rounding]
+        return torch.cat(
+            [_round(part, part.abs().amax(dim=1, keepdim=True), steps) for part in weight.split(size, 1)], 1
+        )
+    return _round(weight, weight.abs().amax() if rounding == "tensor" else weight.abs().amax(dim=1, keepdim=True), 127)
+
+
+def _round(weight: Tensor, largest: Tensor, steps: int) -> Tensor:
+    scale = (largest / steps).clamp(min=1e-12)
     return (weight / scale).round() * scale
 
 

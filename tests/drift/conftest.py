@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.drift.stock import StockSide
@@ -20,12 +21,14 @@ WIDTH, LENGTH = 24, 40
 
 @pytest.fixture(scope="session")
 def exported(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flat folder with a query prompt, a Dense head of 24, graphs in fp32 and int8, and a golden file."""
+    """Flat folder with a query prompt, a Dense head of 24, graphs in fp32 and dynamic int8, and a golden file."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("drift")
     fields = {"heads": [WIDTH, 8], "layers": [0, 2], "max_length": LENGTH, "prompts": PROMPTS}
     export_student(Student.build(StudentConfig(model=str(tiny_bert), **fields)), folder / "run" / "model")
-    out = export_onnx(folder / "run", WIDTH, folder / "flat", int8=True)
+    out = export_onnx(folder / "run", WIDTH, folder / "flat")
+    graph = out / "onnx" / "model.onnx"
+    quantize_dynamic(graph, graph.with_name("model_int8.onnx"), weight_type=QuantType.QInt8, per_channel=True)
     side = StockSide(str(out))
     facts = golden_facts(out)
     write_golden(out, lambda texts, role: side.embed([Text(role, text) for text in texts]), facts)

@@ -127,7 +127,11 @@ def test_another_head(exported):
     with server(openai(stock(load_model(str(exported))))) as address:
         options = Options(send_prompts=True, dimensions=8)
         comparison = compare_models(str(exported.parent / "run"), address + "/v1/embeddings", options)
+        wide = openai(stock(load_model(str(exported))))
+        with server(lambda path, content: wide(path, content and {**content, "dimensions": None})) as ignoring:
+            ignored = compare_models(str(exported.parent / "run"), ignoring + "/v1/embeddings", options)
     assert kinds(comparison) == ["normalisation", "width"] and comparison.findings[-1].exact
+    assert verdict(ignored) == "different: B is the head of width 24 of A"
     comparison = compare_models(str(exported.parent / "run"), str(exported))
     assert not comparison.findings
     with_prefix = compare_models(str(exported), str(exported), Options(dimensions=8))
