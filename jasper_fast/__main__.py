@@ -36,7 +36,7 @@ COMMANDS = {
     "train": Command("train a student from a recipe or a YAML file, and resume it", resumes=True),
     "teach": Command("cache the teachers' embeddings of the training texts", resumes=True),
     "evaluate": Command("score a model at every width, next to its teacher"),
-    "compare": Command("show the settings and scores of runs side by side"),
+    "compare": Command("compare runs side by side, or the embeddings of two models"),
     "search": Command("build an index of texts or images, and ask it questions"),
     "export": Command("write one width as a sentence-transformers folder or an ONNX graph"),
     "env": Command("show the hardware and libraries in use"),

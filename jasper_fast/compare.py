@@ -1,15 +1,22 @@
-"""Compare runs: their different settings, scores, seconds and sizes side by side.
+"""Compare runs side by side, or two models by their embeddings.
 
 python -m jasper_fast.compare runs/try-1 runs/try-2
-python -m jasper_fast.compare runs/seed-0 runs/seed-1 runs/seed-2 --json
+python -m jasper_fast.compare my-model/golden.json http://localhost:8000/v1/embeddings
+python -m jasper_fast.compare my-model my-model/onnx/model_int8.onnx --accept int8
 
-Unfinished runs show their steps so far. Runs that differ only in their seed also get a mean ± standard deviation.
+Runs are compared by settings, scores, seconds and sizes. Unfinished ones show their steps so far, and runs that differ
+only in their seed also get a mean ± standard deviation.
+
+A model is a folder, an ONNX file, an endpoint (OpenAI-style /v1/embeddings, or /embed of TEI) or a golden.json. The
+result says whether both give the same embeddings, and if not, why. The exit status is 0 if they do, 1 if they differ,
+and 2 if a model cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +26,13 @@ from typing import Any
 
 from jasper_fast.config.diff import leaves
 from jasper_fast.config.yaml import NOT_YAML, parse_yaml
+from jasper_fast.drift.comparison import MIN_COSINE, Options, compare_models
+from jasper_fast.drift.endpoint import EndpointOptions
+from jasper_fast.drift.findings import FIXES
+from jasper_fast.drift.report import report_text
 from jasper_fast.evaluation.score import STUDENT, TEACHER
+from jasper_fast.exporting.golden import ROLES
+from jasper_fast.utils.command_line import positive_int
 from jasper_fast.utils.errors import JasperError, run_cli
 
 NEUTRAL = ("log", "checkpoint", "parallel", "name")  # fields that do not change the numbers
@@ -45,25 +58,116 @@ class ComparedRun:
 
 
 def main(argv: list[str]) -> int:
-    """Compare runs from the command line, and return the exit status.
+    """Compare runs or two models from the command line, and return the exit status.
 
     Args:
         argv: command-line arguments.
 
+    Returns:
+        1 for two models with different embeddings, and 0 otherwise.
+
     Raises:
-        JasperError: a folder has no run, or its files are damaged.
+        JasperError: a folder has neither a run nor a model, or a file or an endpoint gives no embeddings.
     """
+    arguments = _parser().parse_args(argv)
+    names = arguments.models
+    if len(names) < 2:
+        raise JasperError(f"compare: got one run or model ({names[0]}), expected at least two. Fix: name another one")
+    runs = [(Path(name) / "config.yaml").is_file() for name in names]
+    if not all(runs):
+        _check_two_models(names, runs)
+        return _compare_models(arguments)
+    content = compare([read_run(Path(path)) for path in names])
+    print(json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else comparison_text(content))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jasper-fast compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, at least two")
+    parser.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help="folders of runs, or exactly two models")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
-    arguments = parser.parse_args(argv)
-    if len(arguments.runs) < 2:
-        raise JasperError(f"compare: got one run ({arguments.runs[0]}), expected at least two. Fix: name another run")
-    content = compare([read_run(Path(path)) for path in arguments.runs])
-    print(json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else comparison_text(content))
-    return 0
+    models = parser.add_argument_group("two models")
+    models.add_argument(
+        "--texts", type=Path, metavar="FILE", help="texts to embed, one a line (default: built-in ones)"
+    )
+    models.add_argument("--role", choices=ROLES, help="compare only embeddings of this role")
+    models.add_argument("--dimensions", type=positive_int, metavar="N", help="width at which both are compared")
+    models.add_argument(
+        "--min-cosine",
+        type=_cosine,
+        default=MIN_COSINE,
+        metavar="X",
+        help="smallest equal cosine (default: %(default)s)",
+    )
+    models.add_argument(
+        "--accept", type=_kinds, default=(), metavar="KIND,…", help=f"differences to accept: {', '.join(FIXES)}"
+    )
+    models.add_argument("--model", metavar="NAME", help="model to request from an OpenAI-style endpoint")
+    models.add_argument(
+        "--send-prompts", action="store_true", help="put the model's prompts before texts for an endpoint"
+    )
+    models.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="seconds a request (default: 60)")
+    models.add_argument("--key-variable", metavar="NAME", help="environment variable with the key of an endpoint")
+    models.add_argument("--trust-remote-code", action="store_true", help="run code from a model; only if you trust it")
+    return parser
+
+
+def _check_two_models(names: Sequence[str], runs: Sequence[bool]) -> None:
+    """Reject more than two models, and a run without a model next to something that is no run."""
+    other = names[runs.index(False)]
+    problem = f"{other} is not the folder of a run (it has no config.yaml)"
+    if len(names) > 2:
+        raise JasperError(
+            f"{problem}, and only two models are compared (got {len(names)}). Fix: give runs such as runs/NAME, or two "
+            "models"
+        )
+    for name, run in zip(names, runs, strict=True):
+        if run and not (Path(name) / "model").is_dir():
+            raise JasperError(f"{problem}, and the run {name} has no model yet. Fix: give two runs, or finish the run")
+
+
+def _compare_models(arguments: argparse.Namespace) -> int:
+    key = None
+    if arguments.key_variable is not None:
+        key = os.environ.get(arguments.key_variable)
+        if not key:
+            raise JasperError(f"--key-variable: {arguments.key_variable} is not set. Fix: export it with the key")
+    endpoint = EndpointOptions(arguments.model, timeout=arguments.timeout, key=key)
+    names = ("texts", "role", "dimensions", "min_cosine", "accept", "send_prompts", "trust_remote_code")
+    options = Options(endpoint=endpoint, **{name: getattr(arguments, name) for name in names})
+    first, second = arguments.models
+    comparison = compare_models(first, second, options)
+    print(json.dumps(comparison.as_dict(), indent=1, ensure_ascii=False) if arguments.json else report_text(comparison))
+    return 0 if comparison.same else 1
+
+
+def _cosine(text: str) -> float:
+    return _number_between(text, 0, 1)
+
+
+def _seconds(text: str) -> float:
+    return _number_between(text, 0, 86400)
+
+
+def _number_between(text: str, low: float, high: float) -> float:
+    """Parse a number above ``low`` and up to ``high``, as an argparse type."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = low
+    if not low < number <= high:
+        raise argparse.ArgumentTypeError(f"expected a number above {low:g}, at most {high:g} (got {text!r})")
+    return number
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",")]
+    unknown = [kind for kind in kinds if kind not in FIXES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown kind {unknown[0]!r} (expected some of {', '.join(FIXES)})")
+    return kinds
 
 
 def read_run(folder: Path) -> ComparedRun:
