@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jasper_fast.exporting.axes import find_axes
+from jasper_fast.exporting.check_sets import CheckSet, checks_of
 from jasper_fast.exporting.flat import resolve_width, write_flat
+from jasper_fast.exporting.gguf import gguf_line, require_gguf, write_gguf
+from jasper_fast.exporting.golden import golden_facts, write_golden
 from jasper_fast.exporting.headless import headless_width, write_headless
 from jasper_fast.exporting.onnx import graph_lines, require_onnx, write_graphs
+from jasper_fast.exporting.openvino import require_openvino
 from jasper_fast.exporting.parity import check_flat_export
 from jasper_fast.exporting.prefix import NARROW, write_prefix
+from jasper_fast.exporting.quality import join_roles, measure_quality
+from jasper_fast.exporting.runtimes import Runtime, open_runtimes
+from jasper_fast.exporting.shrink import ShrinkRequest, shrink
 from jasper_fast.models.embedder import load_model, model_widths
-from jasper_fast.models.folder import FACTS_FILE, is_headless, model_folder, read_json
+from jasper_fast.models.folder import FACTS_FILE, is_headless, model_folder, read_json, write_json
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.sentence_transformer import ROLES
+from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
 
@@ -34,10 +44,16 @@ class ExportRequest:
         width: width of the embeddings. None: the widest. The prefix form always has the widest.
         axes: texts whose axes order the dimensions of the prefix form, in a format of ``data.sources``. None: what the
             adaptation saved, or the texts of the run.
-        columns: columns of these texts, which are joined.
+        columns: columns of these texts, and of documents in ``check``, which are joined.
         onnx: True to add an ONNX graph.
         int8: True to add a graph with int8 weights too.
+        openvino: True to add a model for OpenVINO.
+        gguf: True to add a GGUF file for llama.cpp.
         weights: False to leave out the files that PyTorch loads.
+        small: what makes the model smaller.
+        check: retrieval sets or files of documents on which the export is compared with its source, see
+            ``checks_of``. Empty: the held-out documents of the run.
+        allow_loss: True to publish an export beyond the limits of the quality gate.
         trust_remote_code: permission to run code from the model. Default: False.
     """
 
@@ -49,13 +65,23 @@ class ExportRequest:
     columns: Sequence[str] = ("text",)
     onnx: bool = False
     int8: bool = False
+    openvino: bool = False
+    gguf: bool = False
     weights: bool = True
+    small: ShrinkRequest = field(default_factory=ShrinkRequest)
+    check: Sequence[str] = ()
+    allow_loss: bool = False
     trust_remote_code: bool = False
 
     @property
-    def graphs(self) -> bool:
+    def has_onnx(self) -> bool:
         """True if the export has graphs for ONNX Runtime."""
-        return self.onnx or self.int8 or not self.weights
+        return self.onnx or self.int8 or not (self.weights or self.openvino)
+
+    @property
+    def has_graphs(self) -> bool:
+        """True if the export has graphs."""
+        return self.has_onnx or self.openvino
 
 
 def export(request: ExportRequest) -> Path:
@@ -75,20 +101,65 @@ def export(request: ExportRequest) -> Path:
         >>> export(ExportRequest(Path("runs/try-1"), width=128))  # doctest: +SKIP
     """
     _check_options(request)
-    if request.graphs:
-        require_onnx()
+    checks = checks_of(request.check, request.columns, request.source)
     out = request.out or _default_out(request)
     with publish_dir(out) as folder:
-        for model in write_form(request, folder):
-            if request.graphs:
-                write_graphs(
-                    model,
-                    request.source,
-                    int8=request.int8,
-                    weights=request.weights,
-                    trust_remote_code=request.trust_remote_code,
-                )
+        places = write_form(request, folder)
+        small = replace(request.small, checks={check.evalset.name: check.evalset.documents for check in checks})
+        for place in places:
+            steps = shrink(small, place)
+            if (place / "modules.json").is_file():  # else it has become a graph already
+                _write_runtimes(request, place)
+        runtimes = [open_runtimes(place, threads=torch.get_num_threads()) for place in places]
+        _measure(request, folder, runtimes, checks, shrunk=bool(steps))
+        for place, opened in zip(places, runtimes, strict=True):
+            roles = ROLES if place == folder else [place.name]
+            write_golden(place, opened[0].encode, golden_facts(place), roles)
+            facts = read_json(place / FACTS_FILE)
+            write_card(place, facts, [facts["export"]["width"]], flat=True)
     return out
+
+
+def _write_runtimes(request: ExportRequest, folder: Path) -> None:
+    """Add the files of other runtimes than PyTorch."""
+    trust = request.trust_remote_code
+    if request.gguf:
+        written = write_gguf(folder, trust_remote_code=trust)
+        write_json(folder / FACTS_FILE, {**read_json(folder / FACTS_FILE), "gguf": written})
+    if request.has_graphs:
+        write_graphs(
+            folder,
+            request.source,
+            onnx=request.has_onnx,
+            int8=request.int8,
+            openvino=request.openvino,
+            weights=request.weights,
+            trust_remote_code=trust,
+        )
+
+
+def _measure(
+    request: ExportRequest,
+    folder: Path,
+    runtimes: Sequence[Sequence[Runtime]],
+    checks: Sequence[CheckSet],
+    *,
+    shrunk: bool,
+) -> None:
+    """Compare all files with the source, and raise if one is beyond its limits. Two encoders are joined."""
+    place = folder if len(runtimes) == 1 else folder / ROLES[0]
+    exported = read_json(place / FACTS_FILE)["export"]
+    measure_quality(
+        _source(request),
+        folder,
+        runtimes[0] if len(runtimes) == 1 else join_roles(*runtimes),
+        widths=[exported["width"], *exported.get("prefix_widths", [])],
+        form=exported["form"],
+        checks=checks,
+        shrunk=shrunk,
+        allow_loss=request.allow_loss,
+        trust_remote_code=request.trust_remote_code,
+    )
 
 
 def write_form(request: ExportRequest, folder: Path) -> list[Path]:
@@ -132,6 +203,7 @@ def export_lines(folder: Path) -> list[str]:
         exported = facts["export"]
         lines += [f"wrote {model}: {exported['form']}, embeddings {exported['width']} wide"]
         lines += graph_lines(model) if "onnx" in facts else []
+        lines += [gguf_line(model, facts["gguf"])] if "gguf" in facts else []
     return lines + (axes_lines(exported) if "axes" in exported else [])
 
 
@@ -151,6 +223,12 @@ def axes_lines(exported: Mapping[str, Any]) -> list[str]:
 
 def _check_options(request: ExportRequest) -> None:
     """Reject a form that the student cannot have, and options that the form has no use for."""
+    if request.has_graphs or (request.small.max_mb is not None and request.small.graph):
+        require_onnx()
+    if request.openvino:
+        require_openvino()
+    if request.gguf:
+        require_gguf()
     if request.form == PREFIX and request.width is not None:
         raise JasperError(
             f"--width {request.width}: the prefix form has all widths, and its reader cuts the embeddings (got a "
@@ -178,7 +256,7 @@ def _check_options(request: ExportRequest) -> None:
 
 def _default_out(request: ExportRequest) -> Path:
     """Return a place next to the model, named after the form and the runtimes."""
-    graphs = "-onnx" if request.graphs else ""
+    graphs = "-onnx" if request.has_onnx else "-openvino" if request.openvino else "-gguf" if request.gguf else ""
     if request.form == PREFIX:
         place = _resolved(request.source).resolve()
         return place.parent / f"{place.name}-{request.form}{graphs}"
@@ -186,6 +264,11 @@ def _default_out(request: ExportRequest) -> Path:
     place = source.resolve()
     form = HEADLESS if is_headless(source) else str(resolve_width(source, request.width))
     return place.parent / f"{place.name}-{form}{graphs}"
+
+
+def _source(request: ExportRequest) -> Path:
+    """Return the model folder that the export is compared with."""
+    return _resolved(request.source) if request.form == PREFIX else model_folder(request.source)
 
 
 def _resolved(source: Path) -> Path:

@@ -10,6 +10,7 @@ from jasper_fast.exporting.adapted import dense_layer, identity_layer, save_modu
 from jasper_fast.exporting.axes import Axes
 from jasper_fast.exporting.flat import for_older_readers
 from jasper_fast.exporting.parity import check_rows, source_rows
+from jasper_fast.models.folder import read_json, write_json
 from jasper_fast.models.hub import prompt_of
 from jasper_fast.models.sentence_transformer import ROLES, role_modules, roles_differ
 from jasper_fast.reporting.model_card import write_card
@@ -60,6 +61,8 @@ def write_prefix(
         head = dense_layer(linear or identity_layer(model, roles[0]), axes.rotation)
         prompts = {role: prompt_of(model.prompts, role) for role in roles}
         _save(stem, head, prompts, str(model.device), place)
+        encoder = read_json(place / "config.json")
+        write_json(place / "config.json", {**encoder, "matryoshka_dimensions": [full, *widths]})  # vLLM reads it
         write_card(place, {**facts, "export": export}, [full], flat=True)
         check_rows(place, expected, str(model.device), trust_remote_code=trust_remote_code)
     return [*places.values()]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jasper_fast.exporting.gguf import GGUF_FILE, open_gguf
 from jasper_fast.exporting.int8 import check_int8_cpu
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import read_json
@@ -19,12 +20,13 @@ from jasper_fast.models.sentence_transformer import encode_role
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
-PYTORCH, ONNX, INT8, OPENVINO = "pytorch", "onnx", "onnx-int8", "openvino"
+PYTORCH, ONNX, INT8, OPENVINO, GGUF = "pytorch", "onnx", "onnx-int8", "openvino", "gguf"
 FILES = {  # by runtime, in the order of a table
     PYTORCH: "modules.json",
     ONNX: "onnx/model.onnx",
     INT8: "onnx/model_int8.onnx",
     OPENVINO: "openvino/openvino_model.xml",
+    GGUF: GGUF_FILE,
 }
 INSTALL = {ONNX: "onnxruntime", INT8: "onnxruntime", OPENVINO: "openvino"}
 INPUTS = ["input_ids", "attention_mask"]
@@ -39,7 +41,7 @@ class Runtime:
     """One file of an exported folder, opened in the program that it is for.
 
     Attributes:
-        name: "pytorch", "onnx", "onnx-int8" or "openvino".
+        name: "pytorch", "onnx", "onnx-int8", "openvino" or "gguf".
         file: path of the file in the folder.
         encode: function (texts, role) → (n, D) float32 embeddings, in the order of the texts. The role is "query" or
             "document". The prompt of the role, truncation and batches are inside.
@@ -93,6 +95,8 @@ def _has(folder: Path, name: str) -> bool:
 def _opened(folder: Path, name: str, threads: int | None, trust_remote_code: bool) -> Encode:
     if name == PYTORCH:
         return _pytorch(folder, threads, trust_remote_code)
+    if name == GGUF:
+        return open_gguf(folder, threads=threads)
     try:
         run = (_openvino if name == OPENVINO else _onnxruntime)(folder / FILES[name], threads)
     except ImportError as error:

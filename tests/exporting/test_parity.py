@@ -14,11 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from jasper_fast.config.models import StudentConfig
-from jasper_fast.exporting import flat
+from jasper_fast.exporting import flat, onnx
 from jasper_fast.exporting import student as exporting_student
 from jasper_fast.exporting.flat import export_flat
-from jasper_fast.exporting.onnx import _onnx_difference, export_onnx
+from jasper_fast.exporting.onnx import export_onnx
 from jasper_fast.exporting.parity import check_export
+from jasper_fast.exporting.runtimes import Runtime
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.folder import load_student
 from jasper_fast.models.heads import routes_of
@@ -212,24 +213,18 @@ def test_a_damaged_export_is_reported_with_the_fix(student, tmp_path, name, dama
 
 def test_an_onnx_graph_that_gives_nan_is_different(monkeypatch):
     """NaN compares as False with everything, so it must not be lost in a maximum."""
+    calls = []
 
-    class Session:
-        calls = 0
+    def graph(texts: list[str], role: str) -> np.ndarray:
+        calls.append(role)
+        return np.full((len(texts), 4), np.nan if len(calls) == 2 else 0.0, np.float32)
 
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
+    def pytorch(texts: list[str], role: str) -> np.ndarray:
+        return np.zeros((len(texts), 4), np.float32)
 
-        def run(self, *_: Any) -> list[np.ndarray]:
-            Session.calls += 1
-            return [torch.full((1, 4), float("nan") if Session.calls == 2 else 0.0).numpy()]
-
-    class Loaded:
-        def preprocess(self, texts: list[str]) -> dict[str, torch.Tensor]:
-            return {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-
-        def encode(self, texts: list[str]) -> np.ndarray:
-            return np.zeros((1, 4), dtype=np.float32)
-
-    onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    assert math.isnan(_onnx_difference(Loaded(), Path("model.onnx")))
+    opened = [Runtime("pytorch", "modules.json", pytorch), Runtime("onnx", onnx.ONNX_FILE, graph)]
+    monkeypatch.setattr(onnx, "open_runtimes", lambda *_, **__: opened)
+    checks = onnx._compare(Path("folder"), ["onnx"], False)
+    assert math.isnan(checks["difference"])
+    with pytest.raises(JasperError, match="differs from PyTorch"):
+        onnx._check_graphs(Path("folder"), checks)
