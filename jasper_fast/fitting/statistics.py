@@ -77,27 +77,6 @@ class PairStatistics:
         self.target += sums[2]
         self.count += len(source)
 
-    def merged(self, other: PairStatistics) -> PairStatistics:
-        """Return the statistics of both sets of pairs. The two stay unchanged.
-
-        Args:
-            other: statistics of the same widths.
-
-        Raises:
-            ValueError: the widths differ.
-        """
-        if self.cross.shape != other.cross.shape:
-            raise ValueError(
-                f"statistics: got widths {other.cross.shape}, expected {self.cross.shape}. "
-                "Fix: merge statistics of the same two models"
-            )
-        both = PairStatistics(*self.cross.shape)
-        both.count = self.count + other.count
-        both.source = self.source + other.source
-        both.cross = self.cross + other.cross
-        both.target = self.target + other.target
-        return both
-
     def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
         """Return the sums as arrays for a file, such as safetensors.
 

@@ -108,7 +108,7 @@ def adapted_facts(
         sources: names of the documents, as in a configuration.
         documents: number of documents that the maps were fitted to.
         held_out: number of documents that were held out to choose by.
-        chosen: the chosen map, such as "documents, λ 10".
+        chosen: the chosen map, such as "documents and sentences, λ 10".
         projections: {width: its projection}, such as {64: "learned", 32: "principal axes"}.
         scores: held-out agreement with the teacher, one mapping per row of the table, with the same keys in each. The
             keys are the heads of the columns, and floats are shown with four decimals.

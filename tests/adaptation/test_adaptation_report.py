@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jasper_fast.adaptation.choose import (
+    BOTH,
     HeldOutVectors,
     LengthChoice,
     candidates,
@@ -167,6 +168,17 @@ def test_the_report_has_every_section_and_both_plots(results, tmp_path):
     assert "jasper-fast search build my-model my_docs.jsonl --out my-index" in text
     for row in results["maps"]["symmetric"]["table"]:
         assert f"| {row['name']} | {100 * row['overlap']:.1f} |" in text
+
+
+def test_the_report_says_which_maps_were_averaged(results, tmp_path):
+    explained = "*documents and sentences* is the mean of two maps"
+    assert explained not in write_adapt_report(tmp_path, results).read_text(encoding="utf-8")
+    maps = {
+        form: {**choice, "table": [*choice["table"], {**choice["table"][-1], "name": f"{BOTH}, λ 1", "texts": BOTH}]}
+        for form, choice in results["maps"].items()
+    }
+    text = write_adapt_report(tmp_path, {**results, "maps": maps}).read_text(encoding="utf-8")
+    assert explained in text and "\n| documents and sentences, λ 1 | " in text
 
 
 def test_figures_have_the_names_of_training_reports(results, tmp_path):

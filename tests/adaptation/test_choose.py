@@ -14,6 +14,7 @@ from jasper_fast.adaptation.choose import (
     choose_projection,
 )
 from jasper_fast.fitting.agreement import agreement
+from jasper_fast.fitting.maps import ridge_map
 from jasper_fast.fitting.statistics import PairStatistics
 
 WIDTH, DOCUMENTS, QUESTIONS = 16, 300, 60
@@ -79,16 +80,27 @@ def test_agreement_of_a_candidate_is_that_of_its_embeddings_in_float64():
             assert chosen[form].table[place]["overlap"] == pytest.approx(overlap.mean(), abs=0.002)
 
 
-def test_candidates_are_unfitted_and_three_sources_with_four_strengths():
+def test_candidates_are_unfitted_and_the_mean_over_documents_and_sentences_by_strength():
     _, documents = held_out(turned)
     sentences = PairStatistics(WIDTH, WIDTH)
     sentences.add(np.eye(WIDTH), np.eye(WIDTH)[::-1])
-    found = list(candidates(documents, sentences, same_space=True))
-    assert [option.name for option in found[:2]] == ["unfitted", "documents, λ 0.1"]
-    assert len({option.name for option in found}) == len(found) == 13
-    assert {option.texts for option in found} == {"", "documents", "sentences", "both"}
-    np.testing.assert_array_equal(found[0].map, np.eye(WIDTH))
-    assert len(list(candidates(documents, PairStatistics(WIDTH, WIDTH), same_space=True))) == 5
+    unfitted, *fitted = candidates(documents, sentences, same_space=True)
+    assert (unfitted.name, unfitted.texts, unfitted.strength) == ("unfitted", "", None)
+    np.testing.assert_array_equal(unfitted.map, np.eye(WIDTH))
+    assert [option.strength for option in fitted] == [0.1, 1.0, 10.0, 100.0]
+    assert fitted[1].name == "documents and sentences, λ 1"
+    for option in fitted:
+        alone = [ridge_map(sums, option.strength, np.eye(WIDTH)) for sums in (documents, sentences)]
+        assert np.abs(alone[0] - alone[1]).max() > 0.01
+        np.testing.assert_allclose(option.map, (alone[0] + alone[1]) / 2, atol=1e-12)
+
+
+def test_without_sentences_the_candidates_are_fitted_on_documents():
+    _, documents = held_out(turned)
+    for sentences in (None, PairStatistics(WIDTH, WIDTH)):
+        _, *fitted = candidates(documents, sentences, same_space=True)
+        assert [option.texts for option in fitted] == ["documents"] * 4
+        np.testing.assert_array_equal(fitted[2].map, ridge_map(documents, 10.0, np.eye(WIDTH)))
 
 
 def test_the_default_wins_unless_the_difference_exceeds_its_error():

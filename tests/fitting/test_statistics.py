@@ -46,13 +46,10 @@ def test_sums_keep_what_float32_would_lose():
     assert summed((source, source)).source[0, 0] == pytest.approx(exact, rel=1e-12)
 
 
-def test_parts_merge_to_one_pass_in_any_order():
+def test_rows_and_parts_add_up_in_any_order():
     source, target = pairs(90)
-    first, second = summed((source[:20], target[:20])), summed((source[20:], target[20:]))
     whole = summed((source, target))
-    assert same(first.merged(second), whole) and same(second.merged(first), whole)
-    assert first.count == 20 and same(first, summed((source[:20], target[:20])))  # merging changes neither
-    assert same(whole.merged(PairStatistics(5, 3)), whole)
+    assert same(summed((source[20:], target[20:]), (source[:20], target[:20])), whole)
     order = np.random.default_rng(1).permutation(90)
     assert same(summed((source[order], target[order])), whole)
 
@@ -64,7 +61,7 @@ def test_several_statistics_in_one_file(tmp_path):
     assert same(PairStatistics.of_arrays(stored, "documents."), documents)
     again = PairStatistics.of_arrays(stored, "sentences.")
     again.add(*pairs(30))
-    assert again.count == 70 and same(again, documents.merged(sentences))
+    assert again.count == 70 and same(again, summed(pairs(30), pairs(40, seed=1)))
 
 
 def test_memory_mapped_rows(tmp_path):
@@ -109,11 +106,6 @@ def test_wrong_rows(source, target, message):
 def test_wrong_widths(widths):
     with pytest.raises(ValueError, match=r"_width: got .*Fix: "):
         PairStatistics(*widths)
-
-
-def test_statistics_of_other_widths_do_not_merge():
-    with pytest.raises(ValueError, match=r"got widths \(3, 5\), expected \(5, 3\)"):
-        PairStatistics(5, 3).merged(PairStatistics(3, 5))
 
 
 @pytest.mark.parametrize(
