@@ -17,6 +17,7 @@ import torch
 
 from jasper_fast.evaluation.metrics import ndcg_by_query
 from jasper_fast.exporting.check_sets import CheckSet, mixed_texts
+from jasper_fast.exporting.onnx import INT8_COSINE
 from jasper_fast.exporting.runtimes import GGUF, INT8, ONNX, OPENVINO, PYTORCH, Runtime
 from jasper_fast.fitting.agreement import Reference
 from jasper_fast.models.embedder import load_model, model_encoder, normalise
@@ -57,7 +58,7 @@ LIMITS = {  # by runtime
     ONNX: EXACT,
     OPENVINO: EXACT,
     GGUF: Limit(0.999, 0.002),  # llama.cpp multiplies in float16
-    INT8: Limit(0.95, 0.005),
+    INT8: Limit(INT8_COSINE, 0.005),
 }
 SHRUNK = Limit(None, 0.02)  # a smaller vocabulary or smaller weights: compared with the model before
 
