@@ -39,7 +39,9 @@ def quantize_graph(graph: Path, path: Path, *, embeddings: bool = False) -> None
         >>> quantize_graph(Path("onnx/model.onnx"), Path("onnx/model_int8.onnx"), embeddings=True)  # doctest: +SKIP
     """
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    with quiet():  # the import sets up logging for the whole program
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(str(graph))
     if embeddings:
@@ -123,8 +125,9 @@ def has_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide warnings of exporters and quantizers, which concern their own code."""
-    before = logging.root.manager.disable
+    """Hide warnings of torch's exporter and onnxruntime, which concern their own code. Logging stays as it was set up."""
+    root = logging.getLogger()
+    before, level, handlers = root.manager.disable, root.level, [*root.handlers]
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -132,3 +135,5 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        root.setLevel(level)
+        root.handlers[:] = handlers

@@ -30,9 +30,10 @@ def quantize_weights(graph: Path, path: Path) -> None:
         path: new graph.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with quiet():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
         quantize_dynamic(
             graph, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -201,6 +202,14 @@ def test_a_cpu_without_dot_products_computes_in_float32(
         assert capsys.readouterr().err == ""
     int8.check_int8_cpu({"activations": "int8"}, "g.onnx")
     assert "may overflow on this CPU" in capsys.readouterr().err
+
+
+def test_exporters_leave_the_logging_of_the_program_alone() -> None:
+    root = logging.getLogger()
+    before = (root.level, [*root.handlers])
+    with int8.quiet():
+        logging.basicConfig(level=logging.INFO, force=True)
+    assert (root.level, root.handlers) == before
 
 
 def test_openvino_without_its_package_says_what_to_type(
