@@ -208,7 +208,8 @@ def test_exporters_leave_the_logging_of_the_program_alone() -> None:
     root = logging.getLogger()
     before = (root.level, [*root.handlers])
     with int8.quiet():
-        logging.basicConfig(level=logging.INFO, force=True)
+        root.addHandler(logging.NullHandler())
+        root.setLevel(logging.INFO)
     assert (root.level, root.handlers) == before
 
 
