@@ -125,7 +125,7 @@ def has_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide warnings of torch's exporter and onnxruntime, which concern their own code. Logging stays as it was set up."""
+    """Hide warnings of torch's exporter and onnxruntime, and keep the logging of the program as it was set up."""
     root = logging.getLogger()
     before, level, handlers = root.manager.disable, root.level, [*root.handlers]
     logging.disable(logging.WARNING)
