@@ -257,7 +257,7 @@ def _metadata(loaded: Any, name: str, width: int) -> dict[str, str]:
 
 
 def _write_graph(vectors: _EmbeddingModel, loaded: Any, path: Path, metadata: dict[str, str]) -> None:
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     features = loaded.preprocess(TRACED_TEXTS)
     axes = {0: "batch", 1: "tokens"}
     large = (

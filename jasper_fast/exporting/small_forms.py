@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from jasper_fast.exporting.onnx import INT8_COSINE, INT8_FILE, remove_weights, write_model_graph
+from jasper_fast.exporting.onnx import INT8_FILE, remove_weights, write_model_graph
 from jasper_fast.exporting.small_graph import CodedGraph, encode_graph, quantize_weights
 from jasper_fast.exporting.token_table import folder_bytes, halve_weights, prune_settings, prune_table
 from jasper_fast.exporting.vocabulary import Vocabulary
@@ -19,6 +19,7 @@ from jasper_fast.models.embedder import load_model, model_encoder
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+CODED_COSINE = 0.95  # smallest accepted cosine of a text between a graph with a coded token table and the whole model
 FINE = 4  # in graphs with fewer tokens, one of four has the finer embedding
 
 
@@ -126,7 +127,7 @@ class GraphForm:
     """
 
     name = "int8 graph"
-    least_cosine = INT8_COSINE
+    least_cosine = CODED_COSINE
 
     def __init__(self, whole: Whole, place: Path) -> None:
         self.whole = whole

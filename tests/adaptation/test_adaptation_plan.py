@@ -32,11 +32,11 @@ def test_each_phase_has_its_time(world, tmp_path):
     planned = seconds_of(request, corpus, tmp_path)
     assert list(planned) == ["teacher", "student", "fit", "projections", "scores", "export"]
     assert planned["teacher"] == pytest.approx(units / 2) and planned["student"] == pytest.approx(units / 10)
-    assert planned["projections"] == 20  # seconds, for the student's one narrow width
+    assert planned["projections"] == 40  # seconds, for the student's one narrow width and the rotation
     assert "length" in seconds_of(request, corpus, tmp_path, (64, 128))
     longer = make_request(world.few, tmp_path / "out", **{**options, "minutes": 3, "widths": [16, 8, 4, 2]})
     planned = seconds_of(longer, corpus, tmp_path)
-    assert planned["training"] == 180 and planned["projections"] == 80 and planned_widths(longer, 32) == [16, 8, 4, 2]
+    assert planned["training"] == 180 and planned["projections"] == 100 and planned_widths(longer, 32) == [16, 8, 4, 2]
 
 
 def test_cached_embeddings_take_no_time(world, tmp_path):
