@@ -21,7 +21,8 @@ from jasper_fast.exporting.parity import check_flat_export
 from jasper_fast.exporting.prefix import NARROW, write_prefix
 from jasper_fast.exporting.quality import join_roles, measure_quality
 from jasper_fast.exporting.runtimes import Runtime, open_runtimes
-from jasper_fast.exporting.shrink import ShrinkRequest, shrink
+from jasper_fast.exporting.shrink import MB, ShrinkRequest, shrink
+from jasper_fast.exporting.token_table import folder_bytes
 from jasper_fast.models.embedder import load_model, model_widths
 from jasper_fast.models.folder import FACTS_FILE, is_headless, model_folder, read_json, write_json
 from jasper_fast.models.hub import resolve_model
@@ -30,6 +31,7 @@ from jasper_fast.reporting.model_card import write_card
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
 
+CARD_BYTES, GOLDEN_BYTES = 50_000, 300  # of card, facts and golden.json: in any case, and for each dimension
 FLAT, PREFIX, HEADLESS = FORMS = "flat", "prefix", "headless"
 
 
@@ -105,9 +107,8 @@ def export(request: ExportRequest) -> Path:
     out = request.out or _default_out(request)
     with publish_dir(out) as folder:
         places = write_form(request, folder)
-        small = replace(request.small, checks={check.evalset.name: check.evalset.documents for check in checks})
         for place in places:
-            steps = shrink(small, place)
+            steps = shrink(_small_request(request, place, checks), place)
             if (place / "modules.json").is_file():  # else it has become a graph already
                 _write_runtimes(request, place)
         runtimes = [open_runtimes(place, threads=torch.get_num_threads()) for place in places]
@@ -117,7 +118,24 @@ def export(request: ExportRequest) -> Path:
             write_golden(place, opened[0].encode, golden_facts(place), roles)
             facts = read_json(place / FACTS_FILE)
             write_card(place, facts, [facts["export"]["width"]], flat=True)
+            _check_size(request, place)
     return out
+
+
+def _small_request(request: ExportRequest, folder: Path, checks: Sequence[CheckSet]) -> ShrinkRequest:
+    """Return what makes a folder smaller, with room for the files that are written after it."""
+    width = read_json(folder / FACTS_FILE)["export"]["width"]
+    texts = {check.evalset.name: check.evalset.documents for check in checks}
+    return replace(request.small, reserve=CARD_BYTES + GOLDEN_BYTES * width, checks=texts)
+
+
+def _check_size(request: ExportRequest, folder: Path) -> None:
+    size = folder_bytes(folder)
+    if request.small.max_mb is not None and size > request.small.max_mb * MB:
+        raise JasperError(
+            f"--max-mb: with its card and golden.json, the export is too large (got {size / MB:.2f} MB, expected at "
+            f"most {request.small.max_mb:g}). Nothing was published. Fix: give --max-mb {size / MB + 0.05:.1f}"
+        )
 
 
 def _write_runtimes(request: ExportRequest, folder: Path) -> None:

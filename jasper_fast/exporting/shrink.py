@@ -29,7 +29,7 @@ MEASURED_TEXTS = 600  # of the corpus; a fifth of them are the questions
 FEWEST_MEASURED = 50
 COVERED = 0.999  # fraction of the corpus's tokens that are kept if no size is given
 READ_AT_ONCE = 1000
-SPARE = 0.01  # fraction of the size for files that are written later, such as the card and golden.json
+SPARE = 0.01  # fraction of the size that stays free at least, for files that are written later
 MB = 1e6
 
 
@@ -43,6 +43,7 @@ class ShrinkRequest:
         half: True to store weights as float16.
         max_mb: largest size of the folder in MB (10^6 bytes). None: any size.
         graph: True if the smallest form must be a graph, False if it must be weights for PyTorch. None: the better one.
+        reserve: bytes that stay free for files that are written later, such as the card and ``golden.json``.
         checks: texts by name that the pruned vocabulary must cover, such as those of evaluation sets.
         trust_remote_code: permission to run code from the model. Default: False.
     """
@@ -52,6 +53,7 @@ class ShrinkRequest:
     half: bool = False
     max_mb: float | None = None
     graph: bool | None = None
+    reserve: int = 0
     checks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     trust_remote_code: bool = False
 
@@ -201,14 +203,15 @@ class _Work:
 
     def to_size(self, limit: float) -> tuple[Path | None, list[Step]]:
         """Write the forms that are allowed, each as large as the limit permits, and choose the better one."""
-        if folder_bytes(self.whole.folder) <= limit:
+        if folder_bytes(self.whole.folder) <= limit - self.request.reserve:
             print(f"the model has at most {limit / MB:g} MB already")
             return None, [self.start]
+        usable = limit - max(SPARE * limit, self.request.reserve)
         smallest, found = {}, []
         for form in self._forms():
             out = self.place / form.name.replace(" ", "-")
-            size, written = _fit(form, out, (1 - SPARE) * limit)
-            if written > (1 - SPARE) * limit:
+            size, written = _fit(form, out, usable)
+            if written > usable:
                 smallest[form.name] = written
                 print(f"{form.name}: at least {written / MB:.2f} MB")
                 continue
@@ -270,6 +273,7 @@ class _Work:
 
     def _too_large(self, limit: float, smallest: Mapping[str, int]) -> str:
         name, size = min(smallest.items(), key=lambda one: one[1])
+        size += self.request.reserve
         fix = f"give --max-mb {np.ceil(size / MB * 10) / 10:g}, or train a student with fewer or narrower layers"
         if not self.request.vocabulary:
             fix = f"give --vocabulary TEXTS, so that tokens can be removed, or {fix}"

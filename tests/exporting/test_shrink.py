@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
+from jasper_fast import compare, export
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.exporting.flat import export_flat
 from jasper_fast.exporting.shrink import ShrinkRequest, add_options, shrink, shrink_request
@@ -129,6 +130,17 @@ def test_a_graph_of_integers(
     expected = stock(flats["bert"]).encode_document(texts)
     assert (rows * expected).sum(axis=1).min() > 0.95
     assert 0.1 < step.agreement < 1 and step.mb <= limit and step.tokens < 125 and "fine tokens" in step.name
+
+
+def test_one_call_fits_the_size_with_its_card_and_golden_file(flats: dict[str, Path], tmp_path: Path) -> None:
+    source, out = flats["bert"].parent / "model", tmp_path / "out"
+    assert export.main([str(source), "--weights", "fp16", "--max-mb", "0.17", "--out", str(out)]) == 0
+    assert folder_bytes(out) <= 0.17 * MB < folder_bytes(source) + 60_000
+    assert {"README.md", "golden.json", "quality.json"} <= {file.name for file in out.iterdir()}
+    assert compare.main([str(out / "golden.json"), str(out)]) == 0
+    with pytest.raises(JasperError, match="--max-mb: .*Nothing was published. Fix: give"):
+        export.main([str(source), "--weights", "fp16", "--max-mb", "0.1", "--out", str(tmp_path / "smaller")])
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_unreachable_size_names_the_smallest(copy: Callable[[str], Path], corpus: str) -> None:
