@@ -204,7 +204,7 @@ def _body(error: url_errors.HTTPError) -> str:
     def work() -> None:
         try:
             results.put(error.read(SHOWN))
-        except Exception:
+        except Exception:  # an unreadable body only leaves its text out of the message
             results.put(b"")
 
     threading.Thread(target=work, daemon=True).start()

@@ -92,7 +92,7 @@ class GraphSide(Side):
 
 
 def find_graph(folder: Path) -> Path | None:
-    """Return the graph of a folder: ``onnx/model.onnx``, or the only .onnx file. None: there is none."""
+    """Return the graph of a folder: ``onnx/model.onnx``, or the only .onnx file. None: no such file."""
     known = [folder / name for name in GRAPHS if (folder / name).is_file()]
     others = sorted(folder.glob("*.onnx"))
     return known[0] if known else others[0] if len(others) == 1 else None

@@ -73,7 +73,7 @@ class Side(ABC):
         """
 
     def model_source(self) -> Path | None:
-        """Return the folder of a model whose modules can be changed, or None if there is none."""
+        """Return the folder of a model whose modules can be changed. None: no such folder."""
         return None
 
 

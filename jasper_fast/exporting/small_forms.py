@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from jasper_fast.exporting.onnx import INT8_FILE, remove_weights, write_model_graph
-from jasper_fast.exporting.small_graph import CodedGraph, encode_graph, quantize_weights
+from jasper_fast.exporting.runtimes import INT8, open_runtimes
+from jasper_fast.exporting.small_graph import CodedGraph, quantize_weights
 from jasper_fast.exporting.token_table import folder_bytes, halve_weights, prune_settings, prune_table
 from jasper_fast.exporting.vocabulary import Vocabulary
 from jasper_fast.models.embedder import load_model, model_encoder
@@ -160,7 +161,8 @@ class GraphForm:
 
     def encode(self, out: Path, texts: list[str]) -> np.ndarray:
         """Encode with onnxruntime."""
-        return encode_graph(out / INT8_FILE, out, texts)
+        (runtime,) = open_runtimes(out, [INT8], trust_remote_code=self.whole.trust_remote_code)
+        return runtime.encode(texts, "document")
 
 
 def encode_model(model: SentenceTransformer, texts: list[str]) -> np.ndarray:

@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 
 from jasper_fast.exporting.codebooks import code_table
-from jasper_fast.exporting.int8 import quiet
-from jasper_fast.exporting.vocabulary import TOKENIZER_FILE
-from jasper_fast.models.folder import read_json
-from jasper_fast.models.hub import prompt_of
+from jasper_fast.exporting.int8 import ACTIVATIONS, quiet
 from jasper_fast.utils.errors import JasperError
 
-BATCH = 32
 TOKENS = "input_ids"  # input of the graph
 TABLE_ROWS = 16  # tables with fewer rows, such as that of segments, stay as they are
 TABLE = "token_table"  # prefix of the names of the new parts
@@ -40,6 +36,7 @@ def quantize_weights(graph: Path, path: Path) -> None:
     model = onnx.load(path)
     _quantize_tables(model.graph)
     _strip_notes(model)
+    model.metadata_props.add(key=ACTIVATIONS, value="int8")  # CPUs without int8 dot products get a warning
     onnx.save(model, path)
 
 
@@ -177,34 +174,3 @@ def _strip_notes(model: Any) -> None:
     for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
-
-
-def encode_graph(graph: Path, folder: Path, texts: list[str]) -> np.ndarray:
-    """Encode texts as documents with onnxruntime and the tokenizer of a folder.
-
-    Args:
-        graph: graph with ``max_tokens`` in its metadata.
-        folder: folder with ``tokenizer.json`` and the model's prompts.
-        texts: n texts.
-
-    Returns:
-        (n, D) float32 unit rows.
-    """
-    import onnxruntime
-    from tokenizers import Tokenizer
-
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    tokenizer.enable_truncation(int(session.get_modelmeta().custom_metadata_map["max_tokens"]))
-    tokenizer.enable_padding()
-    prompt = prompt_of(read_json(folder / "config_sentence_transformers.json").get("prompts", {}), "document")
-    order = np.argsort([len(text) for text in texts], kind="stable")
-    rows = []
-    for some in np.array_split(order, max(1, len(order) // BATCH)):
-        encoded = tokenizer.encode_batch([prompt + texts[number] for number in some])
-        inputs = {
-            TOKENS: np.array([one.ids for one in encoded], np.int64),
-            "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
-        }
-        rows.append(session.run(["sentence_embedding"], inputs)[0])
-    return np.concatenate(rows)[np.argsort(order)]

@@ -233,7 +233,7 @@ def _check_characters(vocabulary: Vocabulary, where: str) -> None:
     if missing:
         listed = ", ".join(sorted(missing)[:5])
         raise JasperError(
-            f"{where}: {len(missing)} characters have no token of their own, so words could become unknown (got no "
+            f"{where}: {len(missing)} characters have no token, so words could become unknown (got no "
             f"token for {listed}). Fix: export without --vocabulary"
         )
 

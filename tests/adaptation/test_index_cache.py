@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fast")
 
 @pytest.fixture(scope="module")
 def adapted(world, tmp_path_factory):
-    """An adapted model with a cache of its own."""
+    """An adapted model with its own cache."""
     folder = tmp_path_factory.mktemp("cached")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jasper_fast.adaptation.steps.SECONDS", 0.05)

@@ -120,6 +120,7 @@ def test_a_graph_of_integers(
     graph = folder / "onnx" / "model_int8.onnx"
     session, tokenizer = onnxruntime.InferenceSession(str(graph)), Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
+    assert session.get_modelmeta().custom_metadata_map["activations"] == "int8"
     texts = tiny_texts[:20]
     encoded = tokenizer.encode_batch([f"the {text}" for text in texts])
     inputs = {

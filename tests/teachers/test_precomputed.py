@@ -552,7 +552,7 @@ def winding() -> tuple[np.ndarray, np.ndarray]:
     return walk, walk + 0.7 * generator.standard_normal(walk.shape)
 
 
-ORDERS = {  # name: rows, order, message; a shifted half of 60 rows cannot be told from noise
+ORDERS = {  # name: rows, order, message; a shifted half of 60 rows looks like noise
     f"{name}-{n}": (n, order, message)
     for n in (60, 270)
     for name, (order, message) in {"right": (np.arange, None), **LINES}.items()
