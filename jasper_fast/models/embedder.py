@@ -118,13 +118,13 @@ def _is_head(name: str, route: Any) -> bool:
 
 
 def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransformer:
-    """Return a model with one head in place of the Router. It shares the weights of the original.
+    """Return a model of one width: with one head in place of the Router, or cut to its first coordinates.
 
-    An asymmetric model keeps a Router, with one head for each role.
+    It shares the weights of the original. An asymmetric model keeps a Router, with one head for each role.
 
     Args:
         model: sentence-transformers model, with or without a Router of heads.
-        width: width of the head. None is the widest head.
+        width: width of the head, or number of coordinates. None is the widest head, or all coordinates.
 
     Raises:
         JasperError: the model has no such width.
@@ -135,12 +135,7 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
     position, by_role = role_heads(model)
     heads = by_role["document"]
     if not heads:
-        full = model.get_embedding_dimension()
-        if width not in (None, full):
-            raise JasperError(
-                f"the model has no head of width {width} (expected {full}). Fix: choose an available width"
-            )
-        return model
+        return model if width is None else _first_coordinates(model, width)
     width = width if width is not None else max(heads)
     if width not in heads:
         widths = ", ".join(map(str, sorted(heads)))
@@ -155,6 +150,21 @@ def flat_model(model: SentenceTransformer, width: int | None) -> SentenceTransfo
         modules=modules, prompts=dict(model.prompts), device=str(model.device), truncate_dim=model.truncate_dim
     )
     return flat.eval()
+
+
+def _first_coordinates(model: SentenceTransformer, width: int) -> SentenceTransformer:
+    """Return a model whose embeddings are the first coordinates of another's, normalised again."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    [width] = _chosen_widths(model, {}, [width])
+    if width == model.get_embedding_dimension():
+        return model
+    with model.truncate_sentence_embeddings(None):
+        full = int(model.get_embedding_dimension() or 0)
+    cut = Dense(full, width, bias=False, activation_function=torch.nn.Identity(), init_weight=torch.eye(width, full))
+    modules = [*model, cut, Normalize()]
+    return SentenceTransformer(modules=modules, prompts=dict(model.prompts), device=str(model.device)).eval()
 
 
 def model_encoder(model: SentenceTransformer, widths: Sequence[int] | None = None) -> EncodeWidths:

@@ -370,8 +370,23 @@ def test_a_missing_width_is_rejected(routed: Path, tiny_bert: Path, tiny_texts: 
         model_encoder(plain, [64])
     with pytest.raises(JasperError, match=r"no head of width 16 \(expected one of 8, 24\)"):
         flat_model(model, 16)
+    with pytest.raises(JasperError, match=r"no width 64 \(expected at most 32\)"):
+        flat_model(plain, 64)
     found = model_encoder(plain, [32, 5])(tiny_texts[:3], "document")
     np.testing.assert_allclose(found[5], normalise(plain.encode(tiny_texts[:3])[:, :5]), atol=1e-6)
+
+
+@pytest.mark.parametrize("truncate_dim", [None, 16])
+def test_a_model_without_heads_is_cut_to_its_first_coordinates(
+    tiny_bert: Path, tiny_texts: list[str], truncate_dim: int | None
+) -> None:
+    plain = load_model(str(tiny_bert))
+    plain.truncate_dim, plain.prompts = truncate_dim, {"query": "find: "}
+    assert flat_model(plain, None) is plain and flat_model(plain, truncate_dim or 32) is plain
+    narrow = flat_model(plain, 5)
+    assert narrow.get_embedding_dimension() == 5
+    expected = normalise(plain.encode_query(tiny_texts[:9])[:, :5])
+    np.testing.assert_allclose(narrow.encode_query(tiny_texts[:9]), expected, atol=1e-6)
 
 
 def test_cached_embeddings_belong_to_one_model_text_order_and_role(tmp_path: Path) -> None:
