@@ -251,7 +251,12 @@ def find(old: str, name: str, stacklevel: int = 3) -> tuple[ModuleType, Any]:
     """
     new = NAMES.get(f"{old}.{name}", name)
     for module in MODULES.get(old, "").split():
-        place = importlib.import_module(f"{__package__}.{module}")
+        try:
+            place = importlib.import_module(f"{__package__}.{module}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == __package__:
+                raise
+            continue  # the module needs an optional package, such as triton
         value = getattr(place, new, None)
         if value is not None and not isinstance(value, ModuleType):
             warnings.warn(
@@ -268,11 +273,18 @@ def old_names(module: str, stacklevel: int = 3) -> Callable[[str], Any]:
     old = module.removeprefix(f"{__package__}.")
 
     def get(name: str) -> Any:
-        if name.startswith("__"):
+        # `from package import submodule` asks the package for the name first. No old name hides a submodule.
+        if name.startswith("__") or _has_submodule(module, name):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         return find(old, name, stacklevel)[1]
 
     return get
+
+
+def _has_submodule(module: str, name: str) -> bool:
+    """Return True if a module is a package with a submodule of that name."""
+    path = getattr(sys.modules[module], "__path__", None)
+    return path is not None and importlib.machinery.PathFinder.find_spec(f"{module}.{name}", path) is not None
 
 
 class _OldModule(ModuleType):

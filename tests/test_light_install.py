@@ -96,3 +96,32 @@ def test_a_missing_extension_is_reported_once_at_first_use(switch, warnings, tmp
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ExtensionWarning: losses and searches on this CPU are slower") == warnings
     assert done.stderr.count("To silence this warning, set JASPER_FAST_NO_EXTENSION=1") == warnings
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, jasper_fast
+for module in pkgutil.walk_packages(jasper_fast.__path__, "jasper_fast."):
+    if not module.name.startswith(("jasper_fast.kernels.", "jasper_fast._C", "jasper_fast.__main__")):
+        importlib.import_module(module.name)
+"""
+
+
+def optional_packages() -> tuple[str, ...]:
+    """Return the names to import of Triton, and of all extras but those of the README's installation."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {Requirement(line).name for extra in ("train", "demo") for line in extras[extra]}
+    others = {Requirement(line).name for lines in extras.values() for line in lines} - installed
+    return ("triton", *sorted(name.replace("-", "_") for name in others - {"jasper_fast", "setuptools", "wheel"}))
+
+
+def test_every_module_can_be_imported_without_optional_packages(tmp_path):
+    done = run(["-W", "ignore", "-c", IMPORT_ALL], tmp_path, optional_packages())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["losses", "losses.similarity", "ops.cost", "mips", "adapt", "train", "env"])
+def test_a_module_imported_first_needs_no_triton(module, tmp_path):
+    """Each in its own process: a submodule that another module has imported hides what a package's hook does."""
+    package, _, name = f"jasper_fast.{module}".rpartition(".")
+    done = run(["-W", "error::DeprecationWarning", "-c", f"from {package} import {name}"], tmp_path, ("triton",))
+    assert done.returncode == 0, done.stderr
