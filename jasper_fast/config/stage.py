@@ -171,7 +171,7 @@ def _loss_problems(stage: StageConfig) -> list[str]:
             f"codes are trained by the narrow heads' {comparing} loss, and all of them have weight 0. "
             "Fix: give one of them a weight"
         )
-    contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
+    contrastive = stage.rank is not None or (stage.vision is not None and stage.vision.contrastive and size > 1)
     for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
         if not weights.has_gradient(size) and not contrastive:
             least = ", ".join(f"{loss.title} {loss.min_rows}" for loss in LOSSES)

@@ -57,7 +57,8 @@ def read_queries(path: str | Path, graded: bool = False) -> list[GivenQuery]:
             raise JasperError(f"{where}: candidates without `grades`, which `targets: grades` needs. Fix: add them")
         pairs = found.setdefault(query, [])
         known = {text for text, _ in pairs}
-        for text, grade in zip(candidates, grades or [None] * len(candidates), strict=True):
+        of_row: list[float | None] = [None] * len(candidates) if grades is None else [*grades]
+        for text, grade in zip(candidates, of_row, strict=True):
             if text in known:
                 raise JasperError(f"{where}: a candidate is listed twice ({text[:60]!r}). Fix: list it once")
             known.add(text)
