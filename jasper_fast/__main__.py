@@ -39,6 +39,7 @@ COMMANDS = {
     "compare": Command("compare runs side by side, or the embeddings of two models"),
     "search": Command("build an index of texts or images, and ask it questions"),
     "export": Command("write one width as a sentence-transformers folder or an ONNX graph"),
+    "fetch": Command("download an optional model, such as a second teacher"),
     "env": Command("show the hardware and libraries in use"),
 }
 

@@ -11,13 +11,13 @@ import numpy as np
 from jasper_fast.drift.recorded import holds_weights
 from jasper_fast.drift.side import Facts, Prompts, Side, checked_rows
 from jasper_fast.exporting.golden import ROLES, Text, by_role, golden_facts, installed_versions
+from jasper_fast.models.graph import NO_LIMIT, graph_inputs, load_tokenizer, open_session, tokenizer_folder
 from jasper_fast.models.hub import prompt_of, read_settings
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
 BATCH = 32
 GRAPHS = ("onnx/model.onnx", "model.onnx", "onnx/model_int8.onnx")  # in this order, if a folder is given
-NO_LIMIT = 10**6  # tokenizers without a maximum length have a huge one
 
 
 class GraphSide(Side):
@@ -32,23 +32,17 @@ class GraphSide(Side):
     """
 
     def __init__(self, name: str, file: Path) -> None:
-        folder = next((place for place in (file.parent, file.parent.parent) if _has_tokenizer(place)), None)
-        if folder is None:
-            raise JasperError(
-                f"{name}: no tokenizer next to the graph (expected tokenizer.json in {file.parent} or in the folder "
-                "above). Fix: copy the whole export"
-            )
-        self.file, self.folder = file, folder
-        self._session = _open(name, file)
-        self._tokenizer = _tokenizer(name, folder)
+        self.file, self.folder = file, tokenizer_folder(name, file)
+        self._session = open_session(name, file)
+        self._tokenizer = load_tokenizer(name, self.folder)
         self._output = _output(name, self._session)
-        known, metadata = golden_facts(folder), self._session.get_modelmeta().custom_metadata_map
+        known, metadata = golden_facts(self.folder), self._session.get_modelmeta().custom_metadata_map
         self.max_tokens = (
             int(metadata["max_tokens"]) if metadata.get("max_tokens", "").isdigit() else known["max_tokens"]
         )
         if self.max_tokens is None and self._tokenizer.model_max_length < NO_LIMIT:
             self.max_tokens = int(self._tokenizer.model_max_length)
-        prompts = read_settings(str(folder), None, "config_sentence_transformers.json").get("prompts") or {}
+        prompts = read_settings(str(self.folder), None, "config_sentence_transformers.json").get("prompts") or {}
         self.prompts = {role: prompt_of(prompts, role) for role in ROLES}
         shared = {key: known[key] for key in ("modules", "pooling", "weights", "model")}
         versions, int8 = installed_versions(), is_int8(file)
@@ -76,15 +70,9 @@ class GraphSide(Side):
     def _run(self, texts: list[str]) -> np.ndarray:
         limit = {"truncation": True, "max_length": self.max_tokens} if self.max_tokens else {}
         encoded = self._tokenizer(texts, padding=True, return_tensors="np", **limit)
-        inputs = {node.name: encoded.get(node.name) for node in self._session.get_inputs()}
-        missing = [name for name, value in inputs.items() if value is None]
-        if missing:
-            raise JasperError(
-                f"{self.name}: the tokenizer has no {' and '.join(missing)}, which the graph needs. Fix: give a graph "
-                "and a tokenizer of the same export"
-            )
+        inputs = graph_inputs(self.name, self._session, encoded)
         try:
-            return self._session.run([self._output], {key: value.astype("int64") for key, value in inputs.items()})[0]
+            return self._session.run([self._output], inputs)[0]
         except Exception as error:
             raise JasperError(
                 f"{self.name}: onnxruntime cannot run the graph ({first_line(error)}). Fix: export the model again"
@@ -100,43 +88,14 @@ def find_graph(folder: Path) -> Path | None:
 
 def is_int8(file: Path) -> bool:
     """Return True if a graph has weights of 8 bits."""
-    from onnx import TensorProto, load
-
+    try:
+        from onnx import TensorProto, load
+    except ImportError:
+        raise JasperError(
+            f"{file}: the package onnx is missing. Fix: `pip install onnx onnxruntime` (or the extra `export`)"
+        ) from None
     tensors = load(str(file), load_external_data=False).graph.initializer
     return any(tensor.data_type in (TensorProto.INT8, TensorProto.UINT8) and len(tensor.dims) > 1 for tensor in tensors)
-
-
-def _open(name: str, file: Path) -> Any:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError as error:
-        raise JasperError(
-            f"{name}: the package {error.name} is missing. Fix: `pip install onnx onnxruntime` (or the extra `export`)"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has many error classes without a common base
-        raise JasperError(
-            f"{name}: onnxruntime cannot load the graph ({first_line(error)}). Fix: copy or export the model again"
-        ) from None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-
-
-def _tokenizer(name: str, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # errors of transformers and tokenizers have no common base
-        raise JasperError(
-            f"{name}: the tokenizer cannot be loaded ({first_line(error)}). Fix: copy the whole export"
-        ) from None
 
 
 def _output(name: str, session: Any) -> str:

@@ -15,6 +15,7 @@ from jasper_fast.exporting.gguf import GGUF_FILE, open_gguf
 from jasper_fast.exporting.int8 import check_int8_cpu
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import read_json
+from jasper_fast.models.graph import new_session
 from jasper_fast.models.hub import PROMPTS, prompt_of
 from jasper_fast.models.sentence_transformer import encode_role
 from jasper_fast.utils.errors import JasperError
@@ -132,11 +133,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _onnxruntime(file: Path, threads: int | None) -> Graph:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = new_session(file, threads)
     check_int8_cpu(session.get_modelmeta().custom_metadata_map, str(file))
     return lambda ids, mask: session.run([EMBEDDINGS], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from jasper_fast.data.listing import all_files
 from jasper_fast.data.text import lone_surrogate
+from jasper_fast.models.bundles import PREFIX, bundle_folder
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import file_sha256, sha256
 from jasper_fast.utils.names import looks_like_path
@@ -53,13 +54,16 @@ def resolve_model(name: str) -> str:
 
     Args:
         name: folder of a model, of a run or of an adapted model, path that starts with ``~``,
-            ``package:import_name/folder``, or hub name.
+            ``package:import_name/folder``, ``bundle:NAME``, or hub name.
 
     Raises:
-        JasperError: the package is not installed or has no such folder, or the name is not UTF-8 text.
+        JasperError: the package is not installed or has no such folder, the bundle is not fetched, or the name is not
+            UTF-8 text.
     """
     if problem := lone_surrogate(name):
         raise JasperError(f"{name!a}: the model's name {problem}. Fix: rename the folder to UTF-8 text")
+    if name.startswith(PREFIX):
+        return str(bundle_folder(name))
     if not name.startswith("package:"):
         path = Path(name).expanduser() if name.startswith("~") else Path(name)
         if (path / "model" / "modules.json").is_file():  # a run folder

@@ -77,7 +77,7 @@ def load_stock(
 
 
 def transformers_of(model: SentenceTransformer, role: str | None = None) -> Iterator[Any]:
-    """Yield the Transformer modules of a model, those inside its Routers included.
+    """Yield the Transformer modules of a model, or its ONNX graph. Those inside its Routers are included.
 
     Args:
         model: sentence-transformers model.
@@ -85,10 +85,12 @@ def transformers_of(model: SentenceTransformer, role: str | None = None) -> Iter
     """
     from sentence_transformers.base.modules import Transformer
 
+    from jasper_fast.models.graph_module import GraphModule
+
     parts = (
         model.modules() if role is None else (part for module in role_modules(model, role) for part in module.modules())
     )
-    yield from (module for module in parts if isinstance(module, Transformer))
+    yield from (module for module in parts if isinstance(module, (Transformer, GraphModule)))
 
 
 def role_modules(model: SentenceTransformer, role: str) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from jasper_fast.config.data import DataConfig
 from jasper_fast.config.models import TeacherConfig
 from jasper_fast.models.embedder import model_widths
+from jasper_fast.models.graph import find_graph, settings_name
 from jasper_fast.models.hub import CANNOT_LOAD, model_prompts, model_revision, resolve_model, routes_by_role
 from jasper_fast.models.probes import Batching, explain_text_failures
 from jasper_fast.models.sentence_transformer import (
@@ -23,19 +24,14 @@ from jasper_fast.models.sentence_transformer import (
     token_lengths,
 )
 from jasper_fast.teachers.base import Precision, Progress
+from jasper_fast.teachers.onnx_model import describe_graph, graph_note, load_graph_teacher
+from jasper_fast.teachers.parts import POOLINGS, set_dense, set_pooling
 from jasper_fast.utils.device import autocast, used_precision
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-
-POOLINGS = {
-    "mean": "mean",
-    "cls": "cls",
-    "last": "lasttoken",
-}  # name in a configuration -> name in sentence-transformers
 
 
 class Teacher:
@@ -52,7 +48,8 @@ class Teacher:
         revision: commit on the hub, or hash of a folder.
         max_length: tokens after which texts are truncated.
         width: coordinates of an embedding.
-        note: message about texts that the model truncates earlier than the configuration. None if there are none.
+        note: message about texts that the model truncates earlier than the configuration, or about its batches. None if
+            there is none.
         batching: "equal lengths" for a model whose batches must not be padded, else "padded".
 
     Raises:
@@ -186,6 +183,11 @@ def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Tea
         raise ValueError(
             "load_teacher: the teacher has no `model`. Fix: open precomputed embeddings with PrecomputedEmbeddings"
         )
+    pooling = None if config.pooling == "auto" else POOLINGS[config.pooling]
+    if (graph := find_graph(config.model)) is not None:
+        teacher = Teacher(config, load_graph_teacher(config, graph, pooling), "fp32")
+        teacher.note = "; ".join(filter(None, [teacher.note, graph_note(teacher.model)])) or None
+        return teacher
     where = resolve_model(config.model)
     revision = model_revision(config.model, config.revision)
     check_embeds(where, config.model, config.revision)
@@ -200,10 +202,10 @@ def load_teacher(config: TeacherConfig, *, precision: Precision = "fp32") -> Tea
         )
     except CANNOT_LOAD as error:
         raise _cannot_load(config.model, error) from error
-    if config.pooling != "auto":
-        _set_pooling(model, POOLINGS[config.pooling], config.model)
+    if pooling is not None:
+        set_pooling(model, pooling, config.model)
     if config.dense is not None:
-        _set_dense(model, where, config.dense, revision)
+        set_dense(model, where, config.dense, revision)
     return Teacher(config, model.eval(), precision)
 
 
@@ -225,18 +227,24 @@ def describe_teacher(config: TeacherConfig) -> dict[str, Any]:
     """
     if config.model is None:
         raise ValueError("describe_teacher: the teacher has no `model`. Fix: call describe_precomputed")
-    folder = Path(config.model).expanduser()
     return {
-        # the content of a folder determines the embeddings, not its path
-        "model": folder.resolve().name if folder.is_dir() else config.model,
-        "revision": model_revision(config.model, config.revision),
+        **_named(config, config.model),
         "prompts": prompts_of(config),
         "pooling": config.pooling,
         "max_length": config.max_length,
         "truncate_dim": config.truncate_dim,
         **({"dense": config.dense} if config.dense else {}),
-        **({"routes": "by role"} if routes_by_role(config.model, config.revision) else {}),
+        **({"routes": "by role"} if routes_by_role(settings_name(config.model), config.revision) else {}),
     }
+
+
+def _named(config: TeacherConfig, name: str) -> dict[str, str]:
+    """Return a model's name and revision. The content of a folder determines the embeddings, not its path."""
+    if (graph := find_graph(name)) is not None:
+        return describe_graph(name, graph)
+    folder = Path(name).expanduser()
+    known = folder.resolve().name if folder.is_dir() else name
+    return {"model": known, "revision": model_revision(name, config.revision)}
 
 
 def prompts_of(config: TeacherConfig) -> dict[str, str]:
@@ -246,7 +254,7 @@ def prompts_of(config: TeacherConfig) -> dict[str, str]:
     """
     prompts = config.prompts.model_dump()
     if config.model is not None and None in prompts.values():
-        defaults = model_prompts(config.model, config.revision)
+        defaults = model_prompts(settings_name(config.model), config.revision)
         prompts = {role: prompt if prompt is not None else defaults[role] for role, prompt in prompts.items()}
     return {role: plain_prefix(prompt) for role, prompt in prompts.items()}
 
@@ -265,7 +273,7 @@ def check_custom_code(config: TeacherConfig) -> None:
     """
     from transformers import AutoConfig
 
-    if config.model is None or config.trust_remote_code:
+    if config.model is None or config.trust_remote_code or find_graph(config.model) is not None:
         return
     try:
         AutoConfig.from_pretrained(resolve_model(config.model), revision=config.revision, trust_remote_code=False)
@@ -349,45 +357,3 @@ def _check_prompts(model: SentenceTransformer, prompts: Mapping[str, str], name:
                 f"{name}: its pooling leaves the prompt out, which works only for a prompt before the text (got "
                 f"{prompt!r} for {role}). Fix: end the prompt with {{text}}"
             )
-
-
-def _set_pooling(model: SentenceTransformer, mode: str, name: str) -> None:
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    for position, module in enumerate(model):
-        if isinstance(module, Pooling):
-            pooling = Pooling(module.embedding_dimension, mode, include_prompt=module.include_prompt)
-            if pooling.pooling_output_dimension != module.pooling_output_dimension:
-                raise JasperError(
-                    f"{name}: pooling {mode!r} does not fit the next layer (got a width of "
-                    f"{pooling.pooling_output_dimension}, expected {module.pooling_output_dimension} from several "
-                    "joined vectors). Fix: set `pooling: auto`"
-                )
-            model[position] = pooling
-            return
-    raise JasperError(f"{name}: the model has no pooling layer to change. Fix: set `pooling: auto` for this teacher")
-
-
-def _set_dense(model: SentenceTransformer, where: str, folder: str, revision: str) -> None:
-    """Replace the model's Dense head by another one from its files, such as Stella's ``2_Dense_8192``."""
-    from sentence_transformers.sentence_transformer.modules import Dense
-
-    positions = [position for position, module in enumerate(model) if isinstance(module, Dense)]
-    if len(positions) != 1:
-        raise JasperError(
-            f"{where}: `dense: {folder}` needs a model with one Dense module (got {len(positions)}). Fix: omit `dense`"
-        )
-    hub_revision = None if revision.startswith("sha256:") else revision
-    try:
-        head = Dense.load(where, subfolder=folder, revision=hub_revision)
-    except CANNOT_LOAD as error:
-        raise JasperError(
-            f"{where}: no Dense head in a folder {folder!r}. Fix: choose a folder of the model's files for `dense`"
-        ) from error
-    (position,) = positions
-    if head.in_features != model[position].in_features:
-        raise JasperError(
-            f"{where}: the head {folder!r} has another input width than the model's head (got {head.in_features}, "
-            f"expected {model[position].in_features}). Fix: choose another head for `dense`"
-        )
-    model[position] = head.to(model.device)
