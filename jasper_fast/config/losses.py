@@ -45,9 +45,10 @@ LOSSES = (
     Loss("relative_similarity", 20.0, 3, "order of the similarities of all pairs"),
     Loss("neighbourhood", 0.0, 3, "order of each text's nearest neighbours", unit_rows=False),
 )
-# A vision stage adds this one. It compares images with captions, so it is in no other stage.
-CONTRASTIVE = Loss("contrastive", 0.0, 2, "captions against images, in both directions")
-LOGGED_LOSSES = (*LOSSES, CONTRASTIVE)  # all columns of losses in the log, in their order
+# Vision and ranking stages add these. They compare images with captions, or queries with documents.
+CONTRASTIVE = Loss("contrastive", 0.0, 2, "captions against images, in both directions; queries against documents")
+LISTWISE = Loss("listwise", 0.0, 1, "distribution over the candidates of a query")
+LOGGED_LOSSES = (*LOSSES, CONTRASTIVE, LISTWISE)  # all columns of losses in the log, in their order
 
 
 def titles(losses: Sequence[Loss]) -> str:

@@ -158,7 +158,7 @@ def check_losses(config: Config, teachers: Sequence[int]) -> None:
                 f"student's widest head, {widest} wide and the teachers' embeddings {widths}). Fix: let student.heads "
                 f"begin with {target} or less, add a teacher, or set the stage's {zero}"
             )
-        for width in stage.heads:
+        for width in stage.heads if stage.rank is None else []:  # ranking trains heads of any width
             weights = stage.weights if width == widest else stage.narrow_weights or stage.weights
             against = widest if stage.narrow_target == "self" and width != widest else target
             if not weights.compares_texts(stage.batch_size) and width != against:

@@ -12,6 +12,7 @@ from pydantic import (
 
 from jasper_fast.config.loss_weights import LossWeights
 from jasper_fast.config.losses import LOSSES, TEMPERATURE, titles
+from jasper_fast.config.rank import RankStageConfig
 from jasper_fast.config.types import (
     ByHead,
     Fraction,
@@ -64,6 +65,7 @@ class StageConfig(Section):
     # also train the last n layers of the encoder, or `all`; in vision stages, of the tower
     last_layers: LayerCount = 0
     vision: VisionStageConfig | None = None  # settings of a vision stage, in which only `vision.*` may train
+    rank: RankStageConfig | None = None  # settings of a ranking stage, whose batches are queries and documents
     heads: list[PositiveInt] = Field(min_length=1)  # widths of the heads in the losses
     weights: LossWeights = LossWeights()
     narrow_weights: LossWeights | None = None  # weights for all heads but the widest; null: the same weights
@@ -75,7 +77,8 @@ class StageConfig(Section):
     narrow_start: Literal["as_is", "principal"] = "as_is"
     codes: list[Literal["int8", "ubinary"]] = []  # quantized forms of the narrow embeddings to train as well
     codes_weight: Positive = 1.0  # weight of the losses of `codes`
-    batch_size: PositiveInt = 128  # texts per optimizer step, all compared by the losses
+    # texts per optimizer step, all compared by the losses; in ranking stages queries, which come with their documents
+    batch_size: PositiveInt = 128
     # too few texts for batch_size, neighbours or principal axes: an error, or adapt: smaller or random batches, as_is
     small_data: Literal["error", "adapt"] = "error"
     steps: Annotated[int, Field(ge=0, le=10**12, strict=True)] = 0  # optimizer steps; 0: `minutes` decides
@@ -113,6 +116,8 @@ def stage_problems(stage: StageConfig) -> list[str]:
     problems = [*_length_problems(stage), *_batch_problems(stage), *_loss_problems(stage)]
     if stage.vision is not None:
         problems += _vision_problems(stage, stage.vision)
+    if stage.rank is not None:
+        problems += _rank_problems(stage)
     return [f"stage {stage.name!r}: {problem}" for problem in problems]
 
 
@@ -148,7 +153,8 @@ def _batch_problems(stage: StageConfig) -> list[str]:
         )
     if stage.texts is not None and stage.texts < size:
         problems.append(f"texts {stage.texts} is less than batch_size {size}. Fix: raise texts to {size} or more")
-    if stage.max_chars is not None and (stage.batches != "random" or stage.vision is not None):
+    texts_alone = stage.vision is None and stage.rank is None
+    if stage.max_chars is not None and (stage.batches != "random" or not texts_alone):
         problems.append("max_chars is for random batches of texts only. Fix: leave max_chars out")
     if len(set(stage.heads)) != len(stage.heads):
         problems.append(f"heads {stage.heads} have a width twice. Fix: list each width once")
@@ -165,7 +171,7 @@ def _loss_problems(stage: StageConfig) -> list[str]:
             f"codes are trained by the narrow heads' {comparing} loss, and all of them have weight 0. "
             "Fix: give one of them a weight"
         )
-    contrastive = stage.vision is not None and stage.vision.contrastive and size > 1
+    contrastive = stage.rank is not None or (stage.vision is not None and stage.vision.contrastive and size > 1)
     for name, weights in {"weights": stage.weights, "narrow_weights": narrow}.items():
         if not weights.has_gradient(size) and not contrastive:
             least = ", ".join(f"{loss.title} {loss.min_rows}" for loss in LOSSES)
@@ -193,5 +199,18 @@ def _vision_problems(stage: StageConfig, vision: VisionStageConfig) -> list[str]
         problems.append(
             "a vision stage draws random batches, and its target for each head is the caption's embedding of that "
             "head. Fix: leave `batches` and `narrow_target` out"
+        )
+    return problems
+
+
+def _rank_problems(stage: StageConfig) -> list[str]:
+    """List problems of a ranking stage."""
+    problems = []
+    if stage.vision is not None:
+        problems.append("`rank` and `vision` are two kinds of stages. Fix: make two stages")
+    if stage.batches != "random" or stage.narrow_start != "as_is":
+        problems.append(
+            "a ranking stage draws random queries, with their nearest documents, and narrow heads start as they are. "
+            "Fix: leave `batches` and `narrow_start` out"
         )
     return problems

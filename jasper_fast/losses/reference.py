@@ -83,6 +83,52 @@ def neighbourhood_loss(student: Tensor, teacher: Tensor, *, temperature: float =
     return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=1).mean()
 
 
+def listwise_loss(
+    queries: Tensor,
+    documents: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    *,
+    temperature: float = 0.05,
+    teacher_temperature: float = 0.05,
+) -> Tensor:
+    """Return the mean of KL(softmax(scores / teacher_temperature) || softmax(q . d / temperature)) over candidates."""
+    unit, document_unit = normalise(queries), normalise(documents)
+    total = (unit.nan_to_num() * 0.0).sum() + (document_unit.nan_to_num() * 0.0).sum()
+    for query, row, given in zip(unit, candidates, scores.to(unit.dtype), strict=True):
+        row, given = row[row != -1], given[row != -1]
+        if len(row) > 1:
+            student_log = (document_unit[row] @ query / temperature).log_softmax(dim=0)
+            teacher_log = ((given - given.amax()) / teacher_temperature).log_softmax(dim=0)
+            teacher = teacher_log.exp()
+            terms = teacher * (teacher_log.clamp(min=torch.finfo(unit.dtype).min) - student_log)
+            total = total + terms.sum()
+    return total / len(queries)
+
+
+def info_nce_loss(
+    queries: Tensor,
+    documents: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float = 0.05,
+    teacher_queries: Tensor | None = None,
+    teacher_documents: Tensor | None = None,
+    margin: float = 0.0,
+) -> Tensor:
+    """Return the mean cross-entropy of each query's positive among its negatives, in O(QMD) memory."""
+    scores = normalise(queries) @ normalise(documents).T / temperature  # (Q, M)
+    deciding = documents if teacher_documents is None else teacher_documents
+    left_out = (deciding[positives][:, None] == deciding).all(dim=2)
+    if teacher_queries is not None and teacher_documents is not None:
+        teacher = normalise(teacher_queries) @ normalise(teacher_documents).T
+        left_out |= teacher > teacher.gather(1, positives[:, None]) - margin
+        scores = scores + 0.0 * teacher.detach()  # a teacher's NaN reaches the loss, though comparisons drop it
+    left_out.scatter_(1, positives[:, None], False)
+    scores = scores + torch.zeros_like(scores).masked_fill(left_out, -torch.inf)
+    return torch.nn.functional.cross_entropy(scores, positives)
+
+
 def pair_counts(student: Tensor, teacher: Tensor, margin: float, ties: str = "exclude") -> tuple[Tensor, Tensor]:
     """Count active terms by brute force: (P,) student and teacher scores -> up (P,) and low (P,), int64.
 

@@ -22,9 +22,13 @@ def gradient_dtype(embeddings: Tensor) -> torch.dtype:
 
 def fake_losses(students: list[Tensor], teacher: Tensor, gradient: bool) -> tuple[Tensor, list[Tensor]]:
     """Return empty losses (H,) and gradients in the dtypes of an operator that takes rows of any length."""
-    double = any(v.dtype == torch.float64 for v in (*students, teacher))
-    losses = teacher.new_empty(len(students), dtype=torch.float64 if double else torch.float32)
-    return losses, [fake_gradient(s, gradient) for s in students]
+    return fake_loss([*students, teacher], len(students)), [fake_gradient(s, gradient) for s in students]
+
+
+def fake_loss(embeddings: list[Tensor], count: int = 1) -> Tensor:
+    """Return empty losses (count,): in float64 if any embeddings are, else in float32."""
+    double = any(tensor.dtype == torch.float64 for tensor in embeddings)
+    return embeddings[-1].new_empty(count, dtype=torch.float64 if double else torch.float32)
 
 
 def fake_gradient(embeddings: Tensor, with_gradient: bool) -> Tensor:

@@ -44,7 +44,7 @@ def normalize_all(students: list[Tensor], teacher: Tensor) -> tuple[list[UnitRow
     return heads, target
 
 
-def row_blocks(rows: int) -> list[tuple[int, int]]:
-    """Return the first row and the end of each block of ``rows``."""
-    height = max(16, min(rows, 512, WORKSPACE // rows))
+def row_blocks(rows: int, columns: int | None = None) -> list[tuple[int, int]]:
+    """Return the first row and the end of each block of a matrix with ``columns`` columns, or with ``rows``."""
+    height = max(16, min(rows, 512, WORKSPACE // (rows if columns is None else columns)))
     return [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]

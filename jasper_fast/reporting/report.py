@@ -145,6 +145,8 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
             losses += f"; narrow heads: {_weights(stage['narrow_weights'])}"
         if contrastive := (stage.get("vision") or {}).get("contrastive"):
             losses += f", {contrastive:g} contrastive"
+        if rank := stage.get("rank"):
+            losses += "".join(f", {rank[name]:g} {name}" for name in ("listwise", "contrastive") if rank[name])
         batch = stage["batch_size"]  # as configured; few texts make it smaller, and `minutes` change the steps
         if done and "seconds" in done[0]:
             batch = round(done[0]["texts_per_s"] * done[0]["seconds"])
@@ -210,6 +212,7 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
     if texts_line := facts.pop("texts_line", ""):
         lines.append(f"- {texts_line}")
         facts.pop("texts", None)  # the line has the number
+    lines += [f"- {line}" for line in facts.pop("stage_lines", [])]
     lines.append(f"- seed: {config['seed']}")
     if encoding := facts.pop("encoding", None):
         lines += _speed(encoding)

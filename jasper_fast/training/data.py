@@ -81,7 +81,9 @@ class Batch:
         tokens: number of tokens without padding.
         padded: number of tokens with padding.
         wait: seconds that training waited for the batch.
-        inputs: more inputs of a vision stage's loss. None: its loss takes none.
+        inputs: more inputs of a vision or ranking stage's loss. None: its loss takes none.
+        places: (B,) int64 positions of the rows in the whole batch. None: ranks divide ``batch_size`` rows in order.
+        total: rows of the whole batch. None: ``batch_size``.
     """
 
     rows: np.ndarray
@@ -91,7 +93,9 @@ class Batch:
     tokens: int
     padded: int
     wait: float
-    inputs: LossInputs | None = None
+    inputs: LossInputs | RankInputs | None = None
+    places: np.ndarray | None = None
+    total: int | None = None
 
     @property
     def longest_text(self) -> list[int] | None:
@@ -125,3 +129,28 @@ class LossInputs(NamedTuple):
 
 
 NO_INPUTS = LossInputs()
+
+
+class RankInputs(NamedTuple):
+    """Inputs of the ranking losses next to the embeddings of Q queries and then M documents.
+
+    With several ranks they are those of the whole batch.
+
+    Attributes:
+        candidates: (Q, K) int64, among the M documents. -1: no candidate.
+        scores: (Q, K) float32.
+        positives: (Q,) int64, among the M documents. -1: no document is known to answer the query.
+        order: (Q + M,) int64, the places of the batch's rows among the gathered rows of all ranks.
+        counts: number of rows of each rank.
+    """
+
+    candidates: Tensor
+    scores: Tensor
+    positives: Tensor
+    order: Tensor
+    counts: tuple[int, ...]
+
+    def to(self, device: torch.device) -> RankInputs:
+        """Move all tensors to a device."""
+        candidates, scores, positives, order = (part.to(device) for part in self[:4])
+        return RankInputs(candidates, scores, positives, order, self.counts)

@@ -20,7 +20,7 @@ from jasper_fast.training.preflight import (
 )
 from jasper_fast.training.run.folder import RESULTS, RunFolder, existing_difference, keep_older_meaning
 from jasper_fast.training.run.run import Run
-from jasper_fast.training.stages.base import describe_stage, trained_names
+from jasper_fast.training.stages.base import build_stages, describe_stage
 from jasper_fast.utils.atomic import free_bytes
 from jasper_fast.utils.device import pick_device, total_memory
 from jasper_fast.utils.errors import JasperError
@@ -66,10 +66,10 @@ def describe_plan(config: Config, folder: Path, verbose: bool = False) -> str:
     if data.transductive:
         sets = ", ".join(data.transductive)
         lines.append(f"some texts of {sets} are among the training texts: scores there will be transductive")
-    for stage in config.stages:
-        names = trained_names(student, stage)
+    for stage in build_stages(config, data):
+        names = stage.trained_names(student, stage.config)
         set_trained(student, names)
-        lines.append(describe_stage(student, stage))
+        lines += [describe_stage(student, stage.config), *stage.lines()]
         lines += [f"    {name}" for name in names] if verbose else []
     sets = ", ".join(source.path for source in config.evaluate)
     lines.append(f"evaluation: {sets}" if sets else "evaluation: no set with labels; only quality without labels")

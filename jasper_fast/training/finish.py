@@ -54,6 +54,7 @@ from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.trackers import score_curves
 from jasper_fast.training.sample import Sample, take_sample
+from jasper_fast.training.stages.base import build_stages
 from jasper_fast.utils.hardware import cpu_name
 
 VERSIONS_OF = ("jasper_fast", "torch", "transformers", "sentence-transformers", "datasets", "numpy")
@@ -148,6 +149,7 @@ def _evaluate(
         floors = teacher_floors(train_vectors, config.student.heads) | {STUDENT_PCA: student_pca}
         encoders = {BEFORE: encode_before, STUDENT: encode}
         scores |= _label_free(run, documents, encoders, floors, ranges)
+    lines = [line for stage in build_stages(config, data) for line in stage.lines()]
     results: dict[str, Any] = {
         "recipe": config.name,
         **scores,
@@ -156,6 +158,7 @@ def _evaluate(
             "texts": len(texts),
             "texts_line": data.texts_line,
             **({"notes": list(config.notes)} if config.notes else {}),
+            **({"stage_lines": lines} if lines else {}),
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "teacher_width": labels.width,
             **({"teacher_reduction": labels.reduction.line()} if labels.reduction is not None else {}),
@@ -227,7 +230,7 @@ def _evaluate_images(run: Run, student: Student, data: TrainingData, results: di
 def _seconds(run: Run, evaluation: float) -> dict[str, float]:
     """Return the wall-clock seconds of the run over all resumes. "in all" includes texts and teacher embeddings."""
     spent = seconds_spent(run.path / LOG)
-    training = sum(spent.get(event, 0.0) for event in ("plan", "pooling", "step"))
+    training = sum(spent.get(event, 0.0) for event in ("plan", "pooling", "ranking", "step"))
     return {
         "training": training,
         "evaluation": evaluation,

@@ -114,12 +114,12 @@ def train_step(
     Raises:
         JasperError: a loss or gradient is not finite. All ranks raise it, before the update.
     """
-    config, total = stage.config, stage.config.batch_size
+    config, total = stage.config, batch.total or stage.config.batch_size
     set_learning_rate(optimizer, stage.learning_rate(step))
     dropout = dropout_mask(
         student.config.vector_dropout,
         (run.config.seed, stage.index, step),
-        run.ranks.rows(total),
+        run.ranks.rows(total) if batch.places is None else batch.places,
         total,
         student.hidden_size,
         run.device,
@@ -166,8 +166,8 @@ class ThroughputMeter:
         """Return the numbers of the step that just ended."""
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        total, done = self.stage.batch_size, position.stage_step
-        self._texts += self.run.ranks.counts(total)[self.run.ranks.rank]
+        total, done = batch.total or self.stage.batch_size, position.stage_step
+        self._texts += len(batch.rows)
         gpu: dict[str, float] = {}
         if done == self.stage.steps or done % self.run.config.log.every == 0:
             gpu, self._texts = self._monitor.read(self._texts), 0

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import resource
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from jasper_fast.config.run import Config, check_losses
 from jasper_fast.evaluation.score import STUDENT_PCA_ROWS
@@ -24,18 +21,18 @@ from jasper_fast.teachers.cache import joined_fingerprint
 from jasper_fast.teachers.encoder import has_embeddings
 from jasper_fast.teachers.label import print_error, teacher_caches
 from jasper_fast.teachers.opening import embedding_width, missing_bytes, open_teacher
-from jasper_fast.teachers.reduction import Reduction
 from jasper_fast.teachers.reuse import CacheReuse, text_keys
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.loop import train_step
-from jasper_fast.training.neighbours import graph_folder, neighbour_graph
+from jasper_fast.training.neighbours import graph_folder
 from jasper_fast.training.plan import Costs, StageCost
 from jasper_fast.training.rng import random_state, set_random_state
 from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.run.log import SilentLog
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.sample import most_sampled
-from jasper_fast.training.stages.base import build_stage
+from jasper_fast.training.search_costs import RandomTeachers, RankingCost, graph_seconds, query_seconds, spread
+from jasper_fast.training.stages.base import BaseStage, build_stage
 from jasper_fast.training.step import StepTimer
 from jasper_fast.utils.device import pick_device
 
@@ -43,34 +40,10 @@ STEPS, LEAST_STEPS = 13, 3  # measured steps of a stage, at most and at least, a
 STEP_SECONDS, SLOW_SECONDS = 4.0, 20.0  # after so long, no further step is measured; then one step suffices
 SAMPLE = 96  # texts that are encoded to measure a model
 POOLED_TEXTS = 1024  # texts that are pooled to measure a stage: batches of few texts have more padding than the run's
-GRAPH_TURNS = 2  # of which the faster one counts
-GRAPH_ROWS = 16_384  # rows of the neighbour graph that is measured; fewer are slower for each pair of rows
 # Seconds of loading models, scores and plots, which do not depend on the texts, and written bytes per second.
 EXPORT_SECONDS, EXPORT_BYTES = 6.0, 1e8
 
 Texts = tuple[list[str], str]  # distinct texts, and their role
-
-
-class RandomTeachers:
-    """Random unit embeddings in place of the teachers', which need not exist yet.
-
-    Args:
-        width: the width of the teachers' embeddings.
-    """
-
-    fingerprint = "random"
-    reduction: Reduction | None = None
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.revisions: list[str | None] = []
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        """Return unit embeddings of some texts, (B, width) float32."""
-        generator = torch.Generator().manual_seed(len(rows))
-        return torch.nn.functional.normalize(torch.randn(len(rows), self.width, generator=generator), dim=1)
-
-    read_full = read
 
 
 class PoolingLog(SilentLog):
@@ -150,7 +123,7 @@ def measure_stage(
         ranks: the number of processes, which divide each batch.
     """
     settings, full = config.stages[index], build_stage(config, index, data)
-    available = min(len(full.source()[0]), settings.texts or len(full.source()[0]))
+    available = full.available()
     share = -(-settings.batch_size // ranks)
     changed: dict[str, Any] = {"batch_size": share, "steps": STEPS, "batches": "random", "narrow_start": "as_is"}
     unlimited = settings.model_copy(update={"steps": 10**9, "minutes": None})
@@ -160,13 +133,15 @@ def measure_stage(
     run = Run.local(_with_stage(config, index, settings.model_copy(update=changed)), device, log=PoolingLog())
     copied = copy.deepcopy(student).to(device)
     stage = build_stage(run.config, index, data, RandomTeachers(teacher.width))
+    stage.rehearse()
     optimizer = stage.begin(run, copied, Position(0, index, 0))
     seconds = _time_steps(run, copied, stage, optimizer, index)
     assert isinstance(run.log, PoolingLog)
     stage.end(run)
     setup = 0.0
     if settings.batches == "neighbours" and not teacher.has_graph(available, settings.neighbours):
-        setup = _graph_seconds(available, settings.neighbours, teacher.width)
+        setup = graph_seconds(available, settings.neighbours, teacher.width)
+    ranking = ranking_cost(full, teacher, ranks)
     del copied, optimizer, stage
     _free(device)
     return StageCost(
@@ -177,7 +152,25 @@ def measure_stage(
         row=run.log.seconds_per_text / ranks,
         rows=rows,
         setup=setup,
+        query=ranking.query,
+        queries=ranking.queries,
+        pairs=ranking.pairs,
     )
+
+
+def ranking_cost(stage: BaseStage, teacher: TeacherCosts, ranks: int) -> RankingCost:
+    """Return the cost of the candidates and scores of a stage's queries. 0: it ranks nothing."""
+    rank = stage.config.rank
+    if rank is None:
+        return RankingCost()
+    queries, _ = stage.source()
+
+    def embed(texts: list[str], roles: list[str]) -> float:
+        return sum(teacher.seconds_per_text(index, texts, roles) for index in range(len(teacher.caches)))
+
+    cost = query_seconds(rank, queries, stage.data.texts, embed, teacher.width, ranks)
+    teacher.close()
+    return cost
 
 
 def _with_stage(config: Config, index: int, stage: Any) -> Config:
@@ -200,33 +193,6 @@ def _time_steps(run: Run, student: Student, stage: Any, optimizer: torch.optim.O
         if len(times) > least and now - began > STEP_SECONDS:
             break
     return sum(times[1:]) / len(times[1:])
-
-
-def _graph_seconds(n: int, k: int, width: int) -> float:
-    """Return the seconds of the neighbour graph of n rows: pairs of rows are scored, and each row's best are sorted.
-
-    The first part grows with the square of n, the second one with n. Two sizes tell them apart.
-    """
-    teachers = RandomTeachers(width)
-
-    def read(numbers: np.ndarray) -> np.ndarray:
-        return teachers.read(numbers).numpy()
-
-    def seconds(rows: int) -> float:
-        times = []
-        for _ in range(GRAPH_TURNS):
-            started = time.perf_counter()
-            neighbour_graph(read, rows, k)
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    neighbour_graph(read, k, k)  # the first call is slow
-    rows = max(k, min(n, GRAPH_ROWS))
-    whole = seconds(rows)
-    if n <= rows:
-        return whole
-    quadratic = min(max(2 * whole - 4 * seconds(rows // 2), 0.0), whole)
-    return quadratic * (n / rows) ** 2 + (whole - quadratic) * n / rows
 
 
 class TeacherCosts:
@@ -299,7 +265,7 @@ class TeacherCosts:
             lent = CacheReuse(cache, text_keys(self.texts))
             share = max(0.0, 1.0 - len(lent) / cache.rows)
             self.missing += round(share * len(rows))
-            chosen = self.texts[_spread(rows, SAMPLE)]
+            chosen = self.texts[spread(rows, SAMPLE)]
             seconds += share * len(rows) * self.seconds_per_text(index, chosen["text"], chosen["role"])
         return seconds
 
@@ -313,9 +279,9 @@ def evaluation_cost(
     calibration = min(CALIBRATION_TEXTS, len(data.texts))
     own = texts or data.texts[:SAMPLE]["text"]
     copied = copy.deepcopy(student).to(device)
-    rate = _student_rate(copied, _spread(own, SAMPLE), device, config)
+    rate = _student_rate(copied, spread(own, SAMPLE), device, config)
     most = most_sampled(config, data)
-    sampled = data.texts[_spread(range(len(data.texts)), SAMPLE)]["text"] if most else []
+    sampled = data.texts[spread(range(len(data.texts)), SAMPLE)]["text"] if most else []
     encode = _student_rate(copied, sampled, device, config)
     del copied
     held_out = [text for part, _ in _held_out_texts(data) for text in part]
@@ -328,7 +294,7 @@ def evaluation_cost(
                 if not has_embeddings(of, config.data.cache, config.precision, part, role)
                 for text in part
             ]
-            chosen = _spread(new, SAMPLE)
+            chosen = spread(new, SAMPLE)
             rate = teacher.seconds_per_text(index, [text for text, _ in chosen], [role for _, role in chosen])
             seconds, encoded = seconds + rate * len(new), encoded + len(new)
     return seconds, encoded, encode
@@ -368,13 +334,6 @@ def _student_rate(student: Student, texts: list[str], device: torch.device, conf
     started = time.perf_counter()
     encode(texts, "document")
     return (time.perf_counter() - started) / len(texts)
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return up to ``count`` items that are spread evenly over all."""
-    if len(items) <= count:
-        return list(items)
-    return [items[math.floor((i + 0.5) * len(items) / count)] for i in range(count)]
 
 
 def _peak_memory(device: torch.device) -> int:

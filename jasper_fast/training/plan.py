@@ -32,6 +32,9 @@ class StageCost:
         row: seconds per pooled text of a frozen encoder.
         rows: largest number of texts to pool. 0: the encoder trains.
         setup: seconds before the first step, without pooling.
+        query: seconds to embed, mine and score the candidates of a query of a ranking stage.
+        queries: number of such queries. 0: the stage ranks nothing.
+        pairs: pairs that a cross-encoder scores for a query. 0: none does.
     """
 
     name: str
@@ -41,14 +44,21 @@ class StageCost:
     row: float = 0.0
     rows: int = 0
     setup: float = 0.0
+    query: float = 0.0
+    queries: int = 0
+    pairs: int = 0
 
     def pooled(self, steps: int) -> int:
         """Return the number of texts that are pooled for a number of steps."""
         return min(self.rows, steps * self.batch)
 
+    def ranked(self, steps: int) -> int:
+        """Return the number of queries that get candidates and scores for a number of steps."""
+        return min(self.queries, steps * self.batch)
+
     def seconds(self, steps: int) -> float:
         """Return the seconds of the whole stage."""
-        return self.setup + self.row * self.pooled(steps) + self.step * steps
+        return self.setup + self.row * self.pooled(steps) + self.query * self.ranked(steps) + self.step * steps
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,9 @@ class Plan:
             if cost.rows:
                 rows = cost.pooled(steps)
                 phases.append(Phase(f"{cost.name}: pooling", rows, cost.setup + cost.row * rows))
+            elif cost.queries:
+                queries = cost.ranked(steps)
+                phases.append(Phase(f"{cost.name}: scoring", queries * max(1, cost.pairs), cost.query * queries))
             phases.append(Phase(cost.name, steps, cost.step * steps + (0.0 if cost.rows else cost.setup)))
         return Progress([*phases, Phase("evaluation", 1, self.evaluation)])
 
@@ -238,6 +251,9 @@ def describe_costs(plan: Plan, stages: list[StageConfig]) -> list[str]:
     lines = [f"  teacher      {duration(costs.teacher):>12}  {teacher}"]
     for stage, cost, steps in zip(stages, costs.stages, plan.steps, strict=True):
         pooled = f"; {cost.pooled(steps):,} texts pooled" if cost.rows else ""
+        if cost.queries:
+            ranked = cost.ranked(steps)
+            pooled = f"; candidates and scores of {ranked:,} queries in {duration(cost.query * ranked)}"
         passes = steps * cost.batch / max(1, cost.available)
         lines.append(
             f"  {stage.name:12} {duration(cost.seconds(steps)):>12}  {steps:,} steps of {cost.batch}, {passes:.1f} "

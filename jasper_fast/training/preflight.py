@@ -20,8 +20,7 @@ from jasper_fast.training.run.folder import (
 )
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.trackers import check_trackers
-from jasper_fast.training.sampler import rows_up_to
-from jasper_fast.training.stages.base import BaseStage, build_stages
+from jasper_fast.training.stages.base import build_stages
 from jasper_fast.utils.atomic import check_disk_space, check_writable
 from jasper_fast.utils.errors import JasperError, Problems
 
@@ -128,11 +127,11 @@ def fit_small_data(config: Config, data: TrainingData) -> Config:
     """
     stages, notes = [], []
     for built in build_stages(config, data):
-        stage, available = built.config, _available(built)
+        stage, available = built.config, built.available()
         changes = _small_data_changes(stage, available, config.student.heads[0]) if available else {}
         if changes:
             values = ", ".join(f"{key} {getattr(stage, key)} -> {value}" for key, value in changes.items())
-            notes.append(f"stage {stage.name!r}: {values}, since there are {available:,} texts")
+            notes.append(f"stage {stage.name!r}: {values}, since there are {available:,} {built.source()[1]}")
         stages.append(stage.model_copy(update=changes))
     notes += _few_held_out(config, data)
     return config.model_copy(update={"stages": stages}).with_notes(notes) if notes else config
@@ -175,13 +174,6 @@ def _small_data_changes(stage: StageConfig, available: int, widest: int) -> dict
     return changes
 
 
-def _available(stage: BaseStage) -> int:
-    """Return the number of texts or images that the batches of a stage are drawn from."""
-    source, settings = stage.source()[0], stage.config
-    available = min(len(source), settings.texts or len(source))
-    return available if settings.max_chars is None else len(rows_up_to(source, available, settings.max_chars))
-
-
 def check_sizes(config: Config, data: TrainingData) -> None:
     """Check that no batch is larger than what its stage draws from.
 
@@ -190,7 +182,7 @@ def check_sizes(config: Config, data: TrainingData) -> None:
     """
     small = []
     for stage in build_stages(config, data):
-        unit, settings, available = stage.source()[1], stage.config, _available(stage)
+        unit, settings, available = stage.source()[1], stage.config, stage.available()
         if settings.max_chars is not None:
             unit = f"{unit} of up to {settings.max_chars} characters"
         narrow = [width for width in settings.heads if width != max(config.student.heads)]
@@ -230,6 +222,7 @@ def _facts(config: Config, data: TrainingData, ranks: int) -> dict[str, Any]:
     }
     if data.images is not None:
         facts["images"] = data.images.fingerprint
+    facts |= {f"stage {stage.config.name}": own for stage in build_stages(config, data) if (own := stage.facts())}
     if config.losses.scope == "local":
         facts["ranks"] = ranks  # decides what a loss compares
     return facts

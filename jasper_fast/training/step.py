@@ -143,7 +143,12 @@ def _first_pass(
 
 
 def dropout_mask(
-    fraction: float, seed: tuple[int, int, int], rows: slice, total: int, width: int, device: torch.device
+    fraction: float,
+    seed: tuple[int, int, int],
+    rows: slice | np.ndarray,
+    total: int,
+    width: int,
+    device: torch.device,
 ) -> Tensor | None:
     """Return the factors of pooled states under dropout: 0 for a fraction of them, 1 / (1 - fraction) for the rest.
 
@@ -165,7 +170,8 @@ def dropout_mask(
         return None
     generator = torch.Generator(device).manual_seed((seed[0] * 1000 + seed[1]) * 10_000_000 + seed[2])
     mask = torch.empty(total, width, dtype=torch.bool, device=device).bernoulli_(1.0 - fraction, generator=generator)
-    return mask[rows] / (1.0 - fraction)
+    chosen = mask[rows] if isinstance(rows, slice) else mask[torch.from_numpy(rows).to(device)]
+    return chosen / (1.0 - fraction)
 
 
 @dataclass(frozen=True)

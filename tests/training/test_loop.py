@@ -77,7 +77,7 @@ def test_every_kind_of_stage_is_in_the_registry(tree):
     config = load_config(tree)
     assert {stage_class(stage).__name__ for stage in config.stages} == {"TextStage"}
     seeing = config.stages[0].model_copy(update={"vision": object()})
-    assert stage_class(seeing).__name__ == "VisionStage" and len(STAGES) == 2
+    assert stage_class(seeing).__name__ == "VisionStage" and len(STAGES) == 3
 
 
 def test_positions_count_over_stages():

@@ -178,9 +178,10 @@ def test_only_embeddings_that_a_model_computes_are_counted(tiny, tmp_path):
 
 
 def test_a_graph_in_the_cache_takes_no_time(tiny):
-    from jasper_fast.training.measure import RandomTeachers, TeacherCosts, measure_costs
+    from jasper_fast.training.measure import TeacherCosts, measure_costs
     from jasper_fast.training.neighbours import cached_graph
     from jasper_fast.training.preflight import prepare
+    from jasper_fast.training.search_costs import RandomTeachers
 
     config = load_config(tiny)
     student, data = prepare(config)
@@ -238,7 +239,7 @@ def test_the_graph_of_many_texts_is_measured_on_full_blocks(quadratic, linear, m
     """Few rows are slower for each pair of rows. Scaled up, they would make the graph look several times too slow."""
     from types import SimpleNamespace
 
-    from jasper_fast.training import measure
+    from jasper_fast.training import search_costs
 
     clock, searched = [0.0], []
 
@@ -246,8 +247,8 @@ def test_the_graph_of_many_texts_is_measured_on_full_blocks(quadratic, linear, m
         searched.append(rows)
         clock[0] += quadratic * rows**2 + linear * rows
 
-    monkeypatch.setattr(measure, "neighbour_graph", search)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(search_costs, "neighbour_graph", search)
+    monkeypatch.setattr(search_costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     for n in (100, 16_384, 112_345):
-        assert measure._graph_seconds(n, 4, 8) == pytest.approx(quadratic * n**2 + linear * n)
+        assert search_costs.graph_seconds(n, 4, 8) == pytest.approx(quadratic * n**2 + linear * n)
     assert max(searched) == 16_384

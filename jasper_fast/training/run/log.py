@@ -97,18 +97,19 @@ class RunLog:
             self._printed = time.monotonic()
             self.info(step_line(stage, record, self.steps.get(stage)))
 
-    def pooled(self, stage: str, texts: int, done: int, seconds: float | None) -> None:
-        """Count pooled texts of a stage on the progress bar.
+    def pooled(self, stage: str, texts: int, done: int, seconds: float | None, phase: str = "pooling") -> None:
+        """Count pooled texts of a stage, or pairs that are scored, on the progress bar.
 
         Args:
             stage: the name of the stage.
             texts: the further texts.
             done: all texts so far.
             seconds: the seconds that the further texts took. None: they were pooled before.
+            phase: what is done with them.
         """
-        phase = f"{stage}: pooling"
-        self.progress.advance(phase, texts, seconds)
-        self.bar.set_description_str(self.progress.line(phase, done))
+        name = f"{stage}: {phase}"
+        self.progress.advance(name, texts, seconds)
+        self.bar.set_description_str(self.progress.line(name, done))
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one line to ``log.jsonl``.
@@ -170,7 +171,7 @@ class SilentLog(RunLog):
     def step(self, stage: str, record: dict[str, Any], last: bool) -> None:
         """Record nothing."""
 
-    def pooled(self, stage: str, texts: int, done: int, seconds: float | None) -> None:
+    def pooled(self, stage: str, texts: int, done: int, seconds: float | None, phase: str = "pooling") -> None:
         """Count nothing."""
 
     def event(self, event: str, **facts: Any) -> None:

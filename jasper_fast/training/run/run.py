@@ -252,10 +252,15 @@ class Run:
             self._scratch = tempfile.TemporaryDirectory(prefix="jasper-pooled-")
         return Path(self._scratch.name)
 
-    def count_pooled(self, stage: str) -> Callable[[int], None]:
+    def count_pooled(self, stage: str, phase: str = "pooling", unit: str = "texts") -> Callable[[int], None]:
         """Return a function that counts the pooled texts of a stage on the progress bar.
 
         Its first call gives the texts that were pooled before. It raises :class:`Stopped` if a signal asked to stop.
+
+        Args:
+            stage: the stage's name.
+            phase: what is done before its first step.
+            unit: what is counted, in the plural.
         """
         done, clock = 0, None
 
@@ -263,10 +268,10 @@ class Run:
             nonlocal done, clock
             now = time.perf_counter()
             done += rows
-            self.log.pooled(stage, rows, done, None if clock is None else now - clock)
+            self.log.pooled(stage, rows, done, None if clock is None else now - clock, phase)
             clock = now
             if self.stop_requested():
-                raise Stopped(f"stopped after pooling {done} texts as requested. {RESUME}")
+                raise Stopped(f"stopped after {phase} {done} {unit} as requested. {RESUME}")
 
         return count
 

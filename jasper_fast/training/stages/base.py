@@ -24,7 +24,7 @@ from jasper_fast.training.optim import learning_rate, make_optimizer
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.pooled import PooledStates
 from jasper_fast.training.run.checkpoint import Position
-from jasper_fast.training.sampler import BatchPlan, batch_plan
+from jasper_fast.training.sampler import BatchPlan, batch_plan, rows_up_to
 from jasper_fast.utils.errors import JasperError, Problems
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 STAGES = {
     "text": "jasper_fast.training.stages.text:TextStage",
     "vision": "jasper_fast.training.stages.vision:VisionStage",
+    "rank": "jasper_fast.training.stages.rank:RankStage",
 }
 
 
@@ -165,6 +166,24 @@ class BaseStage(ABC):
     def initialize(self, run: Run, student: Student, start: Position) -> None:
         """Set the loss, and the stage's initial weights unless it resumes."""
 
+    def available(self) -> int:
+        """Return the number of texts, images or queries that batches are drawn from."""
+        available = min(len(self.source()[0]), self.config.texts or len(self.source()[0]))
+        if self.config.max_chars is None:
+            return available
+        return len(rows_up_to(self.source()[0], available, self.config.max_chars))
+
+    def facts(self) -> dict[str, str]:
+        """Return identities of what else decides the stage's numbers, next to texts, images and teachers."""
+        return {}
+
+    def lines(self) -> list[str]:
+        """Return lines about what the stage chose for the user."""
+        return []
+
+    def rehearse(self) -> None:  # noqa: B027 - the targets of most stages need no time
+        """Put random values in the place of targets that take long to compute, before steps are measured."""
+
     @property
     def data(self) -> TrainingData:
         """The texts and images."""
@@ -244,6 +263,8 @@ class BaseStage(ABC):
         started = time.perf_counter()
         self._plan = run.ranks.main_first(lambda: self.plan(run))
         run.log.event("plan", stage=stage.name, seconds=time.perf_counter() - started)
+        for line in self.lines():
+            run.log.info(line)
         started = time.perf_counter()
         with memory_advice(student, None, stage, run.device, run.precision):
             self.pool(run, student, self._plan)

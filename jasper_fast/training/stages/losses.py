@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jasper_fast.config.loss_weights import LossWeights
-from jasper_fast.config.losses import CONTRASTIVE, LOSSES, TEMPERATURE
+from jasper_fast.config.losses import CONTRASTIVE, LISTWISE, LOSSES, TEMPERATURE
 from jasper_fast.config.stage import StageConfig
 from jasper_fast.distributed.gather import gather_rows
 from jasper_fast.losses import CombinedLoss, LossOutput
 from jasper_fast.losses.arguments import LossOptions
 from jasper_fast.losses.contrastive import Captions, Mixed, contrastive_loss
+from jasper_fast.losses.info_nce import info_nce_loss
+from jasper_fast.losses.listwise import listwise_loss
 from jasper_fast.models.quantization import straight_through
-from jasper_fast.training.data import NO_INPUTS, LossInputs
+from jasper_fast.training.data import NO_INPUTS, LossInputs, RankInputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,6 +109,64 @@ def temperature_of(stage: StageConfig) -> float | dict[int, float]:
     if not isinstance(stage.temperature, dict):
         return stage.temperature
     return {width: stage.temperature.get(width, TEMPERATURE) for width in stage.heads}
+
+
+class RankLoss(nn.Module):
+    """The losses of a ranking stage: those of a text stage over all texts, and two that rank documents for queries.
+
+    Both are summed over the heads. InfoNCE leaves out documents that the teacher scores above the query's own.
+
+    Args:
+        stage: a ranking stage.
+        widest: the width of FC1.
+        group: process group whose ranks' batches make one batch. None means this process alone.
+    """
+
+    def __init__(self, stage: StageConfig, widest: int, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        assert stage.rank is not None
+        self.rank, self.group = stage.rank, group
+        self.text_loss = StageLoss(stage, widest)  # it gets the rows of all ranks
+
+    def forward(self, students: Mapping[int, Tensor], teacher: Tensor, inputs: RankInputs) -> LossOutput:
+        """Compute the losses of a batch.
+
+        Args:
+            students: embeddings (B, width) of this rank's queries and then documents, by width.
+            teacher: unit target embeddings (B, D).
+            inputs: candidates, scores and positives of the whole batch.
+        """
+        if self.group is not None:
+            dtype = next(iter(students.values())).dtype
+            rows = gather_rows([*students.values(), teacher.to(dtype)], self.group, inputs.counts)
+            *vectors, teacher = [part[inputs.order] for part in rows]
+            students = dict(zip(students, vectors, strict=True))
+        output = self.text_loss(students, teacher)
+        heads = [self._head(vectors, teacher, inputs) for vectors in students.values()]
+        listwise, contrastive = (torch.stack(terms).sum() for terms in zip(*heads, strict=True))
+        parts = output.parts | {CONTRASTIVE.name: contrastive, LISTWISE.name: listwise}
+        return LossOutput(output.loss + self.rank.listwise * listwise + self.rank.contrastive * contrastive, parts)
+
+    def _head(self, vectors: Tensor, teacher: Tensor, inputs: RankInputs) -> tuple[Tensor, Tensor]:
+        """Return the listwise and the contrastive loss of a head. One without a weight is 0."""
+        asked, rank = len(inputs.positives), self.rank
+        queries, documents = vectors[:asked], vectors[asked:]
+        listwise = contrastive = vectors.new_zeros((), dtype=torch.promote_types(vectors.dtype, torch.float32))
+        if rank.listwise:
+            temperatures = {"temperature": rank.temperature, "teacher_temperature": rank.score_temperature}
+            listwise = listwise_loss(queries, documents, inputs.candidates, inputs.scores, **temperatures)
+        answered = (inputs.positives >= 0).nonzero()[:, 0]
+        if rank.contrastive and len(answered):
+            contrastive = info_nce_loss(
+                queries[answered],
+                documents,
+                inputs.positives[answered],
+                temperature=rank.temperature,
+                teacher_queries=teacher[:asked][answered],
+                teacher_documents=teacher[asked:],
+                margin=rank.margin,
+            )
+        return listwise, contrastive
 
 
 class VisionLoss(nn.Module):

@@ -1,0 +1,125 @@
+"""A ranking stage on several processes: the same loss, gradients and scores as on one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jasper_fast.config.load import load_config
+from jasper_fast.distributed.fsdp import full_tensor, shard
+from jasper_fast.distributed.ranks import Ranks, join_ranks
+from jasper_fast.models.student import Student
+from jasper_fast.training.parameters import set_trained
+from jasper_fast.training.preflight import prepare
+from jasper_fast.training.ranking import make_ranking, random_ranking
+from jasper_fast.training.run.run import Run
+from jasper_fast.training.search_costs import RandomTeachers
+from jasper_fast.training.stages.base import build_stage, trained_names
+from jasper_fast.training.stages.losses import RankLoss
+from jasper_fast.training.stages.rank import rank_batches
+from jasper_fast.training.step import dropout_mask, take_gradients
+from tests.helpers.rank_stages import Judge, rank_settings, rank_stage, replace_cross_encoder
+from tests.helpers.ranks import end, start
+from tests.helpers.runs import write_data
+
+CPU = torch.device("cpu")
+CASES = {
+    "both losses": {},
+    "caching": {"gradient_caching": True, "micro_batch": 3},
+    "own target": {"narrow_target": "self"},
+    "codes": {"codes": ["int8"]},
+    "one query a rank": {"batch_size": 4},
+}
+
+
+def step(tree: dict, case: dict, ranks: Ranks, mode: str, scope: str = "global") -> dict:
+    """Return losses and whole gradients of one step."""
+    stages = [tree["stages"][0], rank_stage(margin=0.1) | {"batch_size": 7} | case]
+    config = load_config(tree | {"stages": stages, "losses": {"scope": scope}})
+    torch.manual_seed(3)
+    student = Student.build(config.student).double().train()
+    if mode == "fsdp":
+        shard(student, CPU, ranks.world)
+    data = prepare(config)[1]
+    stage = build_stage(config, 1, data, RandomTeachers(32))
+    settings = stage.config
+    set_trained(student, trained_names(student, settings))
+    ranking = random_ranking(settings.rank, stage.queries, stage.labels, np.arange(len(stage.queries)))
+    plan = stage.plan(Run.local(config, CPU))
+    across = scope == "global"
+    _, batch = next(rank_batches(settings, 0, plan, data.texts, ranking, student, ranks, across))
+    batch = replace(batch, teacher=batch.teacher.double())
+    mask = dropout_mask(0.2, (0, 1, 0), batch.places, batch.total, student.hidden_size, CPU) if across else None
+    loss = RankLoss(settings, 32, ranks.group if across else None)
+    output, _ = take_gradients(student, batch, settings, loss, CPU, "fp32", mask)
+    ranks.average_gradients(student.parameters())
+    found = {name: full_tensor(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+    return {
+        "losses": [part.detach() for part in output._asdict().values()],
+        "gradients": found,
+        "rows": len(batch.rows),
+    }
+
+
+def every_case(tree: dict, out: str) -> None:
+    with join_ranks(60.0) as ranks:
+        found = {}
+        for mode in ("ddp", "fsdp") if ranks.world > 1 else ("ddp",):
+            for name, case in CASES.items():
+                found[name, mode] = step(tree, case, ranks, mode)
+        found["local", "ddp"] = step(tree, {}, ranks, "ddp", "local")
+        rows = sum(ranks.all_gather_object(found["both losses", "ddp"]["rows"]))
+        if ranks.is_main:
+            torch.save(found | {"rows": rows, "scores": scores(tree, ranks)}, out)
+        else:
+            scores(tree, ranks)
+
+
+def scores(tree: dict, ranks: Ranks) -> list:
+    """Mine and score with all ranks. Return candidates, scores, and how many pairs this rank scored."""
+    import jasper_fast.teachers.score_cache as cache
+    from jasper_fast.teachers.label import ensure_teachers
+
+    cache.CHUNK = 16
+    judge = replace_cross_encoder(Judge())
+    folder = Path(tree["data"]["cache"]) / f"of-{ranks.world}"
+    stages = [tree["stages"][0], rank_stage(targets="judge", limit=20)]
+    config = load_config(tree | {"stages": stages, "data": tree["data"] | {"cache": str(folder)}})
+    data = ranks.main_first(lambda: prepare(config)[1])
+    labels = ensure_teachers(config, data.texts, progress=False)
+    stage = build_stage(config, 1, data, labels)
+    run = Run(config, CPU, ranks)
+    queries = stage.queries
+    ranking = make_ranking(run, "rank", stage.config.rank, queries, data.texts, labels, np.arange(20))
+    assert len(ranks.all_gather_object(ranking.candidates.scores.tolist())) == ranks.world
+    return [ranking.candidates.rows.tolist(), ranking.candidates.scores.tolist(), judge.scored]
+
+
+@pytest.mark.slow
+def test_the_same_loss_and_gradient_on_one_two_and_four_processes(tiny_bert, tiny_texts, tmp_path):
+    write_data(tmp_path, tiny_texts)
+    tree = rank_settings(tmp_path, tiny_bert)
+    found = {}
+    for world in (1, 2, 4):
+        out = tmp_path / str(world)
+        assert end(start(world, every_case, tree, str(out)), 240) == [0] * world
+        found[world] = torch.load(out)
+    alone = found[1]
+    for world in (2, 4):
+        assert found[world]["rows"] == alone["rows"]  # no document is encoded twice
+        assert found[world]["scores"][:2] == alone["scores"][:2]
+        assert found[world]["scores"][2] < alone["scores"][2]  # ranks divide the pairs
+        for name in CASES:
+            for mode in ("ddp", "fsdp"):
+                ours, expected = found[world][name, mode], alone[name, "ddp"]
+                for a, b in zip(ours["losses"], expected["losses"], strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+                assert ours["gradients"].keys() == expected["gradients"].keys()
+                largest = max(float(g.abs().max()) for g in expected["gradients"].values())
+                for key, gradient in expected["gradients"].items():
+                    assert float((ours["gradients"][key] - gradient).abs().max()) <= 1e-10 * largest, (name, mode, key)
+        assert found[world]["local", "ddp"]["rows"] < alone["rows"]
