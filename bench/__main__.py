@@ -36,6 +36,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "search": "bench.mips.search",
     "servers": "bench.servers",
     "similarity_forms": "bench.losses.forms",
+    "teachers": "bench.teachers",
     "train": "bench.train.cpu",
 }
 SUITE = ("losses", "mips", "train")  # benchmarks with --device and --budget that write JSON to bench/results

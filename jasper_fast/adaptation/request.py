@@ -21,6 +21,7 @@ from jasper_fast.data.document_ids import check_document_ids
 from jasper_fast.data.listing import user_path
 from jasper_fast.data.text_sources import check_source, is_local
 from jasper_fast.models.folder import FACTS_FILE
+from jasper_fast.models.graph import find_graph
 from jasper_fast.models.hub import configured_width, model_revision, resolve_model
 from jasper_fast.models.sentence_transformer import check_embeds
 from jasper_fast.teachers.model import check_custom_code
@@ -141,6 +142,7 @@ def make_request(
     else:
         teaching = TeacherConfig(model=teacher, max_length=LONGEST, trust_remote_code=trust_remote_code)
     if teaching.model is not None:
+        _check_pytorch(teaching.model)
         check_embeds(resolve_model(teaching.model), teaching.model, teaching.revision)
     check_custom_code(teaching)
     overrides.append(("teachers", [teaching.model_dump(mode="json", exclude_defaults=True)]))
@@ -151,6 +153,14 @@ def make_request(
     if (width := _teacher_width(teaching)) is not None:
         check_widths(request, width)
     return request
+
+
+def _check_pytorch(teacher: str) -> None:
+    if find_graph(teacher) is not None:
+        raise JasperError(
+            f"{teacher}: an ONNX graph cannot be the teacher of an adaptation, whose asymmetric form holds the teacher "
+            "in PyTorch form. Fix: give --teacher the model in PyTorch form, or a file with the documents' vectors"
+        )
 
 
 def check_widths(request: Request, width: int) -> None:

@@ -45,7 +45,8 @@ TEACHER_KINDS = ("model", "vectors")  # fields of a teacher of which one is give
 class TeacherConfig(Section):
     """One teacher: a model to run, or a file of precomputed embeddings."""
 
-    model: str | None = None  # hub name, path, or `package:import_name/folder`
+    # hub name, path of a folder or an ONNX graph, `package:import_name/folder`, or `bundle:NAME` (`jasper-fast fetch`)
+    model: str | None = None
     # .parquet or .jsonl file with a column `digest`, `text` or `id`, .npy file with one row per text, or a folder
     vectors: str | None = None
     # what row i of `vectors` without such a column belongs to: training text i (null, texts) or document i of

