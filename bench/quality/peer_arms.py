@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tempfile
 import time
@@ -263,13 +264,13 @@ def train_smallmodel(job: Training) -> Trained:
     or several epochs of all.
     """
     from sentence_transformers import SentenceTransformer
-    from smallmodel import SmallModel, register_teacher
-    from smallmodel.distill import distill
     from transformers import AutoConfig
 
+    package = importlib.import_module("smallmodel")
+    distill = importlib.import_module("smallmodel.distill").distill
     folder = teacher_folder(job.config, "smallmodel")
     encoder = AutoConfig.from_pretrained(folder)
-    register_teacher(
+    package.register_teacher(
         "teacher",
         model_id=folder,
         hidden_dim=encoder.hidden_size,
@@ -280,7 +281,8 @@ def train_smallmodel(job: Training) -> Trained:
     torch.manual_seed(job.config.seed)
     words = np.random.default_rng(job.config.seed).permutation(np.array(job.texts["text"][:], dtype=object)).tolist()
     with tempfile.TemporaryDirectory() as output:
-        cut = SmallModel("teacher", layer_indices=job.config.student.layers, output_dir=output)
+        layers = job.config.student.layers or list(range(encoder.num_hidden_layers))
+        cut = package.SmallModel("teacher", layer_indices=layers, output_dir=output)
         student = cut.create(no_prune=True)  # the same student as everyone's
 
         def run(texts: list[str], epochs: int, suffix: str) -> tuple[float, str]:
