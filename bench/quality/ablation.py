@@ -3,6 +3,7 @@
     python -m bench ablation                          all arms, three seeds; the same command resumes
     python -m bench ablation --groups losses batch    only these questions
     python -m bench ablation --page                   only write the page again from the results
+    python -m bench ablation --full-width --minutes 10    other arms, which train the encoder: see full_width.py
 
 One encoder is distilled at full width first and then frozen. Its pooled states are kept, so training the narrow heads
 of an arm takes seconds. Every arm is trained twice: for equally many seconds, and on equally many texts. The encoder
@@ -57,6 +58,10 @@ ENCODER = "encoder"  # group of the arms that train the encoder
 
 def main(argv: list[str]) -> int:
     """Run the arms that have no result yet, then write results and page."""
+    if "--full-width" in argv:
+        from bench.quality import full_width
+
+        return full_width.main([argument for argument in argv if argument != "--full-width"])
     groups = [*dict.fromkeys(arm.group for arm in ARMS), ENCODER]
     parser = argparse.ArgumentParser(prog="python -m bench ablation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -75,6 +80,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--page-out", default=str(PAGE))
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
+    parser.add_argument("--full-width", action="store_true", help="other arms, with options of their own (add --help)")
     options, rest = parser.parse_known_args(argv)
     if not options.page:
         config = load_config(options.config, [*parse_overrides(rest), ("precision", "fp32")])

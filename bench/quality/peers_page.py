@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from bench.common.arms import spread
+from bench.quality.peer_arms import PEERS
 from jasper_fast.utils.atomic import write_atomic
 
 OURS = "jasper_fast"
@@ -16,9 +17,9 @@ START = "student before"
 WHAT_DIFFERS = (
     "These differences were not measured one by one. At full width ours learns by the cosine alone, as st-cosine does. "
     "It takes more than twice the steps in the time, since its micro-batches are cut by length and its token "
-    "embeddings are frozen. The peers' trainer trains all parameters. Our narrow heads start at the principal axes of "
-    "the student's embeddings, and learn by the similarity and neighbourhood losses. Half of their batches are "
-    "neighbours."
+    "embeddings are frozen. The trainer of sentence-transformers trains all parameters. Our narrow heads start at the "
+    "principal axes of the student's embeddings, and learn by the similarity and neighbourhood losses. Half of their "
+    "batches are neighbours."
 )
 
 Scores = dict[tuple[str, int], list[dict[str, float]]]  # (model, width) -> scores by seed
@@ -28,15 +29,16 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
     """Write the page from the content of distil.json."""
     environment = results["environment"]
     texts = [
-        "# Compared with sentence-transformers' own distillation",
+        "# Compared with other ways to distil",
         "Written by `python -m bench distil` from [distil.json](../bench/results/distil.json). Every arm starts from "
         "the same student, and trains on the same texts and teacher embeddings in fp32 on the same machine. The "
         f"threads of an arm are {environment['threads']}, and the arms at the same time "
         f"{environment.get('together', 1)}. No peer gets fewer seconds than ours took. Figures are mean ± standard "
         f"deviation over seeds {', '.join(map(str, environment['seeds']))}.",
-        "The peers are `EmbedDistillLoss` as MSE and as cosine, alone and inside `MatryoshkaLoss`, under "
-        "`SentenceTransformerTrainer`. Their warm-up and decay follow the clock. Those without narrow heads are made "
-        "narrow by PCA (axes of their embeddings) and by truncation.",
+        "The peers:",
+        "\n".join(f"- *{arm}*: {peer.text}." for arm, peer in PEERS.items() if arm in results["arms"]),
+        "The learning rates of peers follow the clock. Peers without narrow heads are made narrow by PCA (axes of "
+        "their embeddings of training texts) and by truncation.",
         f"Machine: {environment['cpu']['model']}, {environment['cpu']['logical_cpus']} logical CPUs. Commit: "
         f"{environment['commit']}.{other_code(results)}",
         "## Summary",
@@ -45,6 +47,8 @@ def write_page(results: Mapping[str, Any], path: Path) -> None:
         summary(results),
         "Gains over the best peer on each figure, in points, with that peer:",
         by_figure(results),
+        "## Where ours is not ahead",
+        not_ahead(results),
         "## How the settings were chosen",
         chosen(results),
         "## What differs",
@@ -86,15 +90,26 @@ def collect(results: Mapping[str, Any]) -> Scores:
 
 def chosen(results: Mapping[str, Any]) -> str:
     """Describe how the settings of all arms were chosen, and on which sets."""
-    tuned = ", ".join(results["tuned_on"])
-    search = results["search"]
-    means = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in search["means"].items())
-    by_rate = f" Its means with seed {_first_seed(results)} by rate are {means}." if means else ""
+    tuned, first = ", ".join(results["tuned_on"]), _first_seed(results)
+    searches = results["search"] if isinstance(results["search"], list) else [results["search"]]
+    lines = []
+    for search in searches:
+        arms = ", ".join(search.get("arms", [arm for arm in results["arms"] if arm != OURS]))
+        line = f"- {arms}: {search['lr']:g}"
+        if search["means"]:
+            means = "; ".join(f"{lr}: {100 * score:.2f}" for lr, score in search["means"].items())
+            line += f", searched with {search['arm']} and seed {first}. The means by rate are {means}"
+        lines.append(f"{line}.")
+    earlier = (
+        "Earlier versions of our recipe were chosen on stsb, sick, cranfield and cisi, before these were kept aside. "
+        if "kept_aside" in results
+        else ""
+    )
     return (
-        f"Our settings were chosen on {tuned}. The distil stage was chosen in runs of a few minutes, and the narrow "
-        "heads' settings from some 25 on seed 0's encoder. The peers' learning rate is "
-        f"{search['lr']:g}. It was searched on the same sets with {search['arm']} for all of them.{by_rate} Their "
-        "batch is ours. The other sets took no part in any choice, so their mean is the one to judge by."
+        f"Our settings were chosen on {tuned}. {earlier}The distil stage was chosen in runs of a few minutes, and the "
+        "narrow heads' settings from some 25 on seed 0's encoder. The peers' learning rates were searched on the same "
+        "sets:\n\n" + "\n".join(lines) + "\n\nTheir batch is ours. The other sets took no part in any choice of this "
+        "comparison, so their mean is the one to judge by."
     )
 
 
@@ -133,6 +148,37 @@ def by_figure(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def not_ahead(results: Mapping[str, Any]) -> str:
+    """List where ours does not lead each peer by more than the spread, on the means of the sets and on every set.
+
+    Ours leads if its mean less its standard deviation over seeds exceeds the peer's mean plus its deviation.
+    """
+    scores, kinds = collect(results), set_kinds(results)
+    keys = list(next(iter(scores.values()))[0])
+    lines = []
+    for width, ours, peers in _widths(scores):
+        parts = {
+            f"the mean, {kind}": [key for key in keys if key.split("/")[0] in sets] for kind, sets in kinds.items()
+        }
+        for name, some in (parts | {key: [key] for key in keys}).items():
+            own = [mean(seed[key] for key in some) for seed in ours]
+            gaps = {}
+            for model, by_seed in peers.items():
+                theirs = [mean(seed[key] for key in some) for seed in by_seed]
+                if mean(own) - _deviation(own) <= mean(theirs) + _deviation(theirs):
+                    gaps[model] = 100 * (mean(own) - mean(theirs))
+            if gaps:
+                lines.append(f"- {width}, {name}: " + ", ".join(f"{model} ({gap:+.2f})" for model, gap in gaps.items()))
+    rule = "Ours leads if its mean less its deviation exceeds the peer's mean plus the peer's deviation."
+    if not lines:
+        return f"{rule} It leads every peer at every width, on the means and on every set."
+    return f"{rule} It does not lead these peers (difference in points):\n\n" + "\n".join(lines)
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
 def _widths(scores: Scores) -> Iterator[tuple[int, list[dict[str, float]], dict[str, list[dict[str, float]]]]]:
     """Yield each width with peers, the scores of ours, and those of every peer."""
     for width in sorted({width for model, width in scores if model == OURS}, reverse=True):
@@ -146,7 +192,9 @@ def set_kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:
     keys = next(iter(collect(results).values()))[0]
     names = list(dict.fromkeys(key.split("/")[0] for key in keys))
     tuned = results["tuned_on"]
-    kinds = {"kept aside": [n for n in names if n not in tuned], "tuned on": [n for n in names if n in tuned]}
+    aside = results.get("kept_aside", [n for n in names if n not in tuned])
+    kinds = {"kept aside": [n for n in names if n in aside], "tuned on": [n for n in names if n in tuned]}
+    kinds["other"] = [n for n in names if n not in (*aside, *tuned)]
     return {kind: sets for kind, sets in kinds.items() if sets}
 
 
@@ -161,9 +209,13 @@ def training(results: Mapping[str, Any]) -> str:
     for arm, runs in results["arms"].items():
         settings = runs[0]["settings"]
         stages = settings["config"].get("stages", [])
-        steps = " + ".join(str(s["steps"]) for s in stages) or _range([run["steps"] for run in runs])
-        batch = " / ".join(str(s["batch_size"]) for s in stages) or settings["batch"]
-        rate = " / ".join(f"{s['lr']:g}" for s in stages) or f"{settings['lr']:g}"
+        taken = [run["stage_steps"] for run in runs if "stage_steps" in run]
+        if taken:
+            steps = " + ".join(_range(list(stage)) for stage in zip(*taken, strict=True))
+        else:
+            steps = " + ".join(str(s["steps"]) for s in stages) or _range([run["steps"] for run in runs])
+        batch = " / ".join(str(s["batch_size"]) for s in stages) or settings.get("batch", "")
+        rate = " / ".join(f"{s['lr']:g}" for s in stages) or (f"{settings['lr']:g}" if "lr" in settings else "")
         lines.append(f"| {arm} | {_range([round(run['seconds']) for run in runs])} | {steps} | {batch} | {rate} |")
     return "\n".join(lines)
 

@@ -85,8 +85,12 @@ class StageConfig(Section):
     minutes: Positive | None = None  # training time of the stage, which sets its steps by the measured speed
     lr: Positive  # peak learning rate
     warmup: Fraction = 0.05  # length of the warm-up, as a fraction of the steps
-    schedule: Literal["constant", "linear", "cosine"] = "linear"  # shape of the learning rate after the warm-up
-    weight_decay: NotNegative = 0.01  # weight decay of AdamW
+    # shape of the learning rate after the warm-up; cyclic: it falls linearly to a tenth in each of `cycles`
+    schedule: Literal["constant", "linear", "cosine", "cyclic"] = "linear"
+    cycles: Annotated[int, Field(ge=1, strict=True)] = 3  # cycles of a cyclic schedule
+    # muon: Muon for the matrices of the encoder's layers, AdamW for all other parameters
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: NotNegative = 0.01  # weight decay of the optimizer
     clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
     # decay of the moving average (EMA) of the weights, with which the stage ends; 0: off
     average: FractionBelowOne = 0.0
@@ -127,6 +131,10 @@ def _length_problems(stage: StageConfig) -> list[str]:
         return ["neither `steps` nor `minutes` is given. Fix: give steps of 1 or more, or minutes"]
     if stage.steps and stage.minutes is not None:
         return [f"steps {stage.steps} and minutes {stage.minutes:g} are both given. Fix: set steps: 0, or no minutes"]
+    if stage.schedule == "cyclic" and 0 < stage.steps < stage.cycles:
+        return [
+            f"{stage.cycles} cycles do not fit into {stage.steps} steps. Fix: lower cycles to {stage.steps} or less"
+        ]
     return []
 
 

@@ -18,6 +18,7 @@ from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.fingerprint import settings_digest
 
 PLAN = "plan.json"  # the file in the run's folder
+ADDED = ("optimizer", "cycles")  # fields of a stage that plans of older versions lack
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,10 @@ def read_plan(folder: Path, config: Config, data: TrainingData) -> Plan | None:
 def _key(config: Config, data: TrainingData) -> str:
     settings = result_settings(config)
     del settings["refit"]  # it changes no step, and plans of older versions lack it
+    for stage in settings["stages"]:
+        for name in ADDED:
+            if stage[name] == StageConfig.model_fields[name].default:
+                del stage[name]
     return settings_digest([settings, data.fingerprint], size=16)
 
 

@@ -252,3 +252,21 @@ def test_the_graph_of_many_texts_is_measured_on_full_blocks(quadratic, linear, m
     for n in (100, 16_384, 112_345):
         assert search_costs.graph_seconds(n, 4, 8) == pytest.approx(quadratic * n**2 + linear * n)
     assert max(searched) == 16_384
+
+
+def test_a_plan_of_a_version_without_a_field_is_still_the_runs_plan(tmp_path):
+    """The key leaves out newer fields of a stage at their defaults, so that a run resumes after an upgrade."""
+    from types import SimpleNamespace
+
+    from jasper_fast.training.plan import ADDED, _key
+    from jasper_fast.training.run.folder import result_settings
+    from jasper_fast.utils.fingerprint import settings_digest
+
+    data, now = SimpleNamespace(fingerprint="texts"), config()
+    older = result_settings(now)
+    del older["refit"]
+    older["stages"] = [{k: v for k, v in stage.items() if k not in ADDED} for stage in older["stages"]]
+    assert _key(now, data) == settings_digest([older, "texts"], size=16)
+    tree = now.model_dump(mode="json")
+    tree["stages"][1]["optimizer"] = "muon"
+    assert _key(load_config(tree), data) != _key(now, data)

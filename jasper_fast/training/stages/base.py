@@ -20,6 +20,7 @@ from jasper_fast.models.backbone import check_max_length
 from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Teachers, TrainingData
 from jasper_fast.training.memory import memory_advice
+from jasper_fast.training.muon import hidden_matrices
 from jasper_fast.training.optim import learning_rate, make_optimizer
 from jasper_fast.training.parameters import set_trained
 from jasper_fast.training.pooled import PooledStates
@@ -217,6 +218,11 @@ class BaseStage(ABC):
                 student.set_gradient_checkpointing(stage.gradient_checkpointing)
             except JasperError as error:
                 problems.append(f"stage {stage.name!r}: {error}")
+            if stage.optimizer == "muon" and not hidden_matrices(student):
+                problems.append(
+                    f"stage {stage.name!r}: optimizer muon trains matrices of the encoder's layers, and this stage "
+                    "trains none. Fix: give last_layers, or use optimizer: adamw"
+                )
         student.set_gradient_checkpointing(False)
         if stage.max_length is not None:
             with problems:
@@ -239,6 +245,11 @@ class BaseStage(ABC):
             problems.append(
                 "micro_tokens cuts each rank's texts into another number of forward passes, and sharded ranks must "
                 "make equally many. Fix: use micro_batch, or parallel.mode: ddp"
+            )
+        if self.run_config.parallel.mode == "fsdp" and stage.optimizer == "muon" and ranks > 1:
+            problems.append(
+                "optimizer muon needs whole matrices, and parallel.mode fsdp shards them. Fix: use optimizer: adamw, "
+                "or parallel.mode: ddp"
             )
         return problems
 
