@@ -13,6 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(filter-out %.md,$(wildcard csrc/*))
 PACKAGE := pyproject.toml setup.py constraints.txt $(CSRC)
 export HF_HUB_DISABLE_TELEMETRY = 1
+BEGAN := $(shell date +%s)
 
 # The first Python that is new enough. Another one: make train PYTHON=python3.12
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13 python3.14 python,\
@@ -81,6 +82,7 @@ $(VENV)/.demo: $(VENV)/.base $(PACKAGE)
 	@touch $(VENV)/.building
 	$(INSTALL) --no-build-isolation -e ".[demo]"
 	@$(extension_note)
+	@echo "set-up took $$(( $$(date +%s) - $(BEGAN) )) seconds"
 	@touch $@
 
 # Also the dependencies of tests, lint and benchmarks. With a CPU build of torch, this includes the Triton that interprets

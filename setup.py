@@ -8,6 +8,7 @@ optional: without torch or a C++ compiler the package is built without it and us
 import os
 import sys
 from glob import glob
+from multiprocessing.pool import ThreadPool
 
 from setuptools import setup
 
@@ -31,6 +32,21 @@ def extension_arguments() -> dict[str, object]:
         return {}
     if not sources:
         return {}
+
+    class ParallelBuild(BuildExtension):
+        """Compile a source on each core. setuptools compiles one after the other."""
+
+        def build_extensions(self) -> None:
+            compile_one_by_one = self.compiler.compile
+
+            def compile_all(sources: list[str], *args: object, **options: object) -> list[str]:
+                with ThreadPool(os.cpu_count()) as pool:
+                    objects = pool.map(lambda source: compile_one_by_one([source], *args, **options), sources, 1)
+                return [name for names in objects for name in names]
+
+            self.compiler.compile = compile_all
+            super().build_extensions()
+
     extension = CppExtension(
         "jasper_fast._C",
         sources,
@@ -43,7 +59,7 @@ def extension_arguments() -> dict[str, object]:
     return {
         "ext_modules": [extension],
         # Ninja raises an error on a failed compile, which setuptools' `optional` does not catch.
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {"build_ext": ParallelBuild.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 

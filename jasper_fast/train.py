@@ -77,10 +77,10 @@ def train(
     with Run.open(config, out) as run:  # folder lock, ranks, signals
         if run.is_finished():
             return run.report_finished()
-        student, data = prepare(run.config, run.ranks.world)  # checked, then read: student, texts, images
+        student, data = run.phases.call("texts", prepare, run.config, run.ranks.world)  # checked, then read
         start(run, student, data)  # rejects a changed configuration, texts or teachers; plans the steps
         config = run.config
-        labels = label_texts(run, student, data)
+        labels = run.phases.call("teacher", label_texts, run, student, data)
         with run.resume(student) as position:  # checkpoint, log
             run.log_texts(data, position)
             if finish:

@@ -21,14 +21,14 @@ from jasper_fast.config.types import (
 class SourceConfig(Section):
     """One source of training texts."""
 
-    # a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; also .gz, .bz2, .xz, .zst), a `datasets` name, `docstrings`
-    # or `glyphs`
+    # a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; also .gz, .bz2, .xz, .zst), a `datasets` name, `docstrings`,
+    # `encyclopedia` or `glyphs`
     path: str
     config: str | None = None  # configuration name of a `datasets` name
     split: str = "train"  # split of a `datasets` name
     columns: list[str] = Field(default=["text"], min_length=1)  # columns to read; a list in a cell gives several texts
     # true: the columns make one text, separated by line breaks; false: each column is a separate text. The default is
-    # false for `docstrings` (summary and body) and `glyphs`
+    # false for `docstrings` (summary and body), `encyclopedia` (heading and summary) and `glyphs`
     join: bool = True
     role: Literal["query", "document"] = "document"  # selects the prompt
     id_column: str | None = None  # column with the ids of the documents, which precomputed vectors may be matched by
@@ -39,7 +39,7 @@ class SourceConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _keep_built_in_columns_apart(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("path") in ("docstrings", "glyphs"):
+        if isinstance(tree, dict) and tree.get("path") in ("docstrings", "encyclopedia", "glyphs"):
             return {"join": False, **tree}
         return tree
 

@@ -1,4 +1,4 @@
-"""Read training texts from files, folders, hub datasets, the docstrings of installed packages, and glyph names.
+"""Read training texts from files, folders, hub datasets, and sources without a download, such as docstrings.
 
 Every row is checked when it is read. Errors give the file and the row.
 """
@@ -26,6 +26,7 @@ from jasper_fast.utils.names import looks_like_path
 # Path of a built-in source -> the function that yields its rows, imported when it is read.
 BUILT_IN: dict[str, str] = {
     "docstrings": "jasper_fast.data.docstrings:training_rows",
+    "encyclopedia": "jasper_fast.data.encyclopedia:training_rows",
     "glyphs": "jasper_fast.data.glyphs:training_rows",
 }
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit

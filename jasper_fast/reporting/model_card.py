@@ -31,7 +31,10 @@ TEMPLATE = "model_card.md.jinja"
 TEACHER = "teacher"  # model of the result rows that are shown at any width
 INT8_GRAPH = "onnx/model_int8.onnx"
 LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
-SOURCE_NAMES = {"docstrings": "docstrings of the installed Python packages"}
+SOURCE_NAMES = {
+    "docstrings": "docstrings of the installed Python packages",
+    "encyclopedia": "summaries of the Vital Articles of the English Wikipedia (CC BY-SA 4.0)",
+}
 
 
 def run_facts(

@@ -50,6 +50,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any] | None = None) 
         *quality_sections(results, images),
         _images(results, folder),
         _stages(config, steps),
+        _phases(results),
         _gpu(config, steps),
         images.get("losses", ""),
         images.get("missing", ""),
@@ -166,6 +167,17 @@ def _stages(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> st
     return "## Training\n\n" + markdown(table, 4)
 
 
+def _phases(results: Mapping[str, Any]) -> str:
+    """Return a table of the time by phase, empty if it was not recorded."""
+    seconds = results.get("facts", {}).get("phases")
+    if not seconds:
+        return ""
+    total = sum(seconds.values()) or 1.0
+    table = [["phase", "seconds", "of all"]]
+    table += [[name, f"{spent:.1f}", f"{100 * spent / total:.0f} %"] for name, spent in seconds.items()]
+    return "### Where the time went\n\n" + markdown(table, 1)
+
+
 def _gpu(config: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of the first rank's GPU readings by stage, empty if none were logged."""
     columns = {
@@ -214,6 +226,7 @@ def _facts(config: Mapping[str, Any], results: Mapping[str, Any], folder: Path) 
         facts.pop("texts", None)  # the line has the number
     lines += [f"- {line}" for line in facts.pop("stage_lines", [])]
     lines.append(f"- seed: {config['seed']}")
+    facts.pop("phases", None)  # they have a table
     if encoding := facts.pop("encoding", None):
         lines += _speed(encoding)
     if results.get("rows") or encoding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -33,7 +32,7 @@ from jasper_fast.evaluation.score import (
 )
 from jasper_fast.exporting.student import export_student
 from jasper_fast.models.embedder import EncodeWidths, load_model, model_encoder
-from jasper_fast.models.encode import project_states, student_encoder
+from jasper_fast.models.encode import pool_texts, project_states, student_encoder
 from jasper_fast.models.folder import load_student
 from jasper_fast.models.quantization import CALIBRATION_TEXTS, int8_ranges
 from jasper_fast.models.student import Student, build_student
@@ -50,6 +49,7 @@ from jasper_fast.training.refit import refit_run
 from jasper_fast.training.run.checkpoint import Position, delete_spare
 from jasper_fast.training.run.folder import CHECKPOINTS, EARLY, RESULTS
 from jasper_fast.training.run.log import LOG, seconds_spent
+from jasper_fast.training.run.phases import Phases, phase_lines, phase_seconds
 from jasper_fast.training.run.progress import duration
 from jasper_fast.training.run.run import Run
 from jasper_fast.training.run.trackers import score_curves
@@ -76,24 +76,29 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     if not run.leave_ranks():
         return
     assert run.folder is not None
-    began = time.perf_counter()
+    phases = Phases()
     config, folder, texts = run.config, run.folder, data.texts
     early = early_end(config, position, student)
     if early is not None:
         early["principal_heads"] = set_untrained_heads(run, student, early["untrained_heads"], texts)
-    documents = label_held_out(config, data.held_out_texts)
-    sample = take_sample(run, student, data, position)
-    refit = refit_run(run, student, labels, documents, sample)
-    ranges = _int8_ranges(run, student, texts)
-    facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
-    export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
-    results = _evaluate(run, student, data, labels, ranges, documents, sample)
+    with phases.measure("refit"):
+        documents = label_held_out(config, data.held_out_texts)
+        sample = take_sample(run, student, data, position)
+        refit = refit_run(run, student, labels, documents, sample)
+    with phases.measure("export"):
+        ranges = _int8_ranges(run, student, texts, sample)
+        facts = run_facts(config, texts=len(texts), revisions=labels.revisions)
+        export_student(student, folder.model, card=facts, ranges=ranges, replace=True)
+    with phases.measure("evaluation"):
+        results = _evaluate(run, student, data, labels, ranges, documents, sample)
     if refit is not None:
         results["refit"] = refit
     if early is not None:
         results |= {EARLY: early, "early_line": early_line(early)}
-    results["facts"]["encoding"] = encoding_speed(run, data)
-    results["facts"]["seconds"] = _seconds(run, time.perf_counter() - began)
+    with phases.measure("speed"):
+        results["facts"]["encoding"] = encoding_speed(run, data)
+    results["facts"]["seconds"] = _seconds(run, phases.in_all)
+    results["facts"]["phases"] = phase_seconds(run.path / LOG, phases)
     results["facts"]["planned_seconds"] = run.planned_seconds
     card = run_facts(config, results=results, texts=len(texts), revisions=labels.revisions)
     write_card(
@@ -109,7 +114,8 @@ def finalize(run: Run, student: Student, data: TrainingData, labels: Teachers, p
     if run.planned_seconds:
         took, planned = results["facts"]["seconds"]["in all"], run.planned_seconds["in all"]
         print(f"time: {duration(took)} (planned: {duration(planned)})")
-    print(f"model: {folder.model}\nreport: {folder.path / 'report.md'}")
+    places = [f"model: {folder.model}", f"report: {folder.path / 'report.md'}"]
+    print("\n".join([*phase_lines(results["facts"]["phases"]), *places]))
     print("\n".join(quality_lines(results)))
     if early is not None:
         print(f"{results['early_line']}\nRun the command without --finish to train on")
@@ -238,11 +244,18 @@ def _seconds(run: Run, evaluation: float) -> dict[str, float]:
     }
 
 
-def _int8_ranges(run: Run, student: Student, texts: Any) -> dict[int, np.ndarray]:
-    """Return the int8 ranges of every width, from texts spread over the training texts."""
-    rows = np.unique(np.linspace(0, len(texts) - 1, CALIBRATION_TEXTS).astype(np.int64))
-    encode = student_encoder(student.to(run.device), student.widths, student.max_length, run.device, run.precision)
-    embeddings = encode(texts[rows.tolist()]["text"], "document")
+def _int8_ranges(run: Run, student: Student, texts: Any, sample: Sample | None) -> dict[int, np.ndarray]:
+    """Return the int8 ranges of every width, from texts spread over the training texts, or over their sample."""
+    rows = spread_rows(len(texts) if sample is None else len(sample.rows), CALIBRATION_TEXTS)
+    if sample is None:
+        chosen = texts[rows.tolist()]
+        parts = pool_texts(
+            student.to(run.device), chosen["text"], chosen["role"], student.max_length, run.device, run.precision
+        )
+        states = torch.from_numpy(np.concatenate(list(parts)))
+    else:
+        states = sample.states[rows]
+    embeddings = project_states(student, states.to(student.device), student.widths)
     return {width: int8_ranges(of_width) for width, of_width in embeddings.items()}
 
 

@@ -39,7 +39,7 @@ from jasper_fast.utils.device import pick_device
 STEPS, LEAST_STEPS = 13, 3  # measured steps of a stage, at most and at least, after one that warms up
 STEP_SECONDS, SLOW_SECONDS = 4.0, 20.0  # after so long, no further step is measured; then one step suffices
 SAMPLE = 96  # texts that are encoded to measure a model
-POOLED_TEXTS = 1024  # texts that are pooled to measure a stage: batches of few texts have more padding than the run's
+POOLED_TEXTS = 384  # texts that are pooled to measure a stage: batches of few texts have more padding than the run's
 # Seconds of loading models, scores and plots, which do not depend on the texts, and written bytes per second.
 EXPORT_SECONDS, EXPORT_BYTES = 6.0, 1e8
 
@@ -276,11 +276,11 @@ def evaluation_cost(
     """Return the seconds of encoding all that is evaluated, the number of texts, and seconds per sampled text."""
     groups = evaluated_texts(config, data)
     texts = [text for part, _ in groups for text in part]
-    calibration = min(CALIBRATION_TEXTS, len(data.texts))
     own = texts or data.texts[:SAMPLE]["text"]
     copied = copy.deepcopy(student).to(device)
     rate = _student_rate(copied, spread(own, SAMPLE), device, config)
     most = most_sampled(config, data)
+    calibration = 0 if most else min(CALIBRATION_TEXTS, len(data.texts))  # a sample has states of these texts
     sampled = data.texts[spread(range(len(data.texts)), SAMPLE)]["text"] if most else []
     encode = _student_rate(copied, sampled, device, config)
     del copied

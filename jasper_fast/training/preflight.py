@@ -280,7 +280,8 @@ def start(run: Run, student: Student, data: TrainingData) -> None:
     run.print("\n".join([data.texts_line, *run.config.notes]))
     if any(teacher.vectors is not None for teacher in run.config.teachers):  # before speeds are measured
         run.ranks.on_main(lambda: check_targets(run.config, data.texts, student, progress=False))
-    plan_run(run, student, data)
+    with run.phases.measure("plan"):
+        plan_run(run, student, data)
 
 
 def plan_run(run: Run, student: Student, data: TrainingData) -> None:

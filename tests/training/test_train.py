@@ -63,6 +63,10 @@ def test_a_run_leaves_everything_a_user_expects(world):
     steps = sum(r["seconds"] for r in records(run) if r["event"] == "step")
     assert 0 < steps <= seconds["training"] and seconds["evaluation"] > 0
     assert seconds["in all"] > seconds["training"] + seconds["evaluation"]  # texts and teachers' vectors
+    phases = results["facts"]["phases"]
+    names = ["texts", "plan", "teacher", "one", "two", "three", "refit", "export", "evaluation", "speed", "other"]
+    assert list(phases) == names and sum(phases.values()) == pytest.approx(seconds["in all"], rel=0.05)
+    assert "### Where the time went" in (run / "report.md").read_text()
     codes = {(row["width"], row["precision"]) for row in results["codes"]}
     assert {(w, p) for w in (32, 16, 8) for p in ("int8", "ubinary")} <= codes
     assert "## Every width, quantised" in (run / "report.md").read_text()

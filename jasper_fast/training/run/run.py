@@ -25,6 +25,7 @@ from jasper_fast.training.memory import memory_advice
 from jasper_fast.training.run.checkpoint import Checkpoint, Position, Saver, latest_checkpoint
 from jasper_fast.training.run.folder import CHECKPOINTS, RunFolder, keep_older_meaning, open_run, stored_difference
 from jasper_fast.training.run.log import RunLog, SilentLog
+from jasper_fast.training.run.phases import Phases
 from jasper_fast.training.run.progress import Progress
 from jasper_fast.training.run.signals import FINISH, RESUME, Stopped, leave_on_sigterm, stop_on_signal
 from jasper_fast.training.run.trackers import Tracker, start_trackers
@@ -54,7 +55,7 @@ class Run:
     synchronize: bool = False
 
     def __post_init__(self) -> None:
-        self.started = time.perf_counter()
+        self.phases = Phases()  # before the first step
         self.checkpoint: Checkpoint | None = None  # from which the run resumes
         self.facts: dict[str, Any] = {}  # what must be equal when it resumes
         self.progress = Progress()  # planned phases, empty without a plan
@@ -204,7 +205,7 @@ class Run:
             self.log.event("planned", planned_seconds=self.planned_seconds)
         if position.stage < len(self.config.stages):
             self.progress.advance(self.config.stages[position.stage].name, position.stage_step, None)
-        self.log.event("preparation", seconds=time.perf_counter() - self.started)
+        self.log.event("preparation", seconds=self.phases.in_all, phases=self.phases.seconds)
         for note in self.config.notes:
             self.log.event("note", text=note)
         early = self.folder.finished_early if self.folder is not None else None
