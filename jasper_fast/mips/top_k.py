@@ -23,6 +23,7 @@ from jasper_fast.mips.cpu import (
     native,
     search_few,
     search_plain,
+    search_planes,
     search_tiles,
 )
 from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, supports
@@ -118,6 +119,7 @@ def search(
     valid: Any,
     scratch: int,
     shards: Sequence[torch.device] = (torch.device("cpu"),),
+    survivors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``topk`` over segments.
 
@@ -131,6 +133,7 @@ def search(
         valid: rows that may be returned, as in ``topk``.
         scratch: bytes that the search may use.
         shards: devices that hold the segments in turn and search at the same time. The queries are on the first.
+        survivors: (2,) int64, to which the totals of `TopKState.survivors` are added. None drops them.
 
     Returns:
         scores (Q, k) float32 and ids (Q, k) int64, padded with −inf and −1.
@@ -168,6 +171,9 @@ def search(
         for other in others:
             scores, ids = other.sorted()
             state.merge_table(scores.to(queries.device), ids.to(queries.device))
+            state.survivors += other.survivors.to(queries.device)
+    if survivors is not None:
+        survivors += state.survivors.sum(dim=0).cpu()
     scores, ids = state.sorted()
     return _padded(torch.ldexp(scores, scaled.exponents[:, None].double()), ids, missing)
 
@@ -238,8 +244,14 @@ def _scan(
 ) -> None:
     for first_id, segment in segments():
         part = mask[..., first_id : first_id + len(segment)].contiguous() if mask.numel() else mask
-        scanned = segment.rows if segment.scan_copy is None else segment.scan_copy.codes
-        few = native(segment) and precision != "exact" and len(queries) <= MAX_FEW_QUERIES[scanned.dtype]
+        compiled = native(segment) and precision != "exact"
+        if compiled and segment.planes is not None:
+            if segment.norms is None:
+                _check(segment, bin_norms(segment), first_id)
+            if _in_range(segment, queries):
+                search_planes(segment, first_id, queries, part, state, precision == "certified")
+                continue
+        few = compiled and len(queries) <= MAX_FEW_QUERIES[segment.rows.dtype]
         if segment.norms is None and not few:
             _check(segment, bin_norms(segment), first_id)
         if few:

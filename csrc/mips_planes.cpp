@@ -1,0 +1,478 @@
+// Exact search over float32 rows that also have two planes of 4-bit codes, for any number of queries.
+//
+// The coarse plane has the high nibble of each 8-bit code, the fine plane the low one. Every chunk of rows is searched in
+// three passes. The first reads the coarse plane and keeps the integer products. The second rescores the k rows of
+// highest coarse score in fp64, so that their k-th score is a proven cutoff. The third drops the rows whose coarse score
+// plus its error bound is below the cutoff, then those whose 8-bit score plus its bound is, and rescores the rest.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "buffer.h"
+#include "mips_select.h"
+
+namespace jasper_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
+constexpr int64_t kTopCode = 127;
+
+template <class T>
+T* checked(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel,
+                  "mips: wrong shape or dtype of ", name);
+  return (T*)tensor.mutable_data_ptr();
+}
+
+int64_t bins_of(int64_t rows) { return (rows + kBin - 1) / kBin; }
+int64_t steps_of(int64_t width) { return (width + kStepDims - 1) / kStepDims; }
+
+float at_least_as_high(double value) {
+  const float rounded = (float)value;
+  return rounded >= value ? rounded : std::nextafter(rounded, std::numeric_limits<float>::infinity());
+}
+
+// The two planes of (count, width) rows, and what the bounds of their scores need.
+struct Planes {
+  int64_t count, width, bins, steps, bytes;
+  uint8_t* coarse;        // (bins, steps * kStepBytes)
+  uint8_t* fine;          // (count, bytes): low nibbles hold dimensions [0, bytes), high nibbles the others
+  float* coarse_scales;   // (bins * kBin,): row ~ scale * (2 * code - 15)
+  float* coarse_errors;   // (bins * kBin,): norm of the difference, rounded up
+  float* fine_scales;     // (count,): row ~ scale * (16 * coarse + fine - 128)
+  double* residuals;      // (bins, 2): highest errors of the coarse and of the 8-bit codes
+
+  Planes(int64_t count_, int64_t width_, const Tensor& coarse_, const Tensor& fine_, const Tensor& coarse_scales_,
+         const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& residuals_)
+      : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), bytes((width_ + 1) / 2) {
+    coarse = checked<uint8_t>(coarse_, ScalarType::Byte, bins * steps * kStepBytes, "the coarse plane");
+    fine = checked<uint8_t>(fine_, ScalarType::Byte, count * bytes, "the fine plane");
+    coarse_scales = checked<float>(coarse_scales_, ScalarType::Float, bins * kBin, "coarse scales");
+    coarse_errors = checked<float>(coarse_errors_, ScalarType::Float, bins * kBin, "coarse errors");
+    fine_scales = checked<float>(fine_scales_, ScalarType::Float, count, "fine scales");
+    residuals = checked<double>(residuals_, ScalarType::Double, bins * 2, "residuals");
+  }
+
+  uint8_t* place(int64_t row, int64_t step) const {
+    return coarse + (row / kBin * steps + step) * kStepBytes + row % kBin * (kStepDims / 2);
+  }
+
+  // Writes the codes of a row. The errors are measured, so they hold for any rounding here.
+  void encode(const float* x, int64_t row) const {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(x[d]));
+    float scale = largest / kTopCode;
+    if (!(scale > 0.0f)) scale = 1.0f;
+    std::vector<int16_t> codes(steps * kStepDims, 0);
+    const float inverse = std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
+    double products = 0.0, squares = 0.0, error = 0.0;
+    for (int64_t d = 0; d < width; ++d) {
+      const float level = inverse != 0.0f ? x[d] * inverse : (float)((double)x[d] / scale);
+      codes[d] = (int16_t)(std::min(127.0f, std::max(-127.0f, std::nearbyint(level))) + 128.0f);
+      const double difference = x[d] - (double)scale * (codes[d] - 128), coarse_code = 2 * (codes[d] >> 4) - 15;
+      error += difference * difference;
+      products += x[d] * coarse_code;
+      squares += coarse_code * coarse_code;
+    }
+    const float coarse_scale = (float)(products / squares);  // makes the error orthogonal to the code
+    double coarse_error = 0.0;
+    for (int64_t d = 0; d < width; ++d) {
+      const double difference = x[d] - (double)coarse_scale * (2 * (codes[d] >> 4) - 15);
+      coarse_error += difference * difference;
+    }
+    constexpr double kUp = 1.0 + 1e-9;
+    fine_scales[row] = scale;
+    coarse_scales[row] = coarse_scale;
+    coarse_errors[row] = at_least_as_high(std::sqrt(coarse_error) * kUp);
+    double* highest = residuals + row / kBin * 2;
+    highest[0] = std::max(highest[0], (double)coarse_errors[row]);
+    highest[1] = std::max(highest[1], std::sqrt(error) * kUp);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int16_t* own = codes.data() + step * kStepDims;
+      for (int64_t i = 0; i < 4; ++i) place(row, step)[i] = (uint8_t)(own[i] >> 4 | (own[i + 4] >> 4) << 4);
+    }
+    for (int64_t i = 0; i < bytes; ++i) {
+      const int64_t upper = bytes + i < width ? codes[bytes + i] & 15 : 0;
+      fine[row * bytes + i] = (uint8_t)((codes[i] & 15) | upper << 4);
+    }
+  }
+};
+
+// Codes of a query, and the factors of the bounds (docs/mips.md).
+struct Query {
+  const double* exact;         // (width,)
+  const uint8_t* valid;        // (rows,) or null
+  std::vector<int8_t> coarse;  // codes in the order of the coarse plane
+  std::vector<int8_t> fine;    // and of the fine plane
+  float scale;
+  int32_t total = 0;  // sum of the codes
+  double norm, relative, fine_relative, fine_residual, absolute;
+
+  Query(const double* exact_, const Planes& planes, const uint8_t* valid_)
+      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(planes.bytes * 2, 0) {
+    constexpr double kUnit = 0x1p-24, kUp = 1.0 + 1e-6;
+    double largest = 0.0, squares = 0.0, errors = 0.0, scanned = 0.0;
+    for (int64_t d = 0; d < planes.width; ++d) largest = std::max(largest, std::fabs(exact[d]));
+    scale = (float)(largest / kTopCode);
+    if (!(scale > 0.0f)) scale = 1.0f;
+    for (int64_t d = 0; d < planes.width; ++d) {
+      const double code = std::clamp(std::nearbyint(exact[d] / scale), -(double)kTopCode, (double)kTopCode);
+      coarse[d] = fine[d] = (int8_t)code;
+      total += (int32_t)code;
+      const double value = code * scale, error = exact[d] - value;
+      squares += exact[d] * exact[d];
+      errors += error * error;
+      scanned += value * value;
+    }
+    const double length = std::sqrt(scanned), rounding = std::sqrt(errors);
+    norm = std::sqrt(squares) * (1.0 + 1e-9);
+    // 32 units: of the score, of score + error in float, and of a scale that is not exactly orthogonal.
+    relative = (rounding + 32 * kUnit * (norm + length)) * kUp;
+    fine_relative = (rounding + 8 * kUnit * length) * kUp;
+    fine_residual = length * (1.0 + 8 * kUnit) * kUp;
+    absolute = (double)planes.width * 0x1p-125;
+  }
+};
+
+struct Counts {
+  int64_t coarse = 0, rescored = 0;  // rows that passed the coarse bound; rows rescored in fp64
+};
+
+// Passes over one query's products of a chunk of rows.
+struct Chunk {
+  const MipsKernels& kernels;
+  const Planes& planes;
+  const Rows& rows;
+  const double* norms;
+  const Query& query;
+  int64_t first_bin, bins, first_id;
+  const int32_t* sums;    // (bins * kBin,)
+  const float* highest;   // (bins,) highest coarse scores
+  bool proven;
+
+  float score(int64_t row, int32_t sum) const { return (float)sum * (planes.coarse_scales[row] * query.scale); }
+
+  // Bounds of |score - true score|. `weight` bounds the part of the query that is orthogonal to the codes of a row.
+  double coarse_rest(int64_t bin) const { return query.relative * norms[bin] + query.absolute; }
+  double fine_error(int64_t bin) const {
+    return query.fine_relative * norms[bin] + query.fine_residual * planes.residuals[bin * 2 + 1] + query.absolute;
+  }
+
+  // Rows that reach `cutoff` have a product of at least cutoff - |query| * error with their codes.
+  double weight(int64_t bin, double cutoff) const {
+    double own = query.norm;
+    const double norm = norms[bin] * (1.0 + 1e-6), error = planes.residuals[bin * 2];
+    for (int round = 0; round < 2; ++round) {
+      const double along = cutoff - own * error - coarse_rest(bin);
+      if (!(along > 0.0) || !(norm > 0.0)) break;
+      const double part = along / norm, rest = query.norm * query.norm - part * part;
+      own = std::sqrt(std::max(rest, 0.0)) + query.norm * 1e-7;
+    }
+    return std::min(own, query.norm);
+  }
+
+  double fine_score(int64_t row, int32_t sum) const {
+    const int64_t low = kernels.dot_fine(planes.fine + row * planes.bytes, planes.bytes, query.fine.data());
+    return (double)(8 * (int64_t)sum + low - 8 * (int64_t)query.total) *
+           ((double)planes.fine_scales[row] * (double)query.scale);
+  }
+
+  double final_score(int64_t row, int32_t sum) const {
+    return proven ? rows.exact(kernels, row, query.exact) : fine_score(row, sum);
+  }
+
+  struct Row {
+    float score;
+    uint32_t row;  // of the chunk
+  };
+
+  // Returns up to k rows of highest coarse score, ascending by number. Rows that cannot reach the cutoff are left out.
+  std::vector<Row> best_coarse(int64_t k, double cutoff) const {
+    float threshold = std::numeric_limits<float>::lowest();
+    if (bins > k) {  // k bins have a row above this
+      std::vector<float> maxima(highest, highest + bins);
+      std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
+      threshold = std::max(threshold, maxima[k - 1]);
+    }
+    std::vector<Row> found;
+    uint8_t positions[kBin];
+    for (int64_t b = 0; b < bins; ++b) {
+      if (!(highest[b] >= threshold)) continue;
+      const int64_t bin = first_bin + b;
+      if (highest[b] + query.norm * planes.residuals[bin * 2] + coarse_rest(bin) < cutoff) continue;
+      const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
+                                                    nullptr, 0.0f, threshold, positions);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = b * kBin + positions[i];
+        found.push_back({score(first_bin * kBin + row, sums[row]), (uint32_t)row});
+      }
+    }
+    if ((int64_t)found.size() > k) {
+      std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), [](const Row& a, const Row& b) {
+        return a.score > b.score || (a.score == b.score && a.row < b.row);
+      });
+      found.resize(k);
+    }
+    std::sort(found.begin(), found.end(), [](const Row& a, const Row& b) { return a.row < b.row; });
+    return found;
+  }
+
+  void prefetch(const void* from, int64_t bytes) const {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
+  }
+
+  void prefetch_row(int64_t row) const {
+    if (proven) prefetch((const float*)rows.data + row * rows.width, std::min<int64_t>(rows.width * 4, 2048));
+  }
+
+  void rescore(const std::vector<Row>& chosen, std::vector<Best>& found, bool* broken) const {
+    constexpr size_t kEarlier = 4;
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      if (i + kEarlier < chosen.size()) prefetch_row(first_bin * kBin + chosen[i + kEarlier].row);
+      const int64_t row = first_bin * kBin + chosen[i].row;
+      const double exact = final_score(row, sums[chosen[i].row]);
+      if (proven) {
+        const double error = query.norm * planes.coarse_errors[row] + coarse_rest(row / kBin);
+        *broken |= !(std::fabs(exact - (double)chosen[i].score) <= error);
+      }
+      found.push_back({exact, first_id + row});
+    }
+  }
+
+  // Appends rows of bins [begin, end) that can reach the cutoff, except the chosen ones.
+  void filter(int64_t begin, int64_t end, double cutoff, const std::vector<Row>& chosen, std::vector<Best>& found,
+              bool* broken, Counts* counts) const {
+    struct Pending {
+      int64_t row;
+      int32_t sum;
+      double score, error;
+    };
+    constexpr int kPending = 16;
+    Pending coarse[kPending], fine[kPending];
+    int coarse_count = 0, fine_count = 0;
+    int64_t refined = 0, dropped = 0;
+    auto next = std::lower_bound(chosen.begin(), chosen.end(), (uint32_t)(begin * kBin),
+                                 [](const Row& a, uint32_t row) { return a.row < row; });
+    const auto rescore_pending = [&] {
+      for (int i = 0; i < fine_count; ++i) {
+        const Pending& own = fine[i];
+        const double exact = proven ? rows.exact(kernels, own.row, query.exact) : own.score;
+        if (proven) *broken |= !(std::fabs(exact - own.score) <= own.error);
+        if (exact >= cutoff) found.push_back({exact, first_id + own.row});
+      }
+      counts->rescored += fine_count;
+      fine_count = 0;
+    };
+    const auto refine_pending = [&] {
+      // If the fine plane drops few rows, as with near-ties, it is read for one in 16 groups only.
+      const bool refine = !proven || dropped * 8 >= refined || counts->coarse / kPending % 16 == 0;
+      counts->coarse += coarse_count;
+      for (int i = 0; i < coarse_count; ++i) {
+        Pending own = coarse[i];
+        if (refine) {
+          own.score = fine_score(own.row, own.sum);
+          own.error = proven ? fine_error(own.row / kBin) : 0.0;
+          ++refined;
+          if (own.score + own.error < cutoff) {
+            ++dropped;
+            continue;
+          }
+        }
+        prefetch_row(own.row);
+        fine[fine_count++] = own;
+        if (fine_count == kPending) rescore_pending();
+      }
+      coarse_count = 0;
+    };
+    uint8_t positions[kBin];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t bin = first_bin + b;
+      const double rest = coarse_rest(bin);
+      if (!(highest[b] + query.norm * planes.residuals[bin * 2] + rest >= cutoff)) continue;
+      const double own = weight(bin, cutoff);
+      const float threshold = std::max(float_below(cutoff - rest), std::numeric_limits<float>::lowest());
+      const float factor = at_least_as_high(own);
+      const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
+                                                    planes.coarse_errors + bin * kBin, factor, threshold, positions);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t local = b * kBin + positions[i];
+        while (next != chosen.end() && next->row < local) ++next;
+        if (next != chosen.end() && next->row == local) continue;
+        const int64_t row = first_bin * kBin + local;
+        prefetch(planes.fine + row * planes.bytes, planes.bytes);
+        const double error = query.norm * planes.coarse_errors[row] + rest;
+        coarse[coarse_count++] = {row, sums[local], score(row, sums[local]), error};
+        if (coarse_count == kPending) refine_pending();
+      }
+    }
+    refine_pending();
+    rescore_pending();
+  }
+};
+
+}  // namespace
+
+// Encodes rows (n, D) as the rows from `start` on of planes with room for fine.size(0) rows.
+void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
+                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
+                 const Tensor& residuals) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == ScalarType::Float,
+                  "mips: expected contiguous float32 rows (N, D)");
+  const int64_t width = rows.size(1), stop = start + rows.size(0);
+  const Planes planes(fine.size(0), width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
+  STD_TORCH_CHECK(start >= 0 && stop <= planes.count, "mips: expected room for the rows in the planes");
+  const auto* from = (const float*)rows.const_data_ptr();
+  parallel_for(start / kBin, bins_of(stop), 4, [&](int64_t first, int64_t last) {
+    for (int64_t row = std::max(start, first * kBin); row < std::min(stop, last * kBin); ++row) {
+      planes.encode(from + (row - start) * width, row);
+    }
+  });
+}
+
+// Searches rows with two planes for queries (Q, D) with elements below 1. `norms` are those of mips_norms. `sums_at_once` limits the products in memory. `counts` (Q, 2) adds up the rows that pass the coarse bound, and those
+// rescored in fp64.
+void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor& coarse, const Tensor& fine,
+                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
+                 const Tensor& residuals, const Tensor& norms, const Tensor& valid,
+                 int64_t first_id, bool proven, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
+  STD_TORCH_CHECK(rows_tensor.dim() == 2 && rows_tensor.is_contiguous() &&
+                      rows_tensor.scalar_type() == ScalarType::Float,
+                  "mips: expected contiguous float32 rows (N, D)");
+  const Rows rows = {Stored::kFloat, rows_tensor.const_data_ptr(), nullptr, rows_tensor.size(0), rows_tensor.size(1)};
+  const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
+  const int64_t size = queries.size(0), k = best.size(1), coarse_width = planes.steps * kStepDims;
+  STD_TORCH_CHECK(coarse_width < ((int64_t)1 << 31) / (2 * 15 * kTopCode), "mips: rows are too wide for 32-bit sums");
+  const auto* exact = checked<double>(queries, ScalarType::Double, size * rows.width, "queries");
+  const auto* row_norms = checked<double>(norms, ScalarType::Double, planes.bins, "norms");
+  auto* best_rows = (Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best");
+  auto* filled = checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts");
+  auto* cutoff_of = checked<double>(cutoffs, ScalarType::Double, size, "cutoffs");
+  auto* broken_of = checked<bool>(broken, ScalarType::Bool, size, "broken");
+  auto* counts_of = checked<int64_t>(counts, ScalarType::Long, size * 2, "counts");
+  const bool masked = valid.numel() > 0, each = masked && valid.dim() == 2;
+  const auto* mask = masked ? checked<uint8_t>(valid, ScalarType::Bool, rows.count * (each ? size : 1), "valid") : nullptr;
+
+  std::vector<Query> all;
+  std::vector<int8_t> codes(size * coarse_width);
+  for (int64_t q = 0; q < size; ++q) {
+    all.emplace_back(exact + q * rows.width, planes, mask ? mask + (each ? q * rows.count : 0) : nullptr);
+    std::copy(all[q].coarse.begin(), all[q].coarse.end(), codes.begin() + q * coarse_width);
+  }
+  const MipsKernels& kernels = mips_kernels();
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t chunk = std::min(planes.bins, std::max<int64_t>(16, sums_at_once / std::max<int64_t>(size, 1) / kBin));
+  const Buffer<int32_t> sums = make_buffer<int32_t>(size * chunk * kBin);
+  std::vector<float> highest(size * chunk);
+
+  for (int64_t first_bin = 0; first_bin < planes.bins; first_bin += chunk) {
+    const int64_t bins = std::min(chunk, planes.bins - first_bin);
+    const int64_t tasks = std::min(bins, threads * 4);
+    parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      int32_t products[kQueryGroup * kBin];
+      for (int64_t b = bins * first / tasks; b < bins * last / tasks; ++b) {
+        const int64_t bin = first_bin + b, row = bin * kBin, present = std::min(kBin, planes.count - row);
+        for (int64_t begin = 0; begin < size; begin += kQueryGroup) {
+          const int64_t group = std::min(kQueryGroup, size - begin);
+          kernels.dots_coarse(planes.coarse + bin * planes.steps * kStepBytes, planes.steps,
+                              codes.data() + begin * coarse_width, group, products, kBin);
+          for (int64_t q = begin; q < begin + group; ++q) {
+            int32_t* own = products + (q - begin) * kBin;
+            highest[q * chunk + b] =
+                kernels.centre_coarse(own, 15 * all[q].total, planes.coarse_scales + row, all[q].scale,
+                                      all[q].valid ? all[q].valid + row : nullptr, present);
+            std::copy(own, own + kBin, sums.get() + (q * chunk + b) * kBin);
+          }
+        }
+      }
+    });
+    const auto chunk_of = [&](int64_t q) {
+      return Chunk{kernels, planes, rows, row_norms, all[q], first_bin, bins, first_id,
+                   sums.get() + q * chunk * kBin, highest.data() + q * chunk, proven};
+    };
+    const auto top_of = [&](int64_t q) { return TopK{best_rows + q * k, k, filled + q, cutoff_of + q}; };
+    const int64_t parts = size < threads ? threads : 1;
+    struct Found {
+      std::vector<Best> rows;
+      Counts counts;
+      bool broken = false;
+    };
+    std::vector<std::vector<Chunk::Row>> chosen(size);
+    std::vector<Found> found(size * parts);
+    const auto choose = [&](int64_t q) {
+      const Chunk own = chunk_of(q);
+      chosen[q] = own.best_coarse(k, cutoff_of[q]);
+      std::vector<Best> rescored;
+      own.rescore(chosen[q], rescored, broken_of + q);
+      counts_of[q * 2 + 1] += (int64_t)rescored.size();
+      top_of(q).merge(rescored);
+    };
+    const auto filter = [&](int64_t q, int64_t part) {
+      Found& own = found[q * parts + part];
+      chunk_of(q).filter(bins * part / parts, bins * (part + 1) / parts, cutoff_of[q], chosen[q], own.rows,
+                         &own.broken, &own.counts);
+    };
+    const auto finish = [&](int64_t q) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const Found& own = found[q * parts + part];
+        top_of(q).merge(own.rows);
+        broken_of[q] |= own.broken;
+        counts_of[q * 2] += own.counts.coarse;
+        counts_of[q * 2 + 1] += own.counts.rescored;
+      }
+      counts_of[q * 2] += (int64_t)chosen[q].size();
+    };
+    if (parts == 1) {
+      parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+        for (int64_t q = first; q < last; ++q) {
+          choose(q);
+          filter(q, 0);
+          finish(q);
+          found[q] = {};
+        }
+      });
+    } else {
+      for (int64_t q = 0; q < size; ++q) choose(q);
+      parallel_for(0, size * parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) filter(i / parts, i % parts);
+      });
+      for (int64_t q = 0; q < size; ++q) finish(q);
+    }
+  }
+}
+
+// Returns scores (Q, k) fp64 and ids (Q, k), best first, of the rows that `best` holds, padded with -inf and -1.
+std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts) {
+  const int64_t size = best.size(0), k = best.size(1);
+  auto* rows = (const Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best");
+  const auto* filled = checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts");
+  const Tensor scores = torch::stable::new_empty(best, {size, k}, ScalarType::Double);
+  const Tensor ids = torch::stable::new_empty(best, {size, k});
+  auto* scores_out = (double*)scores.mutable_data_ptr();
+  auto* ids_out = (int64_t*)ids.mutable_data_ptr();
+  parallel_for(0, size, std::max<int64_t>(1, 1024 / k), [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      std::vector<Best> own(rows + q * k, rows + q * k + filled[q]);
+      std::sort(own.begin(), own.end(), better);
+      own.resize(k, {-std::numeric_limits<double>::infinity(), -1});
+      for (int64_t i = 0; i < k; ++i) {
+        scores_out[q * k + i] = own[i].score;
+        ids_out[q * k + i] = own[i].id;
+      }
+    }
+  });
+  return {scores, ids};
+}
+
+}  // namespace jasper_fast
