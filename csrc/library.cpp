@@ -33,6 +33,8 @@ void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse
                  const Tensor& residuals, const Tensor& norms, const Tensor& valid,
                  int64_t first_id, bool proven, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows, const Tensor& scales, int64_t first_id,
+               const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs);
 std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts);
 std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings);
 Tensor tangent(const Tensor& incoming, const Tensor& unit, const Tensor& inverse);
@@ -64,6 +66,8 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "Tensor coarse, Tensor fine, Tensor coarse_scales, Tensor coarse_errors, Tensor fine_scales, "
         "Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int sums_at_once, "
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
+  m.def("mips_rows(Tensor numbers, Tensor queries, Tensor rows, Tensor scales, int first_id, Tensor(a!) best, "
+        "Tensor(b!) best_counts, Tensor(c!) cutoffs) -> ()");
   m.def("mips_sorted(Tensor best, Tensor best_counts) -> (Tensor, Tensor)");
   m.def("unit_rows(Tensor embeddings) -> (Tensor, Tensor)");
   m.def("tangent(Tensor incoming, Tensor unit, Tensor inverse) -> Tensor");
@@ -85,6 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("mips_few", TORCH_BOX(&mips_few));
   m.impl("mips_encode", TORCH_BOX(&mips_encode));
   m.impl("mips_planes", TORCH_BOX(&mips_planes));
+  m.impl("mips_rows", TORCH_BOX(&mips_rows));
   m.impl("mips_sorted", TORCH_BOX(&mips_sorted));
   m.impl("unit_rows", TORCH_BOX(&unit_rows));
   m.impl("tangent", TORCH_BOX(&tangent));

@@ -258,6 +258,45 @@ void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales
   });
 }
 
+// Searches the given rows (n,) of a segment only, by exact scores of all of them.
+void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_tensor, const Tensor& scales,
+               int64_t first_id, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs) {
+  const Rows rows = rows_of(rows_tensor, scales);
+  const int64_t size = queries.size(0), count = numbers.numel(), k = best.size(1);
+  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Long && queries.is_contiguous() &&
+                      queries.scalar_type() == ScalarType::Double && queries.numel() == size * rows.width,
+                  "mips: expected int64 row numbers (n,) and float64 queries (Q, D)");
+  STD_TORCH_CHECK(best.is_contiguous() && best.numel() == size * k * 2 && best_counts.is_contiguous() &&
+                      best_counts.numel() == size && cutoffs.is_contiguous() && cutoffs.numel() == size,
+                  "mips: expected best (Q, k, 2), best_counts (Q,) and cutoffs (Q,)");
+  const auto* given = (const int64_t*)numbers.const_data_ptr();
+  const auto* exact = (const double*)queries.const_data_ptr();
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(given[i] >= 0 && given[i] < rows.count, "mips: expected row numbers inside the segment");
+  }
+  constexpr int64_t kPart = 64, kEarlier = 4;
+  const int64_t bytes = rows_tensor.element_size() * rows.width;
+  std::vector<Best> found(size * count);
+  parallel_for(0, (count + kPart - 1) / kPart, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t end = std::min(count, (part + 1) * kPart);
+      for (int64_t i = part * kPart; i < end; ++i) {
+        if (i + kEarlier < end) prefetch((const char*)rows.data + given[i + kEarlier] * bytes, bytes);
+        for (int64_t q = 0; q < size; ++q) {
+          found[q * count + i] = {rows.exact(kernels(), given[i], exact + q * rows.width), first_id + given[i]};
+        }
+      }
+    }
+  });
+  parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      TopK top = {(Best*)best.mutable_data_ptr() + q * k, k, (int64_t*)best_counts.mutable_data_ptr() + q,
+                  (double*)cutoffs.mutable_data_ptr() + q};
+      top.merge(found.data() + q * count, count);
+    }
+  });
+}
+
 // Searches a segment for few queries and reads the rows once. `scan_queries` are int16 with `query_scales` for int8 rows,
 // else float32. `fill_norms` also computes the norms of the bins.
 void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_norms,

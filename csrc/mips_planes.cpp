@@ -26,6 +26,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
+constexpr int64_t kBlockBytes = 1 << 19;  // of rows that all queries look at together
 constexpr int64_t kTopCode = 127;
 
 template <class T>
@@ -228,17 +229,14 @@ struct Chunk {
     return found;
   }
 
-  void prefetch(const void* from, int64_t bytes) const {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at);
-  }
-
   void prefetch_row(int64_t row) const {
-    if (proven) prefetch((const float*)rows.data + row * rows.width, std::min<int64_t>(rows.width * 4, 2048));
+    if (proven) prefetch((const float*)rows.data + row * rows.width, rows.width * 4);
   }
 
-  void rescore(const std::vector<Row>& chosen, std::vector<Best>& found, bool* broken) const {
+  // Rescores the chosen rows of bins [begin, end). found[i] is that of chosen[i].
+  void rescore(int64_t begin, int64_t end, const std::vector<Row>& chosen, Best* found, bool* broken) const {
     constexpr size_t kEarlier = 4;
-    for (size_t i = 0; i < chosen.size(); ++i) {
+    for (size_t i = from(chosen, begin); i < chosen.size() && chosen[i].row < end * kBin; ++i) {
       if (i + kEarlier < chosen.size()) prefetch_row(first_bin * kBin + chosen[i + kEarlier].row);
       const int64_t row = first_bin * kBin + chosen[i].row;
       const double exact = final_score(row, sums[chosen[i].row]);
@@ -246,8 +244,14 @@ struct Chunk {
         const double error = query.norm * planes.coarse_errors[row] + coarse_rest(row / kBin);
         *broken |= !(std::fabs(exact - (double)chosen[i].score) <= error);
       }
-      found.push_back({exact, first_id + row});
+      found[i] = {exact, first_id + row};
     }
+  }
+
+  // Returns the first place of a row of `bin` or later.
+  static size_t from(const std::vector<Row>& chosen, int64_t bin) {
+    const auto before = [](const Row& a, int64_t row) { return a.row < row; };
+    return std::lower_bound(chosen.begin(), chosen.end(), bin * kBin, before) - chosen.begin();
   }
 
   // Appends rows of bins [begin, end) that can reach the cutoff, except the chosen ones.
@@ -262,8 +266,7 @@ struct Chunk {
     Pending coarse[kPending], fine[kPending];
     int coarse_count = 0, fine_count = 0;
     int64_t refined = 0, dropped = 0;
-    auto next = std::lower_bound(chosen.begin(), chosen.end(), (uint32_t)(begin * kBin),
-                                 [](const Row& a, uint32_t row) { return a.row < row; });
+    auto next = chosen.begin() + from(chosen, begin);
     const auto rescore_pending = [&] {
       for (int i = 0; i < fine_count; ++i) {
         const Pending& own = fine[i];
@@ -402,53 +405,54 @@ void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor&
                    sums.get() + q * chunk * kBin, highest.data() + q * chunk, proven};
     };
     const auto top_of = [&](int64_t q) { return TopK{best_rows + q * k, k, filled + q, cutoff_of + q}; };
-    const int64_t parts = size < threads ? threads : 1;
+    // All queries look at a few rows before the next ones, so that these stay in the cache. One query has few parts.
+    const int64_t bytes = kBin * rows.width * sizeof(float), blocks = (bins * bytes + kBlockBytes - 1) / kBlockBytes;
+    const int64_t parts = std::clamp<int64_t>(size > 1 ? blocks : 2 * threads, 1, bins);
     struct Found {
       std::vector<Best> rows;
       Counts counts;
       bool broken = false;
     };
     std::vector<std::vector<Chunk::Row>> chosen(size);
+    std::vector<std::vector<Best>> rescored(size);
     std::vector<Found> found(size * parts);
-    const auto choose = [&](int64_t q) {
-      const Chunk own = chunk_of(q);
-      chosen[q] = own.best_coarse(k, cutoff_of[q]);
-      std::vector<Best> rescored;
-      own.rescore(chosen[q], rescored, broken_of + q);
-      counts_of[q * 2 + 1] += (int64_t)rescored.size();
-      top_of(q).merge(rescored);
+    const auto each_query = [&](auto process) {
+      parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+        for (int64_t q = first; q < last; ++q) process(q);
+      });
     };
-    const auto filter = [&](int64_t q, int64_t part) {
-      Found& own = found[q * parts + part];
-      chunk_of(q).filter(bins * part / parts, bins * (part + 1) / parts, cutoff_of[q], chosen[q], own.rows,
-                         &own.broken, &own.counts);
+    const auto each_part = [&](auto process) {  // process(q, begin, end, own)
+      parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+          const int64_t begin = bins * part / parts, end = bins * (part + 1) / parts;
+          for (int64_t q = 0; q < size; ++q) process(q, begin, end, found[q * parts + part]);
+        }
+      });
     };
-    const auto finish = [&](int64_t q) {
+    each_query([&](int64_t q) {
+      chosen[q] = chunk_of(q).best_coarse(k, cutoff_of[q]);
+      rescored[q].resize(chosen[q].size());
+    });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      chunk_of(q).rescore(begin, end, chosen[q], rescored[q].data(), &own.broken);
+    });
+    each_query([&](int64_t q) { top_of(q).merge(rescored[q].data(), (int64_t)rescored[q].size()); });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      chunk_of(q).filter(begin, end, cutoff_of[q], chosen[q], own.rows, &own.broken, &own.counts);
+    });
+    each_query([&](int64_t q) {
+      std::vector<Best> all;
       for (int64_t part = 0; part < parts; ++part) {
         const Found& own = found[q * parts + part];
-        top_of(q).merge(own.rows);
+        all.insert(all.end(), own.rows.begin(), own.rows.end());
         broken_of[q] |= own.broken;
         counts_of[q * 2] += own.counts.coarse;
         counts_of[q * 2 + 1] += own.counts.rescored;
       }
+      top_of(q).merge(all.data(), (int64_t)all.size());
       counts_of[q * 2] += (int64_t)chosen[q].size();
-    };
-    if (parts == 1) {
-      parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
-        for (int64_t q = first; q < last; ++q) {
-          choose(q);
-          filter(q, 0);
-          finish(q);
-          found[q] = {};
-        }
-      });
-    } else {
-      for (int64_t q = 0; q < size; ++q) choose(q);
-      parallel_for(0, size * parts, 1, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) filter(i / parts, i % parts);
-      });
-      for (int64_t q = 0; q < size; ++q) finish(q);
-    }
+      counts_of[q * 2 + 1] += (int64_t)chosen[q].size();
+    });
   }
 }
 

@@ -74,16 +74,16 @@ void Selection::settle() {
     }
   }
   *count = 0;
-  top.merge(found);
+  top.merge(found.data(), (int64_t)found.size());
 }
 
-void TopK::merge(const std::vector<Best>& found) {
-  if ((int64_t)found.size() <= k / 8 + 16) {
-    for (const Best& own : found) insert(own);
+void TopK::merge(const Best* found, int64_t size) {
+  if (size <= k / 8 + 16) {
+    for (int64_t i = 0; i < size; ++i) insert(found[i]);
     return;
   }
   std::vector<Best> all(best, best + *count);
-  all.insert(all.end(), found.begin(), found.end());
+  all.insert(all.end(), found, found + size);
   if ((int64_t)all.size() > k) {
     std::nth_element(all.begin(), all.begin() + (k - 1), all.end(), better);
     all.resize(k);

@@ -50,7 +50,7 @@ struct TopK {
 
   void insert(Best found);
   // Inserts many rows, with one selection over all of them where that is cheaper than a heap.
-  void merge(const std::vector<Best>& found);
+  void merge(const Best* found, int64_t size);
 };
 
 // Search of one query in one segment of the corpus. The caller owns all memory, so that it lives between calls.
@@ -84,6 +84,10 @@ const MipsKernels& mips_kernels();
 // Returns a float <= value. A float score >= value is also >= this float, so a comparison with it drops no such score.
 inline float float_below(double value) {
   return (float)(value - std::fabs(value) * 0x1p-23 - 0x1p-140);  // branch-free, so that loops vectorise
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes && at < 2048; at += 64) __builtin_prefetch((const char*)from + at);
 }
 
 inline bool better(const Best& a, const Best& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }

@@ -25,8 +25,8 @@ from jasper_fast.utils import hardware as env
 # Queries up to which the compiled loops, which read the rows once, are faster than library products.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
-QUERIES_AT_ONCE = 64  # of a search of planes
-SUMS_AT_ONCE = 1 << 20  # products that it keeps in memory, 4 bytes each
+QUERIES_AT_ONCE = 32  # of a search of planes
+SUMS_AT_ONCE = 1 << 22  # products that it keeps in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
 BF16_ROUNDING = 2.0**-8  # bound of an element's relative rounding, with a margin

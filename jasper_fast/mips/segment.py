@@ -85,6 +85,30 @@ class Planes:
         """Return the tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def take(self, numbers: Tensor) -> Planes:
+        """Return some of the rows as new planes. A bin has the highest 8-bit error of the bins that its rows were in.
+
+        Args:
+            numbers: (n,) int64 row numbers, n ≥ 1.
+        """
+        bins, places = numbers // BIN, numbers % BIN
+        steps, missing = self.coarse.shape[1] // STEP_BYTES, -len(numbers) % BIN
+        pieces = self.coarse.view(-1, steps, STEP_BYTES).view(torch.int32)[bins, :, places]  # four bytes of a step each
+        coarse = torch.nn.functional.pad(pieces, (0, 0, 0, missing)).view(-1, BIN, steps).transpose(1, 2).contiguous()
+        scales, errors = (
+            torch.nn.functional.pad(part[bins, places], (0, missing)).view(-1, BIN)
+            for part in (self.coarse_scales, self.coarse_errors)
+        )
+        residuals = torch.stack((errors.amax(dim=1).double(), bin_maxima(self.residuals[bins, 1])), dim=1)
+        return Planes(
+            coarse.view(torch.uint8).flatten(1),
+            self.fine[numbers],
+            scales,
+            errors,
+            self.fine_scales[numbers],
+            residuals,
+        )
+
     def slice(self, start: int, stop: int) -> Planes:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
         bins, rows = slice(start // BIN, -(-stop // BIN)), slice(start, stop)
@@ -125,6 +149,12 @@ class Segment:
 
     def __len__(self) -> int:
         return self.rows.shape[0]
+
+    def nbytes(self) -> int:
+        """Return the bytes of the rows, their copies for scans, and what bounds need."""
+        tensors = [self.rows, self.scales, *(self.planes.tensors().values() if self.planes is not None else ())]
+        tensors += [part for part in (self.norms, self.scan_copy) if part is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows as floats, (stop − start, D), without a copy if they are stored in this dtype."""
@@ -192,7 +222,7 @@ class Segment:
         segment = Segment(self.rows[numbers], self.scales[numbers] if len(self.scales) else self.scales)
         segment.norms = bin_norms(segment)
         if self.planes is not None:
-            segment.planes = Planes.of(segment.rows)
+            segment.planes = self.planes.take(numbers)
         if self.scan_copy is not None:
             segment.scan_copy = self.scan_copy[numbers]
         return segment
@@ -239,6 +269,15 @@ def not_finite(segment: Segment, norms: Tensor) -> int | None:
         if len(bad):
             return bin_number * BIN + int(bad[0])
     return None
+
+
+def set_norms(segment: Segment, norms: Tensor, first_id: int) -> None:
+    """Set the segment's norms, or raise ValueError for a row with NaN or infinity."""
+    bad = not_finite(segment, norms)
+    if bad is not None:
+        raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
+    segment.norms, segment.longest = norms, None
+    segment.derived.clear()
 
 
 def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jasper_fast.mips import FlatIPIndex, cpu
+from jasper_fast.mips import FlatIPIndex, cpu, filters, growing, top_k
 from jasper_fast.mips.cpu import Queries
 from jasper_fast.mips.segment import BIN, STEP_BYTES, STEP_DIMS, Planes, Segment, bin_norms
 from jasper_fast.mips.top_k import SCRATCH, search
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(native.extension_path() is None, reason="the com
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+scan = top_k._scan
 KINDS = (
     "normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid",
     "one-hot", "heavy-tailed", "clusters", "halfway",
@@ -228,3 +229,51 @@ def test_an_index_over_several_segments_has_planes_in_each():
     assert all(segment.planes is not None for _, segment in index.segments())
     for k in (1, 7, 4999):
         assert torch.equal(index.search(queries, k)[1], index.search(queries, k, precision="exact")[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_a_filter_of_few_rows_searches_these_alone(dtype, size, monkeypatch):
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)  # segments of 4096 rows
+    rows = torch.randn(9000, 24, generator=torch.Generator().manual_seed(1))
+    rows[8000] = rows[50]  # equal scores
+    index = FlatIPIndex(24, dtype=dtype)
+    index.add(rows)
+    queries = torch.randn(size, 24, generator=torch.Generator().manual_seed(2))
+    stored = torch.cat([segment.values(0, len(segment), torch.float64) for _, segment in index.segments()])
+    mask = torch.rand(9000, generator=torch.Generator().manual_seed(3)) < 0.02
+    mask[[50, 8000]] = True
+    chosen = mask.nonzero()[:, 0]
+    true = queries.double() @ stored[chosen].T
+    scanned = []
+    monkeypatch.setattr(
+        top_k,
+        "_scan",
+        lambda segments, *rest: scanned.extend(map(len, dict(segments()).values())) or scan(segments, *rest),
+    )
+    for k in (1, 20, 400):
+        for valid in (mask, chosen, mask.numpy()):
+            scores, ids = index.search(queries, k, valid=valid)
+            found = min(k, len(chosen))
+            assert (ids[:, found:] == -1).all() and (scores[:, found:] == -torch.inf).all()
+            order = true.argsort(dim=1, descending=True, stable=True)[:, :found]
+            assert torch.equal(ids[:, :found], chosen[order])
+            assert torch.equal(scores[:, :found], true.gather(1, order).float())
+    assert sum(scanned) == (0 if size <= filters.MAX_DIRECT_QUERIES else 9 * len(chosen))
+    none = index.search(queries, 3, valid=torch.zeros(9000, dtype=torch.bool))[1]
+    assert (none == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "mixed scales", "one-hot"])
+def test_taken_rows_keep_codes_and_valid_bounds(kind):
+    corpus = corpus_of(kind, 1000, 33, 4)
+    planes = Planes.of(corpus)
+    assert planes is not None
+    for numbers in (torch.arange(3, 1000, 7), torch.tensor([999]), torch.randperm(1000)[:64]):
+        taken, fresh = planes.take(numbers), Planes.of(corpus[numbers])
+        assert fresh is not None
+        for got, expected in zip(decoded(taken, len(numbers), 33), decoded(fresh, len(numbers), 33), strict=True):
+            assert torch.equal(got, expected)
+        assert torch.equal(taken.coarse_errors.flatten()[: len(numbers)], fresh.coarse_errors.flatten()[: len(numbers)])
+        assert torch.equal(taken.residuals[:, 0], fresh.residuals[:, 0])
+        assert (taken.residuals[:, 1] >= fresh.residuals[:, 1]).all()
