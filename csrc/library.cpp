@@ -30,8 +30,8 @@ void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const 
                  const Tensor& residuals);
 void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals, const Tensor& norms, const Tensor& valid,
-                 int64_t first_id, bool proven, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
 void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows, const Tensor& scales, int64_t first_id,
                const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs);
@@ -64,7 +64,8 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) residuals) -> ()");
   m.def("mips_planes(Tensor queries, Tensor rows, "
         "Tensor coarse, Tensor fine, Tensor coarse_scales, Tensor coarse_errors, Tensor fine_scales, "
-        "Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int sums_at_once, "
+        "Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int queries_at_once, "
+        "int sums_at_once, "
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
   m.def("mips_rows(Tensor numbers, Tensor queries, Tensor rows, Tensor scales, int first_id, Tensor(a!) best, "
         "Tensor(b!) best_counts, Tensor(c!) cutoffs) -> ()");

@@ -27,14 +27,14 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx512, avx2 or generic selects narrower ones, for
-// tests and comparison.
+// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx512, avx2 or generic selects narrower
+// ones, for tests and comparison.
 const MipsKernels& choose_kernels() {
 #if defined(__x86_64__)
   const char* given = std::getenv("JASPER_FAST_ISA");
   const auto allowed = [&](const char* name) { return !given || std::strcmp(given, name) == 0; };
-  const bool wide = __builtin_cpu_supports("avx512f") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (allowed("avx512vnni") && wide && __builtin_cpu_supports("avx512vnni")) return mips_avx512vnni;
   if (allowed("avx512") && wide) return mips_avx512;
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mips_avx2;
@@ -297,10 +297,10 @@ void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_
   });
 }
 
-// Searches a segment for few queries and reads the rows once. `scan_queries` are int16 with `query_scales` for int8 rows,
-// else float32. `fill_norms` also computes the norms of the bins.
-void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_norms,
-              const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
+// Searches a segment for few queries and reads the rows once. `scan_queries` are int16 with `query_scales` for int8
+// rows, else float32. `fill_norms` also computes the norms of the bins.
+void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_norms, const Tensor& queries,
+              const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
               int64_t first_id, bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts,
               const Tensor& cutoffs, const Tensor& broken) {
   const State state(queries, rows, scales, norms, bounds, valid, first_id, proven, best, best_counts,
@@ -351,7 +351,8 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_
             kernels().dots_int8((const int8_t*)state.rows.data + row * width, in_bin, width,
                                 (const int16_t*)scan_queries.const_data_ptr() + q * width, sums);
             const float query_scale = ((const float*)query_scales.const_data_ptr())[q];
-            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (state.rows.scales[row + r] * query_scale);
+            const float* row_scales = state.rows.scales + row;
+            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (row_scales[r] * query_scale);
           } else {
             const auto* query = (const float*)scan_queries.const_data_ptr() + q * width;
             if (state.rows.kind == Stored::kFloat) {

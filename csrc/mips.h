@@ -7,8 +7,8 @@ namespace jasper_fast {
 
 constexpr int64_t kBin = 64;  // corpus rows that share one error bound and one maximum
 
-// The coarse plane of a bin has one step of kStepBytes for every kStepDims dimensions. Four bytes of a step belong to one
-// row: their low nibbles are its first four dimensions, their high nibbles the next four.
+// The coarse plane of a bin has one step of kStepBytes for every kStepDims dimensions. Four bytes of a step belong to
+// one row: their low nibbles are its first four dimensions, their high nibbles the next four.
 constexpr int64_t kStepDims = 8, kStepBytes = kBin * kStepDims / 2;
 constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
@@ -32,12 +32,12 @@ struct MipsKernels {
                       int64_t stride);
   // Exact product of one row of fine codes with a query of 2 * bytes. The low nibbles come first.
   int32_t (*dot_fine)(const uint8_t* codes, int64_t bytes, const int8_t* query);
-  // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if given).
-  // Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` and `errors` have kBin elements.
+  // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if
+  // given). Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` has kBin elements.
   float (*centre_coarse)(int32_t* sums, int32_t centre, const float* scales, float query_scale, const uint8_t* valid,
                          int64_t count);
   // Writes the positions of scores + weight * errors >= threshold, ascending, and returns their number. `errors` may be
-  // null.
+  // null, else it has kBin elements.
   int64_t (*coarse_at_least)(const int32_t* sums, const float* scales, float query_scale, const float* errors,
                              float weight, float threshold, uint8_t* positions);
 };

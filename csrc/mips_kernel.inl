@@ -1,6 +1,6 @@
 // Inner loops of inner-product search, included inside a namespace by one translation unit per instruction set. That
-// unit defines kBytes (the size of a vector) and madd(a, b), which adds products of neighbouring 16-bit lanes in pairs. The
-// loops of mips_nibbles.inl need more.
+// unit defines kBytes (the size of a vector) and madd(a, b), which adds products of neighbouring 16-bit lanes in pairs.
+// The loops of mips_nibbles.inl need more.
 
 typedef float fvec __attribute__((vector_size(kBytes)));
 typedef double dvec __attribute__((vector_size(kBytes)));

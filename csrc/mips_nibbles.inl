@@ -1,5 +1,5 @@
-// Inner loops over the two planes of 4-bit codes (see mips_planes.cpp), included after mips_kernel.inl by one translation
-// unit per instruction set. That unit also defines dot4(sums, codes, queries), which adds the products of four unsigned
+// Inner loops over the two planes of 4-bit codes (see mips_codes.h), included by mips_kernel.inl. The translation unit
+// also defines dot4(sums, codes, queries), which adds the products of four unsigned
 // codes <= 15 with four signed bytes to each 32-bit lane, and lanes_at_least(a, b), one bit for each lane with a >= b.
 
 static inline uvec low_nibbles(uvec both) { return both & 0x0f0f0f0fu; }
@@ -75,7 +75,9 @@ static float centre_coarse(int32_t* sums, int32_t centre, const float* scales, f
   if (valid) {
     for (int64_t r = 0; r < count; ++r) sums[r] = valid[r] ? sums[r] : kNoSum;
   }
-  for (int64_t r = 0; r < kBin; r += kFloats) highest = higher(highest, coarse_scores(sums + r, scales + r, query_scale));
+  for (int64_t r = 0; r < kBin; r += kFloats) {
+    highest = higher(highest, coarse_scores(sums + r, scales + r, query_scale));
+  }
   float best = highest[0];
   for (int64_t lane = 1; lane < kFloats; ++lane) best = highest[lane] > best ? highest[lane] : best;
   return best;

@@ -1,9 +1,9 @@
 // Exact search over float32 rows that also have two planes of 4-bit codes, for any number of queries.
 //
-// The coarse plane has the high nibble of each 8-bit code, the fine plane the low one. Every chunk of rows is searched in
-// three passes. The first reads the coarse plane and keeps the integer products. The second rescores the k rows of
-// highest coarse score in fp64, so that their k-th score is a proven cutoff. The third drops the rows whose coarse score
-// plus its error bound is below the cutoff, then those whose 8-bit score plus its bound is, and rescores the rest.
+// Every chunk of rows is searched in three passes. The first reads the coarse plane and keeps the integer products. The
+// second rescores the k rows of highest coarse score in fp64, so that their k-th score is a proven cutoff. The third
+// drops the rows whose coarse score plus its error bound is below the cutoff, then those whose 8-bit score plus its
+// bound is, and rescores the rest.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,100 +15,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "buffer.h"
+#include "mips_codes.h"
 #include "mips_select.h"
 
 namespace jasper_fast {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 namespace {
 
 constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
 constexpr int64_t kBlockBytes = 1 << 19;  // of rows that all queries look at together
-constexpr int64_t kTopCode = 127;
-
-template <class T>
-T* checked(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel,
-                  "mips: wrong shape or dtype of ", name);
-  return (T*)tensor.mutable_data_ptr();
-}
-
-int64_t bins_of(int64_t rows) { return (rows + kBin - 1) / kBin; }
-int64_t steps_of(int64_t width) { return (width + kStepDims - 1) / kStepDims; }
-
-float at_least_as_high(double value) {
-  const float rounded = (float)value;
-  return rounded >= value ? rounded : std::nextafter(rounded, std::numeric_limits<float>::infinity());
-}
-
-// The two planes of (count, width) rows, and what the bounds of their scores need.
-struct Planes {
-  int64_t count, width, bins, steps, bytes;
-  uint8_t* coarse;        // (bins, steps * kStepBytes)
-  uint8_t* fine;          // (count, bytes): low nibbles hold dimensions [0, bytes), high nibbles the others
-  float* coarse_scales;   // (bins * kBin,): row ~ scale * (2 * code - 15)
-  float* coarse_errors;   // (bins * kBin,): norm of the difference, rounded up
-  float* fine_scales;     // (count,): row ~ scale * (16 * coarse + fine - 128)
-  double* residuals;      // (bins, 2): highest errors of the coarse and of the 8-bit codes
-
-  Planes(int64_t count_, int64_t width_, const Tensor& coarse_, const Tensor& fine_, const Tensor& coarse_scales_,
-         const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& residuals_)
-      : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), bytes((width_ + 1) / 2) {
-    coarse = checked<uint8_t>(coarse_, ScalarType::Byte, bins * steps * kStepBytes, "the coarse plane");
-    fine = checked<uint8_t>(fine_, ScalarType::Byte, count * bytes, "the fine plane");
-    coarse_scales = checked<float>(coarse_scales_, ScalarType::Float, bins * kBin, "coarse scales");
-    coarse_errors = checked<float>(coarse_errors_, ScalarType::Float, bins * kBin, "coarse errors");
-    fine_scales = checked<float>(fine_scales_, ScalarType::Float, count, "fine scales");
-    residuals = checked<double>(residuals_, ScalarType::Double, bins * 2, "residuals");
-  }
-
-  uint8_t* place(int64_t row, int64_t step) const {
-    return coarse + (row / kBin * steps + step) * kStepBytes + row % kBin * (kStepDims / 2);
-  }
-
-  // Writes the codes of a row. The errors are measured, so they hold for any rounding here.
-  void encode(const float* x, int64_t row) const {
-    float largest = 0.0f;
-    for (int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(x[d]));
-    float scale = largest / kTopCode;
-    if (!(scale > 0.0f)) scale = 1.0f;
-    std::vector<int16_t> codes(steps * kStepDims, 0);
-    const float inverse = std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
-    double products = 0.0, squares = 0.0, error = 0.0;
-    for (int64_t d = 0; d < width; ++d) {
-      const float level = inverse != 0.0f ? x[d] * inverse : (float)((double)x[d] / scale);
-      codes[d] = (int16_t)(std::min(127.0f, std::max(-127.0f, std::nearbyint(level))) + 128.0f);
-      const double difference = x[d] - (double)scale * (codes[d] - 128), coarse_code = 2 * (codes[d] >> 4) - 15;
-      error += difference * difference;
-      products += x[d] * coarse_code;
-      squares += coarse_code * coarse_code;
-    }
-    const float coarse_scale = (float)(products / squares);  // makes the error orthogonal to the code
-    double coarse_error = 0.0;
-    for (int64_t d = 0; d < width; ++d) {
-      const double difference = x[d] - (double)coarse_scale * (2 * (codes[d] >> 4) - 15);
-      coarse_error += difference * difference;
-    }
-    constexpr double kUp = 1.0 + 1e-9;
-    fine_scales[row] = scale;
-    coarse_scales[row] = coarse_scale;
-    coarse_errors[row] = at_least_as_high(std::sqrt(coarse_error) * kUp);
-    double* highest = residuals + row / kBin * 2;
-    highest[0] = std::max(highest[0], (double)coarse_errors[row]);
-    highest[1] = std::max(highest[1], std::sqrt(error) * kUp);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int16_t* own = codes.data() + step * kStepDims;
-      for (int64_t i = 0; i < 4; ++i) place(row, step)[i] = (uint8_t)(own[i] >> 4 | (own[i + 4] >> 4) << 4);
-    }
-    for (int64_t i = 0; i < bytes; ++i) {
-      const int64_t upper = bytes + i < width ? codes[bytes + i] & 15 : 0;
-      fine[row * bytes + i] = (uint8_t)((codes[i] & 15) | upper << 4);
-    }
-  }
-};
 
 // Codes of a query, and the factors of the bounds (docs/mips.md).
 struct Query {
@@ -324,135 +241,186 @@ struct Chunk {
   }
 };
 
+// What a search knows of each query, in tensors that Python owns.
+struct Results {
+  Best* best;  // (Q, k)
+  int64_t k;
+  int64_t* filled;
+  double* cutoffs;
+  bool* broken;
+  int64_t* counts;  // (Q, 2)
+
+  TopK top(int64_t q) const { return {best + q * k, k, filled + q, cutoffs + q}; }
+};
+
+// The three passes over chunks of rows, for groups of queries.
+class Search {
+ public:
+  Search(const Planes& planes, const Rows& rows, const double* norms, int64_t first_id, bool proven,
+         const Results& results, int64_t group, int64_t sums_at_once)
+      : planes_(planes), rows_(rows), norms_(norms), first_id_(first_id), proven_(proven), results_(results),
+        threads_(std::max<int64_t>(1, torch::stable::get_num_threads())),
+        chunk_(std::min(planes.bins, std::max<int64_t>(16, sums_at_once / group / kBin))),
+        sums_(make_buffer<int32_t>(group * chunk_ * kBin)), highest_(group * chunk_) {}
+
+  // Searches for queries, the first of which is number `first_query` of the results.
+  void run(const std::vector<Query>& queries, int64_t first_query) {
+    queries_ = &queries;
+    first_query_ = first_query;
+    size_ = (int64_t)queries.size();
+    codes_.clear();
+    for (const Query& query : queries) codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
+    for (first_bin_ = 0; first_bin_ < planes_.bins; first_bin_ += chunk_) {
+      bins_ = std::min(chunk_, planes_.bins - first_bin_);
+      scan();
+      select();
+    }
+  }
+
+ private:
+  struct Found {
+    std::vector<Best> rows;
+    Counts counts;
+    bool broken = false;
+  };
+
+  Chunk chunk_of(int64_t q) const {
+    return {mips_kernels(), planes_, rows_, norms_, (*queries_)[q], first_bin_, bins_, first_id_,
+            sums_.get() + q * chunk_ * kBin, highest_.data() + q * chunk_, proven_};
+  }
+
+  template <class Process>
+  void each_query(Process process) const {
+    parallel_for(0, size_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t q = first; q < last; ++q) process(q, first_query_ + q);
+    });
+  }
+
+  // Computes the coarse products of all queries with a chunk of rows.
+  void scan() {
+    const MipsKernels& kernels = mips_kernels();
+    const int64_t tasks = std::min(bins_, threads_ * 4), width = planes_.steps * kStepDims;
+    parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      int32_t products[kQueryGroup * kBin];
+      for (int64_t b = bins_ * first / tasks; b < bins_ * last / tasks; ++b) {
+        const int64_t bin = first_bin_ + b, row = bin * kBin, present = std::min(kBin, planes_.count - row);
+        for (int64_t begin = 0; begin < size_; begin += kQueryGroup) {
+          const int64_t group = std::min(kQueryGroup, size_ - begin);
+          kernels.dots_coarse(planes_.coarse + bin * planes_.steps * kStepBytes, planes_.steps,
+                              codes_.data() + begin * width, group, products, kBin);
+          for (int64_t q = begin; q < begin + group; ++q) {
+            const Query& query = (*queries_)[q];
+            int32_t* own = products + (q - begin) * kBin;
+            highest_[q * chunk_ + b] =
+                kernels.centre_coarse(own, 15 * query.total, planes_.coarse_scales + row, query.scale,
+                                      query.valid ? query.valid + row : nullptr, present);
+            std::copy(own, own + kBin, sums_.get() + (q * chunk_ + b) * kBin);
+          }
+        }
+      }
+    });
+  }
+
+  // Rescores the rows of highest coarse score, then all others that can still be among the k best.
+  void select() {
+    // All queries look at a few rows before the next ones, so that these stay in the cache. One query has few parts.
+    const int64_t bytes = kBin * rows_.width * (int64_t)sizeof(float);
+    const int64_t blocks = (bins_ * bytes + kBlockBytes - 1) / kBlockBytes;
+    const int64_t parts = std::clamp<int64_t>(size_ > 1 ? blocks : 2 * threads_, 1, bins_);
+    std::vector<std::vector<Chunk::Row>> chosen(size_);
+    std::vector<std::vector<Best>> rescored(size_);
+    std::vector<Found> found(size_ * parts);
+    const auto each_part = [&](auto process) {  // process(q, begin, end, own)
+      parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+          const int64_t begin = bins_ * part / parts, end = bins_ * (part + 1) / parts;
+          for (int64_t q = 0; q < size_; ++q) process(q, begin, end, found[q * parts + part]);
+        }
+      });
+    };
+    each_query([&](int64_t q, int64_t number) {
+      chosen[q] = chunk_of(q).best_coarse(results_.k, results_.cutoffs[number]);
+      rescored[q].resize(chosen[q].size());
+    });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      chunk_of(q).rescore(begin, end, chosen[q], rescored[q].data(), &own.broken);
+    });
+    each_query([&](int64_t q, int64_t number) {
+      results_.top(number).merge(rescored[q].data(), (int64_t)rescored[q].size());
+    });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      const double cutoff = results_.cutoffs[first_query_ + q];
+      chunk_of(q).filter(begin, end, cutoff, chosen[q], own.rows, &own.broken, &own.counts);
+    });
+    each_query([&](int64_t q, int64_t number) {
+      std::vector<Best> all;
+      int64_t* counts = results_.counts + number * 2;
+      for (int64_t part = 0; part < parts; ++part) {
+        const Found& own = found[q * parts + part];
+        all.insert(all.end(), own.rows.begin(), own.rows.end());
+        results_.broken[number] |= own.broken;
+        counts[0] += own.counts.coarse;
+        counts[1] += own.counts.rescored;
+      }
+      results_.top(number).merge(all.data(), (int64_t)all.size());
+      counts[0] += (int64_t)chosen[q].size();
+      counts[1] += (int64_t)chosen[q].size();
+    });
+  }
+
+  const Planes& planes_;
+  const Rows& rows_;
+  const double* norms_;
+  int64_t first_id_;
+  bool proven_;
+  Results results_;
+  int64_t threads_, chunk_;   // bins of a chunk
+  Buffer<int32_t> sums_;      // (group, chunk, kBin)
+  std::vector<float> highest_;  // (group, chunk)
+  const std::vector<Query>* queries_ = nullptr;
+  std::vector<int8_t> codes_;
+  int64_t first_query_ = 0, size_ = 0, first_bin_ = 0, bins_ = 0;
+};
+
 }  // namespace
 
-// Encodes rows (n, D) as the rows from `start` on of planes with room for fine.size(0) rows.
-void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
-                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == ScalarType::Float,
-                  "mips: expected contiguous float32 rows (N, D)");
-  const int64_t width = rows.size(1), stop = start + rows.size(0);
-  const Planes planes(fine.size(0), width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
-  STD_TORCH_CHECK(start >= 0 && stop <= planes.count, "mips: expected room for the rows in the planes");
-  const auto* from = (const float*)rows.const_data_ptr();
-  parallel_for(start / kBin, bins_of(stop), 4, [&](int64_t first, int64_t last) {
-    for (int64_t row = std::max(start, first * kBin); row < std::min(stop, last * kBin); ++row) {
-      planes.encode(from + (row - start) * width, row);
-    }
-  });
-}
-
-// Searches rows with two planes for queries (Q, D) with elements below 1. `norms` are those of mips_norms. `sums_at_once` limits the products in memory. `counts` (Q, 2) adds up the rows that pass the coarse bound, and those
-// rescored in fp64.
+// Searches rows with two planes for queries (Q, D) with elements below 1. `norms` are those of mips_norms. Groups of up
+// to `queries_at_once` queries are searched one after another, with up to `sums_at_once` products in memory. `counts`
+// (Q, 2) adds up the rows that pass the coarse bound, and those rescored in fp64.
 void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals, const Tensor& norms, const Tensor& valid,
-                 int64_t first_id, bool proven, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
   STD_TORCH_CHECK(rows_tensor.dim() == 2 && rows_tensor.is_contiguous() &&
                       rows_tensor.scalar_type() == ScalarType::Float,
                   "mips: expected contiguous float32 rows (N, D)");
   const Rows rows = {Stored::kFloat, rows_tensor.const_data_ptr(), nullptr, rows_tensor.size(0), rows_tensor.size(1)};
   const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
-  const int64_t size = queries.size(0), k = best.size(1), coarse_width = planes.steps * kStepDims;
-  STD_TORCH_CHECK(coarse_width < ((int64_t)1 << 31) / (2 * 15 * kTopCode), "mips: rows are too wide for 32-bit sums");
+  const int64_t size = queries.size(0), k = best.size(1);
+  STD_TORCH_CHECK(planes.steps * kStepDims < ((int64_t)1 << 31) / (2 * 15 * kTopCode),
+                  "mips: rows are too wide for 32-bit sums");
+  STD_TORCH_CHECK(queries_at_once > 0 && sums_at_once > 0, "mips: expected positive limits");
   const auto* exact = checked<double>(queries, ScalarType::Double, size * rows.width, "queries");
   const auto* row_norms = checked<double>(norms, ScalarType::Double, planes.bins, "norms");
-  auto* best_rows = (Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best");
-  auto* filled = checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts");
-  auto* cutoff_of = checked<double>(cutoffs, ScalarType::Double, size, "cutoffs");
-  auto* broken_of = checked<bool>(broken, ScalarType::Bool, size, "broken");
-  auto* counts_of = checked<int64_t>(counts, ScalarType::Long, size * 2, "counts");
+  const Results results = {(Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best"),
+                           k,
+                           checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts"),
+                           checked<double>(cutoffs, ScalarType::Double, size, "cutoffs"),
+                           checked<bool>(broken, ScalarType::Bool, size, "broken"),
+                           checked<int64_t>(counts, ScalarType::Long, size * 2, "counts")};
   const bool masked = valid.numel() > 0, each = masked && valid.dim() == 2;
-  const auto* mask = masked ? checked<uint8_t>(valid, ScalarType::Bool, rows.count * (each ? size : 1), "valid") : nullptr;
-
-  std::vector<Query> all;
-  std::vector<int8_t> codes(size * coarse_width);
-  for (int64_t q = 0; q < size; ++q) {
-    all.emplace_back(exact + q * rows.width, planes, mask ? mask + (each ? q * rows.count : 0) : nullptr);
-    std::copy(all[q].coarse.begin(), all[q].coarse.end(), codes.begin() + q * coarse_width);
-  }
-  const MipsKernels& kernels = mips_kernels();
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t chunk = std::min(planes.bins, std::max<int64_t>(16, sums_at_once / std::max<int64_t>(size, 1) / kBin));
-  const Buffer<int32_t> sums = make_buffer<int32_t>(size * chunk * kBin);
-  std::vector<float> highest(size * chunk);
-
-  for (int64_t first_bin = 0; first_bin < planes.bins; first_bin += chunk) {
-    const int64_t bins = std::min(chunk, planes.bins - first_bin);
-    const int64_t tasks = std::min(bins, threads * 4);
-    parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-      int32_t products[kQueryGroup * kBin];
-      for (int64_t b = bins * first / tasks; b < bins * last / tasks; ++b) {
-        const int64_t bin = first_bin + b, row = bin * kBin, present = std::min(kBin, planes.count - row);
-        for (int64_t begin = 0; begin < size; begin += kQueryGroup) {
-          const int64_t group = std::min(kQueryGroup, size - begin);
-          kernels.dots_coarse(planes.coarse + bin * planes.steps * kStepBytes, planes.steps,
-                              codes.data() + begin * coarse_width, group, products, kBin);
-          for (int64_t q = begin; q < begin + group; ++q) {
-            int32_t* own = products + (q - begin) * kBin;
-            highest[q * chunk + b] =
-                kernels.centre_coarse(own, 15 * all[q].total, planes.coarse_scales + row, all[q].scale,
-                                      all[q].valid ? all[q].valid + row : nullptr, present);
-            std::copy(own, own + kBin, sums.get() + (q * chunk + b) * kBin);
-          }
-        }
-      }
-    });
-    const auto chunk_of = [&](int64_t q) {
-      return Chunk{kernels, planes, rows, row_norms, all[q], first_bin, bins, first_id,
-                   sums.get() + q * chunk * kBin, highest.data() + q * chunk, proven};
-    };
-    const auto top_of = [&](int64_t q) { return TopK{best_rows + q * k, k, filled + q, cutoff_of + q}; };
-    // All queries look at a few rows before the next ones, so that these stay in the cache. One query has few parts.
-    const int64_t bytes = kBin * rows.width * sizeof(float), blocks = (bins * bytes + kBlockBytes - 1) / kBlockBytes;
-    const int64_t parts = std::clamp<int64_t>(size > 1 ? blocks : 2 * threads, 1, bins);
-    struct Found {
-      std::vector<Best> rows;
-      Counts counts;
-      bool broken = false;
-    };
-    std::vector<std::vector<Chunk::Row>> chosen(size);
-    std::vector<std::vector<Best>> rescored(size);
-    std::vector<Found> found(size * parts);
-    const auto each_query = [&](auto process) {
-      parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
-        for (int64_t q = first; q < last; ++q) process(q);
-      });
-    };
-    const auto each_part = [&](auto process) {  // process(q, begin, end, own)
-      parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-        for (int64_t part = first; part < last; ++part) {
-          const int64_t begin = bins * part / parts, end = bins * (part + 1) / parts;
-          for (int64_t q = 0; q < size; ++q) process(q, begin, end, found[q * parts + part]);
-        }
-      });
-    };
-    each_query([&](int64_t q) {
-      chosen[q] = chunk_of(q).best_coarse(k, cutoff_of[q]);
-      rescored[q].resize(chosen[q].size());
-    });
-    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
-      chunk_of(q).rescore(begin, end, chosen[q], rescored[q].data(), &own.broken);
-    });
-    each_query([&](int64_t q) { top_of(q).merge(rescored[q].data(), (int64_t)rescored[q].size()); });
-    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
-      chunk_of(q).filter(begin, end, cutoff_of[q], chosen[q], own.rows, &own.broken, &own.counts);
-    });
-    each_query([&](int64_t q) {
-      std::vector<Best> all;
-      for (int64_t part = 0; part < parts; ++part) {
-        const Found& own = found[q * parts + part];
-        all.insert(all.end(), own.rows.begin(), own.rows.end());
-        broken_of[q] |= own.broken;
-        counts_of[q * 2] += own.counts.coarse;
-        counts_of[q * 2 + 1] += own.counts.rescored;
-      }
-      top_of(q).merge(all.data(), (int64_t)all.size());
-      counts_of[q * 2] += (int64_t)chosen[q].size();
-      counts_of[q * 2 + 1] += (int64_t)chosen[q].size();
-    });
+  const int64_t places = rows.count * (each ? size : 1);
+  const auto* mask = masked ? checked<uint8_t>(valid, ScalarType::Bool, places, "valid") : nullptr;
+  const int64_t group = std::min(size, queries_at_once);
+  if (!size || !planes.bins) return;
+  Search search(planes, rows, row_norms, first_id, proven, results, group, sums_at_once);
+  for (int64_t begin = 0; begin < size; begin += group) {
+    std::vector<Query> own;
+    for (int64_t q = begin; q < std::min(size, begin + group); ++q) {
+      own.emplace_back(exact + q * rows.width, planes, mask ? mask + (each ? q * rows.count : 0) : nullptr);
+    }
+    search.run(own, begin);
   }
 }
 

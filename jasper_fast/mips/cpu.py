@@ -25,8 +25,8 @@ from jasper_fast.utils import hardware as env
 # Queries up to which the compiled loops, which read the rows once, are faster than library products.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
-QUERIES_AT_ONCE = 32  # of a search of planes
-SUMS_AT_ONCE = 1 << 22  # products that it keeps in memory, 4 bytes each
+QUERIES_AT_ONCE = 64  # of a search of planes
+SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
 BF16_ROUNDING = 2.0**-8  # bound of an element's relative rounding, with a margin
@@ -175,7 +175,7 @@ def search_tiles(
 
 
 def search_planes(
-    segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool
+    segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool, scratch: int
 ) -> None:
     """Search a segment with planes for any number of queries.
 
@@ -186,17 +186,15 @@ def search_planes(
         valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
         state: best rows so far, updated in place.
         proven: True to rank by fp64 scores, False by those of the 8-bit codes.
+        scratch: bytes that the search may use.
     """
     planes = segment.planes
     assert planes is not None
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        part = slice(start, start + QUERIES_AT_ONCE)
-        mask = valid[part].contiguous() if valid.dim() == 2 else valid
-        own = state if len(queries) <= QUERIES_AT_ONCE else state.part(part)
-        torch.ops.jasper_fast_native.mips_planes(
-            queries.exact[part], segment.rows, *planes.tensors().values(), segment.norms, mask, first_id, proven,
-            SUMS_AT_ONCE, own.best, own.counts, own.cutoffs, own.broken, own.survivors,
-        )  # fmt: skip
+    sums = max(1, min(SUMS_AT_ONCE, scratch // 8))
+    torch.ops.jasper_fast_native.mips_planes(
+        queries.exact, segment.rows, *planes.tensors().values(), segment.norms, valid, first_id, proven,
+        QUERIES_AT_ONCE, sums, state.best, state.counts, state.cutoffs, state.broken, state.survivors,
+    )  # fmt: skip
 
 
 def _integers(queries: Queries) -> tuple[Tensor, Tensor, Tensor]:

@@ -261,7 +261,7 @@ def _scan(
             if segment.norms is None:
                 set_norms(segment, bin_norms(segment), first_id)
             if _in_range(segment, queries):
-                search_planes(segment, first_id, queries, part, state, precision == "certified")
+                search_planes(segment, first_id, queries, part, state, precision == "certified", scratch)
                 continue
         few = compiled and len(queries) <= MAX_FEW_QUERIES[segment.rows.dtype]
         if segment.norms is None and not few:

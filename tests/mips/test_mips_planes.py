@@ -177,7 +177,9 @@ def test_few_rows_are_rescored():
     corpus = torch.nn.functional.normalize(torch.randn(20_000, 256), dim=1)
     queries = torch.nn.functional.normalize(corpus[:8] + 0.05 * torch.randn(8, 256), dim=1)
     state = TopKState(8, 10, corpus.device)
-    cpu.search_planes(segment_of(corpus), 0, Queries.of(queries), torch.empty(0, dtype=torch.bool), state, True)
+    cpu.search_planes(
+        segment_of(corpus), 0, Queries.of(queries), torch.empty(0, dtype=torch.bool), state, True, SCRATCH
+    )
     coarse, rescored = state.survivors.unbind(1)
     assert (coarse < 0.2 * len(corpus)).all() and (rescored < 0.02 * len(corpus)).all() and (rescored >= 10).all()
 
