@@ -13,22 +13,29 @@ std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& scores, const Tenso
 Tensor pack_pairs(const Tensor& matrix);
 Tensor unpack_pairs(const Tensor& counts, int64_t rows, double scale);
 Tensor mips_norms(const Tensor& rows, const Tensor& scales);
-Tensor mips_pack(const Tensor& queries);
-void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packed, const Tensor& query_scales,
-                  const Tensor& out);
 void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
-               const Tensor& norms, const Tensor& residuals, const Tensor& bounds, const Tensor& valid,
+               const Tensor& norms, const Tensor& bounds, const Tensor& valid,
                int64_t first_id, bool proven, const Tensor& candidates, const Tensor& counts, const Tensor& best,
                const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken);
 void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
-                 const Tensor& residuals, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
                  const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken);
-void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tensor& plane, const Tensor& plane_scales,
-              const Tensor& residuals, bool fill_norms, const Tensor& queries, const Tensor& rows,
+void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_norms, const Tensor& queries, const Tensor& rows,
               const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid, int64_t first_id,
               bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs,
               const Tensor& broken);
+void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
+                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
+                 const Tensor& residuals);
+void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse, const Tensor& fine,
+                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
+                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows, const Tensor& scales, int64_t first_id,
+               const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs);
+std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts);
 std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings);
 Tensor tangent(const Tensor& incoming, const Tensor& unit, const Tensor& inverse);
 void binned_histogram(const Tensor& student, const Tensor& teacher, const Tensor& grid, Tensor counts,
@@ -41,20 +48,28 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
   m.def("pack_pairs(Tensor matrix) -> Tensor");
   m.def("unpack_pairs(Tensor counts, int rows, float scale) -> Tensor");
   m.def("mips_norms(Tensor rows, Tensor scales) -> Tensor");
-  m.def("mips_pack(Tensor queries) -> Tensor");
-  m.def("mips_product(Tensor codes, Tensor scales, Tensor packed, Tensor query_scales, Tensor(a!) out) -> ()");
   m.def("mips_tile(Tensor tile, int first_row, Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
-        "Tensor residuals, Tensor bounds, Tensor valid, int first_id, bool proven, "
-        "Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, Tensor(d!) best_counts, "
-        "Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
-  m.def("mips_settle(Tensor queries, Tensor rows, Tensor scales, Tensor norms, Tensor residuals, "
         "Tensor bounds, Tensor valid, int first_id, bool proven, "
         "Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, Tensor(d!) best_counts, "
         "Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
-  m.def("mips_few(Tensor scan_queries, Tensor query_scales, Tensor plane, Tensor plane_scales, Tensor residuals, "
+  m.def("mips_settle(Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
+        "Tensor bounds, Tensor valid, int first_id, bool proven, "
+        "Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) best, Tensor(d!) best_counts, "
+        "Tensor(e!) cutoffs, Tensor(f!) broken) -> ()");
+  m.def("mips_few(Tensor scan_queries, Tensor query_scales, "
         "bool fill_norms, Tensor queries, Tensor rows, Tensor scales, Tensor(a!) norms, Tensor bounds, Tensor valid, "
         "int first_id, bool proven, int capacity, Tensor(b!) best, Tensor(c!) best_counts, Tensor(d!) cutoffs, "
         "Tensor(e!) broken) -> ()");
+  m.def("mips_encode(Tensor rows, int start, Tensor(a!) coarse, Tensor(b!) fine, Tensor(c!) coarse_scales, "
+        "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) residuals) -> ()");
+  m.def("mips_planes(Tensor queries, Tensor rows, "
+        "Tensor coarse, Tensor fine, Tensor coarse_scales, Tensor coarse_errors, Tensor fine_scales, "
+        "Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int queries_at_once, "
+        "int sums_at_once, "
+        "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
+  m.def("mips_rows(Tensor numbers, Tensor queries, Tensor rows, Tensor scales, int first_id, Tensor(a!) best, "
+        "Tensor(b!) best_counts, Tensor(c!) cutoffs) -> ()");
+  m.def("mips_sorted(Tensor best, Tensor best_counts) -> (Tensor, Tensor)");
   m.def("unit_rows(Tensor embeddings) -> (Tensor, Tensor)");
   m.def("tangent(Tensor incoming, Tensor unit, Tensor inverse) -> Tensor");
   m.def(
@@ -70,11 +85,13 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("pack_pairs", TORCH_BOX(&pack_pairs));
   m.impl("unpack_pairs", TORCH_BOX(&unpack_pairs));
   m.impl("mips_norms", TORCH_BOX(&mips_norms));
-  m.impl("mips_pack", TORCH_BOX(&mips_pack));
-  m.impl("mips_product", TORCH_BOX(&mips_product));
   m.impl("mips_tile", TORCH_BOX(&mips_tile));
   m.impl("mips_settle", TORCH_BOX(&mips_settle));
   m.impl("mips_few", TORCH_BOX(&mips_few));
+  m.impl("mips_encode", TORCH_BOX(&mips_encode));
+  m.impl("mips_planes", TORCH_BOX(&mips_planes));
+  m.impl("mips_rows", TORCH_BOX(&mips_rows));
+  m.impl("mips_sorted", TORCH_BOX(&mips_sorted));
   m.impl("unit_rows", TORCH_BOX(&unit_rows));
   m.impl("tangent", TORCH_BOX(&tangent));
   m.impl("binned_histogram", TORCH_BOX(&binned_histogram));

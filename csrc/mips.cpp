@@ -27,25 +27,22 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx2 or generic selects narrower ones, for
-// tests and comparison.
+// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx512, avx2 or generic selects narrower
+// ones, for tests and comparison.
 const MipsKernels& choose_kernels() {
 #if defined(__x86_64__)
   const char* given = std::getenv("JASPER_FAST_ISA");
   const auto allowed = [&](const char* name) { return !given || std::strcmp(given, name) == 0; };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return mips_avx512;
-  }
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (allowed("avx512vnni") && wide && __builtin_cpu_supports("avx512vnni")) return mips_avx512vnni;
+  if (allowed("avx512") && wide) return mips_avx512;
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mips_avx2;
 #endif
   return mips_generic;
 }
 
-const MipsKernels& kernels() {
-  static const MipsKernels& chosen = choose_kernels();
-  return chosen;
-}
+const MipsKernels& kernels() { return mips_kernels(); }
 
 Rows rows_of(const Tensor& rows, const Tensor& scales) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "mips: expected contiguous rows (N, D)");
@@ -106,8 +103,7 @@ struct State {
   Rows rows;
   const double* queries;
   const double* norms;
-  const double* residuals;
-  const double* bounds;  // (Q, 3): relative, residual, absolute
+  const double* bounds;  // (Q, 2): relative, absolute
   const uint8_t* valid;
   int64_t valid_stride;
   int64_t first_id;
@@ -120,7 +116,7 @@ struct State {
   int64_t size;
 
   State(const Tensor& queries_, const Tensor& rows_, const Tensor& scales, const Tensor& norms_,
-        const Tensor& residuals_, const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
+        const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
         const Tensor& best_, const Tensor& best_counts_, const Tensor& cutoffs_, const Tensor& broken_)
       : rows(rows_of(rows_, scales)), first_id(first_id_), proven(proven_) {
     size = queries_.size(0);
@@ -130,9 +126,7 @@ struct State {
     };
     STD_TORCH_CHECK(is(queries_, ScalarType::Double, size * rows.width), "mips: queries must be float64 (Q, D)");
     STD_TORCH_CHECK(is(norms_, ScalarType::Double, bins_of(rows.count)), "mips: norms must be float64 (bins,)");
-    STD_TORCH_CHECK(residuals_.numel() == 0 || is(residuals_, ScalarType::Double, bins_of(rows.count)),
-                    "mips: residuals must be float64 (bins,)");
-    STD_TORCH_CHECK(is(bounds_, ScalarType::Double, size * 3), "mips: bounds must be float64 (Q, 3)");
+    STD_TORCH_CHECK(is(bounds_, ScalarType::Double, size * 2), "mips: bounds must be float64 (Q, 2)");
     STD_TORCH_CHECK(k > 0 && is(best_, ScalarType::Long, size * k * 2), "mips: best must be int64 (Q, k, 2)");
     STD_TORCH_CHECK(is(best_counts_, ScalarType::Long, size) && is(cutoffs_, ScalarType::Double, size) &&
                         is(broken_, ScalarType::Bool, size),
@@ -141,7 +135,6 @@ struct State {
                         is(valid_, ScalarType::Bool, size * rows.count),
                     "mips: valid must be bool (N,) or (Q, N)");
     queries = (const double*)queries_.const_data_ptr();
-    residuals = residuals_.numel() ? (const double*)residuals_.const_data_ptr() : nullptr;
     norms = (const double*)norms_.const_data_ptr();
     bounds = (const double*)bounds_.const_data_ptr();
     valid = valid_.numel() ? (const uint8_t*)valid_.const_data_ptr() : nullptr;
@@ -157,21 +150,23 @@ struct State {
             &rows,
             queries + q * rows.width,
             valid ? valid + q * valid_stride : nullptr,
-            {norms, residuals, bounds[q * 3], bounds[q * 3 + 1], bounds[q * 3 + 2]},
+            {norms, bounds[q * 2], bounds[q * 2 + 1]},
             first_id,
             proven,
             candidates,
             capacity,
             count,
-            best + q * k,
-            k,
-            best_counts + q,
-            cutoffs + q,
+            {best + q * k, k, best_counts + q, cutoffs + q},
             broken + q};
   }
 };
 
 }  // namespace
+
+const MipsKernels& mips_kernels() {
+  static const MipsKernels& chosen = choose_kernels();
+  return chosen;
+}
 
 // Returns upper bounds of the row norms of each bin, (ceil(N / 64),) fp64. A row with NaN or infinity makes it NaN.
 Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
@@ -185,53 +180,12 @@ Tensor mips_norms(const Tensor& rows_tensor, const Tensor& scales) {
   return norms;
 }
 
-// Packs queries (Q, D) int16 for mips_product into (panels, pairs, panel, 2), padded with zeros.
-Tensor mips_pack(const Tensor& queries) {
-  STD_TORCH_CHECK(queries.dim() == 2 && queries.is_contiguous() && queries.scalar_type() == ScalarType::Short,
-                  "mips_pack: expected contiguous int16 queries (Q, D)");
-  const int64_t size = queries.size(0), width = queries.size(1), pairs = (width + 1) / 2, panel = kernels().panel;
-  const int64_t panels = (size + panel - 1) / panel;
-  const Tensor packed = torch::stable::new_zeros(queries, {panels, pairs, panel, 2});
-  const auto* from = (const int16_t*)queries.const_data_ptr();
-  auto* to = (int16_t*)packed.mutable_data_ptr();
-  for (int64_t q = 0; q < size; ++q) {
-    int16_t* own = to + (q / panel * pairs * panel + q % panel) * 2;
-    for (int64_t d = 0; d < width; ++d) own[d / 2 * panel * 2 + d % 2] = from[q * width + d];
-  }
-  return packed;
-}
-
-// Writes codes (R, D) int8 times the packed queries, scaled on both sides, to out (R, panels * panel) fp32.
-void mips_product(const Tensor& codes, const Tensor& scales, const Tensor& packed, const Tensor& query_scales,
-                  const Tensor& out) {
-  const Rows rows = rows_of(codes, scales);
-  const int64_t panels = packed.size(0), pairs = packed.size(1), panel = kernels().panel;
-  STD_TORCH_CHECK(rows.kind == Stored::kInt8, "mips_product: expected int8 rows");
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Short &&
-                      packed.size(2) == panel && packed.size(3) == 2 && pairs == (rows.width + 1) / 2,
-                  "mips_product: expected queries packed by mips_pack");
-  STD_TORCH_CHECK(query_scales.is_contiguous() && query_scales.numel() == panels * panel &&
-                      query_scales.scalar_type() == ScalarType::Float,
-                  "mips_product: expected a float32 scale for every packed query");
-  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Float &&
-                      out.size(0) == rows.count && out.size(1) == panels * panel,
-                  "mips_product: expected a contiguous float32 output (R, panels * panel)");
-  auto* to = (float*)out.mutable_data_ptr();
-  parallel_for(0, (rows.count + kPanelRows - 1) / kPanelRows, 1, [&](int64_t first, int64_t last) {
-    std::vector<int16_t> space(kPanelRows * 2 * pairs);
-    const int64_t begin = first * kPanelRows, end = std::min(rows.count, last * kPanelRows);
-    kernels().product_int8((const int8_t*)rows.data + begin * rows.width, end - begin, rows.width, rows.scales + begin,
-                           (const int16_t*)packed.const_data_ptr(), (const float*)query_scales.const_data_ptr(), panels,
-                           pairs, to + begin * out.size(1), out.size(1), space.data());
-  });
-}
-
 // Processes a tile of scores (R, Q) of rows [first_row, first_row + R) of a segment. first_row is a multiple of 64.
 void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, const Tensor& rows, const Tensor& scales,
-               const Tensor& norms, const Tensor& residuals, const Tensor& bounds, const Tensor& valid,
+               const Tensor& norms, const Tensor& bounds, const Tensor& valid,
                int64_t first_id, bool proven, const Tensor& candidates, const Tensor& counts, const Tensor& best,
                const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken) {
-  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+  const State state(queries, rows, scales, norms, bounds, valid, first_id, proven, best, best_counts,
                     cutoffs, broken);
   const int64_t count = tile.size(0), capacity = candidates.size(1);
   STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.size(1) == state.size && tile.stride(1) == 1,
@@ -255,7 +209,7 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
     float column[kPart];
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = part * share, columns = std::min(share, state.size - begin);
-      const double* bounds_of = state.bounds + begin * 3;
+      const double* bounds_of = state.bounds + begin * 2;
       for (int64_t row = 0; row < count; row += kBin) {
         const int64_t in_bin = std::min(kBin, count - row), bin = (first_row + row) / kBin;
         const float* own = scores + row * stride + begin;
@@ -266,10 +220,9 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
         }
         kernels().column_maxima(parts.data(), present, columns, share, highest.data());
         const double norm = state.proven ? state.norms[bin] : 0.0, absolute = state.proven ? 1.0 : 0.0;
-        const double residual = state.proven && state.residuals ? state.residuals[bin] : 0.0;
         for (int64_t c = 0; c < columns; ++c) {
-          const double* of = bounds_of + c * 3;
-          const double error = of[0] * norm + of[1] * residual + of[2] * absolute;
+          const double* of = bounds_of + c * 2;
+          const double error = of[0] * norm + of[1] * absolute;
           thresholds[c] = float_below(state.cutoffs[begin + c] - error);
         }
         for (int64_t c = 0; c < columns; ++c) {
@@ -290,10 +243,10 @@ void mips_tile(const Tensor& tile, int64_t first_row, const Tensor& queries, con
 
 // Rescores the remaining candidates of a segment. Must run before the next segment and at the end.
 void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales, const Tensor& norms,
-                 const Tensor& residuals, const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& bounds, const Tensor& valid, int64_t first_id, bool proven,
                  const Tensor& candidates, const Tensor& counts, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken) {
-  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+  const State state(queries, rows, scales, norms, bounds, valid, first_id, proven, best, best_counts,
                     cutoffs, broken);
   const int64_t capacity = candidates.size(1);
   auto* space = (Candidate*)candidates.mutable_data_ptr();
@@ -305,23 +258,59 @@ void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales
   });
 }
 
-// Searches a segment for few queries and reads `plane` once. `plane` holds the rows themselves, or their int8 codes
-// with scales and the norms of the rounding errors (residuals). `fill_norms` also computes the norms of the bins.
-void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tensor& plane_tensor,
-              const Tensor& plane_scales, const Tensor& residuals, bool fill_norms, const Tensor& queries,
+// Searches the given rows (n,) of a segment only, by exact scores of all of them.
+void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_tensor, const Tensor& scales,
+               int64_t first_id, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs) {
+  const Rows rows = rows_of(rows_tensor, scales);
+  const int64_t size = queries.size(0), count = numbers.numel(), k = best.size(1);
+  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Long && queries.is_contiguous() &&
+                      queries.scalar_type() == ScalarType::Double && queries.numel() == size * rows.width,
+                  "mips: expected int64 row numbers (n,) and float64 queries (Q, D)");
+  STD_TORCH_CHECK(best.is_contiguous() && best.numel() == size * k * 2 && best_counts.is_contiguous() &&
+                      best_counts.numel() == size && cutoffs.is_contiguous() && cutoffs.numel() == size,
+                  "mips: expected best (Q, k, 2), best_counts (Q,) and cutoffs (Q,)");
+  const auto* given = (const int64_t*)numbers.const_data_ptr();
+  const auto* exact = (const double*)queries.const_data_ptr();
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(given[i] >= 0 && given[i] < rows.count, "mips: expected row numbers inside the segment");
+  }
+  constexpr int64_t kPart = 64, kEarlier = 4;
+  const int64_t bytes = rows_tensor.element_size() * rows.width;
+  std::vector<Best> found(size * count);
+  parallel_for(0, (count + kPart - 1) / kPart, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t end = std::min(count, (part + 1) * kPart);
+      for (int64_t i = part * kPart; i < end; ++i) {
+        if (i + kEarlier < end) prefetch((const char*)rows.data + given[i + kEarlier] * bytes, bytes);
+        for (int64_t q = 0; q < size; ++q) {
+          found[q * count + i] = {rows.exact(kernels(), given[i], exact + q * rows.width), first_id + given[i]};
+        }
+      }
+    }
+  });
+  parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      TopK top = {(Best*)best.mutable_data_ptr() + q * k, k, (int64_t*)best_counts.mutable_data_ptr() + q,
+                  (double*)cutoffs.mutable_data_ptr() + q};
+      top.merge(found.data() + q * count, count);
+    }
+  });
+}
+
+// Searches a segment for few queries and reads the rows once. `scan_queries` are int16 with `query_scales` for int8
+// rows, else float32. `fill_norms` also computes the norms of the bins.
+void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_norms, const Tensor& queries,
               const Tensor& rows, const Tensor& scales, const Tensor& norms, const Tensor& bounds, const Tensor& valid,
               int64_t first_id, bool proven, int64_t capacity, const Tensor& best, const Tensor& best_counts,
               const Tensor& cutoffs, const Tensor& broken) {
-  const State state(queries, rows, scales, norms, residuals, bounds, valid, first_id, proven, best, best_counts,
+  const State state(queries, rows, scales, norms, bounds, valid, first_id, proven, best, best_counts,
                     cutoffs, broken);
-  const Rows plane = rows_of(plane_tensor, plane_scales);
-  const int64_t size = state.size, width = plane.width, bins = bins_of(plane.count), k = state.k;
-  const bool integers = plane.kind == Stored::kInt8;
-  STD_TORCH_CHECK(plane.count == state.rows.count && width == state.rows.width && capacity > kBin,
-                  "mips: expected a plane of the same shape as the rows, and capacity > 64");
+  const int64_t size = state.size, width = state.rows.width, bins = bins_of(state.rows.count), k = state.k;
+  const bool integers = state.rows.kind == Stored::kInt8;
+  STD_TORCH_CHECK(capacity > kBin, "mips: expected capacity > 64");
   STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
                       scan_queries.scalar_type() == (integers ? ScalarType::Short : ScalarType::Float),
-                  "mips: expected int16 queries for an int8 plane, else float32 queries, (Q, D)");
+                  "mips: expected int16 queries for int8 rows, else float32 queries, (Q, D)");
   STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
                                 query_scales.scalar_type() == ScalarType::Float),
                   "mips: expected float32 query scales (Q,)");
@@ -347,9 +336,7 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
       std::vector<Selection> selections;
       for (int64_t q = 0; q < size; ++q) {
         Selection own = state.selection(q, shard.candidates.data() + q * capacity, capacity, &shard.counts[q]);
-        own.best = shard.best.data() + q * k;
-        own.best_count = &shard.best_counts[q];
-        own.cutoff = &shard.cutoffs[q];
+        own.top = {shard.best.data() + q * k, k, &shard.best_counts[q], &shard.cutoffs[q]};
         own.broken = &shard.broken[q];
         selections.push_back(own);
       }
@@ -357,20 +344,21 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
       float scores[kBin];
       int32_t sums[kBin];
       for (int64_t bin = bins * s / shards; bin < bins * (s + 1) / shards; ++bin) {
-        const int64_t row = bin * kBin, in_bin = std::min(kBin, plane.count - row);
-        if (fill_norms) norms_out[bin] = bin_norm(plane, bin, space.data());
+        const int64_t row = bin * kBin, in_bin = std::min(kBin, state.rows.count - row);
+        if (fill_norms) norms_out[bin] = bin_norm(state.rows, bin, space.data());
         for (int64_t q = 0; q < size; ++q) {
           if (integers) {
-            kernels().dots_int8((const int8_t*)plane.data + row * width, in_bin, width,
+            kernels().dots_int8((const int8_t*)state.rows.data + row * width, in_bin, width,
                                 (const int16_t*)scan_queries.const_data_ptr() + q * width, sums);
             const float query_scale = ((const float*)query_scales.const_data_ptr())[q];
-            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (plane.scales[row + r] * query_scale);
+            const float* row_scales = state.rows.scales + row;
+            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (row_scales[r] * query_scale);
           } else {
             const auto* query = (const float*)scan_queries.const_data_ptr() + q * width;
-            if (plane.kind == Stored::kFloat) {
-              kernels().dots_float((const float*)plane.data + row * width, in_bin, width, query, scores);
+            if (state.rows.kind == Stored::kFloat) {
+              kernels().dots_float((const float*)state.rows.data + row * width, in_bin, width, query, scores);
             } else {
-              kernels().dots_bfloat16((const uint16_t*)plane.data + row * width, in_bin, width, query, scores);
+              kernels().dots_bfloat16((const uint16_t*)state.rows.data + row * width, in_bin, width, query, scores);
             }
           }
           selections[q].offer(scores, row, in_bin);
@@ -383,7 +371,7 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, const Tens
   for (const Shard& shard : all) {
     for (int64_t q = 0; q < size; ++q) {
       Selection total = state.selection(q, nullptr, 0, &none);
-      for (int64_t i = 0; i < shard.best_counts[q]; ++i) total.insert(shard.best[q * k + i]);
+      for (int64_t i = 0; i < shard.best_counts[q]; ++i) total.top.insert(shard.best[q * k + i]);
       *total.broken |= shard.broken[q];
     }
   }

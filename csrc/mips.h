@@ -5,8 +5,12 @@
 
 namespace jasper_fast {
 
-constexpr int64_t kPanelRows = 48;  // rows that product_int8 widens to int16 together
 constexpr int64_t kBin = 64;  // corpus rows that share one error bound and one maximum
+
+// The coarse plane of a bin has one step of kStepBytes for every kStepDims dimensions. Four bytes of a step belong to
+// one row: their low nibbles are its first four dimensions, their high nibbles the next four.
+constexpr int64_t kStepDims = 8, kStepBytes = kBin * kStepDims / 2;
+constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
 struct MipsKernels {
   // out[r] = <rows[r], query>, accumulated in fp32 in any order. rows (count, width), contiguous.
@@ -14,14 +18,6 @@ struct MipsKernels {
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
   // Exact integers. |query| must be small enough that every sum fits 32 bits.
   void (*dots_int8)(const int8_t* rows, int64_t count, int64_t width, const int16_t* query, int32_t* out);
-  // Exact matrix product of int8 rows with int16 queries. `queries` is packed into panels of `panel` queries. A panel
-  // holds the element pairs (2p, 2p + 1) of its queries one after another, padded with zeros to `pairs` pairs. `space`
-  // is scratch for kPanelRows * 2 * pairs int16. out[r * stride + q] = (float)sum * (row_scales[r] * query_scales[q])
-  // for q < panels * panel.
-  int64_t panel;
-  void (*product_int8)(const int8_t* rows, int64_t count, int64_t width, const float* row_scales,
-                       const int16_t* queries, const float* query_scales, int64_t panels, int64_t pairs, float* out,
-                       int64_t stride, int16_t* space);
   // fp64 dot product of one row. The summation order depends on the width alone, so equal rows have equal scores.
   double (*exact_float)(const float* row, int64_t width, const double* query);
   double (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* query);
@@ -30,12 +26,27 @@ struct MipsKernels {
   void (*column_maxima)(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest);
   // Writes the positions of scores >= threshold, ascending, and returns their number. count <= kBin.
   int64_t (*at_least)(const float* scores, int64_t count, float threshold, uint8_t* positions);
+  // out[q * stride + r] = exact product of row r of a bin's coarse codes with query q, for kBin rows. `queries` is
+  // (size, steps * kStepDims), padded with zeros.
+  void (*dots_coarse)(const uint8_t* codes, int64_t steps, const int8_t* queries, int64_t size, int32_t* out,
+                      int64_t stride);
+  // Exact product of one row of fine codes with a query of 2 * bytes. The low nibbles come first.
+  int32_t (*dot_fine)(const uint8_t* codes, int64_t bytes, const int8_t* query);
+  // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if
+  // given). Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` has kBin elements.
+  float (*centre_coarse)(int32_t* sums, int32_t centre, const float* scales, float query_scale, const uint8_t* valid,
+                         int64_t count);
+  // Writes the positions of scores + weight * errors >= threshold, ascending, and returns their number. `errors` may be
+  // null, else it has kBin elements.
+  int64_t (*coarse_at_least)(const int32_t* sums, const float* scales, float query_scale, const float* errors,
+                             float weight, float threshold, uint8_t* positions);
 };
 
 extern const MipsKernels mips_generic;
 #if defined(__x86_64__)
 extern const MipsKernels mips_avx2;
 extern const MipsKernels mips_avx512;
+extern const MipsKernels mips_avx512vnni;
 #endif
 
 }  // namespace jasper_fast

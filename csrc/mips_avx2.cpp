@@ -16,6 +16,14 @@ constexpr int kBytes = 32;
 typedef int32_t pair_sums __attribute__((vector_size(kBytes)));
 typedef int16_t pairs __attribute__((vector_size(kBytes)));
 inline pair_sums madd(pairs a, pairs b) { return (pair_sums)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+typedef float lanes __attribute__((vector_size(kBytes)));
+inline pair_sums dot4(pair_sums sums, pair_sums codes, pair_sums queries) {
+  const __m256i products = _mm256_maddubs_epi16((__m256i)codes, (__m256i)queries);  // codes <= 15, so these fit 16 bits
+  return sums + (pair_sums)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+inline uint32_t lanes_at_least(lanes a, lanes b) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+}
 #include "mips_kernel.inl"
 }  // namespace
 

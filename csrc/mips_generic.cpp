@@ -13,6 +13,22 @@ inline pair_sums madd(pairs a, pairs b) {
   }
   return sums;
 }
+typedef float lanes __attribute__((vector_size(kBytes)));
+typedef uint8_t codes_vec __attribute__((vector_size(kBytes)));
+typedef int8_t queries_vec __attribute__((vector_size(kBytes)));
+inline pair_sums dot4(pair_sums sums, pair_sums codes, pair_sums queries) {
+  const codes_vec a = (codes_vec)codes;
+  const queries_vec b = (queries_vec)queries;
+  for (int lane = 0; lane < kBytes / 4; ++lane) {
+    for (int i = 4 * lane; i < 4 * lane + 4; ++i) sums[lane] += (int32_t)a[i] * b[i];
+  }
+  return sums;
+}
+inline uint32_t lanes_at_least(lanes a, lanes b) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kBytes / 4; ++lane) bits |= (uint32_t)(a[lane] >= b[lane]) << lane;
+  return bits;
+}
 #include "mips_kernel.inl"
 }  // namespace
 

@@ -1,5 +1,6 @@
 // Inner loops of inner-product search, included inside a namespace by one translation unit per instruction set. That
 // unit defines kBytes (the size of a vector) and madd(a, b), which adds products of neighbouring 16-bit lanes in pairs.
+// The loops of mips_nibbles.inl need more.
 
 typedef float fvec __attribute__((vector_size(kBytes)));
 typedef double dvec __attribute__((vector_size(kBytes)));
@@ -135,60 +136,6 @@ static void dots_int8(const int8_t* rows, int64_t count, int64_t width, const in
   for (; r < count; ++r) dot_rows_int8<1>(rows + r * width, width, query, out + r);
 }
 
-// Sixteen registers hold twelve sums, two query vectors and one broadcast pair of a row.
-template <int ROWS>
-static inline void product_rows(const int16_t* rows, const int16_t* queries, int64_t pairs, ivec (*sums)[2]) {
-  ivec own[ROWS][2] = {};
-  for (int64_t p = 0; p < pairs; ++p) {
-    const svec first = load<svec>(queries + p * 2 * kShorts), second = load<svec>(queries + p * 2 * kShorts + kShorts);
-    for (int r = 0; r < ROWS; ++r) {
-      const svec pair = (svec)(ivec{} + load<int32_t>(rows + (r * pairs + p) * 2));
-      own[r][0] += madd(first, pair);
-      own[r][1] += madd(second, pair);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    sums[r][0] = own[r][0];
-    sums[r][1] = own[r][1];
-  }
-}
-
-static void product_int8(const int8_t* rows, int64_t count, int64_t width, const float* row_scales,
-                         const int16_t* queries, const float* query_scales, int64_t panels, int64_t pairs, float* out,
-                         int64_t stride, int16_t* space) {
-  constexpr int kTogether = 6;
-  static_assert(kPanelRows % kTogether == 0);
-  for (int64_t start = 0; start < count; start += kPanelRows) {
-    const int64_t present = count - start < kPanelRows ? count - start : kPanelRows;
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      int16_t* wide = space + r * 2 * pairs;
-      int64_t d = 0;
-      if (r < present) {
-        const int8_t* from = rows + (start + r) * width;
-        for (; d < width; ++d) wide[d] = from[d];
-      }
-      for (; d < 2 * pairs; ++d) wide[d] = 0;
-    }
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int16_t* own = queries + panel * pairs * 2 * kShorts;
-      const float* scales = query_scales + panel * 2 * kFloats;
-      for (int64_t r = 0; r < present; r += kTogether) {
-        ivec sums[kTogether][2];
-        product_rows<kTogether>(space + r * 2 * pairs, own, pairs, sums);
-        for (int64_t i = 0; i < kTogether && r + i < present; ++i) {
-          float* to = out + (start + r + i) * stride + panel * 2 * kFloats;
-          const float scale = row_scales[start + r + i];
-          for (int half = 0; half < 2; ++half) {
-            const fvec scaled = __builtin_convertvector(sums[i][half], fvec) *
-                                (load<fvec>(scales + half * kFloats) * (fvec{} + scale));
-            __builtin_memcpy(to + half * kFloats, &scaled, sizeof(scaled));
-          }
-        }
-      }
-    }
-  }
-}
-
 static inline dvec doubles(const float* from) { return __builtin_convertvector(load<half_fvec>(from), dvec); }
 template <class Element>
 static inline dvec doubles(const Element* from) {
@@ -254,6 +201,8 @@ static int64_t at_least(const float* scores, int64_t count, float threshold, uin
   return found;
 }
 
-constexpr MipsKernels kMipsKernels = {dots<float>, dots<uint16_t>,  dots_int8, 2 * kFloats,
-                                      product_int8, exact<float>, exact<uint16_t>,
-                                      exact<int8_t>, column_maxima, at_least};
+#include "mips_nibbles.inl"
+
+constexpr MipsKernels kMipsKernels = {dots<float>,   dots<uint16_t>,  dots_int8,   exact<float>,
+                                      exact<uint16_t>, exact<int8_t>, column_maxima, at_least,
+                                      dots_coarse,   dot_fine,        centre_coarse, coarse_at_least};

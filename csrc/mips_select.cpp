@@ -17,7 +17,7 @@ double Rows::exact(const MipsKernels& kernels, int64_t row, const double* query)
 void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_bin) {
   uint8_t positions[kBin];
   const double error = proven ? bound.of(first_row / kBin) : 0.0;
-  const int64_t found = kernels->at_least(scores, count_in_bin, float_below(*cutoff - error), positions);
+  const int64_t found = kernels->at_least(scores, count_in_bin, float_below(*top.cutoff - error), positions);
   for (int64_t i = 0; i < found; ++i) {
     const int64_t row = first_row + positions[i];
     if (valid && !valid[row]) continue;
@@ -28,19 +28,19 @@ void Selection::offer(const float* scores, int64_t first_row, int64_t count_in_b
 
 // Raises the cutoff to the k-th best lower bound and drops candidates that cannot reach it.
 void Selection::thin_out() {
-  if (*count + *best_count <= k) return;
+  if (*count + *top.count <= top.k) return;
   std::vector<double> lower;
-  lower.reserve(*count + *best_count);
+  lower.reserve(*count + *top.count);
   for (int64_t i = 0; i < *count; ++i) {
     lower.push_back((double)candidates[i].score - (proven ? bound.of(candidates[i].row / kBin) : 0.0));
   }
-  for (int64_t i = 0; i < *best_count; ++i) lower.push_back(best[i].score);
-  std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<double>());
-  *cutoff = std::max(*cutoff, lower[k - 1]);
+  for (int64_t i = 0; i < *top.count; ++i) lower.push_back(top.best[i].score);
+  std::nth_element(lower.begin(), lower.begin() + (top.k - 1), lower.end(), std::greater<double>());
+  *top.cutoff = std::max(*top.cutoff, lower[top.k - 1]);
   int64_t kept = 0;
   for (int64_t i = 0; i < *count; ++i) {
     const double upper = (double)candidates[i].score + (proven ? bound.of(candidates[i].row / kBin) : 0.0);
-    if (upper >= *cutoff) candidates[kept++] = candidates[i];
+    if (upper >= *top.cutoff) candidates[kept++] = candidates[i];
   }
   *count = kept;
 }
@@ -54,48 +54,56 @@ void Selection::tighten() {
 
 void Selection::settle() {
   thin_out();
-  std::vector<Best> all;
-  const bool many = *count > k / 8 + 16;  // one selection over all of them is then cheaper than a heap
-  if (many) all.assign(best, best + *best_count);
+  std::vector<Best> found;
+  const bool many = *count > top.k / 8 + 16;  // a cutoff that rises with each row would drop few of them
   for (int64_t i = 0; i < *count; ++i) {
     const Candidate candidate = candidates[i];
     double score = candidate.score;
     if (proven) {
       const double error = bound.of(candidate.row / kBin);
-      if (score + error < *cutoff) continue;
+      if (score + error < *top.cutoff) continue;
       const double exact = rows->exact(*kernels, candidate.row, query);
       *broken |= !(std::fabs(exact - score) <= error);
       score = exact;
     }
-    const Best found = {score, first_id + (int64_t)candidate.row};
+    const Best own = {score, first_id + (int64_t)candidate.row};
     if (many) {
-      all.push_back(found);
+      found.push_back(own);
     } else {
-      insert(found);
+      top.insert(own);
     }
   }
   *count = 0;
-  if (!many) return;
+  top.merge(found.data(), (int64_t)found.size());
+}
+
+void TopK::merge(const Best* found, int64_t size) {
+  if (size <= k / 8 + 16) {
+    for (int64_t i = 0; i < size; ++i) insert(found[i]);
+    return;
+  }
+  std::vector<Best> all(best, best + *count);
+  all.insert(all.end(), found, found + size);
   if ((int64_t)all.size() > k) {
     std::nth_element(all.begin(), all.begin() + (k - 1), all.end(), better);
     all.resize(k);
   }
   std::make_heap(all.begin(), all.end(), better);
   std::copy(all.begin(), all.end(), best);
-  *best_count = (int64_t)all.size();
-  if (*best_count == k) *cutoff = std::max(*cutoff, best[0].score);
+  *count = (int64_t)all.size();
+  if (*count == k) *cutoff = std::max(*cutoff, best[0].score);
 }
 
-void Selection::insert(Best found) {
-  if (*best_count < k) {
-    best[(*best_count)++] = found;
-    std::push_heap(best, best + *best_count, better);
+void TopK::insert(Best found) {
+  if (*count < k) {
+    best[(*count)++] = found;
+    std::push_heap(best, best + *count, better);
   } else if (better(found, best[0])) {
     std::pop_heap(best, best + k, better);
     best[k - 1] = found;
     std::push_heap(best, best + k, better);
   }
-  if (*best_count == k) *cutoff = std::max(*cutoff, best[0].score);
+  if (*count == k) *cutoff = std::max(*cutoff, best[0].score);
 }
 
 }  // namespace jasper_fast

@@ -33,15 +33,24 @@ struct Candidate {
 };
 static_assert(sizeof(Candidate) == 8);
 
-// Bound of |approximate - true| over a bin: relative * norms[bin] + residual * residuals[bin] + absolute.
+// Bound of |approximate - true| over a bin: relative * norms[bin] + absolute.
 struct Bound {
-  const double* norms;      // (bins,)
-  const double* residuals;  // (bins,) or null
-  double relative, residual, absolute;
+  const double* norms;  // (bins,)
+  double relative, absolute;
 
-  double of(int64_t bin) const {
-    return relative * norms[bin] + (residuals ? residual * residuals[bin] : 0.0) + absolute;
-  }
+  double of(int64_t bin) const { return relative * norms[bin] + absolute; }
+};
+
+// The k best rows so far of a query, in memory that the caller owns.
+struct TopK {
+  Best* best;  // heap with the worst of the k best on top
+  int64_t k;
+  int64_t* count;
+  double* cutoff;  // a row with a lower score cannot be among the k best
+
+  void insert(Best found);
+  // Inserts many rows, with one selection over all of them where that is cheaper than a heap.
+  void merge(const Best* found, int64_t size);
 };
 
 // Search of one query in one segment of the corpus. The caller owns all memory, so that it lives between calls.
@@ -56,26 +65,29 @@ struct Selection {
   Candidate* candidates;
   int64_t capacity;
   int64_t* count;
-  Best* best;            // heap with the worst of the k best on top
-  int64_t k;
-  int64_t* best_count;
-  double* cutoff;        // a row with a lower score cannot be among the k best
+  TopK top;
   bool* broken;          // set if an exact score is outside its bound; the result is then not proven
 
   // Adds approximate scores of the rows from first_row on. They are in one bin, and count <= kBin.
   void offer(const float* scores, int64_t first_row, int64_t count_in_bin);
   // Computes exact scores of the candidates and keeps the k best.
   void settle();
-  void insert(Best found);
 
  private:
   void thin_out();
   void tighten();
 };
 
+// Returns the widest kernels that this processor supports, or those of JASPER_FAST_ISA.
+const MipsKernels& mips_kernels();
+
 // Returns a float <= value. A float score >= value is also >= this float, so a comparison with it drops no such score.
 inline float float_below(double value) {
   return (float)(value - std::fabs(value) * 0x1p-23 - 0x1p-140);  // branch-free, so that loops vectorise
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes && at < 2048; at += 64) __builtin_prefetch((const char*)from + at);
 }
 
 inline bool better(const Best& a, const Best& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }

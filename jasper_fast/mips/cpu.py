@@ -2,16 +2,16 @@
 
 For a query q and a row x of a bin with longest row n, |approximate − q·x| ≤ ε with
 
-    ε = relative · n + residual · ρ + absolute
+    ε = relative · n + absolute
 
 ``relative`` covers the rounding of the query and of the matrix product, in any order of summation. It is γ_D of Higham,
-Accuracy and Stability of Numerical Algorithms, §3.1. ρ is the rounding of the bin's rows, and ``absolute`` covers
-underflow. A row is skipped only if approximate + ε is below a proven lower bound of the k-th best score.
+Accuracy and Stability of Numerical Algorithms, §3.1. ``absolute`` covers underflow. A row is skipped only if
+approximate + ε is below a proven lower bound of the k-th best score. Float32 rows with codes in two planes have the
+bounds of docs/mips.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from jasper_fast.utils import hardware as env
 # Queries up to which the compiled loops, which read the rows once, are faster than library products.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
+QUERIES_AT_ONCE = 64  # of a search of planes
+SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
 BF16_ROUNDING = 2.0**-8  # bound of an element's relative rounding, with a margin
@@ -78,7 +80,7 @@ def accumulation(width: int) -> float:
 
 
 def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
-    """Return (relative, residual, absolute) of every query, (Q, 3) float64.
+    """Return (relative, absolute) of every query, (Q, 2) float64.
 
     Args:
         scanned: (Q, D) float64 values of the queries that the scan multiplies.
@@ -88,8 +90,7 @@ def bounds(scanned: Tensor, queries: Queries, product: float) -> Tensor:
     width = scanned.shape[1]
     norm, rounding = scanned.norm(dim=1), (queries.exact - scanned).norm(dim=1)
     relative = (norm * product + rounding) * (1 + 1e-9)
-    residual = norm * (1 + product) * (1 + 1e-9)
-    return torch.stack((relative, residual, torch.full_like(norm, width * UNDERFLOW)), dim=1)
+    return torch.stack((relative, torch.full_like(norm, width * UNDERFLOW)), dim=1)
 
 
 def native(segment: Segment) -> bool:
@@ -105,7 +106,7 @@ def candidates_for(k: int) -> int:
 def search_few(
     segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool
 ) -> None:
-    """Search for few queries with compiled loops that read the rows, or their int8 scan copy, once.
+    """Search for few queries with compiled loops that read the rows once.
 
     Args:
         segment: segment to search. Its ``norms`` are computed if they are None.
@@ -115,8 +116,7 @@ def search_few(
         state: best rows so far, updated in place.
         proven: True to rank by fp64 scores, False by the scan's.
     """
-    scan_rows, scales, residuals = _scan_operands(segment)
-    if scan_rows.dtype == torch.int8:
+    if segment.rows.dtype == torch.int8:
         scanned, query_scales, limits = _integers(queries)
     else:
         scanned, query_scales = queries.scan, torch.empty(0)
@@ -126,8 +126,8 @@ def search_few(
     if norms is None:
         norms = segment.norms = torch.empty(-(-len(segment) // BIN), dtype=torch.float64)
     torch.ops.jasper_fast_native.mips_few(
-        scanned, query_scales, scan_rows, scales, residuals, fill, queries.exact, segment.rows, segment.scales, norms,
-        limits, valid, first_id, proven, candidates_for(state.k), state.best, state.counts, state.cutoffs, state.broken,
+        scanned, query_scales, fill, queries.exact, segment.rows, segment.scales, norms, limits, valid, first_id,
+        proven, candidates_for(state.k), state.best, state.counts, state.cutoffs, state.broken,
     )  # fmt: skip
 
 
@@ -143,9 +143,6 @@ def search_tiles(
 ) -> None:
     """Search for many queries with matrix products and the compiled selection.
 
-    The products are the library's. The exception is a segment with an int8 scan copy on a CPU without a faster bf16
-    unit. There the compiled integer products run at up to twice the speed of fp32 ones, with nearly the copy's bound.
-
     Args:
         segment: segment to search, with known ``norms``.
         first_id: id of the first row.
@@ -157,36 +154,19 @@ def search_tiles(
         bf16: multiply in bf16.
     """
     width, size = segment.rows.shape[1], len(queries)
-    scan_rows, scales, residuals = _scan_operands(segment)
-    product: Callable[[int, int], Tensor]
-    if scan_rows.dtype == torch.int8 and not bf16:
-        codes, query_scales, limits = _integers(queries)
-        packed = torch.ops.jasper_fast_native.mips_pack(codes)
-        columns = packed.shape[0] * packed.shape[2]
-        query_scales = torch.nn.functional.pad(query_scales, (0, columns - size))
-        scores = torch.empty(min(rows, len(segment)), columns)
+    factor = torch.bfloat16 if bf16 else torch.float32
+    scanned = queries.scan.to(factor)
+    limits = bounds(scanned.double(), queries, accumulation(width) + _product_rounding(segment.rows, factor))
+    scores = torch.empty(min(rows, len(segment)), size, dtype=factor)
 
-        def product(start: int, stop: int) -> Tensor:
-            out = scores[: stop - start]
-            torch.ops.jasper_fast_native.mips_product(
-                scan_rows[start:stop], scales[start:stop], packed, query_scales, out
-            )
-            return out[:, :size]
-
-    else:
-        factor = torch.bfloat16 if bf16 else torch.float32
-        scanned, residuals = queries.scan.to(factor), torch.empty(0, dtype=torch.float64)
-        limits = bounds(scanned.double(), queries, accumulation(width) + _product_rounding(segment.rows, factor))
-        scores = torch.empty(min(rows, len(segment)), size, dtype=factor)
-
-        def product(start: int, stop: int) -> Tensor:
-            # Libraries are fastest with the corpus as the left factor.
-            return torch.mm(segment.values(start, stop, factor), scanned.T, out=scores[: stop - start]).float()
+    def product(start: int, stop: int) -> Tensor:
+        # Libraries are fastest with the corpus as the left factor.
+        return torch.mm(segment.values(start, stop, factor), scanned.T, out=scores[: stop - start]).float()
 
     candidates = torch.empty(size, candidates_for(state.k), dtype=torch.int64)
     counts = torch.zeros(size, dtype=torch.int64)
     assert segment.norms is not None
-    common = (queries.exact, segment.rows, segment.scales, segment.norms, residuals, limits, valid, first_id, proven)
+    common = (queries.exact, segment.rows, segment.scales, segment.norms, limits, valid, first_id, proven)
     selection = (candidates, counts, state.best, state.counts, state.cutoffs, state.broken)
     for start in range(0, len(segment), rows):
         tile = product(start, min(start + rows, len(segment)))
@@ -194,11 +174,27 @@ def search_tiles(
     torch.ops.jasper_fast_native.mips_settle(*common, *selection)
 
 
-def _scan_operands(segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a scan reads: rows or codes, their scales or none, and norms of their rounding errors or none."""
-    if segment.scan_copy is None:
-        return segment.rows, segment.scales, torch.empty(0, dtype=torch.float64)
-    return segment.scan_copy.codes, segment.scan_copy.scales, segment.scan_copy.residuals
+def search_planes(
+    segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool, scratch: int
+) -> None:
+    """Search a segment with planes for any number of queries.
+
+    Args:
+        segment: segment to search, with known ``norms``.
+        first_id: id of the first row.
+        queries: the Q queries.
+        valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
+        state: best rows so far, updated in place.
+        proven: True to rank by fp64 scores, False by those of the 8-bit codes.
+        scratch: bytes that the search may use.
+    """
+    planes = segment.planes
+    assert planes is not None
+    sums = max(1, min(SUMS_AT_ONCE, scratch // 8))
+    torch.ops.jasper_fast_native.mips_planes(
+        queries.exact, segment.rows, *planes.tensors().values(), segment.norms, valid, first_id, proven,
+        QUERIES_AT_ONCE, sums, state.best, state.counts, state.cutoffs, state.broken, state.survivors,
+    )  # fmt: skip
 
 
 def _integers(queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +241,7 @@ def search_plain(
         scores = (scanned @ block.T).double()  # (Q, R)
         stop = start + len(block)
         norms = segment.norms[start // BIN : -(-stop // BIN)].repeat_interleave(BIN)[: len(block)]
-        errors = limits[:, :1] * norms + limits[:, 2:] if proven else torch.zeros_like(scores)
+        errors = limits[:, :1] * norms + limits[:, 1:] if proven else torch.zeros_like(scores)
         if valid.numel():
             scores.masked_fill_(~valid[..., start:stop], -torch.inf)
         if len(block) >= k:

@@ -106,7 +106,7 @@ def queries_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
 def scan_rows(segment: Segment, size: int) -> Tensor:
     """Return (N, D) rows for the scan: as stored, or float32 rows rounded for many queries."""
     if segment.scan_copy is not None:
-        return segment.scan_copy.codes
+        return segment.scan_copy
     return segment.rows.to(SCAN_DTYPE) if _converts(segment, size) else segment.rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jasper_fast.mips.segment import BIN, ScanCopy, Segment, bin_maxima, bin_norms, int8_codes
+from jasper_fast.mips.segment import BIN, Planes, Segment, bin_norms, int8_codes, takes_planes
 
 SEGMENT_BYTES = 256 << 20  # reserved at once; the system provides the memory as rows are added
 
@@ -22,18 +22,10 @@ class Growing:
         self.rows = torch.empty(capacity, dim, dtype=dtype, device=device)
         self.norms = torch.empty(capacity // BIN, dtype=torch.float64, device=device)
         self.scales = torch.empty(capacity if dtype == torch.int8 else 0, device=device)
-        self.scan_copy = (
-            ScanCopy(
-                torch.empty(capacity, dim, dtype=torch.int8),
-                torch.empty(capacity),
-                torch.zeros(capacity // BIN, dtype=torch.float64),
-            )
-            if dtype == torch.float32 and device.type == "cpu"
-            else None
-        )
-        if dtype == torch.float32 and device.type == "cuda":
-            codes = torch.empty(capacity, dim, dtype=torch.bfloat16, device=device)
-            self.scan_copy = ScanCopy(codes, torch.empty(0), torch.empty(0, dtype=torch.float64))
+        float_rows = dtype == torch.float32
+        self.planes = Planes.empty(capacity, dim) if float_rows and takes_planes(self.rows) else None
+        copied = float_rows and device.type == "cuda"
+        self.scan_copy = torch.empty(capacity, dim, dtype=torch.bfloat16, device=device) if copied else None
 
     def take(self, rows: Tensor) -> int:
         """Store as many of the rows as fit, and return their number."""
@@ -44,14 +36,10 @@ class Growing:
             self.rows[new], self.scales[new], _ = int8_codes(rows[:count])
         else:
             self.rows[new] = rows[:count]
-        if self.scan_copy is not None and self.scan_copy.codes.dtype == torch.bfloat16:
-            self.scan_copy.codes[new] = self.rows[new]
-        elif self.scan_copy is not None:
-            self.scan_copy.codes[new], self.scan_copy.scales[new], error = int8_codes(self.rows[new])
-            # A partly filled bin keeps the residual of its first rows.
-            bins = slice(start // BIN, -(-stop // BIN))
-            error = torch.nn.functional.pad(error, (start % BIN, 0))
-            self.scan_copy.residuals[bins] = torch.maximum(self.scan_copy.residuals[bins], bin_maxima(error))
+        if self.scan_copy is not None:
+            self.scan_copy[new] = self.rows[new]
+        if self.planes is not None:
+            self.planes.encode(self.rows[new], start)
         begun = start // BIN * BIN
         self.norms[begun // BIN : -(-stop // BIN)] = bin_norms(self._view(begun, stop))
         self.filled, self.free = stop, self.free - count
@@ -67,13 +55,9 @@ class Growing:
     def _filled(self) -> Segment:
         segment = self._view(0, self.filled)
         segment.persistent = True
-        bins = -(-self.filled // BIN)
-        segment.norms = self.norms[:bins]
-        if self.scan_copy is not None:
-            codes, scales = self.scan_copy.codes[: self.filled], self.scan_copy.scales[: self.filled]
-            segment.scan_copy = ScanCopy(
-                codes, scales, self.scan_copy.residuals[:bins]
-            )  # scales and residuals may be empty
+        segment.norms = self.norms[: -(-self.filled // BIN)]
+        segment.scan_copy = None if self.scan_copy is None else self.scan_copy[: self.filled]
+        segment.planes = self.planes and self.planes.slice(0, self.filled)
         return segment
 
     def _view(self, start: int, stop: int) -> Segment:

@@ -1,9 +1,9 @@
-"""Contiguous segments of a corpus: stored rows, the copy that scans read, and the error bounds between the two."""
+"""Contiguous segments of a corpus: stored rows, what scans read in their place, and the errors between the two."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same num
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 TRITON = importlib.util.find_spec("triton") is not None
 BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
+STEP_DIMS, STEP_BYTES = 8, 256  # of the coarse plane; csrc/mips.h has the same numbers
+MAX_PLANES_WIDTH = 1 << 19  # The sums of wider rows would not fit 32 bits.
 
 
 def on_gpu(rows: Tensor) -> bool:
@@ -25,19 +27,100 @@ def _empty(dtype: torch.dtype) -> Tensor:
 
 
 @dataclass
-class ScanCopy:
-    """A shorter form of float rows for scans: int8 codes on a CPU, bfloat16 rows on a GPU.
+class Planes:
+    """8-bit codes of (N, D) float32 rows on a CPU in two planes: the high four bits, and the low ones.
 
     Args:
-        codes: (N, D) int8 or bfloat16 values.
-        scales: (N,) float32 scales, row ≈ codes · scale. Empty for bfloat16.
-        residuals: (ceil(N / 64),) float64 longest ‖row − codes · scale‖ of each bin, rounded up. Empty for bfloat16,
-            whose rounding is bounded by the rows' norms.
+        coarse: (ceil(N / 64), ceil(D / 8) · 256) uint8, two codes a byte.
+        fine: (N, ceil(D / 2)) uint8. Low nibbles hold the first half of the dimensions, high nibbles the other.
+        coarse_scales: (ceil(N / 64), 64) float32.
+        coarse_errors: (ceil(N / 64), 64) float32 norms of the coarse codes' errors, rounded up.
+        fine_scales: (N,) float32.
+        residuals: (ceil(N / 64), 2) float64 highest errors of a bin: of the coarse codes and of the 8-bit codes.
     """
 
-    codes: Tensor
-    scales: Tensor
+    coarse: Tensor
+    fine: Tensor
+    coarse_scales: Tensor
+    coarse_errors: Tensor
+    fine_scales: Tensor
     residuals: Tensor
+
+    @staticmethod
+    def shapes(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shapes and dtypes of the tensors by name."""
+        bins = -(-rows // BIN)
+        return {
+            "coarse": ((bins, -(-width // STEP_DIMS) * STEP_BYTES), torch.uint8),
+            "fine": ((rows, -(-width // 2)), torch.uint8),
+            "coarse_scales": ((bins, BIN), torch.float32),
+            "coarse_errors": ((bins, BIN), torch.float32),
+            "fine_scales": ((rows,), torch.float32),
+            "residuals": ((bins, 2), torch.float64),
+        }
+
+    @classmethod
+    def empty(cls, rows: int, width: int) -> Planes:
+        """Return planes with room for rows, which `encode` fills."""
+        planes = cls(
+            **{name: torch.empty(shape, dtype=kind) for name, (shape, kind) in cls.shapes(rows, width).items()}
+        )
+        planes.residuals.zero_()
+        return planes
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Planes | None:
+        """Return the planes of (N, D) rows, or None if the compiled loops do not take them."""
+        if not takes_planes(rows):
+            return None
+        planes = cls.empty(*rows.shape)
+        planes.encode(rows, 0)
+        return planes
+
+    def encode(self, rows: Tensor, start: int) -> None:
+        """Write the codes of float32 rows (n, D) from row ``start`` on."""
+        torch.ops.jasper_fast_native.mips_encode(rows.contiguous(), start, *self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def take(self, numbers: Tensor) -> Planes:
+        """Return some of the rows as new planes. A bin has the highest 8-bit error of the bins that its rows were in.
+
+        Args:
+            numbers: (n,) int64 row numbers, n ≥ 1.
+        """
+        bins, places = numbers // BIN, numbers % BIN
+        steps, missing = self.coarse.shape[1] // STEP_BYTES, -len(numbers) % BIN
+        pieces = self.coarse.view(-1, steps, STEP_BYTES).view(torch.int32)[bins, :, places]  # four bytes of a step each
+        coarse = torch.nn.functional.pad(pieces, (0, 0, 0, missing)).view(-1, BIN, steps).transpose(1, 2).contiguous()
+        scales, errors = (
+            torch.nn.functional.pad(part[bins, places], (0, missing)).view(-1, BIN)
+            for part in (self.coarse_scales, self.coarse_errors)
+        )
+        residuals = torch.stack((errors.amax(dim=1).double(), bin_maxima(self.residuals[bins, 1])), dim=1)
+        return Planes(
+            coarse.view(torch.uint8).flatten(1),
+            self.fine[numbers],
+            scales,
+            errors,
+            self.fine_scales[numbers],
+            residuals,
+        )
+
+    def slice(self, start: int, stop: int) -> Planes:
+        """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
+        bins, rows = slice(start // BIN, -(-stop // BIN)), slice(start, stop)
+        by_row = ("fine", "fine_scales")
+        return Planes(**{name: part[rows if name in by_row else bins] for name, part in self.tensors().items()})
+
+
+def takes_planes(rows: Tensor) -> bool:
+    """Return True if rows can have planes: float32 on a CPU with the compiled extension."""
+    from jasper_fast.ops.native import in_use
+
+    return rows.dtype == torch.float32 and rows.shape[1] <= MAX_PLANES_WIDTH and in_use(rows)
 
 
 @dataclass
@@ -48,7 +131,8 @@ class Segment:
         rows: (N, D) float32, bfloat16 or int8 rows, contiguous.
         scales: (N,) float32 scales of int8 rows, with value = code · scale. Empty for other dtypes.
         norms: (ceil(N / 64),) float64 longest row of each bin, rounded up. None until they are computed.
-        scan_copy: shorter form of float32 rows. None for other dtypes.
+        scan_copy: (N, D) bfloat16 copy of float32 rows on a GPU, for scans. None elsewhere.
+        planes: codes of float32 rows on a CPU, for scans. None elsewhere, and without the compiled extension.
         persistent: True for a segment that is searched repeatedly, so that data derived by searches is kept.
         longest: maximum of ``norms``. None until it is needed.
         derived: data that searches keep for this segment. See threshold.py.
@@ -57,13 +141,20 @@ class Segment:
     rows: Tensor
     scales: Tensor = field(default_factory=lambda: _empty(torch.float32))
     norms: Tensor | None = None
-    scan_copy: ScanCopy | None = None
+    scan_copy: Tensor | None = None
+    planes: Planes | None = None
     persistent: bool = False
     longest: float | None = None
     derived: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
+
+    def nbytes(self) -> int:
+        """Return the bytes of the rows, their copies for scans, and what bounds need."""
+        tensors = [self.rows, self.scales, *(self.planes.tensors().values() if self.planes is not None else ())]
+        tensors += [part for part in (self.norms, self.scan_copy) if part is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows as floats, (stop − start, D), without a copy if they are stored in this dtype."""
@@ -98,7 +189,7 @@ class Segment:
         norms = None if self.norms is None else self.norms.to(device)
         segment = Segment(self.rows.to(device), self.scales.to(device), norms)
         if segment.rows.is_cuda and segment.rows.dtype == torch.float32:
-            segment.scan_copy = ScanCopy(segment.rows.bfloat16(), _empty(torch.float32), _empty(torch.float64))
+            segment.scan_copy = segment.rows.bfloat16()
         return segment
 
     def largest_norm(self) -> float:
@@ -111,9 +202,15 @@ class Segment:
     def compact(self) -> Segment:
         """Return the same rows without unused memory and without data derived by searches."""
         norms = None if self.norms is None else _compact(self.norms)
-        copy = self.scan_copy
-        copy = copy and ScanCopy(*map(_compact, (copy.codes, copy.scales, copy.residuals)))
-        return Segment(_compact(self.rows), _compact(self.scales), norms, copy, self.persistent)
+        copy, planes = self.scan_copy, self.planes
+        return Segment(
+            _compact(self.rows),
+            _compact(self.scales),
+            norms,
+            copy if copy is None else _compact(copy),
+            planes and Planes(*map(_compact, planes.tensors().values())),
+            self.persistent,
+        )
 
     def take(self, numbers: Tensor) -> Segment:
         """Return some of the rows as a new segment, with the bounds of its new bins.
@@ -124,24 +221,23 @@ class Segment:
         numbers = numbers.to(self.rows.device)
         segment = Segment(self.rows[numbers], self.scales[numbers] if len(self.scales) else self.scales)
         segment.norms = bin_norms(segment)
-        if self.scan_copy is not None and self.scan_copy.codes.dtype == torch.int8:
-            segment.scan_copy = int8_scan_copy(segment.rows)
-        elif self.scan_copy is not None:
-            segment.scan_copy = ScanCopy(self.scan_copy.codes[numbers], _empty(torch.float32), _empty(torch.float64))
+        if self.planes is not None:
+            segment.planes = self.planes.take(numbers)
+        if self.scan_copy is not None:
+            segment.scan_copy = self.scan_copy[numbers]
         return segment
 
     def slice(self, start: int, stop: int) -> Segment:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
         assert start % BIN == 0
         bins = slice(start // BIN, -(-stop // BIN))
-        copy = self.scan_copy
-        copy = copy and ScanCopy(
-            copy.codes[start:stop],
-            copy.scales[start:stop] if len(copy.scales) else copy.scales,
-            copy.residuals[bins] if len(copy.residuals) else copy.residuals,
+        return Segment(
+            self.rows[start:stop],
+            self.scales[start:stop] if self.rows.dtype == torch.int8 else self.scales,
+            None if self.norms is None else self.norms[bins],
+            None if self.scan_copy is None else self.scan_copy[start:stop],
+            self.planes and self.planes.slice(start, stop),
         )
-        scales = self.scales[start:stop] if self.rows.dtype == torch.int8 else self.scales
-        return Segment(self.rows[start:stop], scales, None if self.norms is None else self.norms[bins], copy)
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -175,6 +271,15 @@ def not_finite(segment: Segment, norms: Tensor) -> int | None:
     return None
 
 
+def set_norms(segment: Segment, norms: Tensor, first_id: int) -> None:
+    """Set the segment's norms, or raise ValueError for a row with NaN or infinity."""
+    bad = not_finite(segment, norms)
+    if bad is not None:
+        raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
+    segment.norms, segment.longest = norms, None
+    segment.derived.clear()
+
+
 def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize finite float rows to int8.
 
@@ -190,15 +295,3 @@ def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = (values / scales.double()[:, None]).round_().clamp_(-127, 127)
     error = torch.addcmul(values, codes, scales.double()[:, None], value=-1.0).square_().sum(dim=1).sqrt_()
     return codes.to(torch.int8), scales, error * (1 + 1e-9)
-
-
-def int8_scan_copy(rows: Tensor) -> ScanCopy:
-    """Return the CPU scan copy of rows on any device, made block by block. It is on the CPU."""
-    n, width = rows.shape
-    codes, scales = torch.empty(n, width, dtype=torch.int8), torch.empty(n)
-    residuals = torch.empty(-(-n // BIN), dtype=torch.float64)
-    for start in range(0, n, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, n)
-        codes[start:stop], scales[start:stop], error = int8_codes(rows[start:stop])
-        residuals[start // BIN : -(-stop // BIN)] = bin_maxima(error)
-    return ScanCopy(codes, scales, residuals)

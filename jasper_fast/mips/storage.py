@@ -13,13 +13,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from jasper_fast.mips.ids import RowIds
-from jasper_fast.mips.segment import BIN, ScanCopy, Segment, int8_scan_copy
+from jasper_fast.mips.segment import BIN, Planes, Segment
 from jasper_fast.utils.atomic import publish_dir
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
 IDS = "ids.safetensors"
+PLANE = "plane_"  # before the names of a segment's planes
 FORMAT = "jasper_fast.FlatIPIndex"
 VERSION, WITH_IDS = 1, 2  # an index whose ids are row numbers is written in version 1
 
@@ -125,11 +126,8 @@ def _tensors(segment: Segment) -> dict[str, Tensor]:
     tensors = {"rows": segment.rows, "norms": segment.norms}
     if segment.rows.dtype == torch.int8:
         tensors["scales"] = segment.scales
-    if segment.scan_copy is not None:
-        # Always the CPU's scan copy. A GPU's is quickly made from the rows.
-        copy = segment.scan_copy
-        copy = copy if copy.codes.dtype == torch.int8 else int8_scan_copy(segment.rows)
-        tensors |= {"codes": copy.codes, "code_scales": copy.scales, "residuals": copy.residuals}
+    if segment.planes is not None:
+        tensors |= {PLANE + name: tensor for name, tensor in segment.planes.tensors().items()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -140,28 +138,27 @@ def _load_segment(file: Path, entry: dict[str, Any], verify: bool, dim: int, dty
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise JasperError(f"{file}: damaged or truncated ({error}). Fix: build the index again") from error
-    for name, (shape, kind) in _expected_tensors(entry["rows"], dim, dtype, "codes" in tensors).items():
+    planed = PLANE + "coarse" in tensors
+    for name, (shape, kind) in _expected_tensors(entry["rows"], dim, dtype, planed).items():
         if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:
             raise JasperError(f"{file}: damaged, {name} should be {kind} of shape {shape}. Fix: build the index again")
-    copy = ScanCopy(*(tensors[name] for name in ("codes", "code_scales", "residuals"))) if "codes" in tensors else None
-    return Segment(tensors["rows"], tensors.get("scales", torch.empty(0)), tensors["norms"], copy)
+    rows = tensors["rows"]
+    # Planes are made again for an index of an earlier version or of a GPU.
+    stored = {name: tensors[PLANE + name] for name in Planes.shapes(0, dim)} if planed else {}
+    planes = Planes(**stored) if planed else Planes.of(rows)
+    return Segment(rows, tensors.get("scales", torch.empty(0)), tensors["norms"], planes=planes)
 
 
 def _expected_tensors(
-    rows: int, dim: int, dtype: torch.dtype, copied: bool
+    rows: int, dim: int, dtype: torch.dtype, planed: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shapes and dtypes of a file's tensors by name."""
-    bins = -(-rows // BIN)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "rows": ((rows, dim), dtype),
-        "norms": ((bins,), torch.float64),
+        "norms": ((-(-rows // BIN),), torch.float64),
     }
     if dtype == torch.int8:
         expected["scales"] = ((rows,), torch.float32)
-    if dtype == torch.float32 and copied:
-        expected |= {
-            "codes": ((rows, dim), torch.int8),
-            "code_scales": ((rows,), torch.float32),
-            "residuals": ((bins,), torch.float64),
-        }
+    if planed:
+        expected |= {PLANE + name: form for name, form in Planes.shapes(rows, dim).items()}
     return expected

@@ -23,13 +23,16 @@ from jasper_fast.mips.cpu import (
     native,
     search_few,
     search_plain,
+    search_planes,
     search_tiles,
 )
 from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, supports
+from jasper_fast.mips.filters import MAX_DIRECT_QUERIES, few_valid_rows, search_rows, taken_rows
 from jasper_fast.mips.inputs import FLOATS, QUERIES, as_tensor, check_finite, check_rows, row_mask
 from jasper_fast.mips.prefetch import chunks
-from jasper_fast.mips.segment import Segment, bin_norms, not_finite
+from jasper_fast.mips.segment import Segment, bin_norms, set_norms
 from jasper_fast.mips.topk_state import TopKState
+from jasper_fast.ops.native import in_use
 
 Precision = Literal["certified", "exact", "fast"]
 PRECISIONS = ("certified", "exact", "fast")
@@ -118,6 +121,7 @@ def search(
     valid: Any,
     scratch: int,
     shards: Sequence[torch.device] = (torch.device("cpu"),),
+    survivors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``topk`` over segments.
 
@@ -131,6 +135,7 @@ def search(
         valid: rows that may be returned, as in ``topk``.
         scratch: bytes that the search may use.
         shards: devices that hold the segments in turn and search at the same time. The queries are on the first.
+        survivors: (2,) int64, to which the totals of `TopKState.survivors` are added. None drops them.
 
     Returns:
         scores (Q, k) float32 and ids (Q, k) int64, padded with −inf and −1.
@@ -152,7 +157,15 @@ def search(
         check_finite(queries, "queries")
     if total == 0:
         return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
-    if len(shards) == 1:
+    chosen = few_valid_rows(mask) if len(shards) == 1 and in_use(mask) else None
+    taken = chosen if chosen is not None and len(queries) > MAX_DIRECT_QUERIES else None
+    if taken is not None:
+        copied = taken_rows(segments(), taken)
+        segments, mask = (lambda: copied), mask[:0]
+        k, missing = min(k, len(taken)), missing + max(0, k - len(taken))
+    if chosen is not None and taken is None:
+        state = search_rows(segments(), chosen, scaled, k)
+    elif len(shards) == 1:
         state = _search_complete(segments, scaled, mask, k, precision, scratch)
     else:
 
@@ -168,7 +181,12 @@ def search(
         for other in others:
             scores, ids = other.sorted()
             state.merge_table(scores.to(queries.device), ids.to(queries.device))
+            state.survivors += other.survivors.to(queries.device)
+    if survivors is not None:
+        survivors += state.survivors.sum(dim=0).cpu()
     scores, ids = state.sorted()
+    if taken is not None:
+        ids = taken[ids]
     return _padded(torch.ldexp(scores, scaled.exponents[:, None].double()), ids, missing)
 
 
@@ -238,10 +256,16 @@ def _scan(
 ) -> None:
     for first_id, segment in segments():
         part = mask[..., first_id : first_id + len(segment)].contiguous() if mask.numel() else mask
-        scanned = segment.rows if segment.scan_copy is None else segment.scan_copy.codes
-        few = native(segment) and precision != "exact" and len(queries) <= MAX_FEW_QUERIES[scanned.dtype]
+        compiled = native(segment) and precision != "exact"
+        if compiled and segment.planes is not None:
+            if segment.norms is None:
+                set_norms(segment, bin_norms(segment), first_id)
+            if _in_range(segment, queries):
+                search_planes(segment, first_id, queries, part, state, precision == "certified", scratch)
+                continue
+        few = compiled and len(queries) <= MAX_FEW_QUERIES[segment.rows.dtype]
         if segment.norms is None and not few:
-            _check(segment, bin_norms(segment), first_id)
+            set_norms(segment, bin_norms(segment), first_id)
         if few:
             _few(segment, first_id, queries, part, state, precision)
             continue
@@ -314,22 +338,13 @@ def _few(
             return
         norms, segment.norms = segment.norms, None
         assert norms is not None
-        _check(segment, norms, first_id)
+        set_norms(segment, norms, first_id)
         if _in_range(segment, queries):
             return
         for name, value in zip(("best", "counts", "cutoffs"), before, strict=True):
             getattr(state, name).copy_(value)  # Scores may have overflowed: repeat this segment in fp64.
         state.broken.fill_(False)
     search_plain(segment, first_id, queries, mask, state, "exact", _rows_for(SCRATCH, segment, len(queries), 8))
-
-
-def _check(segment: Segment, norms: Tensor, first_id: int) -> None:
-    """Set the segment's norms, or raise for a row with NaN or infinity."""
-    bad = not_finite(segment, norms)
-    if bad is not None:
-        raise ValueError(f"corpus: row {first_id + bad} holds NaN or infinity")
-    segment.norms, segment.longest = norms, None
-    segment.derived.clear()
 
 
 def _in_range(segment: Segment, queries: Queries) -> bool:

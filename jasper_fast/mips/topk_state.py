@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jasper_fast.ops.native import in_use
+
 
 class TopKState:
     """The k best rows so far of Q queries.
 
     ``broken`` marks queries with a score outside its error bound. ``missed`` marks queries with an incomplete set of
-    candidates. ``best`` holds (score as the bits of a float64, id) pairs. The first ``counts`` pairs of each query are
+    candidates. ``survivors`` counts the rows that 4-bit scores kept in a search of planes, and those rescored in fp64.
+    ``best`` holds (score as the bits of a float64, id) pairs. The first ``counts`` pairs of each query are
     a heap with the worst pair on top, the form that csrc/mips_select.h works on. All other code leaves them sorted from
     worst to best, which is such a heap.
 
@@ -27,11 +30,14 @@ class TopKState:
         self.cutoffs = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         self.broken = torch.zeros(size, dtype=torch.bool, device=device)
         self.missed = torch.zeros(size, dtype=torch.bool, device=device)
+        self.survivors = torch.zeros(size, 2, dtype=torch.int64, device=device)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Return scores (Q, k) float64 and ids (Q, k), best first, padded with −inf and −1."""
         if self.best.is_cuda:
             return self.reversed()
+        if in_use(self.best):
+            return torch.ops.jasper_fast_native.mips_sorted(self.best, self.counts)
         scores, ids = self.best[..., 0].view(torch.float64), self.best[..., 1]
         empty = torch.arange(self.k, device=ids.device) >= self.counts[:, None]
         scores, ids = scores.masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
@@ -103,4 +109,5 @@ class TopKState:
         part.k = self.k
         part.best, part.counts = self.best[rows], self.counts[rows]
         part.cutoffs, part.broken, part.missed = self.cutoffs[rows], self.broken[rows], self.missed[rows]
+        part.survivors = self.survivors[rows]
         return part

@@ -32,7 +32,27 @@ def test_a_quick_run_writes_its_figures(tmp_path, capsys, monkeypatch):
         )
         == 0
     )
-    assert json.loads((tmp_path / "own.json").read_text())["search"][0]["rows"] == 3000 - 1024
+    (own,) = json.loads((tmp_path / "own.json").read_text())["search"]
+    assert own["rows"] == 3000 - 1024 and own["bytes_per_row"]["float32"] >= 4 * 384 and own["build_s"]["ours, float32"]
+
+
+def test_every_peer_finds_the_same_rows():
+    corpus, queries = mips.clustered(2000, 32, 0), mips.clustered(4, 32, 1)
+    sides = mips.Sides(corpus, ("float32",))
+    assert {"torch", "NumPy"} <= set(sides.of(1)) and set(sides.of(100)) <= {"torch", "FAISS"}
+    expected = sides.indexes["float32"].search(queries, 5)[1]
+    for name, search in sides.of(4).items():
+        found = search(queries, 5)
+        ids = found.keys if name == "USearch" else found if name == "NumPy" else found[1]
+        assert np.array_equal(np.asarray(ids), expected.numpy()), name
+
+
+def test_vectors_are_extended_by_mixtures():
+    rows = mips.clustered(50, 16, 0)
+    longer = mips.extended(rows, 120)
+    assert torch.equal(longer[:50], rows) and longer.shape == (120, 16)
+    assert torch.allclose(longer.norm(dim=1), torch.ones(120)) and len(longer.unique(dim=0)) == 120
+    assert torch.equal(mips.extended(rows, 20), rows[:20]) and torch.equal(mips.extended(rows, None), rows)
 
 
 def test_the_memory_of_a_search_is_measured(tmp_path, monkeypatch):
@@ -114,7 +134,8 @@ def test_what_would_begin_after_the_budget_is_left_out(monkeypatch):
 @pytest.mark.parametrize("in_bf16", [True, False])
 def test_the_bare_product_is_also_that_of_the_search(monkeypatch, capsys, in_bf16):
     monkeypatch.setattr(mips, "multiply_in_bf16", lambda: in_bf16)
-    found = mips.case(mips.clustered(3000, 16, 0), mips.clustered(20, 16, 1), 5, ("float32",), 1, 10.0)
+    sides = mips.Sides(mips.clustered(3000, 16, 0), ("float32",))
+    found = mips.case(sides, mips.clustered(20, 16, 1), 20, 5, ("float32",), 1, 10.0)
     assert (found["bare_bf16_product_s"] is not None) == in_bf16 and found["bare_product_s"] > 0
     assert ("x the time of the bare bf16 product" in capsys.readouterr().out) == in_bf16
     assert not any(name.startswith("bare") for name in found["seconds"])

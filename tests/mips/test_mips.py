@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, cpu, top_k, topk
-from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes, int8_scan_copy
+from jasper_fast.mips.segment import BIN, Planes, Segment, bin_norms, int8_codes
 from jasper_fast.mips.top_k import SCRATCH, search
 from jasper_fast.ops import native
 from tests.helpers.mips_cases import KINDS, NEVER, check, make, truth
@@ -61,7 +61,7 @@ def segment_of(rows: Tensor, stored: str) -> tuple[Segment, Tensor]:
     segment = Segment(rows.bfloat16() if stored == "bfloat16" else rows)
     segment.norms = bin_norms(segment)
     if stored == "planed":
-        segment.scan_copy = int8_scan_copy(rows)
+        segment.planes = Planes.of(rows)
     return segment, segment.rows.double()
 
 
@@ -153,10 +153,8 @@ def test_low_precision_alone_is_wrong_and_the_certificate_repairs_it():
 @pytest.mark.parametrize("way", sorted(PATHS))
 def test_a_corrupted_bound_is_caught_and_the_query_redone(way):
     corpus = torch.randn(500, 32)
-    segment = Segment(corpus, scan_copy=int8_scan_copy(corpus))
+    segment = Segment(corpus)
     segment.norms = bin_norms(segment) * 1e-9
-    assert segment.scan_copy is not None
-    segment.scan_copy.residuals *= 1e-9
     queries = torch.randn(3, 32)
     with PATHS[way](), pytest.warns(RuntimeWarning, match="of 3 queries were redone in fp64"):
         _, ids = search(lambda: [(0, segment)], 500, queries, 5, "certified", None, SCRATCH)

@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from jasper_fast.mips import FlatIPIndex, SignIndex, funnel, growing, storage, topk
 from jasper_fast.mips.ids import RowIds
-from jasper_fast.mips.segment import ScanCopy, Segment
+from jasper_fast.mips.segment import Segment
+from jasper_fast.ops import native
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.fingerprint import file_sha256
 from tests.helpers.processes import fork_server
 
 DTYPES = ("bfloat16", "float32", "int8")
+needs_extension = pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
 
 
 def saved(index: FlatIPIndex) -> io.BytesIO:
@@ -42,6 +45,15 @@ def filled(dtype: str, rows: int = 333, dim: int = 24) -> FlatIPIndex:
     index = FlatIPIndex(dim, dtype=dtype)
     index.add(torch.randn(rows, dim))
     return index
+
+
+def used(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a tensor of planes without the places of rows that the last bin lacks."""
+    if name.startswith("coarse_"):
+        return tensor.flatten()[:rows]
+    if name == "coarse":
+        return tensor.view(len(tensor), -1, 64, 4).transpose(1, 2).flatten(0, 1)[:rows]
+    return tensor
 
 
 def stored(index: FlatIPIndex) -> torch.Tensor:
@@ -75,10 +87,9 @@ def test_rows_added_in_any_portions_give_the_same_index(dtype, monkeypatch):
     assert len(parts) == len(whole) == 9000
     for (_, a), (_, b) in zip(parts.segments(), whole.segments(), strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.norms, b.norms)
-        if a.scan_copy is not None:
-            assert torch.equal(a.scan_copy.codes, b.scan_copy.codes) and torch.equal(
-                a.scan_copy.residuals, b.scan_copy.residuals
-            )
+        if a.planes is not None:
+            for name, tensor in a.planes.tensors().items():
+                assert torch.equal(used(name, tensor, len(a)), used(name, b.planes.tensors()[name], len(a))), name
     assert all(map(torch.equal, parts.search(queries, 50), whole.search(queries, 50)))
 
 
@@ -99,20 +110,50 @@ def test_a_saved_index_is_the_same_and_can_grow(dtype, tmp_path, monkeypatch):
     assert torch.equal(index.reconstruct(5009), loaded.reconstruct(5009))
 
 
-def test_an_index_with_a_gpus_scan_copy_is_saved_with_that_of_a_cpu(tmp_path):
+def old_files(segment: Segment) -> dict[str, torch.Tensor]:
+    """Return the tensors of a float32 segment as versions before the planes stored them."""
+    scales = segment.rows.abs().amax(dim=1) / 127
+    codes = (segment.rows / scales[:, None]).round().to(torch.int8)
+    residuals = torch.ones(len(segment.norms), dtype=torch.float64)
+    return {"codes": codes, "code_scales": scales, "residuals": residuals}
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["earlier version", "GPU"])
+def test_an_index_stored_without_planes_gets_them_when_loaded(old, tmp_path):
     index, queries = filled("float32"), torch.randn(2, 24)
     ((_, segment),) = index.segments()
-    gpu = ScanCopy(segment.rows.bfloat16(), torch.empty(0), torch.empty(0, dtype=torch.float64))
-    storage.save(
-        tmp_path / "index", 24, "float32", [Segment(segment.rows, segment.scales, segment.norms, gpu)], RowIds()
-    )
+    copied = None if old else segment.rows.bfloat16()
+    bare = Segment(segment.rows, segment.scales, segment.norms, scan_copy=copied)
+    storage.save(tmp_path / "index", 24, "float32", [bare], RowIds())
+    if old:
+        (file,) = (tmp_path / "index").glob("piece-*")
+        save_file(load_file(file) | old_files(segment), file)
+        manifest = tmp_path / "index" / storage.MANIFEST
+        content = json.loads(manifest.read_text())
+        content["files"][0]["sha256"] = file_sha256(file)
+        manifest.write_text(json.dumps(content))
     loaded = FlatIPIndex.load(tmp_path / "index")
     ((_, found),) = loaded.segments()
-    assert torch.equal(found.scan_copy.codes, segment.scan_copy.codes) and torch.equal(
-        found.scan_copy.scales, segment.scan_copy.scales
-    )
-    torch.testing.assert_close(found.scan_copy.residuals, segment.scan_copy.residuals)
+    assert (found.planes is None) == (segment.planes is None)
+    if segment.planes is not None:
+        for name, tensor in segment.planes.tensors().items():
+            assert torch.equal(used(name, found.planes.tensors()[name], 333), used(name, tensor, 333)), name
     assert all(map(torch.equal, loaded.search(queries, 9), index.search(queries, 9)))
+
+
+@needs_extension
+def test_planes_are_stored_and_checked(tmp_path):
+    index = filled("float32")
+    index.save(tmp_path / "index")
+    ((_, segment),) = FlatIPIndex.load(tmp_path / "index").segments()
+    ((_, original),) = index.segments()
+    for name, tensor in original.planes.tensors().items():
+        assert torch.equal(segment.planes.tensors()[name], tensor), name
+    (file,) = (tmp_path / "index").glob("piece-*")
+    tensors = load_file(file)
+    save_file(tensors | {"plane_fine": tensors["plane_fine"][:-1].clone()}, file)
+    with pytest.raises(JasperError, match="damaged, plane_fine should be torch.uint8 of shape"):
+        FlatIPIndex.load(tmp_path / "index", verify=False)
 
 
 @pytest.mark.gpu
@@ -474,7 +515,10 @@ def test_memory_of_removed_rows_is_not_read():
     ((_, before),) = index.segments()
     index.remove([3, 199])
     before.rows[3], before.rows[199] = torch.nan, torch.nan
-    for part in (before.scan_copy.scales, before.norms, before.scan_copy.residuals):
+    parts = [before.norms]
+    if before.planes is not None:
+        parts += [part for part in before.planes.tensors().values() if part.is_floating_point()]
+    for part in parts:
         part.fill_(torch.nan)
     assert index.search(torch.randn(5, 24), 198)[0].isfinite().all()
 

@@ -1,0 +1,63 @@
+// The two planes of 4-bit codes of float32 rows. The coarse plane has the high nibble of each 8-bit code, the fine
+// plane the low one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "mips.h"
+
+namespace jasper_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kTopCode = 127;
+
+template <class T>
+T* checked(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel,
+                  "mips: wrong shape or dtype of ", name);
+  return (T*)tensor.mutable_data_ptr();
+}
+
+inline int64_t bins_of(int64_t rows) { return (rows + kBin - 1) / kBin; }
+inline int64_t steps_of(int64_t width) { return (width + kStepDims - 1) / kStepDims; }
+
+inline float at_least_as_high(double value) {
+  const float rounded = (float)value;
+  return rounded >= value ? rounded : std::nextafter(rounded, std::numeric_limits<float>::infinity());
+}
+
+// The two planes of (count, width) rows, and what the bounds of their scores need.
+struct Planes {
+  int64_t count, width, bins, steps, bytes;
+  uint8_t* coarse;        // (bins, steps * kStepBytes)
+  uint8_t* fine;          // (count, bytes): low nibbles hold dimensions [0, bytes), high nibbles the others
+  float* coarse_scales;   // (bins * kBin,): row ~ scale * (2 * code - 15)
+  float* coarse_errors;   // (bins * kBin,): norm of the difference, rounded up
+  float* fine_scales;     // (count,): row ~ scale * (16 * coarse + fine - 128)
+  double* residuals;      // (bins, 2): highest errors of the coarse and of the 8-bit codes
+
+  Planes(int64_t count_, int64_t width_, const Tensor& coarse_, const Tensor& fine_, const Tensor& coarse_scales_,
+         const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& residuals_)
+      : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), bytes((width_ + 1) / 2) {
+    coarse = checked<uint8_t>(coarse_, ScalarType::Byte, bins * steps * kStepBytes, "the coarse plane");
+    fine = checked<uint8_t>(fine_, ScalarType::Byte, count * bytes, "the fine plane");
+    coarse_scales = checked<float>(coarse_scales_, ScalarType::Float, bins * kBin, "coarse scales");
+    coarse_errors = checked<float>(coarse_errors_, ScalarType::Float, bins * kBin, "coarse errors");
+    fine_scales = checked<float>(fine_scales_, ScalarType::Float, count, "fine scales");
+    residuals = checked<double>(residuals_, ScalarType::Double, bins * 2, "residuals");
+  }
+
+  uint8_t* place(int64_t row, int64_t step) const {
+    return coarse + (row / kBin * steps + step) * kStepBytes + row % kBin * (kStepDims / 2);
+  }
+
+  // Writes the codes of a row. The errors are measured, so they hold for any rounding of the codes.
+  void encode(const float* x, int64_t row) const;
+};
+
+}  // namespace jasper_fast

@@ -1,0 +1,97 @@
+// Inner loops over the two planes of 4-bit codes (see mips_codes.h), included by mips_kernel.inl. The translation unit
+// also defines dot4(sums, codes, queries), which adds the products of four unsigned
+// codes <= 15 with four signed bytes to each 32-bit lane, and lanes_at_least(a, b), one bit for each lane with a >= b.
+
+static inline uvec low_nibbles(uvec both) { return both & 0x0f0f0f0fu; }
+static inline uvec high_nibbles(uvec both) { return (both >> 4) & 0x0f0f0f0fu; }
+
+static inline ivec repeated(const int8_t* four) { return ivec{} + load<int32_t>(four); }
+
+// Products of one bin of the coarse plane with QUERIES queries. Vectors hold neighbouring rows, so no lanes are added.
+template <int QUERIES>
+static inline void coarse_together(const uint8_t* codes, int64_t steps, const int8_t* queries, int32_t* out,
+                                   int64_t stride) {
+  constexpr int kTogether = 4;
+  for (int64_t part = 0; part < kStepBytes; part += kTogether * kBytes) {
+    ivec sums[QUERIES][kTogether] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      const uint8_t* at = codes + step * kStepBytes + part;
+      const int8_t* own = queries + step * kStepDims;
+      for (int v = 0; v < kTogether; ++v) {
+        if constexpr (QUERIES <= 2) __builtin_prefetch(at + v * kBytes + kAhead);
+        const uvec both = load<uvec>(at + v * kBytes);
+        const ivec low = (ivec)low_nibbles(both), high = (ivec)high_nibbles(both);
+        for (int q = 0; q < QUERIES; ++q) {
+          sums[q][v] = dot4(sums[q][v], low, repeated(own + q * steps * kStepDims));
+          sums[q][v] = dot4(sums[q][v], high, repeated(own + q * steps * kStepDims + 4));
+        }
+      }
+    }
+    for (int q = 0; q < QUERIES; ++q) {
+      __builtin_memcpy(out + q * stride + part / 4, sums[q], sizeof(sums[q]));
+    }
+  }
+}
+
+static void dots_coarse(const uint8_t* codes, int64_t steps, const int8_t* queries, int64_t size, int32_t* out,
+                        int64_t stride) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    coarse_together<kQueries>(codes, steps, queries + q * steps * kStepDims, out + q * stride, stride);
+  }
+  for (; q < size; ++q) coarse_together<1>(codes, steps, queries + q * steps * kStepDims, out + q * stride, stride);
+}
+
+static int32_t dot_fine(const uint8_t* codes, int64_t bytes, const int8_t* query) {
+  ivec sums[2] = {};
+  int64_t at = 0;
+  for (; at + kBytes <= bytes; at += kBytes) {
+    const uvec both = load<uvec>(codes + at);
+    sums[0] = dot4(sums[0], (ivec)low_nibbles(both), load<ivec>(query + at));
+    sums[1] = dot4(sums[1], (ivec)high_nibbles(both), load<ivec>(query + bytes + at));
+  }
+  sums[0] += sums[1];
+  int32_t total = 0;
+  for (int64_t lane = 0; lane < kFloats; ++lane) total += sums[0][lane];
+  for (; at < bytes; ++at) total += (codes[at] & 15) * query[at] + (codes[at] >> 4) * query[bytes + at];
+  return total;
+}
+
+static inline fvec coarse_scores(const int32_t* sums, const float* scales, float query_scale) {
+  const ivec own = load<ivec>(sums);
+  const fvec scores = __builtin_convertvector(own, fvec) * (load<fvec>(scales) * query_scale);
+  return own == kNoSum ? fvec{} - __builtin_huge_valf() : scores;
+}
+
+static float centre_coarse(int32_t* sums, int32_t centre, const float* scales, float query_scale,
+                           const uint8_t* valid, int64_t count) {
+  fvec highest = fvec{} - __builtin_huge_valf();
+  for (int64_t r = 0; r < kBin; r += kFloats) {
+    const ivec centred = 2 * load<ivec>(sums + r) - centre;
+    __builtin_memcpy(sums + r, &centred, sizeof(centred));
+  }
+  for (int64_t r = count; r < kBin; ++r) sums[r] = kNoSum;
+  if (valid) {
+    for (int64_t r = 0; r < count; ++r) sums[r] = valid[r] ? sums[r] : kNoSum;
+  }
+  for (int64_t r = 0; r < kBin; r += kFloats) {
+    highest = higher(highest, coarse_scores(sums + r, scales + r, query_scale));
+  }
+  float best = highest[0];
+  for (int64_t lane = 1; lane < kFloats; ++lane) best = highest[lane] > best ? highest[lane] : best;
+  return best;
+}
+
+static int64_t coarse_at_least(const int32_t* sums, const float* scales, float query_scale, const float* errors,
+                               float weight, float threshold, uint8_t* positions) {
+  int64_t found = 0;
+  for (int64_t r = 0; r < kBin; r += kFloats) {
+    const fvec scores = coarse_scores(sums + r, scales + r, query_scale);
+    const fvec upper = errors ? scores + weight * load<fvec>(errors + r) : scores;
+    for (uint32_t lanes = lanes_at_least(upper, fvec{} + threshold); lanes; lanes &= lanes - 1) {
+      positions[found++] = (uint8_t)(r + __builtin_ctz(lanes));
+    }
+  }
+  return found;
+}

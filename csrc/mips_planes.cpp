@@ -1,0 +1,450 @@
+// Exact search over float32 rows that also have two planes of 4-bit codes, for any number of queries.
+//
+// Every chunk of rows is searched in three passes. The first reads the coarse plane and keeps the integer products. The
+// second rescores the k rows of highest coarse score in fp64, so that their k-th score is a proven cutoff. The third
+// drops the rows whose coarse score plus its error bound is below the cutoff, then those whose 8-bit score plus its
+// bound is, and rescores the rest.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "buffer.h"
+#include "mips_codes.h"
+#include "mips_select.h"
+
+namespace jasper_fast {
+
+using torch::stable::parallel_for;
+
+namespace {
+
+constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
+constexpr int64_t kBlockBytes = 1 << 19;  // of rows that all queries look at together
+
+// Codes of a query, and the factors of the bounds (docs/mips.md).
+struct Query {
+  const double* exact;         // (width,)
+  const uint8_t* valid;        // (rows,) or null
+  std::vector<int8_t> coarse;  // codes in the order of the coarse plane
+  std::vector<int8_t> fine;    // and of the fine plane
+  float scale;
+  int32_t total = 0;  // sum of the codes
+  double norm, relative, fine_relative, fine_residual, absolute;
+
+  Query(const double* exact_, const Planes& planes, const uint8_t* valid_)
+      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(planes.bytes * 2, 0) {
+    constexpr double kUnit = 0x1p-24, kUp = 1.0 + 1e-6;
+    double largest = 0.0, squares = 0.0, errors = 0.0, scanned = 0.0;
+    for (int64_t d = 0; d < planes.width; ++d) largest = std::max(largest, std::fabs(exact[d]));
+    scale = (float)(largest / kTopCode);
+    if (!(scale > 0.0f)) scale = 1.0f;
+    for (int64_t d = 0; d < planes.width; ++d) {
+      const double code = std::clamp(std::nearbyint(exact[d] / scale), -(double)kTopCode, (double)kTopCode);
+      coarse[d] = fine[d] = (int8_t)code;
+      total += (int32_t)code;
+      const double value = code * scale, error = exact[d] - value;
+      squares += exact[d] * exact[d];
+      errors += error * error;
+      scanned += value * value;
+    }
+    const double length = std::sqrt(scanned), rounding = std::sqrt(errors);
+    norm = std::sqrt(squares) * (1.0 + 1e-9);
+    // 32 units: of the score, of score + error in float, and of a scale that is not exactly orthogonal.
+    relative = (rounding + 32 * kUnit * (norm + length)) * kUp;
+    fine_relative = (rounding + 8 * kUnit * length) * kUp;
+    fine_residual = length * (1.0 + 8 * kUnit) * kUp;
+    absolute = (double)planes.width * 0x1p-125;
+  }
+};
+
+struct Counts {
+  int64_t coarse = 0, rescored = 0;  // rows that passed the coarse bound; rows rescored in fp64
+};
+
+// Passes over one query's products of a chunk of rows.
+struct Chunk {
+  const MipsKernels& kernels;
+  const Planes& planes;
+  const Rows& rows;
+  const double* norms;
+  const Query& query;
+  int64_t first_bin, bins, first_id;
+  const int32_t* sums;    // (bins * kBin,)
+  const float* highest;   // (bins,) highest coarse scores
+  bool proven;
+
+  float score(int64_t row, int32_t sum) const { return (float)sum * (planes.coarse_scales[row] * query.scale); }
+
+  // Bounds of |score - true score|. `weight` bounds the part of the query that is orthogonal to the codes of a row.
+  double coarse_rest(int64_t bin) const { return query.relative * norms[bin] + query.absolute; }
+  double fine_error(int64_t bin) const {
+    return query.fine_relative * norms[bin] + query.fine_residual * planes.residuals[bin * 2 + 1] + query.absolute;
+  }
+
+  // Rows that reach `cutoff` have a product of at least cutoff - |query| * error with their codes.
+  double weight(int64_t bin, double cutoff) const {
+    double own = query.norm;
+    const double norm = norms[bin] * (1.0 + 1e-6), error = planes.residuals[bin * 2];
+    for (int round = 0; round < 2; ++round) {
+      const double along = cutoff - own * error - coarse_rest(bin);
+      if (!(along > 0.0) || !(norm > 0.0)) break;
+      const double part = along / norm, rest = query.norm * query.norm - part * part;
+      own = std::sqrt(std::max(rest, 0.0)) + query.norm * 1e-7;
+    }
+    return std::min(own, query.norm);
+  }
+
+  double fine_score(int64_t row, int32_t sum) const {
+    const int64_t low = kernels.dot_fine(planes.fine + row * planes.bytes, planes.bytes, query.fine.data());
+    return (double)(8 * (int64_t)sum + low - 8 * (int64_t)query.total) *
+           ((double)planes.fine_scales[row] * (double)query.scale);
+  }
+
+  double final_score(int64_t row, int32_t sum) const {
+    return proven ? rows.exact(kernels, row, query.exact) : fine_score(row, sum);
+  }
+
+  struct Row {
+    float score;
+    uint32_t row;  // of the chunk
+  };
+
+  // Returns up to k rows of highest coarse score, ascending by number. Rows that cannot reach the cutoff are left out.
+  std::vector<Row> best_coarse(int64_t k, double cutoff) const {
+    float threshold = std::numeric_limits<float>::lowest();
+    if (bins > k) {  // k bins have a row above this
+      std::vector<float> maxima(highest, highest + bins);
+      std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
+      threshold = std::max(threshold, maxima[k - 1]);
+    }
+    std::vector<Row> found;
+    uint8_t positions[kBin];
+    for (int64_t b = 0; b < bins; ++b) {
+      if (!(highest[b] >= threshold)) continue;
+      const int64_t bin = first_bin + b;
+      if (highest[b] + query.norm * planes.residuals[bin * 2] + coarse_rest(bin) < cutoff) continue;
+      const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
+                                                    nullptr, 0.0f, threshold, positions);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = b * kBin + positions[i];
+        found.push_back({score(first_bin * kBin + row, sums[row]), (uint32_t)row});
+      }
+    }
+    if ((int64_t)found.size() > k) {
+      std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), [](const Row& a, const Row& b) {
+        return a.score > b.score || (a.score == b.score && a.row < b.row);
+      });
+      found.resize(k);
+    }
+    std::sort(found.begin(), found.end(), [](const Row& a, const Row& b) { return a.row < b.row; });
+    return found;
+  }
+
+  void prefetch_row(int64_t row) const {
+    if (proven) prefetch((const float*)rows.data + row * rows.width, rows.width * 4);
+  }
+
+  // Rescores the chosen rows of bins [begin, end). found[i] is that of chosen[i].
+  void rescore(int64_t begin, int64_t end, const std::vector<Row>& chosen, Best* found, bool* broken) const {
+    constexpr size_t kEarlier = 4;
+    for (size_t i = from(chosen, begin); i < chosen.size() && chosen[i].row < end * kBin; ++i) {
+      if (i + kEarlier < chosen.size()) prefetch_row(first_bin * kBin + chosen[i + kEarlier].row);
+      const int64_t row = first_bin * kBin + chosen[i].row;
+      const double exact = final_score(row, sums[chosen[i].row]);
+      if (proven) {
+        const double error = query.norm * planes.coarse_errors[row] + coarse_rest(row / kBin);
+        *broken |= !(std::fabs(exact - (double)chosen[i].score) <= error);
+      }
+      found[i] = {exact, first_id + row};
+    }
+  }
+
+  // Returns the first place of a row of `bin` or later.
+  static size_t from(const std::vector<Row>& chosen, int64_t bin) {
+    const auto before = [](const Row& a, int64_t row) { return a.row < row; };
+    return std::lower_bound(chosen.begin(), chosen.end(), bin * kBin, before) - chosen.begin();
+  }
+
+  // Appends rows of bins [begin, end) that can reach the cutoff, except the chosen ones.
+  void filter(int64_t begin, int64_t end, double cutoff, const std::vector<Row>& chosen, std::vector<Best>& found,
+              bool* broken, Counts* counts) const {
+    struct Pending {
+      int64_t row;
+      int32_t sum;
+      double score, error;
+    };
+    constexpr int kPending = 16;
+    Pending coarse[kPending], fine[kPending];
+    int coarse_count = 0, fine_count = 0;
+    int64_t refined = 0, dropped = 0;
+    auto next = chosen.begin() + from(chosen, begin);
+    const auto rescore_pending = [&] {
+      for (int i = 0; i < fine_count; ++i) {
+        const Pending& own = fine[i];
+        const double exact = proven ? rows.exact(kernels, own.row, query.exact) : own.score;
+        if (proven) *broken |= !(std::fabs(exact - own.score) <= own.error);
+        if (exact >= cutoff) found.push_back({exact, first_id + own.row});
+      }
+      counts->rescored += fine_count;
+      fine_count = 0;
+    };
+    const auto refine_pending = [&] {
+      // If the fine plane drops few rows, as with near-ties, it is read for one in 16 groups only.
+      const bool refine = !proven || dropped * 8 >= refined || counts->coarse / kPending % 16 == 0;
+      counts->coarse += coarse_count;
+      for (int i = 0; i < coarse_count; ++i) {
+        Pending own = coarse[i];
+        if (refine) {
+          own.score = fine_score(own.row, own.sum);
+          own.error = proven ? fine_error(own.row / kBin) : 0.0;
+          ++refined;
+          if (own.score + own.error < cutoff) {
+            ++dropped;
+            continue;
+          }
+        }
+        prefetch_row(own.row);
+        fine[fine_count++] = own;
+        if (fine_count == kPending) rescore_pending();
+      }
+      coarse_count = 0;
+    };
+    uint8_t positions[kBin];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t bin = first_bin + b;
+      const double rest = coarse_rest(bin);
+      if (!(highest[b] + query.norm * planes.residuals[bin * 2] + rest >= cutoff)) continue;
+      const double own = weight(bin, cutoff);
+      const float threshold = std::max(float_below(cutoff - rest), std::numeric_limits<float>::lowest());
+      const float factor = at_least_as_high(own);
+      const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
+                                                    planes.coarse_errors + bin * kBin, factor, threshold, positions);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t local = b * kBin + positions[i];
+        while (next != chosen.end() && next->row < local) ++next;
+        if (next != chosen.end() && next->row == local) continue;
+        const int64_t row = first_bin * kBin + local;
+        prefetch(planes.fine + row * planes.bytes, planes.bytes);
+        const double error = query.norm * planes.coarse_errors[row] + rest;
+        coarse[coarse_count++] = {row, sums[local], score(row, sums[local]), error};
+        if (coarse_count == kPending) refine_pending();
+      }
+    }
+    refine_pending();
+    rescore_pending();
+  }
+};
+
+// What a search knows of each query, in tensors that Python owns.
+struct Results {
+  Best* best;  // (Q, k)
+  int64_t k;
+  int64_t* filled;
+  double* cutoffs;
+  bool* broken;
+  int64_t* counts;  // (Q, 2)
+
+  TopK top(int64_t q) const { return {best + q * k, k, filled + q, cutoffs + q}; }
+};
+
+// The three passes over chunks of rows, for groups of queries.
+class Search {
+ public:
+  Search(const Planes& planes, const Rows& rows, const double* norms, int64_t first_id, bool proven,
+         const Results& results, int64_t group, int64_t sums_at_once)
+      : planes_(planes), rows_(rows), norms_(norms), first_id_(first_id), proven_(proven), results_(results),
+        threads_(std::max<int64_t>(1, torch::stable::get_num_threads())),
+        chunk_(std::min(planes.bins, std::max<int64_t>(16, sums_at_once / group / kBin))),
+        sums_(make_buffer<int32_t>(group * chunk_ * kBin)), highest_(group * chunk_) {}
+
+  // Searches for queries, the first of which is number `first_query` of the results.
+  void run(const std::vector<Query>& queries, int64_t first_query) {
+    queries_ = &queries;
+    first_query_ = first_query;
+    size_ = (int64_t)queries.size();
+    codes_.clear();
+    for (const Query& query : queries) codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
+    for (first_bin_ = 0; first_bin_ < planes_.bins; first_bin_ += chunk_) {
+      bins_ = std::min(chunk_, planes_.bins - first_bin_);
+      scan();
+      select();
+    }
+  }
+
+ private:
+  struct Found {
+    std::vector<Best> rows;
+    Counts counts;
+    bool broken = false;
+  };
+
+  Chunk chunk_of(int64_t q) const {
+    return {mips_kernels(), planes_, rows_, norms_, (*queries_)[q], first_bin_, bins_, first_id_,
+            sums_.get() + q * chunk_ * kBin, highest_.data() + q * chunk_, proven_};
+  }
+
+  template <class Process>
+  void each_query(Process process) const {
+    parallel_for(0, size_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t q = first; q < last; ++q) process(q, first_query_ + q);
+    });
+  }
+
+  // Computes the coarse products of all queries with a chunk of rows.
+  void scan() {
+    const MipsKernels& kernels = mips_kernels();
+    const int64_t tasks = std::min(bins_, threads_ * 4), width = planes_.steps * kStepDims;
+    parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      int32_t products[kQueryGroup * kBin];
+      for (int64_t b = bins_ * first / tasks; b < bins_ * last / tasks; ++b) {
+        const int64_t bin = first_bin_ + b, row = bin * kBin, present = std::min(kBin, planes_.count - row);
+        for (int64_t begin = 0; begin < size_; begin += kQueryGroup) {
+          const int64_t group = std::min(kQueryGroup, size_ - begin);
+          kernels.dots_coarse(planes_.coarse + bin * planes_.steps * kStepBytes, planes_.steps,
+                              codes_.data() + begin * width, group, products, kBin);
+          for (int64_t q = begin; q < begin + group; ++q) {
+            const Query& query = (*queries_)[q];
+            int32_t* own = products + (q - begin) * kBin;
+            highest_[q * chunk_ + b] =
+                kernels.centre_coarse(own, 15 * query.total, planes_.coarse_scales + row, query.scale,
+                                      query.valid ? query.valid + row : nullptr, present);
+            std::copy(own, own + kBin, sums_.get() + (q * chunk_ + b) * kBin);
+          }
+        }
+      }
+    });
+  }
+
+  // Rescores the rows of highest coarse score, then all others that can still be among the k best.
+  void select() {
+    // All queries look at a few rows before the next ones, so that these stay in the cache. One query has few parts.
+    const int64_t bytes = kBin * rows_.width * (int64_t)sizeof(float);
+    const int64_t blocks = (bins_ * bytes + kBlockBytes - 1) / kBlockBytes;
+    const int64_t parts = std::clamp<int64_t>(size_ > 1 ? blocks : 2 * threads_, 1, bins_);
+    std::vector<std::vector<Chunk::Row>> chosen(size_);
+    std::vector<std::vector<Best>> rescored(size_);
+    std::vector<Found> found(size_ * parts);
+    const auto each_part = [&](auto process) {  // process(q, begin, end, own)
+      parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+          const int64_t begin = bins_ * part / parts, end = bins_ * (part + 1) / parts;
+          for (int64_t q = 0; q < size_; ++q) process(q, begin, end, found[q * parts + part]);
+        }
+      });
+    };
+    each_query([&](int64_t q, int64_t number) {
+      chosen[q] = chunk_of(q).best_coarse(results_.k, results_.cutoffs[number]);
+      rescored[q].resize(chosen[q].size());
+    });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      chunk_of(q).rescore(begin, end, chosen[q], rescored[q].data(), &own.broken);
+    });
+    each_query([&](int64_t q, int64_t number) {
+      results_.top(number).merge(rescored[q].data(), (int64_t)rescored[q].size());
+    });
+    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
+      const double cutoff = results_.cutoffs[first_query_ + q];
+      chunk_of(q).filter(begin, end, cutoff, chosen[q], own.rows, &own.broken, &own.counts);
+    });
+    each_query([&](int64_t q, int64_t number) {
+      std::vector<Best> all;
+      int64_t* counts = results_.counts + number * 2;
+      for (int64_t part = 0; part < parts; ++part) {
+        const Found& own = found[q * parts + part];
+        all.insert(all.end(), own.rows.begin(), own.rows.end());
+        results_.broken[number] |= own.broken;
+        counts[0] += own.counts.coarse;
+        counts[1] += own.counts.rescored;
+      }
+      results_.top(number).merge(all.data(), (int64_t)all.size());
+      counts[0] += (int64_t)chosen[q].size();
+      counts[1] += (int64_t)chosen[q].size();
+    });
+  }
+
+  const Planes& planes_;
+  const Rows& rows_;
+  const double* norms_;
+  int64_t first_id_;
+  bool proven_;
+  Results results_;
+  int64_t threads_, chunk_;   // bins of a chunk
+  Buffer<int32_t> sums_;      // (group, chunk, kBin)
+  std::vector<float> highest_;  // (group, chunk)
+  const std::vector<Query>* queries_ = nullptr;
+  std::vector<int8_t> codes_;
+  int64_t first_query_ = 0, size_ = 0, first_bin_ = 0, bins_ = 0;
+};
+
+}  // namespace
+
+// Searches rows with two planes for queries (Q, D) with elements below 1. `norms` are those of mips_norms. Groups of up
+// to `queries_at_once` queries are searched one after another, with up to `sums_at_once` products in memory. `counts`
+// (Q, 2) adds up the rows that pass the coarse bound, and those rescored in fp64.
+void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor& coarse, const Tensor& fine,
+                 const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
+                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
+                 const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
+  STD_TORCH_CHECK(rows_tensor.dim() == 2 && rows_tensor.is_contiguous() &&
+                      rows_tensor.scalar_type() == ScalarType::Float,
+                  "mips: expected contiguous float32 rows (N, D)");
+  const Rows rows = {Stored::kFloat, rows_tensor.const_data_ptr(), nullptr, rows_tensor.size(0), rows_tensor.size(1)};
+  const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
+  const int64_t size = queries.size(0), k = best.size(1);
+  STD_TORCH_CHECK(planes.steps * kStepDims < ((int64_t)1 << 31) / (2 * 15 * kTopCode),
+                  "mips: rows are too wide for 32-bit sums");
+  STD_TORCH_CHECK(queries_at_once > 0 && sums_at_once > 0, "mips: expected positive limits");
+  const auto* exact = checked<double>(queries, ScalarType::Double, size * rows.width, "queries");
+  const auto* row_norms = checked<double>(norms, ScalarType::Double, planes.bins, "norms");
+  const Results results = {(Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best"),
+                           k,
+                           checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts"),
+                           checked<double>(cutoffs, ScalarType::Double, size, "cutoffs"),
+                           checked<bool>(broken, ScalarType::Bool, size, "broken"),
+                           checked<int64_t>(counts, ScalarType::Long, size * 2, "counts")};
+  const bool masked = valid.numel() > 0, each = masked && valid.dim() == 2;
+  const int64_t places = rows.count * (each ? size : 1);
+  const auto* mask = masked ? checked<uint8_t>(valid, ScalarType::Bool, places, "valid") : nullptr;
+  const int64_t group = std::min(size, queries_at_once);
+  if (!size || !planes.bins) return;
+  Search search(planes, rows, row_norms, first_id, proven, results, group, sums_at_once);
+  for (int64_t begin = 0; begin < size; begin += group) {
+    std::vector<Query> own;
+    for (int64_t q = begin; q < std::min(size, begin + group); ++q) {
+      own.emplace_back(exact + q * rows.width, planes, mask ? mask + (each ? q * rows.count : 0) : nullptr);
+    }
+    search.run(own, begin);
+  }
+}
+
+// Returns scores (Q, k) fp64 and ids (Q, k), best first, of the rows that `best` holds, padded with -inf and -1.
+std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts) {
+  const int64_t size = best.size(0), k = best.size(1);
+  auto* rows = (const Best*)checked<int64_t>(best, ScalarType::Long, size * k * 2, "best");
+  const auto* filled = checked<int64_t>(best_counts, ScalarType::Long, size, "best_counts");
+  const Tensor scores = torch::stable::new_empty(best, {size, k}, ScalarType::Double);
+  const Tensor ids = torch::stable::new_empty(best, {size, k});
+  auto* scores_out = (double*)scores.mutable_data_ptr();
+  auto* ids_out = (int64_t*)ids.mutable_data_ptr();
+  parallel_for(0, size, std::max<int64_t>(1, 1024 / k), [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      std::vector<Best> own(rows + q * k, rows + q * k + filled[q]);
+      std::sort(own.begin(), own.end(), better);
+      own.resize(k, {-std::numeric_limits<double>::infinity(), -1});
+      for (int64_t i = 0; i < k; ++i) {
+        scores_out[q * k + i] = own[i].score;
+        ids_out[q * k + i] = own[i].id;
+      }
+    }
+  });
+  return {scores, ids};
+}
+
+}  // namespace jasper_fast

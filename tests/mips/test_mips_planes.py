@@ -1,0 +1,281 @@
+"""Searches over the two planes of 4-bit codes: every row's bounds, hard corpora, and planted faults."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jasper_fast.mips import FlatIPIndex, cpu, filters, growing, top_k
+from jasper_fast.mips.cpu import Queries
+from jasper_fast.mips.segment import BIN, STEP_BYTES, STEP_DIMS, Planes, Segment, bin_norms
+from jasper_fast.mips.top_k import SCRATCH, search
+from jasper_fast.mips.topk_state import TopKState
+from jasper_fast.ops import native
+from tests.helpers.mips_cases import check, make, truth
+
+pytest.importorskip("hypothesis")
+pytestmark = pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+scan = top_k._scan
+KINDS = (
+    "normal", "duplicated", "near-tied", "huge", "tiny", "mixed scales", "negative", "constant", "zeros", "grid",
+    "one-hot", "heavy-tailed", "clusters", "halfway",
+)  # fmt: skip
+ISAS = ("avx512vnni", "avx512", "avx2", "generic")
+
+
+def corpus_of(kind: str, rows: int, width: int, seed: int) -> Tensor:
+    """Return rows that `make` knows, or rows that are hard for codes of few bits."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    if kind == "one-hot":
+        return (
+            torch.nn.functional.one_hot(torch.randint(0, width, (rows,), generator=generator), width).float() + 1e-3 * x
+        )
+    if kind == "heavy-tailed":
+        return x / torch.rand(rows, width, generator=generator).clamp(min=1e-6)
+    if kind == "clusters":
+        return x[torch.randint(0, 3, (rows,), generator=generator) % rows] + 1e-4 * x
+    if kind == "halfway":  # between two codes, where they round by the most, and all to one side
+        return (
+            torch.cat((torch.ones(rows, 1), (torch.randint(0, 16, (rows, width), generator=generator) - 8) / 8), 1)[
+                :, :width
+            ].contiguous()
+            + 2.0**-12
+        )
+    return make(kind, rows, width, seed)
+
+
+def segment_of(rows: Tensor) -> Segment:
+    segment = Segment(rows, planes=Planes.of(rows))
+    segment.norms = bin_norms(segment)
+    return segment
+
+
+def decoded(planes: Planes, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return what the coarse codes and the 8-bit codes stand for, (N, D) float64 each."""
+    steps = planes.coarse.shape[1] // STEP_BYTES
+    pieces = planes.coarse.view(-1, steps, BIN, STEP_DIMS // 2).transpose(1, 2)
+    coarse = torch.stack((pieces & 15, pieces >> 4), dim=3).flatten(2).flatten(0, 1)[:rows, :width].double()
+    fine = torch.cat((planes.fine & 15, planes.fine >> 4), dim=1)[:, :width].double()
+    scales = planes.coarse_scales.flatten()[:rows, None].double()
+    return scales * (2 * coarse - 15), planes.fine_scales[:, None].double() * (16 * coarse + fine - 128)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 150),
+    width=st.sampled_from([1, 2, 7, 8, 9, 33, 130]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_errors_of_codes_are_measured(kind, rows, width, seed):
+    corpus = corpus_of(kind, rows, width, seed)
+    planes = Planes.of(corpus)
+    assert planes is not None
+    coarse, whole = decoded(planes, rows, width)
+    exact = corpus.double()
+    errors = (exact - coarse).norm(dim=1)
+    stored = planes.coarse_errors.flatten()[:rows].double()
+    assert (errors <= stored).all() and (stored <= errors * (1 + 1e-6) + 1e-44).all()
+    largest = exact.norm(dim=1)
+    along = ((exact - coarse) * torch.nn.functional.normalize(coarse, dim=1)).sum(dim=1).abs()
+    assert (along <= 2.0**-23 * largest + width * 2.0**-125).all()  # the error is orthogonal to the codes
+    for bin_number in range(len(planes.residuals)):
+        own = slice(bin_number * BIN, (bin_number + 1) * BIN)
+        assert stored[own].max() == planes.residuals[bin_number, 0]
+        assert (exact - whole)[own].norm(dim=1).max() <= planes.residuals[bin_number, 1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 400),
+    size=st.integers(1, 9),
+    width=st.sampled_from([1, 2, 3, 8, 17, 33, 70, 140]),
+    share=st.sampled_from([None, 0.0, 0.02, 0.5, 1.0]),
+    masks=st.booleans(),
+    small=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+    data=st.data(),
+)
+def test_the_order_is_that_of_fp64(kind, rows, size, width, share, masks, small, seed, data):
+    k = data.draw(st.integers(1, rows), label="k")
+    corpus, queries = corpus_of(kind, rows, width, seed), corpus_of(kind, size, width, seed + 1)
+    segment = segment_of(corpus)
+    generator = torch.Generator().manual_seed(seed)
+    valid = None if share is None else torch.rand((size, rows) if masks else (rows,), generator=generator) < share
+    with pytest.MonkeyPatch.context() as patch:
+        if small:  # several chunks of rows and groups of queries
+            patch.setattr(cpu, "SUMS_AT_ONCE", 1)
+            patch.setattr(cpu, "QUERIES_AT_ONCE", 4)
+        scores, ids = search(lambda: [(0, segment)], rows, queries, k, "certified", valid, SCRATCH)
+    scale = (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max()).numpy()
+    mask = torch.ones(size, rows, dtype=torch.bool) if valid is None else valid.expand(size, rows)
+    check(scores, ids, truth(queries, corpus), corpus, scale, mask.numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 40])
+def test_larger_corpora_give_the_same_as_fp64(kind, size, monkeypatch):
+    monkeypatch.setattr(cpu, "SUMS_AT_ONCE", 1 << 14)
+    corpus, queries = corpus_of(kind, 5000, 96, 1), corpus_of(kind, size, 96, 2)
+    segment = segment_of(corpus)
+    true = queries.double() @ corpus.double().T
+    gap = 1e-12 * (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max())[:, None]
+    for k in (1, 10, 300):
+        ids = search(lambda: [(0, segment)], 5000, queries, k, "certified", None, SCRATCH)[1]
+        assert ((true.gather(1, ids) - true.topk(k, dim=1).values).abs() <= gap).all()
+        assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def planted(fault: str) -> Segment:
+    segment = segment_of(torch.randn(3000, 32, generator=torch.Generator().manual_seed(5)))
+    assert segment.planes is not None
+    if fault == "coarse errors":
+        segment.planes.coarse_errors *= 1e-3
+        segment.planes.residuals[:, 0] *= 1e-3
+    elif fault == "fine errors":
+        segment.planes.residuals[:, 1] *= 1e-3
+    elif fault == "coarse codes":
+        segment.planes.coarse[:, :64] ^= 0x77
+    elif fault == "fine codes":
+        segment.planes.fine[:, :8] ^= 0xFF
+    elif fault == "coarse scales":
+        segment.planes.coarse_scales *= 1.5
+    elif fault == "fine scales":
+        segment.planes.fine_scales *= 1.1
+    return segment
+
+
+@pytest.mark.parametrize(
+    "fault", ["coarse errors", "fine errors", "coarse codes", "fine codes", "coarse scales", "fine scales"]
+)
+@pytest.mark.parametrize("size", [1, 20])
+def test_a_planted_fault_is_caught_and_the_query_redone(fault, size):
+    segment = planted(fault)
+    queries = torch.randint(-127, 128, (size, 32), generator=torch.Generator().manual_seed(6)).float()
+    queries[:, 0] = 127  # The codes of such queries are exact, so that their rounding does not hide a fault.
+    with pytest.warns(RuntimeWarning, match="queries were redone in fp64"):
+        _, ids = search(lambda: [(0, segment)], 3000, queries, 100, "certified", None, SCRATCH)
+    expected = (queries.double() @ segment.rows.double().T).argsort(dim=1, descending=True)[:, :100]
+    redone = (ids == expected).all(dim=1)
+    assert redone.any() if fault.startswith("fine") else redone.all()
+
+
+def test_few_rows_are_rescored():
+    """4-bit codes leave a few rows in a hundred, and 8-bit codes hardly more than k."""
+    corpus = torch.nn.functional.normalize(torch.randn(20_000, 256), dim=1)
+    queries = torch.nn.functional.normalize(corpus[:8] + 0.05 * torch.randn(8, 256), dim=1)
+    state = TopKState(8, 10, corpus.device)
+    cpu.search_planes(
+        segment_of(corpus), 0, Queries.of(queries), torch.empty(0, dtype=torch.bool), state, True, SCRATCH
+    )
+    coarse, rescored = state.survivors.unbind(1)
+    assert (coarse < 0.2 * len(corpus)).all() and (rescored < 0.02 * len(corpus)).all() and (rescored >= 10).all()
+
+
+def test_stats_are_those_of_the_last_search():
+    index = FlatIPIndex(64, dtype="float32")
+    index.add(torch.randn(2000, 64))
+    assert index.stats() == {}
+    index.search(torch.randn(3, 64), 10)
+    stats = index.stats()
+    assert (stats["queries"], stats["rows"]) == (3, 2000) and 10 <= stats["rescored"] <= stats["coarse"] < 2000
+    index.search(torch.randn(1, 64), 10, precision="exact")
+    assert index.stats() == {"queries": 1, "rows": 2000, "coarse": 0.0, "rescored": 0.0}
+
+
+def test_fast_ranks_by_the_scores_of_8_bits():
+    corpus, queries = torch.randn(4000, 64), torch.randn(5, 64)
+    segment = segment_of(corpus)
+    assert segment.planes is not None
+    _, whole = decoded(segment.planes, 4000, 64)
+    _, ids = search(lambda: [(0, segment)], 4000, queries, 10, "fast", None, SCRATCH)
+    best = (queries.double() @ whole.T).argsort(dim=1, descending=True)[:, :10]
+    overlap = (ids[:, :, None] == best[:, None, :]).any(dim=2).double().mean()
+    assert overlap > 0.9
+
+
+def run_here() -> None:
+    """Run the tests of this file that compare with fp64, for another instruction set."""
+    test_the_errors_of_codes_are_measured()
+    test_the_order_is_that_of_fp64()
+    for kind in KINDS:
+        for size in (1, 40):
+            test_larger_corpora_give_the_same_as_fp64(kind, size, pytest.MonkeyPatch())
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_every_instruction_set_gives_the_same(isa):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"JASPER_FAST_ISA": isa, "PYTHONPATH": str(root)}
+    program = "from tests.mips import test_mips_planes as t\nt.run_here()\n"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_an_index_over_several_segments_has_planes_in_each():
+    index = FlatIPIndex(16, dtype="float32")
+    index.add(torch.randn(5000, 16))
+    queries = torch.randn(3, 16)
+    assert all(segment.planes is not None for _, segment in index.segments())
+    for k in (1, 7, 4999):
+        assert torch.equal(index.search(queries, k)[1], index.search(queries, k, precision="exact")[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_a_filter_of_few_rows_searches_these_alone(dtype, size, monkeypatch):
+    monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)  # segments of 4096 rows
+    rows = torch.randn(9000, 24, generator=torch.Generator().manual_seed(1))
+    rows[8000] = rows[50]  # equal scores
+    index = FlatIPIndex(24, dtype=dtype)
+    index.add(rows)
+    queries = torch.randn(size, 24, generator=torch.Generator().manual_seed(2))
+    stored = torch.cat([segment.values(0, len(segment), torch.float64) for _, segment in index.segments()])
+    mask = torch.rand(9000, generator=torch.Generator().manual_seed(3)) < 0.02
+    mask[[50, 8000]] = True
+    chosen = mask.nonzero()[:, 0]
+    true = queries.double() @ stored[chosen].T
+    scanned = []
+    monkeypatch.setattr(
+        top_k,
+        "_scan",
+        lambda segments, *rest: scanned.extend(map(len, dict(segments()).values())) or scan(segments, *rest),
+    )
+    for k in (1, 20, 400):
+        for valid in (mask, chosen, mask.numpy()):
+            scores, ids = index.search(queries, k, valid=valid)
+            found = min(k, len(chosen))
+            assert (ids[:, found:] == -1).all() and (scores[:, found:] == -torch.inf).all()
+            order = true.argsort(dim=1, descending=True, stable=True)[:, :found]
+            assert torch.equal(ids[:, :found], chosen[order])
+            assert torch.equal(scores[:, :found], true.gather(1, order).float())
+    assert sum(scanned) == (0 if size <= filters.MAX_DIRECT_QUERIES else 9 * len(chosen))
+    none = index.search(queries, 3, valid=torch.zeros(9000, dtype=torch.bool))[1]
+    assert (none == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "mixed scales", "one-hot"])
+def test_taken_rows_keep_codes_and_valid_bounds(kind):
+    corpus = corpus_of(kind, 1000, 33, 4)
+    planes = Planes.of(corpus)
+    assert planes is not None
+    for numbers in (torch.arange(3, 1000, 7), torch.tensor([999]), torch.randperm(1000)[:64]):
+        taken, fresh = planes.take(numbers), Planes.of(corpus[numbers])
+        assert fresh is not None
+        for got, expected in zip(decoded(taken, len(numbers), 33), decoded(fresh, len(numbers), 33), strict=True):
+            assert torch.equal(got, expected)
+        assert torch.equal(taken.coarse_errors.flatten()[: len(numbers)], fresh.coarse_errors.flatten()[: len(numbers)])
+        assert torch.equal(taken.residuals[:, 0], fresh.residuals[:, 0])
+        assert (taken.residuals[:, 1] >= fresh.residuals[:, 1]).all()
