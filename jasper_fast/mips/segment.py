@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jasper_fast.ops.dispatch import uses_triton
+
 BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same number
 UNIT_ROUNDOFF = 2.0**-24  # of float32
-TRITON = importlib.util.find_spec("triton") is not None
 BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
 
 
 def on_gpu(rows: Tensor) -> bool:
     """Return True if the GPU kernels can process these rows."""
-    return TRITON and rows.is_cuda
+    return uses_triton([rows])
 
 
 def _empty(dtype: torch.dtype) -> Tensor:
