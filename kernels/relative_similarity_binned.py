@@ -27,7 +27,7 @@ from jasper_fast.kernels.registry import Form, with_ones
 
 SCALE = 2.0**15  # of the copies: the largest that keeps elements of up to 1 in float16
 UNSCALE = tl.constexpr(SCALE**-2)
-TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
 WARPS, STAGES = 8, 3
 COLUMNS = 1024  # of a row block that a program looks up
 

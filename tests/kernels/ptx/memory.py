@@ -7,61 +7,69 @@ from typing import Any
 
 import numpy as np
 
-NOBODY, SEVERAL = -1, -2  # in place of a program or warp
+NOBODY = -1
+SEVERAL_PROGRAMS, SEVERAL_WARPS = 2**31 - 1, 255  # in place of one
 
 
 class Fault(Exception):  # noqa: N818
     """A defect of the program: what would be wrong on a GPU, or could be."""
 
 
+def user(program: int, epoch: int, warp: Any) -> Any:
+    """Return the number of a warp in the time between two barriers of its program."""
+    return (program << 32) | (epoch << 8) | warp
+
+
 class Shadow:
-    """The last write and the last reads of each byte: program, warp, and how many barriers the program had passed.
+    """The last `user` that wrote, and that read, each byte.
 
     Two accesses of a byte, one of them a write, must belong to one warp, or to one program with a barrier between them.
     """
 
     def __init__(self, size: int) -> None:
-        self.written = np.full((3, size), NOBODY, np.int32)
-        self.read = np.full((3, size), NOBODY, np.int32)
+        self.written = np.full(size, NOBODY, np.int64)
+        self.read = np.full(size, NOBODY, np.int64)
         self.atomic = np.zeros(size, bool)
 
     def note(
         self, index: np.ndarray, program: int, warp: np.ndarray, epoch: int, write: bool, atomic: bool, what: object
     ) -> None:
         """Record an access of bytes by warps, or raise `Fault` if it races with an earlier one."""
-        self._check(self.written, index, program, warp, epoch, self.atomic[index] if atomic else False, write, what)
-        if not write:
-            reader, reader_warp, reader_epoch = self.read[:, index]
-            new = reader == NOBODY
-            self.read[0, index] = np.where(new | (reader == program), program, SEVERAL)
-            same_time = ~new & (reader == program) & (reader_epoch == epoch)
-            self.read[1, index] = np.where(same_time & (reader_warp != warp), SEVERAL, warp)
-            self.read[2, index] = epoch
+        mine = user(program, epoch, warp)
+        writer = self.written[index]
+        if atomic:
+            writer = np.where(self.atomic[index], NOBODY, writer)
+        self._check(writer, mine, index, write, what)
+        reader = self.read[index]
+        if write:
+            if not atomic:
+                self._check(reader, mine, index, write, what)
+            self.written[index] = mine
+            self.atomic[index] = atomic
             return
-        if not atomic:
-            self._check(self.read, index, program, warp, epoch, False, write, what)
-        for last, value in zip(self.written, (program, warp, epoch), strict=True):
-            last[index] = value
-        self.atomic[index] = atomic
+        different = reader ^ mine
+        others = (reader != NOBODY) & (different >> 32 != 0)
+        now = np.where(others, user(SEVERAL_PROGRAMS, 0, 0), mine)
+        self.read[index] = np.where((different >> 8 == 0) & (different != 0), now | SEVERAL_WARPS, now)
 
     @staticmethod
-    def _check(
-        last: np.ndarray, index: np.ndarray, program: int, warp: np.ndarray, epoch: int, excused: Any, write: bool,
-        what: object,
-    ) -> None:  # fmt: skip
-        other, other_warp, other_epoch = last[:, index]
-        bad = (other != NOBODY) & ((other != program) | ((other_epoch == epoch) & (other_warp != warp))) & ~excused
+    def _check(last: np.ndarray, mine: np.ndarray, index: np.ndarray, write: bool, what: object) -> None:
+        different = last ^ mine
+        if not different.any():
+            return
+        bad = (last != NOBODY) & ((different >> 32 != 0) | ((different >> 8 == 0) & (different != 0)))
         if bad.any():
             n = int(bad.argmax())
+            names = [f"program {code >> 32}, warp {code & 255}" for code in (int(mine[n]), int(last[n]))]
             raise Fault(
-                f"race: program {program}, warp {warp[n]} {'writes' if write else 'reads'} byte {index[n]}, which "
-                f"program {other[n]}, warp {other_warp[n]} used without a barrier between them: {what}"
+                f"race: {names[0]} {'writes' if write else 'reads'} byte {index[n]}, which {names[1]} used without a "
+                f"barrier between them: {what}"
             )
 
     def forget(self, index: np.ndarray) -> None:
         """Forget accesses that something other than a barrier has ordered."""
-        self.written[:, index] = NOBODY
-        self.read[:, index] = NOBODY
+        self.written[index] = NOBODY
+        self.read[index] = NOBODY
 
 
 class Zeros:

@@ -10,7 +10,7 @@ import numpy as np
 from tests.kernels.ptx.data import picked, scattered
 from tests.kernels.ptx.floats import cut_to_tf32, from_bf16, round_to_tf32, towards_zero
 from tests.kernels.ptx.machine import SHARED_START, Action, Behaviour, Machine, Mask, instruction
-from tests.kernels.ptx.memory import Fault, spread
+from tests.kernels.ptx.memory import SEVERAL_WARPS, Fault, spread, user
 from tests.kernels.ptx.parse import Instruction, UnsupportedError, vector
 from tests.kernels.ptx.tma import swizzled
 from tests.kernels.ptx.warp import whole_warps
@@ -161,11 +161,12 @@ def _descriptor_matrix(
 
 def _check_group_reads(machine: Machine, index: np.ndarray, group: int, one: Instruction) -> None:
     """Check that no other warp group has written these bytes since the last barrier. A fence orders a group's own."""
-    program, warp, epoch = machine.shadow.written[:, index]
-    bad = (program == machine.program) & (epoch == machine.epoch) & (warp // 4 != group)
+    writer, now = machine.shadow.written[index], user(machine.program, machine.epoch, 0)
+    bad = (writer >> 8 == now >> 8) & ((writer & 255) // 4 != group)
     if bad.any():
-        raise Fault(f"race: a product reads shared memory that warp {warp[bad][0]} wrote since the last barrier: {one}")
-    machine.shadow.read[:, index] = np.array([[machine.program], [-2], [machine.epoch]])
+        warp = int(writer[bad][0]) & 255
+        raise Fault(f"race: a product reads shared memory that warp {warp} wrote since the last barrier: {one}")
+    machine.shadow.read[index] = now | SEVERAL_WARPS
 
 
 @instruction("wgmma")
