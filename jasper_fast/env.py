@@ -16,6 +16,7 @@ import torch
 import jasper_fast.ops.native as native
 from jasper_fast._renamed import old_names
 from jasper_fast._version import __version__
+from jasper_fast.ops.dispatch import why_no_triton
 from jasper_fast.utils.errors import run_cli
 from jasper_fast.utils.hardware import FAST_BF16, ISA, cpu_bf16_is_fast, cpu_features, cpu_name
 
@@ -67,6 +68,11 @@ def describe(facts: Mapping[str, Any]) -> str:
     if not facts["gpus"]["devices"]:
         lines.append(("gpu", f"none in use: {facts['gpus']['reason']}"))
     kernels = facts["kernels"]
+    lines += [
+        (f"triton kernels {index}", f"not in use, PyTorch instead: {gpu['no_kernels']}")
+        for index, gpu in enumerate(facts["gpus"]["devices"])
+        if gpu["no_kernels"] and kernels["in_use"]
+    ]
     lines.append(("triton kernels", "in use on the GPUs" if kernels["in_use"] else f"not in use: {kernels['reason']}"))
     lines += [
         (name, version or _missing_reason(name)) for name, version in {**facts["trackers"], **facts["onnx"]}.items()
@@ -92,8 +98,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _kernels(gpus: Mapping[str, Any]) -> dict[str, Any]:
-    """Report if losses and searches on a GPU use the Triton kernels, with the reason if not."""
-    reason = "no GPU is in use" if not gpus["devices"] else None
+    """Report if losses and searches on a GPU use the Triton kernels, with the reason if none does."""
+    reasons = [gpu["no_kernels"] for gpu in gpus["devices"]]
+    reason = "no GPU is in use" if not reasons else None if None in reasons else reasons[0]
     if _version("triton") is None:
         reason = "Triton is not installed"
     return {"in_use": reason is None, "reason": reason}
@@ -139,8 +146,13 @@ def _gpus() -> dict[str, Any]:
         return {"devices": [], "reason": f"torch {torch.__version__} is built for {built} and sees no CUDA device"}
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     devices = [
-        {"name": p.name, "capability": f"sm_{p.major}{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
-        for p in properties
+        {
+            "name": p.name,
+            "capability": f"sm_{p.major}{p.minor}",
+            "memory_gb": round(p.total_memory / 1e9, 1),
+            "no_kernels": why_no_triton(index),
+        }
+        for index, p in enumerate(properties)
     ]
     return {"devices": devices, "reason": None, "precision": "bf16" if torch.cuda.is_bf16_supported() else "fp32"}
 

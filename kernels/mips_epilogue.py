@@ -40,6 +40,7 @@ def select_kernel(
     KEPT,  # (Q,) int32
     KEPT_SCORES,  # (Q, max_kept) fp32
     KEPT_ROWS,  # (Q, max_kept) int32
+    BEFORE,  # (Q,) fp64: copy of the cutoffs, which `rank_kernel` overwrites
     k,
     capacity,
     max_kept,
@@ -56,7 +57,9 @@ def select_kernel(
     norm = tl.load(NORMS + row // BIN, mask=inside, other=0.0)
     error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q)
     kth = kth_largest(tl.where(inside, score - error, float("-inf")), k)
-    cutoff = tl.maximum(kth, just_below(tl.load(CUTOFFS + q)))
+    before = tl.load(CUTOFFS + q)
+    tl.store(BEFORE + q, before)
+    cutoff = tl.maximum(kth, just_below(before))
     keep = inside & (score + error >= cutoff)
     kept = tl.sum(keep.to(tl.int32), axis=0)
     missed = (count > capacity) | (tl.load(THRESHOLDS + q) > cutoff) | (kept > max_kept)
@@ -136,6 +139,7 @@ def rank_kernel(
     IDS,  # (Q, width) int64
     BEST,  # (Q, k, 2) int64: bits of a score, id
     HELD,  # (Q,) int64
+    BEFORE,  # (Q,) fp64 cutoffs so far
     CUTOFFS,  # (Q,) fp64
     k,
     width,
@@ -146,7 +150,7 @@ def rank_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     total = tl.load(TOTALS + q)
     count = tl.minimum(total, k)
-    cutoff = tl.load(CUTOFFS + q)
+    cutoff = tl.load(BEFORE + q)
     for start in range(part * RIVALS, total, parts * RIVALS):
         place = start + tl.arange(0, RIVALS)
         inside = place < total
@@ -158,10 +162,10 @@ def rank_kernel(
             rival = tl.load(TRUE + q * width + other_place, mask=other_place < total, other=float("-inf"))[None, :]
             rival_id = tl.load(IDS + q * width + other_place, mask=other_place < total, other=0)[None, :]
             # A repeated row takes two places, so that every place is filled.
-            before = (rival_id < number[:, None]) | (
+            first = (rival_id < number[:, None]) | (
                 (rival_id == number[:, None]) & (other_place[None, :] < place[:, None])
             )
-            ahead = (rival > score[:, None]) | ((rival == score[:, None]) & before)
+            ahead = (rival > score[:, None]) | ((rival == score[:, None]) & first)
             rank += tl.sum(ahead.to(tl.int32), axis=1)
         wins = inside & (rank < k)
         out = BEST + (q * k + count - 1 - rank) * 2
@@ -222,10 +226,11 @@ def rerank(
     kept = torch.empty(size, dtype=torch.int32, device=device)
     scores = torch.empty(size, max_kept, dtype=torch.float32, device=device)
     rows = torch.empty(size, max_kept, dtype=torch.int32, device=device)
+    before = torch.empty_like(cutoffs)
     block = next(block for block in BLOCKS if block >= capacity)
     select_kernel[(size,)](
         collected.counts, collected.scores, collected.rows, collected.thresholds, cutoffs, collected.norms,
-        *collected.limits, missed.view(torch.uint8), kept, scores, rows, k, capacity, max_kept, BLOCK=block,
+        *collected.limits, missed.view(torch.uint8), kept, scores, rows, before, k, capacity, max_kept, BLOCK=block,
         num_warps=warps(block),
     )  # fmt: skip
     totals = torch.empty(size, dtype=torch.int32, device=device)
@@ -237,7 +242,7 @@ def rerank(
         BLOCK_K=DEPTH, RIVALS=RIVALS, num_warps=4,
     )  # fmt: skip
     rank_kernel[(size, _parts(size, max_kept + k, RIVALS))](
-        totals, true, ids, best, held, cutoffs, k, max_kept + k, RIVALS=RIVALS, num_warps=4
+        totals, true, ids, best, held, before, cutoffs, k, max_kept + k, RIVALS=RIVALS, num_warps=4
     )
 
 
@@ -253,7 +258,8 @@ def forms() -> Iterator[Form]:
     state = {"BEST": "*i64:16", "HELD": "*i64:16"}
     for block in BLOCKS:
         types = {**numbers, "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16", "THRESHOLDS": "*fp32:16"}
-        types |= {"CUTOFFS": "*fp64:16", "MISSED": "*u8:16", "k": "i32", "capacity": "i32:16", "max_kept": "i32"}
+        types |= {"CUTOFFS": "*fp64:16", "BEFORE": "*fp64:16", "MISSED": "*u8:16"}
+        types |= {"k": "i32", "capacity": "i32:16", "max_kept": "i32"}
         form = Form(f"{block}", select_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == BLOCKS[0])
         yield form
         if block == BLOCKS[0]:
@@ -273,7 +279,8 @@ def forms() -> Iterator[Form]:
                 yield from (unaligned(form), with_ones(form, "k"), with_ones(form, "D"), with_ones(form, "D", "k"))
                 far = {**types, "first_id": "i64"}  # beyond 2^31 rows
                 yield Form(f"{label}, far", rescore_kept_kernel, far, constants)
-    types = {**state, "TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16", "CUTOFFS": "*fp64:16"}
+    types = {**state, "TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16"}
+    types |= {"BEFORE": "*fp64:16", "CUTOFFS": "*fp64:16"}
     types |= {"k": "i32", "width": "i32"}
     form = Form(f"{RIVALS}", rank_kernel, types, {"RIVALS": RIVALS}, quick=True)
     yield from (form, with_ones(form, "k"))

@@ -105,10 +105,6 @@ def _row_gradient(unit_gradient: Tensor | None, embeddings: Embeddings, scale: f
     return out
 
 
-def _always_on(embeddings: Embeddings) -> Tensor:
-    return torch.ones((), dtype=torch.int32, device=embeddings.rows.device)
-
-
 # The tile form: tiles of B x B.
 
 
@@ -155,7 +151,6 @@ def _tiles(
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     # cuBLAS takes no flag.
     may_fold = height == rows and gradient and not teacher_gradient and flag is None
-    flag = _always_on(target) if flag is None else flag
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
         for h, head in enumerate(heads):
@@ -182,7 +177,7 @@ def _pair_tile(
     target: Embeddings,
     shared: Tensor | None,
     weights: Tensor | None,
-    flag: Tensor,
+    flag: Tensor | None,
     logit_scale: float,
     begin: int,
     end: int,
@@ -227,7 +222,9 @@ def _pair_tile(
 
     size = tuple(triton.next_power_of_2(i) for i in (end - begin, rows, head.rows.shape[1], target.rows.shape[1]))
     key = ("pair_tile", softmax, size, head.rows.dtype, target.rows.dtype, first, head.rows.device)
-    return run(tuned(key, candidates, choose(candidates, end - begin, rows - begin), run, head.rows))
+    usual = choose(candidates, end - begin, rows - begin)
+    # A launch behind a flag may do nothing, so its time says nothing.
+    return run(usual if flag is not None else tuned(key, candidates, usual, run, head.rows))
 
 
 def _pair_tiles(softmax: bool, *embeddings: Tensor) -> tuple[Tile, ...]:
@@ -236,11 +233,11 @@ def _pair_tiles(softmax: bool, *embeddings: Tensor) -> tuple[Tile, ...]:
     return TILES_SOFTMAX if softmax else TILES_16_BIT
 
 
-def _add_row_block(sums: Tensor, weights: Tensor, side: Embeddings, begin: int, end: int, flag: Tensor) -> None:
+def _add_row_block(sums: Tensor, weights: Tensor, side: Embeddings, begin: int, end: int, flag: Tensor | None) -> None:
     """Add to the gradient of the block's rows, and by symmetry to that of the rows after it."""
     rows, height = len(sums), end - begin
     bf16 = side.rows.dtype == weights.dtype == torch.bfloat16
-    # float16 values are TF32 values, so one product keeps them. The weights are rounded to 11 bits.
+    # float16 values are TF32 values, so one product keeps them. The kernel rounds the weights to 11 bits.
     precision = "bf16" if bf16 else "tf32" if side.rows.dtype == torch.float16 else PRECISION
     for block, of, to in (
         (weights[:height, : rows - begin], slice(begin, rows), slice(begin, end)),
@@ -248,7 +245,7 @@ def _add_row_block(sums: Tensor, weights: Tensor, side: Embeddings, begin: int, 
     ):
         if len(block):
             inner = side.reciprocals[of]
-            product(block, side.rows[of], sums[to], flag, inner_a=inner, accumulate=begin > 0, precision=precision)
+            product(block, side.rows[of], sums[to], inner_a=inner, accumulate=begin > 0, precision=precision, flag=flag)
 
 
 def _log_sums(embeddings: Embeddings, logit_scale: float) -> Embeddings:
@@ -319,10 +316,9 @@ def _feature(
 def _difference(head: Embeddings, first: Tensor, target: Embeddings, second: Tensor) -> Tensor:
     """Return unit students times first minus unit teachers times second."""
     out = torch.empty(len(head.rows), first.shape[1], dtype=torch.float32, device=head.rows.device)
-    on = _always_on(head)
-    product(head.rows, first.float(), out, on, row=head.reciprocals, precision=exact(head.rows.dtype))
+    product(head.rows, first.float(), out, row=head.reciprocals, precision=exact(head.rows.dtype))
     negative = (-second).float()
-    product(target.rows, negative, out, on, row=target.reciprocals, accumulate=True, precision=exact(target.rows.dtype))
+    product(target.rows, negative, out, row=target.reciprocals, accumulate=True, precision=exact(target.rows.dtype))
     return out
 
 
@@ -338,7 +334,6 @@ def _features(left: Embeddings, right: Embeddings) -> Tensor:
         left.rows.T,
         right.rows,
         parts,
-        _always_on(left),
         inner_a=left.reciprocals,
         inner_x=right.reciprocals,
         depth=depth,

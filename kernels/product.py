@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels.configs import TILES_32_BIT, Tile, choose, tuned
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
+from jasper_fast.kernels.registry import TYPES, Form, behind_a_flag, unaligned, with_ones
+
+
+@triton.jit
+def round_to_tf32(x):
+    """Round float32 to the 11 bits of TF32, to nearest. Tensor cores ignore the others, which shrinks every value."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -26,7 +33,7 @@ def product_kernel(
     INNER_A,  # (K,) fp32 or None: scales the columns of A
     INNER_X,  # (K,) fp32 or None: scales the rows of X
     OUT,  # (splits, M, N) fp32
-    FLAG,  # () int32: 0 skips the work
+    FLAG,  # () int32: 0 skips the work; None never does
     M,
     N,
     K,
@@ -45,8 +52,9 @@ def product_kernel(
     GROUP: tl.constexpr,
 ):
     """Write OUT[z] (+)= (ROW A INNER_A) (INNER_X X) over the z-th ``depth`` of K, in bf16 if PRECISION is "bf16"."""
-    if tl.load(FLAG) == 0:
-        return
+    if FLAG is not None:  # noqa: SIM102, decided when compiling
+        if tl.load(FLAG) == 0:
+            return
     # Concurrent blocks share rows and columns in the L2 cache.
     pid, split = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(N, BLOCK_N)
@@ -81,6 +89,9 @@ def product_kernel(
             x = x.to(tl.float32) * tl.load(INNER_X + begin + start + k, mask=inside, other=0.0)[:, None]
         if PRECISION == "bf16":
             acc = tl.dot(a.to(tl.bfloat16), x.to(tl.bfloat16), acc)
+        elif PRECISION == "tf32":
+            a, x = round_to_tf32(a.to(tl.float32)), round_to_tf32(x.to(tl.float32))
+            acc = tl.dot(a, x, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(a.to(tl.float32), x.to(tl.float32), acc, input_precision=PRECISION)
         a_tile += BLOCK_K * stride_ak
@@ -111,13 +122,13 @@ def product(
     a: Tensor,
     x: Tensor,
     out: Tensor,
-    flag: Tensor,
     *,
     row: Tensor | None = None,
     inner_a: Tensor | None = None,
     inner_x: Tensor | None = None,
     accumulate: bool = False,
     precision: str,
+    flag: Tensor | None = None,
     depth: int | None = None,
     tile: Tile | None = None,
 ) -> None:
@@ -127,12 +138,12 @@ def product(
         a: (M, K) left factor, any strides.
         x: (K, N) right factor, any strides.
         out: (M, N) float32 result with contiguous rows, or (splits, M, N), one result for each ``depth`` of K.
-        flag: () int32 switch. 0 leaves out unchanged.
         row: (M,) float32 scales of the rows of a. None scales nothing.
         inner_a: (K,) float32 scales of the columns of a. None scales nothing.
         inner_x: (K,) float32 scales of the rows of x. None scales nothing.
         accumulate: add to out.
-        precision: "bf16" (operands rounded to bfloat16), or for float32 operands "ieee", "tf32", "tf32x3" or "bf16x3".
+        precision: "bf16" or "tf32" (operands rounded to it), or for float32 operands "ieee", "tf32x3" or "bf16x3".
+        flag: () int32 switch. 0 leaves out unchanged. None always computes.
         depth: number of rows of x in each split. None makes one split.
         tile: tile of the launch. None chooses one by shape.
     """
@@ -167,9 +178,9 @@ def product(
     if tile is None:
         size = tuple(triton.next_power_of_2(i) for i in (m, n, depth, len(parts)))
         key = ("product", size, a.dtype, x.dtype, precision, out.device)
-        # Only a launch that does not accumulate can be repeated for measurement.
+        # Only a launch that does not accumulate can be repeated for measurement, and one behind a flag may do nothing.
         usual = choose(candidates, m, n * len(parts))
-        tile = usual if accumulate else tuned(key, candidates, usual, run, out)
+        tile = usual if accumulate or flag is not None else tuned(key, candidates, usual, run, out)
     run(tile)
 
 
@@ -186,8 +197,7 @@ def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     """
     out = torch.empty(len(a), x.shape[1], dtype=torch.float32, device=a.device) if into is None else into
     if out.numel():
-        on = torch.ones((), dtype=torch.int32, device=a.device)
-        product(a, x, out, on, accumulate=into is not None, precision=exact(a.dtype, x.dtype))
+        product(a, x, out, accumulate=into is not None, precision=exact(a.dtype, x.dtype))
     return out
 
 
@@ -219,10 +229,11 @@ def forms() -> Iterator[Form]:
     chosen += [(use, (" transposed", layouts[" transposed"])) for use in mixed]
     for (name, a, x, scales, precision), (layout, (strides, ones)) in chosen:
         for tile in TILES_BF16 if precision == "bf16" else TILES_32_BIT:
-            types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16", "FLAG": "*i32"}
+            types = {"A": f"*{a}:16", "X": f"*{x}:16", "OUT": "*fp32:16"}
             types |= {"M": "i32", "N": "i32:16", "K": "i32:16", "depth": "i32:16", **strides}
             types |= {"stride_oz": "i64", "stride_om": "i32:16", **dict.fromkeys(scales, "*fp32:16")}
-            constants = {"ACCUMULATE": name.startswith("row block"), "PRECISION": precision, "GROUP": GROUP}
+            adds = name.startswith("row block")
+            constants = {"FLAG": None, "ACCUMULATE": adds, "PRECISION": precision, "GROUP": GROUP}
             constants |= {scale: None for scale in ("ROW", "INNER_A", "INNER_X") if scale not in scales}
             form = Form(
                 f"{name}{layout}, {tile}",
@@ -237,6 +248,8 @@ def forms() -> Iterator[Form]:
                 quick=(name, layout) in (("row block bf16", ""), ("features fp32", " transposed")) and tile.m == 128,
             )
             yield form
+            if adds and scales and not layout and tile.m == 64:
+                yield behind_a_flag(form)
             if ones and (name, a, x, scales, precision) in uses:
                 yield unaligned(form, "depth")
             if not layout and tile.m == 64:

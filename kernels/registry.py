@@ -71,6 +71,13 @@ def unaligned(form: Form, *even: str) -> Form:
     return replace(form, label=f"{form.label}, odd", types=types, spills=True, quick=False)
 
 
+def behind_a_flag(form: Form) -> Form:
+    """Return the form of a launch whose flag on the device decides if it does anything. Others pass None."""
+    constants = {name: value for name, value in form.constants.items() if name != "FLAG"}
+    types = {**form.types, "FLAG": "*i32"}
+    return replace(form, label=f"{form.label}, behind a flag", types=types, constants=constants, quick=False)
+
+
 def forms() -> Iterator[Form]:
     """Yield the forms of all kernels. Needs Triton."""
     for name in MODULES:

@@ -1,7 +1,9 @@
 """The two passes of the binned relative similarity loss on CUDA (see jasper_fast/losses/relative_binned.py).
 
-Scores are TF32 products. That moves a cosine by about 1e-5 (D = 1024). It is a hundredth of a bin and less than a
-thousandth of the margin. The exact form needs float32 scores. The first pass keeps a tile of student and of teacher
+Scores are products of float16 copies of the unit rows, scaled by a power of two. These keep 11 bits, rounded to
+nearest, which moves a cosine by about 1e-5 (D = 1024). It is a hundredth of a bin and less than a thousandth of the
+margin. TF32 has as many bits, but tensor cores cut float32 operands off instead of rounding them, which shrinks every
+cosine by 7e-4 of itself. The exact form needs float32 scores. The first pass keeps a tile of student and of teacher
 scores in registers. It adds integers to tables in the L2 cache, so its result does not depend on the order. The second
 pass writes row blocks of scores and replaces them by coefficients from eight table entries each. Their float32 product
 with the student is left to `product.py`. Coefficients looked up in registers spilled.
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from jasper_fast.kernels.registry import Form, with_ones
 
-PRECISION = "tf32"
+SCALE = 2.0**15  # of the copies: the largest that keeps elements of up to 1 in float16
+UNSCALE = tl.constexpr(SCALE**-2)
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}
 WARPS, STAGES = 8, 3
 COLUMNS = 1024  # of a row block that a program looks up
@@ -31,7 +34,7 @@ COLUMNS = 1024  # of a row block that a program looks up
 
 @triton.jit
 def _scores(
-    X,  # (B, D) fp32
+    X,  # (B, D) fp16, scaled
     rows,
     columns,
     B,
@@ -40,9 +43,8 @@ def _scores(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Return a tile of X X': (BLOCK_M,), (BLOCK_N,) -> (BLOCK_M, BLOCK_N)."""
+    """Return a tile of cosines: (BLOCK_M,), (BLOCK_N,) -> (BLOCK_M, BLOCK_N)."""
     k = tl.arange(0, BLOCK_K)
     left = X + rows.to(tl.int64)[:, None] * stride_xb + k[None, :]
     right = X + columns.to(tl.int64)[None, :] * stride_xb + k[:, None]
@@ -51,8 +53,8 @@ def _scores(
         inside = start + k < D
         a = tl.load(left + start, mask=(rows < B)[:, None] & inside[None, :], other=0.0)
         b = tl.load(right + start, mask=inside[:, None] & (columns < B)[None, :], other=0.0)
-        scores = tl.dot(a, b, scores, input_precision=PRECISION)
-    return scores
+        scores = tl.dot(a, b, scores)
+    return scores * UNSCALE
 
 
 @triton.jit
@@ -64,8 +66,8 @@ def _bin_position(scores, GRID, AXIS: tl.constexpr, last):
 
 @triton.jit
 def histogram_kernel(
-    STUDENT,  # (B, D) fp32
-    TEACHER,  # (B, E) fp32
+    STUDENT,  # (B, D) fp16, scaled
+    TEACHER,  # (B, E) fp16, scaled
     GRID,  # (5,) fp32: origin and fine bins per unit of the student's axis, of the teacher's; a typical score
     COUNTS,  # (K, K) int32 by teacher and student bin
     FINE_STUDENT,  # (F,) int32
@@ -82,16 +84,15 @@ def histogram_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Count the pairs of a tile, right of the diagonal."""
     tiles = tl.cdiv(B, BLOCK_N)
     first_row, first_column = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
     if first_column + BLOCK_N - 1 > first_row:
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-        x = _scores(STUDENT, rows, columns, B, D, stride_sb, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        x = _scores(STUDENT, rows, columns, B, D, stride_sb, BLOCK_M, BLOCK_N, BLOCK_K)
         at_x = _bin_position(x, GRID, 0, last).to(tl.int32)
-        t = _scores(TEACHER, rows, columns, B, E, stride_tb, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        t = _scores(TEACHER, rows, columns, B, E, stride_tb, BLOCK_M, BLOCK_N, BLOCK_K)
         at_t = _bin_position(t, GRID, 2, last).to(tl.int32)
         new = (columns[None, :] > rows[:, None]) & (columns < B)[None, :]
         one = tl.full((BLOCK_M, BLOCK_N), 1, tl.int32)
@@ -109,7 +110,7 @@ def _interpolate(TABLE, i, part):
 
 @triton.jit
 def scores_kernel(
-    X,  # (B, D) fp32
+    X,  # (B, D) fp16, scaled
     SCORES,  # (end - begin, B - begin) fp32
     begin,
     end,
@@ -119,13 +120,12 @@ def scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Write a tile of a row block of X X'."""
+    """Write a tile of a row block of cosines."""
     tiles = tl.cdiv(B - begin, BLOCK_N)
     rows = begin + tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = begin + tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    scores = _scores(X, rows, columns, B, D, stride_xb, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    scores = _scores(X, rows, columns, B, D, stride_xb, BLOCK_M, BLOCK_N, BLOCK_K)
     to = SCORES + (rows - begin).to(tl.int64)[:, None] * (B - begin) + (columns - begin)[None, :]
     tl.store(to, scores, mask=(rows < end)[:, None] & (columns < B)[None, :])
 
@@ -168,10 +168,15 @@ def coefficients_kernel(
     tl.store(SUMS + row * tl.num_programs(1) + tl.program_id(1), total)
 
 
+def rounded(unit: Tensor) -> Tensor:
+    """Return the scaled float16 copy of unit rows (B, D), from which scores are computed."""
+    return torch.mul(unit, SCALE, out=torch.empty(unit.shape, dtype=torch.float16, device=unit.device))
+
+
 def histogram(
     student: Tensor, teacher: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor | None
 ) -> None:
-    """Count all pairs into counts (K, K), fine (F,) and, unless None, fine_teacher (F,), all int32."""
+    """Count all pairs of `rounded` rows into int32 counts (K, K), fine (F,) and, unless None, fine_teacher (F,)."""
     rows, bins = len(student), len(counts)
     shift = (len(fine) // bins).bit_length() - 1
     histogram_kernel[(triton.cdiv(rows, TILE["BLOCK_M"]) * triton.cdiv(rows, TILE["BLOCK_N"]),)](
@@ -190,7 +195,6 @@ def histogram(
         shift,
         _last(fine),
         WITH_TEACHER=fine_teacher is not None,
-        PRECISION=PRECISION,
         **TILE,
         num_warps=WARPS,
         num_stages=STAGES,
@@ -198,7 +202,7 @@ def histogram(
 
 
 def scores(vectors: Tensor, begin: int, end: int) -> Tensor:
-    """Return scores of rows begin to end with all rows from begin on, (end - begin, B - begin)."""
+    """Return scores of `rounded` rows begin to end with all from begin on, (end - begin, B - begin) float32."""
     rows = len(vectors)
     out = torch.empty(end - begin, rows - begin, dtype=torch.float32, device=vectors.device)
     programs = triton.cdiv(end - begin, TILE["BLOCK_M"]) * triton.cdiv(rows - begin, TILE["BLOCK_N"])
@@ -210,7 +214,6 @@ def scores(vectors: Tensor, begin: int, end: int) -> Tensor:
         rows,
         vectors.shape[1],
         vectors.stride(0),
-        PRECISION=PRECISION,
         **TILE,
         num_warps=WARPS,
         num_stages=STAGES,
@@ -247,7 +250,7 @@ def _last(fine: Tensor) -> float:
 
 def forms() -> Iterator[Form]:
     """Yield the forms of this module's kernels. See `registry`."""
-    vectors = {"STUDENT": "*fp32:16", "TEACHER": "*fp32:16", "GRID": "*fp32"}
+    vectors = {"STUDENT": "*fp16:16", "TEACHER": "*fp16:16", "GRID": "*fp32"}
     numbers = {name: "i32" for name in ("B", "D", "E", "stride_sb", "stride_tb", "bins")}
     aligned = {**numbers, "D": "i32:16", "E": "i32:16", "stride_sb": "i32:16", "stride_tb": "i32:16"}
     tile = "x".join(map(str, TILE.values()))
@@ -258,7 +261,7 @@ def forms() -> Iterator[Form]:
                 f"{tile}, {label}, {'with' if with_teacher else 'without'} the teacher's axis",
                 histogram_kernel,
                 {**vectors, **tables, **shape, "shift": "i32", "last": "fp32"},
-                {"WITH_TEACHER": with_teacher, "PRECISION": PRECISION, **TILE},
+                {"WITH_TEACHER": with_teacher, **TILE},
                 warps=WARPS,
                 stages=STAGES,
                 tensor_cores=True,
@@ -270,9 +273,9 @@ def forms() -> Iterator[Form]:
         scoring = Form(
             f"{tile}, {label}",
             scores_kernel,
-            {"X": "*fp32:16", "SCORES": "*fp32:16", "begin": "i32", "end": "i32"}
+            {"X": "*fp16:16", "SCORES": "*fp32:16", "begin": "i32", "end": "i32"}
             | {"B": "i32", "D": shape["D"], "stride_xb": shape["stride_sb"]},
-            {"PRECISION": PRECISION, **TILE},
+            TILE,
             warps=WARPS,
             stages=STAGES,
             tensor_cores=True,

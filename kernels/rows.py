@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -86,11 +87,17 @@ def _block(width: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), 2048)
 
 
+def _warps(block: int) -> int:
+    """Return the warps of a program. More would repeat each other, and a copy could read what another has written."""
+    return max(1, min(4, block // 32))
+
+
 def reciprocal_norms(vectors: Tensor) -> Tensor:
     """Return 1 / |x| of each row in float32, 0 for a zero row and NaN for one with NaN or infinity: (B, D) -> (B,)."""
     rows, width = vectors.shape
     out = torch.empty(rows, dtype=torch.float32, device=vectors.device)
-    reciprocal_norms_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=_block(width))
+    block = _block(width)
+    reciprocal_norms_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=block, num_warps=_warps(block))
     return out
 
 
@@ -105,6 +112,7 @@ def l2_normalize_backward(gradient: Tensor, vectors: Tensor, reciprocals: Tensor
         out: (B, D) result, rows contiguous. It may be ``gradient``.
     """
     rows, width = vectors.shape
+    block = _block(width)
     l2_normalize_backward_kernel[(rows,)](
         gradient,
         vectors,
@@ -115,7 +123,8 @@ def l2_normalize_backward(gradient: Tensor, vectors: Tensor, reciprocals: Tensor
         gradient.stride(0),
         *vectors.stride(),
         out.stride(0),
-        BLOCK=_block(width),
+        BLOCK=block,
+        num_warps=_warps(block),
     )
 
 
@@ -133,11 +142,12 @@ def forms() -> Iterator[Form]:
                     reciprocal_norms_kernel,
                     {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
                     constants,
+                    warps=_warps(block),
                     quick=quick,
                 )
                 types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
                 types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
-                back = Form(label, l2_normalize_backward_kernel, {**types, "stride_ob": "i32"}, constants, quick=quick)
+                back = replace(lengths, kernel=l2_normalize_backward_kernel, types={**types, "stride_ob": "i32"})
                 yield from (lengths, back)
                 if unit:
                     yield from (unaligned(lengths), unaligned(back))

@@ -12,7 +12,7 @@ import torch
 
 import jasper_fast
 from jasper_fast import env
-from jasper_fast.ops import native
+from jasper_fast.ops import dispatch, native
 from jasper_fast.utils import hardware
 
 
@@ -148,3 +148,51 @@ def test_what_the_readme_names_is_there_after_one_import(tmp_path):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         jasper_fast.trian  # noqa: B018
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Return a function that puts GPUs of these compute capabilities into the machine."""
+    dispatch.why_no_triton.cache_clear()
+
+    def install(*capabilities, hip=None):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(dispatch, "_TRITON", True)
+        monkeypatch.setattr(env, "_version", lambda name: "3.6.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda i: SimpleNamespace(
+                name=f"GPU{i}", major=capabilities[i][0], minor=capabilities[i][1], total_memory=8e9
+            ),
+        )
+
+    yield install
+    dispatch.why_no_triton.cache_clear()
+
+
+def takes_kernels(index: int, dtype=torch.float32) -> bool:
+    return dispatch.uses_triton([SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=dtype)])
+
+
+def test_kernels_run_on_gpus_that_compile_them(gpus):
+    gpus((7, 5), (8, 0), (9, 0))
+    assert [takes_kernels(index) for index in range(3)] == [False, True, True]
+    assert not takes_kernels(2, torch.float64)
+    text = env.describe(env.environment())
+    assert "not in use, PyTorch instead: the kernels need sm_80 or newer, and this GPU is sm_75" in text
+    assert "in use on the GPUs" in text
+
+
+def test_an_old_gpu_or_rocm_falls_back_with_a_reason(gpus):
+    gpus((7, 0))
+    kernels = env.environment()["kernels"]
+    assert kernels == {"in_use": False, "reason": "the kernels need sm_80 or newer, and this GPU is sm_70"}
+    dispatch.why_no_triton.cache_clear()
+    gpus((9, 4), hip="6.4")
+    assert not takes_kernels(0)
+    assert "ROCm 6.4" in env.describe(env.environment())

@@ -83,25 +83,27 @@ def _relative_similarity(
     fine = teacher.new_zeros((heads, threads, FINE), dtype=torch.int32)
     fine_teacher = teacher.new_zeros((threads, FINE), dtype=torch.int32)
     nothing = teacher.new_empty(0, dtype=torch.int32)
+    *factors, teacher_factor = _score_factors([*students, teacher])
     if uses_triton([*students, teacher]):
         from jasper_fast.kernels import relative_similarity_binned as kernels
 
-        for h, student in enumerate(students):
-            kernels.histogram(student, teacher, grids[h], counts[h, 0], fine[h, 0], None if h else fine_teacher[0])
+        for h, factor in enumerate(factors):
+            of_teacher = None if h else fine_teacher[0]
+            kernels.histogram(factor, teacher_factor, grids[h], counts[h, 0], fine[h, 0], of_teacher)
     else:
         for begin, end in _blocks(teacher):
-            target = _scores(teacher, begin, end)
-            for h, student in enumerate(students):
+            target = _scores(teacher_factor, begin, end)
+            for h, factor in enumerate(factors):
                 of_teacher = nothing if h else fine_teacher
-                _histogram(_scores(student, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
+                _histogram(_scores(factor, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
     rank = _count_below(fine_teacher.sum(0))
     tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
     del counts, fine
     totals = teacher.new_zeros(heads, dtype=torch.float64)
     for begin, end in _blocks(teacher):
-        target = _scores(teacher, begin, end)
+        target = _scores(teacher_factor, begin, end)
         for h, student in enumerate(students):
-            scores = _scores(student, begin, end)
+            scores = _scores(factors[h], begin, end)
             totals[h] += _coefficients(scores, target, grids[h], tables[h])
             if gradient:
                 multiply(scores, student[begin:], gradients[h][begin:end])
@@ -203,6 +205,15 @@ def _shift(table: Tensor, steps: Tensor) -> Tensor:
 
 
 # The two passes over a block: rows [b, b + h) and columns [b, B). A pair (row, column) is new if column > row.
+
+
+def _score_factors(embeddings: list[Tensor]) -> list[Tensor]:
+    """Return what `_scores` multiplies: on a GPU float16 copies, which put nearly all pairs into the same bins."""
+    if not uses_triton(embeddings):
+        return embeddings
+    from jasper_fast.kernels import relative_similarity_binned as kernels
+
+    return [kernels.rounded(rows) for rows in embeddings]
 
 
 def _scores(unit: Tensor, begin: int, end: int) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jasper_fast.ops.dispatch import uses_triton
+
 BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same number
 UNIT_ROUNDOFF = 2.0**-24  # of float32
-TRITON = importlib.util.find_spec("triton") is not None
 BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
 STEP_DIMS, STEP_BYTES = 8, 256  # of the coarse plane; csrc/mips.h has the same numbers
 MAX_PLANES_WIDTH = 1 << 19  # The sums of wider rows would not fit 32 bits.
@@ -19,7 +19,7 @@ MAX_PLANES_WIDTH = 1 << 19  # The sums of wider rows would not fit 32 bits.
 
 def on_gpu(rows: Tensor) -> bool:
     """Return True if the GPU kernels can process these rows."""
-    return TRITON and rows.is_cuda
+    return uses_triton([rows])
 
 
 def _empty(dtype: torch.dtype) -> Tensor:

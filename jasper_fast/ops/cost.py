@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Below this fraction of |S'S|^2 + |T'T|^2 the feature form has lost about three of its seven digits to cancellation.
+# Of bfloat16 rows on a GPU it has five digits: errors are up to 7e-6 of the sums, 0.7 % of the loss at this fraction.
 CANCELLATION = 1e-3
 
 

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_GPU = (8, 0)  # compute capability. Older GPUs have no bfloat16 or TF32 tensor cores.
 
 
 def uses_triton(embeddings: list[Tensor]) -> bool:
-    """Return True if Triton kernels take these: on CUDA, with Triton installed, and none is float64."""
-    return embeddings[-1].is_cuda and _TRITON and all(e.dtype != torch.float64 for e in embeddings)
+    """Return True if Triton kernels take these: on a GPU that runs them, and none is float64."""
+    if not embeddings[-1].is_cuda or any(e.dtype == torch.float64 for e in embeddings):
+        return False
+    return why_no_triton(embeddings[-1].device.index) is None
+
+
+@lru_cache
+def why_no_triton(device: int) -> str | None:
+    """Return why losses and searches on a GPU use plain PyTorch, or None if they use the Triton kernels.
+
+    Args:
+        device: index of the GPU.
+    """
+    if not _TRITON:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, and torch is built for ROCm {torch.version.hip}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        name, oldest = ("sm_{}{}".format(*found) for found in (capability, OLDEST_GPU))
+        return f"the kernels need {oldest} or newer, and this GPU is {name}"
+    return None
 
 
 def gradient_dtype(embeddings: Tensor) -> torch.dtype:

@@ -17,11 +17,12 @@ from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes
 from jasper_fast.mips.top_k import SCRATCH, search
 from tests.helpers.mips_cases import NEVER, check, make, truth
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt")
 
 from jasper_fast.kernels import mips as kernels  # noqa: E402
 
 GPU = torch.cuda.is_available()
+COMPILED = not triton.knobs.runtime.interpret  # for a GPU, or for an emulated one on CPU tensors
 DEVICE = "cuda" if GPU else "cpu"
 on_gpu = pytest.mark.gpu
 
@@ -40,6 +41,11 @@ def _poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+def has_tensor_maps() -> bool:
+    """Return True if kernels are compiled for Hopper or newer, or interpreted."""
+    return not COMPILED or triton.runtime.driver.active.get_current_target().arch >= 90
+
+
 @contextmanager
 def through_kernels(descriptors: bool = False) -> Iterator[None]:
     """Take the GPU's path on this machine's device, with float16 for bfloat16, which the interpreter gets wrong."""
@@ -50,9 +56,11 @@ def through_kernels(descriptors: bool = False) -> Iterator[None]:
         with (
             mock.patch.object(segments, "on_gpu", lambda rows: True),
             mock.patch.object(
-                kernels, "supports_descriptors", lambda rows, queries: descriptors and rows.shape[1] % 16 == 0
+                kernels,
+                "supports_descriptors",
+                lambda rows, queries: descriptors and has_tensor_maps() and rows.shape[1] % 16 == 0,
             ),
-            mock.patch.object(cuda, "SCAN_DTYPE", torch.float16),
+            mock.patch.object(cuda, "SCAN_DTYPE", torch.bfloat16 if COMPILED else torch.float16),
         ):
             yield
 

@@ -90,7 +90,7 @@ def kernels(monkeypatch):
     """Let the ops take the kernels for float32 on any device."""
 
     def uses(vectors: list[torch.Tensor]) -> bool:
-        return vectors[-1].dtype in (torch.float32, torch.int32)
+        return vectors[-1].dtype in (torch.float32, torch.int32, torch.float16)
 
     monkeypatch.setattr(relative_exact, "uses_triton", uses)
     monkeypatch.setattr(relative_binned, "uses_triton", uses)
@@ -119,21 +119,38 @@ def test_exact_op(request, exclude_ties):
 
 @pytest.mark.parametrize("rows", [3, 70, 150])
 def test_binned_op(request, monkeypatch, rows):
-    """Two heads of odd widths, and row blocks that end inside tiles. TF32 is float32 in the interpreter."""
+    """Two heads of odd widths, and row blocks that end inside tiles.
+
+    Rows have float16's 11 bits, so that both sides have the same scores. A table of three pairs is so steep inside a
+    fine bin that the last bit of a score changes the gradient by a hundredth.
+    """
     monkeypatch.setattr(relative_binned, "BLOCK_SCORES", {"cpu": 45 * rows})
     monkeypatch.setattr(relative_binned, "DEVICE_BLOCK_SCORES", 45 * rows)
-    teacher = unit(rows, 33)
+    teacher = unit(rows, 33).half().float()
     students = [torch.nn.functional.normalize(teacher + 0.1 * torch.randn(rows, 33)), unit(rows, 7)]
+    students = [student.half().float() for student in students]
     wanted_losses, wanted = relative_binned.relative_similarity(students, teacher, 0.015, True, 64)
     request.getfixturevalue("kernels")
     losses, gradients = relative_binned.relative_similarity(
         [s.to(DEVICE) for s in students], teacher.to(DEVICE), 0.015, True, 64
     )
-    # Of few pairs, one that rounding puts into the next bin is felt.
-    tolerance = 1e-2 if DEVICE == "cuda" or rows == 3 else 3e-4
+    tolerance = 2e-2 if rows == 3 else 1e-3
     torch.testing.assert_close(losses.cpu(), wanted_losses, rtol=tolerance, atol=0)
     for own, other in zip(gradients, wanted, strict=True):
         assert (own.cpu() - other).norm() <= tolerance * other.norm()
+
+
+def test_binned_scores_are_rounded_once():
+    """Errors of the scores are small and have no sign. Operands that are cut off would shrink all cosines by 7e-4."""
+    from jasper_fast.kernels import relative_similarity_binned as kernels
+
+    rows = torch.nn.functional.normalize(unit(40, 300) + unit(1, 300))
+    scores = kernels.scores(kernels.rounded(rows.to(DEVICE)), 0, 40).cpu().double()
+    exact = rows.double() @ rows.double().T
+    upper = torch.ones(40, 40).triu(1) == 1
+    error = ((scores - exact) / exact)[upper]
+    assert error.abs().max() <= 2e-4
+    assert error.mean().abs() <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["exact", "binned"])

@@ -30,6 +30,7 @@ from tests.helpers.mips_kernels import (  # noqa: E402, F401
     WIDTHS,
     _poisoned_memory,
     found,
+    has_tensor_maps,
     in_the_order_of_fp64,
     on_gpu,
     segment_of,
@@ -119,6 +120,8 @@ def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
 @pytest.mark.parametrize("size", [3, 60, 150])
 def test_the_kernels_one_by_one(stored, size, descriptors):
     """Every place of all tiles and ragged edges is written, and rows beyond the capacity are counted."""
+    if descriptors and not has_tensor_maps():
+        pytest.skip("tensor descriptors need Hopper")
     rows, width = (5000 if GPU else 300), 48
     segment, values = segment_of(torch.randn(rows, width), stored)
     queries = Queries.of(torch.randn(size, width).to(DEVICE))

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -r re
 
 from jasper_fast.kernels import mips_epilogue, mips_prologue, mips_rescore  # noqa: E402
 from jasper_fast.kernels.mips_epilogue import Collected  # noqa: E402
-from tests.helpers.mips_kernels import DEVICE, GPU, STORED, _poisoned_memory, on_gpu, segment_of, through_kernels  # noqa: E402, F401
+from tests.helpers.mips_kernels import COMPILED, DEVICE, STORED, _poisoned_memory, on_gpu, segment_of, through_kernels  # noqa: E402, F401
 
 NAMES = ("counts", "cutoffs", "broken", "missed")
 
@@ -31,7 +31,7 @@ NAMES = ("counts", "cutoffs", "broken", "missed")
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch):
     """The interpreter is slow for each program. No result depends on the number of products per program."""
-    if not GPU:
+    if not COMPILED:
         monkeypatch.setattr(mips_rescore, "PAIRS", 256)
 
 
