@@ -32,6 +32,7 @@ from jasper_fast.drift.findings import FIXES
 from jasper_fast.drift.report import report_text
 from jasper_fast.evaluation.score import STUDENT, TEACHER
 from jasper_fast.exporting.golden import ROLES
+from jasper_fast.training.plan import PLAN
 from jasper_fast.utils.command_line import positive_int
 from jasper_fast.utils.errors import JasperError, run_cli
 
@@ -189,6 +190,7 @@ def read_run(folder: Path) -> ComparedRun:
                 f"{folder / name} is damaged (got {type(content).__name__}, expected fields). Fix: restore the file, "
                 "or leave this run out"
             )
+    config = _as_planned(config, _read(folder / PLAN, json.loads))
     steps = sum(stage.get("steps") or 0 for stage in config.get("stages", []))
     logged = _step_lines(folder / "log.jsonl")
     status = f"unfinished: {max(logged, default=0)} of {steps} steps"
@@ -208,7 +210,8 @@ def compare(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
     Returns:
         ``runs``, their ``status``, the ``settings`` that differ and all ``numbers``, each as a list with one entry per
-        run. If only seeds differ, ``seeds`` has the mean and the standard deviation of each number.
+        run. If only seeds differ, ``seeds`` has the mean and the standard deviation of each number. ``note`` warns if
+        ``minutes`` gave the runs different steps, so that another difference cannot explain the numbers alone.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     settings = {key: [run.settings.get(key, ABSENT) for run in runs] for key in keys}
@@ -221,6 +224,12 @@ def compare(runs: Sequence[ComparedRun]) -> dict[str, Any]:
         "settings": different,
         "numbers": numbers,
     }
+    steps = [key for key in different if key.startswith("stages.") and key.endswith(".steps")]
+    if steps and any(run.settings.get("minutes") is not None for run in runs):
+        content["note"] = (
+            f"minutes set other steps in each run ({', '.join(steps)}), so the numbers differ for that reason too. "
+            "Fix: to compare one setting, set minutes to null and give each stage its steps"
+        )
     if set(different) == {"seed"}:
         known = {label: [value for value in values if value is not None] for label, values in numbers.items()}
         content["seeds"] = {
@@ -252,6 +261,8 @@ def comparison_text(content: Mapping[str, Any]) -> str:
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
     if content["numbers"]:
         lines.append("Scores are in per cent.")
+    if content.get("note"):
+        lines.append(f"note: {content['note']}")
     return "\n".join(lines)
 
 
@@ -305,6 +316,15 @@ def _step_lines(log: Path) -> dict[int, dict[str, Any]]:
             if line.get("event") == "step":
                 lines[int(line["step"])] = line
     return lines
+
+
+def _as_planned(config: Mapping[str, Any], plan: Any) -> Mapping[str, Any]:
+    """Return a configuration with the steps of the run's plan, which `minutes` sets."""
+    stages = config.get("stages", [])
+    planned = plan.get("steps") if isinstance(plan, Mapping) else None
+    if not isinstance(planned, list) or len(planned) != len(stages):
+        return config
+    return {**config, "stages": [{**stage, "steps": n} for stage, n in zip(stages, planned, strict=True)]}
 
 
 def _as_taken(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
     assert "int8" not in text and "student before" not in text
     assert cells(text, "student texts/s") == ["30", "–", "–", "–"]
     assert cells(text, "seconds, training") == ["61.2", "–", "–", "–"]
-    assert f"3  {c}: unfinished: 3 of 900 steps" in text
+    assert f"3  {c}: unfinished: 3 of 740 steps" in text
     assert f"4  {d}: finished early, after step 4 of 900" in text
     assert "± sd" not in text
 
@@ -78,8 +78,24 @@ def test_the_steps_and_batches_of_a_finished_run_are_those_taken(tmp_path, capsy
     assert compare.main([*map(str, runs)]) == 0
     text = capsys.readouterr().out
     assert cells(text, "stages.0.steps") == ["2", "2", "100"]  # an unfinished run has its plan
-    assert cells(text, "stages.1.steps") == ["3", "4", "500"]
+    assert cells(text, "stages.1.steps") == ["3", "4", "340"]
     assert cells(text, "stages.1.batch_size") == ["20", "32", "32"]
+
+
+def test_runs_whose_minutes_gave_other_steps_are_not_compared_in_silence(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / name, {"minutes": 1, "stages.1.lr": lr}, None) for name, lr in (("a", 1e-4), ("b", 2e-4))
+    ]
+    for run, steps in zip(runs, ([2, 6, 3], [1, 2, 1]), strict=True):
+        (run / "plan.json").write_text(json.dumps({"steps": steps}))
+    assert compare.main([str(run) for run in runs]) == 0
+    text = capsys.readouterr().out
+    assert cells(text, "stages.1.steps") == ["6", "2"] and f"1  {runs[0]}: unfinished: 3 of 11 steps" in text
+    assert "note: minutes set other steps in each run (stages.0.steps, stages.1.steps, stages.2.steps)" in text
+    (runs[0] / "plan.json").write_text(json.dumps({"steps": [1, 2, 1]}))
+    fixed = write_run(tmp_path / "c", {"stages.0.steps": 1, "stages.1.steps": 2, "stages.2.steps": 1}, None)
+    assert compare.main([str(runs[0]), str(fixed)]) == 0
+    assert "note:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("as_json", [True, False])

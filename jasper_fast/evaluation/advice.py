@@ -42,12 +42,15 @@ def loss_trend(steps: Sequence[Mapping[str, Any]], stage: str) -> dict[str, Any]
         stage: name of the stage.
 
     Returns:
-        ``stage``, ``fall`` (a fraction of the earlier loss, positive if the loss fell) and its standard ``error``. None
-        if the stage has fewer than 40 logged steps or its loss is not positive.
+        ``stage``, ``fall`` (a fraction of the earlier loss, positive if the loss fell) and its standard ``error``.
+        Fewer than 40 steps say nothing about that: then it is ``stage`` and the number of ``steps``. None if the stage
+        took no step or its loss is not positive.
     """
     losses = np.array([line["loss"] for line in steps if line["stage"] == stage], dtype=np.float64)
     tenth = len(losses) // 10
-    if len(losses) < MIN_STEPS:
+    if 0 < len(losses) < MIN_STEPS:
+        return {"stage": stage, "steps": len(losses)}
+    if not tenth:
         return None
     earlier, last = losses[-2 * tenth : -tenth], losses[-tenth:]
     if not earlier.mean() > 0:
@@ -103,9 +106,13 @@ def _training_sentence(
     if parts:
         parts[0] += PCA
     gain, error = compared.get((max(heads), BEFORE), (None, 0.0))
-    if gain is not None and gain <= CERTAIN * error:
+    gain_is_measurable = gain is None or gain > CERTAIN * error
+    if not gain_is_measurable:
         parts.append(f"training gained nothing measurable ({_points(gain, error)})")
-    elif trend is not None and trend["fall"] > CERTAIN * trend["error"]:
+    if trend is not None and "steps" in trend:
+        steps = f"{trend['steps']} step{'s' * (trend['steps'] > 1)}"
+        parts.append(f"stage {trend['stage']!r} took only {steps}, so give it more minutes or steps")
+    elif trend is not None and gain_is_measurable and trend["fall"] > CERTAIN * trend["error"]:
         parts.append(
             f"the loss of stage {trend['stage']!r} still fell by {100 * trend['fall']:.1f} % in its last tenth, so "
             "more steps may help"

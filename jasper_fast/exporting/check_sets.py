@@ -101,10 +101,11 @@ def held_out_check(source: str | Path) -> CheckSet | None:
     """Return the held-out documents of a run, if its text cache is still there.
 
     Args:
-        source: run folder, or the model folder in it.
+        source: run folder, the model folder in it, or the folder of an adapted model that has its run in ``student``.
     """
     folder = Path(source)
-    file = next((at / "config.yaml" for at in (folder, folder.parent) if (at / "config.yaml").is_file()), None)
+    places = (folder, folder.parent, folder / "student", folder.parent / "student")
+    file = next((at / "config.yaml" for at in places if (at / "config.yaml").is_file()), None)
     if file is None:
         return None
     try:

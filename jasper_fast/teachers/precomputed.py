@@ -177,7 +177,8 @@ class PrecomputedEmbeddings:
         if (rows < 0).any():
             raise self._missing(texts.select(np.flatnonzero(rows < 0)), len(texts), data)
         unused = self.rows - len(np.unique(rows))
-        return f"{len(texts)} training texts matched by {self.key}; {unused} of {self.rows} rows are unused"
+        left = f"{unused} of {self.rows} rows belong to no training text"
+        return f"{len(texts)} training texts matched by {self.key}; {left}"
 
     def find_all(self, texts: Dataset) -> np.ndarray:
         """Find the rows of all texts, (n,) int64. -1 for a text without a row.

@@ -10,6 +10,7 @@ from typing import Any
 
 from jasper_fast.config.run import Config
 from jasper_fast.config.stage import StageConfig
+from jasper_fast.evaluation.advice import MIN_STEPS
 from jasper_fast.training.data import TrainingData
 from jasper_fast.training.run.folder import result_settings
 from jasper_fast.training.run.progress import Phase, Progress, duration
@@ -184,7 +185,7 @@ def make_plan(config: Config, costs: Costs) -> Plan:
             steps[index] = n
         notes.append(f"minutes {config.minutes:g}: {total / unscaled:.3g} times the steps of the configuration")
     plan = Plan(costs, tuple(steps))
-    return replace(plan, notes=(*notes, *_overruns(config, plan)))
+    return replace(plan, notes=(*notes, *_overruns(config, plan), *_few_steps(config, plan)))
 
 
 def _largest(seconds: Callable[[int], float], budget: float) -> int:
@@ -213,6 +214,21 @@ def _overruns(config: Config, plan: Plan) -> list[str]:
             f"{duration(plan.training)}"
         )
     return notes
+
+
+def _few_steps(config: Config, plan: Plan) -> list[str]:
+    """Report stages in which ``minutes`` leaves too few steps to learn much."""
+    few = [
+        f"{stage.name} {steps}"
+        for stage, steps in zip(config.stages, plan.steps, strict=True)
+        if stage.minutes is None and steps < MIN_STEPS <= stage.steps
+    ]
+    if config.minutes is None or not few:
+        return []
+    return [
+        f"minutes {config.minutes:g} leave few steps ({', '.join(few)}), so the student will learn little. Fix: raise "
+        "minutes, or lower max_length"
+    ]
 
 
 def has_minutes(config: Config) -> bool:

@@ -273,4 +273,4 @@ def test_the_trend_compares_the_last_two_tenths_of_one_stage() -> None:
     assert trend is not None and trend["fall"] == pytest.approx(0.5)
     error = (np.var(losses[80:90], ddof=1) / 10 + np.var(losses[90:], ddof=1) / 10) ** 0.5 / 2.1
     assert trend["error"] == pytest.approx(error)
-    assert loss_trend(steps[:39], "a") is None and loss_trend(steps, "c") is None
+    assert loss_trend(steps[:39], "a") == {"stage": "a", "steps": 39} and loss_trend(steps, "c") is None

@@ -240,7 +240,10 @@ def test_held_out_documents_of_a_run(tiny_texts: list[str], tiny_bert: Path, tmp
     (run / "config.yaml").write_text(dump_config(config))
     assert held_out_check(run) is None  # its cache is gone
     held_out = build_all_texts(config.data, config.data.seed).held_out
-    for folder in (run, run / "model"):
+    adapted = tmp_path / "adapted"
+    (adapted / "symmetric").mkdir(parents=True)
+    (adapted / "student").symlink_to(run)
+    for folder in (run, run / "model", adapted, adapted / "symmetric"):
         check = held_out_check(folder)
         assert check is not None and check.kind == LABEL_FREE and check.evalset.name == "held-out documents"
         assert len(held_out) == 20 and set(check.evalset.queries) == set(held_out["query"])

@@ -56,7 +56,17 @@ def test_one_factor_fills_the_budget(minutes, own):
 def test_a_budget_below_one_step_of_each_stage_is_reported():
     plan = make_plan(config(0.1), Costs((FAST, SLOW, NARROW)))
     assert plan.steps == (1, 1, 1)
-    assert "minutes 0.1 are too few for one step of each stage" in plan.notes[-1]
+    assert "minutes 0.1 are too few for one step of each stage" in plan.notes[-2]
+
+
+LITTLE = "the student will learn little. Fix: raise minutes, or lower max_length"
+
+
+@pytest.mark.parametrize(("minutes", "few"), [(0.5, "head 3, distil 16, reduce 9"), (1.5, "head 11, reduce 34"), (8.0, "")])
+def test_stages_of_few_steps_are_reported(minutes, few):
+    notes = make_plan(config(minutes), Costs((FAST, SLOW, NARROW))).notes
+    found = [note for note in notes if "few steps" in note]
+    assert found == ([f"minutes {minutes:g} leave few steps ({few}), so {LITTLE}"] if few else [])
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def describe_stage(student: Student, stage: StageConfig, done: int = 0) -> str:
     where = f", from its step {done}" if done else ""
     return (
         f"stage {stage.name}: trains {sum(trained):,} of {total:,} parameters ({len(trained)} tensors), heads "
-        f"{stage.heads}, {stage.steps} steps of {stage.batch_size}{where}"
+        f"{stage.heads}, {stage.steps} steps of {stage.batch_size}, lr {stage.lr:g}{where}"
     )
 
 
