@@ -34,7 +34,7 @@ def shrunk(name, tiny_bert, tiny_texts, folder):
     for stage in tree["stages"]:
         stage["heads"] = [widths[width] for width in stage["heads"]]
         stage["train"] = [re.sub(r"\d+", lambda found: str(widths[int(found[0])]), glob) for glob in stage["train"]]
-        stage |= {"steps": 2, "batch_size": 32, "texts": None, "micro_batch": 16}
+        stage |= {"steps": 2, "batch_size": 32 if stage["rank"] is None else 4, "texts": None, "micro_batch": 16}
     return tree
 
 
