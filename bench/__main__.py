@@ -32,6 +32,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "migrate": "bench.migrate",
     "mips": "bench.mips.cpu",
     "prose": "bench.pages.prose",
+    "ranking": "bench.losses.ranking",
     "readme": "bench.pages.readme",
     "search": "bench.mips.search",
     "servers": "bench.servers",

@@ -106,13 +106,13 @@ def _training_sentence(
     if parts:
         parts[0] += PCA
     gain, error = compared.get((max(heads), BEFORE), (None, 0.0))
-    gain_is_measurable = gain is None or gain > CERTAIN * error
-    if not gain_is_measurable:
+    nothing_gained = gain is not None and gain <= CERTAIN * error
+    if gain is not None and nothing_gained:
         parts.append(f"training gained nothing measurable ({_points(gain, error)})")
     if trend is not None and "steps" in trend:
         steps = f"{trend['steps']} step{'s' * (trend['steps'] > 1)}"
         parts.append(f"stage {trend['stage']!r} took only {steps}, so give it more minutes or steps")
-    elif trend is not None and gain_is_measurable and trend["fall"] > CERTAIN * trend["error"]:
+    elif trend is not None and not nothing_gained and trend["fall"] > CERTAIN * trend["error"]:
         parts.append(
             f"the loss of stage {trend['stage']!r} still fell by {100 * trend['fall']:.1f} % in its last tenth, so "
             "more steps may help"

@@ -15,7 +15,7 @@ from jasper_fast.losses.arguments import (
     check_temperature,
 )
 from jasper_fast.losses.autograd import attach_gradients, full_precision, needs_gradient
-from jasper_fast.ops.dispatch import fake_gradient, fake_loss
+from jasper_fast.ops.dispatch import fake_gradient, fake_loss, uses_triton
 from jasper_fast.ops.fingerprints import row_fingerprints
 from jasper_fast.ops.row_blocks import UnitRows, normalize_all, row_blocks
 
@@ -111,17 +111,15 @@ def info_nce_op(
     document_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the loss (1,) and its gradients with respect to queries and documents. An unwanted one is empty."""
-    return _info_nce_torch(
-        queries,
-        documents,
-        positives,
-        temperature,
-        teacher_queries,
-        teacher_documents,
-        margin,
-        query_gradient,
-        document_gradient,
-    )
+    teacher = [tensor for tensor in (teacher_queries, teacher_documents) if tensor is not None]
+    numbers = row_fingerprints(teacher[1] if teacher else documents)
+    arguments = (queries, documents, positives, numbers, temperature, teacher, margin)
+    if uses_triton([queries, *teacher, documents]):
+        from jasper_fast.kernels import info_nce
+
+        with torch.cuda.device_of(documents):  # kernels are launched on the current device
+            return info_nce.info_nce(*arguments, query_gradient, document_gradient)
+    return _info_nce_torch(*arguments, query_gradient, document_gradient)
 
 
 @info_nce_op.register_fake
@@ -148,17 +146,15 @@ def _info_nce_torch(
     queries: Tensor,
     documents: Tensor,
     positives: Tensor,
+    numbers: Tensor,
     temperature: float,
-    teacher_queries: Tensor | None,
-    teacher_documents: Tensor | None,
+    teacher: list[Tensor],
     margin: float,
     query_gradient: bool,
     document_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_range("positives", positives, 0, len(documents))
-    teacher = [] if teacher_queries is None or teacher_documents is None else [teacher_queries, teacher_documents]
     (query, *teacher_units), document = normalize_all([queries, *teacher], documents)
-    numbers = row_fingerprints(teacher[1] if teacher else documents)
     spoilt = _spoilt(query, document, *teacher_units)
     left = torch.empty_like(query.rows) if query_gradient else None
     right = torch.zeros_like(document.rows) if document_gradient else None
@@ -194,6 +190,6 @@ def _spoilt(*units: UnitRows) -> Tensor:
     Args:
         units: queries, documents, and the teacher's queries and documents if there are any.
     """
-    of_queries = sum(unit.rows.sum(dim=1, keepdim=True) for unit in units[::2])
-    of_documents = sum(unit.rows.sum() for unit in units[1::2])
-    return 0.0 * (of_queries + of_documents)
+    of_queries = torch.cat([unit.rows.sum(dim=1, keepdim=True) for unit in units[::2]], dim=1)
+    of_documents = torch.stack([unit.rows.sum() for unit in units[1::2]])
+    return 0.0 * (of_queries.sum(dim=1, keepdim=True) + of_documents.sum())

@@ -16,7 +16,7 @@ from jasper_fast.losses.arguments import (
     check_temperature,
 )
 from jasper_fast.losses.autograd import attach_gradients, full_precision, needs_gradient
-from jasper_fast.ops.dispatch import fake_gradient, fake_loss
+from jasper_fast.ops.dispatch import fake_gradient, fake_loss, uses_triton
 from jasper_fast.ops.row_blocks import UnitRows, normalize_all, row_blocks
 
 
@@ -54,7 +54,7 @@ def listwise_loss(
     Example:
         >>> import torch
         >>> documents = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> candidates, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[0.9, 0.8, 0.1]])
+        >>> candidates, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.99, 0.0]])
         >>> right = listwise_loss(documents[:1], documents, candidates, scores)
         >>> wrong = listwise_loss(documents[2:], documents, candidates, scores)
         >>> bool(right < 0.1), bool(wrong > 1)
@@ -101,9 +101,11 @@ def listwise_op(
     document_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the loss (1,) and its gradients with respect to queries and documents. An unwanted one is empty."""
-    return _listwise_torch(
-        queries, documents, candidates, scores, temperature, teacher_temperature, query_gradient, document_gradient
-    )
+    arguments = (queries, documents, candidates, scores, temperature, teacher_temperature)
+    if uses_triton([queries, documents]):
+        with torch.cuda.device_of(documents):  # kernels are launched on the current device
+            return _listwise_triton(*arguments, query_gradient, document_gradient)
+    return _listwise_torch(*arguments, query_gradient, document_gradient)
 
 
 @listwise_op.register_fake
@@ -152,6 +154,28 @@ def counted_candidates(candidates: Tensor) -> Tensor:
     """Return True for each candidate of a query with at least two. (Q, K) -> (Q, K) bool."""
     present = candidates != -1
     return present & (present.sum(dim=1, keepdim=True) > 1)
+
+
+# Triton.
+
+
+def _listwise_triton(
+    queries: Tensor,
+    documents: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+    query_gradient: bool,
+    document_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from jasper_fast.kernels.gather import RawRows, gathered_cosines, gathered_gradients
+
+    query, document, candidates = RawRows.of(queries), RawRows.of(documents), candidates.contiguous()
+    cosines = gathered_cosines(query, document, candidates)
+    counted = counted_candidates(candidates)
+    loss, weights = divergence(cosines, counted, scores, temperature, teacher_temperature)
+    return loss, *gathered_gradients(query, document, candidates, weights, query_gradient, document_gradient)
 
 
 # Plain torch.

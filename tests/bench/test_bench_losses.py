@@ -182,3 +182,16 @@ def test_the_cpu_benchmark_measures_and_checks():
     student, teacher = losses._batch(30, 8, 8)
     with pytest.raises(AssertionError, match="far from the values in float64"):
         losses._check_all([similarity_loss, lambda s, t: 1.01 * similarity_loss(s, t)], student, teacher)
+
+
+def test_ranking_losses_are_compared_with_plain_pytorch(tmp_path, monkeypatch):
+    from bench.losses import ranking
+
+    monkeypatch.setattr(ranking, "in_new_process", lambda function, *arguments: function(*arguments))
+    out = tmp_path / "ranking.json"
+    assert ranking.main(["--quick", "--repeats", "1", "--out", str(out)]) == 0
+    for name, figures in json.loads(out.read_text())["losses"].items():
+        assert figures["methods"].keys() == {"jasper_fast", "plain"} and figures["gradient_error"] <= ranking.NEAR
+        batch = ranking.random_batch(ranking.QUICK)
+        ours, plain = (ranking.step(table[name], batch) for table in (ranking.OURS, ranking.PLAIN))
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)

@@ -350,7 +350,8 @@ def test_memory_does_not_grow_with_the_queries_times_the_documents():
 
     rows = 6000
     queries, documents = torch.randn(rows, 4), torch.randn(rows, 4)
-    arguments = (queries, documents, torch.arange(rows), 0.05, queries, documents, 0.0, True, True)
+    numbers = row_fingerprints(documents)
+    arguments = (queries, documents, torch.arange(rows), numbers, 0.05, [queries, documents], 0.0, True, True)
     with Watch():
         info_nce._info_nce_torch(*arguments)
     assert rows * 512 < largest <= 4 * row_blocks.WORKSPACE  # one Q x M matrix would have 144 MB
