@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def with_budget(config: Config, minutes: float, steps: int | None, share: float = 1.0) -> Config:
-    """Return the configuration whose last stage has a share of the minutes, or of the steps if these are given."""
+    """Return the configuration whose last stage has a fraction of the minutes, or of the steps if these are given."""
     last = len(config.stages) - 1
     some = {"steps": max(1, round(share * steps))} if steps else {"steps": 0, "minutes": share * minutes}
     stage = {**config.stages[last].model_dump(mode="json"), "minutes": None, **some}

@@ -60,7 +60,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Training:
-    """What a peer is trained with.
+    """Texts, teacher and settings that a peer is trained with.
 
     Args:
         arm: name of the peer.
@@ -254,7 +254,7 @@ def by_the_clock(seconds: float, lr: float, shape: Callable[[float], float]) -> 
     return ByTheClock()
 
 
-# Peers in packages of their own.
+# Peers that are packages.
 
 
 def train_smallmodel(job: Training) -> Trained:

@@ -30,7 +30,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, hidden: list[Tensor], others: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
-        super().__init__([{"params": hidden}, *others], {"lr": lr})
+        groups: list[dict[str, Any]] = [{"params": hidden}, *others]
+        super().__init__(groups, {"lr": lr})
         muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._parts: list[torch.optim.Optimizer] = [muon]
         if others:

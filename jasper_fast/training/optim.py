@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def make_optimizer(student: Student, stage: StageConfig) -> torch.optim.Optimize
     trained = [p for p in student.parameters() if p.requires_grad]
     hidden = hidden_matrices(student) if stage.optimizer == "muon" else []
     others = [p for p in trained if all(p is not matrix for matrix in hidden)]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": stage.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
