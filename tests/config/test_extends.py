@@ -170,7 +170,7 @@ def test_the_limits_of_a_recipe_do_not_apply_to_own_texts(arguments):
     assert [stage.texts for stage in config.stages] == [None] * 3 and config.name == "docs"
     assert {stage.small_data for stage in config.stages} == {"adapt"}
     (note,) = config.notes
-    assert "data.limit 8000" in note and "stages.reduce.texts 5000" in note and "evaluate docstrings" in note
+    assert "data.limit 8000" in note and "stages.reduce.texts 6000" in note and "evaluate docstrings" in note
 
 
 def test_own_values_apply_to_own_texts(tmp_path):
