@@ -182,8 +182,8 @@ class FlatIPIndex:
         Returns:
             ``queries`` and ``rows``, and means per query: ``coarse``, the rows that the 4-bit scores kept, and
             ``rescored``, the rows that were then rescored in fp64. Both are 0 for queries that were searched without
-            4-bit codes: of other dtypes or devices, in ``exact``, without the compiled extension, and if the first
-            queries showed that these codes keep most rows.
+            4-bit codes: of other dtypes or devices, in ``exact``, and without the compiled extension. They are also 0
+            for queries left to matrix products, because the first of them showed that 4-bit codes keep most rows.
 
         Example:
             >>> index = FlatIPIndex(4, dtype="float32")
