@@ -51,9 +51,9 @@ static int32_t dot_fine(const uint8_t* codes, int64_t bytes, const int8_t* query
     sums[0] = dot4(sums[0], (ivec)low_nibbles(both), load<ivec>(query + at));
     sums[1] = dot4(sums[1], (ivec)high_nibbles(both), load<ivec>(query + bytes + at));
   }
-  sums[0] += sums[1];
-  int32_t total = 0;
-  for (int64_t lane = 0; lane < kFloats; ++lane) total += sums[0][lane];
+  ivec all = sums[0] + sums[1];
+  for (int64_t left = kFloats; left > 1; left /= 2) all = even(all, all) + odd(all, all);
+  int32_t total = all[0];
   for (; at < bytes; ++at) total += (codes[at] & 15) * query[at] + (codes[at] >> 4) * query[bytes + at];
   return total;
 }

@@ -208,6 +208,9 @@ struct Chunk {
             ++dropped;
             continue;
           }
+        } else {
+          own.score = score(own.row, own.sum);
+          own.error = query.norm * planes.coarse_errors[own.row] + coarse_rest(own.row / kBin);
         }
         prefetch_row(own.row);
         fine[fine_count++] = own;
@@ -231,8 +234,7 @@ struct Chunk {
         if (next != chosen.end() && next->row == local) continue;
         const int64_t row = first_bin * kBin + local;
         prefetch(planes.fine + row * planes.bytes, planes.bytes);
-        const double error = query.norm * planes.coarse_errors[row] + rest;
-        coarse[coarse_count++] = {row, sums[local], score(row, sums[local]), error};
+        coarse[coarse_count++] = {row, sums[local], 0.0, 0.0};
         if (coarse_count == kPending) refine_pending();
       }
     }

@@ -26,6 +26,8 @@ from jasper_fast.utils import hardware as env
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
+SAMPLED_QUERIES, MIN_SAMPLED = 8, 32  # The first of so many queries decide how the others are searched:
+MAX_KEPT_SHARE = 0.3  # by products if 4-bit scores keep more of the rows, and 8-bit scores less.
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
@@ -176,8 +178,10 @@ def search_tiles(
 
 def search_planes(
     segment: Segment, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool, scratch: int
-) -> None:
-    """Search a segment with planes for any number of queries.
+) -> int:
+    """Search a segment with planes, and return the number of queries done: all, or the first few.
+
+    If a sample of many queries shows that matrix products are faster for the others, these are left to the caller.
 
     Args:
         segment: segment to search, with known ``norms``.
@@ -188,13 +192,29 @@ def search_planes(
         proven: True to rank by fp64 scores, False by those of the 8-bit codes.
         scratch: bytes that the search may use.
     """
-    planes = segment.planes
+    planes, size = segment.planes, len(queries)
     assert planes is not None
     sums = max(1, min(SUMS_AT_ONCE, scratch // 8))
-    torch.ops.jasper_fast_native.mips_planes(
-        queries.exact, segment.rows, *planes.tensors().values(), segment.norms, valid, first_id, proven,
-        QUERIES_AT_ONCE, sums, state.best, state.counts, state.cutoffs, state.broken, state.survivors,
-    )  # fmt: skip
+
+    def scan(part: slice) -> None:
+        mask = valid[part].contiguous() if valid.dim() == 2 else valid
+        own = state if part.stop - part.start == size else state.part(part)
+        torch.ops.jasper_fast_native.mips_planes(
+            queries.exact[part], segment.rows, *planes.tensors().values(), segment.norms, mask, first_id, proven,
+            QUERIES_AT_ONCE, sums, own.best, own.counts, own.cutoffs, own.broken, own.survivors,
+        )  # fmt: skip
+
+    if size < MIN_SAMPLED:
+        scan(slice(0, size))
+        return size
+    sample = slice(0, SAMPLED_QUERIES)
+    before = state.survivors[sample].sum(dim=0)
+    scan(sample)
+    kept = (state.survivors[sample].sum(dim=0) - before) / (SAMPLED_QUERIES * len(segment))
+    if kept[0] > MAX_KEPT_SHARE > kept[1]:
+        return SAMPLED_QUERIES
+    scan(slice(SAMPLED_QUERIES, size))
+    return size
 
 
 def _integers(queries: Queries) -> tuple[Tensor, Tensor, Tensor]:

@@ -261,7 +261,12 @@ def _scan(
             if segment.norms is None:
                 set_norms(segment, bin_norms(segment), first_id)
             if _in_range(segment, queries):
-                search_planes(segment, first_id, queries, part, state, precision == "certified", scratch)
+                done = search_planes(segment, first_id, queries, part, state, precision == "certified", scratch)
+                if done < len(queries):
+                    rest, rest_mask = slice(done, None), part[done:].contiguous() if part.dim() == 2 else part
+                    _library(
+                        segment, first_id, queries.take(rest), rest_mask, state.part(rest), precision, scratch
+                    )  # fmt: skip
                 continue
         few = compiled and len(queries) <= MAX_FEW_QUERIES[segment.rows.dtype]
         if segment.norms is None and not few:
