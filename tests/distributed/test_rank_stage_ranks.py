@@ -24,7 +24,7 @@ from jasper_fast.training.stages.rank import rank_batches
 from jasper_fast.training.step import dropout_mask, take_gradients
 from tests.helpers.rank_stages import Judge, rank_settings, rank_stage, replace_cross_encoder
 from tests.helpers.ranks import end, start
-from tests.helpers.runs import write_data
+from tests.helpers.runs import records, write_data
 
 CPU = torch.device("cpu")
 CASES = {
@@ -106,7 +106,7 @@ def test_the_same_loss_and_gradient_on_one_two_and_four_processes(tiny_bert, tin
     found = {}
     for world in (1, 2, 4):
         out = tmp_path / str(world)
-        assert end(start(world, every_case, tree, str(out)), 240) == [0] * world
+        assert end(start(world, every_case, tree, str(out)), 900) == [0] * world
         found[world] = torch.load(out)
     alone = found[1]
     for world in (2, 4):
@@ -123,3 +123,29 @@ def test_the_same_loss_and_gradient_on_one_two_and_four_processes(tiny_bert, tin
                 for key, gradient in expected["gradients"].items():
                     assert float((ours["gradients"][key] - gradient).abs().max()) <= 1e-10 * largest, (name, mode, key)
         assert found[world]["local", "ddp"]["rows"] < alone["rows"]
+
+
+def whole_run(tree: dict, out: str) -> None:
+    import jasper_fast.training.preflight as module
+    from jasper_fast.train import train
+    from tests.helpers.costs import fixed_costs
+
+    module.measure_costs = fixed_costs
+    replace_cross_encoder(Judge())
+    train(tree, out=out)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_two_processes_is_that_of_one(tiny_bert, tiny_texts, tmp_path):
+    write_data(tmp_path, tiny_texts)
+    tree = rank_settings(tmp_path, tiny_bert, targets="judge")
+    for world in (1, 2):
+        fresh = tree | {"data": tree["data"] | {"cache": str(tmp_path / f"cache-{world}")}}
+        assert end(start(world, whole_run, fresh, str(tmp_path / f"run-{world}")), 900) == [0] * world
+    alone, both = (
+        [r for r in records(tmp_path / f"run-{world}") if r["event"] == "step" and r["stage"] == "rank"]
+        for world in (1, 2)
+    )
+    for key in ("loss", "listwise", "contrastive", "cosine"):
+        assert [r.get(key) for r in both] == pytest.approx([r.get(key) for r in alone], rel=1e-3)
+    assert (tmp_path / "run-2" / "model" / "modules.json").is_file()
