@@ -138,6 +138,19 @@ def test_larger_corpora_give_the_same_as_fp64(kind, size, monkeypatch):
         assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_query_of_seventy_thousand_is_wrong(kind):
+    """Together, a million queries."""
+    for seed, width in ((1, 24), (2, 96)):
+        corpus, queries = corpus_of(kind, 400, width, seed), corpus_of(kind, 36_000, width, seed + 100)
+        ids = search(lambda corpus=corpus: [(0, segment_of(corpus))], 400, queries, 5, "certified", None, SCRATCH)[1]
+        true = queries.double() @ corpus.double().T
+        gap = 1e-12 * (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max())[:, None]
+        assert ((true.gather(1, ids) - true.topk(5, dim=1).values).abs() <= gap).all()
+        assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
 def planted(fault: str) -> Segment:
     segment = segment_of(torch.randn(3000, 32, generator=torch.Generator().manual_seed(5)))
     assert segment.planes is not None
