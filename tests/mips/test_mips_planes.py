@@ -138,6 +138,19 @@ def test_larger_corpora_give_the_same_as_fp64(kind, size, monkeypatch):
         assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_query_of_seventy_thousand_is_wrong(kind):
+    """Together, a million queries."""
+    for seed, width in ((1, 24), (2, 96)):
+        corpus, queries = corpus_of(kind, 400, width, seed), corpus_of(kind, 36_000, width, seed + 100)
+        ids = search(lambda corpus=corpus: [(0, segment_of(corpus))], 400, queries, 5, "certified", None, SCRATCH)[1]
+        true = queries.double() @ corpus.double().T
+        gap = 1e-12 * (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max())[:, None]
+        assert ((true.gather(1, ids) - true.topk(5, dim=1).values).abs() <= gap).all()
+        assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
 def planted(fault: str) -> Segment:
     segment = segment_of(torch.randn(3000, 32, generator=torch.Generator().manual_seed(5)))
     assert segment.planes is not None
@@ -185,24 +198,24 @@ def test_few_rows_are_rescored():
 
 
 @pytest.mark.parametrize(
-    ("kind", "k", "products"), [("normal", 20, False), ("near-tied", 20, False), ("normal", 500, True)]
+    ("kind", "k", "products"), [("normal", 20, False), ("near-tied", 20, False), ("normal", 250, True)]
 )
 def test_a_sample_of_many_queries_chooses_between_codes_and_products(kind, k, products, monkeypatch):
     corpus = corpus_of(kind, 3000, 64, 1)
-    queries = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
+    queries = torch.randn(70, 64, generator=torch.Generator().manual_seed(2))
     taken = []
     library = top_k._library
     monkeypatch.setattr(top_k, "_library", lambda *given: taken.append(len(given[2])) or library(*given))
     _, ids = search(lambda: [(0, segment_of(corpus))], 3000, queries, k, "certified", None, SCRATCH)
     true = queries.double() @ corpus.double().T
     assert ((true.gather(1, ids) - true.topk(k, dim=1).values).abs() <= 1e-12 * 64 * true.abs().max()).all()
-    state = TopKState(40, k, corpus.device)
+    state = TopKState(70, k, corpus.device)
     cpu.search_planes(
         segment_of(corpus), 0, Queries.of(queries), torch.empty(0, dtype=torch.bool), state, True, SCRATCH
     )
-    coarse, rescored = (state.survivors[:8].double().mean(dim=0) / 3000).tolist()
+    coarse, rescored = (state.survivors[: cpu.SAMPLED_QUERIES].double().mean(dim=0) / 3000).tolist()
     assert (coarse > cpu.MAX_KEPT_SHARE > rescored) == products, (coarse, rescored)
-    assert taken == ([40 - cpu.SAMPLED_QUERIES] if products else [])
+    assert taken == ([70 - cpu.SAMPLED_QUERIES] if products else [])
 
 
 def test_stats_are_those_of_the_last_search():
