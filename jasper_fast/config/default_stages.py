@@ -1,4 +1,4 @@
-"""Stages of a configuration without `stages`: in the manner of minilm-docstrings, for the student's widths."""
+"""Stages of a configuration without `stages`: those of the recipe minilm-docstrings, for the student's widths."""
 
 from __future__ import annotations
 
