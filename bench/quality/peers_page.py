@@ -154,6 +154,8 @@ def not_ahead(results: Mapping[str, Any]) -> str:
     Ours leads if its mean less its standard deviation over seeds exceeds the peer's mean plus its deviation.
     """
     scores, kinds = collect(results), set_kinds(results)
+    if not any(model == OURS for model, _ in scores):
+        return "Ours has no result, so nothing is compared."
     keys = list(next(iter(scores.values()))[0])
     lines = []
     for width, ours, peers in _widths(scores):

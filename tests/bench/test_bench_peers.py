@@ -290,6 +290,8 @@ def test_a_lead_within_the_spread_is_no_lead():
         del results["arms"][arm]
     assert "It leads every peer at every width" in not_ahead(results)
     assert set_kinds(results | {"kept_aside": []}) == {"other": ["a"]}
+    del results["arms"]["jasper_fast"]
+    assert not_ahead(results) == "Ours has no result, so nothing is compared."
 
 
 def test_peers_without_narrow_heads_are_reduced_by_the_training_texts(arms, tiny_texts):
