@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
     def pointers(self) -> tuple[Tensor | None, ...]:
         """Tensors in the order of the kernels' arguments."""
         (x, rx), (y, ry) = self.queries, self.documents
-        teacher = (None,) * 4
+        teacher: tuple[Tensor | None, ...] = (None,) * 4
         if self.teacher is not None:
             (tx, rtx), (ty, rty) = self.teacher
             teacher = (tx, ty, rtx, rty)
@@ -50,12 +50,13 @@ class Tensors(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         """Queries, documents, and the widths of student and teacher."""
         width = 0 if self.teacher is None else self.teacher[0].rows.shape[1]
-        return len(self.queries.rows), *self.documents.rows.shape, width
+        documents, student_width = self.documents.rows.shape
+        return len(self.queries.rows), documents, student_width, width
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the rows."""
-        teacher = (0, 0, 0, 0)
+        teacher: tuple[int, ...] = (0, 0, 0, 0)
         if self.teacher is not None:
             teacher = (*self.teacher[0].rows.stride(), *self.teacher[1].rows.stride())
         return *self.queries.rows.stride(), *self.documents.rows.stride(), *teacher
@@ -94,7 +95,8 @@ def info_nce(
     """
     sides = RawRows.of(queries), RawRows.of(documents)
     chosen = torch.where(positives < 0, len(documents), positives)[:, None].contiguous()
-    sides_of_teacher, bar = None, None
+    sides_of_teacher: tuple[RawRows, RawRows] | None = None
+    bar: Tensor | None = None
     if teacher:
         sides_of_teacher = RawRows.of(teacher[0]), RawRows.of(teacher[1])
         bar = gathered_cosines(*sides_of_teacher, chosen)[:, 0] - margin
