@@ -206,50 +206,35 @@ def contrast_weights_kernel(
     tl.store(tile, weights.to(W.dtype.element_ty), mask=inside[:, None] & (n[None, :] < M - j0))
 
 
-STUDENT = ("stride_xb", "stride_xd", "stride_yb", "stride_yd")
-TEACHER = ("stride_txb", "stride_txd", "stride_tyb", "stride_tyd")
+STRIDES = tuple(f"stride_{side}{axis}" for side in ("x", "y", "tx", "ty") for axis in "bd")
 
 
 def forms() -> Iterator[Form]:
     """Yield the forms of this module's kernels. See `registry`."""
     for dtype in TYPES.values():
-        yield from _forms(dtype, dtype, dtype, _tiles(dtype)[0])
-    for form in _forms("fp32", "fp32", "fp32", TILES_32_BIT[1]):
+        yield from _forms(dtype, (TILES_32_BIT if dtype == "fp32" else TILES_SOFTMAX)[0])
+    yield from _forms("bf16", TILES_SOFTMAX[0], teacher=False)
+    for form in _forms("fp32", TILES_32_BIT[1]):
         yield form
         yield unaligned(form, "width", "begin", "stride_wb")
-        yield with_ones(form, "Q", "M", "D", "E", *STUDENT[::2], *TEACHER[::2])
-    # Without a teacher, with mixed dtypes and with other layouts only the loads differ, so one form covers each.
-    yield from _forms("bf16", "bf16", None, TILES_SOFTMAX[0])
-    yield from _forms("bf16", "fp32", "fp16", TILES_32_BIT[1])
-    yield from _forms("bf16", "bf16", "bf16", TILES_SOFTMAX[1], strided=True)
+        yield with_ones(form, "Q", "M", "D", "E", *STRIDES[::2])
 
 
-def _tiles(dtype: str) -> tuple[Tile, ...]:
-    return TILES_32_BIT if dtype == "fp32" else TILES_SOFTMAX
-
-
-def _forms(queries: str, documents: str, teacher: str | None, tile: Tile, strided: bool = False) -> Iterator[Form]:
-    strides = [*STUDENT, *(TEACHER if teacher else ())]
-    units = [] if strided else strides[1::2]
-    types = {"X": f"*{queries}:16", "Y": f"*{documents}:16", "RX": "*fp32:16", "RY": "*fp32:16"}
-    types |= {"NUMBERS": "*i64:16", "OWN": "*i64:16", "logit_scale": "fp32"}
-    types |= dict.fromkeys(("Q", "M", "D", "E"), "i32:16") | dict.fromkeys(TEACHER, "i32:16")
-    types |= {name: "i32" if strided else "i32:16" for name in strides if name not in units}
-    names = ("TX", "TY", "RTX", "RTY", "BAR")
-    if teacher:
-        types |= dict(zip(names, (f"*{teacher}:16", f"*{teacher}:16", *["*fp32:16"] * 3), strict=True))
-    for name in units:
-        types.pop(name, None)
-    absent = {} if teacher else dict.fromkeys(names)
-    constants: dict[str, Any] = {**absent, **dict.fromkeys(units, 1), **tile.constants, "PRECISION": "tf32x3"}
-    label = f"{queries}/{documents}, teacher {teacher or 'none'}, {'strided' if strided else 'dense'}, {tile}"
-    store = "bf16" if queries == documents == "bf16" else "fp32"
-    quick = (queries, teacher, strided) == ("bf16", "bf16", False) and tile.m == 128
-    # On sm_100 the epilogue is the larger part, as in `pair_tile`.
-    both: dict[str, Any] = {"tensor_cores": True, "stack": {80: 8, 90: 8, 100: 144}, "spills": strided, "quick": quick}
+def _forms(dtype: str, tile: Tile, teacher: bool = True) -> Iterator[Form]:
+    types = dict.fromkeys(("X", "Y", "TX", "TY"), f"*{dtype}:16") | {"NUMBERS": "*i64:16", "OWN": "*i64:16"}
+    types |= dict.fromkeys(("RX", "RY", "RTX", "RTY", "BAR"), "*fp32:16") | {"logit_scale": "fp32"}
+    types |= dict.fromkeys(("Q", "M", "D", "E", *STRIDES[::2]), "i32:16")
+    constants: dict[str, Any] = {**dict.fromkeys(STRIDES[1::2], 1), **tile.constants, "PRECISION": "tf32x3"}
+    if not teacher:
+        constants |= dict.fromkeys(("TX", "TY", "RTX", "RTY", "BAR"))
+        types = {name: kind for name, kind in types.items() if name not in constants}
+    label = f"{dtype}{'' if teacher else ', no teacher'}, {tile}"
+    options: dict[str, Any] = {"tensor_cores": True, "quick": dtype == "bf16" and teacher}
+    options["stack"] = {80: 8, 90: 8, 100: 144}  # on sm_100 the epilogue is the larger part, as in `pair_tile`
     sums = {"TOP": "*fp32:16", "SUM": "*fp32:16", "width": "i32:16"}
-    yield Form(label, negative_sums_kernel, {**types, **sums}, constants, tile.warps, tile.stages, **both)
-    weights = {"LOG_SUMS": "*fp32:16", "WRONG": "*fp32:16", "POSITIVES": "*i64:16", "W": f"*{store}:16"}
+    yield Form(label, negative_sums_kernel, {**types, **sums}, constants, tile.warps, tile.stages, **options)
+    weights = {"LOG_SUMS": "*fp32:16", "WRONG": "*fp32:16", "POSITIVES": "*i64:16"}
+    weights |= {"W": "*bf16:16" if dtype == "bf16" else "*fp32:16"}
     weights |= dict.fromkeys(("begin", "end", "stride_wb"), "i32:16")
     constants = {**constants, "GROUP": GROUP}
-    yield Form(label, contrast_weights_kernel, {**types, **weights}, constants, tile.warps, tile.stages, **both)
+    yield Form(label, contrast_weights_kernel, {**types, **weights}, constants, tile.warps, tile.stages, **options)

@@ -164,11 +164,11 @@ def gathered_gradients(
     left = right = None
     if x_gradient:
         starts = torch.arange(0, (count + 1) * k, k, device=device)
-        left = _weighted_sums(y, chosen.view(-1), weights.view(-1), starts)
+        left = _weighted_sums(y, chosen.view(-1), weights.reshape(-1), starts)
     if y_gradient:
         documents, order = chosen.view(-1).sort(stable=True)
         starts = torch.searchsorted(documents, torch.arange(len(y.rows) + 1, device=device))
-        right = _weighted_sums(x, order // k, weights.view(-1)[order], starts)
+        right = _weighted_sums(x, order // k, weights.reshape(-1)[order], starts)
     return x.backward(left), y.backward(right)
 
 
@@ -193,13 +193,12 @@ def _weighted_sums(x: RawRows, rows: Tensor, weights: Tensor, starts: Tensor) ->
 
 def forms() -> Iterator[Form]:
     """Yield the forms of this module's kernels. See `registry`."""
-    dense = {"stride_xb": "i32:16", "stride_yb": "i32:16"}, {"stride_xd": 1, "stride_yd": 1}
-    strided: tuple[dict[str, str], dict[str, int]] = (
-        dict.fromkeys(("stride_xb", "stride_xd", "stride_yb", "stride_yd"), "i32"),
-        {},
-    )
+    layouts: dict[str, tuple[dict[str, str], dict[str, int]]] = {
+        "dense": ({"stride_xb": "i32:16", "stride_yb": "i32:16"}, {"stride_xd": 1, "stride_yd": 1}),
+        "strided": (dict.fromkeys(("stride_xb", "stride_xd", "stride_yb", "stride_yd"), "i32"), {}),
+    }
     for dtype in TYPES.values():
-        for layout, (strides, ones) in (("dense", dense), ("strided", strided)):
+        for layout, (strides, ones) in layouts.items():
             quick = dtype == "bf16" and layout == "dense"
             types = {"X": f"*{dtype}:16", "Y": f"*{dtype}:16", "RX": "*fp32:16", "RY": "*fp32:16", "OUT": "*fp32:16"}
             types |= {"CHOSEN": "*i64:16", "K": "i32:16", "M": "i32", "D": "i32:16", **strides}

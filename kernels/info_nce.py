@@ -50,7 +50,8 @@ class Tensors(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         """Queries, documents, and the widths of student and teacher."""
         width = 0 if self.teacher is None else self.teacher[0].rows.shape[1]
-        return len(self.queries.rows), *self.documents.rows.shape, width
+        documents, student_width = self.documents.rows.shape
+        return len(self.queries.rows), documents, student_width, width
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -94,7 +95,8 @@ def info_nce(
     """
     sides = RawRows.of(queries), RawRows.of(documents)
     chosen = torch.where(positives < 0, len(documents), positives)[:, None].contiguous()
-    sides_of_teacher, bar = None, None
+    sides_of_teacher: tuple[RawRows, RawRows] | None = None
+    bar: Tensor | None = None
     if teacher:
         sides_of_teacher = RawRows.of(teacher[0]), RawRows.of(teacher[1])
         bar = gathered_cosines(*sides_of_teacher, chosen)[:, 0] - margin

@@ -23,6 +23,8 @@ PUBLIC = [
     "jasper_fast.losses.similarity_loss",
     "jasper_fast.losses.relative_similarity_loss",
     "jasper_fast.losses.neighbourhood_loss",
+    "jasper_fast.losses.listwise_loss",
+    "jasper_fast.losses.info_nce_loss",
     "jasper_fast.losses.JasperLoss",
     "jasper_fast.mips.FlatIPIndex",
     "jasper_fast.mips.SignIndex",

@@ -57,7 +57,7 @@ def listwise_loss(
         >>> candidates, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.99, 0.0]])
         >>> right = listwise_loss(documents[:1], documents, candidates, scores)
         >>> wrong = listwise_loss(documents[2:], documents, candidates, scores)
-        >>> bool(right < 0.1), bool(wrong > 1)
+        >>> bool(right < 0.5), bool(wrong > 1)
         (True, True)
     """
     check_pair_of_widths("queries", queries, "documents", documents)
