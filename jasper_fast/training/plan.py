@@ -19,7 +19,7 @@ from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.fingerprint import settings_digest
 
 PLAN = "plan.json"  # the file in the run's folder
-ADDED = ("optimizer", "cycles")  # fields of a stage that plans of older versions lack
+ADDED = ("optimizer", "cycles", "rank")  # fields of a stage that plans of older versions lack
 
 
 @dataclass(frozen=True)

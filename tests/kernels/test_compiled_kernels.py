@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -r re
 
 ROOT = Path(__file__).parents[2]
 LOSSES, RELATIVE = "tests/kernels/test_kernels.py", "tests/kernels/test_relative_similarity_kernels.py"
+RANKING = "tests/kernels/test_ranking_kernels.py"
 SEARCH, RERANK = "tests/mips/test_mips_cuda.py", "tests/mips/test_mips_rerank.py"
 # These need CUDA itself, the speed of a GPU, or its memory.
 NOT_EMULATED = (
@@ -72,6 +73,12 @@ SMALL = [
         "or earlier_results",
         "operands thresholds select rescore_kept rank",
     ),
+    (
+        90,
+        RANKING,
+        "test_info_nce and shape2 and float32 or test_listwise and shape2 and float16",
+        "gathered_cosines weighted_sums negative_sums contrast_weights",
+    ),
     (80, LOSSES, "test_similarity and tile and shape2 or common and shape0 and bfloat16", "pair_tile product"),
     (80, RELATIVE, "two_passes or binned_op and 70", "digit_counts distribute leaf histogram scores coefficients"),
     (80, SEARCH, "one_by_one and (3-bfloat16-False or 60-int8-False)", "lower_bounds collect rescore"),
@@ -81,6 +88,7 @@ EVERYTHING = [
     for capability in (80, 90)
     for file, kernels in (
         (LOSSES, "pair_tile log_sums product reciprocal_norms l2_normalize_backward"),
+        (RANKING, "gathered_cosines weighted_sums negative_sums contrast_weights"),
         (RELATIVE, "digit_counts distribute leaf pack unpack ends subtract_ties histogram scores coefficients"),
         (SEARCH, "lower_bounds collect rescore"),
         (RERANK, "operands thresholds select rescore_kept rank"),
