@@ -14,7 +14,7 @@ from typing import Any
 
 MODULES = (
     *("rows", "product", "pair_tile", "dominance_counts", "pairs", "tie_correction", "relative_similarity_binned"),
-    *("mips", "mips_rescore", "mips_prologue", "mips_epilogue"),
+    *("mips", "mips_rescore", "mips_prologue", "mips_epilogue", "gather", "contrast_tile"),
 )
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names to Triton's
 
