@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,12 +283,20 @@ def _stored_teachers(file: Path) -> list[TeacherConfig]:
 
 
 def _teachers_of_facts(folder: Path) -> list[TeacherConfig]:
-    """Return the teachers that a model folder names, where they are on this machine if a package has them."""
-    local = {hub: name for name, hub in HUB_NAMES.items() if importlib.util.find_spec(name[8:].split("/")[0])}
+    """Return the teachers that a model folder names, by the names under which they are on this machine."""
+    local = {hub: name for name, hub in HUB_NAMES.items() if _is_here(name)}
     names = [fact["model"] for fact in _facts(folder).get("teachers") or [] if isinstance(fact, dict)]
     if any(str(name).startswith("embeddings in ") for name in names):
         return [TeacherConfig(vectors=str(name).removeprefix("embeddings in ")) for name in names]
     return [TeacherConfig(model=local.get(str(name), str(name))) for name in names]
+
+
+def _is_here(name: str) -> bool:
+    try:
+        resolve_model(name)
+    except JasperError:
+        return False
+    return True
 
 
 def _facts(folder: Path) -> dict[str, Any]:
