@@ -167,7 +167,11 @@ def test_other_peoples_cards_are_read_as_they_are(card, licence):
         (["--text", "x"], "--text: unknown key; did you mean `--texts`?"),
         (["--column", "x"], "--column: unknown key; did you mean `--columns`?"),
         (["--extends", "x"], "--extends: unknown key; did you mean `--config`?"),
-        (["--max_length", "9"], "`--student.max_length` or `--teachers.N.max_length` or `--stages.N.max_length`?"),
+        (
+            ["--max_length", "9"],
+            "`--student.max_length` or `--teachers.N.max_length` or `--stages.N.rank.max_length` "
+            "or `--stages.N.max_length`?",
+        ),
         (["--stages.0.learning_rate", "1"], "--stages.0.learning_rate: unknown key; did you mean `lr`?"),
         (["--zzz", "1"], "--zzz: unknown key; known: name, seed, "),
         (["--seed", "1", "--seed", "1"], "--seed is given twice. Fix: give it once"),
