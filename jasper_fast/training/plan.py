@@ -217,11 +217,11 @@ def _overruns(config: Config, plan: Plan) -> list[str]:
 
 
 def _few_steps(config: Config, plan: Plan) -> list[str]:
-    """Report stages in which ``minutes`` leaves too few steps to learn much."""
+    """Report stages of the encoder in which ``minutes`` leaves too few steps to learn much."""
     few = [
         f"{stage.name} {steps}"
         for stage, steps in zip(config.stages, plan.steps, strict=True)
-        if stage.minutes is None and steps < MIN_STEPS <= stage.steps
+        if stage.last_layers and stage.minutes is None and steps < MIN_STEPS <= stage.steps
     ]
     if config.minutes is None or not few:
         return []

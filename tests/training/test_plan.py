@@ -62,9 +62,7 @@ def test_a_budget_below_one_step_of_each_stage_is_reported():
 LITTLE = "the student will learn little. Fix: raise minutes, or lower max_length"
 
 
-@pytest.mark.parametrize(
-    ("minutes", "few"), [(0.5, "head 3, distil 16, reduce 9"), (1.5, "head 11, reduce 34"), (8.0, "")]
-)
+@pytest.mark.parametrize(("minutes", "few"), [(0.5, "distil 16"), (1.5, ""), (8.0, "")])
 def test_stages_of_few_steps_are_reported(minutes, few):
     notes = make_plan(config(minutes), Costs((FAST, SLOW, NARROW))).notes
     found = [note for note in notes if "few steps" in note]
