@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--page-out", default=str(PAGE))
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
-    parser.add_argument("--full-width", action="store_true", help="other arms, with options of their own (add --help)")
+    parser.add_argument("--full-width", action="store_true", help="other arms, with other options (add --help)")
     options, rest = parser.parse_known_args(argv)
     if not options.page:
         config = load_config(options.config, [*parse_overrides(rest), ("precision", "fp32")])

@@ -26,8 +26,9 @@ from jasper_fast.utils import hardware as env
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
-SAMPLED_QUERIES, MIN_SAMPLED = 16, 64  # The first of so many queries decide how the others are searched:
-MAX_KEPT_SHARE = 0.15  # by products if 4-bit scores keep more of the rows, and 8-bit scores less.
+# The first 16 of 64 or more queries decide how the others are searched. It is by products, if 4-bit scores keep more
+# than this fraction of the rows, and 8-bit scores less.
+SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE = 16, 64, 0.15
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.

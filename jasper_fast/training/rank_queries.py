@@ -39,10 +39,10 @@ class RankQueries:
         texts: the own texts, a dataset with columns ``text``, ``role`` and ``digest``.
         trained: number n of training texts.
         documents: (N,) int64, ascending. Training texts that candidates are mined from.
-        sources: (Q,) int64, the document that each query was made from. -1: there is none.
-        barred: (Q,) int64, a training text that is no candidate: it is, or contains, the query. -1: there is none.
+        sources: (Q,) int64, the document that each query was made from. -1: none.
+        barred: (Q,) int64, a training text that is no candidate: it is, or contains, the query. -1: none.
         listed: (Q, L) int64, the candidates that a file lists, the best grade first. -1: there are no more.
-        grades: (Q, L) float32. NaN: there is none.
+        grades: (Q, L) float32. NaN: no grade.
         line: number of queries by kind, and what was left out.
     """
 

@@ -284,8 +284,8 @@ def test_a_lead_within_the_spread_is_no_lead():
         "kept_aside": ["a"],
         "arms": {arm: [{"rows": [row]} for row in some] for arm, some in rows.items()},
     }
-    told = not_ahead(results)
-    assert "- 8, the mean, kept aside: leaf (+2.00), model2vec (-8.00)" in told and "st-mse" not in told
+    listed = not_ahead(results)
+    assert "- 8, the mean, kept aside: leaf (+2.00), model2vec (-8.00)" in listed and "st-mse" not in listed
     for arm in ("leaf", "model2vec"):
         del results["arms"][arm]
     assert "It leads every peer at every width" in not_ahead(results)

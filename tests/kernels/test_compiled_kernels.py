@@ -1,6 +1,6 @@
 """The kernels' own tests on an emulated GPU: the code that Triton compiles for sm_80 and sm_90, run on CPU tensors.
 
-Other tests interpret the kernels, so each group runs in a process of its own. See tests/kernels/ptx.
+Other tests interpret the kernels, so each group runs in a separate process. See tests/kernels/ptx.
 """
 
 from __future__ import annotations
