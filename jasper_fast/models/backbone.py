@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from jasper_fast.config.models import StudentConfig
+from jasper_fast.models.attention import use_fast_gradient
 from jasper_fast.models.hub import CANNOT_LOAD, resolve_model
 from jasper_fast.models.loading import check_tokenizer, embedding_rows, load_checked
 from jasper_fast.models.probes import explain_failures
@@ -47,6 +48,7 @@ def load_encoder(config: StudentConfig) -> tuple[Any, Any]:
     if not isinstance(getattr(encoder.config, "hidden_size", None), int):
         raise JasperError(f"{config.model}: {type(encoder).__name__} has no `hidden_size`. Fix: choose a text encoder")
     drop_pooler(encoder)
+    use_fast_gradient(encoder)
     check_tokenizer(tokenizer, encoder, config.model)
     if saved["do_lower_case"]:
         lowercase(tokenizer, config.model)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jasper_fast.models.micro_batches import EVAL_MICRO_BATCH, MicroBatches
 from jasper_fast.models.student import Student
+from jasper_fast.utils.device import compiles_each_shape
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def pool_texts(
     try:
         for start in range(0, len(texts), chunk):
             token_ids = student.tokenize(texts[start : start + chunk], roles[start : start + chunk], max_length)
-            yield MicroBatches.of(token_ids, EVAL_MICRO_BATCH).pool(student, device, precision).cpu().numpy()
+            parts = MicroBatches.of(token_ids, EVAL_MICRO_BATCH, few_shapes=compiles_each_shape(device, precision))
+            yield parts.pool(student, device, precision).cpu().numpy()
     finally:
         student.train(training)
 

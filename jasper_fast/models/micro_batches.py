@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jasper_fast.models.padding import padded_length
 from jasper_fast.models.student import Student
 from jasper_fast.utils.device import autocast
 
@@ -44,6 +45,7 @@ class MicroBatches:
         micro_batch: int,
         micro_tokens: int | None = None,
         passes: int | None = None,
+        few_shapes: bool = False,
     ) -> MicroBatches:
         """Sort texts by length (stable) and cut them into micro-batches at the lowest cost.
 
@@ -54,11 +56,14 @@ class MicroBatches:
                 its micro-batch. None means no limit.
             passes: exact number of micro-batches, with equal numbers of texts up to rounding. It replaces both limits.
                 None means that the lowest cost decides.
+            few_shapes: whether micro-batches have a small number of different sizes and padded lengths, for devices
+                that compile the products of each new shape. :meth:`Student.pool` pads to the same lengths.
         """
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")
+        padded = np.array([padded_length(length, few_shapes) for length in lengths.tolist()], dtype=np.int64)
         if passes is None:
-            cuts = cheapest_cuts(lengths[order], micro_batch, micro_tokens)
+            cuts = cheapest_cuts(padded[order], micro_batch, micro_tokens, few_sizes=few_shapes)
         else:
             cuts = [len(order) * part // passes for part in range(passes + 1)]
         order, cuts = order[::-1].copy(), [len(order) - cut for cut in reversed(cuts)]
@@ -70,7 +75,7 @@ class MicroBatches:
             torch.from_numpy(order),
             torch.from_numpy(inverse),
             int(lengths.sum()),
-            int(sum(lengths[part].max() * len(part) for part in parts)),
+            int(sum(padded[part].max() * len(part) for part in parts)),
         )
 
     def pool(
@@ -100,7 +105,11 @@ class MicroBatches:
 
 
 def cheapest_cuts(
-    lengths: np.ndarray, micro_batch: int, micro_tokens: int | None = None, per_pass: int = PASS_TOKENS
+    lengths: np.ndarray,
+    micro_batch: int,
+    micro_tokens: int | None = None,
+    per_pass: int = PASS_TOKENS,
+    few_sizes: bool = False,
 ) -> list[int]:
     """Cut texts, sorted by length, to minimise padded tokens plus the fixed cost of each pass.
 
@@ -110,17 +119,20 @@ def cheapest_cuts(
         micro_tokens: maximum number of tokens in a part, padding included. A longer text is alone in its part.
             None means no limit.
         per_pass: fixed cost of a forward pass, in tokens.
+        few_sizes: whether each part has 1, 2, 3, 4, 6, 8, 12, … texts: a power of two, or three times one.
 
     Returns:
         Ascending cut positions from 0 to n. Part i is ``lengths[cuts[i]:cuts[i + 1]]``.
     """
     n = len(lengths)
+    sizes = np.arange(min(micro_batch, n), 0, -1)
+    if few_sizes:
+        sizes = np.array([size for size in sizes if size // (size & -size) in (1, 3)])
     cost = np.zeros(n + 1)  # lowest cost of the first i texts
     start = np.zeros(n + 1, dtype=np.int64)  # first text of their last part
     for stop in range(1, n + 1):
-        begin = np.arange(max(0, stop - micro_batch), stop)
-        if micro_tokens is not None:
-            begin = begin[-max(1, micro_tokens // int(lengths[stop - 1])) :]
+        most = stop if micro_tokens is None else max(1, micro_tokens // int(lengths[stop - 1]))
+        begin = stop - sizes[sizes <= min(stop, most)]
         total = cost[begin] + lengths[stop - 1] * (stop - begin)
         best = int(total.argmin())
         cost[stop], start[stop] = total[best] + per_pass, begin[best]

@@ -29,6 +29,7 @@ from jasper_fast.models.backbone import (
 from jasper_fast.models.heads import load_heads
 from jasper_fast.models.hub import resolve_model
 from jasper_fast.models.layers import keep_layers, layer_list, unknown_layers_message
+from jasper_fast.models.padding import pad, padded_length
 from jasper_fast.models.probes import LONG, SHORT, explain_failures, find_batching
 from jasper_fast.models.vision_tower import VisionTower
 from jasper_fast.utils.errors import JasperError
@@ -190,10 +191,13 @@ class Student(nn.Module):
             embeddings = self.vision_tower(token_ids.to(device, non_blocking=True))  # (B, N + 2, H)
             states = self.encoder(inputs_embeds=embeddings).last_hidden_state
             return _at_least_fp32(states[:, 1:-1]).mean(dim=1)  # (B, H)
-        ids, mask = pad(token_ids, self.tokenizer.pad_token_id)
+        few_shapes = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        longest = max(map(len, token_ids))
+        length = max(longest, min(padded_length(longest, few_shapes), self.max_length))  # the encoder may not read more
+        ids, mask = pad(token_ids, self.tokenizer.pad_token_id, length)
         inputs = {"input_ids": ids.to(device, non_blocking=True)}
         if self.token_types is not None:
-            types, _ = pad([self.token_types.of(len(row)) for row in token_ids], 0)
+            types, _ = pad([self.token_types.of(len(row)) for row in token_ids], 0, length)
             inputs["token_type_ids"] = types.to(device, non_blocking=True)
         if mask is None:  # equal lengths: without a mask, attention takes its fastest path
             states = self.encoder(**inputs).last_hidden_state  # (B, L, H)
@@ -367,25 +371,6 @@ def prompt_prefix(prompt: str) -> str:
     if problem := prompt_problem(prompt):
         raise JasperError(problem)
     return prompt.partition("{text}")[0]
-
-
-def pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
-    """Pad lists of ids on the right to the longest list.
-
-    Args:
-        token_ids: B lists of ids.
-        pad_id: id of the padding token.
-
-    Returns:
-        Ids (B, L) int64, and a mask (B, L) bool that is True on tokens. The mask is None if all lengths are equal.
-    """
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    flat = torch.tensor(list(itertools.chain.from_iterable(token_ids)), dtype=torch.long)
-    longest = int(lengths.max())
-    if int(lengths.min()) == longest:
-        return flat.view(len(token_ids), longest), None
-    mask = torch.arange(longest) < lengths[:, None]  # (B, L)
-    return torch.full(mask.shape, pad_id).masked_scatter_(mask, flat), mask
 
 
 def build_student(config: Config) -> Student:

@@ -12,6 +12,7 @@ from jasper_fast.config.models import StudentConfig
 from jasper_fast.models.encode import pool_texts, student_encoder
 from jasper_fast.models.micro_batches import MicroBatches, cheapest_cuts
 from jasper_fast.models.student import Student
+from jasper_fast.utils.device import autocast
 
 
 def cost(lengths, cuts, per_pass):
@@ -26,6 +27,23 @@ def test_cuts_are_the_cheapest_of_all(seed):
     every = ([0, *inner, 9] for k in range(9) for inner in itertools.combinations(range(1, 9), k))
     possible = [c for c in every if max(np.diff(c)) <= 4]
     assert cost(lengths, cuts, 20) == min(cost(lengths, c, 20) for c in possible)
+
+
+@pytest.mark.parametrize(("micro_batch", "budget"), [(32, None), (5, None), (32, 200), (1, None)])
+def test_few_shapes_repeat(micro_batch, budget):
+    """Check that sizes and padded lengths come from short lists, and that a part keeps its limits."""
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(50):
+        texts = [[1] * int(length) for length in rng.integers(1, 129, size=33)]
+        parts = MicroBatches.of(texts, micro_batch, budget, few_shapes=True)
+        assert sum(map(len, parts.token_ids)) == 33
+        lengths = [-(-max(map(len, part)) // 8) * 8 for part in parts.token_ids]
+        sizes = [len(part) for part in parts.token_ids]
+        assert max(sizes) <= micro_batch and set(sizes) <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+        assert budget is None or all(n * size <= budget or size == 1 for n, size in zip(lengths, sizes, strict=True))
+        assert parts.padded == sum(n * size for n, size in zip(lengths, sizes, strict=True))
+        shapes |= {n * size for n, size in zip(lengths, sizes, strict=True)}
+    assert len(shapes) <= 100
 
 
 def test_one_long_text_does_not_pad_the_short_ones():
@@ -46,6 +64,23 @@ def test_the_longest_texts_come_first():
 @pytest.fixture(scope="module")
 def student(tiny_bert):
     return Student.build(StudentConfig(model=str(tiny_bert), heads=[16, 8], max_length=40))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bf16_on_a_cpu_pads_to_few_lengths(student, tiny_texts, precision, monkeypatch):
+    lengths, encoder = [], student.encoder.forward
+    monkeypatch.setattr(
+        student.encoder, "forward", lambda **inputs: lengths.append(inputs["input_ids"].shape) or encoder(**inputs)
+    )
+    ids = [student.tokenize(tiny_texts[:1])[0][:n] for n in (3, 8, 9, 11)] + [[5] * 38]  # the longest text has 40
+    for part in ([0, 1], [2], [3], [4]):
+        with torch.no_grad(), autocast(torch.device("cpu"), precision):
+            student.pool([ids[i] for i in part])
+    assert [shape[1] for shape in lengths] == ([8, 9, 11, 38] if precision == "fp32" else [8, 16, 16, 40])
+    monkeypatch.setattr(student, "max_length", 38)  # the encoder may not read more
+    with torch.no_grad(), autocast(torch.device("cpu"), precision):
+        student.pool([ids[4]])
+    assert lengths[-1] == (1, 38)
 
 
 def test_micro_batches_give_what_one_batch_gives(student, tiny_texts):

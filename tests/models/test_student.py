@@ -13,7 +13,8 @@ import torch
 from jasper_fast.config.models import StudentConfig
 from jasper_fast.models.backbone import check_max_length, is_bidirectional, make_bidirectional
 from jasper_fast.models.layers import layer_list
-from jasper_fast.models.student import Student, pad
+from jasper_fast.models.padding import pad
+from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
 
 WIDTHS = [24, 8, 4]
@@ -133,10 +134,10 @@ def test_pooling_is_the_mean_over_each_texts_own_tokens(tiny_bert: Path, tiny_te
 
 
 def test_padding_keeps_every_token_in_its_place() -> None:
-    ids, mask = pad([[5, 6, 7], [8], [9, 0]], pad_id=0)
+    ids, mask = pad([[5, 6, 7], [8], [9, 0]], pad_id=0, length=3)
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0], [9, 0, 0]]
     assert mask is not None and mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
-    ids, mask = pad([[5, 6], [7, 8]], pad_id=0)
+    ids, mask = pad([[5, 6], [7, 8]], pad_id=0, length=2)
     assert ids.tolist() == [[5, 6], [7, 8]] and mask is None
 
 

@@ -28,6 +28,7 @@ from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan, random_batches
 from jasper_fast.training.stages.base import BaseStage
 from jasper_fast.training.stages.losses import RankLoss
+from jasper_fast.utils.device import compiles_each_shape
 from jasper_fast.utils.errors import Problems
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class RankStage(BaseStage):
             self._student,
             self._ranks,
             self.global_loss,
+            compiles_each_shape(self._student.device, self.run_config.precision),
         )
 
 
@@ -158,6 +160,7 @@ def rank_batches(
     student: Student,
     ranks: Ranks,
     across_ranks: bool = True,
+    few_shapes: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, this rank's queries and documents) from ``first_step`` to the end of the stage.
 
@@ -171,6 +174,7 @@ def rank_batches(
         ranks: the ranks that divide a batch.
         across_ranks: whether the losses compare the texts of all ranks. If not, each rank encodes the candidates of its
             own queries.
+        few_shapes: whether micro-batches have few different shapes.
     """
     length = stage.max_length or student.max_length
 
@@ -188,7 +192,8 @@ def rank_batches(
         passes = None
         if is_sharded(student):  # sharded layers are gathered in every pass, so all ranks make equally many
             passes = min(-(-max(inputs.counts) // stage.micro_batch), min(inputs.counts))
-        micro = MicroBatches.of(student.tokenize(chosen, roles, length), stage.micro_batch, stage.micro_tokens, passes)
+        ids = student.tokenize(chosen, roles, length)
+        micro = MicroBatches.of(ids, stage.micro_batch, stage.micro_tokens, passes, few_shapes)
         teacher = ranking.targets(mine)
         total = len(rows)
         if not across_ranks:  # dropout differs between ranks

@@ -19,6 +19,7 @@ from jasper_fast.training.run.checkpoint import Position
 from jasper_fast.training.sampler import BatchPlan
 from jasper_fast.training.stages.base import BaseStage
 from jasper_fast.training.stages.losses import StageLoss
+from jasper_fast.utils.device import compiles_each_shape
 
 if TYPE_CHECKING:
     from jasper_fast.training.run.run import Run
@@ -105,6 +106,7 @@ class TextStage(BaseStage):
             self._student,
             self.pooled,
             self._ranks,
+            compiles_each_shape(self._student.device, self.run_config.precision),
         )
 
 
@@ -117,6 +119,7 @@ def text_batches(
     student: Student,
     pooled: PooledStates | None,
     ranks: Ranks,
+    few_shapes: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, this rank's batch of texts) from ``first_step`` to the end of the stage.
 
@@ -129,6 +132,7 @@ def text_batches(
         student: the student, which tokenizes.
         pooled: the states of a frozen encoder. None: texts are tokenized.
         ranks: the ranks that divide a batch.
+        few_shapes: whether micro-batches have few different shapes.
     """
     length = stage.max_length or student.max_length
     mine = ranks.rows(stage.batch_size)
@@ -143,7 +147,7 @@ def text_batches(
             return Batch(rows, teacher, None, pooled.read(rows), 0, 0, 0.0)
         chosen = texts[rows.tolist()]
         ids = student.tokenize(chosen["text"], chosen["role"], length)
-        micro = MicroBatches.of(ids, stage.micro_batch, stage.micro_tokens, passes)
+        micro = MicroBatches.of(ids, stage.micro_batch, stage.micro_tokens, passes, few_shapes)
         return Batch(rows, teacher, micro, None, micro.tokens, micro.padded, 0.0)
 
     return batches_of(prepare, first_step, stage.steps, student.device)
