@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jasper_fast.config.run import Config, check_losses
+from jasper_fast.config.run import Config, check_losses, reduced_width
 from jasper_fast.evaluation.score import STUDENT_PCA_ROWS
 from jasper_fast.models.encode import student_encoder
 from jasper_fast.models.quantization import CALIBRATION_TEXTS
@@ -132,7 +132,7 @@ def measure_stage(
         changed["texts"] = min(available, max(share, POOLED_TEXTS))  # so that few texts are pooled
     run = Run.local(_with_stage(config, index, settings.model_copy(update=changed)), device, log=PoolingLog())
     copied = copy.deepcopy(student).to(device)
-    stage = build_stage(run.config, index, data, RandomTeachers(teacher.width))
+    stage = build_stage(run.config, index, data, RandomTeachers(teacher.target_width))
     stage.rehearse()
     optimizer = stage.begin(run, copied, Position(0, index, 0))
     seconds = _time_steps(run, copied, stage, optimizer, index)
@@ -211,6 +211,7 @@ class TeacherCosts:
         widths = [embedding_width(cache, partial(self.open, index)) for index, cache in enumerate(self.caches)]
         check_losses(config, widths)
         self.width = sum(widths)
+        self.target_width = reduced_width(config, widths) or self.width  # of the embeddings that stages learn
         self.bytes = sum(missing_bytes(cache, width) for cache, width in zip(self.caches, widths, strict=True))
         self.missing = 0  # embeddings to compute, known after `missing_seconds`
 

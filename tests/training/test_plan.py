@@ -187,6 +187,20 @@ def test_only_embeddings_that_a_model_computes_are_counted(tiny, tmp_path):
         assert costs.missing == expected * len(data.texts)
 
 
+def test_stages_are_measured_with_targets_as_wide_as_they_will_be(tiny):
+    """Teachers wider than the widest head are reduced to it. The cosine of unequal widths would have no gradient."""
+    from jasper_fast.training.measure import TeacherCosts, measure_costs
+    from jasper_fast.training.preflight import prepare
+
+    model, stages = tiny["teachers"][0], [dict(stage) for stage in tiny["stages"]]
+    stages[1]["weights"] = {"cosine": 10, "similarity": 0, "relative_similarity": 0}
+    config = load_config(tiny | {"teachers": [model, {**model, "max_length": 16}], "stages": stages})
+    student, data = prepare(config)
+    teacher = TeacherCosts(config, data)
+    assert (teacher.width, teacher.target_width) == (64, student.widths[0])
+    assert all(cost.step > 0 for cost in measure_costs(config, student, data).stages)
+
+
 def test_a_graph_in_the_cache_takes_no_time(tiny):
     from jasper_fast.training.measure import TeacherCosts, measure_costs
     from jasper_fast.training.neighbours import cached_graph
