@@ -173,4 +173,4 @@ def test_train_lists_the_recipes(capsys):
     assert printed == describe_recipes() + "\n"
     assert [line.split()[0] for line in printed.splitlines()] == recipe_names()
     assert max(map(len, printed.splitlines())) <= 120
-    assert re.search(r"^minilm-docstrings +The default: .* \(needs 6 to 11 minutes on 2 CPU cores\)$", printed, re.M)
+    assert re.search(r"^minilm-docstrings +The default: .* \(needs 5 to 10 minutes on 2 CPU cores\)$", printed, re.M)

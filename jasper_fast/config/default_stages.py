@@ -51,13 +51,21 @@ def default_stages(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     trained = [widest]
     if student.get("head_type") == "none":  # the pooled state is the embedding, and only the encoder trains
         small = {"heads": [widest], "small_data": "adapt"}
-        return [{"name": "distil", **small, "last_layers": "all", "batch_size": 32, "lr": 4.0e-4, "steps": 500}]
+        return [{"name": "distil", **small, "last_layers": "all", "batch_size": 32, "lr": 4.0e-4, "steps": 600}]
     if student.get("head_type") == "prefix":  # narrow heads are parts of the widest one
         trained, narrow = [widest, *narrow], []
     common: dict[str, Any] = {"train": [f"heads.{widest}.*"], "heads": trained, "small_data": "adapt"}
     stages = [
         {"name": "head", **common, "batch_size": 128, "lr": 2.0e-4, "steps": 100},
-        {"name": "distil", **common, "last_layers": "all", "batch_size": 32, "lr": 4.0e-4, "steps": 500},
+        {
+            "name": "distil",
+            **common,
+            "last_layers": "all",
+            "weights": {"cosine": 10, "similarity": 0, "relative_similarity": 0},
+            "batch_size": 32,
+            "lr": 4.0e-4,
+            "steps": 600,
+        },
     ]
     if narrow:
         reduce: dict[str, Any] = {
@@ -65,14 +73,13 @@ def default_stages(student: Mapping[str, Any]) -> list[dict[str, Any]]:
             "train": [f"heads.{width}.*" for width in narrow],
             "heads": narrow,
             "small_data": "adapt",
-            "weights": {"cosine": 0, "similarity": 50, "relative_similarity": 0, "neighbourhood": 1},
+            "weights": {"cosine": 0, "similarity": 0, "relative_similarity": 0, "neighbourhood": 1},
             "narrow_start": "principal",
             "batches": "neighbours",
-            "neighbours": 4,
-            "random_share": 0.5,
+            "neighbours": 8,
             "batch_size": 512,
-            "lr": 5.0e-4,
-            "steps": 300,
+            "lr": 2.0e-3,
+            "steps": 600,
         }
         stages.append(reduce)
     return stages

@@ -22,7 +22,8 @@ def without_limits(recipe: dict[str, Any], tree: dict[str, Any], sets_given: boo
     if not set(paths) - {*own, None}:
         return recipe, []
     recipe = copy.deepcopy(recipe)
-    removed = [f"data.limit {limit}"] if (limit := recipe["data"].pop("limit", None)) else []
+    data = recipe["data"]
+    removed = [f"data.{key} {data.pop(key)}" for key in ("limit", "held_out") if data.get(key) is not None]
     for index, (source, path) in enumerate(zip(recipe["data"]["sources"], paths, strict=False)):
         if path != source["path"]:  # another text source under the recipe's position
             limits = [f"data.sources.{index}.{key} {source.pop(key)}" for key in ("limit", "variants") if key in source]

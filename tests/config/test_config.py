@@ -186,8 +186,8 @@ def test_a_batch_from_which_nothing_can_be_learnt_is_refused(weights, least):
         (("stages.0.temperature", "{9: 0.1}"), r"temperature has widths \[9\], which the stage\'s heads \[384\] lack"),
         (("stages.0.codes", "[int4]"), "stages.0.codes"),
         (("stages.0.random_share", "1.0"), "stages.0.random_share"),
-        (("stages.2.random_share", "0.999"), "leaves 1 of 512 texts for groups of 4 neighbours"),
-        (("stages.2.batch_size", "510"), "not a multiple of neighbours 4"),
+        (("stages.2.random_share", "0.999"), "leaves 1 of 512 texts for groups of 8 neighbours"),
+        (("stages.2.batch_size", "510"), "not a multiple of neighbours 8"),
     ],
 )
 def test_impossible_values_are_named(override, message):

@@ -28,7 +28,7 @@ def test_a_chain_of_files_merges_sections_and_replaces_lists(tmp_path):
     write(tmp_path / "inner", base="extends: minilm-docstrings\nstages: {reduce: {heads: [128, 64, 32, 16]}}\n")
     config, recipe = load_config(tmp_path / "mine.yaml"), load_config()
     assert config.name == "mine" and config.seed == 2 and config.student.heads[-1] == 16
-    assert [stage.lr for stage in config.stages] == [2e-4, 3e-4, 5e-4]
+    assert [stage.lr for stage in config.stages] == [2e-4, 3e-4, 2e-3]
     assert config.stages[0].weights.cosine == 5 and config.stages[0].weights.similarity != 0
     assert config.student.layers == recipe.student.layers and config.data == recipe.data
     printed = dump_config(config, comments=True)
@@ -168,7 +168,8 @@ def test_the_limits_of_a_recipe_do_not_apply_to_own_texts(arguments):
     assert [stage.texts for stage in config.stages] == [None] * 3 and config.name == "docs"
     assert {stage.small_data for stage in config.stages} == {"adapt"}
     (note,) = config.notes
-    assert "data.limit 9000" in note and "stages.reduce.texts 6000" in note and "evaluate docstrings" in note
+    assert config.data.held_out == 500 and "data.held_out 250" in note
+    assert "data.limit 12000" in note and "stages.head.texts 1500" in note and "evaluate docstrings" in note
 
 
 def test_own_values_apply_to_own_texts(tmp_path):
@@ -181,7 +182,7 @@ def test_own_values_apply_to_own_texts(tmp_path):
     assert config.data.limit == 9000 and config.stages[0].texts is None and config.name == "mine"
     assert load_config(None, [("data.sources.1.path", "more.txt")]).data.limit is None
     assert load_config(None, [("data.sources.1.path", "more.txt")]).evaluate[0].path == "docstrings"
-    assert load_config(None, [("data.sources.0.columns", ["text"])]).data.limit == 9000  # the recipe's own texts
+    assert load_config(None, [("data.sources.0.columns", ["text"])]).data.limit == 12000  # the recipe's own texts
 
 
 @pytest.mark.parametrize(
