@@ -183,9 +183,9 @@ class FlatIPIndex:
             ``queries`` and ``rows``, and means per query: ``coarse``, the rows that the 4-bit scores kept, and
             ``rescored``, the rows that were then rescored in fp64. If most rows are rescored, as with near-ties, the
             following ones are rescored at once, and count as kept. Both are 0 for queries that were searched without
-            4-bit codes. These are queries of other dtypes or devices, in ``exact``, with few valid rows, and without the
-            compiled extension. They are also 0 for queries left to matrix products, because the first of them showed that 4-bit
-            codes keep most rows.
+            4-bit codes. These are queries of other dtypes or devices, in ``exact``, with few valid rows, and without
+            the compiled extension. They are also 0 for queries left to matrix products, because the first of them
+            showed that 4-bit codes keep most rows.
 
         Example:
             >>> index = FlatIPIndex(4, dtype="float32")
