@@ -1,7 +1,11 @@
-"""Time of a search of few rows, as a part of the time of a search of all rows."""
+"""Time of a search of few rows, as a part of the time of a search of all rows.
+
+Times are those of the processor, on one thread, so that other programs change them little.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.common.measure import medians
 from jasper_fast.mips import FlatIPIndex
 
 SHARES = (0.001, 0.01, 0.05)
@@ -24,6 +27,7 @@ def measure(corpus: Tensor, queries: Tensor, repeats: int) -> list[dict[str, Any
         queries: (256, D) float32 queries or more.
         repeats: turns of each side.
     """
+    torch.set_num_threads(1)
     index = FlatIPIndex(corpus.shape[1], dtype="float32")
     index.add(corpus)
     generator = np.random.default_rng(0)
@@ -44,7 +48,7 @@ def measure(corpus: Tensor, queries: Tensor, repeats: int) -> list[dict[str, Any
                 return lambda: [index.search(group, 10, valid=valid) for group in groups]
 
             functions = [searches(valid) for valid in (None, *forms.values())]
-            whole, *seconds = (value / len(groups) for value in medians(functions, repeats))
+            whole, *seconds = (value / len(groups) for value in _processor_seconds(functions, repeats))
             parts = {name: value / whole for name, value in zip(forms, seconds, strict=True)}
             print(
                 f"Q {size}, {100 * share:g} % of {len(corpus):,} rows: {whole * 1e3:.2f} ms for all, "
@@ -53,8 +57,20 @@ def measure(corpus: Tensor, queries: Tensor, repeats: int) -> list[dict[str, Any
             entries.append(
                 {
                     "rows": len(corpus), "width": corpus.shape[1], "share": share, "queries": size, "k": 10,
-                    "threads": torch.get_num_threads(), "all_s": whole,
+                    "all_s": whole,
                     "seconds": dict(zip(forms, seconds, strict=True)), "parts": parts,
                 }
             )  # fmt: skip
     return entries
+
+
+def _processor_seconds(functions: list[Callable[[], Any]], repeats: int) -> list[float]:
+    """Return the medians of the processor time of functions that take turns."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, own in zip(functions, seconds, strict=True):
+            begin = time.process_time()
+            function()
+            if turn:  # The first turn warms up.
+                own.append(time.process_time() - begin)
+    return [float(np.median(own)) for own in seconds]
