@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -336,8 +337,9 @@ class Search {
     size_ = (int64_t)queries.size();
     codes_.clear();
     for (const Query& query : queries) codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
-    for (first_bin_ = 0; first_bin_ < planes_.bins; first_bin_ += chunk_) {
-      bins_ = std::min(chunk_, planes_.bins - first_bin_);
+    const auto [begin, end] = valid_bins();
+    for (first_bin_ = begin; first_bin_ < end; first_bin_ += chunk_) {
+      bins_ = std::min(chunk_, end - first_bin_);
       scan();
       select();
     }
@@ -360,6 +362,26 @@ class Search {
     parallel_for(0, size_, 1, [&](int64_t first, int64_t last) {
       for (int64_t q = first; q < last; ++q) process(q, first_query_ + q);
     });
+  }
+
+  // Returns the first bin with a row that a query may return, and the end of the last one.
+  std::pair<int64_t, int64_t> valid_bins() const {
+    int64_t begin = planes_.bins, end = 0;
+    const uint8_t* last = nullptr;
+    for (const Query& query : *queries_) {
+      if (!query.valid) return {0, planes_.bins};
+      if (query.valid == last) continue;
+      last = query.valid;
+      const auto any = [&](int64_t bin) {
+        return any_of(last + bin * kBin, std::min(kBin, planes_.count - bin * kBin));
+      };
+      int64_t own = 0, stop = planes_.bins;
+      while (own < begin && !any(own)) ++own;
+      while (stop > end && !any(stop - 1)) --stop;
+      begin = std::min(begin, own);
+      end = std::max(end, stop);
+    }
+    return {begin, end};
   }
 
   // Returns whether any query of a group may return any of `count` rows.
