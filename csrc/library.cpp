@@ -27,12 +27,14 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_
               const Tensor& broken);
 void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals);
+                 const Tensor& fine_errors, const Tensor& residuals);
 void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
                  int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit);
+std::tuple<Tensor, Tensor, Tensor, Tensor> mips_scaled(const Tensor& queries);
 void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows, const Tensor& scales, int64_t first_id,
                const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs);
 std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts);
@@ -61,12 +63,14 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "int first_id, bool proven, int capacity, Tensor(b!) best, Tensor(c!) best_counts, Tensor(d!) cutoffs, "
         "Tensor(e!) broken) -> ()");
   m.def("mips_encode(Tensor rows, int start, Tensor(a!) coarse, Tensor(b!) fine, Tensor(c!) coarse_scales, "
-        "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) residuals) -> ()");
+        "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) fine_errors, Tensor(g!) residuals) -> ()");
   m.def("mips_planes(Tensor queries, Tensor rows, "
         "Tensor coarse, Tensor fine, Tensor coarse_scales, Tensor coarse_errors, Tensor fine_scales, "
-        "Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int queries_at_once, "
+        "Tensor fine_errors, Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int queries_at_once, "
         "int sums_at_once, "
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
+  m.def("mips_chosen(Tensor mask, int limit) -> (Tensor, Tensor)");
+  m.def("mips_scaled(Tensor queries) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("mips_rows(Tensor numbers, Tensor queries, Tensor rows, Tensor scales, int first_id, Tensor(a!) best, "
         "Tensor(b!) best_counts, Tensor(c!) cutoffs) -> ()");
   m.def("mips_sorted(Tensor best, Tensor best_counts) -> (Tensor, Tensor)");
@@ -90,6 +94,8 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("mips_few", TORCH_BOX(&mips_few));
   m.impl("mips_encode", TORCH_BOX(&mips_encode));
   m.impl("mips_planes", TORCH_BOX(&mips_planes));
+  m.impl("mips_chosen", TORCH_BOX(&mips_chosen));
+  m.impl("mips_scaled", TORCH_BOX(&mips_scaled));
   m.impl("mips_rows", TORCH_BOX(&mips_rows));
   m.impl("mips_sorted", TORCH_BOX(&mips_sorted));
   m.impl("unit_rows", TORCH_BOX(&unit_rows));

@@ -11,12 +11,14 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "buffer.h"
 #include "mips_select.h"
 
 namespace jasper_fast {
@@ -274,16 +276,19 @@ void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(given[i] >= 0 && given[i] < rows.count, "mips: expected row numbers inside the segment");
   }
-  constexpr int64_t kPart = 64, kEarlier = 4;
+  constexpr int64_t kPart = 64, kEarlier = 4, kTogether = 4;
   const int64_t bytes = rows_tensor.element_size() * rows.width;
-  std::vector<Best> found(size * count);
+  const auto found = make_buffer<Best>(size * count);
   parallel_for(0, (count + kPart - 1) / kPart, 1, [&](int64_t first, int64_t last) {
+    double scores[kTogether];
     for (int64_t part = first; part < last; ++part) {
       const int64_t end = std::min(count, (part + 1) * kPart);
-      for (int64_t i = part * kPart; i < end; ++i) {
-        if (i + kEarlier < end) prefetch((const char*)rows.data + given[i + kEarlier] * bytes, bytes);
-        for (int64_t q = 0; q < size; ++q) {
-          found[q * count + i] = {rows.exact(kernels(), given[i], exact + q * rows.width), first_id + given[i]};
+      for (int64_t q = 0; q < size; q += kTogether) {  // The rows and a few queries stay in the caches.
+        const int64_t group = std::min(kTogether, size - q);
+        for (int64_t i = part * kPart; i < end; ++i) {
+          if (!q && i + kEarlier < end) prefetch((const char*)rows.data + given[i + kEarlier] * bytes, bytes);
+          rows.exact(kernels(), given[i], exact + q * rows.width, group, scores);
+          for (int64_t own = 0; own < group; ++own) found[(q + own) * count + i] = {scores[own], first_id + given[i]};
         }
       }
     }
@@ -292,9 +297,71 @@ void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_
     for (int64_t q = first; q < last; ++q) {
       TopK top = {(Best*)best.mutable_data_ptr() + q * k, k, (int64_t*)best_counts.mutable_data_ptr() + q,
                   (double*)cutoffs.mutable_data_ptr() + q};
-      top.merge(found.data() + q * count, count);
+      top.merge(found.get() + q * count, count);
     }
   });
+}
+
+// Returns the places of a mask's true elements, ascending, and two numbers: of true elements, and of bins that have any.
+// The places are left out if there are more than `limit`.
+std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit) {
+  const int64_t size = mask.numel();
+  STD_TORCH_CHECK(mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool, "mips: expected a bool mask (N,)");
+  const auto* given = (const uint8_t*)mask.const_data_ptr();
+  const auto eight = [&](int64_t begin) {  // one bit in each byte that is not zero
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, given + begin, size - begin < 8 ? size - begin : 8);
+    return (((bytes & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | bytes) >> 7 & 0x0101010101010101ull;
+  };
+  int64_t count = 0, touched = 0;
+  for (int64_t begin = 0; begin < size; begin += kBin) {
+    uint64_t sums = 0;  // one in each byte
+    for (int64_t i = begin; i < std::min(size, begin + kBin); i += 8) sums += eight(i);
+    count += (int64_t)(sums * 0x0101010101010101ull >> 56);
+    touched += sums != 0;
+  }
+  const Tensor places = torch::stable::new_empty(mask, {count <= limit ? count : 0}, ScalarType::Long);
+  const Tensor numbers = torch::stable::new_empty(mask, {2}, ScalarType::Long);
+  ((int64_t*)numbers.mutable_data_ptr())[0] = count;
+  ((int64_t*)numbers.mutable_data_ptr())[1] = touched;
+  auto* out = (int64_t*)places.mutable_data_ptr();
+  for (int64_t begin = 0; count <= limit && begin < size; begin += 8) {
+    for (uint64_t left = eight(begin); left; left &= left - 1) *out++ = begin + __builtin_ctzll(left) / 8;
+  }
+  return {places, numbers};
+}
+
+// Returns queries (Q, D), scaled by powers of two to a largest element in [0.5, 1), as float64 and as float32, with the
+// exponents (Q,) int32 and the norms (Q,) float64. The norm of a query with NaN or infinity is not finite.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mips_scaled(const Tensor& queries) {
+  STD_TORCH_CHECK(queries.dim() == 2 && queries.is_contiguous() && queries.scalar_type() == ScalarType::Double,
+                  "mips: expected contiguous float64 queries (Q, D)");
+  const int64_t size = queries.size(0), width = queries.size(1);
+  const Tensor exact = torch::stable::new_empty(queries, {size, width});
+  const Tensor scan = torch::stable::new_empty(queries, {size, width}, ScalarType::Float);
+  const Tensor exponents = torch::stable::new_empty(queries, {size}, ScalarType::Int);
+  const Tensor norms = torch::stable::new_empty(queries, {size});
+  parallel_for(0, size, 64, [&](int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q) {
+      const auto* from = (const double*)queries.const_data_ptr() + q * width;
+      auto* to = (double*)exact.mutable_data_ptr() + q * width;
+      auto* low = (float*)scan.mutable_data_ptr() + q * width;
+      double largest = 0.0, squares = 0.0;
+      for (int64_t d = 0; d < width; ++d) largest = std::max(largest, std::fabs(from[d]));
+      int exponent = 0;
+      if (std::isfinite(largest)) std::frexp(largest, &exponent);
+      const bool moderate = std::abs(exponent) < 1000;  // so that the power of two is a normal number
+      const double factor = std::ldexp(1.0, moderate ? -exponent : 0);
+      for (int64_t d = 0; d < width; ++d) {
+        to[d] = moderate ? from[d] * factor : std::ldexp(from[d], -exponent);
+        low[d] = (float)to[d];
+        squares += to[d] * to[d];
+      }
+      ((int32_t*)exponents.mutable_data_ptr())[q] = exponent;
+      ((double*)norms.mutable_data_ptr())[q] = std::sqrt(squares);
+    }
+  });
+  return {exact, scan, exponents, norms};
 }
 
 // Searches a segment for few queries and reads the rows once. `scan_queries` are int16 with `query_scales` for int8

@@ -10,6 +10,10 @@ constexpr int64_t kBin = 64;  // corpus rows that share one error bound and one 
 // The coarse plane of a bin has one step of kStepBytes for every kStepDims dimensions. Four bytes of a step belong to
 // one row: their low nibbles are its first four dimensions, their high nibbles the next four.
 constexpr int64_t kStepDims = 8, kStepBytes = kBin * kStepDims / 2;
+// A row of the fine plane has the upper two of three bits of all dimensions, then the lowest bits. Both are in blocks of
+// kFineBlock bytes: the lowest two (one) bits of the bytes are the first dimensions of a block, and so on. The last block
+// may be shorter.
+constexpr int64_t kFineBlock = 16;
 constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
 struct MipsKernels {
@@ -18,10 +22,11 @@ struct MipsKernels {
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
   // Exact integers. |query| must be small enough that every sum fits 32 bits.
   void (*dots_int8)(const int8_t* rows, int64_t count, int64_t width, const int16_t* query, int32_t* out);
-  // fp64 dot product of one row. The summation order depends on the width alone, so equal rows have equal scores.
-  double (*exact_float)(const float* row, int64_t width, const double* query);
-  double (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* query);
-  double (*exact_int8)(const int8_t* row, int64_t width, const double* query);
+  // out[q] = fp64 dot product of one row with query q of (size, width). The summation order depends on the width alone,
+  // so equal rows have equal scores.
+  void (*exact_float)(const float* row, int64_t width, const double* queries, int64_t size, double* out);
+  void (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* queries, int64_t size, double* out);
+  void (*exact_int8)(const int8_t* row, int64_t width, const double* queries, int64_t size, double* out);
   // highest[c] = max over r of tile[r * stride + c].
   void (*column_maxima)(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest);
   // Writes the positions of scores >= threshold, ascending, and returns their number. count <= kBin.
@@ -30,8 +35,8 @@ struct MipsKernels {
   // (size, steps * kStepDims), padded with zeros.
   void (*dots_coarse)(const uint8_t* codes, int64_t steps, const int8_t* queries, int64_t size, int32_t* out,
                       int64_t stride);
-  // Exact product of one row of fine codes with a query of 2 * bytes. The low nibbles come first.
-  int32_t (*dot_fine)(const uint8_t* codes, int64_t bytes, const int8_t* query);
+  // Exact product of one row of fine codes, of pairs + singles bytes, with a query. The query is padded with zeros.
+  int32_t (*dot_fine)(const uint8_t* codes, int64_t pairs, int64_t singles, const int8_t* query);
   // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if
   // given). Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` has kBin elements.
   float (*centre_coarse)(int32_t* sums, int32_t centre, const float* scales, float query_scale, const uint8_t* valid,

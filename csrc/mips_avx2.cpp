@@ -24,6 +24,11 @@ inline pair_sums dot4(pair_sums sums, pair_sums codes, pair_sums queries) {
 inline uint32_t lanes_at_least(lanes a, lanes b) {
   return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 }
+inline pair_sums repeated_block(const uint8_t* from) {
+  return (pair_sums)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+}
+typedef double wide_lanes __attribute__((vector_size(kBytes)));
+inline wide_lanes doubles(const float* from) { return (wide_lanes)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
 #include "mips_kernel.inl"
 }  // namespace
 

@@ -1,5 +1,5 @@
-// The two planes of 4-bit codes of float32 rows. The coarse plane has the high nibble of each 8-bit code, the fine
-// plane the low one.
+// The two planes of 7-bit codes of float32 rows. The coarse plane has the high four bits of each code, the fine plane the
+// low three.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,7 +14,8 @@ namespace jasper_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTopCode = 127;
+constexpr int64_t kTopCode = 127;  // of a query
+constexpr int64_t kTopLevel = 127;  // of a row's 7-bit codes, which stand for odd multiples of a scale up to this one
 
 template <class T>
 T* checked(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
@@ -33,23 +34,27 @@ inline float at_least_as_high(double value) {
 
 // The two planes of (count, width) rows, and what the bounds of their scores need.
 struct Planes {
-  int64_t count, width, bins, steps, bytes;
+  int64_t count, width, bins, steps, pairs, singles, bytes;
   uint8_t* coarse;        // (bins, steps * kStepBytes)
-  uint8_t* fine;          // (count, bytes): low nibbles hold dimensions [0, bytes), high nibbles the others
+  uint8_t* fine;          // (count, bytes): three bits a dimension (mips.h)
   float* coarse_scales;   // (bins * kBin,): row ~ scale * (2 * code - 15)
   float* coarse_errors;   // (bins * kBin,): norm of the difference, rounded up
-  float* fine_scales;     // (count,): row ~ scale * (16 * coarse + fine - 128)
-  double* residuals;      // (bins, 2): highest errors of the coarse and of the 8-bit codes
+  float* fine_scales;     // (count,): row ~ scale * (2 * (8 * coarse + fine) - 127)
+  float* fine_errors;     // (count,): norm of the difference, rounded up
+  double* residuals;      // (bins,): highest error of either codes
 
   Planes(int64_t count_, int64_t width_, const Tensor& coarse_, const Tensor& fine_, const Tensor& coarse_scales_,
-         const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& residuals_)
-      : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), bytes((width_ + 1) / 2) {
+         const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& fine_errors_,
+         const Tensor& residuals_)
+      : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), pairs((width_ + 3) / 4),
+        singles((width_ + 7) / 8), bytes(pairs + singles) {
     coarse = checked<uint8_t>(coarse_, ScalarType::Byte, bins * steps * kStepBytes, "the coarse plane");
     fine = checked<uint8_t>(fine_, ScalarType::Byte, count * bytes, "the fine plane");
     coarse_scales = checked<float>(coarse_scales_, ScalarType::Float, bins * kBin, "coarse scales");
     coarse_errors = checked<float>(coarse_errors_, ScalarType::Float, bins * kBin, "coarse errors");
     fine_scales = checked<float>(fine_scales_, ScalarType::Float, count, "fine scales");
-    residuals = checked<double>(residuals_, ScalarType::Double, bins * 2, "residuals");
+    fine_errors = checked<float>(fine_errors_, ScalarType::Float, count, "fine errors");
+    residuals = checked<double>(residuals_, ScalarType::Double, bins, "residuals");
   }
 
   uint8_t* place(int64_t row, int64_t step) const {

@@ -29,6 +29,13 @@ inline uint32_t lanes_at_least(lanes a, lanes b) {
   for (int lane = 0; lane < kBytes / 4; ++lane) bits |= (uint32_t)(a[lane] >= b[lane]) << lane;
   return bits;
 }
+inline pair_sums repeated_block(const uint8_t* from) {
+  pair_sums block;
+  __builtin_memcpy(&block, from, sizeof(block));
+  return block;
+}
+typedef double wide_lanes __attribute__((vector_size(kBytes)));
+inline wide_lanes doubles(const float* from) { return wide_lanes{from[0], from[1]}; }
 #include "mips_kernel.inl"
 }  // namespace
 

@@ -1,5 +1,6 @@
 // Inner loops of inner-product search, included inside a namespace by one translation unit per instruction set. That
-// unit defines kBytes (the size of a vector) and madd(a, b), which adds products of neighbouring 16-bit lanes in pairs.
+// unit defines kBytes (the size of a vector), madd(a, b), which adds products of neighbouring 16-bit lanes in pairs, and
+// doubles(from), which widens floats.
 // The loops of mips_nibbles.inl need more.
 
 typedef float fvec __attribute__((vector_size(kBytes)));
@@ -7,7 +8,6 @@ typedef double dvec __attribute__((vector_size(kBytes)));
 typedef int32_t ivec __attribute__((vector_size(kBytes)));
 typedef uint32_t uvec __attribute__((vector_size(kBytes)));
 typedef int16_t svec __attribute__((vector_size(kBytes)));
-typedef float half_fvec __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t half_uvec __attribute__((vector_size(kBytes / 2)));
 typedef int8_t half_bvec __attribute__((vector_size(kBytes / 2)));
 
@@ -136,29 +136,45 @@ static void dots_int8(const int8_t* rows, int64_t count, int64_t width, const in
   for (; r < count; ++r) dot_rows_int8<1>(rows + r * width, width, query, out + r);
 }
 
-static inline dvec doubles(const float* from) { return __builtin_convertvector(load<half_fvec>(from), dvec); }
 template <class Element>
 static inline dvec doubles(const Element* from) {
-  dvec values;
+  float values[kDoubles];
   for (int64_t lane = 0; lane < kDoubles; ++lane) values[lane] = one(from + lane);
-  return values;
+  return doubles(values);
 }
 
-template <class Element>
-static double exact(const Element* row, int64_t width, const double* query) {
+// The order of summation is the same for any number of queries. Registers keep the sums of all of them.
+template <int QUERIES, class Element>
+static inline void exact_together(const Element* row, int64_t width, const double* queries, double* out) {
   constexpr int64_t kStep = 4 * kDoubles;
-  dvec sums[4] = {};
+  dvec sums[QUERIES][4] = {};
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
     for (int part = 0; part < 4; ++part) {
-      sums[part] += doubles(row + d + part * kDoubles) * load<dvec>(query + d + part * kDoubles);
+      const dvec own = doubles(row + d + part * kDoubles);
+      for (int q = 0; q < QUERIES; ++q) sums[q][part] += own * load<dvec>(queries + q * width + d + part * kDoubles);
     }
   }
-  const dvec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0.0;
-  for (int64_t lane = 0; lane < kDoubles; ++lane) total += sum[lane];
-  for (; d < width; ++d) total += (double)one(row + d) * query[d];
-  return total;
+  for (int q = 0; q < QUERIES; ++q) {
+    const dvec sum = (sums[q][0] + sums[q][1]) + (sums[q][2] + sums[q][3]);
+    double lanes[kDoubles];
+    __builtin_memcpy(lanes, &sum, sizeof(sum));
+    for (int64_t half = kDoubles / 2; half; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    for (int64_t i = d; i < width; ++i) lanes[0] += (double)one(row + i) * queries[q * width + i];
+    out[q] = lanes[0];
+  }
+}
+
+template <class Element>
+static void exact(const Element* row, int64_t width, const double* queries, int64_t size, double* out) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    exact_together<kQueries>(row, width, queries + q * width, out + q);
+  }
+  for (; q < size; ++q) exact_together<1>(row, width, queries + q * width, out + q);
 }
 
 static inline fvec higher(fvec a, fvec b) { return a > b ? a : b; }

@@ -1,6 +1,7 @@
-// Inner loops over the two planes of 4-bit codes (see mips_codes.h), included by mips_kernel.inl. The translation unit
+// Inner loops over the two planes of codes (see mips_codes.h), included by mips_kernel.inl. The translation unit
 // also defines dot4(sums, codes, queries), which adds the products of four unsigned
-// codes <= 15 with four signed bytes to each 32-bit lane, and lanes_at_least(a, b), one bit for each lane with a >= b.
+// codes <= 15 with four signed bytes to each 32-bit lane, lanes_at_least(a, b), one bit for each lane with a >= b, and
+// repeated_block(from), a vector of copies of kFineBlock bytes.
 
 static inline uvec low_nibbles(uvec both) { return both & 0x0f0f0f0fu; }
 static inline uvec high_nibbles(uvec both) { return (both >> 4) & 0x0f0f0f0fu; }
@@ -43,19 +44,38 @@ static void dots_coarse(const uint8_t* codes, int64_t steps, const int8_t* queri
   for (; q < size; ++q) coarse_together<1>(codes, steps, queries + q * steps * kStepDims, out + q * stride, stride);
 }
 
-static int32_t dot_fine(const uint8_t* codes, int64_t bytes, const int8_t* query) {
-  ivec sums[2] = {};
+// Returns the product of codes of BITS bits, 8 / BITS in a byte, with a query, as a sum of lanes and of `last`.
+template <int BITS>
+static inline ivec dot_bits(const uint8_t* codes, int64_t bytes, const int8_t* query, int32_t* last) {
+  constexpr int kCodes = 8 / BITS, kParts = kBytes / kFineBlock;  // in a byte, and blocks in a vector
+  constexpr uint32_t kMask = 0x01010101u * ((1 << BITS) - 1);
+  static const uint32_t kPart[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  const uvec parts = load<uvec>(kPart);
+  ivec all = {};
   int64_t at = 0;
-  for (; at + kBytes <= bytes; at += kBytes) {
-    const uvec both = load<uvec>(codes + at);
-    sums[0] = dot4(sums[0], (ivec)low_nibbles(both), load<ivec>(query + at));
-    sums[1] = dot4(sums[1], (ivec)high_nibbles(both), load<ivec>(query + bytes + at));
+  for (; at + kFineBlock <= bytes; at += kFineBlock) {
+    const uvec block = (uvec)repeated_block(codes + at);
+    for (int part = 0; part < kCodes; part += kParts) {
+      const uvec own = (block >> (parts + part) * BITS) & kMask;
+      all = dot4(all, (ivec)own, load<ivec>(query + kCodes * at + part * kFineBlock));
+    }
   }
-  ivec all = sums[0] + sums[1];
+  const int64_t rest = bytes - at;
+  *last = 0;
+  for (int64_t i = 0; i < rest; ++i) {
+    for (int part = 0; part < kCodes; ++part) {
+      *last += (codes[at + i] >> part * BITS & ((1 << BITS) - 1)) * query[kCodes * at + part * rest + i];
+    }
+  }
+  return all;
+}
+
+static int32_t dot_fine(const uint8_t* codes, int64_t pairs, int64_t singles, const int8_t* query) {
+  int32_t last[2];
+  ivec all = 2 * dot_bits<2>(codes, pairs, query, last);
+  all += dot_bits<1>(codes + pairs, singles, query, last + 1);
   for (int64_t left = kFloats; left > 1; left /= 2) all = even(all, all) + odd(all, all);
-  int32_t total = all[0];
-  for (; at < bytes; ++at) total += (codes[at] & 15) * query[at] + (codes[at] >> 4) * query[bytes + at];
-  return total;
+  return all[0] + 2 * last[0] + last[1];
 }
 
 static inline fvec coarse_scores(const int32_t* sums, const float* scales, float query_scale) {

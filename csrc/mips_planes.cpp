@@ -1,13 +1,16 @@
-// Exact search over float32 rows that also have two planes of 4-bit codes, for any number of queries.
+// Exact search over float32 rows that also have two planes of codes, for any number of queries.
 //
 // Every chunk of rows is searched in three passes. The first reads the coarse plane and keeps the integer products. The
-// second rescores the k rows of highest coarse score in fp64, so that their k-th score is a proven cutoff. The third
-// drops the rows whose coarse score plus its error bound is below the cutoff, then those whose 8-bit score plus its
-// bound is, and rescores the rest.
+// second reads the fine plane of a few k rows of highest coarse score. The k-th of their lower bounds is a proven cutoff,
+// and the scores in fp64 of those that reach it raise it. The third drops the rows whose coarse score plus its error
+// bound is below the cutoff, then those whose 7-bit score plus its bound is, and rescores the rest. If this leaves most
+// rows, as with near-ties, the following ones are rescored at once, for all queries together.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +27,11 @@ using torch::stable::parallel_for;
 
 namespace {
 
+constexpr int64_t kMaxMore = 8192;  // rows that the second pass looks at in addition to k
+constexpr int64_t kCrowded = 4;  // If a fourth of the rows is rescored, all following ones are.
+constexpr int64_t kTogether = 4;  // queries that rescore a row together
 constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockBytes = 1 << 19;  // of rows that all queries look at together
 
 // Codes of a query, and the factors of the bounds (docs/mips.md).
@@ -35,10 +42,10 @@ struct Query {
   std::vector<int8_t> fine;    // and of the fine plane
   float scale;
   int32_t total = 0;  // sum of the codes
-  double norm, relative, fine_relative, fine_residual, absolute;
+  double norm, relative, absolute;
 
   Query(const double* exact_, const Planes& planes, const uint8_t* valid_)
-      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(planes.bytes * 2, 0) {
+      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(planes.singles * 8, 0) {
     constexpr double kUnit = 0x1p-24, kUp = 1.0 + 1e-6;
     double largest = 0.0, squares = 0.0, errors = 0.0, scanned = 0.0;
     for (int64_t d = 0; d < planes.width; ++d) largest = std::max(largest, std::fabs(exact[d]));
@@ -57,11 +64,15 @@ struct Query {
     norm = std::sqrt(squares) * (1.0 + 1e-9);
     // 32 units: of the score, of score + error in float, and of a scale that is not exactly orthogonal.
     relative = (rounding + 32 * kUnit * (norm + length)) * kUp;
-    fine_relative = (rounding + 8 * kUnit * length) * kUp;
-    fine_residual = length * (1.0 + 8 * kUnit) * kUp;
     absolute = (double)planes.width * 0x1p-125;
   }
 };
+
+bool any_of(const uint8_t* valid, int64_t count) {
+  uint8_t any = 0;
+  for (int64_t i = 0; i < count; ++i) any |= valid[i];
+  return any != 0;
+}
 
 struct Counts {
   int64_t coarse = 0, rescored = 0;  // rows that passed the coarse bound; rows rescored in fp64
@@ -81,85 +92,137 @@ struct Chunk {
 
   float score(int64_t row, int32_t sum) const { return (float)sum * (planes.coarse_scales[row] * query.scale); }
 
-  // Bounds of |score - true score|. `weight` bounds the part of the query that is orthogonal to the codes of a row.
-  double coarse_rest(int64_t bin) const { return query.relative * norms[bin] + query.absolute; }
-  double fine_error(int64_t bin) const {
-    return query.fine_relative * norms[bin] + query.fine_residual * planes.residuals[bin * 2 + 1] + query.absolute;
+  // A score is that of the rounded query with a row's codes. This bounds its difference from that of the query itself.
+  double rest(int64_t bin) const { return query.relative * norms[bin] + query.absolute; }
+
+  // Bounds the part of the query that is orthogonal to codes of a bin, given a lower bound of its product with them.
+  double orthogonal(int64_t bin, double product) const {
+    const double norm = norms[bin] * (1.0 + 1e-6);
+    if (!(product > 0.0) || !(norm > 0.0)) return query.norm;
+    const double part = product / norm, left = query.norm * query.norm - part * part;
+    return std::min(std::sqrt(std::max(left, 0.0)) + query.norm * 1e-7, query.norm);
   }
 
-  // Rows that reach `cutoff` have a product of at least cutoff - |query| * error with their codes.
+  // The same for codes of rows that reach `cutoff`, with a product of at least cutoff - |query| * error.
   double weight(int64_t bin, double cutoff) const {
     double own = query.norm;
-    const double norm = norms[bin] * (1.0 + 1e-6), error = planes.residuals[bin * 2];
-    for (int round = 0; round < 2; ++round) {
-      const double along = cutoff - own * error - coarse_rest(bin);
-      if (!(along > 0.0) || !(norm > 0.0)) break;
-      const double part = along / norm, rest = query.norm * query.norm - part * part;
-      own = std::sqrt(std::max(rest, 0.0)) + query.norm * 1e-7;
-    }
-    return std::min(own, query.norm);
+    const double error = planes.residuals[bin];
+    for (int round = 0; round < 2; ++round) own = orthogonal(bin, cutoff - own * error - rest(bin));
+    return own;
+  }
+
+  double coarse_error(int64_t row) const { return query.norm * planes.coarse_errors[row] + rest(row / kBin); }
+
+  // Bounds |score - true score| of a row by what its score says of the angle.
+  double fine_error(int64_t row, double score) const {
+    const int64_t bin = row / kBin;
+    return rest(bin) + orthogonal(bin, score - rest(bin)) * planes.fine_errors[row];
   }
 
   double fine_score(int64_t row, int32_t sum) const {
-    const int64_t low = kernels.dot_fine(planes.fine + row * planes.bytes, planes.bytes, query.fine.data());
-    return (double)(8 * (int64_t)sum + low - 8 * (int64_t)query.total) *
+    const int64_t low = kernels.dot_fine(planes.fine + row * planes.bytes, planes.pairs, planes.singles, query.fine.data());
+    return (double)(8 * (int64_t)sum + 2 * low - 7 * (int64_t)query.total) *
            ((double)planes.fine_scales[row] * (double)query.scale);
-  }
-
-  double final_score(int64_t row, int32_t sum) const {
-    return proven ? rows.exact(kernels, row, query.exact) : fine_score(row, sum);
   }
 
   struct Row {
     float score;
     uint32_t row;  // of the chunk
+    double fine, error;
+
+    bool reaches(double cutoff) const { return fine + error >= cutoff; }
   };
 
-  // Returns up to k rows of highest coarse score, ascending by number. Rows that cannot reach the cutoff are left out.
-  std::vector<Row> best_coarse(int64_t k, double cutoff) const {
-    float threshold = std::numeric_limits<float>::lowest();
-    if (bins > k) {  // k bins have a row above this
-      std::vector<float> maxima(highest, highest + bins);
-      std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<float>());
-      threshold = std::max(threshold, maxima[k - 1]);
+  // Returns a threshold that about `wanted` coarse scores of the chunk reach.
+  float threshold_for(int64_t wanted) const {
+    constexpr int64_t kSamples = 2048, kMinRank = 32;
+    const int64_t each = std::clamp<int64_t>(kSamples / bins, 1, kBin), rank = wanted * each / kBin;
+    std::vector<float> scores;
+    if (rank < kMinRank) {  // a small part of the chunk: as many bins have a row above this
+      if (bins <= wanted) return std::numeric_limits<float>::lowest();
+      scores.assign(highest, highest + bins);
+      std::nth_element(scores.begin(), scores.begin() + (wanted - 1), scores.end(), std::greater<float>());
+      return std::max(scores[wanted - 1], std::numeric_limits<float>::lowest());
     }
+    if (rank >= bins * each) return std::numeric_limits<float>::lowest();
+    for (int64_t b = 0; b < bins; ++b) {
+      for (int64_t i = 0; i < each; ++i) {
+        const int64_t local = b * kBin + (b + i * kBin / each) % kBin;
+        const bool absent = highest[b] == -kInfinity || sums[local] == kNoSum;
+        scores.push_back(absent ? -kInfinity : score(first_bin * kBin + local, sums[local]));
+      }
+    }
+    std::nth_element(scores.begin(), scores.begin() + rank, scores.end(), std::greater<float>());
+    return std::max(scores[rank], std::numeric_limits<float>::lowest());
+  }
+
+  // Returns about `wanted` rows of highest coarse score, ascending by number. Rows that cannot reach the cutoff are left
+  // out.
+  std::vector<Row> best_coarse(int64_t wanted, double cutoff) const {
+    const float threshold = threshold_for(wanted);
     std::vector<Row> found;
     uint8_t positions[kBin];
     for (int64_t b = 0; b < bins; ++b) {
       if (!(highest[b] >= threshold)) continue;
       const int64_t bin = first_bin + b;
-      if (highest[b] + query.norm * planes.residuals[bin * 2] + coarse_rest(bin) < cutoff) continue;
+      if (highest[b] + query.norm * planes.residuals[bin] + rest(bin) < cutoff) continue;
       const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
                                                     nullptr, 0.0f, threshold, positions);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = b * kBin + positions[i];
-        found.push_back({score(first_bin * kBin + row, sums[row]), (uint32_t)row});
+        found.push_back({score(first_bin * kBin + row, sums[row]), (uint32_t)row, 0.0, 0.0});
       }
     }
-    if ((int64_t)found.size() > k) {
-      std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), [](const Row& a, const Row& b) {
+    if ((int64_t)found.size() > 2 * wanted) {
+      std::nth_element(found.begin(), found.begin() + (wanted - 1), found.end(), [](const Row& a, const Row& b) {
         return a.score > b.score || (a.score == b.score && a.row < b.row);
       });
-      found.resize(k);
+      found.resize(wanted);
+      std::sort(found.begin(), found.end(), [](const Row& a, const Row& b) { return a.row < b.row; });
     }
-    std::sort(found.begin(), found.end(), [](const Row& a, const Row& b) { return a.row < b.row; });
     return found;
+  }
+
+  // Raises a cutoff to the k-th highest of the rows' lower bounds.
+  static void raise(const std::vector<Row>& rows, int64_t k, double* cutoff) {
+    if ((int64_t)rows.size() < k) return;
+    std::vector<double> lower;
+    for (const Row& row : rows) lower.push_back(row.fine - row.error);
+    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<double>());
+    *cutoff = std::max(*cutoff, lower[k - 1]);
   }
 
   void prefetch_row(int64_t row) const {
     if (proven) prefetch((const float*)rows.data + row * rows.width, rows.width * 4);
   }
 
-  // Rescores the chosen rows of bins [begin, end). found[i] is that of chosen[i].
-  void rescore(int64_t begin, int64_t end, const std::vector<Row>& chosen, Best* found, bool* broken) const {
+  void prefetch_fine(int64_t row) const { prefetch(planes.fine + row * planes.bytes, planes.bytes); }
+
+  // Computes the 7-bit scores of the chosen rows of bins [begin, end).
+  void refine(int64_t begin, int64_t end, std::vector<Row>& chosen) const {
+    constexpr size_t kEarlier = 8;
+    for (size_t i = from(chosen, begin); i < chosen.size() && chosen[i].row < end * kBin; ++i) {
+      if (i + kEarlier < chosen.size()) prefetch_fine(first_bin * kBin + chosen[i + kEarlier].row);
+      const int64_t row = first_bin * kBin + chosen[i].row;
+      chosen[i].fine = fine_score(row, sums[chosen[i].row]);
+      chosen[i].error = proven ? fine_error(row, chosen[i].fine) : 0.0;
+    }
+  }
+
+  // Rescores the chosen rows of bins [begin, end) that reach the cutoff. found[i] is that of chosen[i].
+  void rescore(int64_t begin, int64_t end, double cutoff, const std::vector<Row>& chosen, Best* found,
+               bool* broken) const {
     constexpr size_t kEarlier = 4;
     for (size_t i = from(chosen, begin); i < chosen.size() && chosen[i].row < end * kBin; ++i) {
-      if (i + kEarlier < chosen.size()) prefetch_row(first_bin * kBin + chosen[i + kEarlier].row);
+      if (i + kEarlier < chosen.size() && chosen[i + kEarlier].reaches(cutoff)) {
+        prefetch_row(first_bin * kBin + chosen[i + kEarlier].row);
+      }
+      if (!chosen[i].reaches(cutoff)) continue;
       const int64_t row = first_bin * kBin + chosen[i].row;
-      const double exact = final_score(row, sums[chosen[i].row]);
+      const double exact = proven ? rows.exact(kernels, row, query.exact) : chosen[i].fine;
       if (proven) {
-        const double error = query.norm * planes.coarse_errors[row] + coarse_rest(row / kBin);
-        *broken |= !(std::fabs(exact - (double)chosen[i].score) <= error);
+        *broken |= !(std::fabs(exact - (double)chosen[i].score) <= coarse_error(row));
+        *broken |= !(std::fabs(exact - chosen[i].fine) <= chosen[i].error);
       }
       found[i] = {exact, first_id + row};
     }
@@ -177,7 +240,7 @@ struct Chunk {
     struct Pending {
       int64_t row;
       int32_t sum;
-      double score, error;
+      double error, least, score;  // `error` is first the weight of the codes' error, then that error
     };
     constexpr int kPending = 16;
     Pending coarse[kPending], fine[kPending];
@@ -188,7 +251,7 @@ struct Chunk {
       for (int i = 0; i < fine_count; ++i) {
         const Pending& own = fine[i];
         const double exact = proven ? rows.exact(kernels, own.row, query.exact) : own.score;
-        if (proven) *broken |= !(std::fabs(exact - own.score) <= own.error);
+        if (proven) *broken |= !(std::fabs(exact - own.score) <= own.least + query.norm * own.error);
         if (exact >= cutoff) found.push_back({exact, first_id + own.row});
       }
       counts->rescored += fine_count;
@@ -202,15 +265,16 @@ struct Chunk {
         Pending own = coarse[i];
         if (refine) {
           own.score = fine_score(own.row, own.sum);
-          own.error = proven ? fine_error(own.row / kBin) : 0.0;
+          const double error = planes.fine_errors[own.row];
           ++refined;
-          if (own.score + own.error < cutoff) {
+          if (own.score + (proven ? own.least + own.error * error : 0.0) < cutoff) {
             ++dropped;
             continue;
           }
+          own.error = error;
         } else {
           own.score = score(own.row, own.sum);
-          own.error = query.norm * planes.coarse_errors[own.row] + coarse_rest(own.row / kBin);
+          own.error = planes.coarse_errors[own.row];
         }
         prefetch_row(own.row);
         fine[fine_count++] = own;
@@ -221,10 +285,11 @@ struct Chunk {
     uint8_t positions[kBin];
     for (int64_t b = begin; b < end; ++b) {
       const int64_t bin = first_bin + b;
-      const double rest = coarse_rest(bin);
-      if (!(highest[b] + query.norm * planes.residuals[bin * 2] + rest >= cutoff)) continue;
+      const double least = rest(bin);
+      if (highest[b] == -kInfinity) continue;  // no valid row
+      if (!(highest[b] + query.norm * planes.residuals[bin] + least >= cutoff)) continue;
       const double own = weight(bin, cutoff);
-      const float threshold = std::max(float_below(cutoff - rest), std::numeric_limits<float>::lowest());
+      const float threshold = std::max(float_below(cutoff - least), std::numeric_limits<float>::lowest());
       const float factor = at_least_as_high(own);
       const int64_t count = kernels.coarse_at_least(sums + b * kBin, planes.coarse_scales + bin * kBin, query.scale,
                                                     planes.coarse_errors + bin * kBin, factor, threshold, positions);
@@ -233,8 +298,8 @@ struct Chunk {
         while (next != chosen.end() && next->row < local) ++next;
         if (next != chosen.end() && next->row == local) continue;
         const int64_t row = first_bin * kBin + local;
-        prefetch(planes.fine + row * planes.bytes, planes.bytes);
-        coarse[coarse_count++] = {row, sums[local], 0.0, 0.0};
+        prefetch_fine(row);
+        coarse[coarse_count++] = {row, sums[local], own, least, 0.0};
         if (coarse_count == kPending) refine_pending();
       }
     }
@@ -272,8 +337,9 @@ class Search {
     size_ = (int64_t)queries.size();
     codes_.clear();
     for (const Query& query : queries) codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
-    for (first_bin_ = 0; first_bin_ < planes_.bins; first_bin_ += chunk_) {
-      bins_ = std::min(chunk_, planes_.bins - first_bin_);
+    const auto [begin, end] = valid_bins();
+    for (first_bin_ = begin; first_bin_ < end; first_bin_ += chunk_) {
+      bins_ = std::min(chunk_, end - first_bin_);
       scan();
       select();
     }
@@ -298,7 +364,39 @@ class Search {
     });
   }
 
-  // Computes the coarse products of all queries with a chunk of rows.
+  // Returns the first bin with a row that a query may return, and the end of the last one.
+  std::pair<int64_t, int64_t> valid_bins() const {
+    int64_t begin = planes_.bins, end = 0;
+    const uint8_t* last = nullptr;
+    for (const Query& query : *queries_) {
+      if (!query.valid) return {0, planes_.bins};
+      if (query.valid == last) continue;
+      last = query.valid;
+      const auto any = [&](int64_t bin) {
+        return any_of(last + bin * kBin, std::min(kBin, planes_.count - bin * kBin));
+      };
+      int64_t own = 0, stop = planes_.bins;
+      while (own < begin && !any(own)) ++own;
+      while (stop > end && !any(stop - 1)) --stop;
+      begin = std::min(begin, own);
+      end = std::max(end, stop);
+    }
+    return {begin, end};
+  }
+
+  // Returns whether any query of a group may return any of `count` rows.
+  bool any_valid(int64_t first_query, int64_t group, int64_t row, int64_t count) const {
+    const uint8_t* last = nullptr;  // Most often, all queries have the same mask.
+    for (int64_t q = first_query; q < first_query + group; ++q) {
+      const uint8_t* valid = (*queries_)[q].valid;
+      if (!valid) return true;
+      if (valid != last && any_of(valid + row, count)) return true;
+      last = valid;
+    }
+    return false;
+  }
+
+  // Computes the coarse products of all queries with a chunk of rows. Those of bins without valid rows are left out.
   void scan() {
     const MipsKernels& kernels = mips_kernels();
     const int64_t tasks = std::min(bins_, threads_ * 4), width = planes_.steps * kStepDims;
@@ -308,6 +406,10 @@ class Search {
         const int64_t bin = first_bin_ + b, row = bin * kBin, present = std::min(kBin, planes_.count - row);
         for (int64_t begin = 0; begin < size_; begin += kQueryGroup) {
           const int64_t group = std::min(kQueryGroup, size_ - begin);
+          if (!any_valid(begin, group, row, present)) {
+            for (int64_t q = begin; q < begin + group; ++q) highest_[q * chunk_ + b] = -kInfinity;
+            continue;
+          }
           kernels.dots_coarse(planes_.coarse + bin * planes_.steps * kStepBytes, planes_.steps,
                               codes_.data() + begin * width, group, products, kBin);
           for (int64_t q = begin; q < begin + group; ++q) {
@@ -340,19 +442,44 @@ class Search {
         }
       });
     };
+    const int64_t k = results_.k, wanted = k + std::min(k, kMaxMore);
     each_query([&](int64_t q, int64_t number) {
-      chosen[q] = chunk_of(q).best_coarse(results_.k, results_.cutoffs[number]);
+      chosen[q] = chunk_of(q).best_coarse(wanted, results_.cutoffs[number]);
       rescored[q].resize(chosen[q].size());
+      if (size_ > 1) chunk_of(q).refine(0, bins_, chosen[q]);
     });
+    if (size_ == 1) {
+      each_part([&](int64_t q, int64_t begin, int64_t end, Found&) { chunk_of(q).refine(begin, end, chosen[q]); });
+    }
+    each_query([&](int64_t q, int64_t number) { Chunk::raise(chosen[q], k, results_.cutoffs + number); });
     each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
-      chunk_of(q).rescore(begin, end, chosen[q], rescored[q].data(), &own.broken);
+      chunk_of(q).rescore(begin, end, results_.cutoffs[first_query_ + q], chosen[q], rescored[q].data(), &own.broken);
     });
     each_query([&](int64_t q, int64_t number) {
-      results_.top(number).merge(rescored[q].data(), (int64_t)rescored[q].size());
+      std::vector<Best> kept;
+      for (size_t i = 0; i < chosen[q].size(); ++i) {
+        if (chosen[q][i].reaches(results_.cutoffs[number])) kept.push_back(rescored[q][i]);
+      }
+      results_.counts[number * 2 + 1] += (int64_t)kept.size();
+      results_.top(number).merge(kept.data(), (int64_t)kept.size());
     });
-    each_part([&](int64_t q, int64_t begin, int64_t end, Found& own) {
-      const double cutoff = results_.cutoffs[first_query_ + q];
-      chunk_of(q).filter(begin, end, cutoff, chosen[q], own.rows, &own.broken, &own.counts);
+    std::atomic<int64_t> seen = 0, left = 0;  // pairs of a query and a row that were looked at and rescored
+    parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = bins_ * part / parts, end = bins_ * (part + 1) / parts;
+        Found* own = found.data() + part;
+        if (proven_ && size_ > 1 && left * kCrowded > seen) {
+          rescore_all(begin, end, chosen, own, parts);
+          continue;
+        }
+        for (int64_t q = 0; q < size_; ++q) {
+          Found& of_query = own[q * parts];
+          const double cutoff = results_.cutoffs[first_query_ + q];
+          chunk_of(q).filter(begin, end, cutoff, chosen[q], of_query.rows, &of_query.broken, &of_query.counts);
+          left += of_query.counts.rescored;
+        }
+        seen += (end - begin) * kBin * size_;
+      }
     });
     each_query([&](int64_t q, int64_t number) {
       std::vector<Best> all;
@@ -366,8 +493,43 @@ class Search {
       }
       results_.top(number).merge(all.data(), (int64_t)all.size());
       counts[0] += (int64_t)chosen[q].size();
-      counts[1] += (int64_t)chosen[q].size();
     });
+  }
+
+  // Rescores all rows of bins [begin, end) but the chosen ones, for all queries together.
+  void rescore_all(int64_t begin, int64_t end, const std::vector<std::vector<Chunk::Row>>& chosen, Found* found,
+                   int64_t stride) const {
+    double scores[kTogether];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t bin = first_bin_ + b, count = std::min(kBin, planes_.count - bin * kBin);
+      for (int64_t q = 0; q < size_; q += kTogether) {
+        const int64_t group = std::min(kTogether, size_ - q);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t row = bin * kBin + r;
+          rows_.exact(mips_kernels(), row, (*queries_)[q].exact, group, scores);
+          for (int64_t i = q; i < q + group; ++i) {
+            const Chunk chunk = chunk_of(i);
+            const int32_t sum = chunk.highest[b] == -kInfinity ? kNoSum : chunk.sums[b * kBin + r];
+            if (sum == kNoSum) continue;  // not valid
+            Found& own = found[i * stride];
+            ++own.counts.rescored;
+            own.broken |= !(std::fabs(scores[i - q] - (double)chunk.score(row, sum)) <= chunk.coarse_error(row));
+            if (scores[i - q] >= results_.cutoffs[first_query_ + i]) own.rows.push_back({scores[i - q], first_id_ + row});
+          }
+        }
+      }
+    }
+    for (int64_t q = 0; q < size_; ++q) {  // The chosen rows are among the results already.
+      Found& own = found[q * stride];
+      own.counts.coarse += own.counts.rescored;
+      auto next = chosen[q].begin() + Chunk::from(chosen[q], begin);
+      const auto is_chosen = [&](const Best& row) {
+        const int64_t local = row.id - first_id_ - first_bin_ * kBin;
+        while (next != chosen[q].end() && next->row < local) ++next;
+        return next != chosen[q].end() && next->row == local;
+      };
+      std::erase_if(own.rows, is_chosen);
+    }
   }
 
   const Planes& planes_;
@@ -391,14 +553,15 @@ class Search {
 // (Q, 2) adds up the rows that pass the coarse bound, and those rescored in fp64.
 void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
+                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
                  int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
   STD_TORCH_CHECK(rows_tensor.dim() == 2 && rows_tensor.is_contiguous() &&
                       rows_tensor.scalar_type() == ScalarType::Float,
                   "mips: expected contiguous float32 rows (N, D)");
   const Rows rows = {Stored::kFloat, rows_tensor.const_data_ptr(), nullptr, rows_tensor.size(0), rows_tensor.size(1)};
-  const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, residuals);
+  const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, fine_errors,
+                      residuals);
   const int64_t size = queries.size(0), k = best.size(1);
   STD_TORCH_CHECK(planes.steps * kStepDims < ((int64_t)1 << 31) / (2 * 15 * kTopCode),
                   "mips: rows are too wide for 32-bit sums");

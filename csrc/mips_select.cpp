@@ -6,11 +6,13 @@
 
 namespace jasper_fast {
 
-double Rows::exact(const MipsKernels& kernels, int64_t row, const double* query) const {
+void Rows::exact(const MipsKernels& kernels, int64_t row, const double* queries, int64_t size, double* out) const {
   switch (kind) {
-    case Stored::kFloat: return kernels.exact_float((const float*)data + row * width, width, query);
-    case Stored::kBfloat16: return kernels.exact_bfloat16((const uint16_t*)data + row * width, width, query);
-    default: return kernels.exact_int8((const int8_t*)data + row * width, width, query) * (double)scales[row];
+    case Stored::kFloat: return kernels.exact_float((const float*)data + row * width, width, queries, size, out);
+    case Stored::kBfloat16: return kernels.exact_bfloat16((const uint16_t*)data + row * width, width, queries, size, out);
+    default:
+      kernels.exact_int8((const int8_t*)data + row * width, width, queries, size, out);
+      for (int64_t q = 0; q < size; ++q) out[q] *= (double)scales[row];
   }
 }
 
@@ -78,7 +80,7 @@ void Selection::settle() {
 }
 
 void TopK::merge(const Best* found, int64_t size) {
-  if (size <= k / 8 + 16) {
+  if (size <= k / 8 + 16 || (k <= 128 && k * 4 <= size)) {  // of many rows, a few are among the k best so far
     for (int64_t i = 0; i < size; ++i) insert(found[i]);
     return;
   }

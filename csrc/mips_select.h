@@ -18,7 +18,13 @@ struct Rows {
   const float* scales;  // (count,) for int8, else null
   int64_t count, width;
 
-  double exact(const MipsKernels& kernels, int64_t row, const double* query) const;
+  // Sets out[q] to the exact score of a row for query q of (size, width).
+  void exact(const MipsKernels& kernels, int64_t row, const double* queries, int64_t size, double* out) const;
+  double exact(const MipsKernels& kernels, int64_t row, const double* query) const {
+    double score;
+    exact(kernels, row, query, 1, &score);
+    return score;
+  }
 };
 
 struct Best {

@@ -27,7 +27,7 @@ MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
 # The first 16 of 64 or more queries decide how the others are searched. It is by products, if 4-bit scores keep more
-# than this fraction of the rows, and 8-bit scores less.
+# than this fraction of the rows, and 7-bit scores less.
 SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE = 16, 64, 0.15
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
@@ -61,6 +61,9 @@ class Queries:
     def of(cls, queries: Tensor) -> Queries:
         """Scale (Q, D) float queries."""
         exact = queries.double()
+        if in_use(exact):
+            exact, scan, exponents, norms = torch.ops.jasper_fast_native.mips_scaled(exact.contiguous())
+            return cls(exact, scan, exponents, float(norms.max()) if len(norms) else 0.0)
         _, exponents = torch.frexp(exact.abs().amax(dim=1))
         exact = torch.ldexp(exact, -exponents[:, None].double()).contiguous()
         return cls(exact, exact.float(), exponents)
@@ -190,7 +193,7 @@ def search_planes(
         queries: the Q queries.
         valid: bool (N,) or (Q, N) mask. Empty if all rows are valid.
         state: best rows so far, updated in place.
-        proven: True to rank by fp64 scores, False by those of the 8-bit codes.
+        proven: True to rank by fp64 scores, False by those of the 7-bit codes.
         scratch: bytes that the search may use.
     """
     planes, size = segment.planes, len(queries)

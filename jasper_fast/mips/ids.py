@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jasper_fast.mips.inputs import ascending
+
 
 class RowIds:
     """Ids of an index's rows.
@@ -105,7 +107,11 @@ class RowIds:
         given = valid if isinstance(valid, Tensor) else np.asarray(valid)
         if given.dtype in (torch.bool, np.bool_) or given.ndim != 1:
             return valid
-        return self.rows(_integers(valid).unique(), total)
+        wanted = _integers(valid)
+        found, rows = self.find(wanted, total)
+        if not bool(found.all()):
+            raise ValueError(f"ids: {int(wanted[~found][0])} is not in this index of {total} rows")
+        return torch.as_tensor(ascending(rows.numpy()))
 
     def keep(self, mask: Tensor, renumber: bool) -> None:
         """Drop the ids of removed rows.

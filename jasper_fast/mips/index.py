@@ -31,8 +31,8 @@ class FlatIPIndex:
         dtype: storage dtype. Scores are those of the stored values. The default, "bfloat16", takes 2 bytes per element.
             It rounds the added rows to 8 significant bits. So scores of unit rows change by up to 0.004, and near-ties
             may change places. "int8" (codes and a scale per row) takes 1 byte.
-            "float32" keeps the rows, together with shorter codes for scans. On a CPU these are two planes of 4 bits (5
-            bytes per element in all), on a GPU bfloat16 (6 bytes).
+            "float32" keeps the rows, together with shorter codes for scans. On a CPU these are two planes of 4 and 3
+            bits, which makes 4.9 bytes per element at width 384. On a GPU they are bfloat16 (6 bytes).
         scratch: bytes that a search may use in addition to the embeddings, queries and results.
 
     Raises:
@@ -181,9 +181,11 @@ class FlatIPIndex:
 
         Returns:
             ``queries`` and ``rows``, and means per query: ``coarse``, the rows that the 4-bit scores kept, and
-            ``rescored``, the rows that were then rescored in fp64. Both are 0 for queries that were searched without
-            4-bit codes: of other dtypes or devices, in ``exact``, and without the compiled extension. They are also 0
-            for queries left to matrix products, because the first of them showed that 4-bit codes keep most rows.
+            ``rescored``, the rows that were then rescored in fp64. If most rows are rescored, as with near-ties, the
+            following ones are rescored at once, and count as kept. Both are 0 for queries that were searched without
+            4-bit codes. These are queries of other dtypes or devices, in ``exact``, with few valid rows, and without
+            the compiled extension. They are also 0 for queries left to matrix products, because the first of them
+            showed that 4-bit codes keep most rows.
 
         Example:
             >>> index = FlatIPIndex(4, dtype="float32")

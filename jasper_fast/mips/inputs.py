@@ -92,24 +92,24 @@ def check_dim(dim: int) -> int:
     return dim
 
 
-def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
-    """Return a mask of the rows that may be returned.
+def row_filter(valid: Any, size: int, total: int) -> Tensor:
+    """Return the rows that may be returned.
 
     Args:
         valid: bool (N,) or (Q, N), or (n,) row numbers. None allows all rows.
         size: number of queries Q.
         total: number of rows N.
-        device: device of the mask.
 
     Returns:
-        bool (N,) or (Q, N). Empty if all rows are allowed.
+        a mask, bool (N,) or (Q, N), which is empty if all rows are allowed. Or int64 (n,) row numbers on the CPU,
+        ascending, each once.
 
     Raises:
         TypeError: wrong dtype, or zeros and ones that look like a mask.
         ValueError: wrong shape, or a row number outside the corpus.
     """
     if valid is None:
-        return torch.empty(0, dtype=torch.bool, device=device)
+        return torch.empty(0, dtype=torch.bool)
     if isinstance(valid, Tensor):
         valid = _plain_tensor(valid, "valid")
     else:
@@ -136,11 +136,24 @@ def row_mask(valid: Any, size: int, total: int, device: torch.device) -> Tensor:
                 f"valid holds {total} zeros and ones, which as row numbers would be two rows; give it as bool"
             )
         _check_numbers(numbers, total)
-        valid = torch.zeros(total, dtype=torch.bool)
-        valid[torch.as_tensor(numbers.astype(np.int64))] = True
+        return torch.as_tensor(ascending(numbers).astype(np.int64, copy=False))
     if tuple(valid.shape) not in ((total,), (size, total)):
         raise ValueError(f"valid must have the shape ({total},) or ({size}, {total}), got {tuple(valid.shape)}")
-    return valid.to(device)
+    return valid
+
+
+def as_mask(rows: Tensor, total: int, device: torch.device) -> Tensor:
+    """Return the result of `row_filter` as a mask on a device: bool (N,) or (Q, N), or empty."""
+    if rows.dtype == torch.bool:
+        return rows.to(device)
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[rows] = True
+    return mask.to(device)
+
+
+def ascending(numbers: np.ndarray) -> np.ndarray:
+    """Return the integers (n,) in rising order, each once."""
+    return numbers if (numbers[1:] > numbers[:-1]).all() else np.unique(numbers)
 
 
 def _check_numbers(numbers: np.ndarray, total: int) -> None:

@@ -28,15 +28,17 @@ def _empty(dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Planes:
-    """8-bit codes of (N, D) float32 rows on a CPU in two planes: the high four bits, and the low ones.
+    """7-bit codes of (N, D) float32 rows on a CPU in two planes: the high four bits, and the low three.
 
     Args:
         coarse: (ceil(N / 64), ceil(D / 8) · 256) uint8, two codes a byte.
-        fine: (N, ceil(D / 2)) uint8. Low nibbles hold the first half of the dimensions, high nibbles the other.
+        fine: (N, ceil(D / 4) + ceil(D / 8)) uint8. The first bytes have two bits of four dimensions each, the others
+            the last bits of eight.
         coarse_scales: (ceil(N / 64), 64) float32.
         coarse_errors: (ceil(N / 64), 64) float32 norms of the coarse codes' errors, rounded up.
         fine_scales: (N,) float32.
-        residuals: (ceil(N / 64), 2) float64 highest errors of a bin: of the coarse codes and of the 8-bit codes.
+        fine_errors: (N,) float32 norms of the 7-bit codes' errors, rounded up.
+        residuals: (ceil(N / 64),) float64 highest error of a bin's coarse or 7-bit codes.
     """
 
     coarse: Tensor
@@ -44,6 +46,7 @@ class Planes:
     coarse_scales: Tensor
     coarse_errors: Tensor
     fine_scales: Tensor
+    fine_errors: Tensor
     residuals: Tensor
 
     @staticmethod
@@ -52,11 +55,12 @@ class Planes:
         bins = -(-rows // BIN)
         return {
             "coarse": ((bins, -(-width // STEP_DIMS) * STEP_BYTES), torch.uint8),
-            "fine": ((rows, -(-width // 2)), torch.uint8),
+            "fine": ((rows, -(-width // 4) + -(-width // 8)), torch.uint8),
             "coarse_scales": ((bins, BIN), torch.float32),
             "coarse_errors": ((bins, BIN), torch.float32),
             "fine_scales": ((rows,), torch.float32),
-            "residuals": ((bins, 2), torch.float64),
+            "fine_errors": ((rows,), torch.float32),
+            "residuals": ((bins,), torch.float64),
         }
 
     @classmethod
@@ -86,7 +90,7 @@ class Planes:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def take(self, numbers: Tensor) -> Planes:
-        """Return some of the rows as new planes. A bin has the highest 8-bit error of the bins that its rows were in.
+        """Return some of the rows as new planes.
 
         Args:
             numbers: (n,) int64 row numbers, n ≥ 1.
@@ -99,20 +103,20 @@ class Planes:
             torch.nn.functional.pad(part[bins, places], (0, missing)).view(-1, BIN)
             for part in (self.coarse_scales, self.coarse_errors)
         )
-        residuals = torch.stack((errors.amax(dim=1).double(), bin_maxima(self.residuals[bins, 1])), dim=1)
         return Planes(
             coarse.view(torch.uint8).flatten(1),
             self.fine[numbers],
             scales,
             errors,
             self.fine_scales[numbers],
-            residuals,
+            self.fine_errors[numbers],
+            torch.maximum(errors.amax(dim=1), bin_maxima(self.fine_errors[numbers])).double(),
         )
 
     def slice(self, start: int, stop: int) -> Planes:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
         bins, rows = slice(start // BIN, -(-stop // BIN)), slice(start, stop)
-        by_row = ("fine", "fine_scales")
+        by_row = ("fine", "fine_scales", "fine_errors")
         return Planes(**{name: part[rows if name in by_row else bins] for name, part in self.tensors().items()})
 
 

@@ -20,7 +20,7 @@ from jasper_fast.utils.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
 IDS = "ids.safetensors"
-PLANE = "plane_"  # before the names of a segment's planes
+PLANE = "code_"  # before the names of a segment's planes; earlier versions had other planes, with "plane_"
 FORMAT = "jasper_fast.FlatIPIndex"
 VERSION, WITH_IDS = 1, 2  # an index whose ids are row numbers is written in version 1
 

@@ -28,7 +28,7 @@ from jasper_fast.mips.cpu import (
 )
 from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, supports
 from jasper_fast.mips.filters import MAX_DIRECT_QUERIES, few_valid_rows, search_rows, taken_rows
-from jasper_fast.mips.inputs import FLOATS, QUERIES, as_tensor, check_finite, check_rows, row_mask
+from jasper_fast.mips.inputs import FLOATS, QUERIES, as_mask, as_tensor, check_finite, check_rows, row_filter
 from jasper_fast.mips.prefetch import chunks
 from jasper_fast.mips.segment import Segment, bin_norms, set_norms
 from jasper_fast.mips.topk_state import TopKState
@@ -79,7 +79,8 @@ def topk(
         fewer than k (valid) rows the rest is −inf and −1.
 
     Raises:
-        ValueError: wrong shapes, k below 1, an unknown precision, or a row with NaN or infinity.
+        ValueError: wrong shapes, k below 1, an unknown precision, or a row with NaN or infinity. If ``valid`` leaves
+            few rows, only these are read and checked.
         TypeError: an unsupported dtype.
 
     Example:
@@ -151,19 +152,20 @@ def search(
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}")
     k, missing = min(int(k), total), max(0, int(k) - total)
-    mask = row_mask(valid, len(queries), total, queries.device)
+    allowed = row_filter(valid, len(queries), total)
     scaled = Queries.of(queries)
     if not math.isfinite(scaled.largest_norm()):  # The norm, which waits for the device, is needed anyway.
         check_finite(queries, "queries")
     if total == 0:
         return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
-    chosen = few_valid_rows(mask) if len(shards) == 1 and in_use(mask) else None
-    taken = chosen if chosen is not None and len(queries) > MAX_DIRECT_QUERIES else None
-    if taken is not None:
+    chosen = _chosen(segments, allowed, total) if len(shards) == 1 and in_use(queries) else None
+    taken = None
+    if chosen is not None and len(chosen) == 1 and len(chosen[0]) and len(queries) > MAX_DIRECT_QUERIES:
+        (taken,), chosen, allowed = chosen, None, torch.empty(0, dtype=torch.bool)
         copied = taken_rows(segments(), taken)
-        segments, mask = (lambda: copied), mask[:0]
-        k, missing = min(k, len(taken)), missing + max(0, k - len(taken))
-    if chosen is not None and taken is None:
+        segments, k, missing = (lambda: copied), min(k, len(taken)), missing + max(0, k - len(taken))
+    mask = as_mask(allowed, total, queries.device) if chosen is None else allowed
+    if chosen is not None:
         state = search_rows(segments(), chosen, scaled, k)
     elif len(shards) == 1:
         state = _search_complete(segments, scaled, mask, k, precision, scratch)
@@ -188,6 +190,14 @@ def search(
     if taken is not None:
         ids = taken[ids]
     return _padded(torch.ldexp(scores, scaled.exponents[:, None].double()), ids, missing)
+
+
+def _chosen(segments: Callable[[], Iterable[tuple[int, Segment]]], allowed: Tensor, total: int) -> list[Tensor] | None:
+    if allowed.dtype == torch.bool and not allowed.numel():
+        return None
+    found = segments()
+    planes = isinstance(found, list) and any(segment.planes is not None for _, segment in found)
+    return few_valid_rows(allowed.cpu(), total, planes)
 
 
 def _padded(scores: Tensor, ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,21 @@ def old_files(segment: Segment) -> dict[str, torch.Tensor]:
     return {"codes": codes, "code_scales": scales, "residuals": residuals}
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["earlier version", "GPU"])
+def files_with_8_bits(segment: Segment) -> dict[str, torch.Tensor]:
+    """Return the planes of a float32 segment as versions with 8-bit codes stored them."""
+    rows, width = segment.rows.shape
+    bins = len(segment.norms)
+    return {
+        "plane_coarse": torch.zeros(bins, -(-width // 8) * 256, dtype=torch.uint8),
+        "plane_fine": torch.zeros(rows, -(-width // 2), dtype=torch.uint8),
+        "plane_coarse_scales": torch.zeros(bins, 64),
+        "plane_coarse_errors": torch.zeros(bins, 64),
+        "plane_fine_scales": torch.zeros(rows),
+        "plane_residuals": torch.zeros(bins, 2, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("old", [old_files, files_with_8_bits, None], ids=["int8 codes", "8 bits", "GPU"])
 def test_an_index_stored_without_planes_gets_them_when_loaded(old, tmp_path):
     index, queries = filled("float32"), torch.randn(2, 24)
     ((_, segment),) = index.segments()
@@ -127,7 +141,7 @@ def test_an_index_stored_without_planes_gets_them_when_loaded(old, tmp_path):
     storage.save(tmp_path / "index", 24, "float32", [bare], RowIds())
     if old:
         (file,) = (tmp_path / "index").glob("piece-*")
-        save_file(load_file(file) | old_files(segment), file)
+        save_file(load_file(file) | old(segment), file)
         manifest = tmp_path / "index" / storage.MANIFEST
         content = json.loads(manifest.read_text())
         content["files"][0]["sha256"] = file_sha256(file)
@@ -151,8 +165,8 @@ def test_planes_are_stored_and_checked(tmp_path):
         assert torch.equal(segment.planes.tensors()[name], tensor), name
     (file,) = (tmp_path / "index").glob("piece-*")
     tensors = load_file(file)
-    save_file(tensors | {"plane_fine": tensors["plane_fine"][:-1].clone()}, file)
-    with pytest.raises(JasperError, match="damaged, plane_fine should be torch.uint8 of shape"):
+    save_file(tensors | {"code_fine": tensors["code_fine"][:-1].clone()}, file)
+    with pytest.raises(JasperError, match="damaged, code_fine should be torch.uint8 of shape"):
         FlatIPIndex.load(tmp_path / "index", verify=False)
 
 
