@@ -4,6 +4,7 @@
 
 For each model, form and width, it exports the files that this machine can open, and compares them with PyTorch. Times
 are medians of interleaved turns, so their ratios are comparable. Exports are kept in ``--folder``, and reused.
+``--small-mb 10 --vocabulary texts.jsonl`` measures an export of at most that size in place of the forms.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from jasper_fast.data.eval_loaders import load_evals
 from jasper_fast.data.eval_sets import RetrievalSet
 from jasper_fast.exporting.check_sets import JUDGED, CheckSet, fewer_documents
 from jasper_fast.exporting.quality import QUESTION, compare_runtimes, source_encoder
-from jasper_fast.exporting.runtimes import PYTORCH, Runtime, open_runtimes
-from jasper_fast.models.folder import model_folder
+from jasper_fast.exporting.runtimes import GGUF, PYTORCH, Runtime, open_runtimes
+from jasper_fast.exporting.shrink import MB
+from jasper_fast.exporting.token_table import folder_bytes
+from jasper_fast.models.folder import FACTS_FILE, model_folder, read_json
 from jasper_fast.models.heads import routes_of
 from jasper_fast.utils.atomic import write_atomic
 from jasper_fast.utils.errors import JasperError
 
-FLAT, PREFIX = "flat", "prefix"
-FORMS = (FLAT, PREFIX)  # a headless model is its own student: give it as a model
+FLAT, PREFIX, SMALL = "flat", "prefix", "small"
+FORMS = (FLAT, PREFIX)  # a student without a head is given as a model, and "flat" is then its headless form
 FILES = ("onnx", "int8", "openvino", "gguf")
 BATCH = 32  # documents of a batch
 
@@ -55,20 +58,25 @@ def judged_sets(paths: Sequence[str], queries: int | None, documents: int | None
     return checks
 
 
-def exported(source: Path, form: str, width: int, folder: Path, files: Sequence[str]) -> Path:
-    """Export a model in one form, unless the folder has this export already.
+def exported(source: Path, form: str, width: int, options: argparse.Namespace) -> Path:
+    """Export a model in one form, unless the folder for exports has this one already.
 
     Args:
         source: model folder.
-        form: form of the export.
+        form: form of the export: "flat", "prefix" or "small".
         width: width of the embeddings. The form "prefix" has the widest.
-        folder: folder for exports.
-        files: files in addition to PyTorch's, from ``FILES``.
+        options: parsed arguments of the command.
     """
-    out = folder / "-".join([*source.resolve().parts[-2:], form, str(width)])
+    size = f"{SMALL}{options.small_mb:g}" if form == SMALL else form
+    out = options.folder / "-".join([*source.resolve().parts[-2:], size, str(width)])
     if not out.is_dir():
-        chosen = ["--width", str(width)] if form == FLAT else ["--form", form]
-        export.main([str(source), *chosen, *(f"--{name}" for name in files), "--out", str(out)])
+        chosen = ["--form", form] if form == PREFIX else ["--width", str(width)]
+        if form == SMALL:
+            texts = [argument for path in options.vocabulary for argument in ("--vocabulary", path)]
+            chosen += ["--max-mb", str(options.small_mb), "--allow-loss", *texts]  # the loss is measured here
+        else:
+            chosen += [f"--{name}" for name in options.files]
+        export.main([str(source), *chosen, "--out", str(out)])
     return out
 
 
@@ -76,13 +84,13 @@ def speeds(runtimes: Sequence[Runtime], documents: list[str], repeats: int) -> l
     """Measure one question and a batch in all runtimes alternately, with the ratio to PyTorch.
 
     Args:
-        runtimes: opened files of one export, with PyTorch.
+        runtimes: opened files of one model, with PyTorch.
         documents: texts of the batch.
         repeats: turns of each runtime.
     """
     question = medians([lambda r=r: r.encode([QUESTION], "query") for r in runtimes], repeats)  # type: ignore[misc]
     batch = medians([lambda r=r: r.encode(documents, "document") for r in runtimes], repeats)  # type: ignore[misc]
-    base = next((at for at, runtime in enumerate(runtimes) if runtime.name == PYTORCH), 0)
+    base = next(at for at, runtime in enumerate(runtimes) if runtime.name == PYTORCH)
     return [
         {
             "question_ms": 1e3 * one,
@@ -99,22 +107,31 @@ def measure(model: str, form: str, widths: Sequence[int], options: argparse.Name
 
     Args:
         model: run folder, or folder of a model.
-        form: "flat" or "prefix".
-        widths: widths, the widest first. "flat" makes an export for each of them.
+        form: "flat", "prefix" or "small".
+        widths: widths, the widest first. "prefix" has all in one export.
         options: parsed arguments of the command.
     """
     source = model_folder(model)
     checks = judged_sets(options.sets, options.queries, options.documents)
     texts = [text for check in checks for text in check.evalset.documents[:BATCH]][:BATCH] or [QUESTION] * BATCH
     rows = []
-    for group in [[width] for width in widths] if form == FLAT else [list(widths)]:
-        folder = exported(source, form, group[0], options.folder, options.files)
-        runtimes = open_runtimes(folder, threads=options.threads or torch.get_num_threads())
-        content = compare_runtimes(source_encoder(source, group[0]), folder, runtimes, group, form=form, checks=checks)
-        times = dict(zip([one.name for one in runtimes], speeds(runtimes, texts, options.repeats), strict=True))
+    for group in [list(widths)] if form == PREFIX else [[width] for width in widths]:
+        folder = exported(source, form, group[0], options)
+        threads = options.threads or torch.get_num_threads()
+        runtimes = open_runtimes(folder, threads=threads)
+        timed, facts = runtimes, {}
+        if form == SMALL:
+            timed = [*open_runtimes(exported(source, FLAT, group[0], options), [PYTORCH], threads=threads), *runtimes]
+            facts = {"folder_mb": folder_bytes(folder) / MB, "steps": read_json(folder / FACTS_FILE)["shrunk"]}
+        encode = source_encoder(source, group[0])
+        content = compare_runtimes(encode, folder, runtimes, group, form=form, checks=checks, shrunk=form == SMALL)
+        times = speeds(timed, texts, options.repeats)[len(timed) - len(runtimes) :]
+        by_name = dict(zip([one.name for one in runtimes], times, strict=True))
         for row in content["rows"]:
             kept = {key: value for key, value in row.items() if not key.startswith("limit_")}
-            rows.append({"model": Path(model).name, "form": form, **kept, **times[row["runtime"]]})
+            if row["runtime"] == GGUF:
+                kept["check"] = read_json(folder / FACTS_FILE)["gguf"]  # with the tokens of PyTorch
+            rows.append({"model": Path(model).name, "form": form, **kept, **by_name[row["runtime"]], **facts})
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -144,6 +161,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sets", nargs="*", default=[], metavar="FOLDER", help="BEIR folders")
     parser.add_argument("--folder", required=True, type=Path, help="folder for exports, so that they are reused")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[FLAT], help="forms (default: flat)")
+    parser.add_argument("--small-mb", type=float, metavar="MB", help="measure exports of at most this size instead")
+    parser.add_argument("--vocabulary", nargs="+", default=[], metavar="TEXTS", help="texts for --small-mb")
     parser.add_argument("--widths", nargs="+", type=int, help="widths (default: all of the model)")
     parser.add_argument("--files", nargs="*", choices=FILES, default=["onnx", "int8"], help="graphs to add")
     parser.add_argument("--queries", type=int, help="largest number of queries of a set (default: all)")
@@ -157,11 +176,12 @@ def main(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for model in options.models:
         widths = sorted(options.widths or routes_of(model_folder(model)), reverse=True)
-        for form in options.forms:
+        for form in options.forms if options.small_mb is None else [SMALL]:
             rows += measure(model, form, widths, options)
     if options.json:
         settings = {key: getattr(options, key) for key in ("queries", "documents", "repeats", "threads")}
-        settings["sets"] = [Path(path).name for path in options.sets]
+        settings |= {key: [Path(path).name for path in getattr(options, key)] for key in ("sets", "vocabulary")}
+        settings["small_mb"] = options.small_mb
         result = {"environment": environment(), "settings": settings, "rows": rows}
         write_atomic(options.json, json.dumps(result, indent=1) + "\n")
     return 0

@@ -7,9 +7,9 @@ python -m jasper_fast.compare my-model my-model/onnx/model_int8.onnx --accept in
 Runs are compared by settings, scores, seconds and sizes. Unfinished ones show their steps so far, and runs that differ
 only in their seed also get a mean ± standard deviation.
 
-A model is a folder, an ONNX file, an endpoint (OpenAI-style /v1/embeddings, or /embed of TEI) or a golden.json. The
-result says whether both give the same embeddings, and if not, why. The exit status is 0 if they do, 1 if they differ,
-and 2 if a model cannot be compared.
+A model is a folder, a file (.onnx, .xml of OpenVINO, or .gguf), an endpoint (OpenAI-style /v1/embeddings, or /embed of
+TEI) or a golden.json. The result says whether both give the same embeddings, and if not, why. The exit status is 0 if
+they do, 1 if they differ, and 2 if a model cannot be compared.
 """
 
 from __future__ import annotations

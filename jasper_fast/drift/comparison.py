@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jasper_fast.drift.diagnosis import Diagnosis, declared_differences
 from jasper_fast.drift.endpoint import EndpointOptions, EndpointSide, is_address
 from jasper_fast.drift.findings import Finding
 from jasper_fast.drift.graph import GraphSide, find_graph
+from jasper_fast.drift.llama import GgufSide, find_gguf
 from jasper_fast.drift.measures import Figures, is_unit, measure, unit
 from jasper_fast.drift.recorded import GoldenSide, holds_weights
 from jasper_fast.drift.side import Side
@@ -23,6 +24,12 @@ from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.names import looks_like_path
 
 MIN_COSINE = 0.9999  # rounding of float32 and float16 stays above it
+FILES: Mapping[str, Callable[[str, Path], Side]] = {  # how to open a file, by its suffix
+    ".onnx": GraphSide,
+    ".xml": GraphSide,
+    ".gguf": GgufSide,
+    ".json": lambda _, file: GoldenSide(str(file)),
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def compare_models(first: str, second: str, options: Options = Options()) -> Com
     """Compare two models.
 
     Args:
-        first: A: folder, run, ONNX file, address of an endpoint, or golden file.
+        first: A: folder, run, .onnx, .xml (OpenVINO) or .gguf file, address of an endpoint, or golden file.
         second: B, likewise.
         options: the options.
 
@@ -134,7 +141,7 @@ def open_side(name: str, options: Options = Options()) -> Side:  # noqa: B008
     """Open one side of a comparison.
 
     Args:
-        name: folder, run, ONNX file, address of an endpoint, or golden file.
+        name: folder, run, .onnx, .xml (OpenVINO) or .gguf file, address of an endpoint, or golden file.
         options: options of the comparison.
 
     Raises:
@@ -143,20 +150,19 @@ def open_side(name: str, options: Options = Options()) -> Side:  # noqa: B008
     if is_address(name):
         return EndpointSide(name, replace(options.endpoint, dimensions=options.dimensions))
     path = Path(name).expanduser()
-    if not path.exists() and (path.suffix in (".json", ".onnx") or looks_like_path(name)):
+    if not path.exists() and (path.suffix in FILES or looks_like_path(name)):
         raise JasperError(f"{name}: there is no such file or folder. Fix: check the path")
-    if path.is_file():
-        if path.suffix == ".onnx":
-            return GraphSide(name, path)
-        if path.suffix == ".json":
-            return GoldenSide(str(path))
+    file = path
+    if path.is_dir() and not holds_weights(path):
+        file = find_graph(path) or find_gguf(path) or path
+    if not file.is_file():
+        return StockSide(name, options.dimensions, trust_remote_code=options.trust_remote_code)
+    if file.suffix not in FILES:
         raise JasperError(
-            f"{name}: unknown kind of file (expected .onnx or golden.json). Fix: give the folder of the model"
+            f"{name}: unknown kind of file (got {path.suffix or 'no suffix'}, expected {', '.join(FILES)}). Fix: give "
+            "the folder of the model"
         )
-    graph = find_graph(path) if path.is_dir() and not holds_weights(path) else None
-    if graph is not None:
-        return GraphSide(name, graph)
-    return StockSide(name, options.dimensions, trust_remote_code=options.trust_remote_code)
+    return FILES[file.suffix](name, file)
 
 
 def _open_sides(names: Sequence[str], options: Options) -> list[Side]:

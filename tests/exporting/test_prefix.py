@@ -22,7 +22,8 @@ from jasper_fast.fitting.statistics import PairStatistics
 from jasper_fast.models.embedder import load_model, model_encoder, normalise
 from jasper_fast.models.student import Student
 from jasper_fast.utils.errors import JasperError
-from tests.helpers.adapted import PROMPTS, D
+from tests.exporting.test_export import python_blocks
+from tests.helpers.adapted import PROMPTS, TEACHER_PROMPTS, D
 
 QUERIES = ["forty boxes", "who sold the old bridge?"]
 DOCUMENTS = ["A map of the river.", "The city council sold it.", "an engine that runs on warm air " * 9, "forty apples"]
@@ -130,7 +131,11 @@ def test_a_symmetric_adapted_model_gives_one_folder(fitted: Path, adapted: Any, 
 
 
 def test_an_asymmetric_adapted_model_gives_two_folders_in_one_space(
-    fitted: Path, adapted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: Path,
+    adapted: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     assert main([str(fitted), "--form", "prefix", "--out", str(out)]) == 0
@@ -146,6 +151,19 @@ def test_an_asymmetric_adapted_model_gives_two_folders_in_one_space(
     expected = normalise(before[1] @ directions)
     found = normalise(after[1][:, :8])
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    for role, prompt in (("query", PROMPTS["query"]), ("document", TEACHER_PROMPTS["document"])):
+        card = (out / role / "README.md").read_text()
+        assert f"- {role}: `{json.dumps(prompt)}`" in card  # its own prompt, and not that of the other encoder
+        assert card.count("\n- query: ") + card.count("\n- document: ") == 1
+        monkeypatch.chdir(out / role)
+        names: dict[str, Any] = {}
+        for block in python_blocks(card):
+            exec(block, names)
+        scores = (
+            source.encode_query(["How do I reverse a list?"])
+            @ source.encode_document(["list.reverse() reverses a list in place."]).T
+        )
+        np.testing.assert_allclose(names["scores"], scores, atol=1e-5)
 
 
 def test_requests_that_cannot_be_met(router: Path, fitted: Path, documents: Path, tmp_path: Path) -> None:
