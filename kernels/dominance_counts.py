@@ -1,11 +1,11 @@
 """Two-dimensional dominance counts by a counting radix sort: half of the exact relative similarity loss.
 
 N pairs have a place 0..N-1 in teacher order, a score x and a threshold y = fl(x - m). Scores and thresholds in
-ascending order (a score first if equal) are 2N events. They are distributed by their pair's place, most significant
-digit first, and each pass keeps the order. This is a radix sort from student order to teacher order. In each pass an
-event counts the earlier events of the other kind in its node with a digit on its far side. A score counts thresholds at
-greater digits, a threshold counts scores at smaller ones. Events that end in one node of LEAF places are compared there
-directly. So
+ascending order (a score first if equal) are 2N events. They are distributed by their pair's place, two bits at a time
+and most significant ones first, and each pass keeps the order. This is a radix sort from student order to teacher
+order. In each pass an event counts the earlier events of the other kind in its node with a digit on its far side. A
+score counts thresholds at greater digits, a threshold counts scores at smaller ones. The last pass writes positions by
+place, and a leaf of `LEAF` places compares its scores with its thresholds directly. So
 
     up[p]  = #{q: place_q > place_p, y_q < x_p}                = the sum of a score's counts,
     low[q] = #{p: place_p < place_q, x_p > y_q} = place_q      - the sum of a threshold's counts.
@@ -14,10 +14,10 @@ Every place has exactly two events, so a node of 2^k places begins at an event t
 straddles two nodes, and no node needs an offset. All counts are integers and nothing is atomic, so repeated runs give
 the same bits.
 
-Bytes for N = 33.5 M (B = 8192): a pass reads 0.27 GB to count digits and moves 1.07 GB. Four passes and the leaves move
-6 GB, 1.5 ms at 4.3 TB/s. A pass does about 10 operations for each event and digit, 2e10 in all, 3 ms at a fifth of an
-H200's integer rate. The leaves do 256 comparisons per event, 2 ms. The estimate is 15 ms in all. Compiled and
-interpreted, not yet run on a GPU.
+Cost: with two bits, a tile's counters are four 16-bit fields of an int64, and one scan serves all digits. A block takes
+1,260 cycles for 1,024 events in `distribute`, 520 in `digit_counts` and 1,900 for a leaf of 256. For N = 33.5 M (B =
+8192) 9 passes take 0.55 ms each on an H200, and the leaves 2.2 ms, 7 ms in all. A pass moves 1.3 GB, 0.3 ms.
+Compiled, interpreted and emulated, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,121 +31,129 @@ from torch import Tensor
 
 from jasper_fast.kernels.registry import Form, with_ones
 
-DIGIT_BITS = 5
 LEAF_BITS = 7
-BLOCK = 512  # events; at most those of the smallest distributed node, 2^(LEAF_BITS + 2)
-WARPS = {"counts": 8, "distribute": 16, "leaf": 8}
-CHUNK = 16  # events that the events of a leaf are compared with at once
+LEAF = 2**LEAF_BITS  # places
+BLOCK = 1024  # events; at most those of the smallest distributed node, 2^(LEAF_BITS + 2)
+WARPS = {"distribute": 8, "leaf": 4}
 MAX_PLACES = 2**30  # an event holds place and kind in 32 bits
+
+
+@triton.jit
+def _digits(EVENTS, events, shift, digit_mask, BLOCK: tl.constexpr):
+    """Return a tile's events and digits, and a 1 in the digit's 16-bit field for each score and for each threshold."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < events
+    event = tl.load(EVENTS + offsets, mask=inside, other=0)
+    digit = ((event >> 1) >> shift) & digit_mask
+    one = tl.where(inside, tl.full((BLOCK,), 1, tl.int64) << (digit * 16).to(tl.int64), 0)
+    return offsets, event, digit, tl.where(event & 1 == 0, one, 0), tl.where(event & 1 == 1, one, 0)
 
 
 @triton.jit
 def digit_counts_kernel(
     EVENTS,  # (2N,) int32: place << 1 | kind; kind 0 is a score, 1 a threshold
-    COUNTS,  # (2, RADIX, tiles) int32
+    COUNTS,  # (2, 4, tiles) int32
     events,
     tiles,
     shift,
     digit_mask,
-    RADIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Count the scores and thresholds of each tile with each digit."""
-    tile = tl.program_id(0)
-    offsets = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < events
-    event = tl.load(EVENTS + offsets, mask=inside, other=0)
-    digit = ((event >> 1) >> shift) & digit_mask
-    digits = tl.arange(0, RADIX)
-    # Both kinds in one number: scores in the low half, thresholds in the high one.
-    one = tl.where(inside, 1 + (event & 1) * 65535, 0)
-    counts = tl.sum(tl.where(digit[:, None] == digits[None, :], one[:, None], 0), axis=0)  # (RADIX,)
-    rows = digits.to(tl.int64)  # of COUNTS: first the scores', then the thresholds'
-    tl.store(COUNTS + rows * tiles + tile, counts & 0xFFFF)
-    tl.store(COUNTS + (rows + RADIX) * tiles + tile, counts >> 16)
+    _, _, _, scores, thresholds = _digits(EVENTS, events, shift, digit_mask, BLOCK)
+    digits = tl.arange(0, 4).to(tl.int64)
+    to = COUNTS + digits * tiles + tl.program_id(0)
+    tl.store(to, ((tl.sum(scores, axis=0) >> (16 * digits)) & 0xFFFF).to(tl.int32))
+    tl.store(
+        to + tl.full((), 4, tl.int64) * tiles, ((tl.sum(thresholds, axis=0) >> (16 * digits)) & 0xFFFF).to(tl.int32)
+    )
+
+
+@triton.jit
+def _earlier(BEFORE, row: tl.constexpr, tiles, first):
+    """Return how many events of a row of the counters are in earlier tiles of the node."""
+    counter = BEFORE + tl.full((), row, tl.int64) * tiles
+    return tl.load(counter + tl.program_id(0)) - tl.load(counter + first)
+
+
+@triton.jit
+def _choose(digit, a, b, c, d):
+    return tl.where(digit < 2, tl.where(digit == 0, a, b), tl.where(digit == 2, c, d))
 
 
 @triton.jit
 def distribute_kernel(
     EVENTS,  # (2N,) int32
     SUMS,  # (2N,) int32 counts of the events so far; not read if FIRST
-    BEFORE,  # (2, RADIX, tiles) int32: exclusive running sums of COUNTS
-    EVENTS_OUT,
-    SUMS_OUT,
+    BEFORE,  # (2, 4, tiles) int32: exclusive running sums of COUNTS
+    EVENTS_OUT,  # (2N,) int32; if LAST, the events' positions by kind and place
+    SUMS_OUT,  # (2N,) int32; if LAST, by kind and place too
     events,
     tiles,
     tiles_in_node,
     shift,
     digit_mask,
     FIRST: tl.constexpr,
-    RADIX: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Run one pass: move every event to its digit's child node, and add to its counts."""
-    tile = tl.program_id(0)
-    offsets = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < events
-    event = tl.load(EVENTS + offsets, mask=inside, other=0)
-    kind = event & 1
-    digit = ((event >> 1) >> shift) & digit_mask
-    digits = tl.arange(0, RADIX)
-    first = tile // tiles_in_node * tiles_in_node
-    of_scores = BEFORE + digits.to(tl.int64) * tiles
-    of_thresholds = BEFORE + (digits.to(tl.int64) + RADIX) * tiles
-    scores = tl.load(of_scores + tile) - tl.load(of_scores + first)  # (RADIX,) in earlier tiles of the node
-    thresholds = tl.load(of_thresholds + tile) - tl.load(of_thresholds + first)
-    scores_below = tl.cumsum(scores, axis=0) - scores
-    thresholds_above = tl.sum(thresholds, axis=0) - tl.cumsum(thresholds, axis=0)
-
-    is_digit = digit[:, None] == digits[None, :]  # (BLOCK, RADIX)
-    one = tl.where(inside, 1 + kind * 65535, 0)
-    entered = tl.where(is_digit, one[:, None], 0)
-    entered = tl.cumsum(entered, axis=0) - entered  # in this tile, before each event
-    threshold = kind[:, None] == 1
-    far = tl.where(threshold, digits[None, :] < digit[:, None], digits[None, :] > digit[:, None])
-    counted = tl.sum(tl.where(far, entered, 0), axis=1)
-    counted = tl.where(kind == 1, counted & 0xFFFF, counted >> 16)
-    earlier = tl.where(threshold, scores_below[None, :], thresholds_above[None, :])
-    counted += tl.sum(tl.where(is_digit, earlier, 0), axis=1)
+    offsets, event, digit, scores, thresholds = _digits(EVENTS, events, shift, digit_mask, BLOCK)
+    inside, threshold = offsets < events, event & 1 == 1
+    first = tl.program_id(0) // tiles_in_node * tiles_in_node
+    s0, s1 = _earlier(BEFORE, 0, tiles, first), _earlier(BEFORE, 1, tiles, first)
+    s2, s3 = _earlier(BEFORE, 2, tiles, first), _earlier(BEFORE, 3, tiles, first)
+    t0, t1 = _earlier(BEFORE, 4, tiles, first), _earlier(BEFORE, 5, tiles, first)
+    t2, t3 = _earlier(BEFORE, 6, tiles, first), _earlier(BEFORE, 7, tiles, first)
+    scores = tl.cumsum(scores, axis=0) - scores  # fields: in this tile, before each event
+    thresholds = tl.cumsum(thresholds, axis=0) - thresholds
+    field = (digit * 16).to(tl.int64)
+    ones = 0x0001000100010001  # times this, a field is the sum of itself and those below
+    below = ((scores * ones << 16) >> field) & 0xFFFF
+    above = ((thresholds * ones >> 48) & 0xFFFF) - ((thresholds * ones >> field) & 0xFFFF)
+    counted = tl.where(threshold, below, above).to(tl.int32)
+    counted += tl.where(
+        threshold,
+        _choose(digit, 0, s0, s0 + s1, s0 + s1 + s2),
+        _choose(digit, t1 + t2 + t3, t2 + t3, t3, 0),
+    )
     if not FIRST:
         counted += tl.load(SUMS + offsets, mask=inside, other=0)
-
-    same = tl.sum(tl.where(is_digit, entered, 0), axis=1)
-    place = (same & 0xFFFF) + (same >> 16) + tl.sum(tl.where(is_digit, (scores + thresholds)[None, :], 0), axis=1)
-    to = first * BLOCK + (digit << (shift + 1)) + place
-    tl.store(EVENTS_OUT + to, event, mask=inside)
-    tl.store(SUMS_OUT + to, counted, mask=inside)
+    same = (((scores + thresholds) >> field) & 0xFFFF).to(tl.int32)
+    same += _choose(digit, s0 + t0, s1 + t1, s2 + t2, s3 + t3)
+    to = first * BLOCK + (digit << (shift + 1)) + same
+    if LAST:
+        at = (event & 1) * (events // 2) + (event >> 1)
+        tl.store(EVENTS_OUT + at, to, mask=inside)
+        tl.store(SUMS_OUT + at, counted, mask=inside)
+    else:
+        tl.store(EVENTS_OUT + to, event, mask=inside)
+        tl.store(SUMS_OUT + to, counted, mask=inside)
 
 
 @triton.jit
 def leaf_kernel(
-    EVENTS,  # (2N,) int32
-    SUMS,  # (2N,) int32; not read if FIRST
+    POSITIONS,  # (2, N) int32 of the scores and the thresholds by place, in ascending order within a leaf
+    SUMS,  # (2, N) int32
     UP,  # (N,) int32
     LOW,  # (N,) int32
-    events,
-    FIRST: tl.constexpr,
-    LEAF: tl.constexpr,  # places; a program compares their 2 LEAF events
-    CHUNK: tl.constexpr,
+    places,
+    LEAF: tl.constexpr,
 ):
-    """Compare all events of a leaf, and write the counts of its places."""
-    base = tl.program_id(0) * (2 * LEAF)
-    index = tl.arange(0, 2 * LEAF)
-    inside = base + index < events
-    event = tl.load(EVENTS + base + index, mask=inside, other=0)
-    place, kind = event >> 1, event & 1
-    counted = tl.zeros((2 * LEAF,), tl.int32)
-    for start in range(0, 2 * LEAF, CHUNK):
-        other_index = start + tl.arange(0, CHUNK)
-        other = tl.load(EVENTS + base + other_index, mask=base + other_index < events, other=0)
-        other_place, other_kind = other >> 1, other & 1
-        far = tl.where(kind[:, None] == 1, other_place[None, :] < place[:, None], other_place[None, :] > place[:, None])
-        earlier = (other_index[None, :] < index[:, None]) & (base + other_index < events)[None, :]
-        counted += tl.sum((far & earlier & (other_kind[None, :] != kind[:, None])).to(tl.int32), axis=1)
-    if not FIRST:
-        counted += tl.load(SUMS + base + index, mask=inside, other=0)
-    tl.store(UP + place, counted, mask=inside & (kind == 0))
-    tl.store(LOW + place, place - counted, mask=inside & (kind == 1))
+    """Compare the scores and thresholds of a leaf. A thread holds one place and meets the others one by one."""
+    base = tl.program_id(0) * LEAF
+    p = tl.arange(0, LEAF)
+    here = base + p < places
+    scores, thresholds = POSITIONS + base, POSITIONS + places + base
+    x = tl.load(scores + p, mask=here, other=0)
+    y = tl.load(thresholds + p, mask=here, other=0)
+    up = tl.load(SUMS + base + p, mask=here, other=0)
+    low = base - tl.load(SUMS + places + base + p, mask=here, other=0)
+    for q in tl.range(0, tl.minimum(LEAF, places - base), loop_unroll_factor=8):
+        up += ((p < q) & (tl.load(thresholds + q) < x)).to(tl.int32)
+        low += ((q < p) & (y < tl.load(scores + q))).to(tl.int32)
+    tl.store(UP + base + p, up, mask=here)
+    tl.store(LOW + base + p, low, mask=here)
 
 
 def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,87 +161,61 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         events: (2N,) int32 events, place << 1 | kind, in ascending order of score or threshold, with 1 <= N < 2**30.
-            They are overwritten.
 
     Returns:
         up (N,) and low (N,) int32 by place.
     """
     total = len(events)
-    bits = max(total // 2 - 1, 1).bit_length()
-    sums, first = events, True  # not read before it is written
-    spare = (torch.empty_like(events), torch.empty_like(events))
-    shift = bits
     tiles = triton.cdiv(total, BLOCK)
-    while shift > LEAF_BITS:
-        passes = triton.cdiv(shift - LEAF_BITS, DIGIT_BITS)
-        digit_bits = triton.cdiv(shift - LEAF_BITS, passes)  # evenly, so that no pass is nearly empty
-        shift -= digit_bits
-        radix, mask = 2**DIGIT_BITS, 2**digit_bits - 1
-        counts = torch.empty(2 * radix * tiles, dtype=torch.int32, device=events.device)
-        digit_counts_kernel[(tiles,)](
-            events, counts, total, tiles, shift, mask, RADIX=radix, BLOCK=BLOCK, num_warps=WARPS["counts"]
-        )
+    # At least one pass, which writes positions by place. Of a single leaf it deals no bits.
+    shift = max((total // 2 - 1).bit_length(), LEAF_BITS)
+    sums, first, last = events, True, False  # sums are not read before they are written
+    while not last:
+        bits = min(2 - (shift - LEAF_BITS) % 2, shift - LEAF_BITS)  # an odd bit first, while nodes are large
+        shift -= bits
+        last = shift == LEAF_BITS
+        counts = torch.empty(8 * tiles, dtype=torch.int32, device=events.device)
+        numbers = (total, tiles, shift, 2**bits - 1)
+        digit_counts_kernel[(tiles,)](events, counts, *numbers, BLOCK=BLOCK, num_warps=WARPS["distribute"])
         before = counts.cumsum(0, dtype=torch.int32).sub_(counts)
-        in_node = 2 ** (shift + digit_bits + 1) // BLOCK
-        out = spare
+        in_node = max(2 ** (shift + bits + 1) // BLOCK, 1)
+        out = torch.empty_like(events), torch.empty_like(events)
         distribute_kernel[(tiles,)](
             events,
             sums,
             before,
             *out,
-            total,
-            tiles,
+            *numbers[:2],
             in_node,
-            shift,
-            mask,
+            *numbers[2:],
             FIRST=first,
-            RADIX=radix,
+            LAST=last,
             BLOCK=BLOCK,
             num_warps=WARPS["distribute"],
         )
-        spare = (events, torch.empty_like(events) if first else sums)
         (events, sums), first = out, False
     up, low = torch.empty(2, total // 2, dtype=torch.int32, device=events.device)
-    leaf = 2**LEAF_BITS
-    leaves = triton.cdiv(total, 2 * leaf)
-    leaf_kernel[(leaves,)](events, sums, up, low, total, FIRST=first, LEAF=leaf, CHUNK=CHUNK, num_warps=WARPS["leaf"])
+    leaves = triton.cdiv(total, 2 * LEAF)
+    leaf_kernel[(leaves,)](events, sums, up, low, total // 2, LEAF=LEAF, num_warps=WARPS["leaf"])
     return up, low
 
 
 def forms() -> Iterator[Form]:
     """Yield the forms of this module's kernels. See `registry`."""
-    radix = 2**DIGIT_BITS
     numbers = {name: "i32" for name in ("events", "tiles", "shift", "digit_mask")}
-    counts = Form(
-        f"{BLOCK} x {radix}",
-        digit_counts_kernel,
-        {"EVENTS": "*i32:16", "COUNTS": "*i32:16", **numbers},
-        {"RADIX": radix, "BLOCK": BLOCK},
-        warps=WARPS["counts"],
-        quick=True,
-    )
-    yield counts
-    # 129 to 256 pairs, of 17 to 23 rows, are one tile and one bit.
-    yield with_ones(counts, "tiles", "digit_mask", quick=True)
-    for first in (True, False):
-        label = f"{BLOCK} x {radix}, {'first' if first else 'later'} pass"
-        pointers = {name: "*i32:16" for name in ("EVENTS", "SUMS", "BEFORE", "EVENTS_OUT", "SUMS_OUT")}
-        distribute = Form(
-            label,
-            distribute_kernel,
-            {**pointers, **numbers, "tiles_in_node": "i32"},
-            {"FIRST": first, "RADIX": radix, "BLOCK": BLOCK},
-            warps=WARPS["distribute"],
-            quick=not first,
-        )
+    types = {"EVENTS": "*i32:16", "COUNTS": "*i32:16", **numbers}
+    counts = Form(f"{BLOCK}", digit_counts_kernel, types, {"BLOCK": BLOCK}, warps=WARPS["distribute"], quick=True)
+    yield from (counts, with_ones(counts, "tiles", "digit_mask"))
+    for first, last in ((True, True), (True, False), (False, True), (False, False)):
+        label = f"{BLOCK}, {'first' if first else 'later'}{' and last' if last else ''} pass"
+        types = {name: "*i32:16" for name in ("EVENTS", "SUMS", "BEFORE", "EVENTS_OUT", "SUMS_OUT")}
+        types |= {**numbers, "tiles_in_node": "i32"}
+        constants = {"FIRST": first, "LAST": last, "BLOCK": BLOCK}
+        distribute = Form(label, distribute_kernel, types, constants, warps=WARPS["distribute"], quick=first != last)
         yield distribute
-        if first:
+        if first and last:
+            # Up to 256 pairs, of up to 23 rows, are one tile and at most one bit.
             yield with_ones(distribute, "tiles", "tiles_in_node", "digit_mask", quick=True)
-        yield Form(
-            f"{2**LEAF_BITS} places, {'after no' if first else 'after a'} pass",
-            leaf_kernel,
-            {**{name: "*i32:16" for name in ("EVENTS", "SUMS", "UP", "LOW")}, "events": "i32"},
-            {"FIRST": first, "LEAF": 2**LEAF_BITS, "CHUNK": CHUNK},
-            warps=WARPS["leaf"],
-            quick=not first,
-        )
+    types = {**{name: "*i32:16" for name in ("POSITIONS", "SUMS", "UP", "LOW")}, "places": "i32"}
+    leaf = Form(f"{LEAF} places", leaf_kernel, types, {"LEAF": LEAF}, warps=WARPS["leaf"], quick=True)
+    yield from (leaf, with_ones(leaf, "places"))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 MODULES = (
-    *("rows", "product", "pair_tile", "dominance_counts", "pairs", "tie_correction", "relative_similarity_binned"),
-    *("mips", "mips_rescore", "mips_prologue", "mips_epilogue", "gather", "contrast_tile"),
+    *("rows", "pair_losses", "info_nce", "gather", "pairs", "dominance_counts", "relative_similarity_binned"),
+    *("mips", "mips_rescore", "mips_prologue", "mips_epilogue"),
 )
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names to Triton's
 
@@ -69,13 +69,6 @@ def unaligned(form: Form, *even: str) -> Form:
         for name, kind in form.types.items()
     }
     return replace(form, label=f"{form.label}, odd", types=types, spills=True, quick=False)
-
-
-def behind_a_flag(form: Form) -> Form:
-    """Return the form of a launch whose flag on the device decides if it does anything. Others pass None."""
-    constants = {name: value for name, value in form.constants.items() if name != "FLAG"}
-    types = {**form.types, "FLAG": "*i32"}
-    return replace(form, label=f"{form.label}, behind a flag", types=types, constants=constants, quick=False)
 
 
 def forms() -> Iterator[Form]:

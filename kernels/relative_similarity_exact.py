@@ -7,11 +7,8 @@ For ties="exclude" a group of equal teacher scores is put in descending order of
 that is not positive). Then the counts inside the group follow from places alone and are subtracted. All of a pair's
 equals above it are active, except those of its score if fl(x - m) = x.
 
-Scores and gradient are products of `product`. The TF32 products that users may allow in cuBLAS would change the order
-of nearly equal scores.
-
-Estimate for B = 8192 on one H200 (33.5 M pairs, D = 1024): 33 ms in all. Three float32 products take 6 ms, two sorts
-4 ms, searches and gathers 8 ms, and `dominance_counts` 15 ms. Interpreted, not yet run on a GPU.
+Cost for B = 8192 on one H200 (33.5 M pairs, D = 1024): 26 ms in all, and 7 ms for B = 4096. Scores take 2.6 ms. Sorts,
+searches and gathers take 13, `dominance_counts` 7, and the gradient's product by cuBLAS 3. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,22 +17,11 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels.dominance_counts import MAX_PLACES, dominance
-from jasper_fast.kernels.product import multiply
-from jasper_fast.kernels.tie_correction import subtract_ties
 
 
 def supports(pairs: int) -> bool:
     """Return True if the events of `dominance` can hold this number of pairs."""
     return 1 <= pairs < MAX_PLACES
-
-
-def cosines(unit: Tensor) -> Tensor:
-    """Return cosines of all pairs of unit rows as float32, symmetric so that equal rows tie: (B, D) -> (B, B).
-
-    A float32 product made of three is not symmetric to the last bit. Its mean with the transpose is.
-    """
-    gram = multiply(unit, unit.T)
-    return torch.add(gram, gram.T).mul_(0.5)
 
 
 def pair_counts(scores: Tensor, teacher: Tensor, margin: float, exclude_ties: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +54,7 @@ def _count(x: Tensor, t: Tensor, margin: float, exclude_ties: bool, gradient: Te
         teacher_sorted, pair_at = t.sort(stable=True)
     place = torch.empty(pairs, dtype=torch.int32, device=x.device)
     place[pair_at] = torch.arange(pairs, dtype=torch.int32, device=x.device)
-    up, low = dominance(_merged(student_sorted, place[student_order], margin))
+    up, low = dominance(merged(student_sorted, place[student_order], margin))
     del place, student_sorted, student_order
     score = x[pair_at]
     if exclude_ties and margin > 0:
@@ -79,12 +65,42 @@ def _count(x: Tensor, t: Tensor, margin: float, exclude_ties: bool, gradient: Te
     return low.sum(dtype=torch.int64)
 
 
-def _merged(student_sorted: Tensor, place: Tensor, margin: float) -> Tensor:
+def merged(student_sorted: Tensor, place: Tensor, margin: float) -> Tensor:
     """Merge scores and thresholds in ascending order, scores first if equal. (P,), (P,) int32 -> (2P,) int32 events."""
     scores = student_sorted.nan_to_num(torch.inf, torch.inf, -torch.inf)  # searchsorted cannot order NaN
     thresholds = scores - margin
-    position = torch.arange(len(scores), device=scores.device)
+    position = torch.arange(len(scores), dtype=torch.int32, device=scores.device)
     events = torch.empty(2 * len(scores), dtype=torch.int32, device=scores.device)
-    events[position + torch.searchsorted(thresholds, scores)] = place << 1
-    events[position + torch.searchsorted(scores, thresholds, right=True)] = place << 1 | 1
+    events[torch.searchsorted(thresholds, scores, out_int32=True).add_(position)] = place << 1
+    events[torch.searchsorted(scores, thresholds, right=True, out_int32=True).add_(position)] = place << 1 | 1
     return events
+
+
+def subtract_ties(up: Tensor, low: Tensor, teacher: Tensor, student: Tensor, margin: float) -> None:
+    """Subtract, in place, the counts between pairs of equal teacher score.
+
+    In a group of equal teacher scores, student scores must descend. A pair is active with all pairs of its group with a
+    greater score. If its threshold moves, it is also active with those of equal score.
+
+    Args:
+        up: (N,) int32 counts by place.
+        low: (N,) int32 counts by place.
+        teacher: (N,) teacher scores by place.
+        student: (N,) student scores by place.
+        margin: margin of the loss, above 0.
+    """
+    groups = _differs_from_last(teacher)
+    runs = _differs_from_last(student) | groups  # of equal teacher and student scores
+    groups, runs = (starts.cumsum(0, dtype=torch.int32) for starts in (groups, runs))
+    place = torch.arange(len(up), dtype=torch.int32, device=up.device)
+    moves = student - margin < student
+    # The numbers of groups and runs ascend, so the ends of one are found by its number.
+    for counts, right, sign in ((low, False, -1), (up, True, 1)):
+        group, run = (torch.searchsorted(of, of, right=right, out_int32=True) for of in (groups, runs))
+        run -= int(right)
+        group -= int(right)
+        counts += torch.where(moves, place, run).sub_(group).mul_(sign)
+
+
+def _differs_from_last(values: Tensor) -> Tensor:
+    return torch.cat((values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]))

@@ -83,31 +83,24 @@ def _relative_similarity(
     fine = teacher.new_zeros((heads, threads, FINE), dtype=torch.int32)
     fine_teacher = teacher.new_zeros((threads, FINE), dtype=torch.int32)
     nothing = teacher.new_empty(0, dtype=torch.int32)
-    *factors, teacher_factor = _score_factors([*students, teacher])
-    if uses_triton([*students, teacher]):
-        from jasper_fast.kernels import relative_similarity_binned as kernels
-
+    (*factors, teacher_factor), weight_scale = _factors([*students, teacher])
+    for begin, end in _blocks(teacher):
+        target = _scores(teacher_factor, begin, end)
         for h, factor in enumerate(factors):
-            of_teacher = None if h else fine_teacher[0]
-            kernels.histogram(factor, teacher_factor, grids[h], counts[h, 0], fine[h, 0], of_teacher)
-    else:
-        for begin, end in _blocks(teacher):
-            target = _scores(teacher_factor, begin, end)
-            for h, factor in enumerate(factors):
-                of_teacher = nothing if h else fine_teacher
-                _histogram(_scores(factor, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
+            of_teacher = nothing if h else fine_teacher
+            _histogram(_scores(factor, begin, end), target, grids[h], counts[h], fine[h], of_teacher)
     rank = _count_below(fine_teacher.sum(0))
     tables = [_tables(counts[h].sum(0), fine[h].sum(0), rank, margin / axes[h].width) for h in range(heads)]
     del counts, fine
     totals = teacher.new_zeros(heads, dtype=torch.float64)
     for begin, end in _blocks(teacher):
         target = _scores(teacher_factor, begin, end)
-        for h, student in enumerate(students):
-            scores = _scores(factors[h], begin, end)
-            totals[h] += _coefficients(scores, target, grids[h], tables[h])
+        for h, factor in enumerate(factors):
+            weights, total = _coefficients(_scores(factor, begin, end), target, grids[h], tables[h], weight_scale)
+            totals[h] += total
             if gradient:
-                multiply(scores, student[begin:], gradients[h][begin:end])
-                multiply(scores[:, end - begin :].T, student[begin:end], gradients[h][end:])
+                multiply(weights, factor[begin:], gradients[h][begin:end])
+                multiply(weights[:, end - begin :].T, factor[begin:end], gradients[h][end:])
     terms = pairs * (pairs - 1) / 2
     low = torch.stack([table.low for table in tables])
     # NaN falls into some bin too. The loss must not come out finite.
@@ -115,7 +108,7 @@ def _relative_similarity(
     losses = ((totals + margin * low) / terms).to(teacher.dtype) + nan_guard
     if gradient:
         for h, part in enumerate(gradients):
-            part.mul_(1.0 / terms).add_(nan_guard[h])
+            part.mul_(1.0 / (terms * weight_scale)).add_(nan_guard[h])
     return losses, gradients
 
 
@@ -207,13 +200,18 @@ def _shift(table: Tensor, steps: Tensor) -> Tensor:
 # The two passes over a block: rows [b, b + h) and columns [b, B). A pair (row, column) is new if column > row.
 
 
-def _score_factors(embeddings: list[Tensor]) -> list[Tensor]:
-    """Return what `_scores` multiplies: on a GPU float16 copies, which put nearly all pairs into the same bins."""
+def _factors(embeddings: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Return the factors of scores and gradients, and the scale of coefficients that are multiplied.
+
+    On a GPU these are float16 copies, which put nearly all pairs into the same bins. A coefficient is at most the
+    number of pairs.
+    """
     if not uses_triton(embeddings):
-        return embeddings
+        return embeddings, 1.0
     from jasper_fast.kernels import relative_similarity_binned as kernels
 
-    return [kernels.rounded(rows) for rows in embeddings]
+    rows = len(embeddings[0])
+    return [kernels.rounded(unit) for unit in embeddings], kernels.LARGEST_WEIGHT / (rows * (rows - 1) // 2)
 
 
 def _scores(unit: Tensor, begin: int, end: int) -> Tensor:
@@ -228,6 +226,11 @@ def _histogram(
     scores: Tensor, target: Tensor, grid: Tensor, counts: Tensor, fine: Tensor, fine_teacher: Tensor
 ) -> None:
     """Add the new pairs to counts (T, K, K) and fine (T, FINE), and to fine_teacher (T, FINE) unless it is empty."""
+    if uses_triton([scores]):
+        from jasper_fast.kernels import relative_similarity_binned as kernels
+
+        kernels.histogram(scores, target, grid, counts[0], fine[0], fine_teacher[0] if len(fine_teacher) else None)
+        return
     if native(scores):
         torch.ops.jasper_fast_native.binned_histogram(scores, target, grid, counts, fine, fine_teacher)
         return
@@ -242,14 +245,17 @@ def _histogram(
         fine_teacher.view(-1).index_add_(0, t, one)
 
 
-def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables) -> Tensor:
-    """Replace scores by g, 0 on the diagonal. Return the sum of g (x - centre) over the new pairs in float64."""
+def _coefficients(
+    scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables, weight_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return g times the scale, 0 on the diagonal, and the sum of g (x - centre) over the new pairs in float64."""
     if uses_triton([scores]):
         from jasper_fast.kernels import relative_similarity_binned as kernels
 
-        return kernels.coefficients(scores, target, grid, *tables[:3])
+        return kernels.coefficients(scores, target, grid, *tables[:3], weight_scale)
     if native(scores):
-        return torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
+        total = torch.ops.jasper_fast_native.binned_coefficients(scores, target, grid, *tables[:3]).sum()
+        return scores, total  # replaced in place
     x, t = _bin_position(scores, grid[0], grid[1]), _bin_position(target, grid[2], grid[3])
     ratio = (tables.nodes.shape[0] - 1) / FINE
     u, v = x * ratio, t * ratio
@@ -258,9 +264,7 @@ def _coefficients(scores: Tensor, target: Tensor, grid: Tensor, tables: _Tables)
     far = torch.lerp(tables.nodes[i + 1, j], tables.nodes[i + 1, j + 1], (u - j).float())
     g = torch.lerp(near, far, (v - i).float()) + _interpolate(tables.own, x) - _interpolate(tables.rank, t)
     g = g.to(scores.dtype).fill_diagonal_(0.0)
-    total = (g * (scores - grid[4])).triu(1).sum(dtype=torch.float64)
-    scores.copy_(g)
-    return total
+    return g, (g * (scores - grid[4])).triu(1).sum(dtype=torch.float64)
 
 
 def _bin_position(scores: Tensor, origin: Tensor, scale: Tensor) -> Tensor:

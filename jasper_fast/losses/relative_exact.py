@@ -15,14 +15,19 @@ from jasper_fast.ops.native import extension_path, native
 MAX_PAIRS = 2**31 - 1  # counts are int32
 
 
+def pair_scores(unit: Tensor) -> Tensor:
+    """Return the cosines of all pairs of unit rows, those of equal rows equal. (B, D) -> (P,)."""
+    if uses_triton([unit]):
+        from jasper_fast.kernels import pairs
+
+        return pairs.pair_scores(unit)
+    return pack_pairs(unit @ unit.T)
+
+
 def pack_pairs(matrix: Tensor) -> Tensor:
     """Return the strict upper triangle, row by row. (B, B) -> (P,)."""
     if native(matrix):
         return torch.ops.jasper_fast_native.pack_pairs(matrix.contiguous())
-    if uses_triton([matrix]):
-        from jasper_fast.kernels import pairs
-
-        return pairs.pack_pairs(matrix.contiguous())
     i, j = torch.triu_indices(len(matrix), len(matrix), offset=1, device=matrix.device)
     return matrix[i, j]
 
@@ -152,8 +157,8 @@ def _relative_similarity(
     pairs = rows * (rows - 1) // 2
     if pairs < 2:
         return teacher.new_zeros(heads), [torch.zeros_like(s) if gradient else s.new_empty(0) for s in students]
-    scores = torch.stack([pack_pairs(_cosines(s)) for s in students])
-    counts, low, dot = _pair_counts(scores, pack_pairs(_cosines(teacher)), margin, exclude_ties)
+    scores = torch.stack([pair_scores(s) for s in students])
+    counts, low, dot = _pair_counts(scores, pair_scores(teacher), margin, exclude_ties)
     terms = pairs * (pairs - 1) / 2
     losses = ((dot + margin * low.double()) / terms).to(teacher.dtype)
     if not gradient:
@@ -166,21 +171,12 @@ def _relative_similarity(
     return losses, gradients
 
 
-def _cosines(unit: Tensor) -> Tensor:
-    """Return the cosines of all pairs of unit rows. Equal rows have equal cosines. (B, D) -> (B, B)."""
-    if uses_triton([unit]):
-        from jasper_fast.kernels import relative_similarity_exact
-
-        return relative_similarity_exact.cosines(unit)
-    return unit @ unit.T
-
-
 def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-    """Return a x, added to ``into`` if that is given. Kernels compute it in float32, even if cuBLAS may use TF32."""
+    """Return a x, added to ``into`` if that is given. On CUDA in float32, even if cuBLAS may use TF32."""
     if uses_triton([a, x]):
-        from jasper_fast.kernels import product
+        from jasper_fast.kernels import strips
 
-        return product.multiply(a, x, into)
+        return strips.multiply(a, x, into, add=into is not None)
     return a @ x if into is None else into.addmm_(a, x)
 
 

@@ -25,8 +25,9 @@ def similarity_loss(student: Tensor, teacher: Tensor, *, method: str = "auto") -
         student: embeddings (B, D).
         teacher: embeddings (B, E). They get a gradient if they require one.
         method: "tile" takes row blocks of the B x B difference: O(B^2 D) work in bounded memory. "feature" takes D x D
-            products: O(B D^2) work. "reference" is plain autograd in O(B^2) memory. "auto" takes the feature form on a
-            CPU if it is cheaper and its sums do not cancel, else the tile form.
+            products: O(B D^2) work. "reference" is plain autograd in O(B^2) memory. "auto" takes the feature form if
+            it is cheaper and its sums do not cancel, else the tile form. On CUDA it waits once to decide that for large
+            batches, but not while a graph is captured.
 
     Raises:
         TypeError: a floating-point tensor was expected.
@@ -77,7 +78,7 @@ def similarity_op(
         students: H tensors (B, D_h) of any length, strides and floating dtype.
         teacher: embeddings (B, E).
         method: "tile", "feature", or "auto". The last takes the feature form if it is cheaper, unless the loss turns
-            out so small that its sums cancel. Then it takes the tile form. On CUDA the kernels decide that themselves.
+            out so small that its sums cancel. Then it takes the tile form. On CUDA it is tried for large batches only.
         gradient: whether the students' gradients are wanted.
         teacher_gradient: whether the teacher's gradient of each loss is wanted.
 

@@ -45,20 +45,23 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # Capability, file, tests, and the kernels that they must launch.
+PAIRS = "difference divergence reciprocal_norms l2_normalize_backward"
+RANKINGS = "gathered_cosines weighted_sums contrast"
+COUNTS = "pair_scores digit_counts distribute leaf unpack histogram coefficients"
 SMALL = [
     (
         90,
         LOSSES,
         "test_similarity and shape2 or test_neighbourhood and shape2 and 05 or common and shape0 or weights "
         "or in_place or only_neighbour and bfloat16 or cancellation_of and bfloat16",
-        "pair_tile log_sums product reciprocal_norms l2_normalize_backward",
+        PAIRS,
     ),
     (
         90,
         RELATIVE,
-        "dominance and 129 or two_passes or ends_of_runs or pairs_of and 65 or exact_op and True or rounded_once "
-        "or binned_op and not 150",
-        "digit_counts distribute leaf pack unpack ends subtract_ties histogram scores coefficients",
+        "dominance and 129 or many_passes or ends_of_runs or pairs_of and 65 or tie and not gpu or exact_op and True "
+        "or rounded_once or binned_op and 3",
+        COUNTS,
     ),
     (
         90,
@@ -73,23 +76,18 @@ SMALL = [
         "or earlier_results",
         "operands thresholds select rescore_kept rank",
     ),
-    (
-        90,
-        RANKING,
-        "test_info_nce and shape2 and float32 or test_listwise and shape2 and float16",
-        "gathered_cosines weighted_sums negative_sums contrast_weights",
-    ),
-    (80, LOSSES, "test_similarity and tile and shape2 or common and shape0 and bfloat16", "pair_tile product"),
-    (80, RELATIVE, "two_passes or binned_op and 70", "digit_counts distribute leaf histogram scores coefficients"),
+    (90, RANKING, "test_info_nce and shape2 and float32 or test_listwise and shape2 and float16", RANKINGS),
+    (80, LOSSES, "test_similarity and tile and shape2", "difference reciprocal_norms"),
+    (80, RELATIVE, "many_passes or pairs_of and 65 or binned_op and 3", COUNTS),
     (80, SEARCH, "one_by_one and (3-bfloat16-False or 60-int8-False)", "lower_bounds collect rescore"),
 ]
 EVERYTHING = [
     (capability, file, f"not ({NOT_EMULATED})", kernels)
     for capability in (80, 90)
     for file, kernels in (
-        (LOSSES, "pair_tile log_sums product reciprocal_norms l2_normalize_backward"),
-        (RANKING, "gathered_cosines weighted_sums negative_sums contrast_weights"),
-        (RELATIVE, "digit_counts distribute leaf pack unpack ends subtract_ties histogram scores coefficients"),
+        (LOSSES, PAIRS),
+        (RANKING, RANKINGS),
+        (RELATIVE, COUNTS),
         (SEARCH, "lower_bounds collect rescore"),
         (RERANK, "operands thresholds select rescore_kept rank"),
     )
@@ -131,7 +129,7 @@ def test_planted_faults_are_noticed():
 
 @pytest.mark.slow
 def test_a_planted_overflow_is_noticed():
-    done = run("full_size", "product, scores", "planted")
+    done = run("full_size", "pair_scores", "planted")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n") == 2 and "outside of every tensor" in done.stdout
 

@@ -22,7 +22,7 @@ from jasper_fast.ops.dispatch import gradient_dtype
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt")
 
-from jasper_fast.kernels import configs, pair_losses, product, rows  # noqa: E402
+from jasper_fast.kernels import pair_losses, rows, strips  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -113,17 +113,19 @@ def test_neighbourhood(shape, dtype, temperature):
 
 @pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=on_gpu) for d in ("float16", "bfloat16"))])
 def test_row_blocks_heads_and_layouts(dtype, monkeypatch):
-    """Several row blocks, two students and strided rows give the results of one block, one student and dense rows."""
-    count = 2500 if GPU else 37
+    """Several strips, two students and strided rows give the results of one strip, one student and dense rows."""
+    count = 2500 if GPU else 21
     students = [vectors(count, width, dtype) for width in (24, 5)]
     teacher = vectors(count, 2 * 19, dtype)[:, ::2]
     loose = [s.T.contiguous().T for s in students]
     if not GPU:
-        monkeypatch.setattr(pair_losses, "STEP", 16)
-    monkeypatch.setattr(pair_losses, "WORKSPACE", 0)  # the smallest row blocks
+        monkeypatch.setattr(strips, "STEP", 16)
+        monkeypatch.setattr(pair_losses, "COLUMNS", 16)
+    monkeypatch.setattr(strips, "WORKSPACE", 0)  # the lowest strips
     value = pair_losses.similarity(loose, teacher, "tile", True, True)
     softmax = pair_losses.neighbourhood(loose, teacher, 0.05, True)
-    monkeypatch.setattr(pair_losses, "WORKSPACE", 2**30)
+    monkeypatch.setattr(strips, "WORKSPACE", 2**30)
+    monkeypatch.setattr(pair_losses, "COLUMNS", 1024)
     for h, student in enumerate(students):
         whole = pair_losses.similarity([student], teacher.contiguous(), "tile", True, True)
         close = {"rtol": 2e-2, "atol": 1e-6} if dtype == "bfloat16" else {"rtol": 2e-3, "atol": 1e-6}
@@ -168,20 +170,9 @@ def test_cancellation_of_the_feature_form(dtype):
     assert abs(loss - value) <= 0.01 * cost.CANCELLATION * sums
 
 
-def test_folded_product():
-    """The product of a single row block by cuBLAS, here with float32 weights, equals the kernel's product."""
-    student, teacher = vectors(21, 18, "float32", 5.0), vectors(21, 10, "float32")
-    head, target = pair_losses._embeddings(student), pair_losses._embeddings(teacher)
-    found = []
-    for fold in (True, False):
-        sums = [None]
-        total = pair_losses._tiles([head], target, sums, [None], True, False, fold=fold)
-        found.append((total, sums[0]))
-    torch.testing.assert_close(*found)
-
-
-def test_auto_leaves_the_feature_form_without_asking_the_host():
-    count = 6000 if GPU else 70
+def test_auto_leaves_the_feature_form_if_its_sums_cancel(monkeypatch):
+    monkeypatch.setattr(pair_losses, "WORTH_WAITING", 0.0)
+    count = 6000 if GPU else 40
     assert cost.feature_form_is_cheaper(count, 8, 8, True)
     teacher = vectors(count, 8, "float32")
     far, near = vectors(count, 8, "float32"), teacher + 1e-4 * vectors(count, 8, "float32")
@@ -189,28 +180,6 @@ def test_auto_leaves_the_feature_form_without_asking_the_host():
         found = pair_losses.similarity([student], teacher, "auto", True, True)
         same = pair_losses.similarity([student], teacher, method, True, True)
         torch.testing.assert_close(found, same, rtol=0, atol=0)
-
-
-def test_nothing_is_tuned_behind_a_flag(monkeypatch):
-    """With method="auto", the tile form waits behind a flag. Its programs may exit at once, so their time is noise."""
-    tuned = []
-
-    def spy(key, candidates, usual, run, out):
-        tuned.append(key[0])
-        return usual
-
-    for module in (pair_losses, product):
-        monkeypatch.setattr(module, "tuned", spy)
-    count = 6000 if GPU else 70
-    student, teacher = vectors(count, 8, "float32"), vectors(count, 8, "float32")
-    pair_losses.similarity([student], teacher, "feature", True, True)
-    feature = tuned.copy()
-    assert feature and set(feature) == {"product"}
-    tuned.clear()
-    pair_losses.similarity([student], teacher, "auto", True, True)
-    assert tuned == feature
-    pair_losses.similarity([student], teacher, "tile", True, True)
-    assert "pair_tile" in tuned
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -267,44 +236,19 @@ def test_normalisation_gradient_in_place(width):
     torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tile", product.TILES_BF16 + configs.TILES_32_BIT, ids=str)
-def test_product_by_each_tile(tile):
-    """Products with all scales, splits, accumulation, a transposed left operand and ragged edges."""
-    m, n, k = 70, 75, 90
-    a, x = vectors(k, m, "float32").T, vectors(k, n, "float32")
-    row, inner_a, inner_x = (vectors(1, size, "float32")[0] for size in (m, k, k))
-    out = torch.empty(2, m, n, device=DEVICE)
-    scales = {"row": row, "inner_a": inner_a, "inner_x": inner_x, "precision": pair_losses.PRECISION, "tile": tile}
-    product.product(a, x, out, depth=64, **scales)
-    left, right = (a * row[:, None] * inner_a).double(), (x * inner_x[:, None]).double()
-    expected = torch.stack([left[:, :64] @ right[:64], left[:, 64:] @ right[64:]])
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
-    before = out[0].clone()
-    product.product(a, x, out[0], accumulate=True, **scales)
-    torch.testing.assert_close(out[0].double(), before.double() + expected.sum(0), rtol=1e-4, atol=1e-4)
-    product.product(a, x, before, flag=torch.zeros((), dtype=torch.int32, device=DEVICE), **scales)
-    assert before.isfinite().all() and not torch.equal(before, out[0])  # the flag is down: nothing was done
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=on_gpu), pytest.param("bfloat16", marks=on_gpu)]
+)
+def test_products_of_the_library(dtype):
+    """Float32 sums of exact products, added to what is there, of a transposed factor and into a part of a strip."""
+    a, x = vectors(90, 70, dtype).T, vectors(90, 75, dtype)
+    out = strips.empty_strip(80, 75, torch.float32, x.device)[:70]
+    expected = a.double() @ x.double()
+    torch.testing.assert_close(strips.multiply(a, x, out).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(strips.multiply(a, x, out, add=True).double(), 2 * expected, rtol=1e-5, atol=1e-4)
 
 
 # From here on a GPU is needed: what an interpreter cannot show.
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("loss", ["similarity", "neighbourhood"])
-def test_each_tile_alone(dtype, loss, monkeypatch):
-    student, teacher = vectors(777, 200, dtype), vectors(777, 136, dtype)
-    names = [name for name in ("TILES_16_BIT", "TILES_32_BIT", "TILES_SOFTMAX") if hasattr(pair_losses, name)]
-    before = {name: getattr(pair_losses, name) for name in names}
-    call = {
-        "similarity": lambda: pair_losses.similarity([student], teacher, "tile", True, False)[:2],
-        "neighbourhood": lambda: pair_losses.neighbourhood([student], teacher, 0.05, True),
-    }[loss]
-    usual = call()
-    for n in range(2):
-        for name in names:
-            monkeypatch.setattr(pair_losses, name, before[name][n : n + 1])
-        torch.testing.assert_close(call(), usual, rtol=2e-2 if dtype == "bfloat16" else 1e-3, atol=1e-6)
 
 
 @on_gpu

@@ -11,7 +11,7 @@ from jasper_fast.ops.fingerprints import row_fingerprints
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
-from jasper_fast.kernels import contrast_tile, info_nce  # noqa: E402
+from jasper_fast.kernels import info_nce, strips  # noqa: E402
 from tests.helpers.mips_kernels import GPU, _poisoned_memory  # noqa: E402, F401
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -93,9 +93,9 @@ def test_listwise(shape, dtype):
     assert torch.equal(loss, found[0]) and not any(gradient.numel() for gradient in none)
 
 
-def test_several_tiles_and_splits(monkeypatch):
-    monkeypatch.setattr(info_nce, "SPLIT", 1)
-    case = Case((66, 130, 5, 3, 1), "float32")
+def test_several_blocks_of_columns(monkeypatch):
+    monkeypatch.setattr(info_nce, "COLUMNS", 16)
+    case = Case((9, 40, 5, 3, 1), "float32")
     check(case, case.contrast(), case.expected("info_nce"))
 
 
@@ -103,9 +103,9 @@ def test_several_tiles_and_splits(monkeypatch):
 def test_row_blocks_layouts_and_mixed_dtypes(name, monkeypatch):
     case = Case((20, 9, 17, 5, 3), "float32")
     whole = getattr(case, name)()
-    monkeypatch.setattr(info_nce, "WORKSPACE", 0)  # the smallest row blocks
+    monkeypatch.setattr(strips, "WORKSPACE", 0)  # the lowest strips
     if not GPU:
-        monkeypatch.setattr(info_nce, "STEP", 16)
+        monkeypatch.setattr(strips, "STEP", 16)
     case.queries, case.documents = case.queries.T.contiguous().T, torch.stack([case.documents] * 2, dim=2)[:, :, 0]
     case.teacher = [side.T.contiguous().T for side in case.teacher]
     case.candidates = case.candidates.T.contiguous().T
@@ -175,17 +175,6 @@ def test_indices_outside_the_documents_give_nan():
 
 
 # From here on a GPU is needed: what an interpreter cannot show.
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_each_tile_alone(dtype, monkeypatch):
-    case = Case((777, 1000, 200, 136, 4), dtype)
-    usual = case.contrast()
-    for n in range(2):
-        for name in ("TILES_32_BIT", "TILES_SOFTMAX"):
-            monkeypatch.setattr(info_nce, name, getattr(contrast_tile, name)[n : n + 1])
-        torch.testing.assert_close(case.contrast(), usual, rtol=2e-2 if dtype == "bfloat16" else 1e-3, atol=1e-6)
 
 
 @on_gpu

@@ -34,160 +34,95 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def pair_tiles() -> Iterator[Launch]:
-    from jasper_fast.kernels import configs, pair_tile
+def strips() -> Iterator[Launch]:
+    from jasper_fast.kernels import info_nce, pair_losses
 
-    tile = configs.TILES_16_BIT[0]
-    for rows, width, begin, end in (
-        (ROWS, 1024, 0, 1280), (ROWS, 1024, 64_000, ROWS), (8192, 12_288, 0, 8192), (ROWS, 12_288, 0, 1280)
-    ):  # fmt: skip
-        programs = _ceil(end - begin, tile.m) * _ceil(rows - begin, tile.n)
-        embeddings, lengths = V((rows, width), BF16), V((rows,), F32)
-        weights, partial = V((end - begin, rows), BF16), V((programs,), F32)
+    columns = pair_losses.COLUMNS
+    for height in (256, 8192):
+        width = ROWS if height == 256 else 8192
+        products, weights = V((height, width), F32), V((height, width), BF16)
+        rows, other = V((height,), F32), V((width,), F32)
+        blocks = _ceil(width, columns)
 
-        def launch(
-            grid=(programs,), x=embeddings, r=lengths, w=weights, p=partial, begin=begin, end=end, b=rows, d=width
-        ):
-            pair_tile.pair_tile_kernel[grid](
-                x, x, r, r, None, None, None, w, p, None, 0.0, begin, end, b, d, d, d, 1, d, 1, 0, b,
-                FIRST=True, FOLD=False, PRECISION="tf32x3", GROUP=8, **tile.launch,
-            )  # fmt: skip
+        def difference(s=products, w=weights, r=rows, c=other, h=height, n=width, blocks=blocks):
+            sums = V((h, blocks), F32)
+            pair_losses.difference_kernel[(h, blocks)](s, s, r, r, c, c, w, sums, h, n, n, 1.0, BLOCK=columns)
 
-        yield f"pair_tile, {rows} x {width}, rows {begin} to {end}", launch
+        def divergence(s=products, w=weights, r=rows, c=other, h=height, n=width):
+            pair_losses.divergence_kernel[(h,)](s, s, r, r, c, c, w, r, n - h, n, n, 1.0, 1.0, BLOCK=columns)
+
+        def contrast(s=products, w=weights, r=rows, c=other, h=height, n=width):
+            numbers, own = V((n,), I64), V((h,), I64)
+            info_nce.contrast_kernel[(h,)](
+                s, s, r, r, c, c, numbers, own, r, own, r, r, w, n, n, 1.0, BLOCK=info_nce.COLUMNS
+            )
+
+        for label, launch in (("difference", difference), ("divergence", divergence), ("contrast", contrast)):
+            yield f"{label}, {height} x {width}", launch
 
 
-def packing() -> Iterator[Launch]:
+def scores() -> Iterator[Launch]:
     from jasper_fast.kernels import pairs
 
-    matrix, packed = V((ROWS, ROWS), F32), V((ROWS * (ROWS - 1) // 2,), F32)
-    grid = (ROWS, _ceil(ROWS, pairs.COLUMNS))
-    yield "pack", lambda: pairs.pack_kernel[grid](matrix, packed, ROWS, ROWS, BLOCK=pairs.COLUMNS)
-    counts, tiles = V((ROWS * (ROWS - 1) // 2,), I32), _ceil(ROWS, pairs.TILE)
+    tile, options = pairs.TILE, {"num_warps": pairs.WARPS, "num_stages": pairs.STAGES}
+    x, packed = V((ROWS, 1024), F32), V((ROWS * (ROWS - 1) // 2,), F32)
+    grid = (_ceil(ROWS, tile["BLOCK_M"]) * _ceil(ROWS, tile["BLOCK_N"]),)
+    yield "pair_scores", lambda: pairs.pair_scores_kernel[grid](x, packed, ROWS, 1024, 1024, **tile, **options)
+    counts, matrix, tiles = V((ROWS * (ROWS - 1) // 2,), I32), V((ROWS, ROWS), F32), _ceil(ROWS, pairs.SIDE)
     yield (
         "unpack",
-        lambda: pairs.unpack_kernel[(tiles * tiles,)](counts, matrix, 1.0, ROWS, tiles, TILE=pairs.TILE, num_warps=8),
+        lambda: pairs.unpack_kernel[(tiles * tiles,)](counts, matrix, 1.0, ROWS, tiles, SIDE=pairs.SIDE, num_warps=8),
     )
 
 
 def counting() -> Iterator[Launch]:
     from jasper_fast.kernels import dominance_counts as counts
-    from jasper_fast.kernels import tie_correction as ties
 
-    total, radix = 2 * PAIRS, 2**counts.DIGIT_BITS
-    tiles, shift = _ceil(total, counts.BLOCK), (PAIRS - 1).bit_length() - counts.DIGIT_BITS
-    events, table = V((total,), I32), V((2 * radix * tiles,), I32)
-    places = [V((PAIRS,), I32) for _ in range(3)]
-    constants = {"RADIX": radix, "BLOCK": counts.BLOCK}
-    yield (
-        "digit_counts",
-        lambda: counts.digit_counts_kernel[(tiles,)](events, table, total, tiles, shift, radix - 1, **constants),
-    )
-    yield (
-        "distribute",
-        lambda: counts.distribute_kernel[(tiles,)](
-            events,
-            events,
-            table,
-            V((total,), I32),
-            V((total,), I32),
-            total,
-            tiles,
-            2**31 // counts.BLOCK,
-            shift,
-            radix - 1,
-            FIRST=False,
-            **constants,
-            num_warps=counts.WARPS["distribute"],
-        ),  # fmt: skip
-    )
-    leaf = 2**counts.LEAF_BITS
-    yield (
-        "leaf",
-        lambda: counts.leaf_kernel[(_ceil(total, 2 * leaf),)](
-            events, events, places[0], places[1], total, FIRST=False, LEAF=leaf, CHUNK=counts.CHUNK, num_warps=8
-        ),
-    )
-    grid = (_ceil(PAIRS, ties.BLOCK),)
-    yield "ends", lambda: ties.ends_kernel[grid](V((PAIRS,), I8), *places, PAIRS, BLOCK=ties.BLOCK)
+    total = 2 * PAIRS
+    tiles, shift = _ceil(total, counts.BLOCK), (PAIRS - 1).bit_length() - 2
+    events, table = V((total,), I32), V((8 * tiles,), I32)
+    numbers, options = (total, tiles, shift, 3), {"BLOCK": counts.BLOCK, "num_warps": counts.WARPS["distribute"]}
+    yield "digit_counts", lambda: counts.digit_counts_kernel[(tiles,)](events, table, *numbers, **options)
 
+    def distribute(last: bool) -> Callable[[], object]:
+        own = (total, tiles, 2**31 // counts.BLOCK, counts.LEAF_BITS if last else shift, 3)
+        out = V((total,), I32), V((total,), I32)
+        return lambda: counts.distribute_kernel[(tiles,)](
+            events, events, table, *out, *own, FIRST=False, LAST=last, **options
+        )
 
-def products() -> Iterator[Launch]:
-    from jasper_fast.kernels import configs, product
+    yield "distribute", distribute(False)
+    yield "distribute, last", distribute(True)
+    # More pairs than an event holds: a leaf's first place no longer fits 32 bits.
+    for label, pairs in (("leaf", PAIRS), ("planted overflow of leaf", 2**31 + 256)):
+        both, places, grid = V((2 * pairs,), I32), V((pairs,), I32), (_ceil(pairs, counts.LEAF),)
 
-    tile = configs.TILES_32_BIT[0]
-    for name, m, n, k, a, x in (
-        ("scores", 46_341, 46_341, 1024, (1024, 1), (1, 1024)),
-        ("gradient", 46_341, 1024, 4096, (46_341, 1), (1024, 1)),
-        ("transposed gradient", ROWS, 4096, 1024, (1, ROWS), (4096, 1)),
-        # Rows so far apart are copied before a launch. Offsets inside a tile are 32-bit and must overflow.
-        ("planted overflow", 256, 64, 16, (2**25, 1), (64, 1)),
-    ):
-        left, right, out = V((m, k), F32, a), V((k, n), F32, x), V((1, m, n), F32)
+        def leaf(both=both, places=places, pairs=pairs, grid=grid):
+            counts.leaf_kernel[grid](both, both, places, places, pairs, LEAF=counts.LEAF, num_warps=4)
 
-        def launch(left=left, right=right, out=out, m=m, n=n, k=k, a=a, x=x):
-            grid = (_ceil(m, tile.m) * _ceil(n, tile.n), 1)
-            product.product_kernel[grid](
-                left, right, None, None, None, out, None, m, n, k, k, *a, *x, m * n, n, ACCUMULATE=False,
-                PRECISION="tf32x3", GROUP=product.GROUP, **tile.launch,
-            )  # fmt: skip
-
-        yield f"product, {name}", launch
+        yield label, leaf
 
 
 def binned() -> Iterator[Launch]:
     from jasper_fast.kernels import relative_similarity_binned as kernels
 
-    width, fine, bins = 64, 2**15, 512
-    tile, options = kernels.TILE, {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
-    rows, grid = V((ROWS, width), F16), torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
-    tables = V((bins, bins), I32), V((fine,), I32), V((fine,), I32)
-    programs = _ceil(ROWS, tile["BLOCK_M"]) * _ceil(ROWS, tile["BLOCK_N"])
+    fine, bins, height = 2**15, 512, 2**25 // ROWS
+    block, grid = V((height, ROWS), F32), torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    counts, *tables = (torch.zeros(shape, dtype=I32) for shape in ((bins, bins), (fine,), (fine,)))
+    nodes, edges = V((bins + 1, bins + 1), F32), V((fine + 1,), F32)
+    columns, last, weights = _ceil(ROWS, kernels.COLUMNS), fine - 1 / 128, V((height, ROWS), F16)
+    sums, options = V((height, columns), F32), {"BLOCK": kernels.COLUMNS}
     yield (
         "histogram",
-        lambda: kernels.histogram_kernel[(programs,)](
-            rows,
-            rows,
-            grid,
-            *tables,
-            ROWS,
-            width,
-            width,
-            width,
-            width,
-            bins,
-            6,
-            fine - 1 / 128,
-            WITH_TEACHER=True,
-            **tile,
-            **options,
-        ),  # fmt: skip
-    )
-    height = 2**25 // ROWS
-    block = V((height, ROWS), F32)
-    programs_of_block = _ceil(height, tile["BLOCK_M"]) * _ceil(ROWS, tile["BLOCK_N"])
-    yield (
-        "scores",
-        lambda: kernels.scores_kernel[(programs_of_block,)](
-            rows, block, ROWS - height, ROWS, ROWS, width, width, **tile, **options
+        lambda: kernels.histogram_kernel[(height, columns)](
+            block, block, grid, counts, *tables, ROWS, ROWS, bins, 6, last, **options
         ),
     )
-    columns = _ceil(ROWS, kernels.COLUMNS)
     yield (
         "coefficients",
         lambda: kernels.coefficients_kernel[(height, columns)](
-            block,
-            V((height, ROWS), F32),
-            grid,
-            V((bins + 1, bins + 1), F32),
-            V((fine + 1,), F32),
-            V((fine + 1,), F32),
-            V((height, columns), F32),
-            ROWS,
-            bins,
-            bins / fine,
-            fine - 1 / 128,
-            BLOCK=kernels.COLUMNS,
-        ),  # fmt: skip
+            block, block, weights, grid, nodes, edges, edges, sums, 1.0, ROWS, ROWS, bins, bins / fine, last, **options
+        ),
     )
 
 
@@ -240,7 +175,7 @@ def search() -> Iterator[Launch]:
             yield f"lower_bounds, {form}", bound
 
 
-GROUPS = (pair_tiles, packing, counting, products, binned, search)
+GROUPS = (strips, scores, counting, binned, search)
 
 
 def main(names: list[str]) -> int:

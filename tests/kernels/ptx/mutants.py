@@ -23,7 +23,7 @@ MUTATIONS = {  # pattern, and what replaces it
     "mask": (r"@!?%p\d+ ((?:ld|st|atom|red)\.global)", r"\1"),
     "rounding": (r"(add\.s32\s+\S+ \S+), 4096;", r"\1, 0;"),
 }
-QUICK = 2  # mutants of each kind in a quick run
+QUICK = 3  # mutants of each kind in a quick run
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -69,38 +69,36 @@ def study(emulator: driver.Emulator, kernel: str, call: Call, kind: str, limit: 
 
 def calls() -> dict[str, Call]:
     """Return a call for each kernel under study."""
-    from jasper_fast.kernels import dominance_counts, pair_losses
+    from jasper_fast.kernels import dominance_counts, pair_losses, pairs
     from jasper_fast.kernels import relative_similarity_exact as exact
 
     torch.manual_seed(0)
-    student, teacher = torch.randn(40, 200).bfloat16(), torch.randn(40, 150).bfloat16()
-    halves = torch.randn(20, 24).half(), torch.randn(20, 24).half()
+    student, teacher = torch.randn(9, 20).bfloat16(), torch.randn(9, 15).bfloat16()
+    unit = torch.nn.functional.normalize(torch.randn(20, 40))
 
     def dominance(places: int) -> Call:
         x, place = torch.randn(places).sort().values, torch.randperm(places).int()
-        return lambda: dominance_counts.dominance(exact._merged(x, place, 0.3))
+        return lambda: dominance_counts.dominance(exact.merged(x, place, 0.3))
 
-    def similarity() -> tuple[Tensor, ...]:
-        losses, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
-        return losses, gradient
-
-    def similarity_of_float16() -> tuple[Tensor, ...]:
-        losses, (gradient,), _ = pair_losses.similarity([halves[0]], halves[1], "tile", True, False)
-        return losses, gradient
+    def losses() -> tuple[Tensor, ...]:
+        found, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+        other, (other_gradient,) = pair_losses.neighbourhood([student], teacher, 0.05, True)
+        return found, gradient, other, other_gradient
 
     return {
         "digit_counts_kernel": dominance(300),
         "distribute_kernel": dominance(300),
         "leaf_kernel": dominance(100),  # one leaf
-        "pair_tile_kernel": similarity,
-        "product_kernel": similarity_of_float16,
+        "pair_scores_kernel": lambda: (pairs.pair_scores(unit),),
+        "difference_kernel": losses,
+        "divergence_kernel": losses,
     }
 
 
 # In a quick run each must be noticed at least once.
 QUICK_STUDIES = (
-    ("leaf_kernel", "barrier"), ("pair_tile_kernel", "wait for products"), ("leaf_kernel", "mask"),
-    ("product_kernel", "rounding"),
+    ("distribute_kernel", "barrier"), ("pair_scores_kernel", "wait for products"), ("leaf_kernel", "mask"),
+    ("pair_scores_kernel", "rounding"), ("divergence_kernel", "barrier"),
 )  # fmt: skip
 
 
