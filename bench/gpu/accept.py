@@ -56,8 +56,10 @@ class Section:
 TESTS = (
     ("tests-losses", "tests/kernels/test_kernels.py", 60),
     ("tests-relative", "tests/kernels/test_relative_similarity_kernels.py", 45),
-    ("tests-search", "tests/mips/test_mips_cuda.py", 50),
-    ("tests-rerank", "tests/mips/test_mips_rerank.py", 30),
+    ("tests-search", "tests/mips/test_mips_cuda.py", 40),
+    ("tests-chunks", "tests/mips/test_mips_chunks.py", 10),
+    ("tests-replay", "tests/mips/test_mips_replay.py", 10),
+    ("tests-rerank", "tests/mips/test_mips_rerank.py", 25),
     ("tests-ranking", "tests/kernels/test_ranking_kernels.py", 20),
     ("tests-properties", "tests/kernels/test_kernel_properties.py", 20),
     ("tests-index", "tests/mips/test_mips_index.py", 10),

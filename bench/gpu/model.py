@@ -19,9 +19,9 @@ Product = Callable[[int, int, int], float]
 MEMORY, L2 = 4.3e12, 7.8e12  # bytes a second that are read
 BF16, HALF_DEPTH = 816e12, 272  # FLOP/s of a deep product, and the depth at which a product has half of it
 FLOAT32 = 50e12  # FLOP/s of a product in full float32
-# Launches of the host in relative similarity, which decide the time of small batches.
-LAUNCHES = 70
-LAUNCH, REPLAYED, WAIT = 6e-6, 3e-6, 2e-5  # seconds: a launch by the host, one in a CUDA graph, a wait of the host
+# Launches of the host in relative similarity and for a chunked search, and those in the graph of a search.
+LAUNCHES, IN_GRAPH = 70, 48
+LAUNCH, REPLAYED, WAIT = 6e-6, 2e-6, 2e-5  # seconds: a launch by the host, one in a CUDA graph, a wait of the host
 TRAPEZOID = 1.1  # time of a product by strips of its triangle, relative to the triangle's FLOP
 SPLIT = 3  # products of bfloat16 halves that make one of about 16 bits
 DIGIT_BITS, LEAF_BITS = 2, 7  # of the radix sort in the exact relative similarity
@@ -117,17 +117,18 @@ def search_case(size: int, rows: int, width: int, k: int) -> dict[str, Any]:
         width: width of both.
         k: number of rows to find.
     """
+    from jasper_fast.kernels.mips_chunks import chunked
     from jasper_fast.mips.cuda import plan
 
     sampled = 1 / plan(rows, k, size).step
     read = 2 * rows * width / MEMORY
     bare = max(bf16(size, rows, width), read)
-    if size >= 64:
+    if chunked(size):
         scores = 2 * size * rows
         device = (1 + sampled) * (bare + 2 * scores / L2) + RERANK + RERANKED * size * k
-        ours = max(device, LAUNCH * 2 * scores / CHUNK_BYTES) + 2 * WAIT
+        ours = max(device, LAUNCH * (2 * scores / CHUNK_BYTES + LAUNCHES)) + 2 * WAIT
     else:
-        ours = (1 + sampled) * bare + 8 * REPLAYED + WAIT
+        ours = (1 + sampled) * bare + IN_GRAPH * REPLAYED + 2 * LAUNCH + WAIT
     search = "certified, bfloat16"
     return {
         "seconds": {"bare bf16 product": bare, search: ours},

@@ -46,7 +46,6 @@ TARGETS = {
     ],
     (8192, 65_536, 256, 16): [
         Target("ms certified", milliseconds("certified, bfloat16"), 1.3, at_most=True),
-        Target("ms fast", milliseconds("fast, bfloat16"), 1.0, at_most=True),
     ],
     (1, 1_000_000, 1024, 10): [
         Target("of the read bandwidth", lambda case: case["share_of_bandwidth"]["certified, bfloat16"], 0.8)
