@@ -254,4 +254,5 @@ def _thresholds(lower: Tensor, chosen: Plan, state: TopKState) -> tuple[Tensor, 
         return mips_prologue.thresholds(lower, ranks, state.cutoffs)
     best, cutoffs = lower.topk(max(ranks), dim=1).values, just_below(state.cutoffs)
     threshold, spare = (torch.maximum(best[:, rank - 1], cutoffs) for rank in ranks)
-    return threshold, spare, *(torch.zeros_like(threshold, dtype=torch.int32) for _ in range(2))
+    counts, spare_counts = (torch.zeros_like(threshold, dtype=torch.int32) for _ in range(2))
+    return threshold, spare, counts, spare_counts
