@@ -26,6 +26,7 @@ BENCHMARKS = {  # name: module, each with main(argv)
     "distil": "bench.quality.peers",
     "fit": "bench.fit",
     "gpu": "bench.pages.gpu",
+    "gpu_kernels": "bench.gpu.kernels",
     "graph": "bench.mips.graph",
     "label_free": "bench.label_free",
     "losses": "bench.losses.cpu",

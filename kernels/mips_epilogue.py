@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.mips import BIN
 from jasper_fast.kernels.mips_prologue import just_below, kth_largest, warps
 from jasper_fast.kernels.mips_rescore import DEPTH, PAIRS, exact_products
+from jasper_fast.kernels.mips_tile import BIN
 from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 BLOCKS = (1024, 2048, 4096, 8192)  # candidates that one program holds
@@ -31,7 +31,8 @@ def select_kernel(
     COUNTS,  # (Q,) int32: rows collected, which may be more than the capacity
     SCORES,  # (Q, capacity) fp32
     ROWS,  # (Q, capacity) int32
-    THRESHOLDS,  # (Q,) fp32 thresholds of the scan
+    THRESHOLDS,  # (Q,) fp32 thresholds of the scan, inf for queries that were not scanned
+    SPARES,  # (Q,) fp32: lower thresholds, for queries with fewer than k rows
     CUTOFFS,  # (Q,) fp64
     NORMS,  # (ceil(N / 64),) fp32
     RELATIVE,  # (Q,) fp32
@@ -41,6 +42,8 @@ def select_kernel(
     KEPT_SCORES,  # (Q, max_kept) fp32
     KEPT_ROWS,  # (Q, max_kept) int32
     BEFORE,  # (Q,) fp64: copy of the cutoffs, which `rank_kernel` overwrites
+    AGAIN,  # (Q,) fp32: the threshold with which another scan may complete a missed query, inf for others
+    rounding,  # fp32: error of a score relative to itself
     k,
     capacity,
     max_kept,
@@ -55,14 +58,18 @@ def select_kernel(
     score = tl.load(SCORES + first + place, mask=inside, other=0.0)
     row = tl.load(ROWS + first + place, mask=inside, other=0)
     norm = tl.load(NORMS + row // BIN, mask=inside, other=0.0)
-    error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q)
+    error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q) + tl.abs(score) * rounding
     kth = kth_largest(tl.where(inside, score - error, float("-inf")), k)
     before = tl.load(CUTOFFS + q)
     tl.store(BEFORE + q, before)
     cutoff = tl.maximum(kth, just_below(before))
     keep = inside & (score + error >= cutoff)
     kept = tl.sum(keep.to(tl.int32), axis=0)
-    missed = (count > capacity) | (tl.load(THRESHOLDS + q) > cutoff) | (kept > max_kept)
+    threshold = tl.load(THRESHOLDS + q)
+    missed = (threshold < float("inf")) & ((count > capacity) | (threshold > cutoff) | (kept > max_kept))
+    # Any k rows prove a bound of the k-th best.
+    again = tl.where(count < k, tl.load(SPARES + q), cutoff)
+    tl.store(AGAIN + q, tl.where(missed, again, float("inf")))
     if missed:
         tl.store(MISSED + q, 1)
         tl.store(KEPT + q, 0)
@@ -90,6 +97,7 @@ def rescore_kept_kernel(
     TOTALS,  # (Q,) int32
     TRUE,  # (Q, max_kept + k) fp64
     IDS,  # (Q, max_kept + k) int64
+    rounding,  # fp32: error of a score relative to itself
     D,
     k,
     max_kept,
@@ -113,7 +121,7 @@ def rescore_kept_kernel(
             query = QUERIES + (q + tl.zeros((1, 1), tl.int64)) * D
             true = exact_products(query, CORPUS, ROW_SCALES, row.to(tl.int64), inside, D, PAIRS, BLOCK_K)
             norm = tl.load(NORMS + row // BIN, mask=inside, other=0.0)
-            error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q)
+            error = norm * tl.load(RELATIVE + q) + tl.load(ABSOLUTE + q) + tl.abs(score) * rounding
             wrong = inside & (tl.abs(true - score.to(tl.float64)) > error.to(tl.float64))
             if tl.max(wrong.to(tl.int32), axis=0) > 0:
                 tl.store(BROKEN + q, 1)
@@ -188,6 +196,8 @@ class Collected:
         thresholds: (Q,) float32 thresholds of the scan.
         norms: (ceil(N / 64),) float32 norms of the bins.
         limits: errors relative to the norm and absolute errors, (Q,) float32 each.
+        rounding: errors of scores relative to themselves.
+        spares: (Q,) float32 lower thresholds. None has only the scan's.
     """
 
     counts: Tensor
@@ -196,6 +206,8 @@ class Collected:
     thresholds: Tensor
     norms: Tensor
     limits: tuple[Tensor, Tensor]
+    rounding: float = 0.0
+    spares: Tensor | None = None
 
 
 def rerank(
@@ -207,8 +219,10 @@ def rerank(
     max_kept: int,
     proven: bool,
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-) -> None:
+) -> Tensor:
     """Merge collected rows into the state of a search. See `jasper_fast.mips.topk_state.TopKState`.
+
+    Return the thresholds (Q,) float32 with which another scan may complete missed queries, inf for complete ones.
 
     Args:
         collected: candidates of the scan, with a capacity of k to `BLOCKS`[-1].
@@ -226,24 +240,26 @@ def rerank(
     kept = torch.empty(size, dtype=torch.int32, device=device)
     scores = torch.empty(size, max_kept, dtype=torch.float32, device=device)
     rows = torch.empty(size, max_kept, dtype=torch.int32, device=device)
-    before = torch.empty_like(cutoffs)
+    before, again = torch.empty_like(cutoffs), torch.empty_like(collected.thresholds)
+    spares = collected.thresholds if collected.spares is None else collected.spares
     block = next(block for block in BLOCKS if block >= capacity)
     select_kernel[(size,)](
-        collected.counts, collected.scores, collected.rows, collected.thresholds, cutoffs, collected.norms,
-        *collected.limits, missed.view(torch.uint8), kept, scores, rows, before, k, capacity, max_kept, BLOCK=block,
-        num_warps=warps(block),
+        collected.counts, collected.scores, collected.rows, collected.thresholds, spares, cutoffs, collected.norms,
+        *collected.limits, missed.view(torch.uint8), kept, scores, rows, before, again, collected.rounding, k, capacity,
+        max_kept, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     totals = torch.empty(size, dtype=torch.int32, device=device)
     true = torch.empty(size, max_kept + k, dtype=torch.float64, device=device)
     ids = torch.empty(size, max_kept + k, dtype=torch.int64, device=device)
     rescore_kept_kernel[(size, _parts(size, max_kept, PAIRS))](
         queries, corpus, scales, collected.norms, *collected.limits, kept, scores, rows, best, held,
-        broken.view(torch.uint8), totals, true, ids, corpus.shape[1], k, max_kept, first_id, PROVEN=proven, PAIRS=PAIRS,
-        BLOCK_K=DEPTH, RIVALS=RIVALS, num_warps=4,
+        broken.view(torch.uint8), totals, true, ids, collected.rounding, corpus.shape[1], k, max_kept, first_id,
+        PROVEN=proven, PAIRS=PAIRS, BLOCK_K=DEPTH, RIVALS=RIVALS, num_warps=4,
     )  # fmt: skip
     rank_kernel[(size, _parts(size, max_kept + k, RIVALS))](
         totals, true, ids, best, held, before, cutoffs, k, max_kept + k, RIVALS=RIVALS, num_warps=4
     )
+    return again
 
 
 def _parts(size: int, places: int, each: int) -> int:
@@ -258,7 +274,8 @@ def forms() -> Iterator[Form]:
     state = {"BEST": "*i64:16", "HELD": "*i64:16"}
     for block in BLOCKS:
         types = {**numbers, "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16", "THRESHOLDS": "*fp32:16"}
-        types |= {"CUTOFFS": "*fp64:16", "BEFORE": "*fp64:16", "MISSED": "*u8:16"}
+        types |= {"CUTOFFS": "*fp64:16", "BEFORE": "*fp64:16", "MISSED": "*u8:16", "SPARES": "*fp32:16"}
+        types |= {"AGAIN": "*fp32:16", "rounding": "fp32"}
         types |= {"k": "i32", "capacity": "i32:16", "max_kept": "i32"}
         form = Form(f"{block}", select_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == BLOCKS[0])
         yield form
@@ -268,7 +285,7 @@ def forms() -> Iterator[Form]:
         for proven in (True, False):
             types = {**numbers, **state, "QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "BROKEN": "*u8:16"}
             types |= {"TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16"}
-            types |= {"D": "i32:16", "k": "i32", "max_kept": "i32", "first_id": "i32"}
+            types |= {"rounding": "fp32", "D": "i32:16", "k": "i32", "max_kept": "i32", "first_id": "i32"}
             types |= {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
             constants: dict[str, Any] = {"PROVEN": proven, "PAIRS": PAIRS, "BLOCK_K": DEPTH, "RIVALS": RIVALS}
             constants |= {} if kind == "i8" else {"ROW_SCALES": None}

@@ -52,17 +52,23 @@ def thresholds_kernel(
     LOWER,  # (Q, bins) fp32
     CUTOFFS,  # (Q,) fp64
     THRESHOLDS,  # (Q,) fp32
+    SPARES,  # (Q,) fp32: the same of a lower rank
     COUNTS,  # (Q,) int32, set to 0
+    SPARE_COUNTS,  # (Q,) int32, set to 0
     bins,
     rank,
+    spare_rank,
     BLOCK: tl.constexpr,
 ):
     """Write the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger."""
     q = tl.program_id(0)
     b = tl.arange(0, BLOCK)
     lower = tl.load(LOWER + q.to(tl.int64) * bins + b, mask=b < bins, other=float("-inf"))
-    tl.store(THRESHOLDS + q, tl.maximum(kth_largest(lower, rank), just_below(tl.load(CUTOFFS + q))))
+    cutoff = just_below(tl.load(CUTOFFS + q))
+    tl.store(THRESHOLDS + q, tl.maximum(kth_largest(lower, rank), cutoff))
+    tl.store(SPARES + q, tl.maximum(kth_largest(lower, spare_rank), cutoff))
     tl.store(COUNTS + q, 0)
+    tl.store(SPARE_COUNTS + q, 0)
 
 
 @triton.jit
@@ -142,25 +148,27 @@ def operands(
     return scan_queries, scales, limits
 
 
-def thresholds(lower: Tensor, rank: int, cutoffs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scan's thresholds and zeroed counters.
+def thresholds(lower: Tensor, ranks: tuple[int, int], cutoffs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the thresholds of a scan and of its repair, and zeroed counters of both.
 
     A threshold is the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger.
 
     Args:
-        lower: (Q, bins) float32 bounds, contiguous, with ``rank`` to `BLOCKS`[-1] bins.
-        rank: rank of the threshold, 1 for the largest.
+        lower: (Q, bins) float32 bounds, contiguous, with ``max(ranks)`` to `BLOCKS`[-1] bins.
+        ranks: ranks of both thresholds, 1 for the largest.
         cutoffs: (Q,) float64 cutoffs.
 
     Returns:
-        thresholds (Q,) float32 and zeros (Q,) int32.
+        two thresholds (Q,) float32, and two zeros (Q,) int32.
     """
     size, bins = lower.shape
-    threshold = torch.empty(size, dtype=torch.float32, device=lower.device)
-    counts = torch.empty(size, dtype=torch.int32, device=lower.device)
+    threshold, spare = (torch.empty(size, dtype=torch.float32, device=lower.device) for _ in range(2))
+    counts, spare_counts = (torch.empty(size, dtype=torch.int32, device=lower.device) for _ in range(2))
     block = next(block for block in BLOCKS if block >= bins)
-    thresholds_kernel[(size,)](lower, cutoffs, threshold, counts, bins, rank, BLOCK=block, num_warps=warps(block))
-    return threshold, counts
+    thresholds_kernel[(size,)](
+        lower, cutoffs, threshold, spare, counts, spare_counts, bins, *ranks, BLOCK=block, num_warps=warps(block)
+    )
+    return threshold, spare, counts, spare_counts
 
 
 def warps(block: int) -> int:
@@ -172,11 +180,12 @@ def forms() -> Iterator[Form]:
     """Yield the forms of this module's kernels. See `registry`."""
     for block in BLOCKS:
         types = {"LOWER": "*fp32:16", "CUTOFFS": "*fp64:16", "THRESHOLDS": "*fp32:16", "COUNTS": "*i32:16"}
-        types |= {"bins": "i32", "rank": "i32"}
+        types |= {"SPARES": "*fp32:16", "SPARE_COUNTS": "*i32:16", "bins": "i32", "rank": "i32", "spare_rank": "i32"}
         form = Form(f"{block}", thresholds_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == 64)
         yield form
         if block == 64:
-            yield from (with_ones(form, "rank"), with_ones(form, "bins", "rank"))
+            ranks = ("rank", "spare_rank")
+            yield from (with_ones(form, "rank"), with_ones(form, *ranks), with_ones(form, "bins", *ranks))
     for kind in (*TYPES.values(), "i8"):
         for proven in (True, False):
             types = {"EXACT": "*fp64:16", "SCAN_QUERIES": f"*{kind}:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16"}

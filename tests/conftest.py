@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("tests.helpers")
 
 KERNEL_TESTS = (
     *("test_kernels", "test_kernel_properties", "test_relative_similarity_kernels"),
-    *("test_ranking_kernels", "test_mips_cuda", "test_mips_rerank"),
+    *("test_ranking_kernels", "test_mips_cuda", "test_mips_rerank", "test_mips_chunks", "test_mips_replay"),
 )
 HIDDEN, MAX_LENGTH = 32, 64
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -21,6 +21,7 @@ from bench.common.environment import environment
 from bench.common.measure import in_new_process, medians, peak_mib
 from bench.common.targets import Target, judged, print_judged
 from jasper_fast.losses import reference, relative_similarity_loss, similarity_loss
+from jasper_fast.utils.atomic import write_atomic
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NEAR = 1e-3  # accepted relative error against float64
@@ -96,7 +97,7 @@ def attempt(measure: Callable[..., dict[str, Any]], shape: tuple[int, ...], *opt
 def _write(out: Path, results: dict[str, Any]) -> None:
     """Write the results. This is called after each shape, because all shapes take minutes."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    write_atomic(out, json.dumps(results, indent=2) + "\n")
 
 
 def on_cuda(out: Path, repeats: int, quick: bool, budget: float | None = None) -> int:

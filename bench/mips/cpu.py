@@ -30,6 +30,7 @@ from bench.common.environment import environment
 from bench.common.measure import in_new_process, medians, peak_mib
 from jasper_fast.mips import FlatIPIndex
 from jasper_fast.mips.cpu import TILE_ROWS, multiply_in_bf16
+from jasper_fast.utils.atomic import write_atomic
 
 # rows, width, queries, ks, dtypes of our index
 SHAPES: list[tuple[int, int, int, tuple[int, ...], tuple[str, ...]]] = [
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomic(options.out, json.dumps(results, indent=1) + "\n")
 
     if options.device != "cpu":
         from bench.mips import cuda as _mips_cuda

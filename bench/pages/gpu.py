@@ -1,7 +1,8 @@
 """``python -m bench gpu``: write docs/gpu.md and its roofline plots from committed results.
 
-``python -m bench --device cuda`` writes the results. This command reads
-bench/results/{losses,mips,train}-cuda.json and needs no GPU. The page says which files are missing.
+``python -m bench gpu --accept`` runs all tests and benchmarks that need a GPU, and writes the results. Without it, this
+command reads bench/results/{kernels,losses,mips,train}-cuda.json and needs no GPU. The page says which files are
+missing, and has the predictions of bench/gpu/model.py in any case.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from typing import Any
 
 from bench.common.profile import kernel_section
 from bench.common.roofline import Point, Roof, known_bandwidth, loss_point, plot, search_point, train_point
+from bench.gpu import accept, report
+from bench.gpu.report import milliseconds, searched
+from jasper_fast.utils.atomic import write_atomic
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/gpu.md")
 LOSSES = ("similarity", "relative_similarity", "neighbourhood", "jasper_loss")
 Results = dict[str, Any]
 HEAD = """# On a GPU
 
-Written by `python -m bench gpu`. On a machine with a GPU, from a checkout, in this order:
+Written by `python -m bench gpu`. On a machine with a GPU, from a checkout:
 
 ```
-pytest -m gpu -n 12              # the kernels against float64 (-n: pytest-xdist)
-python -m bench --device cuda    # losses, search and training: bench/results/*-cuda.json; --budget SECONDS ends earlier
-python -m bench gpu              # this page, from those files
+python -m bench gpu --accept     # all of this in ten minutes: tests, kernels, losses, search, training, this page
+pytest -m gpu -n 12              # only the kernels against float64 (-n: pytest-xdist)
+python -m bench --device cuda    # only losses, search and training: bench/results/*-cuda.json
+python -m bench gpu              # only this page, from those files
 ```
+
+`--accept` writes results as it goes, and may be cut off at any moment. `--budget SECONDS` sets its length, and
+`--dry-run` prints the plan. Results are in `bench/results/accept/` and `bench/results/*-cuda.json`.
 
 Every method's result is compared with float64 before it is timed. Ratios above 1 mean that ours is faster. Memory is in
 addition to inputs and gradient. *binned* is our form of relative similarity for large batches.
@@ -38,7 +46,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write (default: %(default)s)")
+    parser.add_argument("--accept", action="store_true", help="run everything that needs a GPU first")
+    parser.add_argument(
+        "--budget", type=float, default=accept.BUDGET_S, metavar="SECONDS", help="of --accept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan of --accept with minutes, and run nothing"
+    )
     options = parser.parse_args(argv)
+    if options.accept or options.dry_run:
+        sections = accept.plan(options.results, options.page)
+        print(accept.describe(sections, options.budget))
+        if options.dry_run:
+            return 0
+        accept.check_device()
+        return accept.accept(sections, options.results, options.budget)
     write_page(options.results, options.page)
     print(f"written to {options.page}")
     return 0
@@ -46,7 +68,9 @@ def main(argv: list[str]) -> int:
 
 def write_page(folder: Path, page: Path) -> None:
     """Write the page, and its plots in a folder next to it."""
-    parts, judged, slower = [], [], []
+    parts: list[str] = []
+    slower: list[str] = []
+    measured: report.Verdicts = {}
     for name, (title, section) in SECTIONS.items():
         file = folder / f"{name}-cuda.json"
         parts.append(f"## {title}")
@@ -57,13 +81,17 @@ def write_page(folder: Path, page: Path) -> None:
         parts.append(f"`{file.name}`: {about(results['environment'])}.")
         text, points, roof, lost = section(results)
         parts.append(text)
-        judged += list(targets(name, results))
+        measured |= {(where, target["what"]): target for where, target in targets(name, results)}
         slower += lost
-        if points:
+        if points and roof is not None:
             plot(points, roof, title, page.with_suffix("") / f"{name}.png")
             parts.append(f"![{title}: roofline]({page.stem}/{name}.png)")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join([HEAD, *verdict(judged, slower), *parts]) + "\n")
+    if measured:
+        lost_lines = "\n".join(f"- {line}" for line in slower) or "In no case that was measured."
+        parts = ["**Where ours is slower or takes more memory:**\n\n" + lost_lines, *parts]
+    times = ["## Predicted and measured", *report.times(folder)]
+    text = "\n\n".join([HEAD, *report.verdict(measured), *report.acceptance(folder), *parts, *times])
+    write_atomic(page, text + "\n")
 
 
 def about(environment: Results) -> str:
@@ -77,32 +105,14 @@ def about(environment: Results) -> str:
     return f"{device or 'no GPU'}; Python {environment['python']}, {versions}; {code}, code {environment['digest']}"
 
 
-def verdict(judged: list[tuple[str, Results]], slower: list[str]) -> list[str]:
-    """Return the summary that precedes all tables: targets, and cases in which ours is slower."""
-    if not judged:
-        return ["**No GPU has run the benchmarks yet**, so this page has no figures."]
-    met = sum(target["met"] is True for _, target in judged)
-    lines = [
-        f"**{met} of {len(judged)} targets are met.**",
-        "",
-        "| case | figure | target | |",
-        "| --- | ---: | ---: | --- |",
-    ]
-    for where, target in judged:
-        figure = "not measured" if target["value"] is None else f"{target['value']:,.3g}"
-        bound = f"at most {target['at_most']:g}" if "at_most" in target else f"at least {target['at_least']:g}"
-        word = {True: "met", False: "**not met**", None: "**not measured**"}[target["met"]]
-        lines.append(f"| {where} | {figure} {target['what']} | {bound} | {word} |")
-    lost = "\n".join(f"- {line}" for line in slower) or "In no case that was measured."
-    return ["\n".join(lines), "**Where ours is slower or takes more memory:**\n\n" + lost]
-
-
 def targets(name: str, results: Results) -> Iterator[tuple[str, Results]]:
     """Yield every target of a result file with the name of its case."""
     if name == "losses":
         cases = [
             (f"{loss.replace('_', ' ')}, {case['name']}", case) for loss in LOSSES for case in results.get(loss, [])
         ]
+    elif name == "kernels":
+        cases = []
     elif name == "mips":
         cases = [(f"search, {searched(case)}", case) for case in results["search"]["cases"]]
     else:
@@ -112,7 +122,7 @@ def targets(name: str, results: Results) -> Iterator[tuple[str, Results]]:
             yield where, target
 
 
-Section = tuple[str, list[Point], Roof, list[str]]  # text, points, roof, cases in which ours is slower
+Section = tuple[str, list[Point], Roof | None, list[str]]  # text, points, roof, cases in which ours is slower
 
 
 def losses(results: Results) -> Section:
@@ -246,16 +256,17 @@ def train(results: Results) -> Section:
     return "\n".join(lines) + after, points, roof, []
 
 
+def kernels(results: Results) -> Section:
+    """Return the section on single kernels and on the model's constants."""
+    return "\n\n".join(report.kernels(results)), [], None, []
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Results], Section]]] = {
+    "kernels": ("Kernels", kernels),
     "losses": ("Losses", losses),
     "mips": ("Search", mips),
     "train": ("Training", train),
 }
-
-
-def searched(case: Results) -> str:
-    """Format the shape of a search."""
-    return f"{case['queries']:,} of {case['rows']:,} x {case['width']}, k {case['k']}"
 
 
 def times(ratio: float) -> str:
@@ -278,8 +289,3 @@ def figures(own: Results) -> str:
 def mib(own: Results) -> str:
     """Format the memory in addition to inputs and gradient."""
     return f"{own['extra_bytes'] / 2**20:,.0f} MiB"
-
-
-def milliseconds(seconds: float) -> str:
-    """Format seconds as milliseconds with three digits."""
-    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"

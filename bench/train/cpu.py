@@ -34,6 +34,7 @@ from jasper_fast.models.student import Student
 from jasper_fast.training.data import Batch, Precision
 from jasper_fast.training.stages.losses import StageLoss
 from jasper_fast.training.step import take_gradients
+from jasper_fast.utils.atomic import write_atomic
 
 PUBLISHED_BATCH = 128  # texts whose pairs of pairs fit: 33 million; at 256 each tensor of them takes 2 GB
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     about = environment()
 
     def keep(results: dict[str, Any]) -> None:
-        out.write_text(json.dumps({"environment": about, **results}, indent=2) + "\n")
+        write_atomic(out, json.dumps({"environment": about, **results}, indent=2) + "\n")
 
     if options.memory:
         keep(memory(options.batch or 8192))

@@ -3,14 +3,16 @@
 Each query's threshold is a low-precision order statistic of a random sample of the rows. It is chosen so that a few
 times k rows of the whole corpus are above it. One product of the whole segment then collects the rows that can reach
 it. The guess is checked. If the k-th best proven lower bound of the collected rows reaches the threshold, no other row
-can be among the k best (docs/mips.md). Queries that fail, or have too many candidates, are marked in ``state.missed``.
-Nothing here waits for the device.
+can be among the k best (docs/mips.md). Queries that fail, or have too many candidates, are scanned again in the same
+chain, with a threshold that their candidates prove. The kernels of this repair return at once if no query needs it.
+Queries that fail twice are marked in ``state.missed``. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +24,12 @@ from jasper_fast.mips.segment import BIN, UNIT_ROUNDOFF, Segment
 from jasper_fast.mips.threshold import MIN_CACHED_STEP, float32_norms, sample
 from jasper_fast.mips.topk_state import TopKState
 
-SCAN_DTYPE = torch.bfloat16  # of the scan of float32 rows
+if TYPE_CHECKING:
+    from jasper_fast.kernels.mips import Scan
+
+SCAN_DTYPE = torch.bfloat16  # of library products, for many queries
 MAX_MEMORY_BOUND_QUERIES = 16  # The scan of so few queries is bound by memory, so their sample is thinner.
-MAX_UNCONVERTED_QUERIES = 64  # With so few queries, converting float32 rows would cost more than it saves.
+MAX_REPAIRED = 64  # queries of a scan that may be scanned again
 MIN_CAPACITY, MIN_MEMORY_BOUND_CAPACITY = 1024, 8192  # candidates of a query
 MAX_KERNEL_BINS = 16_384  # of a query for the threshold kernel; kernels/mips_prologue.py has blocks of up to this size
 MAX_SLICE_ROWS = 1 << 23  # Places in a tile's mask must fit 32 bits.
@@ -46,6 +51,12 @@ class Plan:
     step: int
     rank: int
     capacity: int
+
+    @property
+    def spare_rank(self) -> int:
+        """Return the rank of the threshold of a repair, which nearly fills the capacity."""
+        fits = 4 * self.capacity // (5 * self.step)
+        return self.rank if self.step == 1 else max(self.rank, min(2 * self.rank, fits))
 
 
 def supports(segment: Segment, k: int) -> bool:
@@ -75,7 +86,7 @@ def plan(rows: int, k: int, size: int) -> Plan:
 
 
 def rows_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
-    """Return a number of rows, a multiple of 64, whose low-precision copy and sample fit an eighth of scratch each.
+    """Return a number of rows, a multiple of 64, whose sample fits an eighth of scratch.
 
     A sample that a lasting segment keeps does not count as scratch.
 
@@ -89,8 +100,7 @@ def rows_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
     step = plan(len(segment), k, size).step
     free = step == 1 or (segment.persistent and step >= MIN_CACHED_STEP)
     sample = 0 if free else segment.rows.element_size() * width / step
-    copied = 2 * width if _converts(segment, size) else 0
-    fits = int(scratch / 8 / max(sample, copied, 1.0)) // BIN * BIN
+    fits = int(scratch / 8 / max(sample, 1.0)) // BIN * BIN
     return min(max(64 * BIN, fits), MAX_SLICE_ROWS)
 
 
@@ -103,21 +113,38 @@ def queries_at_once(segment: Segment, size: int, k: int, scratch: int) -> int:
     return max(1, most // 128 * 128 or most)
 
 
-def scan_rows(segment: Segment, size: int) -> Tensor:
-    """Return (N, D) rows for the scan: as stored, or float32 rows rounded for many queries."""
-    if segment.scan_copy is not None:
-        return segment.scan_copy
-    return segment.rows.to(SCAN_DTYPE) if _converts(segment, size) else segment.rows
+def scan_rows(segment: Segment) -> Tensor:
+    """Return (N, D) rows for the scan: the low-precision copy of an index, or the rows as stored."""
+    return segment.rows if segment.scan_copy is None else segment.scan_copy
 
 
-def _converts(segment: Segment, size: int) -> bool:
-    return segment.rows.dtype == torch.float32 and segment.scan_copy is None and size > MAX_UNCONVERTED_QUERIES
+def scan_of(segment: Segment, rows: Tensor, queries: Queries, mask: Tensor | None, proven: bool, many: bool) -> Scan:
+    """Prepare a scan by library products (``many``) or in registers. Other arguments are those of `search_cuda`."""
+    from jasper_fast.kernels.mips import Scan
+
+    scan_queries, query_scales, limits = operands(segment, rows, queries, proven, many)
+    scales = (segment.scales if rows.dtype == torch.int8 else None, query_scales)
+    return Scan(rows, scan_queries, scales, mask, float32_norms(segment), limits)
+
+
+def _lower_bounds(scan: Scan, segment: Segment, step: int) -> Tensor:
+    """Return bounds of the bins of a sample, or of all rows for step 1: (Q, bins) float32."""
+    from jasper_fast.kernels import mips as kernels
+
+    if step == 1:
+        return kernels.lower_bounds(scan, BIN)
+    drawn = sample(segment, scan.rows, step)
+    mask = None if scan.mask is None else scan.mask[..., drawn.numbers].contiguous()
+    scales = (drawn.scales, scan.scales[1])
+    return kernels.lower_bounds(replace(scan, rows=drawn.rows, scales=scales, mask=mask, norms=drawn.norms), 1)
 
 
 def search_cuda(
     segment: Segment, rows: Tensor, first_id: int, queries: Queries, valid: Tensor, state: TopKState, proven: bool
 ) -> None:
     """Search a segment for any number of queries on CUDA. No score may overflow.
+
+    Many queries are always ranked by fp64 scores, because theirs are rounded to bfloat16.
 
     Args:
         segment: segment to search, with known ``norms``.
@@ -128,32 +155,73 @@ def search_cuda(
         state: best rows so far, updated in place.
         proven: True to rank by fp64 scores, False by the scan's.
     """
-    from jasper_fast.kernels import mips as kernels
+    from jasper_fast.kernels import mips, mips_tile
+    from jasper_fast.kernels.mips_chunks import chunked
     from jasper_fast.kernels.mips_epilogue import Collected
 
+    many = chunked(len(queries))
+    proven |= many
     chosen = plan(len(segment), state.k, len(queries))
-    scan_queries, query_scales, limits = operands(segment, rows, queries, proven)
-    scales = (segment.scales if query_scales is not None else None, query_scales)
-    norms = float32_norms(segment)
-    mask = valid if valid.numel() else None
-    if chosen.step == 1:
-        lower = kernels.lower_bounds(rows, scan_queries, scales, mask, norms, limits, BIN)
-    else:
-        drawn = sample(segment, rows, chosen.step)
-        drawn_mask = None if mask is None else mask[..., drawn.numbers].contiguous()
-        lower = kernels.lower_bounds(
-            drawn.rows, scan_queries, (drawn.scales, query_scales), drawn_mask, drawn.norms, limits, 1
-        )
-    threshold, counts = _thresholds(lower, chosen.rank, state)
-    del lower
-    scores, numbers = kernels.collect(
-        rows, scan_queries, scales, mask, norms, limits, threshold, counts, chosen.capacity
-    )
-    rerank(Collected(counts, scores, numbers, threshold, norms, limits), segment, first_id, queries, state, proven)
+    scan = scan_of(segment, rows, queries, valid if valid.numel() else None, proven, many)
+    threshold, spares, counts, more = _thresholds(_lower_bounds(scan, segment, chosen.step), chosen, state)
+    rounding = mips_tile.ROUNDING if many else 0.0
+    found = mips.collect(scan, threshold, counts, chosen.capacity)
+    collected = Collected(counts, *found, threshold, scan.norms, scan.limits, rounding, spares)
+    own = state.part(slice(None))
+    own.missed = torch.zeros_like(state.missed)
+    again = rerank(collected, segment, first_id, queries, own, proven)
+    del found, collected
+    _repair(scan, segment, first_id, queries, own, again, more, chosen.capacity, proven)
+    state.missed |= own.missed
+
+
+def _repair(
+    scan: Scan,
+    segment: Segment,
+    first_id: int,
+    queries: Queries,
+    state: TopKState,
+    thresholds: Tensor,
+    counts: Tensor,
+    capacity: int,
+    proven: bool,
+) -> None:
+    """Scan up to `MAX_REPAIRED` missed queries again, in registers. ``state.missed`` keeps those that fail twice.
+
+    Args:
+        scan: the first scan.
+        segment: segment to search.
+        first_id: id of the first row.
+        queries: the Q queries.
+        state: best rows so far, updated in place, with the queries that this segment's scan missed.
+        thresholds: (Q,) float32 thresholds, inf for queries that are complete.
+        counts: (Q,) int32 zeros.
+        capacity: maximum number of candidates of a query.
+        proven: True to rank by fp64 scores.
+    """
+    from jasper_fast.kernels import mips
+    from jasper_fast.kernels.mips_epilogue import Collected
+
+    wanted = state.missed.sum(dtype=torch.int32)
+    order, own = None, state.part(slice(None))
+    if scan.queries.dtype != scan.rows.dtype or len(queries) > MAX_REPAIRED:
+        order = state.missed.to(torch.uint8).argsort(descending=True, stable=True)[:MAX_REPAIRED]
+        queries, own = queries.take(order), state.part(order)
+        thresholds, counts = thresholds[order], counts[order]
+        mask = scan.mask if scan.mask is None or scan.mask.dim() == 1 else scan.mask[order]
+        scan = scan_of(segment, scan.rows, queries, mask, proven, False)
+    own.missed = torch.zeros_like(own.missed)
+    found = mips.collect(scan, thresholds, counts, capacity, wanted=wanted)
+    rerank(Collected(counts, *found, thresholds, scan.norms, scan.limits), segment, first_id, queries, own, proven)
+    if order is None:
+        state.missed = own.missed
+        return
+    for name in ("best", "counts", "cutoffs", "broken", "missed"):
+        getattr(state, name)[order] = getattr(own, name)
 
 
 def operands(
-    segment: Segment, rows: Tensor, queries: Queries, proven: bool
+    segment: Segment, rows: Tensor, queries: Queries, proven: bool, many: bool = False
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
     """Return queries in the scan's dtype, their scales if they are integers, and (relative, absolute) errors.
 
@@ -162,23 +230,29 @@ def operands(
         rows: (N, D) result of `scan_rows`.
         queries: exact queries.
         proven: False assumes errors of 0.
+        many: True for library products in `SCAN_DTYPE`, to which int8 codes convert exactly.
     """
     from jasper_fast.kernels import mips_prologue
 
     width = rows.shape[1]
+    dtype = SCAN_DTYPE if many else rows.dtype
     # Sums of codes are exact.
-    product = 8 * UNIT_ROUNDOFF if rows.dtype == torch.int8 else TENSOR_CORE_FACTOR * accumulation(width)
+    product = 8 * UNIT_ROUNDOFF if dtype == torch.int8 else TENSOR_CORE_FACTOR * accumulation(width)
     product += BOUND_SLACK
-    if rows.dtype != segment.rows.dtype:  # float32 rows, each element rounded to the scan's dtype
-        product += torch.finfo(rows.dtype).eps / 2 * (1 + product)
-    return mips_prologue.operands(queries.exact, rows.dtype, product, width * UNDERFLOW, proven)
+    for given, rounded in ((segment.rows.dtype, rows.dtype), (rows.dtype, dtype)):
+        if given != rounded and given != torch.int8:  # each element rounded
+            product += torch.finfo(rounded).eps / 2 * (1 + product)
+    return mips_prologue.operands(queries.exact, dtype, product, width * UNDERFLOW, proven)
 
 
-def _thresholds(lower: Tensor, rank: int, state: TopKState) -> tuple[Tensor, Tensor]:
-    """Return the thresholds of a scan, (Q,) float32, and counters for the rows it collects, (Q,) int32."""
+def _thresholds(lower: Tensor, chosen: Plan, state: TopKState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the thresholds of a scan and of its repair, (Q,) float32, and zeros for the rows of both, (Q,) int32."""
     from jasper_fast.kernels import mips_prologue
 
+    ranks = chosen.rank, chosen.spare_rank
     if lower.shape[1] <= MAX_KERNEL_BINS:
-        return mips_prologue.thresholds(lower, rank, state.cutoffs)
-    threshold = torch.maximum(lower.topk(rank, dim=1).values[:, -1], just_below(state.cutoffs))
-    return threshold, torch.zeros_like(threshold, dtype=torch.int32)
+        return mips_prologue.thresholds(lower, ranks, state.cutoffs)
+    best, cutoffs = lower.topk(max(ranks), dim=1).values, just_below(state.cutoffs)
+    threshold, spare = (torch.maximum(best[:, rank - 1], cutoffs) for rank in ranks)
+    counts, spare_counts = (torch.zeros_like(threshold, dtype=torch.int32) for _ in range(2))
+    return threshold, spare, counts, spare_counts

@@ -169,7 +169,7 @@ class FlatIPIndex:
         survivors = torch.zeros(2, dtype=torch.int64)
         scores, rows = search(
             lambda: segments, len(self), queries.to(self.device), k, precision, valid, self.scratch, self.devices,
-            survivors,
+            survivors, lasting=True,
         )  # fmt: skip
         coarse, rescored = (survivors / max(1, len(queries))).tolist()
         self._stats = {"queries": len(queries), "rows": len(self), "coarse": coarse, "rescored": rescored}

@@ -35,8 +35,10 @@ def bytes_per_query(k: int, capacity: int) -> int:
 
 def rerank(
     collected: Collected, segment: Segment, first_id: int, queries: Queries, state: TopKState, proven: bool
-) -> None:
+) -> Tensor:
     """Merge collected rows into the state.
+
+    Return the thresholds (Q,) float32 with which another scan may complete missed queries, inf for complete ones.
 
     Args:
         collected: candidates of the scan.
@@ -47,11 +49,10 @@ def rerank(
         proven: rescore in fp64. False keeps the scan's scores.
     """
     if collected.scores.shape[1] > MAX_KERNEL_CANDIDATES:
-        rerank_in_torch(collected, segment, first_id, queries, state, proven)
-        return
+        return rerank_in_torch(collected, segment, first_id, queries, state, proven)
     from jasper_fast.kernels.mips_epilogue import rerank as rerank_in_kernels
 
-    rerank_in_kernels(
+    return rerank_in_kernels(
         collected, queries.exact, segment.rows, _row_scales(segment), first_id,
         max_rescored(state.k, collected.scores.shape[1]), proven,
         (state.best, state.counts, state.cutoffs, state.broken, state.missed),
@@ -60,7 +61,7 @@ def rerank(
 
 def rerank_in_torch(
     collected: Collected, segment: Segment, first_id: int, queries: Queries, state: TopKState, proven: bool
-) -> None:
+) -> Tensor:
     """Do the same as `rerank`, for any k."""
     from jasper_fast.kernels.mips_rescore import rescore
 
@@ -70,6 +71,7 @@ def rerank_in_torch(
     filled = torch.arange(capacity, device=device) < counts[:, None]
     numbers = numbers.where(filled, 0)
     error = collected.norms[numbers // BIN] * limits[0][:, None] + limits[1][:, None]
+    error += scores.abs() * collected.rounding
     cutoff = (scores - error).where(filled, -torch.inf).topk(k, dim=1).values[:, -1]
     cutoff = torch.maximum(cutoff, just_below(state.cutoffs))
     upper = (scores + error).where(filled, -torch.inf)
@@ -78,6 +80,7 @@ def rerank_in_torch(
     possible = (best >= cutoff[:, None]) & (best > -torch.inf)
     crowded = (upper >= cutoff[:, None]).logical_and_(filled).sum(dim=1) > limit
     missed = (counts > capacity) | (collected.thresholds > cutoff) | crowded
+    missed &= collected.thresholds < torch.inf  # not scanned
     possible &= ~missed[:, None]
     numbers, scores = numbers.gather(1, place).long(), scores.gather(1, place).double()
     if proven:
@@ -90,6 +93,8 @@ def rerank_in_torch(
         true = scores.masked_fill(~possible, -torch.inf)
     state.missed |= missed
     state.merge_table(true, numbers + first_id)
+    spares = collected.thresholds if collected.spares is None else collected.spares
+    return torch.where(counts < k, spares, cutoff).where(missed, torch.inf)
 
 
 def just_below(cutoffs: Tensor) -> Tensor:

@@ -65,6 +65,13 @@ def sample(segment: Segment, rows: Tensor, step: int) -> Sample:
     return _cached(segment, (step, rows.dtype), make)
 
 
+def prepare(segment: Segment, rows: Tensor, step: int) -> None:
+    """Compute what a search with this step keeps, and let the current stream wait for it. Arguments as in `sample`."""
+    float32_norms(segment)
+    if step > 1:
+        sample(segment, rows, step)
+
+
 def _cached(segment: Segment, key: object, make: Callable[[], Any]) -> Any:
     """Return the result of ``make``, computed once for a segment on any stream."""
     if key not in segment.derived:
@@ -74,7 +81,7 @@ def _cached(segment: Segment, key: object, make: Callable[[], Any]) -> Any:
             made.record()
         segment.derived[key] = (value, made)
     value, made = segment.derived[key]
-    if made is not None:
+    if made is not None and not torch.cuda.is_current_stream_capturing():  # `prepare` waits before a graph
         made.wait()  # The device waits, not the host.
     return value
 

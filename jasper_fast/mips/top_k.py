@@ -30,6 +30,7 @@ from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, sear
 from jasper_fast.mips.filters import MAX_DIRECT_QUERIES, few_valid_rows, search_rows, taken_rows
 from jasper_fast.mips.inputs import FLOATS, QUERIES, as_mask, as_tensor, check_finite, check_rows, row_filter
 from jasper_fast.mips.prefetch import chunks
+from jasper_fast.mips.replay import search_replayed
 from jasper_fast.mips.segment import Segment, bin_norms, set_norms
 from jasper_fast.mips.topk_state import TopKState
 from jasper_fast.ops.native import in_use
@@ -123,6 +124,7 @@ def search(
     scratch: int,
     shards: Sequence[torch.device] = (torch.device("cpu"),),
     survivors: Tensor | None = None,
+    lasting: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run ``topk`` over segments.
 
@@ -137,6 +139,7 @@ def search(
         scratch: bytes that the search may use.
         shards: devices that hold the segments in turn and search at the same time. The queries are on the first.
         survivors: (2,) int64, to which the totals of `TopKState.survivors` are added. None drops them.
+        lasting: True for segments of an index, in which searches of few queries on a GPU are replayed as graphs.
 
     Returns:
         scores (Q, k) float32 and ids (Q, k) int64, padded with −inf and −1.
@@ -153,6 +156,10 @@ def search(
         raise ValueError(f"k must be at least 1; got {k}")
     k, missing = min(int(k), total), max(0, int(k) - total)
     allowed = row_filter(valid, len(queries), total)
+    if lasting and valid is None and len(shards) == 1 and precision != "exact":
+        found = search_replayed(list(segments()), queries, k, precision == "certified", scratch)
+        if found is not None:
+            return _padded(*found, missing)
     scaled = Queries.of(queries)
     if not math.isfinite(scaled.largest_norm()):  # The norm, which waits for the device, is needed anyway.
         check_finite(queries, "queries")
@@ -330,7 +337,7 @@ def _cuda(
         if not supports(part, state.k):  # The last slice is too short for the kernels.
             _library(part, first_id + begin, queries, part_mask, state, precision, scratch)
             continue
-        scanned = scan_rows(part, len(queries))
+        scanned = scan_rows(part)
         size = queries_at_once(part, len(queries), state.k, scratch)
         for start in range(0, len(queries), size):
             group = slice(start, start + size)

@@ -103,8 +103,12 @@ class TopKState:
         worst = scores[:, -1] if scores.shape[1] == self.k else torch.full_like(self.cutoffs, -torch.inf)
         self.cutoffs.copy_(torch.maximum(self.cutoffs, worst))
 
-    def part(self, rows: slice) -> TopKState:
-        """Return a state of some queries. Its tensors are views, so in-place changes affect this state."""
+    def part(self, rows: slice | Tensor) -> TopKState:
+        """Return a state of some queries.
+
+        Args:
+            rows: slice, for views whose changes affect this state, or (n,) int64 query numbers, for copies.
+        """
         part = object.__new__(TopKState)
         part.k = self.k
         part.best, part.counts = self.best[rows], self.counts[rows]

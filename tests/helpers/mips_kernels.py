@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jasper_fast.mips import cuda, top_k
 from jasper_fast.mips import segment as segments
+from jasper_fast.mips import top_k
 from jasper_fast.mips.segment import BIN, Segment, bin_norms, int8_codes
 from jasper_fast.mips.top_k import SCRATCH, search
 from tests.helpers.mips_cases import NEVER, check, make, truth
@@ -48,7 +48,7 @@ def has_tensor_maps() -> bool:
 
 @contextmanager
 def through_kernels(descriptors: bool = False) -> Iterator[None]:
-    """Take the GPU's path on this machine's device, with float16 for bfloat16, which the interpreter gets wrong."""
+    """Take the GPU's path on this machine's device."""
     with mock.patch.multiple(top_k, MAX_FEW_QUERIES=NEVER, native=lambda segment: False):
         if GPU:
             yield
@@ -60,7 +60,6 @@ def through_kernels(descriptors: bool = False) -> Iterator[None]:
                 "supports_descriptors",
                 lambda rows, queries: descriptors and has_tensor_maps() and rows.shape[1] % 16 == 0,
             ),
-            mock.patch.object(cuda, "SCAN_DTYPE", torch.bfloat16 if COMPILED else torch.float16),
         ):
             yield
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 LOSSES, RELATIVE = "tests/kernels/test_kernels.py", "tests/kernels/test_relative_similarity_kernels.py"
 RANKING = "tests/kernels/test_ranking_kernels.py"
 SEARCH, RERANK = "tests/mips/test_mips_cuda.py", "tests/mips/test_mips_rerank.py"
+CHUNKS = "tests/mips/test_mips_chunks.py"
 # These need CUDA itself, the speed of a GPU, or its memory.
 NOT_EMULATED = (
     "on_a_gpu or graph or graphs or host_waits or identical or no_worse or stays_bounded or another_than or alone or "
@@ -66,7 +67,7 @@ SMALL = [
     (
         90,
         SEARCH,
-        "one_by_one and (3-bfloat16-True or 150-int8-True or 60-float32-False)",
+        "one_by_one and (3-bfloat16-True or 150-int8-True or 20-float32-False)",
         "lower_bounds collect rescore",
     ),
     (
@@ -76,10 +77,11 @@ SMALL = [
         "or earlier_results",
         "operands thresholds select rescore_kept rank",
     ),
+    (90, CHUNKS, "duplicated or repaired and few", "operands lower_bounds thresholds collect select rescore_kept rank"),
     (90, RANKING, "test_info_nce and shape2 and float32 or test_listwise and shape2 and float16", RANKINGS),
     (80, LOSSES, "test_similarity and tile and shape2", "difference reciprocal_norms"),
     (80, RELATIVE, "many_passes or pairs_of and 65 or binned_op and 3", COUNTS),
-    (80, SEARCH, "one_by_one and (3-bfloat16-False or 60-int8-False)", "lower_bounds collect rescore"),
+    (80, SEARCH, "one_by_one and (3-bfloat16-False or 20-int8-False)", "lower_bounds collect rescore"),
 ]
 EVERYTHING = [
     (capability, file, f"not ({NOT_EMULATED})", kernels)
@@ -90,6 +92,7 @@ EVERYTHING = [
         (RELATIVE, COUNTS),
         (SEARCH, "lower_bounds collect rescore"),
         (RERANK, "operands thresholds select rescore_kept rank"),
+        (CHUNKS, "lower_bounds collect"),
     )
 ]
 

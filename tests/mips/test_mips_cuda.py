@@ -21,7 +21,9 @@ from tests.helpers.mips_cases import KINDS
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 from jasper_fast.kernels import mips as kernels  # noqa: E402
+from jasper_fast.kernels.mips_chunks import chunked  # noqa: E402
 from jasper_fast.kernels.mips_rescore import rescore  # noqa: E402
+from jasper_fast.kernels.mips_tile import ROUNDING  # noqa: E402
 from tests.helpers.mips_kernels import (  # noqa: E402, F401
     DEVICE,
     GPU,
@@ -77,18 +79,18 @@ def test_a_sample_sets_the_threshold(stored, order):
     assert recall > 0.5
 
 
-def test_many_queries_scan_rounded_rows_and_the_certificate_repairs_it():
+def test_many_queries_scan_rounded_scores_and_the_certificate_repairs_it():
     base = torch.randn(16)
     corpus = base + 1e-3 * torch.randn(256, 16)  # sixteen bits cannot tell these apart
     queries = (base + 0.01 * torch.randn(70, 16)).contiguous()
     segment, values = segment_of(corpus, "float32")
     true = (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :4]
     with through_kernels():
-        assert cuda.scan_rows(segment, 70).dtype != torch.float32
-        _, fast = found([(0, segment)], 256, queries, 4, precision="fast")
+        _, rounded = (queries.bfloat16() @ corpus.bfloat16().T).topk(4)
         _, certified = found([(0, segment)], 256, queries, 4)
-    assert not torch.equal(fast, true)
-    assert torch.equal(certified, true)
+        _, fast = found([(0, segment)], 256, queries, 4, precision="fast")
+    assert not torch.equal(rounded, true)
+    assert torch.equal(certified, true) and torch.equal(fast, true)
 
 
 def test_a_corrupted_bound_is_caught_and_the_query_redone():
@@ -101,9 +103,10 @@ def test_a_corrupted_bound_is_caught_and_the_query_redone():
     assert torch.equal(ids, (queries.double() @ values.T).argsort(dim=1, descending=True)[:, :5])
 
 
-@pytest.mark.parametrize("rank, capacity", [(1, 1024), (60, 64)])
+@pytest.mark.parametrize("rank, capacity", [(1, 1024), (60, 22)])
 def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
-    """One threshold is so high that fewer than k rows reach it, and one so low that rows exceed the capacity."""
+    """One threshold is so high that fewer than k rows reach it, and one so low that rows exceed the capacity, also
+    those of the repair."""
     corpus, queries = torch.randn(4096, 16), torch.randn(2, 16)
     segment, values = segment_of(corpus, "float32")
     monkeypatch.setattr(cuda, "plan", lambda rows, k, size: cuda.Plan(1, rank, capacity))
@@ -117,7 +120,7 @@ def test_a_wrong_guess_is_detected_and_redone(rank, capacity, monkeypatch):
 
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("size", [3, 60, 150])
+@pytest.mark.parametrize("size", [3, 20, 150])
 def test_the_kernels_one_by_one(stored, size, descriptors):
     """Every place of all tiles and ragged edges is written, and rows beyond the capacity are counted."""
     if descriptors and not has_tensor_maps():
@@ -127,22 +130,25 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     queries = Queries.of(torch.randn(size, width).to(DEVICE))
     valid = torch.rand(rows, device=DEVICE) < 0.9
     valid[64:128] = False
-    asked, scale, limits = cuda.operands(segment, segment.rows, queries, True)
-    scales = (segment.scales if scale is not None else None, scale)
+    many = chunked(size)
+    asked, scale, limits = cuda.operands(segment, segment.rows, queries, True, many)
+    scales = (segment.scales if stored == "int8" else None, scale)
+    assert (scale is not None) == (stored == "int8" and not many)
     norms = segment.norms.float()
-    lower = kernels.lower_bounds(segment.rows, asked, scales, valid, norms, limits, BIN, descriptors).cpu().double()
+    scan = kernels.Scan(segment.rows, asked, scales, valid, norms, limits)
+    lower = kernels.lower_bounds(scan, BIN, descriptors).cpu().double()
     true = (queries.exact.cpu() @ values.T).masked_fill(~valid.cpu(), -torch.inf)
     best = torch.stack(
         [segments.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true]
     )
     error = (norms[:, None].cpu() * limits[0].cpu() + limits[1].cpu()).T.double()
+    if many:  # scores of at most |q| times the bin's norm are rounded
+        error = error + norms.cpu().double() * queries.exact.norm(dim=1).cpu()[:, None] * 1.02 * ROUNDING
     assert (lower[:, 1] == -torch.inf).all() and (lower <= best).all()
     assert (best - lower)[:, [0, 2, 3]].le(2 * error[:, [0, 2, 3]]).all()
     threshold = true.topk(20, dim=1).values[:, -1].float().to(DEVICE)
     counts = torch.zeros(size, dtype=torch.int32, device=DEVICE)
-    scores, numbers = kernels.collect(
-        segment.rows, asked, scales, valid, norms, limits, threshold, counts, 64, descriptors
-    )
+    scores, numbers = kernels.collect(scan, threshold, counts, 64, descriptors)
     for q in range(size):
         count = min(int(counts[q]), 64)
         got = numbers[q, :count].tolist()
@@ -153,7 +159,7 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
         assert (scores[q, count:].isnan()).all()
     everything = torch.full_like(threshold, -torch.inf)
     counts.zero_()
-    kernels.collect(segment.rows, asked, scales, valid, norms, limits, everything, counts, 16, descriptors)
+    kernels.collect(scan, everything, counts, 16, descriptors)
     assert (counts == valid.sum()).all()
     query, row = torch.arange(size, device=DEVICE), torch.arange(size, device=DEVICE) % 7 - 1
     exact = rescore(queries.exact, segment.rows, scales[0], query, row).cpu()

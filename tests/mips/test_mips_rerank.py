@@ -65,8 +65,9 @@ def both(
     found: Collected, segment: Segment, first_id: int, queries: Queries, pair: tuple[TopKState, TopKState], proven=True
 ):
     """Check that the kernels and torch leave the same state, and return it sorted."""
-    rerank.rerank(found, segment, first_id, queries, pair[0], proven)
-    rerank.rerank_in_torch(found, segment, first_id, queries, pair[1], proven)
+    again = rerank.rerank(found, segment, first_id, queries, pair[0], proven)
+    assert torch.equal(again, rerank.rerank_in_torch(found, segment, first_id, queries, pair[1], proven))
+    assert (again < torch.inf).logical_or(~pair[0].missed).all()
     for name in NAMES:
         assert torch.equal(getattr(pair[0], name), getattr(pair[1], name)), name
     scores, ids = pair[0].reversed()
@@ -253,8 +254,10 @@ def test_thresholds(bins):
         for cutoff in (-torch.inf, 0.5, -1.0):
             cutoffs[:3] = cutoff
             expected = torch.maximum(lower.topk(rank, dim=1).values[:, -1], rerank.just_below(cutoffs))
-            found, counts = mips_prologue.thresholds(lower, rank, cutoffs)
-            assert torch.equal(found, expected) and not counts.any() and counts.dtype == torch.int32
+            found, other, *counts = mips_prologue.thresholds(lower, (rank, 1), cutoffs)
+            assert torch.equal(found, expected)
+            assert torch.equal(other, torch.maximum(lower.amax(dim=1), rerank.just_below(cutoffs)))
+            assert all(not count.any() and count.dtype == torch.int32 and len(count) == 6 for count in counts)
 
 
 def test_cutoffs_are_rounded_down():
@@ -262,7 +265,7 @@ def test_cutoffs_are_rounded_down():
     cutoffs = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-30, 1e-42, -1e-42, 1e-300, -1e-300, 1e37, -1e37, -torch.inf, 0.1, -0.1]
     cutoffs = torch.tensor(cutoffs, dtype=torch.float64, device=DEVICE)
     lower = torch.full((len(cutoffs), 1), -torch.inf, device=DEVICE)
-    found, _ = mips_prologue.thresholds(lower, 1, cutoffs)
+    found, *_ = mips_prologue.thresholds(lower, (1, 1), cutoffs)
     assert torch.equal(found, rerank.just_below(cutoffs))
     assert (found.double() < cutoffs).logical_or_(cutoffs == -torch.inf).all()
 
@@ -387,11 +390,12 @@ def test_the_largest_blocks_are_those_that_are_asked_for():
 def test_more_bins_than_a_program_holds_go_through_torch(monkeypatch):
     lower, state = torch.randn(3, 100, device=DEVICE), states(3, 2)[0]
     state.cutoffs[1] = 10
-    expected = cuda._thresholds(lower, 7, state)
+    chosen = cuda.Plan(16, 7, 1024)
+    assert chosen.spare_rank == 14
+    expected = cuda._thresholds(lower, chosen, state)
     monkeypatch.setattr(cuda, "MAX_KERNEL_BINS", 64)
-    found = cuda._thresholds(lower, 7, state)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert found[1].dtype == expected[1].dtype
+    for own, other in zip(cuda._thresholds(lower, chosen, state), expected, strict=True):
+        assert torch.equal(own, other) and own.dtype == other.dtype
 
 
 @on_gpu

@@ -20,7 +20,7 @@ from tests.kernels.ptx.virtual import VirtualTensor as V
 
 Launch = tuple[str, Callable[[], object]]
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-I8, U8, I32, I64 = torch.int8, torch.uint8, torch.int32, torch.int64
+I8, U8, I16, I32, I64 = torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64
 ROWS = 65_536  # the largest batch
 PAIRS = 2**30 - 1  # the most that the exact counts take
 
@@ -129,19 +129,24 @@ def binned() -> Iterator[Launch]:
 def search() -> Iterator[Launch]:
     from jasper_fast.kernels import mips
 
-    rows, capacity = 2**23, 1024
+    rows, capacity, chunk = 2**23, 1024, 2048
     for width, queries, dtype, tile, masked in (
-        (1024, 4096, BF16, mips.TILES_16_BIT[0], False), (1024, 3, BF16, mips.TILES_16_BIT[2], False),
-        (1024, 4096, I8, mips.TILES_8_BIT[0], False), (64, 60, BF16, mips.TILES_16_BIT[1], True),
+        (1024, 4096, None, mips.CHUNK_TILE, False), (1024, 3, BF16, mips.TILES[2], False),
+        (1024, 48, I8, mips.TILES[1], False), (64, 48, BF16, mips.TILES[2], True),
+        (64, 60, None, mips.CHUNK_TILE, True),
     ):  # fmt: skip
-        corpus, asked = V((rows, width), dtype), V((queries, width), dtype)
-        scales = (V((rows,), F32), V((queries,), F32)) if dtype == I8 else (None, None)
         mask = V((queries, rows), U8) if masked else None
         norms, limits = V((rows // 64,), F32), [V((queries,), F32) for _ in range(3)]
         counts, scores, numbers = V((queries,), I32), V((queries, capacity), F32), V((queries, capacity), I32)
-        programs = _ceil(rows, tile.m) * _ceil(queries, tile.n)
-        for descriptors in (False,) if masked else (True, False):
-            factors: list[Any] = [corpus, asked]
+        bounds, bins = V((queries, rows // 64), F32), rows // 64
+        first = 0 if dtype else rows - chunk  # the last chunk
+        programs = _ceil(rows - first, tile.m) * _ceil(queries, tile.n)
+        scales = (V((rows,), F32), V((queries,), F32)) if dtype == I8 else (None, None)
+        for descriptors in (False,) if masked or dtype is None else (True, False):
+            factors: list[Any] = [V((chunk, queries), I16), None]
+            strides = (queries, 0)
+            if dtype is not None:
+                factors, strides = [V((rows, width), dtype), V((queries, width), dtype)], (width, width)
             if descriptors:
                 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -149,28 +154,26 @@ def search() -> Iterator[Launch]:
                 factors = [
                     TensorDescriptor(t, list(t.shape), [width, 1], box) for t, box in zip(factors, boxes, strict=True)
                 ]
+            operands = (*factors, *scales, mask, norms)
+            options = {"DESCRIPTORS": descriptors, "PRECISION": "tf32x3", **tile.launch}
+            stride_v = rows if mask else 0
 
             def collect(
-                programs=programs, factors=factors, scales=scales, mask=mask, norms=norms, limits=limits,
-                outputs=(counts, scores, numbers), queries=queries, width=width, descriptors=descriptors, tile=tile,
+                programs=programs, operands=operands, limits=limits, outputs=(counts, None, scores, numbers),
+                shape=(first, rows, queries, width, capacity, *strides, stride_v), options=options,
             ):  # fmt: skip
-                mips.collect_kernel[(programs,)](
-                    *factors, *scales, mask, norms, *limits, *outputs, rows, queries, width, capacity, width, width,
-                    rows if mask else 0, DESCRIPTORS=descriptors, PRECISION="tf32x3", GROUP=mips.GROUP, **tile.launch,
-                )  # fmt: skip
+                mips.collect_kernel[(programs,)](*operands, *limits, *outputs, *shape, **options)
 
             def bound(
-                programs=programs, factors=factors, scales=scales, mask=mask, norms=norms, limits=limits,
-                queries=queries, width=width, descriptors=descriptors, tile=tile,
+                programs=programs, operands=operands, limits=limits, bounds=bounds,
+                shape=(first, rows, queries, width, bins, *strides, stride_v), options=options,
             ):  # fmt: skip
-                bins = rows // 64
                 mips.lower_bounds_kernel[(programs,)](
-                    *factors, *scales, mask, norms, *limits[:2], V((queries, bins), F32), rows, queries, width, bins,
-                    width, width, rows if mask else 0, ROWS_PER_NORM=64, DESCRIPTORS=descriptors, PRECISION="tf32x3",
-                    GROUP=mips.GROUP, **tile.launch,
-                )  # fmt: skip
+                    *operands, *limits[:2], bounds, *shape, ROWS_PER_NORM=64, **options
+                )
 
-            form = f"{queries} queries, {dtype}, {'descriptors' if descriptors else 'pointers'}"
+            kind = "scores" if dtype is None else f"{dtype}, {'descriptors' if descriptors else 'pointers'}"
+            form = f"{queries} queries, {kind}"
             yield f"collect, {form}", collect
             yield f"lower_bounds, {form}", bound
 

@@ -1,0 +1,1 @@
+"""The acceptance run on a GPU, and the model that predicts its figures."""
