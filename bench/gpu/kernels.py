@@ -164,7 +164,7 @@ def constants(device: str, shrink: int) -> Named:
 def kernels(device: str, shrink: int) -> Named:
     """Yield the cases of kernels."""
     yield "row normalization, backward", lambda: _normalization(device, 8192 // shrink, 12288 // shrink)
-    yield "pairs, packed", lambda: _packing(device, 8192 // shrink)
+    yield "scores of all pairs", lambda: _pairs(device, 8192 // shrink, max(16, 1024 // shrink))
     yield "fp64 products of pairs", lambda: _products(device, 4096 // shrink, 262144 // shrink, 1024 // shrink, 100)
     for loss in ("info_nce", "listwise"):
         shape = 4096 // shrink, 16384 // shrink, 1024 // shrink, 32
@@ -194,14 +194,17 @@ def _normalization(device: str, rows: int, width: int) -> Case:
     return Case(moved / model.MEMORY, {"jasper_fast": ours, "eager": plain}, lambda: plain(x.double()), "eager")
 
 
-def _packing(device: str, rows: int) -> Case:
-    from jasper_fast.kernels.pairs import pack_pairs
+def _pairs(device: str, rows: int, width: int) -> Case:
+    from jasper_fast.kernels.pairs import pair_scores
 
-    matrix = _random(device, (rows, rows), torch.float32)
+    unit = _random(device, (rows, width), torch.float32)
     upper = torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
-    moved = 4 * rows**2
-    methods = {"jasper_fast": lambda: pack_pairs(matrix), "eager": lambda: matrix[upper]}
-    return Case(moved / model.MEMORY, methods, lambda: matrix.double()[upper])
+    methods = {
+        "jasper_fast": lambda: pair_scores(unit),
+        "eager": lambda: (unit @ unit.T)[upper],
+        "cuBLAS": lambda: unit @ unit.T,
+    }
+    return Case(model.float32(rows, rows, width) / 2, methods, lambda: (unit.double() @ unit.double().T)[upper])
 
 
 def _products(device: str, size: int, rows: int, width: int, each: int) -> Case:

@@ -77,8 +77,8 @@ def test_stages_of_few_steps_are_reported(minutes, few):
         ({"minutes": "soon"}, "minutes: "),
         ({"stages.1.minutes": 0}, "stages.1.minutes: Input should be greater than 0"),
         (
-            {"stages.1.minutes": 3, "stages.1.steps": 600},
-            "steps 600 and minutes 3 are both given. Fix: set steps: 0, or no minutes",
+            {"stages.1.minutes": 3, "stages.1.steps": 700},
+            "steps 700 and minutes 3 are both given. Fix: set steps: 0, or no minutes",
         ),
         ({"stages.1.steps": 0}, "neither `steps` nor `minutes` is given"),
         ({"stages.1.steps": 0, "stages.1.minutes": 3, "minutes": 2}, "no time beside the stages' own 3 minutes"),
