@@ -93,7 +93,7 @@ def times(folder: Path) -> list[str]:
             cells = ["", ""] if found is None else [milliseconds(found), f"{found / guess:.2f}"]
             lines.append(f"| {where} | {method} | {milliseconds(guess)} | {' | '.join(cells)} |")
     return [
-        "`bench/gpu/model.py` predicts these times for one H200 from the rates of products, the speed of memory, and "
+        "`bench/gpu/model.py` predicts these times for one H200 from the rates of products, the speed of memory, and\n"
         "numbers of launches. It is a model of the algorithms. No prediction was fitted to a measurement of this code.",
         "\n".join(lines),
     ]
