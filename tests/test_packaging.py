@@ -178,7 +178,11 @@ def test_gpu_tests_are_collected_where_only_torch_triton_and_transformers_are(tm
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("test_repeated_runs_are_identical", "test_millions_of_pairs_on_a_gpu", "test_the_order_of_fp64_of_drawn_cases"):
+    for name in (
+        "test_repeated_runs_are_identical",
+        "test_millions_of_pairs_on_a_gpu",
+        "test_the_order_of_fp64_of_drawn_cases",
+    ):
         assert name in done.stdout
     assert ("test_dominance_counts_as_brute_force_does" in done.stdout) == gpu
 

@@ -38,6 +38,7 @@ from jasper_fast.ops.native import in_use
 Precision = Literal["certified", "exact", "fast"]
 PRECISIONS = ("certified", "exact", "fast")
 SCRATCH = 256 << 20  # bytes
+DIRECT = (torch.float32, torch.bfloat16, torch.int8)  # dtypes of rows that a search of few rows reads
 
 
 @overload
@@ -203,8 +204,10 @@ def _chosen(segments: Callable[[], Iterable[tuple[int, Segment]]], allowed: Tens
     if allowed.dtype == torch.bool and not allowed.numel():
         return None
     found = segments()
-    planes = isinstance(found, list) and any(segment.planes is not None for _, segment in found)
-    return few_valid_rows(allowed.cpu(), total, planes)
+    kept = [segment for _, segment in found] if isinstance(found, list) else []
+    if any(segment.rows.dtype not in DIRECT for segment in kept):
+        return None
+    return few_valid_rows(allowed.cpu(), total, any(segment.planes is not None for segment in kept))
 
 
 def _padded(scores: Tensor, ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:
