@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.configs import Tile
 from jasper_fast.kernels.mips_chunks import chunked, chunks
-from jasper_fast.kernels.mips_tile import BIN, allowed, errors, tile_scores
+from jasper_fast.kernels.mips_tile import BIN, Tile, allowed, errors, tile_scores
 from jasper_fast.kernels.registry import Form, unaligned, with_ones
 
 INTERPRETED = triton.knobs.runtime.interpret

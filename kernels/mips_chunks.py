@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 
 def chunked(size: int) -> bool:
-    """Return True if a scan of so many queries takes library products, and so bfloat16 queries of any rows."""
+    """Return True if a scan of this many queries takes library products, for which queries are in bfloat16."""
     return size >= MIN_CHUNKED
 
 

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 BIN = tl.constexpr(64)  # as in jasper_fast.mips.segment
 ROUNDING = 2.0**-8 * (1 + 2.0**-6)  # relative error of a bfloat16 score, which has 8 bits, with a margin
 ROUNDED = tl.constexpr(ROUNDING)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block's part of a product: rows, columns, and the depth of one step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants under the names of the kernels' arguments."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """`constants` and the other options of a launch."""
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
 
 
 @triton.jit

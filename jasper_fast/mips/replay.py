@@ -77,7 +77,7 @@ def capture(launch: Callable[[], Results]) -> tuple[Results, Callable[[], None],
 
 
 def search_replayed(parts: Parts, queries: Tensor, k: int, proven: bool, scratch: int) -> tuple[Tensor, Tensor] | None:
-    """Return the k best rows of each query from a graph, or None if there is none or it cannot answer a query.
+    """Return the k best rows of each query from a graph. None: no graph was captured, or it cannot answer a query.
 
     Args:
         parts: ids of the first rows, and segments.

@@ -57,7 +57,8 @@ class MicroBatches:
             passes: exact number of micro-batches, with equal numbers of texts up to rounding. It replaces both limits.
                 None means that the lowest cost decides.
             few_shapes: whether micro-batches have a small number of different sizes and padded lengths, for devices
-                that compile the products of each new shape. :meth:`Student.pool` pads to the same lengths.
+                that compile the products of each new shape. :meth:`Student.pool` pads to the same lengths, up to its
+                maximum.
         """
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(lengths, kind="stable")

@@ -162,7 +162,7 @@ def test_the_plan_fits_ten_minutes_and_has_all_gpu_tests(tmp_path, capsys):
 
 
 def test_each_benchmark_of_the_plan_takes_its_options(tmp_path, monkeypatch):
-    """Without a GPU they parse their options and then say that there is none."""
+    """Without a GPU, they parse their options, then report that no GPU was found."""
     import importlib
 
     from bench.__main__ import BENCHMARKS

@@ -119,7 +119,7 @@ def text_batches(
     student: Student,
     pooled: PooledStates | None,
     ranks: Ranks,
-    few_shapes: bool = False,
+    few_shapes: bool,
 ) -> Iterator[tuple[int, Batch]]:
     """Yield (step, this rank's batch of texts) from ``first_step`` to the end of the stage.
 
