@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 128  # values with one scale: of a weight's column, and of a token's activations
+BLOCK = 32  # values with one scale: of a weight's column, and of a token's activations
 TABLE_ROWS = 16  # a table of fewer rows, such as token types, stays float32
 TOKENS = "input_ids"  # input of a graph that selects rows of the table of tokens
 ACTIVATIONS = "activations"  # key of a graph's metadata: "int8", or "float32" for CPUs without int8 dot products
@@ -24,8 +24,8 @@ DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm"}  # in /proc/cpuinf
 def quantize_graph(graph: Path, path: Path, *, tokens: bool = True) -> None:
     """Store the weights of a graph as int8, and compute its matrix products in int8.
 
-    Blocks of 128 weights in a column have one scale, and so has each row of a table. While the graph runs, blocks of
-    128 activations of a token get one scale too. So an embedding does not depend on the other texts of a batch. A head
+    Blocks of 32 weights in a column have one scale, and so has each row of a table. While the graph runs, blocks of 32
+    activations of a token get one scale too. So an embedding does not depend on the other texts of a batch. A head
     after the pooling is stored as float16, and computes in float32.
 
     Without int8 dot products, a CPU adds two products in 16 bits, which may overflow. If this CPU has none, the graph
