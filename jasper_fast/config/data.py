@@ -22,7 +22,7 @@ class SourceConfig(Section):
     """One source of training texts."""
 
     # a file or folder (.jsonl, .csv, .tsv, .txt, .parquet; also .gz, .bz2, .xz, .zst), a `datasets` name, `docstrings`,
-    # `encyclopedia` or `glyphs`
+    # `encyclopedia`, `facts` or `glyphs`
     path: str
     config: str | None = None  # configuration name of a `datasets` name
     split: str = "train"  # split of a `datasets` name

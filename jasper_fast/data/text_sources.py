@@ -27,6 +27,7 @@ from jasper_fast.utils.names import looks_like_path
 BUILT_IN: dict[str, str] = {
     "docstrings": "jasper_fast.data.docstrings:training_rows",
     "encyclopedia": "jasper_fast.data.encyclopedia:training_rows",
+    "facts": "jasper_fast.data.facts:training_rows",
     "glyphs": "jasper_fast.data.glyphs:training_rows",
 }
 STREAM_BUFFER = 10_000  # rows in the shuffle buffer of a hub stream with a limit

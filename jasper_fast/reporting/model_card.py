@@ -35,6 +35,7 @@ LONG_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 SOURCE_NAMES = {
     "docstrings": "docstrings of the installed Python packages",
     "encyclopedia": "summaries of the Vital Articles of the English Wikipedia (CC BY-SA 4.0)",
+    "facts": "short facts of the package randfacts (MIT)",
 }
 
 
