@@ -123,9 +123,9 @@ class FlatIPIndex:
         check_width(rows, "x", self.dim)
         stored = torch.float32 if self.dtype == "int8" else DTYPES[self.dtype]
         for start in range(0, len(rows), ADD_CHUNK_ROWS):
-            finite = rows[start : start + ADD_CHUNK_ROWS].to(stored).isfinite().all(dim=1)
-            if not bool(finite.all()):
-                bad = start + int((~finite).nonzero()[0])
+            chunk = rows[start : start + ADD_CHUNK_ROWS].to(stored)
+            if not bool(torch.stack(chunk.aminmax()).isfinite().all()):
+                bad = start + int((~chunk.isfinite().all(dim=1)).nonzero()[0])
                 raise ValueError(f"x: row {bad} holds NaN, infinity or a number too large for {self.dtype}")
         self._ids.append(len(self), len(rows), ids)
         for start in range(0, len(rows), ADD_CHUNK_ROWS):
