@@ -35,8 +35,9 @@ void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse
                  const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
 std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit);
 std::tuple<Tensor, Tensor, Tensor, Tensor> mips_scaled(const Tensor& queries);
-void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows, const Tensor& scales, int64_t first_id,
-               const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs);
+void mips_rows(const Tensor& numbers, const Tensor& scan_queries, const Tensor& queries, const Tensor& rows,
+               const Tensor& scales, const Tensor& norms, int64_t first_id, bool low, int64_t capacity,
+               const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken);
 std::tuple<Tensor, Tensor> mips_sorted(const Tensor& best, const Tensor& best_counts);
 std::tuple<Tensor, Tensor> unit_rows(const Tensor& embeddings);
 Tensor tangent(const Tensor& incoming, const Tensor& unit, const Tensor& inverse);
@@ -71,8 +72,9 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
   m.def("mips_chosen(Tensor mask, int limit) -> (Tensor, Tensor)");
   m.def("mips_scaled(Tensor queries) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("mips_rows(Tensor numbers, Tensor queries, Tensor rows, Tensor scales, int first_id, Tensor(a!) best, "
-        "Tensor(b!) best_counts, Tensor(c!) cutoffs) -> ()");
+  m.def("mips_rows(Tensor numbers, Tensor scan_queries, Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
+        "int first_id, bool low, int capacity, Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, "
+        "Tensor(d!) broken) -> ()");
   m.def("mips_sorted(Tensor best, Tensor best_counts) -> (Tensor, Tensor)");
   m.def("unit_rows(Tensor embeddings) -> (Tensor, Tensor)");
   m.def("tangent(Tensor incoming, Tensor unit, Tensor inverse) -> Tensor");

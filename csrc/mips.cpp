@@ -79,22 +79,26 @@ const float* as_floats(const Rows& rows, int64_t row, float* space) {
   return space;
 }
 
+// Returns an upper bound of a row's norm, given its values as floats. It is NaN if the row contains NaN or infinity.
+double row_norm(const Rows& rows, int64_t row, const float* values) {
+  const double rounding = 1.0 + (double)(rows.width + 4) * 0x1p-23;
+  float fast;
+  kernels().dots_float(values, 1, rows.width, values, &fast);
+  double square = fast;
+  if (!(fast > 1e-30f && fast < 1e37f)) {  // fp32 may lose precision or overflow here, or it is NaN
+    square = 0.0;
+    for (int64_t d = 0; d < rows.width; ++d) square += (double)values[d] * values[d];
+  }
+  const double norm = std::sqrt(square * rounding) * (rows.scales ? (double)rows.scales[row] : 1.0);
+  return std::isfinite(norm) ? norm : std::numeric_limits<double>::quiet_NaN();
+}
+
 // Returns an upper bound of the norms of a bin's rows, or NaN if a row contains NaN or infinity.
 double bin_norm(const Rows& rows, int64_t bin, float* space) {
-  const double rounding = 1.0 + (double)(rows.width + 4) * 0x1p-23;
   double highest = 0.0;
   for (int64_t row = bin * kBin; row < std::min(rows.count, (bin + 1) * kBin); ++row) {
-    const float* values = as_floats(rows, row, space);
-    float fast;
-    kernels().dots_float(values, 1, rows.width, values, &fast);
-    double square = fast;
-    if (!(fast > 1e-30f && fast < 1e37f)) {  // fp32 may lose precision or overflow here, or it is NaN
-      square = 0.0;
-      for (int64_t d = 0; d < rows.width; ++d) square += (double)values[d] * values[d];
-      if (!std::isfinite(square)) return std::numeric_limits<double>::quiet_NaN();
-    }
-    const double norm = std::sqrt(square * rounding) * (rows.scales ? (double)rows.scales[row] : 1.0);
-    if (!std::isfinite(norm)) return std::numeric_limits<double>::quiet_NaN();
+    const double norm = row_norm(rows, row, as_floats(rows, row, space));
+    if (std::isnan(norm)) return norm;
     highest = std::max(highest, norm);
   }
   return highest;
@@ -108,6 +112,7 @@ struct State {
   const double* bounds;  // (Q, 2): relative, absolute
   const uint8_t* valid;
   int64_t valid_stride;
+  const int64_t* numbers = nullptr;  // of the searched rows, in place of all rows
   int64_t first_id;
   bool proven;
   Best* best;
@@ -119,7 +124,8 @@ struct State {
 
   State(const Tensor& queries_, const Tensor& rows_, const Tensor& scales, const Tensor& norms_,
         const Tensor& bounds_, const Tensor& valid_, int64_t first_id_, bool proven_,
-        const Tensor& best_, const Tensor& best_counts_, const Tensor& cutoffs_, const Tensor& broken_)
+        const Tensor& best_, const Tensor& best_counts_, const Tensor& cutoffs_, const Tensor& broken_,
+        const Tensor* numbers_ = nullptr)
       : rows(rows_of(rows_, scales)), first_id(first_id_), proven(proven_) {
     size = queries_.size(0);
     k = best_.size(1);
@@ -127,7 +133,8 @@ struct State {
       return t.is_contiguous() && t.scalar_type() == type && t.numel() == numel;
     };
     STD_TORCH_CHECK(is(queries_, ScalarType::Double, size * rows.width), "mips: queries must be float64 (Q, D)");
-    STD_TORCH_CHECK(is(norms_, ScalarType::Double, bins_of(rows.count)), "mips: norms must be float64 (bins,)");
+    STD_TORCH_CHECK(is(norms_, ScalarType::Double, bins_of(numbers_ ? numbers_->numel() : rows.count)),
+                    "mips: norms must be float64 (bins,)");
     STD_TORCH_CHECK(is(bounds_, ScalarType::Double, size * 2), "mips: bounds must be float64 (Q, 2)");
     STD_TORCH_CHECK(k > 0 && is(best_, ScalarType::Long, size * k * 2), "mips: best must be int64 (Q, k, 2)");
     STD_TORCH_CHECK(is(best_counts_, ScalarType::Long, size) && is(cutoffs_, ScalarType::Double, size) &&
@@ -136,6 +143,10 @@ struct State {
     STD_TORCH_CHECK(valid_.numel() == 0 || is(valid_, ScalarType::Bool, rows.count) ||
                         is(valid_, ScalarType::Bool, size * rows.count),
                     "mips: valid must be bool (N,) or (Q, N)");
+    if (numbers_) {
+      STD_TORCH_CHECK(is(*numbers_, ScalarType::Long, numbers_->numel()), "mips: row numbers must be int64 (n,)");
+      numbers = (const int64_t*)numbers_->const_data_ptr();
+    }
     queries = (const double*)queries_.const_data_ptr();
     norms = (const double*)norms_.const_data_ptr();
     bounds = (const double*)bounds_.const_data_ptr();
@@ -150,6 +161,7 @@ struct State {
   Selection selection(int64_t q, Candidate* candidates, int64_t capacity, int64_t* count) const {
     return {&kernels(),
             &rows,
+            numbers,
             queries + q * rows.width,
             valid ? valid + q * valid_stride : nullptr,
             {norms, bounds[q * 2], bounds[q * 2 + 1]},
@@ -162,6 +174,55 @@ struct State {
             broken + q};
   }
 };
+
+// Selects rows from the scores of bins, on several threads. A thread calls make() for its own function (bin, scores),
+// which sets the scores (Q, kBin) of a bin and returns its number of rows.
+template <class Make>
+void search_bins(const State& state, int64_t bins, int64_t shards, int64_t capacity, Make make) {
+  STD_TORCH_CHECK(capacity > kBin, "mips: expected capacity > 64");
+  const int64_t size = state.size, k = state.k;
+  struct Shard {
+    std::vector<Candidate> candidates;
+    std::vector<int64_t> counts, best_counts;
+    std::vector<Best> best;
+    std::vector<double> cutoffs;
+    std::unique_ptr<bool[]> broken;
+  };
+  std::vector<Shard> all(shards);
+  parallel_for(0, shards, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      Shard& shard = all[s];
+      shard.candidates.resize(size * capacity);
+      shard.counts.assign(size, 0);
+      shard.best_counts.assign(size, 0);
+      shard.best.resize(size * k);
+      shard.cutoffs.assign(state.cutoffs, state.cutoffs + size);
+      shard.broken.reset(new bool[size]());
+      std::vector<Selection> selections;
+      for (int64_t q = 0; q < size; ++q) {
+        Selection own = state.selection(q, shard.candidates.data() + q * capacity, capacity, &shard.counts[q]);
+        own.top = {shard.best.data() + q * k, k, &shard.best_counts[q], &shard.cutoffs[q]};
+        own.broken = &shard.broken[q];
+        selections.push_back(own);
+      }
+      auto scan = make();
+      std::vector<float> scores(size * kBin);
+      for (int64_t bin = bins * s / shards; bin < bins * (s + 1) / shards; ++bin) {
+        const int64_t in_bin = scan(bin, scores.data());
+        for (int64_t q = 0; q < size; ++q) selections[q].offer(scores.data() + q * kBin, bin * kBin, in_bin);
+      }
+      for (Selection& own : selections) own.settle();
+    }
+  });
+  int64_t none = 0;
+  for (const Shard& shard : all) {
+    for (int64_t q = 0; q < size; ++q) {
+      Selection total = state.selection(q, nullptr, 0, &none);
+      for (int64_t i = 0; i < shard.best_counts[q]; ++i) total.top.insert(shard.best[q * k + i]);
+      *total.broken |= shard.broken[q];
+    }
+  }
+}
 
 }  // namespace
 
@@ -260,75 +321,113 @@ void mips_settle(const Tensor& queries, const Tensor& rows, const Tensor& scales
   });
 }
 
-// Searches the given rows (n,) of a segment only, by exact scores of all of them.
-void mips_rows(const Tensor& numbers, const Tensor& queries, const Tensor& rows_tensor, const Tensor& scales,
-               int64_t first_id, const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs) {
-  const Rows rows = rows_of(rows_tensor, scales);
-  const int64_t size = queries.size(0), count = numbers.numel(), k = best.size(1);
-  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Long && queries.is_contiguous() &&
-                      queries.scalar_type() == ScalarType::Double && queries.numel() == size * rows.width,
-                  "mips: expected int64 row numbers (n,) and float64 queries (Q, D)");
-  STD_TORCH_CHECK(best.is_contiguous() && best.numel() == size * k * 2 && best_counts.is_contiguous() &&
-                      best_counts.numel() == size && cutoffs.is_contiguous() && cutoffs.numel() == size,
-                  "mips: expected best (Q, k, 2), best_counts (Q,) and cutoffs (Q,)");
-  const auto* given = (const int64_t*)numbers.const_data_ptr();
-  const auto* exact = (const double*)queries.const_data_ptr();
+// Searches the given rows (n,) of a segment only. `scan_queries` (Q, D) are float32. `norms` are those of mips_norms, or
+// empty. Without `low`, all scores are those in fp64.
+void mips_rows(const Tensor& numbers, const Tensor& scan_queries, const Tensor& queries, const Tensor& rows_tensor,
+               const Tensor& scales, const Tensor& norms, int64_t first_id, bool low, int64_t capacity,
+               const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken) {
+  const int64_t size = queries.size(0), count = numbers.numel();
+  const Tensor limits = torch::stable::new_empty(queries, {size, 2}, ScalarType::Double);
+  const Tensor own_norms = torch::stable::new_empty(queries, {bins_of(count)}, ScalarType::Double);
+  const Tensor all_valid = torch::stable::new_empty(queries, {0}, ScalarType::Bool);
+  const State state(queries, rows_tensor, scales, own_norms, limits, all_valid, first_id, true, best, best_counts,
+                    cutoffs, broken, &numbers);
+  const Rows& rows = state.rows;
+  const int64_t width = rows.width;
+  STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
+                      scan_queries.scalar_type() == ScalarType::Float,
+                  "mips: expected float32 queries (Q, D)");
+  STD_TORCH_CHECK(!norms.numel() || (norms.is_contiguous() && norms.numel() == bins_of(rows.count) &&
+                                     norms.scalar_type() == ScalarType::Double),
+                  "mips: norms must be float64 (bins,), or empty");
   for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(given[i] >= 0 && given[i] < rows.count, "mips: expected row numbers inside the segment");
+    STD_TORCH_CHECK(state.numbers[i] >= 0 && state.numbers[i] < rows.count,
+                    "mips: expected row numbers inside the segment");
   }
-  constexpr int64_t kPart = 64, kEarlier = 4, kTogether = 4;
-  const int64_t bytes = rows_tensor.element_size() * rows.width;
-  const auto found = make_buffer<Best>(size * count);
-  parallel_for(0, (count + kPart - 1) / kPart, 1, [&](int64_t first, int64_t last) {
-    double scores[kTogether];
-    for (int64_t part = first; part < last; ++part) {
-      const int64_t end = std::min(count, (part + 1) * kPart);
-      for (int64_t q = 0; q < size; q += kTogether) {  // The rows and a few queries stay in the caches.
-        const int64_t group = std::min(kTogether, size - q);
-        for (int64_t i = part * kPart; i < end; ++i) {
-          if (!q && i + kEarlier < end) prefetch((const char*)rows.data + given[i + kEarlier] * bytes, bytes);
-          rows.exact(kernels(), given[i], exact + q * rows.width, group, scores);
-          for (int64_t own = 0; own < group; ++own) found[(q + own) * count + i] = {scores[own], first_id + given[i]};
+  const auto* scanned = (const float*)scan_queries.const_data_ptr();
+  const auto* row_norms = norms.numel() ? (const double*)norms.const_data_ptr() : nullptr;
+  auto* bin_norms = (double*)own_norms.mutable_data_ptr();
+  auto* bounds = (double*)limits.mutable_data_ptr();
+  const double units = (double)(width + 4) * 0x1p-24, product = units / (1.0 - units);
+  double longest = 0.0;
+  for (int64_t q = 0; q < size; ++q) {
+    double squares = 0.0, errors = 0.0;
+    for (int64_t d = q * width; d < (q + 1) * width; ++d) {
+      const double value = scanned[d], error = state.queries[d] - value;
+      squares += value * value;
+      errors += error * error;
+    }
+    const double relative = (std::sqrt(squares) * product + std::sqrt(errors)) * (1.0 + 1e-9);
+    bounds[q * 2] = std::max(relative, std::numeric_limits<double>::min());
+    bounds[q * 2 + 1] = (double)width * 0x1p-125;
+    longest = std::max(longest, std::sqrt(squares));
+  }
+  constexpr int64_t kEarlier = 8, kGathered = 16;  // rows that stay in the first cache for all queries
+  constexpr double kMaxScore = 1e37;               // a partial sum of higher scores could overflow
+  const bool in_place = size == 1 && rows.kind == Stored::kFloat;
+  const int64_t row_bytes = rows_tensor.element_size() * width;
+  const auto make = [&] {
+    return [&, space = std::vector<float>(kGathered * width)](int64_t bin, float* scores) mutable {
+      const int64_t* given = state.numbers + bin * kBin;
+      const int64_t in_bin = std::min(kBin, count - bin * kBin);
+      double highest = 0.0;
+      for (int64_t begin = 0; begin < in_bin; begin += kGathered) {
+        const int64_t end = std::min(in_bin, begin + kGathered);
+        for (int64_t i = begin; i < end; ++i) {
+          if (bin * kBin + i + kEarlier < count) {
+            prefetch((const char*)rows.data + given[i + kEarlier] * row_bytes, row_bytes);
+          }
+          float* own = space.data() + (i - begin) * width;
+          const float* values = as_floats(rows, given[i], own);
+          highest = std::max(highest, row_norms ? row_norms[given[i] / kBin] : row_norm(rows, given[i], values));
+          if (in_place) {
+            kernels().dots_float(values, 1, width, scanned, scores + i);
+          } else if (values != own) {
+            std::copy(values, values + width, own);
+          }
+        }
+        if (!in_place) kernels().products(space.data(), end - begin, width, scanned, size, scores + begin, kBin);
+      }
+      const bool in_range = low && highest * longest < kMaxScore;
+      bin_norms[bin] = in_range ? highest : std::numeric_limits<double>::infinity();
+      for (int64_t q = 0; q < size; ++q) {
+        for (int64_t i = 0; i < in_bin && (!in_range || rows.scales); ++i) {
+          scores[q * kBin + i] = in_range ? scores[q * kBin + i] * rows.scales[given[i]] : 0.0f;
         }
       }
-    }
-  });
-  parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
-    for (int64_t q = first; q < last; ++q) {
-      TopK top = {(Best*)best.mutable_data_ptr() + q * k, k, (int64_t*)best_counts.mutable_data_ptr() + q,
-                  (double*)cutoffs.mutable_data_ptr() + q};
-      top.merge(found.get() + q * count, count);
-    }
-  });
+      return in_bin;
+    };
+  };
+  const int64_t bins = bins_of(count), threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  search_bins(state, bins, std::clamp<int64_t>(bins * size / 16, 1, std::min(bins, threads)), capacity, make);
 }
 
 // Returns the places of a mask's true elements, ascending, and two numbers: of true elements, and of bins that have any.
-// The places are left out if there are more than `limit`.
+// With more than `limit` true elements, it returns no places, and numbers that were counted so far.
 std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit) {
   const int64_t size = mask.numel();
   STD_TORCH_CHECK(mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool, "mips: expected a bool mask (N,)");
   const auto* given = (const uint8_t*)mask.const_data_ptr();
-  const auto eight = [&](int64_t begin) {  // one bit in each byte that is not zero
-    uint64_t bytes = 0;
-    std::memcpy(&bytes, given + begin, size - begin < 8 ? size - begin : 8);
-    return (((bytes & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | bytes) >> 7 & 0x0101010101010101ull;
-  };
-  int64_t count = 0, touched = 0;
-  for (int64_t begin = 0; begin < size; begin += kBin) {
-    uint64_t sums = 0;  // one in each byte
-    for (int64_t i = begin; i < std::min(size, begin + kBin); i += 8) sums += eight(i);
-    count += (int64_t)(sums * 0x0101010101010101ull >> 56);
-    touched += sums != 0;
+  std::vector<int64_t> places;
+  int64_t touched = 0;
+  for (int64_t begin = 0; begin < size && (int64_t)places.size() <= limit; begin += kBin) {
+    uint64_t words[kBin / 8] = {}, any = 0;
+    std::memcpy(words, given + begin, std::min(kBin, size - begin));
+    for (const uint64_t word : words) any |= word;
+    if (!any) continue;
+    ++touched;
+    for (int64_t i = 0; i < kBin / 8; ++i) {  // one bit in each byte that is not zero
+      uint64_t left = (((words[i] & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | words[i]) & 0x8080808080808080ull;
+      for (; left; left &= left - 1) places.push_back(begin + i * 8 + __builtin_ctzll(left) / 8);
+    }
   }
-  const Tensor places = torch::stable::new_empty(mask, {count <= limit ? count : 0}, ScalarType::Long);
+  const int64_t count = (int64_t)places.size();
+  const Tensor found = torch::stable::new_empty(mask, {count <= limit ? count : 0}, ScalarType::Long);
   const Tensor numbers = torch::stable::new_empty(mask, {2}, ScalarType::Long);
   ((int64_t*)numbers.mutable_data_ptr())[0] = count;
   ((int64_t*)numbers.mutable_data_ptr())[1] = touched;
-  auto* out = (int64_t*)places.mutable_data_ptr();
-  for (int64_t begin = 0; count <= limit && begin < size; begin += 8) {
-    for (uint64_t left = eight(begin); left; left &= left - 1) *out++ = begin + __builtin_ctzll(left) / 8;
-  }
-  return {places, numbers};
+  if (found.numel()) std::copy(places.begin(), places.end(), (int64_t*)found.mutable_data_ptr());
+  return {found, numbers};
 }
 
 // Returns queries (Q, D), scaled by powers of two to a largest element in [0.5, 1), as float64 and as float32, with the
@@ -372,76 +471,42 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_
               const Tensor& cutoffs, const Tensor& broken) {
   const State state(queries, rows, scales, norms, bounds, valid, first_id, proven, best, best_counts,
                     cutoffs, broken);
-  const int64_t size = state.size, width = state.rows.width, bins = bins_of(state.rows.count), k = state.k;
+  const int64_t size = state.size, width = state.rows.width, bins = bins_of(state.rows.count);
   const bool integers = state.rows.kind == Stored::kInt8;
-  STD_TORCH_CHECK(capacity > kBin, "mips: expected capacity > 64");
   STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
                       scan_queries.scalar_type() == (integers ? ScalarType::Short : ScalarType::Float),
                   "mips: expected int16 queries for int8 rows, else float32 queries, (Q, D)");
   STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
                                 query_scales.scalar_type() == ScalarType::Float),
                   "mips: expected float32 query scales (Q,)");
-  const int64_t shards = std::max<int64_t>(1, std::min<int64_t>(bins / 16, torch::stable::get_num_threads()));
   auto* norms_out = (double*)norms.mutable_data_ptr();
-  struct Shard {
-    std::vector<Candidate> candidates;
-    std::vector<int64_t> counts, best_counts;
-    std::vector<Best> best;
-    std::vector<double> cutoffs;
-    std::unique_ptr<bool[]> broken;
-  };
-  std::vector<Shard> all(shards);
-  parallel_for(0, shards, 1, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      Shard& shard = all[s];
-      shard.candidates.resize(size * capacity);
-      shard.counts.assign(size, 0);
-      shard.best_counts.assign(size, 0);
-      shard.best.resize(size * k);
-      shard.cutoffs.assign(state.cutoffs, state.cutoffs + size);
-      shard.broken.reset(new bool[size]());
-      std::vector<Selection> selections;
-      for (int64_t q = 0; q < size; ++q) {
-        Selection own = state.selection(q, shard.candidates.data() + q * capacity, capacity, &shard.counts[q]);
-        own.top = {shard.best.data() + q * k, k, &shard.best_counts[q], &shard.cutoffs[q]};
-        own.broken = &shard.broken[q];
-        selections.push_back(own);
-      }
-      std::vector<float> space(width);
-      float scores[kBin];
+  const auto make = [&] {
+    return [&, space = std::vector<float>(width)](int64_t bin, float* out) mutable {
       int32_t sums[kBin];
-      for (int64_t bin = bins * s / shards; bin < bins * (s + 1) / shards; ++bin) {
-        const int64_t row = bin * kBin, in_bin = std::min(kBin, state.rows.count - row);
-        if (fill_norms) norms_out[bin] = bin_norm(state.rows, bin, space.data());
-        for (int64_t q = 0; q < size; ++q) {
-          if (integers) {
-            kernels().dots_int8((const int8_t*)state.rows.data + row * width, in_bin, width,
-                                (const int16_t*)scan_queries.const_data_ptr() + q * width, sums);
-            const float query_scale = ((const float*)query_scales.const_data_ptr())[q];
-            const float* row_scales = state.rows.scales + row;
-            for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (row_scales[r] * query_scale);
-          } else {
-            const auto* query = (const float*)scan_queries.const_data_ptr() + q * width;
-            if (state.rows.kind == Stored::kFloat) {
-              kernels().dots_float((const float*)state.rows.data + row * width, in_bin, width, query, scores);
-            } else {
-              kernels().dots_bfloat16((const uint16_t*)state.rows.data + row * width, in_bin, width, query, scores);
-            }
-          }
-          selections[q].offer(scores, row, in_bin);
+      const int64_t row = bin * kBin, in_bin = std::min(kBin, state.rows.count - row);
+      if (fill_norms) norms_out[bin] = bin_norm(state.rows, bin, space.data());
+      for (int64_t q = 0; q < size; ++q) {
+        float* scores = out + q * kBin;
+        if (integers) {
+          kernels().dots_int8((const int8_t*)state.rows.data + row * width, in_bin, width,
+                              (const int16_t*)scan_queries.const_data_ptr() + q * width, sums);
+          const float query_scale = ((const float*)query_scales.const_data_ptr())[q];
+          const float* row_scales = state.rows.scales + row;
+          for (int64_t r = 0; r < in_bin; ++r) scores[r] = (float)sums[r] * (row_scales[r] * query_scale);
+          continue;
+        }
+        const auto* query = (const float*)scan_queries.const_data_ptr() + q * width;
+        if (state.rows.kind == Stored::kFloat) {
+          kernels().dots_float((const float*)state.rows.data + row * width, in_bin, width, query, scores);
+        } else {
+          kernels().dots_bfloat16((const uint16_t*)state.rows.data + row * width, in_bin, width, query, scores);
         }
       }
-      for (Selection& own : selections) own.settle();
-    }
-  });
-  int64_t none = 0;
-  for (const Shard& shard : all) {
-    for (int64_t q = 0; q < size; ++q) {
-      Selection total = state.selection(q, nullptr, 0, &none);
-      for (int64_t i = 0; i < shard.best_counts[q]; ++i) total.top.insert(shard.best[q * k + i]);
-      *total.broken |= shard.broken[q];
-    }
-  }
+      return in_bin;
+    };
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  search_bins(state, bins, std::max<int64_t>(1, std::min<int64_t>(bins / 16, threads)), capacity, make);
 }
 
 }  // namespace jasper_fast

@@ -22,6 +22,9 @@ struct MipsKernels {
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
   // Exact integers. |query| must be small enough that every sum fits 32 bits.
   void (*dots_int8)(const int8_t* rows, int64_t count, int64_t width, const int16_t* query, int32_t* out);
+  // out[q * stride + r] = <rows[r], queries[q]>, accumulated in fp32 in any order. Both are contiguous.
+  void (*products)(const float* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
+                   int64_t stride);
   // out[q] = fp64 dot product of one row with query q of (size, width). The summation order depends on the width alone,
   // so equal rows have equal scores.
   void (*exact_float)(const float* row, int64_t width, const double* queries, int64_t size, double* out);

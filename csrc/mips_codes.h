@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -31,6 +32,14 @@ inline float at_least_as_high(double value) {
   const float rounded = (float)value;
   return rounded >= value ? rounded : std::nextafter(rounded, std::numeric_limits<float>::infinity());
 }
+
+// Memory of one thread for a row that is encoded, padded with zeros.
+struct Encoder {
+  std::vector<float> values, levels;
+  std::vector<uint8_t> codes;
+
+  explicit Encoder(int64_t padded) : values(padded), levels(padded), codes(padded) {}
+};
 
 // The two planes of (count, width) rows, and what the bounds of their scores need.
 struct Planes {
@@ -62,7 +71,7 @@ struct Planes {
   }
 
   // Writes the codes of a row. The errors are measured, so they hold for any rounding of the codes.
-  void encode(const float* x, int64_t row) const;
+  void encode(const float* x, int64_t row, Encoder& encoder) const;
 };
 
 }  // namespace jasper_fast

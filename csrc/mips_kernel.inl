@@ -9,6 +9,7 @@ typedef int32_t ivec __attribute__((vector_size(kBytes)));
 typedef uint32_t uvec __attribute__((vector_size(kBytes)));
 typedef int16_t svec __attribute__((vector_size(kBytes)));
 typedef uint16_t half_uvec __attribute__((vector_size(kBytes / 2)));
+typedef uint8_t lane_bytes __attribute__((vector_size(kBytes / 4)));
 typedef int8_t half_bvec __attribute__((vector_size(kBytes / 2)));
 
 constexpr int64_t kFloats = kBytes / 4, kDoubles = kBytes / 8, kShorts = kBytes / 2;
@@ -103,6 +104,45 @@ static void dots(const Element* rows, int64_t count, int64_t width, const float*
   int64_t r = 0;
   for (; r + 4 <= count; r += 4) dot_rows<4>(rows + r * width, width, query, out + r);
   for (; r < count; ++r) dot_rows<1>(rows + r * width, width, query, out + r);
+}
+
+// Products of ROWS rows with QUERIES queries, whose sums stay in registers. The queries are `width` apart.
+template <int ROWS, int QUERIES>
+static inline void products_together(const float* rows, int64_t width, const float* queries, float* out,
+                                     int64_t stride) {
+  fvec sums[QUERIES][ROWS] = {};
+  int64_t d = 0;
+  for (; d + kFloats <= width; d += kFloats) {
+    fvec own[ROWS];
+    for (int r = 0; r < ROWS; ++r) own[r] = load<fvec>(rows + r * width + d);
+    for (int q = 0; q < QUERIES; ++q) {
+      const fvec query = load<fvec>(queries + q * width + d);
+      for (int r = 0; r < ROWS; ++r) sums[q][r] += own[r] * query;
+    }
+  }
+  for (int q = 0; q < QUERIES; ++q) {
+    add_lanes<ROWS>(sums[q], out + q * stride);
+    for (int64_t i = d; i < width; ++i) {
+      for (int r = 0; r < ROWS; ++r) out[q * stride + r] += rows[r * width + i] * queries[q * width + i];
+    }
+  }
+}
+
+static void products(const float* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
+                     int64_t stride) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    const float* own = queries + q * width;
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+      products_together<4, kQueries>(rows + r * width, width, own, out + q * stride + r, stride);
+    }
+    for (; r < count; ++r) {
+      products_together<1, kQueries>(rows + r * width, width, own, out + q * stride + r, stride);
+    }
+  }
+  for (; q < size; ++q) dots(rows, count, width, queries + q * width, out + q * stride);
 }
 
 template <int ROWS>
@@ -219,6 +259,7 @@ static int64_t at_least(const float* scores, int64_t count, float threshold, uin
 
 #include "mips_nibbles.inl"
 
-constexpr MipsKernels kMipsKernels = {dots<float>,   dots<uint16_t>,  dots_int8,   exact<float>,
-                                      exact<uint16_t>, exact<int8_t>, column_maxima, at_least,
-                                      dots_coarse,   dot_fine,        centre_coarse, coarse_at_least};
+constexpr MipsKernels kMipsKernels = {dots<float>,   dots<uint16_t>,  dots_int8,     products,
+                                      exact<float>,  exact<uint16_t>, exact<int8_t>, column_maxima,
+                                      at_least,      dots_coarse,     dot_fine,      centre_coarse,
+                                      coarse_at_least};

@@ -87,13 +87,16 @@ static inline fvec coarse_scores(const int32_t* sums, const float* scales, float
 static float centre_coarse(int32_t* sums, int32_t centre, const float* scales, float query_scale,
                            const uint8_t* valid, int64_t count) {
   fvec highest = fvec{} - __builtin_huge_valf();
-  for (int64_t r = 0; r < kBin; r += kFloats) {
-    const ivec centred = 2 * load<ivec>(sums + r) - centre;
-    __builtin_memcpy(sums + r, &centred, sizeof(centred));
-  }
-  for (int64_t r = count; r < kBin; ++r) sums[r] = kNoSum;
+  uint8_t present[kBin] = {};
   if (valid) {
-    for (int64_t r = 0; r < count; ++r) sums[r] = valid[r] ? sums[r] : kNoSum;
+    __builtin_memcpy(present, valid, count);
+  } else {
+    __builtin_memset(present, 1, count);
+  }
+  for (int64_t r = 0; r < kBin; r += kFloats) {
+    const ivec own = __builtin_convertvector(load<lane_bytes>(present + r), ivec) != 0;
+    const ivec centred = own ? 2 * load<ivec>(sums + r) - centre : ivec{} + kNoSum;
+    __builtin_memcpy(sums + r, &centred, sizeof(centred));
   }
   for (int64_t r = 0; r < kBin; r += kFloats) {
     highest = higher(highest, coarse_scores(sums + r, scales + r, query_scale));

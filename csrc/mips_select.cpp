@@ -64,11 +64,11 @@ void Selection::settle() {
     if (proven) {
       const double error = bound.of(candidate.row / kBin);
       if (score + error < *top.cutoff) continue;
-      const double exact = rows->exact(*kernels, candidate.row, query);
+      const double exact = rows->exact(*kernels, number(candidate.row), query);
       *broken |= !(std::fabs(exact - score) <= error);
       score = exact;
     }
-    const Best own = {score, first_id + (int64_t)candidate.row};
+    const Best own = {score, first_id + number(candidate.row)};
     if (many) {
       found.push_back(own);
     } else {

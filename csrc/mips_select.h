@@ -63,6 +63,7 @@ struct TopK {
 struct Selection {
   const MipsKernels* kernels;
   const Rows* rows;
+  const int64_t* numbers;  // of the rows that are searched, in place of all rows, or null
   const double* query;   // (width,)
   const uint8_t* valid;  // (rows,) or null
   Bound bound;
@@ -80,6 +81,7 @@ struct Selection {
   void settle();
 
  private:
+  int64_t number(int64_t place) const { return numbers ? numbers[place] : place; }
   void thin_out();
   void tighten();
 };

@@ -79,7 +79,7 @@ class FlatIPIndex:
         self._open: Growing | None = None
         self._rows = 0
         self._ids = RowIds()
-        self._stats: dict[str, float] = {}
+        self._searched: tuple[int, int, list[Tensor]] | None = None
 
     def __len__(self) -> int:
         return self._rows
@@ -123,9 +123,9 @@ class FlatIPIndex:
         check_width(rows, "x", self.dim)
         stored = torch.float32 if self.dtype == "int8" else DTYPES[self.dtype]
         for start in range(0, len(rows), ADD_CHUNK_ROWS):
-            finite = rows[start : start + ADD_CHUNK_ROWS].to(stored).isfinite().all(dim=1)
-            if not bool(finite.all()):
-                bad = start + int((~finite).nonzero()[0])
+            chunk = rows[start : start + ADD_CHUNK_ROWS].to(stored)
+            if not bool(torch.stack(chunk.aminmax()).isfinite().all()):
+                bad = start + int((~chunk.isfinite().all(dim=1)).nonzero()[0])
                 raise ValueError(f"x: row {bad} holds NaN, infinity or a number too large for {self.dtype}")
         self._ids.append(len(self), len(rows), ids)
         for start in range(0, len(rows), ADD_CHUNK_ROWS):
@@ -166,13 +166,12 @@ class FlatIPIndex:
         check_width(queries, "q", self.dim)
         segments = list(self.segments())
         valid = self._ids.valid_rows(valid, len(self))
-        survivors = torch.zeros(2, dtype=torch.int64)
+        survivors: list[Tensor] = []
         scores, rows = search(
             lambda: segments, len(self), queries.to(self.device), k, precision, valid, self.scratch, self.devices,
             survivors, lasting=True,
         )  # fmt: skip
-        coarse, rescored = (survivors / max(1, len(queries))).tolist()
-        self._stats = {"queries": len(queries), "rows": len(self), "coarse": coarse, "rescored": rescored}
+        self._searched = len(queries), len(self), survivors
         scores, ids = scores.to(queries.device), self._ids.of_rows(rows).to(queries.device)
         return (scores, ids) if isinstance(q, Tensor) else (scores.numpy(), ids.numpy())
 
@@ -192,7 +191,11 @@ class FlatIPIndex:
             >>> index.stats()
             {}
         """
-        return dict(self._stats)
+        if self._searched is None:
+            return {}
+        size, rows, survivors = self._searched
+        coarse, rescored = (sum(int(part[:, kind].sum()) for part in survivors) / max(1, size) for kind in (0, 1))
+        return {"queries": size, "rows": rows, "coarse": coarse, "rescored": rescored}
 
     def reconstruct(self, i: int) -> Tensor:
         """Return the stored embedding of an id as a tensor, (dim,) float32 on the index's device.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
@@ -27,7 +26,7 @@ from jasper_fast.mips.cpu import (
     search_tiles,
 )
 from jasper_fast.mips.cuda import queries_at_once, rows_at_once, scan_rows, search_cuda, supports
-from jasper_fast.mips.filters import MAX_DIRECT_QUERIES, few_valid_rows, search_rows, taken_rows
+from jasper_fast.mips.filters import few_valid_rows, search_rows
 from jasper_fast.mips.inputs import FLOATS, QUERIES, as_mask, as_tensor, check_finite, check_rows, row_filter
 from jasper_fast.mips.prefetch import chunks
 from jasper_fast.mips.replay import search_replayed
@@ -124,7 +123,7 @@ def search(
     valid: Any,
     scratch: int,
     shards: Sequence[torch.device] = (torch.device("cpu"),),
-    survivors: Tensor | None = None,
+    survivors: list[Tensor] | None = None,
     lasting: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run ``topk`` over segments.
@@ -139,7 +138,7 @@ def search(
         valid: rows that may be returned, as in ``topk``.
         scratch: bytes that the search may use.
         shards: devices that hold the segments in turn and search at the same time. The queries are on the first.
-        survivors: (2,) int64, to which the totals of `TopKState.survivors` are added. None drops them.
+        survivors: list to which `TopKState.survivors` is appended. None drops it.
         lasting: True for segments of an index, in which searches of few queries on a GPU are replayed as graphs.
 
     Returns:
@@ -166,15 +165,14 @@ def search(
         check_finite(queries, "queries")
     if total == 0:
         return _padded(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0), missing)
-    chosen = _chosen(segments, allowed, total) if len(shards) == 1 and in_use(queries) else None
-    taken = None
-    if chosen is not None and len(chosen) == 1 and len(chosen[0]) and len(queries) > MAX_DIRECT_QUERIES:
-        (taken,), chosen, allowed = chosen, None, torch.empty(0, dtype=torch.bool)
-        copied = taken_rows(segments(), taken)
-        segments, k, missing = (lambda: copied), min(k, len(taken)), missing + max(0, k - len(taken))
+    chosen = _chosen(segments, allowed, len(queries), total) if len(shards) == 1 and in_use(queries) else None
     mask = as_mask(allowed, total, queries.device) if chosen is None else allowed
     if chosen is not None:
-        state = search_rows(segments(), chosen, scaled, k)
+        most = max(1, *map(len, chosen))
+        k, missing = min(k, most), missing + max(0, k - most)
+        state = search_rows(segments(), chosen, scaled, k, precision != "exact", scratch)
+        if state.warn_of_broken(stacklevel=4):
+            state = search_rows(segments(), chosen, scaled, k, False, scratch)
     elif len(shards) == 1:
         state = _search_complete(segments, scaled, mask, k, precision, scratch)
     else:
@@ -193,21 +191,21 @@ def search(
             state.merge_table(scores.to(queries.device), ids.to(queries.device))
             state.survivors += other.survivors.to(queries.device)
     if survivors is not None:
-        survivors += state.survivors.sum(dim=0).cpu()
+        survivors.append(state.survivors)
     scores, ids = state.sorted()
-    if taken is not None:
-        ids = taken[ids]
     return _padded(torch.ldexp(scores, scaled.exponents[:, None].double()), ids, missing)
 
 
-def _chosen(segments: Callable[[], Iterable[tuple[int, Segment]]], allowed: Tensor, total: int) -> list[Tensor] | None:
+def _chosen(
+    segments: Callable[[], Iterable[tuple[int, Segment]]], allowed: Tensor, size: int, total: int
+) -> list[Tensor] | None:
     if allowed.dtype == torch.bool and not allowed.numel():
         return None
     found = segments()
     kept = [segment for _, segment in found] if isinstance(found, list) else []
     if any(segment.rows.dtype not in DIRECT for segment in kept):
         return None
-    return few_valid_rows(allowed.cpu(), total, any(segment.planes is not None for segment in kept))
+    return few_valid_rows(allowed.cpu(), size, total, any(segment.planes is not None for segment in kept))
 
 
 def _padded(scores: Tensor, ids: Tensor, missing: int) -> tuple[Tensor, Tensor]:
@@ -236,15 +234,8 @@ def _search_complete(
     missed = state.missed.nonzero()[:, 0]
     if len(missed):  # Too many near-ties for the capacity: the same proof without that limit.
         _search_again(segments, queries, mask, state, missed, precision, scratch)
-    broken = state.broken.nonzero()[:, 0]
-    if len(broken):
-        warnings.warn(
-            f"{len(broken)} of {len(queries)} queries were redone in fp64: a score was outside its proven error bound. "
-            "Matrix products on this machine are less exact than documented.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        _search_again(segments, queries, mask, state, broken, "exact", scratch)
+    if state.warn_of_broken(stacklevel=5):
+        _search_again(segments, queries, mask, state, state.broken.nonzero()[:, 0], "exact", scratch)
     return state
 
 

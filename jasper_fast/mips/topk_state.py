@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,18 @@ class TopKState:
         self.broken = torch.zeros(size, dtype=torch.bool, device=device)
         self.missed = torch.zeros(size, dtype=torch.bool, device=device)
         self.survivors = torch.zeros(size, 2, dtype=torch.int64, device=device)
+
+    def warn_of_broken(self, stacklevel: int) -> bool:
+        """Return True if a score was outside its error bound, and warn that these queries are redone in fp64."""
+        count = int(self.broken.sum())
+        if count:
+            warnings.warn(
+                f"{count} of {len(self.broken)} queries were redone in fp64: a score was outside its proven error "
+                "bound. Matrix products on this machine are less exact than documented.",
+                RuntimeWarning,
+                stacklevel=stacklevel,
+            )
+        return count > 0
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Return scores (Q, k) float64 and ids (Q, k), best first, padded with −inf and −1."""

@@ -9,14 +9,14 @@ import torch
 from jasper_fast.mips import FlatIPIndex, filters, growing, top_k, topk
 from jasper_fast.mips.cpu import Queries
 from jasper_fast.mips.segment import Segment
+from jasper_fast.mips.top_k import SCRATCH
 from jasper_fast.ops import native
 
 pytestmark = pytest.mark.skipif(native.extension_path() is None, reason="the compiled extension is not built")
-scan = top_k._scan
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("size", [1, 5, filters.MAX_DIRECT_QUERIES + 12])
+@pytest.mark.parametrize("size", [1, 5, filters.ROW_QUERIES + 12])
 def test_a_filter_of_few_rows_searches_these_alone(dtype, size, monkeypatch):
     monkeypatch.setattr(growing, "SEGMENT_BYTES", 0)  # segments of 4096 rows
     rows = torch.randn(9000, 24, generator=torch.Generator().manual_seed(1))
@@ -30,12 +30,7 @@ def test_a_filter_of_few_rows_searches_these_alone(dtype, size, monkeypatch):
     chosen = mask.nonzero()[:, 0]
     shuffled = chosen[torch.randperm(len(chosen))].repeat(2)
     true = queries.double() @ stored[chosen].T
-    scanned = []
-    monkeypatch.setattr(
-        top_k,
-        "_scan",
-        lambda segments, *rest: scanned.extend(map(len, dict(segments()).values())) or scan(segments, *rest),
-    )
+    monkeypatch.setattr(top_k, "_scan", lambda *given: pytest.fail("all rows were scanned"))
     for k in (1, 20, 400):
         for valid in (mask, chosen, mask.numpy(), shuffled.tolist()):
             scores, ids = index.search(queries, k, valid=valid)
@@ -44,7 +39,6 @@ def test_a_filter_of_few_rows_searches_these_alone(dtype, size, monkeypatch):
             order = true.argsort(dim=1, descending=True, stable=True)[:, :found]
             assert torch.equal(ids[:, :found], chosen[order])
             assert torch.equal(scores[:, :found], true.gather(1, order).float())
-    assert sum(scanned) == (0 if size <= filters.MAX_DIRECT_QUERIES else 12 * len(chosen))
     for none in (torch.zeros(9000, dtype=torch.bool), []):
         assert (index.search(queries, 3, valid=none)[1] == -1).all()
 
@@ -63,8 +57,9 @@ def test_every_query_may_have_few_rows_of_its_own(dtype, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 20])
 @pytest.mark.parametrize("begin", [0, 37, 4900])
-def test_neighbouring_rows_are_scanned_by_their_codes(size, begin):
+def test_neighbouring_rows_are_scanned_by_their_codes(size, begin, monkeypatch):
     """Bins without valid rows are left out. What their products would be must not matter."""
+    monkeypatch.setattr(filters, "MAX_READ_TOGETHER", 0)
     rows, queries = torch.randn(5000, 24), torch.randn(size, 24)
     rows[: begin or 1] *= 100
     index = FlatIPIndex(24, dtype="float32")
@@ -88,11 +83,12 @@ def test_few_valid_rows_have_the_same_scores_for_any_number_of_queries():
         for width in (1, 3, 31, 100, 384):
             rows = (torch.randn(50, width, generator=generator) * 20).to(dtype)
             scales = torch.rand(50, generator=generator) if dtype == torch.int8 else torch.empty(0)
-            segment = Segment(rows, scales, torch.ones(1, dtype=torch.float64))
+            segment = Segment(rows, scales, None)
             queries = Queries.of(torch.randn(9, width, generator=generator))
-            together = filters.search_rows([(0, segment)], [torch.arange(50)], queries, 50).sorted()
+            together = filters.search_rows([(0, segment)], [torch.arange(50)], queries, 50, True, SCRATCH).sorted()
             for q in range(9):
-                alone = filters.search_rows([(0, segment)], [torch.arange(50)], queries.take(slice(q, q + 1)), 50)
+                own = queries.take(slice(q, q + 1))
+                alone = filters.search_rows([(0, segment)], [torch.arange(50)], own, 50, True, SCRATCH)
                 assert torch.equal(alone.sorted()[0][0], together[0][q])
                 assert torch.equal(alone.sorted()[1][0], together[1][q])
             true = queries.exact @ segment.values(0, 50, torch.float64).T
@@ -132,3 +128,42 @@ def test_scaled_queries_are_those_of_torch(power):
     assert torch.equal(scaled.exact, torch.from_numpy(np.ldexp(queries.numpy(), -exponents[:, None])))
     assert torch.equal(scaled.scan, scaled.exact.float())
     assert scaled.largest_norm() == pytest.approx(float(scaled.exact.norm(dim=1).max()))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_a_bound_that_is_too_small_is_found_among_few_rows(size):
+    index = FlatIPIndex(40, dtype="float32")
+    rows, queries = torch.randn(3000, 40), torch.randn(size, 40)
+    index.add(rows)
+    mask = torch.rand(3000) < 0.03
+    expected = index.search(queries, 7, valid=mask)
+    for _, segment in index.segments():
+        assert segment.norms is not None
+        segment.norms *= 1e-9
+    with pytest.warns(RuntimeWarning, match=f"{size} of {size} queries were redone in fp64"):
+        found = index.search(queries, 7, valid=mask)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_few_rows_of_any_magnitude_are_in_the_order_of_fp64(dtype):
+    """Scores of some rows overflow float32, and others are denormal."""
+    generator = torch.Generator().manual_seed(9)
+    rows = torch.randn(4000, 17, generator=generator)
+    rows[:3000] *= torch.logspace(-40, 38, 3000)[:, None].clamp(max=1e37)
+    rows[3000] = 0
+    index = FlatIPIndex(17, dtype=dtype)
+    index.add(rows)
+    stored = torch.cat([segment.values(0, len(segment), torch.float64) for _, segment in index.segments()])
+    for size in (1, 2, 3, 30):
+        queries = torch.randn(size, 17, generator=generator) * 1e3
+        queries[-1] = 0
+        for begin in (0, 1400, 2970):
+            chosen = torch.arange(begin, begin + 90, 2)
+            true = queries.double() @ stored[chosen].T
+            for k in (1, 12, 45):
+                ids = index.search(queries, k, valid=chosen)[1]
+                got = queries.double()[:, None] @ stored[ids].transpose(1, 2)
+                gap = 1e-12 * queries.double().norm(dim=1, keepdim=True) * stored[chosen].norm(dim=1).max()
+                assert ((got[:, 0] - true.topk(k, dim=1).values).abs() <= gap).all()
+                assert torch.equal(ids[-1], chosen[:k])  # all scores are equal
