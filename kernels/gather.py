@@ -8,7 +8,6 @@ Compiled and interpreted, not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 from jasper_fast.kernels.rows import l2_normalize_backward, reciprocal_norms
 from jasper_fast.ops.dispatch import gradient_dtype
 
@@ -189,28 +187,3 @@ def _weighted_sums(x: RawRows, rows: Tensor, weights: Tensor, starts: Tensor) ->
         BLOCK_D=SUM_COLUMNS,
     )
     return out
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    layouts: dict[str, tuple[dict[str, str], dict[str, int]]] = {
-        "dense": ({"stride_xb": "i32:16", "stride_yb": "i32:16"}, {"stride_xd": 1, "stride_yd": 1}),
-        "strided": (dict.fromkeys(("stride_xb", "stride_xd", "stride_yb", "stride_yd"), "i32"), {}),
-    }
-    for dtype in TYPES.values():
-        for layout, (strides, ones) in layouts.items():
-            quick = dtype == "bf16" and layout == "dense"
-            types = {"X": f"*{dtype}:16", "Y": f"*{dtype}:16", "RX": "*fp32:16", "RY": "*fp32:16", "OUT": "*fp32:16"}
-            types |= {"CHOSEN": "*i64:16", "K": "i32:16", "M": "i32", "D": "i32:16", **strides}
-            constants = {"BLOCK_C": CANDIDATES, "BLOCK_D": COLUMNS, **ones}
-            cosines = Form(f"{dtype} {layout}", gathered_cosines_kernel, types, constants, quick=quick)
-            types = {"X": f"*{dtype}:16", "R": "*fp32:16", "ROWS": "*i64:16", "WEIGHTS": "*fp32:16"}
-            types |= {"STARTS": "*i64:16", "OUT": "*fp32:16", "N": "i32", "D": "i32:16"}
-            types |= {name: kind for name, kind in strides.items() if name.startswith("stride_x")}
-            constants = {"BLOCK_E": ENTRIES, "BLOCK_D": SUM_COLUMNS}
-            constants |= {name: 1 for name in ones if name == "stride_xd"}
-            sums = Form(f"{dtype} {layout}", weighted_sums_kernel, types, constants, quick=quick)
-            yield from (cosines, sums)
-            if dtype == "fp32" and ones:
-                yield from (unaligned(cosines), with_ones(cosines, "K", "M", "D", "stride_xb", "stride_yb"))
-                yield from (unaligned(sums), with_ones(sums, "N", "D", "stride_xb"))

@@ -9,7 +9,6 @@ memory take 0.5 ms. Compiled, interpreted and emulated, not yet run on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 
 from jasper_fast.kernels import strips
 from jasper_fast.kernels.gather import RawRows, gathered_cosines
-from jasper_fast.kernels.registry import Form, with_ones
 from jasper_fast.kernels.softmax import add_logits, log_sum
 from jasper_fast.kernels.strips import Rows, empty_strip, multiply
 
@@ -170,19 +168,3 @@ def _cosines(left: Rows, right: Rows, chosen: Tensor) -> Tensor:
     """Return the cosine of each row with its chosen row (Q,)."""
     one, other = (RawRows(side.raw, side.reciprocals) for side in (left, right))
     return gathered_cosines(one, other, chosen[:, None])[:, 0]
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    types = dict.fromkeys(("S", "T", "ROW_S", "ROW_T", "COLUMN_S", "COLUMN_T", "BAR", "LOGITS", "LOG_SUMS"), "*fp32:16")
-    types |= dict.fromkeys(("NUMBERS", "OWN", "POSITIVES"), "*i64:16") | {"logit_scale": "fp32"}
-    types |= {"M": "i32", "stride": "i32:16"}
-    for dtype in ("bf16", "fp32", None):
-        for absent in ([], ["T", "ROW_T", "COLUMN_T", "BAR"]):
-            label = f"{f'{dtype} weights' if dtype else 'loss only'}{', no teacher' if absent else ''}"
-            own = {name: kind for name, kind in types.items() if name not in absent}
-            own |= {"W": f"*{dtype}:16"} if dtype else {}
-            constants = {"BLOCK": COLUMNS, **dict.fromkeys(absent if dtype else [*absent, "W"])}
-            form = Form(label, contrast_kernel, own, constants, quick=dtype == "bf16")
-            yield form
-    yield with_ones(form, "M")

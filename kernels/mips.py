@@ -11,9 +11,8 @@ Cost: few queries read the rows once, 0.5 ms for 1M x 1024 in bfloat16 at 4.3 TB
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from jasper_fast.kernels.mips_chunks import chunked, chunks
 from jasper_fast.kernels.mips_tile import BIN, Tile, allowed, errors, tile_scores
-from jasper_fast.kernels.registry import Form, unaligned, with_ones
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Rows, queries, depth of a step. Scores of a chunk have no depth.
@@ -238,62 +236,3 @@ def collect(
     for grid, operands, shape, options in scan.launches(wanted is not None, descriptors):
         collect_kernel[grid](*operands, **results, capacity=capacity, **shape, **options)
     return scores, numbers
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    kinds = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1}  # bytes of an element
-    for kind, masked, descriptors in itertools.product(kinds, (False, True), (True, False)):
-        tile = TILES[kinds[kind]]
-        operands = {"CORPUS": f"*{kind}:16", "QUERIES": f"*{kind}:16"}
-        if descriptors:
-            blocks = {"CORPUS": [tile.m, tile.k], "QUERIES": [tile.n, tile.k]}
-            operands = {name: f"tensordesc<{kind}{block}>" for name, block in blocks.items()}
-        operands |= dict.fromkeys(("ROW_SCALES", "QUERY_SCALES"), "*fp32:16") if kind == "i8" else {}
-        options: dict[str, Any] = {"architectures": (90, 100) if descriptors else (80, 90, 100)}
-        # Pointers keep an address for every element. With descriptors, only odd widths need them.
-        options["stack"] = {} if descriptors else {80: 384, 90: 384, 100: 192}
-        # On sm_100 Triton multiplies integers with the older instruction.
-        options["tensor_cores"] = (80, 90) if kind == "i8" else True
-        options["quick"] = not masked and (kind, descriptors) in (("bf16", True), ("bf16", False), ("i8", True))
-        label = f"{kind}{' masked' * masked} {'descriptors' if descriptors else 'pointers'}, {tile}"
-        every = _forms(label, tile, operands, masked, {"DESCRIPTORS": descriptors}, options)
-        collecting, bounding = every[0], every[-1]
-        yield from every
-        if not masked:  # A mask changes the end of a kernel only. These forms vary its beginning.
-            wanted = {name: value for name, value in collecting.constants.items() if name != "WANTED"}
-            types = {**collecting.types, "WANTED": "*i32:16"}
-            yield replace(collecting, label=f"{label}, some", types=types, constants=wanted, quick=False)
-            # With descriptors, pointers are for odd widths.
-            yield from (unaligned(collecting, "stride_v", "first"), unaligned(bounding, "stride_v", "first"))
-            yield from (with_ones(collecting, "Q"), with_ones(bounding, "Q"), with_ones(bounding, "Q", "bins"))
-            if not descriptors:
-                width = ("D", "stride_c", "stride_q")
-                yield from (with_ones(collecting, *width), with_ones(bounding, *width))
-    for scaled, masked in itertools.product((False, True), (False, True)):
-        label = f"{'scaled ' * scaled}scores{' masked' * masked}, {CHUNK_TILE}"
-        operands = {"CORPUS": "*i16:16"} | ({"ROW_SCALES": "*fp32:16"} if scaled else {})
-        options = {"quick": not scaled and not masked}
-        every = _forms(label, CHUNK_TILE, operands, masked, {"DESCRIPTORS": False}, options)
-        yield from (*every, *(unaligned(form, "stride_v", "first", "stride_q") for form in every))
-
-
-def _forms(
-    label: str, tile: Tile, operands: dict[str, str], masked: bool, constants: dict[str, Any], options: dict[str, Any]
-) -> list[Form]:
-    """Return the forms of a launch: `collect_kernel`, then `lower_bounds_kernel` with 1 and 64 rows for each norm."""
-    types = operands | dict.fromkeys(("NORMS", "RELATIVE", "ABSOLUTE"), "*fp32:16") | {"N": "i32", "Q": "i32"}
-    types |= dict.fromkeys(("first", "D", "stride_c", "stride_q"), "i32:16")
-    types |= {"VALID": "*u8:16", "stride_v": "i32"} if masked else {"stride_v": "i32:16"}  # 0
-    constants = {**constants, "PRECISION": "tf32x3", **tile.constants}
-    constants |= {name: None for name in ("QUERIES", "ROW_SCALES", "QUERY_SCALES", "VALID") if name not in types}
-    options = {**options, "warps": tile.warps, "stages": tile.stages}
-    results = {"THRESHOLDS": "*fp32:16", "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16"}
-    results |= {"capacity": "i32:16"}
-    collecting = Form(label, collect_kernel, types | results, {**constants, "WANTED": None}, **options)
-    types |= {"OUT": "*fp32:16", "bins": "i32"}
-    bounding = [
-        Form(f"{label}, norm of {rows}", lower_bounds_kernel, types, {**constants, "ROWS_PER_NORM": rows}, **options)
-        for rows in (1, BIN.value)
-    ]
-    return [collecting, bounding[0], replace(bounding[1], quick=False)]

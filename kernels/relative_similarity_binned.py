@@ -13,14 +13,11 @@ memory: strips of 128, 128 and 64 MiB and tables of 4 MiB. Compiled, interpreted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form, with_ones
 from jasper_fast.kernels.strips import empty_strip, multiply
 
 COLUMNS = 1024  # of a strip that a program takes
@@ -181,23 +178,3 @@ def coefficients(
 
 def _last(fine: Tensor) -> float:
     return len(fine) - 1.0 / 128.0  # below the upper end of its bin in float32, at 2^15 bins
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    sizes = {"w": "i32", "stride": "i32:16", "bins": "i32:16"}
-    pointers = dict.fromkeys(("STUDENT", "TEACHER"), "*fp32:16") | {"GRID": "*fp32"}
-    tables = dict.fromkeys(("COUNTS", "FINE_STUDENT", "FINE_TEACHER"), "*i32:16")
-    numbers = {**sizes, "shift": "i32", "last": "fp32"}
-    counting = Form(
-        "first student", histogram_kernel, {**pointers, **tables, **numbers}, {"BLOCK": COLUMNS}, quick=True
-    )
-    yield from (counting, with_ones(counting, "w"))
-    types = {name: kind for name, kind in counting.types.items() if name != "FINE_TEACHER"}
-    yield Form("next student", histogram_kernel, types, {"BLOCK": COLUMNS, "FINE_TEACHER": None})
-    pointers |= {"WEIGHTS": "*fp16:16", **dict.fromkeys(("NODES", "OWN", "RANK", "SUMS"), "*fp32:16")}
-    numbers = {**sizes, "weight_scale": "fp32", "bins_per_fine": "fp32", "last": "fp32"}
-    looking_up = Form(
-        f"{COLUMNS}", coefficients_kernel, {**pointers, **numbers}, {"BLOCK": COLUMNS}, stack={80: 8}, quick=True
-    )
-    yield from (looking_up, with_ones(looking_up, "w"))

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 FLOAT32_MAX = tl.constexpr(3.4028234e38)
 
@@ -126,31 +121,3 @@ def l2_normalize_backward(gradient: Tensor, vectors: Tensor, reciprocals: Tensor
         BLOCK=block,
         num_warps=_warps(block),
     )
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    for dtype in TYPES.values():
-        for block in (16, 2048):
-            for unit in (True, False):
-                strides = {"stride_xb": "i32:16"} if unit else {"stride_xb": "i32", "stride_xd": "i32"}
-                constants = {"BLOCK": block} | ({"stride_xd": 1} if unit else {})
-                label = f"{dtype}, {block}, {'dense' if unit else 'strided'}"
-                quick = dtype == "bf16" and block == 2048 and unit
-                lengths = Form(
-                    label,
-                    reciprocal_norms_kernel,
-                    {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
-                    constants,
-                    warps=_warps(block),
-                    quick=quick,
-                )
-                types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
-                types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
-                back = replace(lengths, kernel=l2_normalize_backward_kernel, types={**types, "stride_ob": "i32"})
-                yield from (lengths, back)
-                if unit:
-                    yield from (unaligned(lengths), unaligned(back))
-                if unit and block == 16:
-                    yield with_ones(lengths, "D", "stride_xb")
-                    yield with_ones(back, "D", "stride_gb", "stride_xb", "stride_ob")
