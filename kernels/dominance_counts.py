@@ -86,9 +86,9 @@ def distribute_kernel(
     SUMS_OUT,  # (2N,) int32; if LAST, by kind and place too
     events,
     tiles,
-    tiles_in_node,
     shift,
     digit_mask,
+    tiles_in_node,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -177,18 +177,9 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
         in_node = max(2 ** (shift + bits + 1) // BLOCK, 1)
         out = torch.empty_like(events), torch.empty_like(events)
         distribute_kernel[(tiles,)](
-            events,
-            sums,
-            before,
-            *out,
-            *numbers[:2],
-            in_node,
-            *numbers[2:],
-            FIRST=first,
-            LAST=last,
-            BLOCK=BLOCK,
+            events, sums, before, *out, *numbers, in_node, FIRST=first, LAST=last, BLOCK=BLOCK,
             num_warps=WARPS["distribute"],
-        )
+        )  # fmt: skip
         (events, sums), first = out, False
     up, low = torch.empty(2, total // 2, dtype=torch.int32, device=events.device)
     leaves = triton.cdiv(total, 2 * LEAF)

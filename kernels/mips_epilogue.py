@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jasper_fast.kernels.mips import BIN
 from jasper_fast.kernels.mips_prologue import just_below, kth_largest, warps
 from jasper_fast.kernels.mips_rescore import DEPTH, PAIRS, exact_products
-from jasper_fast.kernels.mips_tile import BIN
 
 BLOCKS = (1024, 2048, 4096, 8192)  # candidates that one program holds
 RIVALS = 32  # rows that are compared with as many at once

@@ -76,7 +76,6 @@ def operands_kernel(
     D,
     product,  # fp32: error of the scan's arithmetic, relative to the norms
     absolute,  # fp32
-    PROVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write a query rounded for the scan, and its scores' errors: relative to a row's norm, and absolute."""
@@ -108,12 +107,8 @@ def operands_kernel(
         lost += (x - scanned) * (x - scanned)
     relative = tl.sqrt(tl.sum(squares, axis=0)) * product + tl.sqrt(tl.sum(lost, axis=0))
     # 1 + 2^-19 exceeds the roundings here and those of the product's conversion to float32.
-    if PROVEN:
-        tl.store(RELATIVE + q, (relative * 1.0000019073486328125).to(tl.float32))
-        tl.store(ABSOLUTE + q, absolute)
-    else:
-        tl.store(RELATIVE + q, 0.0)
-        tl.store(ABSOLUTE + q, 0.0)
+    tl.store(RELATIVE + q, (relative * 1.0000019073486328125).to(tl.float32))
+    tl.store(ABSOLUTE + q, absolute)
 
 
 def operands(
@@ -137,9 +132,10 @@ def operands(
     scales = torch.empty(size, device=exact.device) if dtype == torch.int8 else None
     limits = torch.empty(size, device=exact.device), torch.empty(size, device=exact.device)
     operands_kernel[(size,)](
-        exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), PROVEN=proven, BLOCK=STEP,
-        num_warps=4,
-    )  # fmt: skip
+        exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), BLOCK=STEP
+    )
+    if not proven:
+        limits = torch.zeros_like(limits[0]), torch.zeros_like(limits[1])
     return scan_queries, scales, limits
 
 

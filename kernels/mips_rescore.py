@@ -78,17 +78,8 @@ def rescore(queries: Tensor, rows: Tensor, scales: Tensor | None, query: Tensor,
     """
     out = torch.empty(len(row), dtype=torch.float64, device=rows.device)
     if len(row):
+        pairs = query.contiguous(), row.contiguous()
         rescore_kernel[(triton.cdiv(len(row), PAIRS),)](
-            queries,
-            rows,
-            scales,
-            query.contiguous(),
-            row.contiguous(),
-            out,
-            len(row),
-            rows.shape[1],
-            PAIRS=PAIRS,
-            BLOCK_K=DEPTH,
-            num_warps=4,
+            queries, rows, scales, *pairs, out, len(row), rows.shape[1], PAIRS=PAIRS, BLOCK_K=DEPTH, num_warps=4
         )
     return out

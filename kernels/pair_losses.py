@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels import feature_form, strips
+from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import LOG_2, add_logits, log_sum
 from jasper_fast.kernels.strips import Rows, empty_strip, multiply
 from jasper_fast.ops.dispatch import gradient_dtype
@@ -226,14 +228,15 @@ def _weights(
     rows = slice(begin, begin + height)
     factors = head.row_factors[rows], target.row_factors[rows], head.reciprocals[first:], target.reciprocals[first:]
     weight_scale = _weight_scale(head.raw.dtype)
+    options: dict[str, Any] = {"BLOCK": COLUMNS, "num_warps": warps(COLUMNS)}
     blocks = triton.cdiv(width, COLUMNS) if logit_scale is None else 1
     sums = torch.empty(height, blocks, dtype=torch.float32, device=s.device)
     if logit_scale is None:
         difference_kernel[(height, blocks)](
-            s, t, *factors, w, sums, height, width, s.stride(0), weight_scale, BLOCK=COLUMNS
+            s, t, *factors, w, sums, height, width, s.stride(0), weight_scale, **options
         )
     else:
         divergence_kernel[(height,)](
-            s, t, *factors, w, sums, begin, width, s.stride(0), logit_scale, weight_scale, BLOCK=COLUMNS, **EXACT
+            s, t, *factors, w, sums, begin, width, s.stride(0), logit_scale, weight_scale, **options, **EXACT
         )
     return sums.sum(dtype=torch.float64)

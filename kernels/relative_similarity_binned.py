@@ -127,51 +127,23 @@ def histogram(
     """Count the new pairs of `scores` into int32 counts (K, K), fine (F,) and, unless None, fine_teacher (F,)."""
     height, width = student.shape
     shift = (len(fine) // len(counts)).bit_length() - 1
+    numbers = width, student.stride(0), len(counts), shift, _last(fine)
     histogram_kernel[(height, triton.cdiv(width, COLUMNS))](
-        student,
-        teacher,
-        grid,
-        counts,
-        fine,
-        fine_teacher,
-        width,
-        student.stride(0),
-        len(counts),
-        shift,
-        _last(fine),
-        BLOCK=COLUMNS,
+        student, teacher, grid, counts, fine, fine_teacher, *numbers, BLOCK=COLUMNS
     )
 
 
 def coefficients(
-    student: Tensor,
-    teacher: Tensor,
-    grid: Tensor,
-    nodes: Tensor,
-    student_table: Tensor,
-    rank: Tensor,
-    weight_scale: float,
+    student: Tensor, teacher: Tensor, grid: Tensor, nodes: Tensor, own: Tensor, rank: Tensor, weight_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return float16 coefficients times weight_scale, and the float64 sum of coefficient * (score - centre)."""
     height, width = student.shape
     sums = torch.empty(height, triton.cdiv(width, COLUMNS), dtype=torch.float32, device=student.device)
     weights = empty_strip(height, width, torch.float16, student.device)
+    bins = len(nodes) - 1
+    numbers = width, student.stride(0), bins, bins / (len(own) - 1), _last(own[1:])
     coefficients_kernel[sums.shape](
-        student,
-        teacher,
-        weights,
-        grid,
-        nodes,
-        student_table,
-        rank,
-        sums,
-        weight_scale,
-        width,
-        student.stride(0),
-        len(nodes) - 1,
-        (len(nodes) - 1) / (len(student_table) - 1),
-        _last(student_table[1:]),
-        BLOCK=COLUMNS,
+        student, teacher, weights, grid, nodes, own, rank, sums, weight_scale, *numbers, BLOCK=COLUMNS
     )
     return weights, sums.sum(dtype=torch.float64)
 

@@ -267,8 +267,8 @@ def _around_scans() -> Calls:
         queries, scales = _rows(size, width, F64), torch.ones(128) if stored == I8 else None
         mips_epilogue.rerank(found, queries, corpus, scales, first, 2 * k + 64, proven, (*state, flags, flags.clone()))
 
-    def operands(stored: torch.dtype, width: int, proven: bool) -> None:
-        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30, proven)
+    def operands(stored: torch.dtype, width: int) -> None:
+        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30, True)
 
     def rescore(stored: torch.dtype, width: int, count: int = 40) -> None:
         chosen, scales = torch.zeros(count, dtype=torch.int64), torch.ones(128) if stored == I8 else None
@@ -277,12 +277,11 @@ def _around_scans() -> Calls:
     for stored in STORED:
         for width in (64, 37, 1):
             label, quick = f"{NAMES[stored]}, width {width}", width == 64 and stored in (BF16, I8)
-            yield label, quick, partial(operands, stored, width, True)
+            yield label, quick, partial(operands, stored, width)
             yield label, quick, partial(rescore, stored, width)
             if width > 1:
                 yield label, quick, partial(rerank, stored, width, 10, True)
         label = NAMES[stored]
-        yield f"{label}, fast", False, partial(operands, stored, 64, False)
         yield f"{label}, fast", False, partial(rerank, stored, 64, 10, False)
         yield f"{label}, one", False, partial(rescore, stored, 64, 1)
         yield f"{label}, k 1", False, partial(rerank, stored, 64, 1, True)
