@@ -22,14 +22,10 @@ Compiled, interpreted and emulated, not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import Form, with_ones
 
 LEAF_BITS = 7
 LEAF = 2**LEAF_BITS  # places
@@ -90,9 +86,9 @@ def distribute_kernel(
     SUMS_OUT,  # (2N,) int32; if LAST, by kind and place too
     events,
     tiles,
-    tiles_in_node,
     shift,
     digit_mask,
+    tiles_in_node,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -181,41 +177,11 @@ def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
         in_node = max(2 ** (shift + bits + 1) // BLOCK, 1)
         out = torch.empty_like(events), torch.empty_like(events)
         distribute_kernel[(tiles,)](
-            events,
-            sums,
-            before,
-            *out,
-            *numbers[:2],
-            in_node,
-            *numbers[2:],
-            FIRST=first,
-            LAST=last,
-            BLOCK=BLOCK,
+            events, sums, before, *out, *numbers, in_node, FIRST=first, LAST=last, BLOCK=BLOCK,
             num_warps=WARPS["distribute"],
-        )
+        )  # fmt: skip
         (events, sums), first = out, False
     up, low = torch.empty(2, total // 2, dtype=torch.int32, device=events.device)
     leaves = triton.cdiv(total, 2 * LEAF)
     leaf_kernel[(leaves,)](events, sums, up, low, total // 2, LEAF=LEAF, num_warps=WARPS["leaf"])
     return up, low
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    numbers = {name: "i32" for name in ("events", "tiles", "shift", "digit_mask")}
-    types = {"EVENTS": "*i32:16", "COUNTS": "*i32:16", **numbers}
-    counts = Form(f"{BLOCK}", digit_counts_kernel, types, {"BLOCK": BLOCK}, warps=WARPS["distribute"], quick=True)
-    yield from (counts, with_ones(counts, "tiles", "digit_mask"))
-    for first, last in ((True, True), (True, False), (False, True), (False, False)):
-        label = f"{BLOCK}, {'first' if first else 'later'}{' and last' if last else ''} pass"
-        types = {name: "*i32:16" for name in ("EVENTS", "SUMS", "BEFORE", "EVENTS_OUT", "SUMS_OUT")}
-        types |= {**numbers, "tiles_in_node": "i32"}
-        constants = {"FIRST": first, "LAST": last, "BLOCK": BLOCK}
-        distribute = Form(label, distribute_kernel, types, constants, warps=WARPS["distribute"], quick=first != last)
-        yield distribute
-        if first and last:
-            # Up to 256 pairs, of up to 23 rows, are one tile and at most one bit.
-            yield with_ones(distribute, "tiles", "tiles_in_node", "digit_mask", quick=True)
-    types = {**{name: "*i32:16" for name in ("POSITIONS", "SUMS", "UP", "LOW")}, "places": "i32"}
-    leaf = Form(f"{LEAF} places", leaf_kernel, types, {"LEAF": LEAF}, warps=WARPS["leaf"], quick=True)
-    yield from (leaf, with_ones(leaf, "places"))

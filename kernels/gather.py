@@ -8,17 +8,12 @@ Compiled and interpreted, not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
-from jasper_fast.kernels.rows import l2_normalize_backward, reciprocal_norms
-from jasper_fast.ops.dispatch import gradient_dtype
+from jasper_fast.kernels.strips import Rows
 
 CANDIDATES, COLUMNS = 16, 128  # of a block of cosines
 ENTRIES, SUM_COLUMNS = 8, 256  # of a block of sums
@@ -94,29 +89,7 @@ def weighted_sums_kernel(
     tl.store(OUT + group * D + columns, tl.sum(acc, axis=0), mask=columns < D)
 
 
-class RawRows(NamedTuple):
-    """Rows (B, D) of any length, and their reciprocal norms (B,)."""
-
-    rows: Tensor
-    reciprocals: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> RawRows:
-        """Compute the norms, and copy rows whose strides do not fit 32-bit offsets inside a tile."""
-        rows = rows.contiguous() if max(rows.stride()) >= 2**22 else rows
-        return cls(rows, reciprocal_norms(rows))
-
-    def backward(self, unit_gradient: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Return the scaled gradient with respect to rows from that with respect to unit rows. None gives nothing."""
-        dtype = gradient_dtype(self.rows)
-        if unit_gradient is None:
-            return self.rows.new_empty(0, dtype=dtype)
-        out = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
-        l2_normalize_backward(unit_gradient, self.rows, self.reciprocals, scale, out)
-        return out
-
-
-def gathered_cosines(x: RawRows, y: RawRows, chosen: Tensor) -> Tensor:
+def gathered_cosines(x: Rows, y: Rows, chosen: Tensor) -> Tensor:
     """Return the cosines of each row of x with its chosen rows of y.
 
     Args:
@@ -129,26 +102,15 @@ def gathered_cosines(x: RawRows, y: RawRows, chosen: Tensor) -> Tensor:
     """
     count, k = chosen.shape
     out = torch.empty(count, k, dtype=torch.float32, device=chosen.device)
+    sizes = (k, *y.raw.shape, *x.raw.stride(), *y.raw.stride())
     gathered_cosines_kernel[(count, triton.cdiv(k, CANDIDATES))](
-        x.rows,
-        y.rows,
-        x.reciprocals,
-        y.reciprocals,
-        chosen,
-        out,
-        k,
-        len(y.rows),
-        x.rows.shape[1],
-        *x.rows.stride(),
-        *y.rows.stride(),
-        BLOCK_C=CANDIDATES,
-        BLOCK_D=COLUMNS,
+        x.raw, y.raw, x.reciprocals, y.reciprocals, chosen, out, *sizes, BLOCK_C=CANDIDATES, BLOCK_D=COLUMNS
     )
     return out
 
 
 def gathered_gradients(
-    x: RawRows, y: RawRows, chosen: Tensor, weights: Tensor, x_gradient: bool, y_gradient: bool
+    x: Rows, y: Rows, chosen: Tensor, weights: Tensor, x_gradient: bool, y_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients with respect to the rows of x and y, from that with respect to `gathered_cosines`.
 
@@ -167,50 +129,16 @@ def gathered_gradients(
         left = _weighted_sums(y, chosen.view(-1), weights.reshape(-1), starts)
     if y_gradient:
         documents, order = chosen.view(-1).sort(stable=True)
-        starts = torch.searchsorted(documents, torch.arange(len(y.rows) + 1, device=device))
+        starts = torch.searchsorted(documents, torch.arange(len(y.raw) + 1, device=device))
         right = _weighted_sums(x, order // k, weights.reshape(-1)[order], starts)
-    return x.backward(left), y.backward(right)
+    return x.backward(left, 1.0), y.backward(right, 1.0)
 
 
-def _weighted_sums(x: RawRows, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    groups, width = len(starts) - 1, x.rows.shape[1]
+def _weighted_sums(x: Rows, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    groups, width = len(starts) - 1, x.raw.shape[1]
     out = torch.empty(groups, width, dtype=torch.float32, device=rows.device)
+    sizes = (*x.raw.shape, *x.raw.stride())
     weighted_sums_kernel[(groups, triton.cdiv(width, SUM_COLUMNS))](
-        x.rows,
-        x.reciprocals,
-        rows,
-        weights,
-        starts,
-        out,
-        len(x.rows),
-        width,
-        *x.rows.stride(),
-        BLOCK_E=ENTRIES,
-        BLOCK_D=SUM_COLUMNS,
+        x.raw, x.reciprocals, rows, weights, starts, out, *sizes, BLOCK_E=ENTRIES, BLOCK_D=SUM_COLUMNS
     )
     return out
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    layouts: dict[str, tuple[dict[str, str], dict[str, int]]] = {
-        "dense": ({"stride_xb": "i32:16", "stride_yb": "i32:16"}, {"stride_xd": 1, "stride_yd": 1}),
-        "strided": (dict.fromkeys(("stride_xb", "stride_xd", "stride_yb", "stride_yd"), "i32"), {}),
-    }
-    for dtype in TYPES.values():
-        for layout, (strides, ones) in layouts.items():
-            quick = dtype == "bf16" and layout == "dense"
-            types = {"X": f"*{dtype}:16", "Y": f"*{dtype}:16", "RX": "*fp32:16", "RY": "*fp32:16", "OUT": "*fp32:16"}
-            types |= {"CHOSEN": "*i64:16", "K": "i32:16", "M": "i32", "D": "i32:16", **strides}
-            constants = {"BLOCK_C": CANDIDATES, "BLOCK_D": COLUMNS, **ones}
-            cosines = Form(f"{dtype} {layout}", gathered_cosines_kernel, types, constants, quick=quick)
-            types = {"X": f"*{dtype}:16", "R": "*fp32:16", "ROWS": "*i64:16", "WEIGHTS": "*fp32:16"}
-            types |= {"STARTS": "*i64:16", "OUT": "*fp32:16", "N": "i32", "D": "i32:16"}
-            types |= {name: kind for name, kind in strides.items() if name.startswith("stride_x")}
-            constants = {"BLOCK_E": ENTRIES, "BLOCK_D": SUM_COLUMNS}
-            constants |= {name: 1 for name in ones if name == "stride_xd"}
-            sums = Form(f"{dtype} {layout}", weighted_sums_kernel, types, constants, quick=quick)
-            yield from (cosines, sums)
-            if dtype == "fp32" and ones:
-                yield from (unaligned(cosines), with_ones(cosines, "K", "M", "D", "stride_xb", "stride_yb"))
-                yield from (unaligned(sums), with_ones(sums, "N", "D", "stride_xb"))

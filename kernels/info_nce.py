@@ -9,7 +9,6 @@ memory take 0.5 ms. Compiled, interpreted and emulated, not yet run on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jasper_fast.kernels import strips
-from jasper_fast.kernels.gather import RawRows, gathered_cosines
-from jasper_fast.kernels.registry import Form, with_ones
+from jasper_fast.kernels.gather import gathered_cosines
+from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import add_logits, log_sum
 from jasper_fast.kernels.strips import Rows, empty_strip, multiply
 
@@ -109,80 +108,43 @@ def info_nce(
         document_gradient: the same for the documents.
     """
     left, right = Rows.of(queries), Rows.of(documents)
-    sides_of_teacher = [Rows.of(rows) for rows in teacher]
-    (count, width), others, device = queries.shape, len(documents), documents.device
+    of_teacher = [Rows.of(rows) for rows in teacher]
+    count, others, device = len(queries), len(documents), documents.device
     chosen = torch.where(positives < 0, others, positives).contiguous()
     logit_scale = math.log2(math.e) / temperature
-    logits = _cosines(left, right, chosen) * logit_scale
-    bar = _cosines(sides_of_teacher[0], sides_of_teacher[1], chosen) - margin if teacher else None
+    logits = gathered_cosines(left, right, chosen[:, None])[:, 0] * logit_scale
+    bar = gathered_cosines(of_teacher[0], of_teacher[1], chosen[:, None])[:, 0] - margin if teacher else None
     own = numbers[chosen.clamp(max=others - 1)]
     # In bfloat16 or float32. Weights of float16 would have 11 bits.
     half = queries.dtype == documents.dtype == torch.bfloat16
     dtype = torch.bfloat16 if half else torch.float32
-    units = [
-        side.unit(dtype) if wanted else None for side, wanted in ((right, query_gradient), (left, document_gradient))
-    ]
-    sums = [
-        torch.zeros(rows, width, device=device) if wanted else None
-        for rows, wanted in ((count, query_gradient), (others, document_gradient))
-    ]
+    right_unit = right.unit(dtype) if query_gradient else None
+    left_unit = left.unit(dtype) if document_gradient else None
+    of_queries = torch.zeros(queries.shape, device=device) if query_gradient else None
+    of_documents = torch.zeros(documents.shape, device=device) if document_gradient else None
     height = strips.strip_height(count, others)
-    s_products = empty_strip(height, others, torch.float32, device)
-    t_products = empty_strip(height, others, torch.float32, device)
+    s_products, t_products = (empty_strip(height, others, torch.float32, device) for _ in range(2))
     weights = empty_strip(height, others, dtype, device) if half else s_products
     log_sums = torch.empty(count, dtype=torch.float32, device=device)
     for begin in range(0, count, height):
         end = min(begin + height, count)
+        rows, t = slice(begin, end), None
         s = left.products(right, begin, end, 0, s_products)
-        t = sides_of_teacher[0].products(sides_of_teacher[1], begin, end, 0, t_products) if teacher else None
+        factors_t, columns_t, bars = None, None, None
+        if bar is not None:
+            t = of_teacher[0].products(of_teacher[1], begin, end, 0, t_products)
+            factors_t, columns_t, bars = of_teacher[0].row_factors[rows], of_teacher[1].reciprocals, bar[rows]
         w = weights[: end - begin] if query_gradient or document_gradient else None
-        rows = slice(begin, end)
+        factors = left.row_factors[rows], factors_t, right.reciprocals, columns_t
+        figures = own[rows], bars, chosen[rows], logits[rows], log_sums[rows]
+        options = {"BLOCK": COLUMNS, "num_warps": warps(COLUMNS)}
         contrast_kernel[(end - begin,)](
-            s,
-            t,
-            left.row_factors[rows],
-            sides_of_teacher[0].row_factors[rows] if teacher else None,
-            right.reciprocals,
-            sides_of_teacher[1].reciprocals if teacher else None,
-            numbers,
-            own[rows],
-            None if bar is None else bar[rows],
-            chosen[rows],
-            logits[rows],
-            log_sums[rows],
-            w,
-            others,
-            s.stride(0),
-            logit_scale,
-            BLOCK=COLUMNS,
+            s, t, *factors, numbers, *figures, w, others, s.stride(0), logit_scale, **options
         )
-        if w is not None and units[0] is not None and sums[0] is not None:
-            multiply(w, units[0], sums[0][rows])
-        if w is not None and units[1] is not None and sums[1] is not None:
-            multiply(w.T, units[1][rows], sums[1], add=True)
-    above = (log_sums - logits) * LOG_2
-    loss = F.softplus(above).mean(dtype=torch.float64).to(torch.float32)[None]
+        if w is not None and right_unit is not None and of_queries is not None:
+            multiply(w, right_unit, of_queries[rows])
+        if w is not None and left_unit is not None and of_documents is not None:
+            multiply(w.T, left_unit[rows], of_documents, add=True)
+    loss = F.softplus((log_sums - logits) * LOG_2).mean(dtype=torch.float64).to(torch.float32)[None]
     scale = 1.0 / (count * temperature)
-    return loss, left.backward(sums[0], scale, units[1]), right.backward(sums[1], scale, units[0])
-
-
-def _cosines(left: Rows, right: Rows, chosen: Tensor) -> Tensor:
-    """Return the cosine of each row with its chosen row (Q,)."""
-    one, other = (RawRows(side.raw, side.reciprocals) for side in (left, right))
-    return gathered_cosines(one, other, chosen[:, None])[:, 0]
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    types = dict.fromkeys(("S", "T", "ROW_S", "ROW_T", "COLUMN_S", "COLUMN_T", "BAR", "LOGITS", "LOG_SUMS"), "*fp32:16")
-    types |= dict.fromkeys(("NUMBERS", "OWN", "POSITIVES"), "*i64:16") | {"logit_scale": "fp32"}
-    types |= {"M": "i32", "stride": "i32:16"}
-    for dtype in ("bf16", "fp32", None):
-        for absent in ([], ["T", "ROW_T", "COLUMN_T", "BAR"]):
-            label = f"{f'{dtype} weights' if dtype else 'loss only'}{', no teacher' if absent else ''}"
-            own = {name: kind for name, kind in types.items() if name not in absent}
-            own |= {"W": f"*{dtype}:16"} if dtype else {}
-            constants = {"BLOCK": COLUMNS, **dict.fromkeys(absent if dtype else [*absent, "W"])}
-            form = Form(label, contrast_kernel, own, constants, quick=dtype == "bf16")
-            yield form
-    yield with_ones(form, "M")
+    return loss, left.backward(of_queries, scale, left_unit), right.backward(of_documents, scale, right_unit)

@@ -1,7 +1,7 @@
 """Inner-product search: the scan, whose scores are compared with thresholds and never kept.
 
 Few queries are multiplied in registers, by a tile of 128 rows and 16 queries. Corpus rows are the left factor, so one
-query has a tensor core's 16 columns. Many queries have chunks of scores by `mips_chunks`, which the same kernels read.
+query has a tensor core's 16 columns. Many queries have chunks of scores by `mips_chunks`, which the same kernel reads.
 `lower_bounds` keeps the highest proven lower bound of a true score in every bin of 64 rows. `collect` keeps each row
 whose upper bound reaches a query's threshold. `mips_prologue` has the steps before the scan, and `mips_epilogue` and
 `mips_rescore` those after it.
@@ -11,9 +11,7 @@ Cost: few queries read the rows once, 0.5 ms for 1M x 1024 in bfloat16 at 4.3 TB
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,18 +21,66 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels.mips_chunks import chunked, chunks
-from jasper_fast.kernels.mips_tile import BIN, Tile, allowed, errors, tile_scores
-from jasper_fast.kernels.registry import Form, unaligned, with_ones
 
+BIN = tl.constexpr(64)  # as in jasper_fast.mips.segment
+ROUNDING = 2.0**-8 * (1 + 2.0**-6)  # relative error of a bfloat16 score, which has 8 bits, with a margin
+ROUNDED = tl.constexpr(ROUNDING)
 INTERPRETED = triton.knobs.runtime.interpret
-# Rows, queries, depth of a step. Scores of a chunk have no depth.
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block's part of a product: rows, queries, and the depth of one step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch under the names of the kernel's arguments."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
 TILES = {4: Tile(128, 16, 64, 4, 3), 2: Tile(128, 16, 128, 4, 3), 1: Tile(128, 16, 128, 4, 4)}  # by bytes of an element
-CHUNK_TILE = Tile(64, 128, 16, 8, 1)
+CHUNK_TILE = Tile(64, 128, 16, 8, 1)  # Scores of a chunk have no depth.
 
 
 @triton.jit
-def lower_bounds_kernel(
-    CORPUS,  # (N, D), a descriptor if DESCRIPTORS; or int16 scores of rows first.. (N - first, Q)
+def _products(
+    CORPUS, QUERIES, m0, n0, N, Q, D, stride_c, stride_q, SUMS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return products of rows m0.. and queries n0.. (BLOCK_M, BLOCK_N) in the dtype of their sums."""
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), SUMS)
+    if DESCRIPTORS:
+        for start in range(0, D, BLOCK_K):
+            c = CORPUS.load([m0, start])
+            q = QUERIES.load([n0, start])
+            acc = tl.dot(c, q.T, acc, input_precision=PRECISION, out_dtype=SUMS)
+    else:
+        # 64-bit scalars, 32-bit offsets inside a tile.
+        left, right = CORPUS + m0.to(tl.int64) * stride_c, QUERIES + n0.to(tl.int64) * stride_q
+        c_offsets = m[:, None] * stride_c + k[None, :]
+        q_offsets = n[None, :] * stride_q + k[:, None]
+        for start in range(0, D, BLOCK_K):
+            inside = start + k < D
+            c = tl.load(left + c_offsets, mask=(m[:, None] < N - m0) & inside[None, :], other=0)
+            q = tl.load(right + q_offsets, mask=(n[None, :] < Q - n0) & inside[:, None], other=0)
+            acc = tl.dot(c, q, acc, input_precision=PRECISION, out_dtype=SUMS)
+            left += BLOCK_K
+            right += BLOCK_K
+    return acc
+
+
+@triton.jit
+def scan_kernel(
+    CORPUS,  # (N, D), a descriptor if DESCRIPTORS; or int16, bits of bfloat16 scores of rows first.. (N - first, Q)
     QUERIES,  # (Q, D), likewise; or None for scores
     ROW_SCALES,  # (N,) fp32 of int8 codes, or None
     QUERY_SCALES,  # (Q,) fp32 of int8 codes, or None
@@ -42,12 +88,17 @@ def lower_bounds_kernel(
     NORMS,  # (ceil(N / ROWS_PER_NORM),) fp32
     RELATIVE,  # (Q,) fp32
     ABSOLUTE,  # (Q,) fp32
-    OUT,  # (Q, bins) fp32
+    BOUNDS,  # (Q, width) fp32 results for bins; or None to collect
+    THRESHOLDS,  # (Q,) fp32; this and all below None for bins
+    COUNTS,  # (Q,) int32, zeros; number of rows collected, which may exceed the width
+    WANTED,  # int32, 0 if there is nothing to do; or None
+    SCORES,  # (Q, width) fp32
+    ROWS,  # (Q, width) int32
+    width,  # bins, or rows that a query can collect
     first,
     N,
     Q,
     D,
-    bins,
     stride_c,
     stride_q,
     stride_v,
@@ -58,78 +109,60 @@ def lower_bounds_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the highest (score - error) of every bin of 64 rows, -inf for a bin without valid rows."""
-    across, down = tl.cdiv(Q, BLOCK_N), tl.cdiv(N - first, BLOCK_M)
-    for tile in range(tl.program_id(0), across * down, tl.num_programs(0)):
-        m0, n0 = first + tile // across * BLOCK_M, tile % across * BLOCK_N
-        score = tile_scores(
-            CORPUS, QUERIES, ROW_SCALES, QUERY_SCALES, m0, n0, first, N, Q, D, stride_c, stride_q, DESCRIPTORS,
-            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        score -= errors(
-            score, NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, ROWS_PER_NORM, QUERIES is None, BLOCK_M, BLOCK_N
-        )
-        # Not 0, which would exceed negative scores.
-        score = tl.where(allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N), score, float("-inf"))
-        best = tl.max(tl.reshape(score, (BLOCK_M // BIN, BIN, BLOCK_N)), axis=1)
-        n, b = n0 + tl.arange(0, BLOCK_N), m0 // BIN + tl.arange(0, BLOCK_M // BIN)
-        wanted = (n[None, :] < Q) & (b[:, None] < bins)
-        tl.store(OUT + n[None, :].to(tl.int64) * bins + b[:, None], best, mask=wanted)
+    """Write the highest (score - error) of every bin of 64 rows, -inf for a bin without valid rows.
 
-
-@triton.jit
-def collect_kernel(
-    CORPUS,  # (N, D), a descriptor if DESCRIPTORS; or int16 scores of rows first.. (N - first, Q)
-    QUERIES,  # (Q, D), likewise; or None for scores
-    ROW_SCALES,  # (N,) fp32 of int8 codes, or None
-    QUERY_SCALES,  # (Q,) fp32 of int8 codes, or None
-    VALID,  # (N,) or (Q, N) uint8, or None
-    NORMS,  # (ceil(N / 64),) fp32
-    RELATIVE,  # (Q,) fp32
-    ABSOLUTE,  # (Q,) fp32
-    THRESHOLDS,  # (Q,) fp32
-    COUNTS,  # (Q,) int32, zeros; number of such rows, which may exceed the capacity
-    WANTED,  # int32, 0 if there is nothing to do; or None
-    SCORES,  # (Q, capacity) fp32
-    ROWS,  # (Q, capacity) int32
-    first,
-    N,
-    Q,
-    D,
-    capacity,
-    stride_c,
-    stride_q,
-    stride_v,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Write every row whose (score + error) reaches the query's threshold, in no order, from an atomic counter on."""
+    Or write each row whose (score + error) reaches the query's threshold, in no order, from an atomic counter on.
+    """
     if WANTED is not None:
         Q = tl.where(tl.load(WANTED) > 0, Q, 0)
     across, down = tl.cdiv(Q, BLOCK_N), tl.cdiv(N - first, BLOCK_M)
     for tile in range(tl.program_id(0), across * down, tl.num_programs(0)):
         m0, n0 = first + tile // across * BLOCK_M, tile % across * BLOCK_N
-        score = tile_scores(
-            CORPUS, QUERIES, ROW_SCALES, QUERY_SCALES, m0, n0, first, N, Q, D, stride_c, stride_q, DESCRIPTORS,
-            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        n = n0 + tl.arange(0, BLOCK_N)
-        threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
-        error = errors(score, NORMS, RELATIVE, ABSOLUTE, m0, n0, N, Q, BIN, QUERIES is None, BLOCK_M, BLOCK_N)
-        reached = score + error >= threshold[None, :]
-        reached &= allowed(VALID, m0, n0, N, Q, stride_v, BLOCK_M, BLOCK_N)
-        # Over both axes at once, which Triton 3.6 can compile for sm_100.
-        if tl.max(reached.to(tl.int32)) > 0:
-            m = m0 + tl.arange(0, BLOCK_M)
-            counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
-            place = tl.atomic_add(counters, 1, mask=reached, sem="relaxed")
-            written = reached & (place < capacity)
-            place += n[None, :] * capacity
-            tl.store(SCORES + place, score, mask=written)
-            tl.store(ROWS + place, tl.broadcast_to(m[:, None], (BLOCK_M, BLOCK_N)), mask=written)
+        rows, queries = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)  # in the tile
+        m, n = m0 + rows, n0 + queries
+        inside = (m[:, None] < N) & (n[None, :] < Q)
+        if QUERIES is None:
+            scores = CORPUS + (m0 - first).to(tl.int64) * stride_c + n0
+            bits = tl.load(scores + (rows[:, None] * stride_c + queries[None, :]), mask=inside, other=0)
+            score = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            # Sums of integer codes are exact.
+            score = _products(
+                CORPUS, QUERIES, m0, n0, N, Q, D, stride_c, stride_q, tl.float32 if ROW_SCALES is None else tl.int32,
+                DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            ).to(tl.float32)  # fmt: skip
+        if ROW_SCALES is not None:
+            score *= tl.load(ROW_SCALES + m, mask=m < N, other=0.0)[:, None]
+        if QUERY_SCALES is not None:
+            score *= tl.load(QUERY_SCALES + n, mask=n < Q, other=0.0)[None, :]
+        norm = tl.load(NORMS + m // ROWS_PER_NORM, mask=m < N, other=0.0)
+        relative = tl.load(RELATIVE + n, mask=n < Q, other=0.0)
+        error = norm[:, None] * relative[None, :] + tl.load(ABSOLUTE + n, mask=n < Q, other=0.0)[None, :]
+        if QUERIES is None:
+            error += tl.abs(score) * ROUNDED
+        valid = inside
+        if VALID is not None:
+            # A mask for all queries has stride 0.
+            mask = VALID + n0.to(tl.int64) * stride_v + m0 + (queries[None, :] * stride_v + rows[:, None])
+            valid &= tl.load(mask, mask=inside, other=0) != 0
+        if BOUNDS is not None:
+            # Not 0, which would exceed negative scores.
+            bound = tl.where(valid, score - error, float("-inf"))
+            best = tl.max(tl.reshape(bound, (BLOCK_M // BIN, BIN, BLOCK_N)), axis=1)
+            b = m0 // BIN + tl.arange(0, BLOCK_M // BIN)
+            to = BOUNDS + n[None, :].to(tl.int64) * width + b[:, None]
+            tl.store(to, best, mask=(n[None, :] < Q) & (b[:, None] < width))
+        else:
+            threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
+            reached = valid & (score + error >= threshold[None, :])
+            # Over both axes at once, which Triton 3.6 can compile for sm_100.
+            if tl.max(reached.to(tl.int32)) > 0:
+                counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
+                place = tl.atomic_add(counters, 1, mask=reached, sem="relaxed")
+                written = reached & (place < width)
+                place += n[None, :] * width
+                tl.store(SCORES + place, score, mask=written)
+                tl.store(ROWS + place, tl.broadcast_to(m[:, None], (BLOCK_M, BLOCK_N)), mask=written)
 
 
 @dataclass(frozen=True)
@@ -152,30 +185,32 @@ class Scan:
     norms: Tensor
     limits: tuple[Tensor, Tensor]
 
-    def launches(self, narrow: bool, descriptors: bool | None) -> Iterator[tuple[Any, ...]]:
-        """Yield the launches of a scan: grid, first arguments, arguments on shapes by name, and options."""
+    def launch(self, narrow: bool, descriptors: bool | None, rows_per_norm: int, **results: Any) -> None:
+        """Launch a scan, in registers if it is ``narrow`` or has few queries, with results by name."""
         rows, queries, mask = self.rows, self.queries, self.mask
         common = (*self.scales, None if mask is None else mask.view(torch.uint8), self.norms, *self.limits)
-        shape = {"Q": len(queries), "D": rows.shape[1], "stride_q": 0}
-        shape["stride_v"] = mask.stride(0) if mask is not None and mask.dim() == 2 else 0
-        constants = {"DESCRIPTORS": False, "PRECISION": "ieee" if INTERPRETED else "tf32x3"}
+        options: dict[str, Any] = {"Q": len(queries), "D": rows.shape[1], "stride_q": 0, "ROWS_PER_NORM": rows_per_norm}
+        options["stride_v"] = mask.stride(0) if mask is not None and mask.dim() == 2 else 0
+        options |= {"DESCRIPTORS": False, "PRECISION": "ieee" if INTERPRETED else "tf32x3"}
+        options |= dict.fromkeys(("BOUNDS", "THRESHOLDS", "COUNTS", "WANTED", "SCORES", "ROWS")) | results
         if chunked(len(queries)) and not narrow:
             for first, scores in chunks(rows, queries):
                 grid = triton.cdiv(len(scores), CHUNK_TILE.m) * triton.cdiv(len(queries), CHUNK_TILE.n)
-                shape |= {"first": first, "N": first + len(scores), "stride_c": scores.stride(0)}
-                bits = scores.view(torch.int16)
-                yield (grid,), (bits, None, *common), shape, constants | CHUNK_TILE.launch
+                options |= {"first": first, "N": first + len(scores), "stride_c": scores.stride(0)}
+                scan_kernel[(grid,)](scores.view(torch.int16), None, *common, **options, **CHUNK_TILE.launch)
             return
-        tile, corpus, factor = TILES[rows.element_size()], rows, queries
+        tile, factors = TILES[rows.element_size()], (rows, queries)
         if supports_descriptors(rows, queries) if descriptors is None else descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
-            constants["DESCRIPTORS"] = True
-            corpus = TensorDescriptor.from_tensor(rows, [tile.m, tile.k])
-            factor = TensorDescriptor.from_tensor(queries, [tile.n, tile.k])
+            options["DESCRIPTORS"] = True
+            factors = tuple(
+                TensorDescriptor.from_tensor(t, [block, tile.k])
+                for t, block in zip(factors, (tile.m, tile.n), strict=True)
+            )
         count = triton.cdiv(len(rows), tile.m) * triton.cdiv(len(queries), tile.n)
-        shape |= {"first": 0, "N": len(rows), "stride_c": rows.stride(0), "stride_q": queries.stride(0)}
-        yield (min(count, _programs(rows.device)),), (corpus, factor, *common), shape, constants | tile.launch
+        options |= {"first": 0, "N": len(rows), "stride_c": rows.stride(0), "stride_q": queries.stride(0)}
+        scan_kernel[(min(count, _programs(rows.device)),)](*factors, *common, **options, **tile.launch)
 
 
 def supports_descriptors(rows: Tensor, queries: Tensor) -> bool:
@@ -204,8 +239,7 @@ def lower_bounds(scan: Scan, rows_per_norm: int, descriptors: bool | None = None
     """
     bins = triton.cdiv(len(scan.rows), BIN.value)
     out = torch.empty(len(scan.queries), bins, dtype=torch.float32, device=scan.rows.device)
-    for grid, operands, shape, options in scan.launches(False, descriptors):
-        lower_bounds_kernel[grid](*operands, OUT=out, bins=bins, ROWS_PER_NORM=rows_per_norm, **shape, **options)
+    scan.launch(False, descriptors, rows_per_norm, BOUNDS=out, width=bins)
     return out
 
 
@@ -233,67 +267,7 @@ def collect(
     size, device = len(scan.queries), scan.rows.device
     assert size * capacity < 2**31
     scores = torch.empty(size, capacity, dtype=torch.float32, device=device)
-    numbers = torch.empty(size, capacity, dtype=torch.int32, device=device)
-    results = {"THRESHOLDS": thresholds, "COUNTS": counts, "WANTED": wanted, "SCORES": scores, "ROWS": numbers}
-    for grid, operands, shape, options in scan.launches(wanted is not None, descriptors):
-        collect_kernel[grid](*operands, **results, capacity=capacity, **shape, **options)
-    return scores, numbers
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    kinds = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1}  # bytes of an element
-    for kind, masked, descriptors in itertools.product(kinds, (False, True), (True, False)):
-        tile = TILES[kinds[kind]]
-        operands = {"CORPUS": f"*{kind}:16", "QUERIES": f"*{kind}:16"}
-        if descriptors:
-            blocks = {"CORPUS": [tile.m, tile.k], "QUERIES": [tile.n, tile.k]}
-            operands = {name: f"tensordesc<{kind}{block}>" for name, block in blocks.items()}
-        operands |= dict.fromkeys(("ROW_SCALES", "QUERY_SCALES"), "*fp32:16") if kind == "i8" else {}
-        options: dict[str, Any] = {"architectures": (90, 100) if descriptors else (80, 90, 100)}
-        # Pointers keep an address for every element. With descriptors, only odd widths need them.
-        options["stack"] = {} if descriptors else {80: 384, 90: 384, 100: 192}
-        # On sm_100 Triton multiplies integers with the older instruction.
-        options["tensor_cores"] = (80, 90) if kind == "i8" else True
-        options["quick"] = not masked and (kind, descriptors) in (("bf16", True), ("bf16", False), ("i8", True))
-        label = f"{kind}{' masked' * masked} {'descriptors' if descriptors else 'pointers'}, {tile}"
-        every = _forms(label, tile, operands, masked, {"DESCRIPTORS": descriptors}, options)
-        collecting, bounding = every[0], every[-1]
-        yield from every
-        if not masked:  # A mask changes the end of a kernel only. These forms vary its beginning.
-            wanted = {name: value for name, value in collecting.constants.items() if name != "WANTED"}
-            types = {**collecting.types, "WANTED": "*i32:16"}
-            yield replace(collecting, label=f"{label}, some", types=types, constants=wanted, quick=False)
-            # With descriptors, pointers are for odd widths.
-            yield from (unaligned(collecting, "stride_v", "first"), unaligned(bounding, "stride_v", "first"))
-            yield from (with_ones(collecting, "Q"), with_ones(bounding, "Q"), with_ones(bounding, "Q", "bins"))
-            if not descriptors:
-                width = ("D", "stride_c", "stride_q")
-                yield from (with_ones(collecting, *width), with_ones(bounding, *width))
-    for scaled, masked in itertools.product((False, True), (False, True)):
-        label = f"{'scaled ' * scaled}scores{' masked' * masked}, {CHUNK_TILE}"
-        operands = {"CORPUS": "*i16:16"} | ({"ROW_SCALES": "*fp32:16"} if scaled else {})
-        options = {"quick": not scaled and not masked}
-        every = _forms(label, CHUNK_TILE, operands, masked, {"DESCRIPTORS": False}, options)
-        yield from (*every, *(unaligned(form, "stride_v", "first", "stride_q") for form in every))
-
-
-def _forms(
-    label: str, tile: Tile, operands: dict[str, str], masked: bool, constants: dict[str, Any], options: dict[str, Any]
-) -> list[Form]:
-    """Return the forms of a launch: `collect_kernel`, then `lower_bounds_kernel` with 1 and 64 rows for each norm."""
-    types = operands | dict.fromkeys(("NORMS", "RELATIVE", "ABSOLUTE"), "*fp32:16") | {"N": "i32", "Q": "i32"}
-    types |= dict.fromkeys(("first", "D", "stride_c", "stride_q"), "i32:16")
-    types |= {"VALID": "*u8:16", "stride_v": "i32"} if masked else {"stride_v": "i32:16"}  # 0
-    constants = {**constants, "PRECISION": "tf32x3", **tile.constants}
-    constants |= {name: None for name in ("QUERIES", "ROW_SCALES", "QUERY_SCALES", "VALID") if name not in types}
-    options = {**options, "warps": tile.warps, "stages": tile.stages}
-    results = {"THRESHOLDS": "*fp32:16", "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16"}
-    results |= {"capacity": "i32:16"}
-    collecting = Form(label, collect_kernel, types | results, {**constants, "WANTED": None}, **options)
-    types |= {"OUT": "*fp32:16", "bins": "i32"}
-    bounding = [
-        Form(f"{label}, norm of {rows}", lower_bounds_kernel, types, {**constants, "ROWS_PER_NORM": rows}, **options)
-        for rows in (1, BIN.value)
-    ]
-    return [collecting, bounding[0], replace(bounding[1], quick=False)]
+    rows = torch.empty(size, capacity, dtype=torch.int32, device=device)
+    results = {"THRESHOLDS": thresholds, "COUNTS": counts, "WANTED": wanted, "SCORES": scores, "ROWS": rows}
+    scan.launch(wanted is not None, descriptors, BIN.value, width=capacity, **results)
+    return scores, rows

@@ -7,19 +7,16 @@ the work differently: with one query, each of its rows goes to a separate progra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from jasper_fast.kernels.mips import BIN
 from jasper_fast.kernels.mips_prologue import just_below, kth_largest, warps
 from jasper_fast.kernels.mips_rescore import DEPTH, PAIRS, exact_products
-from jasper_fast.kernels.mips_tile import BIN
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 BLOCKS = (1024, 2048, 4096, 8192)  # candidates that one program holds
 RIVALS = 32  # rows that are compared with as many at once
@@ -265,39 +262,3 @@ def rerank(
 def _parts(size: int, places: int, each: int) -> int:
     """Return the number of programs for a query: 1 for many queries, else up to one per block of places."""
     return max(1, min(triton.cdiv(places, each), TARGET_PROGRAMS // size))
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    numbers = {"NORMS": "*fp32:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16", "KEPT": "*i32:16"}
-    numbers |= {"KEPT_SCORES": "*fp32:16", "KEPT_ROWS": "*i32:16"}
-    state = {"BEST": "*i64:16", "HELD": "*i64:16"}
-    for block in BLOCKS:
-        types = {**numbers, "COUNTS": "*i32:16", "SCORES": "*fp32:16", "ROWS": "*i32:16", "THRESHOLDS": "*fp32:16"}
-        types |= {"CUTOFFS": "*fp64:16", "BEFORE": "*fp64:16", "MISSED": "*u8:16", "SPARES": "*fp32:16"}
-        types |= {"AGAIN": "*fp32:16", "rounding": "fp32"}
-        types |= {"k": "i32", "capacity": "i32:16", "max_kept": "i32"}
-        form = Form(f"{block}", select_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == BLOCKS[0])
-        yield form
-        if block == BLOCKS[0]:
-            yield with_ones(form, "k")
-    for kind in (*TYPES.values(), "i8"):
-        for proven in (True, False):
-            types = {**numbers, **state, "QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "BROKEN": "*u8:16"}
-            types |= {"TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16"}
-            types |= {"rounding": "fp32", "D": "i32:16", "k": "i32", "max_kept": "i32", "first_id": "i32"}
-            types |= {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
-            constants: dict[str, Any] = {"PROVEN": proven, "PAIRS": PAIRS, "BLOCK_K": DEPTH, "RIVALS": RIVALS}
-            constants |= {} if kind == "i8" else {"ROW_SCALES": None}
-            label = f"{kind}, {'proven' if proven else 'fast'}"
-            form = Form(label, rescore_kept_kernel, types, constants, quick=proven and kind in ("bf16", "i8"))
-            yield form
-            if proven:
-                yield from (unaligned(form), with_ones(form, "k"), with_ones(form, "D"), with_ones(form, "D", "k"))
-                far = {**types, "first_id": "i64"}  # beyond 2^31 rows
-                yield Form(f"{label}, far", rescore_kept_kernel, far, constants)
-    types = {**state, "TOTALS": "*i32:16", "TRUE": "*fp64:16", "IDS": "*i64:16"}
-    types |= {"BEFORE": "*fp64:16", "CUTOFFS": "*fp64:16"}
-    types |= {"k": "i32", "width": "i32"}
-    form = Form(f"{RIVALS}", rank_kernel, types, {"RIVALS": RIVALS}, quick=True)
-    yield from (form, with_ones(form, "k"))

@@ -6,15 +6,10 @@ outside the scan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 STEP = 512  # elements of a query at once
 BLOCKS = (64, 1024, 4096, 16_384)  # values among which one program finds the k-th
@@ -81,7 +76,6 @@ def operands_kernel(
     D,
     product,  # fp32: error of the scan's arithmetic, relative to the norms
     absolute,  # fp32
-    PROVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write a query rounded for the scan, and its scores' errors: relative to a row's norm, and absolute."""
@@ -113,12 +107,8 @@ def operands_kernel(
         lost += (x - scanned) * (x - scanned)
     relative = tl.sqrt(tl.sum(squares, axis=0)) * product + tl.sqrt(tl.sum(lost, axis=0))
     # 1 + 2^-19 exceeds the roundings here and those of the product's conversion to float32.
-    if PROVEN:
-        tl.store(RELATIVE + q, (relative * 1.0000019073486328125).to(tl.float32))
-        tl.store(ABSOLUTE + q, absolute)
-    else:
-        tl.store(RELATIVE + q, 0.0)
-        tl.store(ABSOLUTE + q, 0.0)
+    tl.store(RELATIVE + q, (relative * 1.0000019073486328125).to(tl.float32))
+    tl.store(ABSOLUTE + q, absolute)
 
 
 def operands(
@@ -142,9 +132,10 @@ def operands(
     scales = torch.empty(size, device=exact.device) if dtype == torch.int8 else None
     limits = torch.empty(size, device=exact.device), torch.empty(size, device=exact.device)
     operands_kernel[(size,)](
-        exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), PROVEN=proven, BLOCK=STEP,
-        num_warps=4,
-    )  # fmt: skip
+        exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), BLOCK=STEP
+    )
+    if not proven:
+        limits = torch.zeros_like(limits[0]), torch.zeros_like(limits[1])
     return scan_queries, scales, limits
 
 
@@ -174,24 +165,3 @@ def thresholds(lower: Tensor, ranks: tuple[int, int], cutoffs: Tensor) -> tuple[
 def warps(block: int) -> int:
     """Return the warps of a program that holds ``block`` values, at most 32 of them in a thread."""
     return min(16, max(1 if block <= 64 else 4, block // 512))
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    for block in BLOCKS:
-        types = {"LOWER": "*fp32:16", "CUTOFFS": "*fp64:16", "THRESHOLDS": "*fp32:16", "COUNTS": "*i32:16"}
-        types |= {"SPARES": "*fp32:16", "SPARE_COUNTS": "*i32:16", "bins": "i32", "rank": "i32", "spare_rank": "i32"}
-        form = Form(f"{block}", thresholds_kernel, types, {"BLOCK": block}, warps=warps(block), quick=block == 64)
-        yield form
-        if block == 64:
-            ranks = ("rank", "spare_rank")
-            yield from (with_ones(form, "rank"), with_ones(form, *ranks), with_ones(form, "bins", *ranks))
-    for kind in (*TYPES.values(), "i8"):
-        for proven in (True, False):
-            types = {"EXACT": "*fp64:16", "SCAN_QUERIES": f"*{kind}:16", "RELATIVE": "*fp32:16", "ABSOLUTE": "*fp32:16"}
-            types |= {"D": "i32:16", "product": "fp32", "absolute": "fp32"}
-            types |= {"SCALES": "*fp32:16"} if kind == "i8" else {}
-            constants: dict[str, Any] = {"PROVEN": proven, "BLOCK": STEP} | ({} if kind == "i8" else {"SCALES": None})
-            label = f"{kind}, {'proven' if proven else 'fast'}"
-            form = Form(label, operands_kernel, types, constants, quick=proven and kind in ("bf16", "i8"))
-            yield from (form, unaligned(form), with_ones(form, "D"))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 PAIRS, DEPTH = 8, 128  # products at once, and elements of each
 LEVELS = tl.constexpr(7)  # DEPTH is 2 to this power
@@ -82,32 +78,8 @@ def rescore(queries: Tensor, rows: Tensor, scales: Tensor | None, query: Tensor,
     """
     out = torch.empty(len(row), dtype=torch.float64, device=rows.device)
     if len(row):
+        pairs = query.contiguous(), row.contiguous()
         rescore_kernel[(triton.cdiv(len(row), PAIRS),)](
-            queries,
-            rows,
-            scales,
-            query.contiguous(),
-            row.contiguous(),
-            out,
-            len(row),
-            rows.shape[1],
-            PAIRS=PAIRS,
-            BLOCK_K=DEPTH,
-            num_warps=4,
+            queries, rows, scales, *pairs, out, len(row), rows.shape[1], PAIRS=PAIRS, BLOCK_K=DEPTH, num_warps=4
         )
     return out
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernel. See `registry`."""
-    for kind in (*TYPES.values(), "i8"):
-        scaled = {"ROW_SCALES": "*fp32:16"} if kind == "i8" else {}
-        rescoring = Form(
-            kind,
-            rescore_kernel,
-            {"QUERIES": "*fp64:16", "CORPUS": f"*{kind}:16", "QUERY": "*i64:16", "ROW": "*i64:16", "OUT": "*fp64:16"}
-            | {"P": "i32", "D": "i32:16", **scaled},
-            {"PAIRS": PAIRS, "BLOCK_K": DEPTH} | ({} if scaled else {"ROW_SCALES": None}),
-            quick=kind == "bf16",
-        )
-        yield from (rescoring, unaligned(rescoring), with_ones(rescoring, "P"), with_ones(rescoring, "D"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jasper_fast.kernels import feature_form, strips
-from jasper_fast.kernels.registry import TYPES, Form, with_ones
+from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import LOG_2, add_logits, log_sum
 from jasper_fast.kernels.strips import Rows, empty_strip, multiply
 from jasper_fast.ops.dispatch import gradient_dtype
@@ -229,32 +228,15 @@ def _weights(
     rows = slice(begin, begin + height)
     factors = head.row_factors[rows], target.row_factors[rows], head.reciprocals[first:], target.reciprocals[first:]
     weight_scale = _weight_scale(head.raw.dtype)
+    options: dict[str, Any] = {"BLOCK": COLUMNS, "num_warps": warps(COLUMNS)}
     blocks = triton.cdiv(width, COLUMNS) if logit_scale is None else 1
     sums = torch.empty(height, blocks, dtype=torch.float32, device=s.device)
     if logit_scale is None:
         difference_kernel[(height, blocks)](
-            s, t, *factors, w, sums, height, width, s.stride(0), weight_scale, BLOCK=COLUMNS
+            s, t, *factors, w, sums, height, width, s.stride(0), weight_scale, **options
         )
     else:
         divergence_kernel[(height,)](
-            s, t, *factors, w, sums, begin, width, s.stride(0), logit_scale, weight_scale, BLOCK=COLUMNS, **EXACT
+            s, t, *factors, w, sums, begin, width, s.stride(0), logit_scale, weight_scale, **options, **EXACT
         )
     return sums.sum(dtype=torch.float64)
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    pointers = dict.fromkeys(("S", "T", "ROW_S", "ROW_T", "COLUMN_S", "COLUMN_T", "SUMS"), "*fp32:16")
-    sizes = {"width": "i32", "stride": "i32:16", "weight_scale": "fp32"}
-    for kernel, numbers in (
-        (difference_kernel, {**sizes, "height": "i32"}),
-        (divergence_kernel, {**sizes, "begin": "i32", "logit_scale": "fp32"}),
-    ):
-        for dtype in (*TYPES.values(), None):
-            types = {**pointers, **numbers} | ({"W": f"*{dtype}:16"} if dtype else {})
-            constants: dict[str, Any] = {"BLOCK": COLUMNS} | ({} if dtype else {"W": None})
-            label = f"{dtype} weights" if dtype else "loss only"
-            form = Form(label, kernel, types, constants, quick=dtype in ("bf16", "fp16"))
-            yield form
-            if dtype == "fp32":
-                yield with_ones(form, "width", *(name for name in ("height",) if name in types))

@@ -10,14 +10,10 @@ run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import Form, with_ones
 
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}
 SIDE = 64  # of a tile to unpack
@@ -101,18 +97,3 @@ def unpack_pairs(packed: Tensor, rows: int, scale: float) -> Tensor:
     tiles = triton.cdiv(rows, SIDE)
     unpack_kernel[(tiles * tiles,)](packed, matrix, scale, rows, tiles, SIDE=SIDE, num_warps=WARPS)
     return matrix
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    for aligned in (":16", ""):
-        types = {"X": "*fp32:16", "PACKED": "*fp32:16", "B": "i32", "D": f"i32{aligned}", "stride_xb": f"i32{aligned}"}
-        label = f"128x64x16, {'width a multiple of 16' if aligned else 'any width'}"
-        scores = Form(label, pair_scores_kernel, types, TILE, WARPS, STAGES, tensor_cores=True, quick=bool(aligned))
-        yield scores
-    yield with_ones(scores, "D", "stride_xb")
-    types = {"PACKED": "*i32:16", "MATRIX": "*fp32:16", "scale": "fp32", "B": "i32", "tiles": "i32"}
-    unpack = Form(
-        f"{SIDE}x{SIDE}", unpack_kernel, types, {"SIDE": SIDE}, warps=WARPS, stack={90: 8, 100: 8}, quick=True
-    )
-    yield from (unpack, with_ones(unpack, "tiles"), with_ones(unpack, "B", "tiles"))

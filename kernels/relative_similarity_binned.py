@@ -13,14 +13,11 @@ memory: strips of 128, 128 and 64 MiB and tables of 4 MiB. Compiled, interpreted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.registry import Form, with_ones
 from jasper_fast.kernels.strips import empty_strip, multiply
 
 COLUMNS = 1024  # of a strip that a program takes
@@ -130,74 +127,26 @@ def histogram(
     """Count the new pairs of `scores` into int32 counts (K, K), fine (F,) and, unless None, fine_teacher (F,)."""
     height, width = student.shape
     shift = (len(fine) // len(counts)).bit_length() - 1
+    numbers = width, student.stride(0), len(counts), shift, _last(fine)
     histogram_kernel[(height, triton.cdiv(width, COLUMNS))](
-        student,
-        teacher,
-        grid,
-        counts,
-        fine,
-        fine_teacher,
-        width,
-        student.stride(0),
-        len(counts),
-        shift,
-        _last(fine),
-        BLOCK=COLUMNS,
+        student, teacher, grid, counts, fine, fine_teacher, *numbers, BLOCK=COLUMNS
     )
 
 
 def coefficients(
-    student: Tensor,
-    teacher: Tensor,
-    grid: Tensor,
-    nodes: Tensor,
-    student_table: Tensor,
-    rank: Tensor,
-    weight_scale: float,
+    student: Tensor, teacher: Tensor, grid: Tensor, nodes: Tensor, own: Tensor, rank: Tensor, weight_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return float16 coefficients times weight_scale, and the float64 sum of coefficient * (score - centre)."""
     height, width = student.shape
     sums = torch.empty(height, triton.cdiv(width, COLUMNS), dtype=torch.float32, device=student.device)
     weights = empty_strip(height, width, torch.float16, student.device)
+    bins = len(nodes) - 1
+    numbers = width, student.stride(0), bins, bins / (len(own) - 1), _last(own[1:])
     coefficients_kernel[sums.shape](
-        student,
-        teacher,
-        weights,
-        grid,
-        nodes,
-        student_table,
-        rank,
-        sums,
-        weight_scale,
-        width,
-        student.stride(0),
-        len(nodes) - 1,
-        (len(nodes) - 1) / (len(student_table) - 1),
-        _last(student_table[1:]),
-        BLOCK=COLUMNS,
+        student, teacher, weights, grid, nodes, own, rank, sums, weight_scale, *numbers, BLOCK=COLUMNS
     )
     return weights, sums.sum(dtype=torch.float64)
 
 
 def _last(fine: Tensor) -> float:
     return len(fine) - 1.0 / 128.0  # below the upper end of its bin in float32, at 2^15 bins
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    sizes = {"w": "i32", "stride": "i32:16", "bins": "i32:16"}
-    pointers = dict.fromkeys(("STUDENT", "TEACHER"), "*fp32:16") | {"GRID": "*fp32"}
-    tables = dict.fromkeys(("COUNTS", "FINE_STUDENT", "FINE_TEACHER"), "*i32:16")
-    numbers = {**sizes, "shift": "i32", "last": "fp32"}
-    counting = Form(
-        "first student", histogram_kernel, {**pointers, **tables, **numbers}, {"BLOCK": COLUMNS}, quick=True
-    )
-    yield from (counting, with_ones(counting, "w"))
-    types = {name: kind for name, kind in counting.types.items() if name != "FINE_TEACHER"}
-    yield Form("next student", histogram_kernel, types, {"BLOCK": COLUMNS, "FINE_TEACHER": None})
-    pointers |= {"WEIGHTS": "*fp16:16", **dict.fromkeys(("NODES", "OWN", "RANK", "SUMS"), "*fp32:16")}
-    numbers = {**sizes, "weight_scale": "fp32", "bins_per_fine": "fp32", "last": "fp32"}
-    looking_up = Form(
-        f"{COLUMNS}", coefficients_kernel, {**pointers, **numbers}, {"BLOCK": COLUMNS}, stack={80: 8}, quick=True
-    )
-    yield from (looking_up, with_ones(looking_up, "w"))

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from jasper_fast.kernels.registry import TYPES, Form, unaligned, with_ones
 
 FLOAT32_MAX = tl.constexpr(3.4028234e38)
 
@@ -27,25 +22,15 @@ def reciprocal_norms_kernel(
     """Write R = 1 / |x| for each row, 0 for a zero row and NaN for a row with NaN or infinity."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float64)  # of float32 numbers they neither overflow nor vanish
     for start in range(0, D, BLOCK):
         columns = (start + offsets).to(tl.int64)
-        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float32)
-        # A maximum may drop NaN, so NaN counts as infinite.
-        largest = tl.maximum(largest, tl.where(x == x, tl.abs(x), float("inf")))
-    top = tl.max(largest, axis=0)
-    # Divided by the largest entry, squares neither overflow nor vanish.
-    divisor = tl.where(top == 0.0, 1.0, top)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, D, BLOCK):
-        columns = (start + offsets).to(tl.int64)
-        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float32)
-        x = x / divisor  # inf / inf is NaN
+        x = tl.load(X + row * stride_xb + columns * stride_xd, mask=columns < D, other=0.0).to(tl.float64)
         squares += x * x
-    length = tl.sqrt(tl.sum(squares, axis=0))
-    reciprocal = tl.minimum(1.0 / length / divisor, FLOAT32_MAX)
-    reciprocal = tl.where(length == 0.0, 0.0, reciprocal)
-    tl.store(R + row, tl.where(top < float("inf"), reciprocal, float("nan")))
+    total = tl.sum(squares, axis=0)
+    reciprocal = tl.minimum(1.0 / tl.sqrt(tl.where(total == 0.0, 1.0, total)), FLOAT32_MAX)
+    reciprocal = tl.where(total == 0.0, 0.0, reciprocal)
+    tl.store(R + row, tl.where(total < float("inf"), reciprocal, float("nan")).to(tl.float32))
 
 
 @triton.jit
@@ -87,7 +72,7 @@ def _block(width: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), 2048)
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
     """Return the warps of a program. More would repeat each other, and a copy could read what another has written."""
     return max(1, min(4, block // 32))
 
@@ -97,7 +82,7 @@ def reciprocal_norms(vectors: Tensor) -> Tensor:
     rows, width = vectors.shape
     out = torch.empty(rows, dtype=torch.float32, device=vectors.device)
     block = _block(width)
-    reciprocal_norms_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=block, num_warps=_warps(block))
+    reciprocal_norms_kernel[(rows,)](vectors, out, width, *vectors.stride(), BLOCK=block, num_warps=warps(block))
     return out
 
 
@@ -113,44 +98,7 @@ def l2_normalize_backward(gradient: Tensor, vectors: Tensor, reciprocals: Tensor
     """
     rows, width = vectors.shape
     block = _block(width)
+    strides = gradient.stride(0), *vectors.stride(), out.stride(0)
     l2_normalize_backward_kernel[(rows,)](
-        gradient,
-        vectors,
-        reciprocals,
-        out,
-        scale,
-        width,
-        gradient.stride(0),
-        *vectors.stride(),
-        out.stride(0),
-        BLOCK=block,
-        num_warps=_warps(block),
+        gradient, vectors, reciprocals, out, scale, width, *strides, BLOCK=block, num_warps=warps(block)
     )
-
-
-def forms() -> Iterator[Form]:
-    """Yield the forms of this module's kernels. See `registry`."""
-    for dtype in TYPES.values():
-        for block in (16, 2048):
-            for unit in (True, False):
-                strides = {"stride_xb": "i32:16"} if unit else {"stride_xb": "i32", "stride_xd": "i32"}
-                constants = {"BLOCK": block} | ({"stride_xd": 1} if unit else {})
-                label = f"{dtype}, {block}, {'dense' if unit else 'strided'}"
-                quick = dtype == "bf16" and block == 2048 and unit
-                lengths = Form(
-                    label,
-                    reciprocal_norms_kernel,
-                    {"X": f"*{dtype}:16", "R": "*fp32:16", "D": "i32", **strides},
-                    constants,
-                    warps=_warps(block),
-                    quick=quick,
-                )
-                types = {"G": "*fp32:16", "X": f"*{dtype}:16", "R": "*fp32:16", "OUT": f"*{dtype}:16"}
-                types |= {"scale": "fp32", "D": "i32", "stride_gb": "i32", **strides}
-                back = replace(lengths, kernel=l2_normalize_backward_kernel, types={**types, "stride_ob": "i32"})
-                yield from (lengths, back)
-                if unit:
-                    yield from (unaligned(lengths), unaligned(back))
-                if unit and block == 16:
-                    yield with_ones(lengths, "D", "stride_xb")
-                    yield with_ones(back, "D", "stride_gb", "stride_xb", "stride_ob")

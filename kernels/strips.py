@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,30 +80,34 @@ def strip_height(rows: int, columns: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Embeddings (B, D), and what products of their unit rows need.
+    """Embeddings, and what products of their unit rows need.
 
     Args:
-        raw: rows, of which products are computed. Those of 16-bit rows are exact in float32.
+        raw: (B, D) rows, of which products are computed. Those of 16-bit rows are exact in float32.
         reciprocals: (B,) fp32 reciprocal norms, factors of a strip's columns.
-        powers: (B, 1) fp32 powers of two for a strip's rows, so that no product leaves float32's range.
-        row_factors: (B,) fp32 reciprocals / powers, factors of a strip's rows.
     """
 
     raw: Tensor
     reciprocals: Tensor
-    powers: Tensor
-    row_factors: Tensor
 
     @classmethod
     def of(cls, rows: Tensor) -> Rows:
         """Compute the norms. Copy rows of which neither dimension is contiguous."""
         rows = rows if 1 in rows.stride() else rows.contiguous()
-        reciprocals = reciprocal_norms(rows)
+        return cls(rows, reciprocal_norms(rows))
+
+    @cached_property
+    def powers(self) -> Tensor:
+        """Powers of two for a strip's rows, so that no product leaves float32's range: (B, 1) float32."""
         # Norms near 2^8 keep small elements of float16. The others have small norms, as the columns' are not scaled.
-        norm = 8 if rows.dtype == torch.float16 else -8
-        exponents = torch.frexp(reciprocals).exponent.clamp(-118, 110) + norm
-        powers = ((exponents + 127) << 23).view(torch.float32)  # exactly 2^exponent
-        return cls(rows, reciprocals, powers[:, None], reciprocals / powers)
+        norm = 8 if self.raw.dtype == torch.float16 else -8
+        exponents = torch.frexp(self.reciprocals).exponent.clamp(-118, 110) + norm
+        return ((exponents + 127) << 23).view(torch.float32)[:, None]  # exactly 2^exponent
+
+    @cached_property
+    def row_factors(self) -> Tensor:
+        """Factors of a strip's rows, reciprocals / powers: (B,) float32."""
+        return self.reciprocals / self.powers[:, 0]
 
     def unit(self, dtype: torch.dtype) -> Tensor:
         """Return unit rows, rounded to a dtype."""

@@ -20,7 +20,7 @@ MEMORY, L2 = 4.3e12, 7.8e12  # bytes a second that are read
 BF16, HALF_DEPTH = 816e12, 272  # FLOP/s of a deep product, and the depth at which a product has half of it
 FLOAT32 = 50e12  # FLOP/s of a product in full float32
 # Launches of the host in relative similarity and for a chunked search, and those in the graph of a search.
-LAUNCHES, IN_GRAPH = 70, 48
+LAUNCHES, IN_GRAPH = 70, 42
 LAUNCH, REPLAYED, WAIT = 6e-6, 2e-6, 2e-5  # seconds: a launch by the host, one in a CUDA graph, a wait of the host
 TRAPEZOID = 1.1  # time of a product by strips of its triangle, relative to the triangle's FLOP
 SPLIT = 3  # products of bfloat16 halves that make one of about 16 bits

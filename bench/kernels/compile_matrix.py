@@ -18,9 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.kernels import forms
+
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory of a block
 TENSOR_CORES = {80: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
+# Bytes of a thread's stack by version of Triton and kind of form (`forms.Form.kind`). Other kinds use none.
+STACK = {
+    "3.6": {
+        "scan by pointers, float32": 384,
+        "scan by pointers, odd": 6144,
+        "scan of scores, odd": 128,
+        "unpack_kernel": 8,
+        "coefficients_kernel": 8,
+    },
+}
 OUT = Path("bench/results/compile-matrix.json")
 TABLE = Path("docs/kernels-compiled.md")
 
@@ -66,16 +78,14 @@ def compile_all(quick: bool, *names: str) -> dict[str, Any]:
     """
     import triton
 
-    from jasper_fast.kernels import registry
-
-    candidates = [form for form in registry.forms() if form.quick or not quick]
-    chosen = [form for form in candidates if not names or any(name in form.kernel.__name__ for name in names)]
+    candidates = [form for form in forms.record() if form.quick or not quick]
+    chosen = [form for form in candidates if not names or any(name in form.name for name in names)]
     built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in form.architectures]
     entries = []
     for form, sm, result in built:
-        entry: dict[str, Any] = {"kernel": form.kernel.__name__, "form": form.label, "sm": sm, **result}
-        entry |= {"warps": form.warps, "stages": form.stages}
-        entry["faults"] = [f"{entry['kernel']} [{form.label}] sm_{sm}: {fault}" for fault in judge(form, sm, result)]
+        entry: dict[str, Any] = {"kernel": form.name, "form": form.label, "sm": sm, **result}
+        faults = judge(form, sm, result, triton.__version__)
+        entry["faults"] = [f"{form.name} [{form.label}] sm_{sm}: {fault}" for fault in faults]
         entries.append(entry)
     return {"triton": triton.__version__, "whole": not quick and not names, "forms": entries}
 
@@ -88,22 +98,18 @@ def _replaced(older: dict[str, Any], results: dict[str, Any], quick: bool) -> di
     return {**results, "whole": whole, "forms": [*others, *results["forms"]]}
 
 
-def compile_form(form: Any, sm: int) -> dict[str, Any]:
+def compile_form(form: forms.Form, sm: int) -> dict[str, Any]:
     """Return registers, stack, shared memory and tensor-core instructions of one form, or the compiler's error."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = form.kernel.arg_names
-    missing = set(names) ^ (set(form.types) | set(form.constants))
-    if missing:
-        return {"error": f"the form and the kernel differ in arguments {sorted(missing)}"}
     signature = {n: form.types[n].partition(":")[0] if n in form.types else "constexpr" for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in form.types.items() if t.endswith(":16")}
     source = ASTSource(form.kernel, signature, dict(form.constants), aligned)
-    options = {"num_warps": form.warps, "num_stages": form.stages}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(form.options))
     except (triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"[-600:]}
     ptx = compiled.asm["ptx"]
@@ -129,19 +135,27 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(match[1]), "stack": int(match[2])}
 
 
-def judge(form: Any, sm: int, result: dict[str, Any]) -> list[str]:
-    """Return the faults of one compilation."""
+def judge(form: forms.Form, sm: int, result: dict[str, Any], triton: str) -> list[str]:
+    """Return the faults of one compilation by a version of Triton."""
     if "error" in result:
         return [result["error"]]
     faults = []
-    if result["stack"] > form.stack.get(sm, 0) and not form.spills:
-        faults.append(f"{result['stack']} bytes of stack, allowed {form.stack.get(sm, 0)}")
+    allowed = allowed_stack(triton).get(form.kind, 0)
+    if result["stack"] > allowed:
+        faults.append(f"{result['stack']} bytes of stack, allowed {allowed}")
     if result["shared"] > SHARED_LIMIT[sm]:
         faults.append(f"{result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
-    wanted = form.tensor_cores is True or (form.tensor_cores and sm in form.tensor_cores)
-    if wanted and not set(result["tensor_cores"]) & set(TENSOR_CORES[sm]):
+    if form.needs_tensor_cores(sm) and not set(result["tensor_cores"]) & set(TENSOR_CORES[sm]):
         faults.append(f"no {' or '.join(TENSOR_CORES[sm])}: found {result['tensor_cores'] or 'none'}")
     return faults
+
+
+def allowed_stack(triton: str) -> dict[str, int]:
+    """Return the bytes of a thread's stack that kinds of forms may use, for a version of Triton or the nearest older.
+
+    Other kinds may use none.
+    """
+    return STACK[max((own for own in STACK if own <= triton), default=min(STACK))]
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -169,9 +169,10 @@ def _listwise_triton(
     query_gradient: bool,
     document_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from jasper_fast.kernels.gather import RawRows, gathered_cosines, gathered_gradients
+    from jasper_fast.kernels.gather import gathered_cosines, gathered_gradients
+    from jasper_fast.kernels.strips import Rows
 
-    query, document, candidates = RawRows.of(queries), RawRows.of(documents), candidates.contiguous()
+    query, document, candidates = Rows.of(queries), Rows.of(documents), candidates.contiguous()
     cosines = gathered_cosines(query, document, candidates)
     counted = counted_candidates(candidates)
     loss, weights = divergence(cosines, counted, scores, temperature, teacher_temperature)

@@ -155,7 +155,7 @@ def search_cuda(
         state: best rows so far, updated in place.
         proven: True to rank by fp64 scores, False by the scan's.
     """
-    from jasper_fast.kernels import mips, mips_tile
+    from jasper_fast.kernels import mips
     from jasper_fast.kernels.mips_chunks import chunked
     from jasper_fast.kernels.mips_epilogue import Collected
 
@@ -164,15 +164,14 @@ def search_cuda(
     chosen = plan(len(segment), state.k, len(queries))
     scan = scan_of(segment, rows, queries, valid if valid.numel() else None, proven, many)
     threshold, spares, counts, more = _thresholds(_lower_bounds(scan, segment, chosen.step), chosen, state)
-    rounding = mips_tile.ROUNDING if many else 0.0
+    rounding = mips.ROUNDING if many else 0.0
     found = mips.collect(scan, threshold, counts, chosen.capacity)
     collected = Collected(counts, *found, threshold, scan.norms, scan.limits, rounding, spares)
     own = state.part(slice(None))
-    own.missed = torch.zeros_like(state.missed)
+    own.missed = torch.empty_like(state.missed)  # not read, because `again` says which queries to scan again
     again = rerank(collected, segment, first_id, queries, own, proven)
     del found, collected
-    _repair(scan, segment, first_id, queries, own, again, more, chosen.capacity, proven)
-    state.missed |= own.missed
+    _repair(scan, segment, first_id, queries, state, again, more, chosen.capacity, proven)
 
 
 def _repair(
@@ -186,15 +185,15 @@ def _repair(
     capacity: int,
     proven: bool,
 ) -> None:
-    """Scan up to `MAX_REPAIRED` missed queries again, in registers. ``state.missed`` keeps those that fail twice.
+    """Scan up to `MAX_REPAIRED` missed queries again, in registers, and mark those that fail twice as missed.
 
     Args:
         scan: the first scan.
         segment: segment to search.
         first_id: id of the first row.
         queries: the Q queries.
-        state: best rows so far, updated in place, with the queries that this segment's scan missed.
-        thresholds: (Q,) float32 thresholds, inf for queries that are complete.
+        state: best rows so far, updated in place.
+        thresholds: (Q,) float32 thresholds of queries that this segment's scan missed, inf for others.
         counts: (Q,) int32 zeros.
         capacity: maximum number of candidates of a query.
         proven: True to rank by fp64 scores.
@@ -202,22 +201,23 @@ def _repair(
     from jasper_fast.kernels import mips
     from jasper_fast.kernels.mips_epilogue import Collected
 
-    wanted = state.missed.sum(dtype=torch.int32)
-    order, own = None, state.part(slice(None))
-    if scan.queries.dtype != scan.rows.dtype or len(queries) > MAX_REPAIRED:
-        order = state.missed.to(torch.uint8).argsort(descending=True, stable=True)[:MAX_REPAIRED]
+    incomplete = thresholds < torch.inf
+    wanted = incomplete.sum(dtype=torch.int32)
+    order, own, size = None, state, len(queries)
+    if scan.queries.dtype != scan.rows.dtype or size > MAX_REPAIRED:
+        # Incomplete queries first, lower ones first. A selection of so few is cheaper than a sort.
+        priority = incomplete * size - torch.arange(size, device=thresholds.device)
+        order = priority.topk(min(MAX_REPAIRED, size), sorted=False).indices
         queries, own = queries.take(order), state.part(order)
+        state.missed |= incomplete  # those beyond the repair too
         thresholds, counts = thresholds[order], counts[order]
         mask = scan.mask if scan.mask is None or scan.mask.dim() == 1 else scan.mask[order]
         scan = scan_of(segment, scan.rows, queries, mask, proven, False)
-    own.missed = torch.zeros_like(own.missed)
     found = mips.collect(scan, thresholds, counts, capacity, wanted=wanted)
     rerank(Collected(counts, *found, thresholds, scan.norms, scan.limits), segment, first_id, queries, own, proven)
-    if order is None:
-        state.missed = own.missed
-        return
-    for name in ("best", "counts", "cutoffs", "broken", "missed"):
-        getattr(state, name)[order] = getattr(own, name)
+    if order is not None:
+        for name in ("best", "counts", "cutoffs", "broken", "missed"):
+            getattr(state, name)[order] = getattr(own, name)
 
 
 def operands(

@@ -27,12 +27,13 @@ class TopKState:
 
     def __init__(self, size: int, k: int, device: torch.device) -> None:
         self.k = k
-        self.best = torch.zeros(size, k, 2, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
+        # One allocation, because each one is a launch on a GPU.
+        numbers = torch.zeros(size * (2 * k + 3), dtype=torch.int64, device=device)
+        best, self.counts, survivors = numbers.split((2 * size * k, size, 2 * size))
+        self.best, self.survivors = best.view(size, k, 2), survivors.view(size, 2)
         self.cutoffs = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         self.broken = torch.zeros(size, dtype=torch.bool, device=device)
         self.missed = torch.zeros(size, dtype=torch.bool, device=device)
-        self.survivors = torch.zeros(size, 2, dtype=torch.int64, device=device)
 
     def warn_of_broken(self, stacklevel: int) -> bool:
         """Return True if a score was outside its error bound, and warn that these queries are redone in fp64."""
@@ -61,10 +62,10 @@ class TopKState:
 
     def reversed(self) -> tuple[Tensor, Tensor]:
         """Return the result of `sorted` for a state that is already sorted from worst to best."""
-        place = (self.counts[:, None] - 1) - torch.arange(self.k, device=self.best.device)
+        place = self.counts[:, None] - torch.arange(1, self.k + 1, device=self.best.device)
         empty, place = place < 0, place.clamp(min=0)
-        scores, ids = self.best[..., 0].gather(1, place), self.best[..., 1].gather(1, place)
-        return scores.view(torch.float64).masked_fill(empty, -torch.inf), ids.masked_fill(empty, -1)
+        scores, ids = self.best[..., 0].gather(1, place).view(torch.float64), self.best[..., 1].gather(1, place)
+        return scores.masked_fill_(empty, -torch.inf), ids.masked_fill_(empty, -1)
 
     def merge(self, queries: Tensor, scores: Tensor, ids: Tensor) -> None:
         """Merge M exactly scored rows, each for one query.

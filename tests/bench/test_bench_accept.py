@@ -191,9 +191,7 @@ def test_the_model_meets_the_targets_that_it_predicts():
     judged = [(where, target) for where, (_, targets) in report.predictions().items() for target in targets]
     predicted = [(where, target) for where, target in judged if target["value"] is not None]
     assert len(predicted) >= 11
-    # The bytes of one query take 0.48 ms, and the launches of its graph another 0.1 ms.
-    near = {("search, 1 of 1,000,000 x 1024, k 10", "of the read bandwidth")}
-    assert {(where, target["what"]) for where, target in predicted if not target["met"]} == near
+    assert not [(where, target["what"]) for where, target in predicted if not target["met"]]
 
 
 def test_the_model_adds_up():

@@ -285,7 +285,7 @@ def test_kernels_and_the_compiled_extension_are_of_the_code(monkeypatch):
     read, honest = [], Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or honest(path))
     code_digest()
-    assert {"ranks.py", "registry.py", "pair_losses.py", "search.py"} <= set(read)
+    assert {"ranks.py", "strips.py", "pair_losses.py", "search.py"} <= set(read)
     assert extension_path() is None or read[-1] == extension_path().name
 
 

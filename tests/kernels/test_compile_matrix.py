@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,11 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench.kernels import compile_matrix
+from bench.kernels import compile_matrix, forms
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)"
+)
 
+import triton.language as tl  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,15 +50,36 @@ def test_the_table_is_drawn_from_the_committed_result():
 
 
 def test_the_committed_result_has_these_forms():
-    from jasper_fast.kernels import registry
-
     found = json.loads((ROOT / compile_matrix.OUT).read_text())
     there = {(entry["kernel"], entry["form"], entry["sm"]) for entry in found["forms"]}
-    forms = list(registry.forms())
-    wanted = [(f.kernel.__name__, f.label, sm, f.quick) for f in forms for sm in f.architectures]
+    wanted = [(f.name, f.label, sm, f.quick) for f in forms.record() for sm in f.architectures]
     assert len(set(wanted)) == len(wanted), "two forms of one kernel share a label"
     expected = {(*names, sm) for *names, sm, quick in wanted if quick or found["whole"]}
     assert there == expected, "run: python -m bench compile_matrix"
+
+
+def test_every_kernel_is_launched():
+    """Each kernel of each module, also one that was added since."""
+    modules = [importlib.import_module(f"jasper_fast.kernels.{path.stem}") for path in (ROOT / "kernels").glob("*.py")]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(kernels) > 15 and kernels == {form.name for form in forms.record()}
+
+
+def test_launches_are_recorded_as_triton_specializes_them():
+    @triton.jit
+    def kernel(X, Y, Z, one, sixteen, other, far, real, BLOCK: tl.constexpr):
+        pass
+
+    x, y = torch.empty(32, dtype=torch.bfloat16), torch.empty(32, dtype=torch.int64)[1:]
+    values = (x, y, None, 1, 48, -3, 2**40, 1.0)
+    types, constants, options = forms.specialized(kernel, values, {"BLOCK": 64, "num_warps": 8})
+    assert types == {
+        "X": "*bf16:16", "Y": "*i64", "sixteen": "i32:16", "other": "i32", "far": "i64:16", "real": "fp32"
+    }  # fmt: skip
+    assert constants == {"Z": None, "one": 1, "BLOCK": 64} and options == {"num_warps": 8}
+
+
+PRODUCTS = forms.Form("", SimpleNamespace(fn=SimpleNamespace(__name__="pair_scores_kernel")), {}, {}, {}, False)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +91,11 @@ def test_the_committed_result_has_these_forms():
         ({"error": "CompilationError: x"}, "CompilationError"),
     ],
 )
-def test_faults_are_found(result, words):
-    form = SimpleNamespace(stack={90: 8}, spills=False, tensor_cores=True)
-    (fault,) = compile_matrix.judge(form, 90, result)
-    assert words in fault
+def test_faults_are_found(result, words, monkeypatch):
+    monkeypatch.setattr(compile_matrix, "STACK", {"3.6": {"pair_scores_kernel": 8}, "3.8": {"pair_scores_kernel": 400}})
+    for version in ("3.6.0", "3.7.1", "3.5.0"):
+        (fault,) = compile_matrix.judge(PRODUCTS, 90, result, version)
+        assert words in fault
 
 
 def test_the_similarity_forms_table_is_drawn_from_the_committed_result():

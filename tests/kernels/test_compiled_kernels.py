@@ -68,7 +68,7 @@ SMALL = [
         90,
         SEARCH,
         "one_by_one and (3-bfloat16-True or 150-int8-True or 20-float32-False)",
-        "lower_bounds collect rescore",
+        "scan rescore",
     ),
     (
         90,
@@ -77,11 +77,11 @@ SMALL = [
         "or earlier_results",
         "operands thresholds select rescore_kept rank",
     ),
-    (90, CHUNKS, "duplicated or repaired and few", "operands lower_bounds thresholds collect select rescore_kept rank"),
+    (90, CHUNKS, "duplicated or repaired and few", "operands thresholds scan select rescore_kept rank"),
     (90, RANKING, "test_info_nce and shape2 and float32 or test_listwise and shape2 and float16", RANKINGS),
     (80, LOSSES, "test_similarity and tile and shape2", "difference reciprocal_norms"),
     (80, RELATIVE, "many_passes or pairs_of and 65 or binned_op and 3", COUNTS),
-    (80, SEARCH, "one_by_one and (3-bfloat16-False or 20-int8-False)", "lower_bounds collect rescore"),
+    (80, SEARCH, "one_by_one and (3-bfloat16-False or 20-int8-False)", "scan rescore"),
 ]
 EVERYTHING = [
     (capability, file, f"not ({NOT_EMULATED})", kernels)
@@ -90,19 +90,19 @@ EVERYTHING = [
         (LOSSES, PAIRS),
         (RANKING, RANKINGS),
         (RELATIVE, COUNTS),
-        (SEARCH, "lower_bounds collect rescore"),
+        (SEARCH, "scan rescore"),
         (RERANK, "operands thresholds select rescore_kept rank"),
-        (CHUNKS, "lower_bounds collect"),
+        (CHUNKS, "scan"),
     )
 ]
 
 
 @pytest.mark.parametrize("cases", [SMALL, EVERYTHING])
 def test_every_kernel_is_emulated(cases):
-    from jasper_fast.kernels import registry
+    from bench.kernels import forms
 
     emulated = {f"{name}_kernel" for capability, _, _, kernels in cases for name in kernels.split() if capability == 90}
-    assert emulated == {form.kernel.__name__ for form in registry.forms()}
+    assert emulated == {form.name for form in forms.record()}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from jasper_fast.mips.topk_state import TopKState
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
-from jasper_fast.kernels import mips_chunks, mips_tile  # noqa: E402
+from jasper_fast.kernels import mips, mips_chunks  # noqa: E402
 from tests.helpers.mips_kernels import (  # noqa: E402, F401
     DEVICE,
     _poisoned_memory,
@@ -65,7 +65,7 @@ def test_chunks_cover_all_rows(rows, size, bytes_of_chunk, dtype, monkeypatch):
     chunks = [(first, scores.double()) for first, scores in mips_chunks.chunks(corpus, queries)]
     assert [first for first, _ in chunks] == list(range(0, rows, max(128, min(rows, len(chunks[0][1])))))
     off = (torch.cat([scores for _, scores in chunks]) - expected).abs()
-    assert bool((off <= expected.abs() * mips_tile.ROUNDING + 1e-5).all())
+    assert bool((off <= expected.abs() * mips.ROUNDING + 1e-5).all())
 
 
 def test_products_are_added_in_float32(monkeypatch):
@@ -96,7 +96,7 @@ def test_rounded_scores_are_within_their_errors(monkeypatch):
     with through_kernels():
         assert torch.equal(found([(0, segment)], 400, queries, 3)[1], expected)
         plain = cuda.operands
-        monkeypatch.setattr(mips_tile, "ROUNDING", 0.0)
+        monkeypatch.setattr(mips, "ROUNDING", 0.0)
         monkeypatch.setattr(cuda, "operands", lambda *a: (*(b := plain(*a))[:2], tuple(x * 1e-3 for x in b[2])))
         with pytest.warns(RuntimeWarning, match="redone in fp64"):
             assert torch.equal(found([(0, segment)], 400, queries, 3)[1], expected)
@@ -167,7 +167,6 @@ def test_a_repair_leaves_complete_queries_as_they_are():
         thresholds = torch.full((3,), torch.inf, device=DEVICE)
         counts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
         thresholds[1] = -torch.inf  # collects everything again: each row twice in its results
-        state.missed[1] = True
         cuda._repair(scan, segment, 1000, asked, state, thresholds, counts, 1024, True)
     assert not state.missed.any()
     for name, own in before.items():

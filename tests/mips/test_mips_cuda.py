@@ -21,9 +21,9 @@ from tests.helpers.mips_cases import KINDS
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 from jasper_fast.kernels import mips as kernels  # noqa: E402
+from jasper_fast.kernels.mips import ROUNDING  # noqa: E402
 from jasper_fast.kernels.mips_chunks import chunked  # noqa: E402
 from jasper_fast.kernels.mips_rescore import rescore  # noqa: E402
-from jasper_fast.kernels.mips_tile import ROUNDING  # noqa: E402
 from tests.helpers.mips_kernels import (  # noqa: E402, F401
     DEVICE,
     GPU,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jasper_fast.mips import FlatIPIndex, cuda, replay, threshold
+from bench.gpu import model
+from jasper_fast.mips import FlatIPIndex, cpu, cuda, replay, threshold
+from jasper_fast.mips.topk_state import TopKState
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
+
+from triton.runtime.jit import KernelInterface  # noqa: E402
 
 from tests.helpers.mips_kernels import DEVICE, GPU, on_gpu, through_kernels  # noqa: E402
 
@@ -147,3 +152,44 @@ def test_graphs_on_a_gpu(captures):
             expected = index.search(queries.cuda(), 10, precision="exact")
             assert torch.equal(ids, expected[1]) and torch.equal(scores, expected[0])
     assert len(captures) == 2
+
+
+class Launches(TorchDispatchMode):
+    """Count the operations that launch on a GPU, which views and allocations do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function._schema.returns[:1]
+        view = result and result[0].alias_info is not None and not result[0].alias_info.is_write
+        # A power and a product, or a copy that is filled.
+        double = function in (torch.ops.aten.ldexp.Tensor, torch.ops.aten.masked_fill.Scalar)
+        if not view and "empty" not in function.__name__:
+            self.count += 1 + double
+        return function(*arguments, **(options or {}))
+
+
+def test_a_graph_has_as_many_launches_as_the_model_says(monkeypatch):
+    """Beside the scan of few queries, launches take most of the time."""
+    kernels, found = [], []
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *a, **o: kernels.append(kernel))
+    monkeypatch.setattr(cpu, "in_use", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(TopKState, "sorted", TopKState.reversed)
+    plain = replay._search
+
+    def search(*arguments):
+        kernels.clear()
+        with Launches() as launches:
+            result = plain(*arguments)
+        found.append(launches.count + len(kernels))
+        return result
+
+    monkeypatch.setattr(replay, "_search", search)
+    monkeypatch.setattr(replay, "capture", lambda launch: (launch(), lambda: None, None))
+    index = index_of(250)
+    with through_kernels():
+        for _ in range(2):
+            index.search(torch.randn(1, 8, device=DEVICE), 3)
+    assert found == [model.IN_GRAPH]

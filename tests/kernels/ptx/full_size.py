@@ -85,7 +85,7 @@ def counting() -> Iterator[Launch]:
     yield "digit_counts", lambda: counts.digit_counts_kernel[(tiles,)](events, table, *numbers, **options)
 
     def distribute(last: bool) -> Callable[[], object]:
-        own = (total, tiles, 2**31 // counts.BLOCK, counts.LEAF_BITS if last else shift, 3)
+        own = (total, tiles, counts.LEAF_BITS if last else shift, 3, 2**31 // counts.BLOCK)
         out = V((total,), I32), V((total,), I32)
         return lambda: counts.distribute_kernel[(tiles,)](
             events, events, table, *out, *own, FIRST=False, LAST=last, **options
@@ -155,22 +155,22 @@ def search() -> Iterator[Launch]:
                     TensorDescriptor(t, list(t.shape), [width, 1], box) for t, box in zip(factors, boxes, strict=True)
                 ]
             operands = (*factors, *scales, mask, norms)
-            options = {"DESCRIPTORS": descriptors, "PRECISION": "tf32x3", **tile.launch}
+            options = {"ROWS_PER_NORM": 64, "DESCRIPTORS": descriptors, "PRECISION": "tf32x3", **tile.launch}
             stride_v = rows if mask else 0
 
             def collect(
-                programs=programs, operands=operands, limits=limits, outputs=(counts, None, scores, numbers),
-                shape=(first, rows, queries, width, capacity, *strides, stride_v), options=options,
+                programs=programs, operands=operands, limits=limits,
+                outputs=(None, limits[2], counts, None, scores, numbers),
+                shape=(capacity, first, rows, queries, width, *strides, stride_v), options=options,
             ):  # fmt: skip
-                mips.collect_kernel[(programs,)](*operands, *limits, *outputs, *shape, **options)
+                mips.scan_kernel[(programs,)](*operands, *limits[:2], *outputs, *shape, **options)
 
             def bound(
                 programs=programs, operands=operands, limits=limits, bounds=bounds,
-                shape=(first, rows, queries, width, bins, *strides, stride_v), options=options,
+                shape=(bins, first, rows, queries, width, *strides, stride_v), options=options,
             ):  # fmt: skip
-                mips.lower_bounds_kernel[(programs,)](
-                    *operands, *limits[:2], bounds, *shape, ROWS_PER_NORM=64, **options
-                )
+                results = bounds, *[None] * 5
+                mips.scan_kernel[(programs,)](*operands, *limits[:2], *results, *shape, **options)
 
             kind = "scores" if dtype is None else f"{dtype}, {'descriptors' if descriptors else 'pointers'}"
             form = f"{queries} queries, {kind}"

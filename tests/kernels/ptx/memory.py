@@ -75,8 +75,8 @@ class Shadow:
 class Zeros:
     """As many bytes as an index may name: they read 0 and forget what is written. For addresses at full size."""
 
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        return np.zeros(index.shape, np.uint8)
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        return np.zeros(index.stop - index.start if isinstance(index, slice) else index.shape, np.uint8)
 
     def __setitem__(self, index: np.ndarray, value: np.ndarray) -> None:
         pass
