@@ -109,7 +109,7 @@ def test_the_output_and_minutes_in_the_readme_are_those_of_the_committed_runs():
     assert f"{default['facts']['student_parameters']:,} parameters" in shown
     minutes = [round(results["facts"]["seconds"]["in all"] / 60) for results in (default, public)]
     assert (
-        minutes == [6, 20] and "5 to 10 minutes on two CPU cores" in readme and "Twenty minutes of training" in readme
+        minutes == [5, 20] and "5 to 10 minutes on two CPU cores" in readme and "Twenty minutes of training" in readme
     )
 
 
