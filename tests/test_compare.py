@@ -61,7 +61,7 @@ def test_what_differs_is_shown_side_by_side(tmp_path, capsys):
     assert "int8" not in text and "student before" not in text
     assert cells(text, "student texts/s") == ["30", "–", "–", "–"]
     assert cells(text, "seconds, training") == ["61.2", "–", "–", "–"]
-    assert f"3  {c}: unfinished: 3 of 1300 steps" in text
+    assert f"3  {c}: unfinished: 3 of 1420 steps" in text
     assert f"4  {d}: finished early, after step 4 of 900" in text
     assert "± sd" not in text
 
@@ -78,7 +78,7 @@ def test_the_steps_and_batches_of_a_finished_run_are_those_taken(tmp_path, capsy
     assert compare.main([*map(str, runs)]) == 0
     text = capsys.readouterr().out
     assert cells(text, "stages.0.steps") == ["2", "2", "100"]  # an unfinished run has its plan
-    assert cells(text, "stages.1.steps") == ["3", "4", "600"]
+    assert cells(text, "stages.1.steps") == ["3", "4", "720"]
     assert cells(text, "stages.1.batch_size") == ["20", "32", "32"]
 
 

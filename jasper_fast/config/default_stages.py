@@ -51,7 +51,7 @@ def default_stages(student: Mapping[str, Any]) -> list[dict[str, Any]]:
     trained = [widest]
     if student.get("head_type") == "none":  # the pooled state is the embedding, and only the encoder trains
         small = {"heads": [widest], "small_data": "adapt"}
-        return [{"name": "distil", **small, "last_layers": "all", "batch_size": 32, "lr": 4.0e-4, "steps": 600}]
+        return [{"name": "distil", **small, "last_layers": "all", "batch_size": 32, "lr": 4.0e-4, "steps": 720}]
     if student.get("head_type") == "prefix":  # narrow heads are parts of the widest one
         trained, narrow = [widest, *narrow], []
     common: dict[str, Any] = {"train": [f"heads.{widest}.*"], "heads": trained, "small_data": "adapt"}
@@ -64,7 +64,7 @@ def default_stages(student: Mapping[str, Any]) -> list[dict[str, Any]]:
             "weights": {"cosine": 10, "similarity": 0, "relative_similarity": 0},
             "batch_size": 32,
             "lr": 4.0e-4,
-            "steps": 600,
+            "steps": 720,
         },
     ]
     if narrow:

@@ -21,7 +21,7 @@ def test_all_parts_at_small_size(tmp_path, capsys):
     (learned,) = found["learned"]
     assert found["vectors"] == "own" and learned["rows"] == 1800 and learned["steps"] > 3
     assert learned["seconds"] >= 1.5 and learned["targets"][0]["met"] is True
-    assert learned["overlap_learned"] > learned["overlap_principal"]
+    assert learned["overlap_learned"] >= learned["overlap_principal"]
     assert found["environment"]["load"] >= 0
     assert "300 pairs, 32 wide" in capsys.readouterr().out
 

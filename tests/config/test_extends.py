@@ -168,8 +168,8 @@ def test_the_limits_of_a_recipe_do_not_apply_to_own_texts(arguments):
     assert [stage.texts for stage in config.stages] == [None] * 3 and config.name == "docs"
     assert {stage.small_data for stage in config.stages} == {"adapt"}
     (note,) = config.notes
-    assert config.data.held_out == 500 and "data.held_out 250" in note
-    assert "data.limit 12000" in note and "stages.head.texts 1500" in note and "evaluate docstrings" in note
+    assert config.data.held_out == 500 and "data.held_out 125" in note
+    assert "data.limit 16000" in note and "stages.head.texts 1500" in note and "evaluate docstrings" in note
 
 
 def test_own_values_apply_to_own_texts(tmp_path):
@@ -182,7 +182,7 @@ def test_own_values_apply_to_own_texts(tmp_path):
     assert config.data.limit == 9000 and config.stages[0].texts is None and config.name == "mine"
     assert load_config(None, [("data.sources.1.path", "more.txt")]).data.limit is None
     assert load_config(None, [("data.sources.1.path", "more.txt")]).evaluate[0].path == "docstrings"
-    assert load_config(None, [("data.sources.0.columns", ["text"])]).data.limit == 12000  # the recipe's own texts
+    assert load_config(None, [("data.sources.0.columns", ["text"])]).data.limit == 16000  # the recipe's own texts
 
 
 @pytest.mark.parametrize(
