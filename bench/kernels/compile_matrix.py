@@ -155,7 +155,14 @@ def allowed_stack(triton: str) -> dict[str, int]:
 
     Other kinds may use none.
     """
-    return STACK[max((own for own in STACK if own <= triton), default=min(STACK))]
+    given, versions = _minor(triton), sorted(STACK, key=_minor)
+    return STACK[max((own for own in versions if _minor(own) <= given), key=_minor, default=versions[0])]
+
+
+def _minor(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -18,10 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-F16, BF16, F32, F64, I8, I32 = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.int8, torch.int32),
-)
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+I8, I32 = torch.int8, torch.int32
 NAMES = {F16: "fp16", BF16: "bf16", F32: "fp32", F64: "fp64", I8: "i8", torch.uint8: "u8", torch.int16: "i16"}
 NAMES |= {I32: "i32", torch.int64: "i64"}  # torch's dtypes to Triton's
 FLOATS = (F32, BF16, F16)

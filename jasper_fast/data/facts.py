@@ -1,7 +1,7 @@
 """Training texts of one sentence: 7,000 short facts about people, animals, history and everyday life.
 
-The package randfacts carries them under the MIT licence. Docstrings and articles have few sentences of this kind, and a
-student that never saw them judges the similarity of short sentences worse.
+The package randfacts carries them under the MIT licence. Docstrings and articles have few sentences of this kind. With
+them, a student keeps more of its teacher's scores of similarity.
 """
 
 from __future__ import annotations

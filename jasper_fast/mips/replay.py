@@ -142,5 +142,5 @@ def _search(parts: Parts, given: Tensor, k: int, proven: bool) -> Results:
         search_cuda(segment, scan_rows(segment), first_id, queries, everything, state, proven)
     scores, ids = state.sorted()
     finite = torch.linalg.vector_norm(queries.exact, torch.inf) <= 1  # False for NaN and infinity
-    complete = finite > (state.missed | state.broken).any()
+    complete = finite > (state.missed | state.broken).any()  # "and not", in one launch
     return torch.ldexp(scores, queries.exponents[:, None].double()), ids, complete

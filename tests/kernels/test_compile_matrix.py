@@ -98,6 +98,13 @@ def test_faults_are_found(result, words, monkeypatch):
         assert words in fault
 
 
+def test_the_allowed_stack_is_that_of_the_nearest_older_version(monkeypatch):
+    stack = {"3.6": {"scan": 1}, "3.9": {"scan": 2}, "3.10": {"scan": 3}}
+    monkeypatch.setattr(compile_matrix, "STACK", stack)
+    versions = {"3.5.1": 1, "3.6.0": 1, "3.8.0": 1, "3.9.2": 2, "3.10.0": 3, "3.11.0+git": 3, "4.0.0": 3}
+    assert {version: compile_matrix.allowed_stack(version)["scan"] for version in versions} == versions
+
+
 def test_the_similarity_forms_table_is_drawn_from_the_committed_result():
     from bench.losses import forms as similarity_forms
 
