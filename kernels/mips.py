@@ -140,26 +140,26 @@ def scan_kernel(
         error = norm[:, None] * relative[None, :] + tl.load(ABSOLUTE + n, mask=n < Q, other=0.0)[None, :]
         if QUERIES is None:
             error += tl.abs(score) * ROUNDED
-        valid = inside
+        found = inside
+        if BOUNDS is None:  # before the mask is read, which leaves more registers for it
+            found &= score + error >= tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))[None, :]
         if VALID is not None:
             # A mask for all queries has stride 0.
             mask = VALID + n0.to(tl.int64) * stride_v + m0 + (queries[None, :] * stride_v + rows[:, None])
-            valid &= tl.load(mask, mask=inside, other=0) != 0
+            found &= tl.load(mask, mask=inside, other=0) != 0
         if BOUNDS is not None:
             # Not 0, which would exceed negative scores.
-            bound = tl.where(valid, score - error, float("-inf"))
+            bound = tl.where(found, score - error, float("-inf"))
             best = tl.max(tl.reshape(bound, (BLOCK_M // BIN, BIN, BLOCK_N)), axis=1)
             b = m0 // BIN + tl.arange(0, BLOCK_M // BIN)
             to = BOUNDS + n[None, :].to(tl.int64) * width + b[:, None]
             tl.store(to, best, mask=(n[None, :] < Q) & (b[:, None] < width))
         else:
-            threshold = tl.load(THRESHOLDS + n, mask=n < Q, other=float("inf"))
-            reached = valid & (score + error >= threshold[None, :])
             # Over both axes at once, which Triton 3.6 can compile for sm_100.
-            if tl.max(reached.to(tl.int32)) > 0:
+            if tl.max(found.to(tl.int32)) > 0:
                 counters = tl.broadcast_to(COUNTS + n[None, :], (BLOCK_M, BLOCK_N))
-                place = tl.atomic_add(counters, 1, mask=reached, sem="relaxed")
-                written = reached & (place < width)
+                place = tl.atomic_add(counters, 1, mask=found, sem="relaxed")
+                written = found & (place < width)
                 place += n[None, :] * width
                 tl.store(SCORES + place, score, mask=written)
                 tl.store(ROWS + place, tl.broadcast_to(m[:, None], (BLOCK_M, BLOCK_N)), mask=written)

@@ -178,8 +178,8 @@ def table(results: dict[str, Any]) -> str:
         "# The Triton kernels, compiled",
         "",
         f"Written by `python -m bench compile_matrix` with triton {results['triton']} from "
-        "`bench/results/compile-matrix.json`, which has every form. The kernels were compiled for each architecture, "
-        "but not run, since no GPU was available.",
+        "`bench/results/compile-matrix.json`, which has the figures of each form. The kernels were compiled for each "
+        "architecture, but not run, since no GPU was available.",
         "All forms are included." if results["whole"] else "These are representative forms. `make soak` compiles all.",
         "A form combines dtype, tile, layout and other properties of a launch, such as odd strides or a mask.",
         "",
