@@ -18,7 +18,7 @@ from jasper_fast._renamed import old_names
 from jasper_fast._version import __version__
 from jasper_fast.ops.dispatch import why_no_triton
 from jasper_fast.utils.errors import run_cli
-from jasper_fast.utils.hardware import FAST_BF16, ISA, cpu_bf16_is_fast, cpu_features, cpu_name
+from jasper_fast.utils.hardware import ISA, cpu_bf16_is_fast, cpu_features, cpu_name
 
 __getattr__ = old_names(__name__)
 
@@ -124,9 +124,9 @@ def _cpu() -> dict[str, Any]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "precision": "bf16" if fast else "fp32",
         "precision_reason": (
-            f"the CPU has {FAST_BF16}"
+            "the CPU multiplies bf16 matrices faster than fp32 ones"
             if fast
-            else f"bf16 is slower than fp32 without {FAST_BF16}, so training on the CPU stays in fp32"
+            else "bf16 is slower than fp32 without AMX (Intel) or AVX-512 BF16 (AMD), so the CPU trains in fp32"
         ),
     }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# On a CPU with AMX, `precision: auto` would be bf16, and tests would compare rounded numbers.
+# On a CPU with fast bf16, `precision: auto` would be bf16, and tests would compare rounded numbers.
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Forking after tokenizers has started its threads would only print warnings.

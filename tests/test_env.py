@@ -25,19 +25,25 @@ def run(code_or_module, *arguments, cwd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "allowed", "fast"),
+    ("vendor", "flags", "allowed", "fast"),
     [
-        ("fpu sse2 avx avx2", None, False),
-        ("avx2 avx512f avx512_vnni amx_tile amx_int8", None, False),
-        ("avx2 avx512f avx512_bf16", None, False),
-        ("avx2 avx512f amx_tile amx_bf16", None, True),
-        ("avx2 avx512f amx_tile amx_bf16", "AVX512_CORE_BF16", False),
-        ("avx2 avx512f amx_tile amx_bf16", "avx512_core_amx", True),
-        ("avx2 avx512f amx_tile amx_bf16", "DEFAULT", True),
-        ("", None, False),
+        ("GenuineIntel", "fpu sse2 avx avx2", None, False),
+        ("GenuineIntel", "avx2 avx512f avx512_vnni amx_tile amx_int8", None, False),
+        ("GenuineIntel", "avx2 avx512f avx512_bf16", None, False),
+        ("GenuineIntel", "avx2 avx512f amx_tile amx_bf16", None, True),
+        ("GenuineIntel", "avx2 avx512f amx_tile amx_bf16", "AVX512_CORE_BF16", False),
+        ("GenuineIntel", "avx2 avx512f amx_tile amx_bf16", "avx512_core_amx", True),
+        ("GenuineIntel", "avx2 avx512f amx_tile amx_bf16", "DEFAULT", True),
+        ("AuthenticAMD", "avx2 avx512f avx512_vnni", None, False),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", None, True),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", "all", True),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", "AVX512_CORE_BF16", True),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", "AVX512_CORE_VNNI", False),
+        ("", "", None, False),
     ],
 )
-def test_bf16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch, flags, allowed, fast):
+def test_bf16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch, vendor, flags, allowed, fast):
+    monkeypatch.setattr(hardware, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(hardware, "cpu_features", lambda: frozenset(flags.split()))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     if allowed is not None:

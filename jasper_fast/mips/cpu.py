@@ -302,4 +302,4 @@ def _low_precision_allowed() -> bool:
 
 def multiply_in_bf16() -> bool:
     """Return True if library products in bf16 save more time on this CPU than their wider bounds cost."""
-    return env.cpu_bf16_is_fast()
+    return env.cpu_has_amx_bf16()
