@@ -15,6 +15,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from jasper_fast.utils.errors import ConfigError
 
 MAX_VALUES = 100_000  # per document, with expanded aliases; the longest recipe has a few hundred
+NEXT_LINE = "\x85"  # a line break of YAML 1.1
 # ruamel.yaml also raises built-in errors: for an impossible date, tag, escape or version, 5,000 digits, deep nesting.
 NOT_YAML = (YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RecursionError)
 
@@ -83,6 +84,9 @@ def dump_yaml(tree: Any) -> str:
     yaml.width = 1 << 16  # long values stay on one line
     text = io.StringIO()
     yaml.dump(tree, text)
+    if NEXT_LINE in text.getvalue():  # written as it is, and read as a space
+        yaml.allow_unicode, text = False, io.StringIO()
+        yaml.dump(tree, text)
     return text.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jasper_fast.data.listing import user_path
-from jasper_fast.models.hub import WEIGHTS, read_settings, resolve_model
+from jasper_fast.models.hub import is_weights, read_settings, resolve_model
 from jasper_fast.models.probes import LONG, SHORT
 from jasper_fast.utils.errors import JasperError
 from jasper_fast.utils.fingerprint import file_sha256, sha256
@@ -42,7 +42,7 @@ def find_graph(source: str) -> Path | None:
         return file
     folder = Path(resolve_model(source))
     graph = next((folder / name for name in GRAPHS if (folder / name).is_file()), None)
-    has_weights = graph is not None and any(file for glob in WEIGHTS for file in folder.rglob(glob))
+    has_weights = graph is not None and any(map(is_weights, folder.rglob("*")))
     return None if has_weights else graph
 
 

@@ -246,10 +246,17 @@ def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
     return prompts.get(role) or ""
 
 
+def is_weights(file: Path) -> bool:
+    """Return True for a file of PyTorch weights. The ``.bin`` next to an OpenVINO graph (``.xml``) is none."""
+    return any(file.match(glob) for glob in WEIGHTS) and not (
+        file.suffix == ".bin" and file.with_suffix(".xml").is_file()
+    )
+
+
 def _folder_revision(folder: Path) -> str:
     """Hash the names and content of all files that determine the embeddings: weights, settings and tokenizer."""
     paths = [p for p in all_files(folder) if p.is_file() and any(p.match(glob) for glob in IDENTITY_FILES)]
-    if not any(p.match(glob) for p in paths for glob in WEIGHTS):
+    if not any(map(is_weights, paths)):
         raise JasperError(
             f"{folder}: no weights here (expected {', '.join(WEIGHTS)}). Fix: give the folder of a saved model"
         )

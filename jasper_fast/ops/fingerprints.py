@@ -23,7 +23,7 @@ def row_fingerprints(rows: Tensor) -> Tensor:
     columns = torch.arange(1, rows.shape[1] + 1, device=rows.device)
     factors = _mix(columns * STEP) | 1
     found = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    height = max(1, CHUNK // rows.shape[1])
+    height = max(1, CHUNK // max(1, rows.shape[1]))
     for begin in range(0, len(rows), height):
         part = (rows[begin : begin + height] + 0.0).contiguous()  # -0.0 becomes 0.0
         bits = part.view(BITS[part.element_size()]).to(torch.int64)

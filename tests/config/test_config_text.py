@@ -120,6 +120,7 @@ def test_values_are_those_of_yaml_1_2_and_come_back(text, value):
         "\udcff",
         "a\nb\n",
         " x ",
+        "ü\x85x",
     ],
 )
 def test_text_that_looks_like_something_else_stays_text(text):

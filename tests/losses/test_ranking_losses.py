@@ -358,6 +358,7 @@ def test_memory_does_not_grow_with_the_queries_times_the_documents():
 
 
 def test_fingerprints_are_equal_for_equal_rows_alone():
+    assert len(row_fingerprints(torch.empty(3, 0)).unique()) == 1 and row_fingerprints(torch.empty(0, 4)).shape == (0,)
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * 12).to(dtype)  # rows of few distinct values
         assert len(row_fingerprints(signs).unique()) == len(signs)

@@ -157,6 +157,9 @@ def test_the_cache_and_the_target(graph, tiny_bert, tiny_texts, tmp_path):
 def test_a_folder_with_weights_is_no_graph(graph, tiny_bert, tmp_path):
     folder = graph()
     assert find_graph(str(folder)) == folder / "onnx/model.onnx"
+    for name in ("model.xml", "model.bin"):  # of OpenVINO
+        (folder / "onnx" / name).touch()
+    assert find_graph(str(folder)) == folder / "onnx/model.onnx"
     shutil.copy(tiny_bert / "model.safetensors", folder)
     assert find_graph(str(folder)) is None
     assert find_graph(str(folder / "onnx/model.onnx")) == folder / "onnx/model.onnx"
