@@ -14,6 +14,8 @@ constexpr int64_t kStepDims = 8, kStepBytes = kBin * kStepDims / 2;
 // kFineBlock bytes: the lowest two (one) bits of the bytes are the first dimensions of a block, and so on. The last block
 // may be shorter.
 constexpr int64_t kFineBlock = 16;
+constexpr int64_t kFineRows = 16;  // that are unpacked together for several queries
+inline constexpr int64_t fine_padded(int64_t singles) { return (singles * 8 + 63) / 64 * 64; }
 constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
 struct MipsKernels {
@@ -30,6 +32,9 @@ struct MipsKernels {
   void (*exact_float)(const float* row, int64_t width, const double* queries, int64_t size, double* out);
   void (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* queries, int64_t size, double* out);
   void (*exact_int8)(const int8_t* row, int64_t width, const double* queries, int64_t size, double* out);
+  // out[q * stride + r] = the same for rows (count, width), contiguous.
+  void (*exact_block)(const float* rows, int64_t count, int64_t width, const double* queries, int64_t size, double* out,
+                      int64_t stride);
   // highest[c] = max over r of tile[r * stride + c].
   void (*column_maxima)(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest);
   // Writes the positions of scores >= threshold, ascending, and returns their number. count <= kBin.
@@ -40,6 +45,10 @@ struct MipsKernels {
                       int64_t stride);
   // Exact product of one row of fine codes, of pairs + singles bytes, with a query. The query is padded with zeros.
   int32_t (*dot_fine)(const uint8_t* codes, int64_t pairs, int64_t singles, const int8_t* query);
+  // out[q * stride + r] = exact product of row r of (count, pairs + singles) fine codes with query q. The queries are
+  // fine_padded(singles) apart, padded with zeros. `space` has kFineRows times as many bytes.
+  void (*dots_fine)(const uint8_t* codes, int64_t count, int64_t pairs, int64_t singles, const int8_t* queries,
+                    int64_t size, uint8_t* space, int32_t* out, int64_t stride);
   // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if
   // given). Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` has kBin elements.
   float (*centre_coarse)(int32_t* sums, int32_t centre, const float* scales, float query_scale, const uint8_t* valid,

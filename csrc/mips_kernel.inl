@@ -183,27 +183,35 @@ static inline dvec doubles(const Element* from) {
   return doubles(values);
 }
 
-// The order of summation is the same for any number of queries. Registers keep the sums of all of them.
-template <int QUERIES, class Element>
-static inline void exact_together(const Element* row, int64_t width, const double* queries, double* out) {
-  constexpr int64_t kStep = 4 * kDoubles;
-  dvec sums[QUERIES][4] = {};
+// The order of summation is the same for any number of rows and queries. Registers keep the sums of all of them.
+template <int ROWS, int QUERIES, class Element>
+static inline void exact_together(const Element* rows, int64_t width, const double* queries, double* out,
+                                  int64_t stride) {
+  constexpr int kParts = 2;
+  constexpr int64_t kStep = kParts * kDoubles;
+  dvec sums[QUERIES][ROWS][kParts] = {};
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
-    for (int part = 0; part < 4; ++part) {
-      const dvec own = doubles(row + d + part * kDoubles);
-      for (int q = 0; q < QUERIES; ++q) sums[q][part] += own * load<dvec>(queries + q * width + d + part * kDoubles);
+    for (int part = 0; part < kParts; ++part) {
+      dvec own[ROWS];
+      for (int r = 0; r < ROWS; ++r) own[r] = doubles(rows + r * width + d + part * kDoubles);
+      for (int q = 0; q < QUERIES; ++q) {
+        const dvec query = load<dvec>(queries + q * width + d + part * kDoubles);
+        for (int r = 0; r < ROWS; ++r) sums[q][r][part] += own[r] * query;
+      }
     }
   }
   for (int q = 0; q < QUERIES; ++q) {
-    const dvec sum = (sums[q][0] + sums[q][1]) + (sums[q][2] + sums[q][3]);
-    double lanes[kDoubles];
-    __builtin_memcpy(lanes, &sum, sizeof(sum));
-    for (int64_t half = kDoubles / 2; half; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    for (int r = 0; r < ROWS; ++r) {
+      const dvec sum = sums[q][r][0] + sums[q][r][1];
+      double lanes[kDoubles];
+      __builtin_memcpy(lanes, &sum, sizeof(sum));
+      for (int64_t half = kDoubles / 2; half; half /= 2) {
+        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      }
+      for (int64_t i = d; i < width; ++i) lanes[0] += (double)one(rows + r * width + i) * queries[q * width + i];
+      out[q * stride + r] = lanes[0];
     }
-    for (int64_t i = d; i < width; ++i) lanes[0] += (double)one(row + i) * queries[q * width + i];
-    out[q] = lanes[0];
   }
 }
 
@@ -212,9 +220,30 @@ static void exact(const Element* row, int64_t width, const double* queries, int6
   constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
   int64_t q = 0;
   for (; q + kQueries <= size; q += kQueries) {
-    exact_together<kQueries>(row, width, queries + q * width, out + q);
+    exact_together<1, kQueries>(row, width, queries + q * width, out + q, 1);
   }
-  for (; q < size; ++q) exact_together<1>(row, width, queries + q * width, out + q);
+  for (; q < size; ++q) exact_together<1, 1>(row, width, queries + q * width, out + q, 1);
+}
+
+template <int QUERIES>
+static inline void exact_rows(const float* rows, int64_t count, int64_t width, const double* queries, double* out,
+                              int64_t stride) {
+  constexpr int kRows = kBytes == 64 ? 3 : 2;
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    exact_together<kRows, QUERIES>(rows + r * width, width, queries, out + r, stride);
+  }
+  for (; r < count; ++r) exact_together<1, QUERIES>(rows + r * width, width, queries, out + r, stride);
+}
+
+static void exact_block(const float* rows, int64_t count, int64_t width, const double* queries, int64_t size,
+                        double* out, int64_t stride) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    exact_rows<kQueries>(rows, count, width, queries + q * width, out + q * stride, stride);
+  }
+  for (; q < size; ++q) exact_rows<1>(rows, count, width, queries + q * width, out + q * stride, stride);
 }
 
 static inline fvec higher(fvec a, fvec b) { return a > b ? a : b; }
@@ -260,6 +289,6 @@ static int64_t at_least(const float* scores, int64_t count, float threshold, uin
 #include "mips_nibbles.inl"
 
 constexpr MipsKernels kMipsKernels = {dots<float>,   dots<uint16_t>,  dots_int8,     products,
-                                      exact<float>,  exact<uint16_t>, exact<int8_t>, column_maxima,
-                                      at_least,      dots_coarse,     dot_fine,      centre_coarse,
-                                      coarse_at_least};
+                                      exact<float>,  exact<uint16_t>, exact<int8_t>, exact_block,
+                                      column_maxima, at_least,        dots_coarse,   dot_fine,
+                                      dots_fine,     centre_coarse,   coarse_at_least};
