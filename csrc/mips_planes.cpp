@@ -140,14 +140,14 @@ struct Chunk {
   // Returns a threshold that about `wanted` coarse scores of the chunk reach.
   float threshold_for(int64_t wanted) const {
     constexpr int64_t kSamples = 2048, kMinRank = 32;
-    const int64_t each = std::clamp<int64_t>(kSamples / bins, 1, kBin), rank = wanted * each / kBin;
     std::vector<float> scores;
-    if (rank < kMinRank) {  // a small part of the chunk: as many bins have a row above this
-      if (bins <= wanted) return std::numeric_limits<float>::lowest();
+    if (4 * wanted <= bins) {  // as many bins have a row above this, and few of them more than one
       scores.assign(highest, highest + bins);
       std::nth_element(scores.begin(), scores.begin() + (wanted - 1), scores.end(), std::greater<float>());
       return std::max(scores[wanted - 1], std::numeric_limits<float>::lowest());
     }
+    const int64_t needed = (kMinRank * kBin + wanted - 1) / wanted;  // samples of a bin
+    const int64_t each = std::clamp<int64_t>(std::max(kSamples / bins, needed), 1, kBin), rank = wanted * each / kBin;
     if (rank >= bins * each) return std::numeric_limits<float>::lowest();
     for (int64_t b = 0; b < bins; ++b) {
       for (int64_t i = 0; i < each; ++i) {

@@ -27,8 +27,9 @@ MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
 # The first 16 of 64 or more queries decide how the others are searched. It is by products, if 4-bit scores keep more
-# than this fraction of the rows, and 7-bit scores less.
-SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE = 16, 64, 0.15
+# than a fraction of the rows, and 7-bit scores a fraction between two others. With fewer, codes are faster. With more,
+# the scores are near-ties.
+SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE, RESCORED_SHARES = 16, 64, 0.15, (0.04, 0.15)
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
@@ -215,7 +216,7 @@ def search_planes(
     before = state.survivors[sample].sum(dim=0)
     scan(sample)
     kept = (state.survivors[sample].sum(dim=0) - before) / (SAMPLED_QUERIES * len(segment))
-    if kept[0] > MAX_KEPT_SHARE > kept[1]:
+    if kept[0] > MAX_KEPT_SHARE and RESCORED_SHARES[0] < kept[1] < RESCORED_SHARES[1]:
         return SAMPLED_QUERIES
     scan(slice(SAMPLED_QUERIES, size))
     return size

@@ -14,7 +14,7 @@ BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same num
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
 STEP_DIMS, STEP_BYTES = 8, 256  # of the coarse plane; csrc/mips.h has the same numbers
-ROTATION_SAMPLE = 64  # rows that decide whether the codes of a segment are those of rotated rows
+MIN_ROTATION_ROWS, ROTATION_SAMPLE = 16, 64  # rows that decide whether the codes of a segment are those of rotated rows
 MAX_ROTATED_ERROR = 0.8  # They are, if this makes the errors of 4-bit codes smaller than this part.
 MAX_PLANES_WIDTH = 1 << 19  # The sums of wider rows would not fit 32 bits.
 
@@ -89,7 +89,7 @@ class Planes:
 
     def encode(self, rows: Tensor, start: int) -> None:
         """Write the codes of float32 rows (n, D) from row ``start`` on. The first rows decide whether all are rotated."""
-        if start == 0 and len(rows):
+        if start == 0:
             self.rotated.fill_(rotation_pays(rows))
         self._write(rows, start)
 
@@ -137,8 +137,10 @@ def rotation_pays(rows: Tensor) -> bool:
     """Return True if 4-bit codes of rotated rows have smaller errors, as for one-hot or heavy-tailed rows.
 
     Args:
-        rows: (n, D) float32 rows on a CPU, n ≥ 1, of which a sample is tried.
+        rows: (n, D) float32 rows on a CPU, of which a sample is tried. Few rows say too little, so they are not rotated.
     """
+    if len(rows) < MIN_ROTATION_ROWS:
+        return False
     sample = rows[:: -(-len(rows) // ROTATION_SAMPLE)]
     norms = sample.double().norm(dim=1)
     totals = []
