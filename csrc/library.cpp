@@ -33,6 +33,7 @@ void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse
                  const Tensor& fine_errors, const Tensor& residuals, const Tensor& rotated, const Tensor& norms,
                  const Tensor& valid, int64_t first_id, bool proven, int64_t queries_at_once, int64_t sums_at_once,
                  const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+int64_t mips_vectors(const Tensor& rows);
 std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit);
 std::tuple<Tensor, Tensor, Tensor, Tensor> mips_scaled(const Tensor& queries);
 void mips_rows(const Tensor& numbers, const Tensor& scan_queries, const Tensor& queries, const Tensor& rows,
@@ -71,6 +72,7 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "Tensor fine_errors, Tensor residuals, Tensor rotated, Tensor norms, Tensor valid, int first_id, bool proven, "
         "int queries_at_once, int sums_at_once, "
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
+  m.def("mips_vectors(Tensor rows) -> int");
   m.def("mips_chosen(Tensor mask, int limit) -> (Tensor, Tensor)");
   m.def("mips_scaled(Tensor queries) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("mips_rows(Tensor numbers, Tensor scan_queries, Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
@@ -94,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("mips_norms", TORCH_BOX(&mips_norms));
   m.impl("mips_tile", TORCH_BOX(&mips_tile));
   m.impl("mips_settle", TORCH_BOX(&mips_settle));
+  m.impl("mips_vectors", TORCH_BOX(&mips_vectors));
   m.impl("mips_few", TORCH_BOX(&mips_few));
   m.impl("mips_encode", TORCH_BOX(&mips_encode));
   m.impl("mips_planes", TORCH_BOX(&mips_planes));

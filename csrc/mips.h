@@ -19,6 +19,7 @@ inline constexpr int64_t fine_padded(int64_t singles) { return (singles * 8 + 63
 constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
 struct MipsKernels {
+  int64_t bytes;  // of a vector
   // out[r] = <rows[r], query>, accumulated in fp32 in any order. rows (count, width), contiguous.
   void (*dots_float)(const float* rows, int64_t count, int64_t width, const float* query, float* out);
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
@@ -27,6 +28,12 @@ struct MipsKernels {
   // out[q * stride + r] = <rows[r], queries[q]>, accumulated in fp32 in any order. Both are contiguous.
   void (*products)(const float* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
                    int64_t stride);
+  // The same for bfloat16 rows.
+  void (*products_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* queries, int64_t size,
+                            float* out, int64_t stride);
+  // The same for bfloat16 queries without denormals, or null. Denormal rows, products and sums may become 0.
+  void (*products_pairs)(const uint16_t* rows, int64_t count, int64_t width, const uint16_t* queries, int64_t size,
+                         float* out, int64_t stride);
   // out[q] = fp64 dot product of one row with query q of (size, width). The summation order depends on the width alone,
   // so equal rows have equal scores.
   void (*exact_float)(const float* row, int64_t width, const double* queries, int64_t size, double* out);
@@ -64,6 +71,7 @@ extern const MipsKernels mips_generic;
 extern const MipsKernels mips_avx2;
 extern const MipsKernels mips_avx512;
 extern const MipsKernels mips_avx512vnni;
+extern const MipsKernels mips_avx512bf16;
 #endif
 
 }  // namespace jasper_fast

@@ -88,7 +88,7 @@ class Planes:
         return planes
 
     def encode(self, rows: Tensor, start: int) -> None:
-        """Write the codes of float32 rows (n, D) from row ``start`` on. The first rows decide whether all are rotated."""
+        """Write the codes of float32 rows (n, D) from row ``start`` on. The first rows decide if all are rotated."""
         if start == 0:
             self.rotated.fill_(rotation_pays(rows))
         self._write(rows, start)
@@ -137,7 +137,7 @@ def rotation_pays(rows: Tensor) -> bool:
     """Return True if 4-bit codes of rotated rows have smaller errors, as for one-hot or heavy-tailed rows.
 
     Args:
-        rows: (n, D) float32 rows on a CPU, of which a sample is tried. Few rows say too little, so they are not rotated.
+        rows: (n, D) float32 rows on a CPU, of which a sample is tried. Few rows say too little to be rotated.
     """
     if len(rows) < MIN_ROTATION_ROWS:
         return False
