@@ -13,7 +13,7 @@ from jasper_fast.mips.segment import BIN, Segment
 from jasper_fast.mips.topk_state import TopKState
 
 # A search of fewer valid rows than this does not scan the others.
-MAX_CHOSEN_SHARE = 1 / 12
+MAX_CHOSEN_SHARE, MAX_CHOSEN_SHARE_EACH = 1 / 12, 1 / 24  # the second for one query, or a mask per query
 ROW_QUERIES = 256  # queries that read the valid rows together
 # Planes of bins with more valid rows than this are faster to scan than their float32 rows are to read.
 MAX_CHOSEN_IN_BIN = 8
@@ -34,7 +34,7 @@ def few_valid_rows(valid: Tensor, size: int, total: int, planes: bool) -> list[T
         int64 row numbers, one (n,) for all queries or one for each. None if a scan is faster.
     """
     together = size > 1 and valid.dim() == 1
-    share = MAX_CHOSEN_SHARE
+    share = MAX_CHOSEN_SHARE if together else MAX_CHOSEN_SHARE_EACH
 
     def dense(count: int, bins: int) -> bool:
         return planes and bins * MAX_CHOSEN_IN_BIN < count and not (together and count <= MAX_READ_TOGETHER)
