@@ -22,8 +22,8 @@ from jasper_fast.mips.topk_state import TopKState
 from jasper_fast.ops.native import in_use
 from jasper_fast.utils import hardware as env
 
-# Queries up to which the compiled loops, which read the rows once, are faster than library products. bfloat16 rows take
-# 4 times as many with vectors of 64 bytes, and 32 times as many with products of pairs.
+# Queries up to which the compiled loops, which read the rows once, are faster than library products. With
+# vectors of 64 bytes, and with products of pairs, bfloat16 rows take several times as many.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
 MORE_BFLOAT16_QUERIES = (1, 4, 32)
 MIN_PAIRS_QUERIES = 2  # One query is limited by memory, and its float32 values have tighter bounds.
