@@ -27,12 +27,13 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_
               const Tensor& broken);
 void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& fine_errors, const Tensor& residuals);
+                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& rotated);
 void mips_planes(const Tensor& queries, const Tensor& rows, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
-                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
-                 const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& rotated, const Tensor& norms,
+                 const Tensor& valid, int64_t first_id, bool proven, int64_t queries_at_once, int64_t sums_at_once,
+                 const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken, const Tensor& counts);
+int64_t mips_vectors(const Tensor& rows);
 std::tuple<Tensor, Tensor> mips_chosen(const Tensor& mask, int64_t limit);
 std::tuple<Tensor, Tensor, Tensor, Tensor> mips_scaled(const Tensor& queries);
 void mips_rows(const Tensor& numbers, const Tensor& scan_queries, const Tensor& queries, const Tensor& rows,
@@ -64,12 +65,14 @@ STABLE_TORCH_LIBRARY(jasper_fast_native, m) {
         "int first_id, bool proven, int capacity, Tensor(b!) best, Tensor(c!) best_counts, Tensor(d!) cutoffs, "
         "Tensor(e!) broken) -> ()");
   m.def("mips_encode(Tensor rows, int start, Tensor(a!) coarse, Tensor(b!) fine, Tensor(c!) coarse_scales, "
-        "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) fine_errors, Tensor(g!) residuals) -> ()");
+        "Tensor(d!) coarse_errors, Tensor(e!) fine_scales, Tensor(f!) fine_errors, Tensor(g!) residuals, "
+        "Tensor rotated) -> ()");
   m.def("mips_planes(Tensor queries, Tensor rows, "
         "Tensor coarse, Tensor fine, Tensor coarse_scales, Tensor coarse_errors, Tensor fine_scales, "
-        "Tensor fine_errors, Tensor residuals, Tensor norms, Tensor valid, int first_id, bool proven, int queries_at_once, "
-        "int sums_at_once, "
+        "Tensor fine_errors, Tensor residuals, Tensor rotated, Tensor norms, Tensor valid, int first_id, bool proven, "
+        "int queries_at_once, int sums_at_once, "
         "Tensor(a!) best, Tensor(b!) best_counts, Tensor(c!) cutoffs, Tensor(d!) broken, Tensor(e!) counts) -> ()");
+  m.def("mips_vectors(Tensor rows) -> int");
   m.def("mips_chosen(Tensor mask, int limit) -> (Tensor, Tensor)");
   m.def("mips_scaled(Tensor queries) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("mips_rows(Tensor numbers, Tensor scan_queries, Tensor queries, Tensor rows, Tensor scales, Tensor norms, "
@@ -93,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(jasper_fast_native, CPU, m) {
   m.impl("mips_norms", TORCH_BOX(&mips_norms));
   m.impl("mips_tile", TORCH_BOX(&mips_tile));
   m.impl("mips_settle", TORCH_BOX(&mips_settle));
+  m.impl("mips_vectors", TORCH_BOX(&mips_vectors));
   m.impl("mips_few", TORCH_BOX(&mips_few));
   m.impl("mips_encode", TORCH_BOX(&mips_encode));
   m.impl("mips_planes", TORCH_BOX(&mips_planes));

@@ -14,9 +14,12 @@ constexpr int64_t kStepDims = 8, kStepBytes = kBin * kStepDims / 2;
 // kFineBlock bytes: the lowest two (one) bits of the bytes are the first dimensions of a block, and so on. The last block
 // may be shorter.
 constexpr int64_t kFineBlock = 16;
+constexpr int64_t kFineRows = 16;  // that are unpacked together for several queries
+inline constexpr int64_t fine_padded(int64_t singles) { return (singles * 8 + 63) / 64 * 64; }
 constexpr int32_t kNoSum = INT32_MIN;  // in place of the sum of a row that must not be returned
 
 struct MipsKernels {
+  int64_t bytes;  // of a vector
   // out[r] = <rows[r], query>, accumulated in fp32 in any order. rows (count, width), contiguous.
   void (*dots_float)(const float* rows, int64_t count, int64_t width, const float* query, float* out);
   void (*dots_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* query, float* out);
@@ -25,11 +28,20 @@ struct MipsKernels {
   // out[q * stride + r] = <rows[r], queries[q]>, accumulated in fp32 in any order. Both are contiguous.
   void (*products)(const float* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
                    int64_t stride);
+  // The same for bfloat16 rows.
+  void (*products_bfloat16)(const uint16_t* rows, int64_t count, int64_t width, const float* queries, int64_t size,
+                            float* out, int64_t stride);
+  // The same for bfloat16 queries without denormals, or null. Denormal rows, products and sums may become 0.
+  void (*products_pairs)(const uint16_t* rows, int64_t count, int64_t width, const uint16_t* queries, int64_t size,
+                         float* out, int64_t stride);
   // out[q] = fp64 dot product of one row with query q of (size, width). The summation order depends on the width alone,
   // so equal rows have equal scores.
   void (*exact_float)(const float* row, int64_t width, const double* queries, int64_t size, double* out);
   void (*exact_bfloat16)(const uint16_t* row, int64_t width, const double* queries, int64_t size, double* out);
   void (*exact_int8)(const int8_t* row, int64_t width, const double* queries, int64_t size, double* out);
+  // out[q * stride + r] = the same for rows (count, width), contiguous.
+  void (*exact_block)(const float* rows, int64_t count, int64_t width, const double* queries, int64_t size, double* out,
+                      int64_t stride);
   // highest[c] = max over r of tile[r * stride + c].
   void (*column_maxima)(const float* tile, int64_t rows, int64_t columns, int64_t stride, float* highest);
   // Writes the positions of scores >= threshold, ascending, and returns their number. count <= kBin.
@@ -40,6 +52,10 @@ struct MipsKernels {
                       int64_t stride);
   // Exact product of one row of fine codes, of pairs + singles bytes, with a query. The query is padded with zeros.
   int32_t (*dot_fine)(const uint8_t* codes, int64_t pairs, int64_t singles, const int8_t* query);
+  // out[q * stride + r] = exact product of row r of (count, pairs + singles) fine codes with query q. The queries are
+  // fine_padded(singles) apart, padded with zeros. `space` has kFineRows times as many bytes.
+  void (*dots_fine)(const uint8_t* codes, int64_t count, int64_t pairs, int64_t singles, const int8_t* queries,
+                    int64_t size, uint8_t* space, int32_t* out, int64_t stride);
   // Replaces kBin sums by 2 * sum - centre, or kNoSum for rows from `count` on and for rows that are not valid (if
   // given). Returns the highest score (float)sum * (scale * query_scale), or -inf. `scales` has kBin elements.
   float (*centre_coarse)(int32_t* sums, int32_t centre, const float* scales, float query_scale, const uint8_t* valid,
@@ -55,6 +71,7 @@ extern const MipsKernels mips_generic;
 extern const MipsKernels mips_avx2;
 extern const MipsKernels mips_avx512;
 extern const MipsKernels mips_avx512vnni;
+extern const MipsKernels mips_avx512bf16;
 #endif
 
 }  // namespace jasper_fast

@@ -63,10 +63,42 @@ void pack(const uint8_t* codes, int64_t width, int shift, uint8_t* out, int64_t 
   }
 }
 
+void hadamard(double* values, int64_t size) {
+  const double factor = 1.0 / std::sqrt((double)size);
+  for (int64_t i = 0; i < size; ++i) values[i] *= factor;
+  for (int64_t half = 1; half < size; half *= 2) {
+    for (int64_t begin = 0; begin < size; begin += 2 * half) {
+      for (int64_t i = begin; i < begin + half; ++i) {
+        const double a = values[i], b = values[i + half];
+        values[i] = a + b;
+        values[i + half] = a - b;
+      }
+    }
+  }
+}
+
 }  // namespace
 
+void rotate(double* values, int64_t width) {
+  int64_t size = 1;
+  while (2 * size <= width) size *= 2;
+  const uint32_t factors[] = {2654435761u, 2246822519u};  // odd; the highest bit of a product is a sign
+  for (int round = 0; round < (size < width ? 2 : 1); ++round) {
+    for (int64_t d = 0; d < width; ++d) {
+      if ((uint32_t)d * factors[round] >> 31) values[d] = -values[d];
+    }
+    hadamard(values + (round ? width - size : 0), size);
+  }
+}
+
 void Planes::encode(const float* x, int64_t row, Encoder& encoder) const {
-  std::copy(x, x + width, encoder.values.begin());
+  if (rotated) {
+    std::copy(x, x + width, encoder.rotated.begin());
+    rotate(encoder.rotated.data(), width);
+    for (int64_t d = 0; d < width; ++d) encoder.values[d] = (float)encoder.rotated[d];
+  } else {
+    std::copy(x, x + width, encoder.values.begin());
+  }
   const float* values = encoder.values.data();
   uint8_t* codes = encoder.codes.data();
   const int64_t padded = steps * kStepDims;
@@ -104,11 +136,13 @@ void Planes::encode(const float* x, int64_t row, Encoder& encoder) const {
 // Encodes rows (n, D) as the rows from `start` on of planes with room for fine.size(0) rows.
 void mips_encode(const Tensor& rows, int64_t start, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& fine_errors, const Tensor& residuals) {
+                 const Tensor& fine_errors, const Tensor& residuals,
+                 const Tensor& rotated) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == ScalarType::Float,
                   "mips: expected contiguous float32 rows (N, D)");
   const int64_t width = rows.size(1), stop = start + rows.size(0);
-  const Planes planes(fine.size(0), width, coarse, fine, coarse_scales, coarse_errors, fine_scales, fine_errors, residuals);
+  const Planes planes(fine.size(0), width, coarse, fine, coarse_scales, coarse_errors, fine_scales, fine_errors,
+                      residuals, rotated);
   STD_TORCH_CHECK(start >= 0 && stop <= planes.count, "mips: expected room for the rows in the planes");
   const auto* from = (const float*)rows.const_data_ptr();
   parallel_for(start / kBin, bins_of(stop), 4, [&](int64_t first, int64_t last) {

@@ -37,9 +37,14 @@ inline float at_least_as_high(double value) {
 struct Encoder {
   std::vector<float> values, levels;
   std::vector<uint8_t> codes;
+  std::vector<double> rotated;
 
-  explicit Encoder(int64_t padded) : values(padded), levels(padded), codes(padded) {}
+  explicit Encoder(int64_t padded) : values(padded), levels(padded), codes(padded), rotated(padded) {}
 };
+
+// Rotates (width,) values: random signs and a Hadamard transform of the first power of two of them, then the same for
+// the last ones. So a few large values become many of similar size. Products change by less than 2^-45 of the norms.
+void rotate(double* values, int64_t width);
 
 // The two planes of (count, width) rows, and what the bounds of their scores need.
 struct Planes {
@@ -51,10 +56,11 @@ struct Planes {
   float* fine_scales;     // (count,): row ~ scale * (2 * (8 * coarse + fine) - 127)
   float* fine_errors;     // (count,): norm of the difference, rounded up
   double* residuals;      // (bins,): highest error of either codes
+  bool rotated;           // if true, the codes are those of rotated rows
 
   Planes(int64_t count_, int64_t width_, const Tensor& coarse_, const Tensor& fine_, const Tensor& coarse_scales_,
          const Tensor& coarse_errors_, const Tensor& fine_scales_, const Tensor& fine_errors_,
-         const Tensor& residuals_)
+         const Tensor& residuals_, const Tensor& rotated_)
       : count(count_), width(width_), bins(bins_of(count_)), steps(steps_of(width_)), pairs((width_ + 3) / 4),
         singles((width_ + 7) / 8), bytes(pairs + singles) {
     coarse = checked<uint8_t>(coarse_, ScalarType::Byte, bins * steps * kStepBytes, "the coarse plane");
@@ -64,6 +70,7 @@ struct Planes {
     fine_scales = checked<float>(fine_scales_, ScalarType::Float, count, "fine scales");
     fine_errors = checked<float>(fine_errors_, ScalarType::Float, count, "fine errors");
     residuals = checked<double>(residuals_, ScalarType::Double, bins, "residuals");
+    rotated = *checked<uint8_t>(rotated_, ScalarType::Byte, 1, "the rotation") != 0;
   }
 
   uint8_t* place(int64_t row, int64_t step) const {

@@ -107,14 +107,14 @@ static void dots(const Element* rows, int64_t count, int64_t width, const float*
 }
 
 // Products of ROWS rows with QUERIES queries, whose sums stay in registers. The queries are `width` apart.
-template <int ROWS, int QUERIES>
-static inline void products_together(const float* rows, int64_t width, const float* queries, float* out,
+template <int ROWS, int QUERIES, class Element>
+static inline void products_together(const Element* rows, int64_t width, const float* queries, float* out,
                                      int64_t stride) {
   fvec sums[QUERIES][ROWS] = {};
   int64_t d = 0;
   for (; d + kFloats <= width; d += kFloats) {
     fvec own[ROWS];
-    for (int r = 0; r < ROWS; ++r) own[r] = load<fvec>(rows + r * width + d);
+    for (int r = 0; r < ROWS; ++r) own[r] = floats(rows + r * width + d);
     for (int q = 0; q < QUERIES; ++q) {
       const fvec query = load<fvec>(queries + q * width + d);
       for (int r = 0; r < ROWS; ++r) sums[q][r] += own[r] * query;
@@ -123,12 +123,13 @@ static inline void products_together(const float* rows, int64_t width, const flo
   for (int q = 0; q < QUERIES; ++q) {
     add_lanes<ROWS>(sums[q], out + q * stride);
     for (int64_t i = d; i < width; ++i) {
-      for (int r = 0; r < ROWS; ++r) out[q * stride + r] += rows[r * width + i] * queries[q * width + i];
+      for (int r = 0; r < ROWS; ++r) out[q * stride + r] += one(rows + r * width + i) * queries[q * width + i];
     }
   }
 }
 
-static void products(const float* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
+template <class Element>
+static void products(const Element* rows, int64_t count, int64_t width, const float* queries, int64_t size, float* out,
                      int64_t stride) {
   constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
   int64_t q = 0;
@@ -144,6 +145,47 @@ static void products(const float* rows, int64_t count, int64_t width, const floa
   }
   for (; q < size; ++q) dots(rows, count, width, queries + q * width, out + q * stride);
 }
+
+#ifdef JASPER_FAST_BFLOAT16_PAIRS
+// Products of ROWS rows with QUERIES queries by instructions that add the products of two neighbouring elements.
+template <int ROWS, int QUERIES>
+static inline void pairs_together(const uint16_t* rows, int64_t width, const uint16_t* queries, float* out,
+                                  int64_t stride) {
+  fvec sums[QUERIES][ROWS] = {};
+  int64_t d = 0;
+  for (; d + kShorts <= width; d += kShorts) {
+    svec own[ROWS];
+    for (int r = 0; r < ROWS; ++r) own[r] = load<svec>(rows + r * width + d);
+    for (int q = 0; q < QUERIES; ++q) {
+      const svec query = load<svec>(queries + q * width + d);
+      for (int r = 0; r < ROWS; ++r) sums[q][r] = add_pairs(sums[q][r], own[r], query);
+    }
+  }
+  for (int q = 0; q < QUERIES; ++q) {
+    add_lanes<ROWS>(sums[q], out + q * stride);
+    for (int64_t i = d; i < width; ++i) {
+      for (int r = 0; r < ROWS; ++r) out[q * stride + r] += one(rows + r * width + i) * one(queries + q * width + i);
+    }
+  }
+}
+
+template <int QUERIES>
+static inline void pairs_rows(const uint16_t* rows, int64_t count, int64_t width, const uint16_t* queries, float* out,
+                              int64_t stride) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) pairs_together<4, QUERIES>(rows + r * width, width, queries, out + r, stride);
+  for (; r < count; ++r) pairs_together<1, QUERIES>(rows + r * width, width, queries, out + r, stride);
+}
+
+static void products_pairs(const uint16_t* rows, int64_t count, int64_t width, const uint16_t* queries, int64_t size,
+                           float* out, int64_t stride) {
+  int64_t q = 0;
+  for (; q + 4 <= size; q += 4) pairs_rows<4>(rows, count, width, queries + q * width, out + q * stride, stride);
+  for (; q < size; ++q) pairs_rows<1>(rows, count, width, queries + q * width, out + q * stride, stride);
+}
+#else
+constexpr decltype(MipsKernels::products_pairs) products_pairs = nullptr;
+#endif
 
 template <int ROWS>
 static inline void dot_rows_int8(const int8_t* rows, int64_t width, const int16_t* query, int32_t* out) {
@@ -183,27 +225,35 @@ static inline dvec doubles(const Element* from) {
   return doubles(values);
 }
 
-// The order of summation is the same for any number of queries. Registers keep the sums of all of them.
-template <int QUERIES, class Element>
-static inline void exact_together(const Element* row, int64_t width, const double* queries, double* out) {
-  constexpr int64_t kStep = 4 * kDoubles;
-  dvec sums[QUERIES][4] = {};
+// The order of summation is the same for any number of rows and queries. Registers keep the sums of all of them.
+template <int ROWS, int QUERIES, class Element>
+static inline void exact_together(const Element* rows, int64_t width, const double* queries, double* out,
+                                  int64_t stride) {
+  constexpr int kParts = 2;
+  constexpr int64_t kStep = kParts * kDoubles;
+  dvec sums[QUERIES][ROWS][kParts] = {};
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
-    for (int part = 0; part < 4; ++part) {
-      const dvec own = doubles(row + d + part * kDoubles);
-      for (int q = 0; q < QUERIES; ++q) sums[q][part] += own * load<dvec>(queries + q * width + d + part * kDoubles);
+    for (int part = 0; part < kParts; ++part) {
+      dvec own[ROWS];
+      for (int r = 0; r < ROWS; ++r) own[r] = doubles(rows + r * width + d + part * kDoubles);
+      for (int q = 0; q < QUERIES; ++q) {
+        const dvec query = load<dvec>(queries + q * width + d + part * kDoubles);
+        for (int r = 0; r < ROWS; ++r) sums[q][r][part] += own[r] * query;
+      }
     }
   }
   for (int q = 0; q < QUERIES; ++q) {
-    const dvec sum = (sums[q][0] + sums[q][1]) + (sums[q][2] + sums[q][3]);
-    double lanes[kDoubles];
-    __builtin_memcpy(lanes, &sum, sizeof(sum));
-    for (int64_t half = kDoubles / 2; half; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    for (int r = 0; r < ROWS; ++r) {
+      const dvec sum = sums[q][r][0] + sums[q][r][1];
+      double lanes[kDoubles];
+      __builtin_memcpy(lanes, &sum, sizeof(sum));
+      for (int64_t half = kDoubles / 2; half; half /= 2) {
+        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      }
+      for (int64_t i = d; i < width; ++i) lanes[0] += (double)one(rows + r * width + i) * queries[q * width + i];
+      out[q * stride + r] = lanes[0];
     }
-    for (int64_t i = d; i < width; ++i) lanes[0] += (double)one(row + i) * queries[q * width + i];
-    out[q] = lanes[0];
   }
 }
 
@@ -212,9 +262,30 @@ static void exact(const Element* row, int64_t width, const double* queries, int6
   constexpr int kQueries = kBytes == 64 ? 4 : 2;  // sums of more queries do not fit the registers
   int64_t q = 0;
   for (; q + kQueries <= size; q += kQueries) {
-    exact_together<kQueries>(row, width, queries + q * width, out + q);
+    exact_together<1, kQueries>(row, width, queries + q * width, out + q, 1);
   }
-  for (; q < size; ++q) exact_together<1>(row, width, queries + q * width, out + q);
+  for (; q < size; ++q) exact_together<1, 1>(row, width, queries + q * width, out + q, 1);
+}
+
+template <int QUERIES>
+static inline void exact_rows(const float* rows, int64_t count, int64_t width, const double* queries, double* out,
+                              int64_t stride) {
+  constexpr int kRows = kBytes == 64 ? 3 : 2;
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    exact_together<kRows, QUERIES>(rows + r * width, width, queries, out + r, stride);
+  }
+  for (; r < count; ++r) exact_together<1, QUERIES>(rows + r * width, width, queries, out + r, stride);
+}
+
+static void exact_block(const float* rows, int64_t count, int64_t width, const double* queries, int64_t size,
+                        double* out, int64_t stride) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    exact_rows<kQueries>(rows, count, width, queries + q * width, out + q * stride, stride);
+  }
+  for (; q < size; ++q) exact_rows<1>(rows, count, width, queries + q * width, out + q * stride, stride);
 }
 
 static inline fvec higher(fvec a, fvec b) { return a > b ? a : b; }
@@ -259,7 +330,8 @@ static int64_t at_least(const float* scores, int64_t count, float threshold, uin
 
 #include "mips_nibbles.inl"
 
-constexpr MipsKernels kMipsKernels = {dots<float>,   dots<uint16_t>,  dots_int8,     products,
-                                      exact<float>,  exact<uint16_t>, exact<int8_t>, column_maxima,
-                                      at_least,      dots_coarse,     dot_fine,      centre_coarse,
-                                      coarse_at_least};
+constexpr MipsKernels kMipsKernels = {kBytes, dots<float>,   dots<uint16_t>,  dots_int8,     products<float>,
+                                      products<uint16_t>, products_pairs,
+                                      exact<float>,  exact<uint16_t>, exact<int8_t>, exact_block,
+                                      column_maxima, at_least,        dots_coarse,   dot_fine,
+                                      dots_fine,     centre_coarse,   coarse_at_least};

@@ -78,6 +78,76 @@ static int32_t dot_fine(const uint8_t* codes, int64_t pairs, int64_t singles, co
   return all[0] + 2 * last[0] + last[1];
 }
 
+// Writes the three low bits of a row's codes to one byte for each dimension.
+static void unpack_fine(const uint8_t* codes, int64_t pairs, int64_t singles, uint8_t* out) {
+  constexpr int kParts = kBytes / kFineBlock;  // blocks of dimensions in a vector
+  static const uint32_t kPart[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  const uvec parts = load<uvec>(kPart);
+  const uint8_t* last = codes + pairs;
+  int64_t at = 0;
+  for (; at + kFineBlock <= pairs; at += kFineBlock) {
+    const uvec block = (uvec)repeated_block(codes + at);
+    for (int part = 0; part < 4; part += kParts) {
+      const uvec own = ((block >> (parts + part) * 2) & 0x03030303u) << 1;
+      __builtin_memcpy(out + 4 * at + part * kFineBlock, &own, sizeof(own));
+    }
+  }
+  int64_t rest = pairs - at;
+  for (int64_t i = 0; i < rest; ++i) {
+    for (int part = 0; part < 4; ++part) out[4 * at + part * rest + i] = (uint8_t)((codes[at + i] >> part * 2 & 3) << 1);
+  }
+  for (at = 0; at + kFineBlock <= singles; at += kFineBlock) {
+    const uvec block = (uvec)repeated_block(last + at);
+    for (int part = 0; part < 8; part += kParts) {
+      uint8_t* own = out + 8 * at + part * kFineBlock;
+      const uvec all = load<uvec>(own) | ((block >> (parts + part)) & 0x01010101u);
+      __builtin_memcpy(own, &all, sizeof(all));
+    }
+  }
+  rest = singles - at;
+  for (int64_t i = 0; i < rest; ++i) {
+    for (int part = 0; part < 8; ++part) out[8 * at + part * rest + i] |= (uint8_t)(last[at + i] >> part & 1);
+  }
+}
+
+template <int ROWS, int QUERIES>
+static inline void fine_together(const uint8_t* rows, int64_t width, const int8_t* queries, int32_t* out,
+                                 int64_t stride) {
+  ivec sums[QUERIES][ROWS] = {};
+  for (int64_t d = 0; d < width; d += kBytes) {
+    ivec own[ROWS];
+    for (int r = 0; r < ROWS; ++r) own[r] = load<ivec>(rows + r * width + d);
+    for (int q = 0; q < QUERIES; ++q) {
+      const ivec query = load<ivec>(queries + q * width + d);
+      for (int r = 0; r < ROWS; ++r) sums[q][r] = dot4(sums[q][r], own[r], query);
+    }
+  }
+  for (int q = 0; q < QUERIES; ++q) add_lanes<ROWS>(sums[q], out + q * stride);
+}
+
+template <int ROWS>
+static inline void fine_rows(const uint8_t* rows, int64_t width, const int8_t* queries, int64_t size, int32_t* out,
+                             int64_t stride) {
+  constexpr int kQueries = kBytes == 64 ? 4 : 2;
+  int64_t q = 0;
+  for (; q + kQueries <= size; q += kQueries) {
+    fine_together<ROWS, kQueries>(rows, width, queries + q * width, out + q * stride, stride);
+  }
+  for (; q < size; ++q) fine_together<ROWS, 1>(rows, width, queries + q * width, out + q * stride, stride);
+}
+
+static void dots_fine(const uint8_t* codes, int64_t count, int64_t pairs, int64_t singles, const int8_t* queries,
+                      int64_t size, uint8_t* space, int32_t* out, int64_t stride) {
+  const int64_t width = fine_padded(singles), bytes = pairs + singles;
+  for (int64_t begin = 0; begin < count; begin += kFineRows) {
+    const int64_t rows = count - begin < kFineRows ? count - begin : kFineRows;
+    for (int64_t r = 0; r < rows; ++r) unpack_fine(codes + (begin + r) * bytes, pairs, singles, space + r * width);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) fine_rows<4>(space + r * width, width, queries, size, out + begin + r, stride);
+    for (; r < rows; ++r) fine_rows<1>(space + r * width, width, queries, size, out + begin + r, stride);
+  }
+}
+
 static inline fvec coarse_scores(const int32_t* sums, const float* scales, float query_scale) {
   const ivec own = load<ivec>(sums);
   const fvec scores = __builtin_convertvector(own, fvec) * (load<fvec>(scales) * query_scale);

@@ -29,7 +29,9 @@ namespace {
 
 constexpr int64_t kMaxMore = 8192;  // rows that the second pass looks at in addition to k
 constexpr int64_t kCrowded = 4;  // If a fourth of the rows is rescored, all following ones are.
-constexpr int64_t kTogether = 4;  // queries that rescore a row together
+constexpr int64_t kKept = 4;  // If the coarse plane keeps a fourth of the rows, all queries read the fine plane together.
+constexpr int64_t kMinTogether = 4;  // queries that do
+constexpr int64_t kMaxWidth = 1 << 16;  // of rows whose sums of 7-bit codes fit 32 bits
 constexpr int64_t kQueryGroup = 8;  // queries whose products of a bin stay in the first cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockBytes = 1 << 19;  // of rows that all queries look at together
@@ -45,24 +47,26 @@ struct Query {
   double norm, relative, absolute;
 
   Query(const double* exact_, const Planes& planes, const uint8_t* valid_)
-      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(planes.singles * 8, 0) {
+      : exact(exact_), valid(valid_), coarse(planes.steps * kStepDims, 0), fine(fine_padded(planes.singles), 0) {
     constexpr double kUnit = 0x1p-24, kUp = 1.0 + 1e-6;
     double largest = 0.0, squares = 0.0, errors = 0.0, scanned = 0.0;
-    for (int64_t d = 0; d < planes.width; ++d) largest = std::max(largest, std::fabs(exact[d]));
+    std::vector<double> values(exact, exact + planes.width);
+    if (planes.rotated) rotate(values.data(), planes.width);
+    for (const double value : values) largest = std::max(largest, std::fabs(value));
     scale = (float)(largest / kTopCode);
     if (!(scale > 0.0f)) scale = 1.0f;
     for (int64_t d = 0; d < planes.width; ++d) {
-      const double code = std::clamp(std::nearbyint(exact[d] / scale), -(double)kTopCode, (double)kTopCode);
+      const double code = std::clamp(std::nearbyint(values[d] / scale), -(double)kTopCode, (double)kTopCode);
       coarse[d] = fine[d] = (int8_t)code;
       total += (int32_t)code;
-      const double value = code * scale, error = exact[d] - value;
-      squares += exact[d] * exact[d];
+      const double value = code * scale, error = values[d] - value;
+      squares += values[d] * values[d];
       errors += error * error;
       scanned += value * value;
     }
     const double length = std::sqrt(scanned), rounding = std::sqrt(errors);
     norm = std::sqrt(squares) * (1.0 + 1e-9);
-    // 32 units: of the score, of score + error in float, and of a scale that is not exactly orthogonal.
+    // 32 units: of the score, of score + error in float, of a rotated row, and of a scale that is not exactly orthogonal.
     relative = (rounding + 32 * kUnit * (norm + length)) * kUp;
     absolute = (double)planes.width * 0x1p-125;
   }
@@ -136,14 +140,14 @@ struct Chunk {
   // Returns a threshold that about `wanted` coarse scores of the chunk reach.
   float threshold_for(int64_t wanted) const {
     constexpr int64_t kSamples = 2048, kMinRank = 32;
-    const int64_t each = std::clamp<int64_t>(kSamples / bins, 1, kBin), rank = wanted * each / kBin;
     std::vector<float> scores;
-    if (rank < kMinRank) {  // a small part of the chunk: as many bins have a row above this
-      if (bins <= wanted) return std::numeric_limits<float>::lowest();
+    if (4 * wanted <= bins) {  // as many bins have a row above this, and few of them more than one
       scores.assign(highest, highest + bins);
       std::nth_element(scores.begin(), scores.begin() + (wanted - 1), scores.end(), std::greater<float>());
       return std::max(scores[wanted - 1], std::numeric_limits<float>::lowest());
     }
+    const int64_t needed = (kMinRank * kBin + wanted - 1) / wanted;  // samples of a bin
+    const int64_t each = std::clamp<int64_t>(std::max(kSamples / bins, needed), 1, kBin), rank = wanted * each / kBin;
     if (rank >= bins * each) return std::numeric_limits<float>::lowest();
     for (int64_t b = 0; b < bins; ++b) {
       for (int64_t i = 0; i < each; ++i) {
@@ -336,7 +340,11 @@ class Search {
     first_query_ = first_query;
     size_ = (int64_t)queries.size();
     codes_.clear();
-    for (const Query& query : queries) codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
+    fine_codes_.clear();
+    for (const Query& query : queries) {
+      codes_.insert(codes_.end(), query.coarse.begin(), query.coarse.end());
+      fine_codes_.insert(fine_codes_.end(), query.fine.begin(), query.fine.end());
+    }
     const auto [begin, end] = valid_bins();
     for (first_bin_ = begin; first_bin_ < end; first_bin_ += chunk_) {
       bins_ = std::min(chunk_, end - first_bin_);
@@ -463,7 +471,7 @@ class Search {
       results_.counts[number * 2 + 1] += (int64_t)kept.size();
       results_.top(number).merge(kept.data(), (int64_t)kept.size());
     });
-    std::atomic<int64_t> seen = 0, left = 0;  // pairs of a query and a row that were looked at and rescored
+    std::atomic<int64_t> seen = 0, kept = 0, left = 0;  // pairs of a query and a row: looked at, refined, rescored
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
         const int64_t begin = bins_ * part / parts, end = bins_ * (part + 1) / parts;
@@ -472,10 +480,15 @@ class Search {
           rescore_all(begin, end, chosen, own, parts);
           continue;
         }
+        const bool together = proven_ && size_ >= kMinTogether && rows_.width <= kMaxWidth && kept * kKept > seen;
+        if (together) filter_together(begin, end, chosen, own, parts);
         for (int64_t q = 0; q < size_; ++q) {
           Found& of_query = own[q * parts];
           const double cutoff = results_.cutoffs[first_query_ + q];
-          chunk_of(q).filter(begin, end, cutoff, chosen[q], of_query.rows, &of_query.broken, &of_query.counts);
+          if (!together) {
+            chunk_of(q).filter(begin, end, cutoff, chosen[q], of_query.rows, &of_query.broken, &of_query.counts);
+          }
+          kept += of_query.counts.coarse;
           left += of_query.counts.rescored;
         }
         seen += (end - begin) * kBin * size_;
@@ -496,26 +509,79 @@ class Search {
     });
   }
 
+  // Does the same as Chunk::filter for all queries. They read the fine plane of all rows together.
+  void filter_together(int64_t begin, int64_t end, const std::vector<std::vector<Chunk::Row>>& chosen, Found* found,
+                       int64_t stride) const {
+    const MipsKernels& kernels = mips_kernels();
+    std::vector<uint8_t> space(kFineRows * fine_padded(planes_.singles));
+    std::vector<int32_t> low(size_ * kBin);
+    std::vector<size_t> next(size_);
+    std::vector<Chunk> chunks;
+    for (int64_t q = 0; q < size_; ++q) {
+      chunks.push_back(chunk_of(q));
+      next[q] = Chunk::from(chosen[q], begin);
+    }
+    float scales[kBin] = {}, errors[kBin] = {};
+    uint8_t positions[kBin];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t bin = first_bin_ + b, row = bin * kBin, count = std::min(kBin, planes_.count - row);
+      kernels.dots_fine(planes_.fine + row * planes_.bytes, count, planes_.pairs, planes_.singles, fine_codes_.data(),
+                        size_, space.data(), low.data(), kBin);
+      std::copy(planes_.fine_scales + row, planes_.fine_scales + row + count, scales);
+      std::copy(planes_.fine_errors + row, planes_.fine_errors + row + count, errors);
+      for (int64_t q = 0; q < size_; ++q) {
+        const Chunk& chunk = chunks[q];
+        if (chunk.highest[b] == -kInfinity) continue;  // no valid row
+        Found& own = found[q * stride];
+        const double cutoff = results_.cutoffs[first_query_ + q], least = chunk.rest(bin);
+        const float weight = at_least_as_high(chunk.weight(bin, cutoff));
+        const float threshold = std::max(float_below(cutoff - least), std::numeric_limits<float>::lowest());
+        const int32_t* sums = chunk.sums + b * kBin;
+        own.counts.coarse += kernels.coarse_at_least(sums, planes_.coarse_scales + row, chunk.query.scale,
+                                                     planes_.coarse_errors + row, weight, threshold, positions);
+        int32_t* fine = low.data() + q * kBin;
+        for (int64_t r = 0; r < count; ++r) {
+          fine[r] = sums[r] == kNoSum ? kNoSum : 8 * sums[r] + 2 * fine[r] - 7 * chunk.query.total;
+        }
+        std::fill(fine + count, fine + kBin, kNoSum);
+        const int64_t left =
+            kernels.coarse_at_least(fine, scales, chunk.query.scale, errors, weight, threshold, positions);
+        for (int64_t i = 0; i < left; ++i) {
+          const int64_t local = b * kBin + positions[i];
+          while (next[q] < chosen[q].size() && chosen[q][next[q]].row < local) ++next[q];
+          if (next[q] < chosen[q].size() && chosen[q][next[q]].row == local) continue;
+          if (i + 4 < left) chunk.prefetch_row(row + positions[i + 4]);
+          const double exact = rows_.exact(kernels, row + positions[i], chunk.query.exact);
+          const double score = (double)fine[positions[i]] * ((double)scales[positions[i]] * (double)chunk.query.scale);
+          own.broken |= !(std::fabs(exact - score) <= least + chunk.query.norm * errors[positions[i]]);
+          if (exact >= cutoff) own.rows.push_back({exact, first_id_ + row + positions[i]});
+          ++own.counts.rescored;
+        }
+      }
+    }
+  }
+
   // Rescores all rows of bins [begin, end) but the chosen ones, for all queries together.
   void rescore_all(int64_t begin, int64_t end, const std::vector<std::vector<Chunk::Row>>& chosen, Found* found,
                    int64_t stride) const {
-    double scores[kTogether];
+    std::vector<double> scores(size_ * kBin);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t bin = first_bin_ + b, count = std::min(kBin, planes_.count - bin * kBin);
-      for (int64_t q = 0; q < size_; q += kTogether) {
-        const int64_t group = std::min(kTogether, size_ - q);
+      const int64_t bin = first_bin_ + b, row = bin * kBin, count = std::min(kBin, planes_.count - row);
+      mips_kernels().exact_block((const float*)rows_.data + row * rows_.width, count, rows_.width, (*queries_)[0].exact,
+                                 size_, scores.data(), kBin);
+      for (int64_t q = 0; q < size_; ++q) {
+        const Chunk chunk = chunk_of(q);
+        if (chunk.highest[b] == -kInfinity) continue;  // no valid row
+        const int32_t* sums = chunk.sums + b * kBin;
+        const double* own_scores = scores.data() + q * kBin;
+        const double cutoff = results_.cutoffs[first_query_ + q], least = chunk.rest(bin);
+        Found& own = found[q * stride];
         for (int64_t r = 0; r < count; ++r) {
-          const int64_t row = bin * kBin + r;
-          rows_.exact(mips_kernels(), row, (*queries_)[q].exact, group, scores);
-          for (int64_t i = q; i < q + group; ++i) {
-            const Chunk chunk = chunk_of(i);
-            const int32_t sum = chunk.highest[b] == -kInfinity ? kNoSum : chunk.sums[b * kBin + r];
-            if (sum == kNoSum) continue;  // not valid
-            Found& own = found[i * stride];
-            ++own.counts.rescored;
-            own.broken |= !(std::fabs(scores[i - q] - (double)chunk.score(row, sum)) <= chunk.coarse_error(row));
-            if (scores[i - q] >= results_.cutoffs[first_query_ + i]) own.rows.push_back({scores[i - q], first_id_ + row});
-          }
+          if (sums[r] == kNoSum) continue;  // not valid
+          ++own.counts.rescored;
+          const double difference = std::fabs(own_scores[r] - (double)chunk.score(row + r, sums[r]));
+          own.broken |= !(difference <= chunk.query.norm * planes_.coarse_errors[row + r] + least);
+          if (own_scores[r] >= cutoff) own.rows.push_back({own_scores[r], first_id_ + row + r});
         }
       }
     }
@@ -542,7 +608,7 @@ class Search {
   Buffer<int32_t> sums_;      // (group, chunk, kBin)
   std::vector<float> highest_;  // (group, chunk)
   const std::vector<Query>* queries_ = nullptr;
-  std::vector<int8_t> codes_;
+  std::vector<int8_t> codes_, fine_codes_;
   int64_t first_query_ = 0, size_ = 0, first_bin_ = 0, bins_ = 0;
 };
 
@@ -553,15 +619,15 @@ class Search {
 // (Q, 2) adds up the rows that pass the coarse bound, and those rescored in fp64.
 void mips_planes(const Tensor& queries, const Tensor& rows_tensor, const Tensor& coarse, const Tensor& fine,
                  const Tensor& coarse_scales, const Tensor& coarse_errors, const Tensor& fine_scales,
-                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& norms, const Tensor& valid, int64_t first_id, bool proven,
-                 int64_t queries_at_once, int64_t sums_at_once, const Tensor& best, const Tensor& best_counts,
-                 const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
+                 const Tensor& fine_errors, const Tensor& residuals, const Tensor& rotated, const Tensor& norms,
+                 const Tensor& valid, int64_t first_id, bool proven, int64_t queries_at_once, int64_t sums_at_once,
+                 const Tensor& best, const Tensor& best_counts, const Tensor& cutoffs, const Tensor& broken, const Tensor& counts) {
   STD_TORCH_CHECK(rows_tensor.dim() == 2 && rows_tensor.is_contiguous() &&
                       rows_tensor.scalar_type() == ScalarType::Float,
                   "mips: expected contiguous float32 rows (N, D)");
   const Rows rows = {Stored::kFloat, rows_tensor.const_data_ptr(), nullptr, rows_tensor.size(0), rows_tensor.size(1)};
   const Planes planes(rows.count, rows.width, coarse, fine, coarse_scales, coarse_errors, fine_scales, fine_errors,
-                      residuals);
+                      residuals, rotated);
   const int64_t size = queries.size(0), k = best.size(1);
   STD_TORCH_CHECK(planes.steps * kStepDims < ((int64_t)1 << 31) / (2 * 15 * kTopCode),
                   "mips: rows are too wide for 32-bit sums");

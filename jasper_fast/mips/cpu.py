@@ -22,13 +22,17 @@ from jasper_fast.mips.topk_state import TopKState
 from jasper_fast.ops.native import in_use
 from jasper_fast.utils import hardware as env
 
-# Queries up to which the compiled loops, which read the rows once, are faster than library products.
+# Queries up to which the compiled loops, which read the rows once, are faster than library products. With
+# vectors of 64 bytes, and with products of pairs, bfloat16 rows take several times as many.
 MAX_FEW_QUERIES = {torch.float32: 4, torch.bfloat16: 8, torch.int8: 3}
+MORE_BFLOAT16_QUERIES = (1, 4, 32)
+MIN_PAIRS_QUERIES = 2  # One query is limited by memory, and its float32 values have tighter bounds.
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
 # The first 16 of 64 or more queries decide how the others are searched. It is by products, if 4-bit scores keep more
-# than this fraction of the rows, and 7-bit scores less.
-SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE = 16, 64, 0.15
+# than a fraction of the rows, and 7-bit scores a fraction between two others. With fewer, codes are faster. With more,
+# the scores are near-ties.
+SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE, RESCORED_SHARES = 16, 64, 0.15, (0.04, 0.15)
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
 MAX_FLOAT32_SCORE = 1e37  # Larger scores could overflow float32 in a partial sum.
@@ -104,6 +108,24 @@ def native(segment: Segment) -> bool:
     return in_use(segment.rows)
 
 
+def max_few_queries(rows: Tensor, proven: bool) -> int:
+    """Return the number of queries up to which `search_few` is faster than library products.
+
+    Args:
+        rows: rows of a segment that compiled loops can search.
+        proven: True to rank by fp64 scores. Products of pairs round the queries, so that their own order is coarse.
+    """
+    limit = MAX_FEW_QUERIES[rows.dtype]
+    if rows.dtype != torch.bfloat16:
+        return limit
+    return limit * MORE_BFLOAT16_QUERIES[min(torch.ops.jasper_fast_native.mips_vectors(rows), 2 if proven else 1)]
+
+
+def takes_pairs(rows: Tensor) -> bool:
+    """Return True if bfloat16 rows and queries are multiplied by instructions for pairs of elements."""
+    return rows.dtype == torch.bfloat16 and torch.ops.jasper_fast_native.mips_vectors(rows) == 2
+
+
 def candidates_for(k: int) -> int:
     """Return the capacity for a query's candidates. A full list is reduced to about k."""
     return 4 * k + 4 * BIN
@@ -126,7 +148,13 @@ def search_few(
         scanned, query_scales, limits = _integers(queries)
     else:
         scanned, query_scales = queries.scan, torch.empty(0)
+        pairs = proven and len(queries) >= MIN_PAIRS_QUERIES and takes_pairs(segment.rows)
+        if pairs:
+            low = scanned.bfloat16()
+            scanned = low.where(low.abs() >= torch.finfo(low.dtype).tiny, 0)
         limits = bounds(scanned.double(), queries, accumulation(segment.rows.shape[1]))
+        if pairs:
+            limits[:, 1] *= 2  # Denormals become 0: of rows, products and sums.
     fill = segment.norms is None
     norms = segment.norms
     if norms is None:
@@ -215,7 +243,7 @@ def search_planes(
     before = state.survivors[sample].sum(dim=0)
     scan(sample)
     kept = (state.survivors[sample].sum(dim=0) - before) / (SAMPLED_QUERIES * len(segment))
-    if kept[0] > MAX_KEPT_SHARE > kept[1]:
+    if kept[0] > MAX_KEPT_SHARE and RESCORED_SHARES[0] < kept[1] < RESCORED_SHARES[1]:
         return SAMPLED_QUERIES
     scan(slice(SAMPLED_QUERIES, size))
     return size

@@ -14,6 +14,8 @@ BIN = 64  # corpus rows that share one error bound; csrc/mips.h has the same num
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 BLOCK_ROWS = 4096  # rows that the preparation of a segment processes together
 STEP_DIMS, STEP_BYTES = 8, 256  # of the coarse plane; csrc/mips.h has the same numbers
+MIN_ROTATION_ROWS, ROTATION_SAMPLE = 16, 64  # rows that decide whether the codes of a segment are those of rotated rows
+MAX_ROTATED_ERROR = 0.8  # They are, if this makes the errors of 4-bit codes smaller than this part.
 MAX_PLANES_WIDTH = 1 << 19  # The sums of wider rows would not fit 32 bits.
 
 
@@ -39,6 +41,7 @@ class Planes:
         fine_scales: (N,) float32.
         fine_errors: (N,) float32 norms of the 7-bit codes' errors, rounded up.
         residuals: (ceil(N / 64),) float64 highest error of a bin's coarse or 7-bit codes.
+        rotated: (1,) uint8. With 1, the codes are those of rotated rows.
     """
 
     coarse: Tensor
@@ -48,6 +51,7 @@ class Planes:
     fine_scales: Tensor
     fine_errors: Tensor
     residuals: Tensor
+    rotated: Tensor
 
     @staticmethod
     def shapes(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -61,6 +65,7 @@ class Planes:
             "fine_scales": ((rows,), torch.float32),
             "fine_errors": ((rows,), torch.float32),
             "residuals": ((bins,), torch.float64),
+            "rotated": ((1,), torch.uint8),
         }
 
     @classmethod
@@ -70,6 +75,7 @@ class Planes:
             **{name: torch.empty(shape, dtype=kind) for name, (shape, kind) in cls.shapes(rows, width).items()}
         )
         planes.residuals.zero_()
+        planes.rotated.zero_()
         return planes
 
     @classmethod
@@ -82,7 +88,12 @@ class Planes:
         return planes
 
     def encode(self, rows: Tensor, start: int) -> None:
-        """Write the codes of float32 rows (n, D) from row ``start`` on."""
+        """Write the codes of float32 rows (n, D) from row ``start`` on. The first rows decide if all are rotated."""
+        if start == 0:
+            self.rotated.fill_(rotation_pays(rows))
+        self._write(rows, start)
+
+    def _write(self, rows: Tensor, start: int) -> None:
         torch.ops.jasper_fast_native.mips_encode(rows.contiguous(), start, *self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -111,13 +122,34 @@ class Planes:
             self.fine_scales[numbers],
             self.fine_errors[numbers],
             torch.maximum(errors.amax(dim=1), bin_maxima(self.fine_errors[numbers])).double(),
+            self.rotated.clone(),
         )
 
     def slice(self, start: int, stop: int) -> Planes:
         """Return rows from ``start``, a multiple of 64, to before ``stop``, as views."""
         bins, rows = slice(start // BIN, -(-stop // BIN)), slice(start, stop)
         by_row = ("fine", "fine_scales", "fine_errors")
-        return Planes(**{name: part[rows if name in by_row else bins] for name, part in self.tensors().items()})
+        own = {name: part[rows if name in by_row else bins] for name, part in self.tensors().items()}
+        return Planes(**own | {"rotated": self.rotated})
+
+
+def rotation_pays(rows: Tensor) -> bool:
+    """Return True if 4-bit codes of rotated rows have smaller errors, as for one-hot or heavy-tailed rows.
+
+    Args:
+        rows: (n, D) float32 rows on a CPU, of which a sample is tried. Few rows say too little to be rotated.
+    """
+    if len(rows) < MIN_ROTATION_ROWS:
+        return False
+    sample = rows[:: -(-len(rows) // ROTATION_SAMPLE)]
+    norms = sample.double().norm(dim=1)
+    totals = []
+    for rotated in (0, 1):
+        planes = Planes.empty(*sample.shape)
+        planes.rotated.fill_(rotated)
+        planes._write(sample, 0)
+        totals.append(float((planes.coarse_errors.flatten()[: len(sample)] / norms.clamp(min=1e-300)).sum()))
+    return totals[1] < MAX_ROTATED_ERROR * totals[0]
 
 
 def takes_planes(rows: Tensor) -> bool:

@@ -139,6 +139,8 @@ def _load_segment(file: Path, entry: dict[str, Any], verify: bool, dim: int, dty
     except (SafetensorError, OSError) as error:
         raise JasperError(f"{file}: damaged or truncated ({error}). Fix: build the index again") from error
     planed = PLANE + "coarse" in tensors
+    if planed:  # Earlier versions never rotated.
+        tensors.setdefault(PLANE + "rotated", torch.zeros(1, dtype=torch.uint8))
     for name, (shape, kind) in _expected_tensors(entry["rows"], dim, dtype, planed).items():
         if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype != kind:
             raise JasperError(f"{file}: damaged, {name} should be {kind} of shape {shape}. Fix: build the index again")

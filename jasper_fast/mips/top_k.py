@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from jasper_fast.mips.cpu import (
-    MAX_FEW_QUERIES,
     MAX_FLOAT32_SCORE,
     TILE_QUERIES,
     TILE_ROWS,
     Queries,
     candidates_for,
+    max_few_queries,
     multiply_in_bf16,
     native,
     search_few,
@@ -279,7 +279,7 @@ def _scan(
                         segment, first_id, queries.take(rest), rest_mask, state.part(rest), precision, scratch
                     )  # fmt: skip
                 continue
-        few = compiled and len(queries) <= MAX_FEW_QUERIES[segment.rows.dtype]
+        few = compiled and len(queries) <= max_few_queries(segment.rows, precision == "certified")
         if segment.norms is None and not few:
             set_norms(segment, bin_norms(segment), first_id)
         if few:

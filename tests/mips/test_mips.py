@@ -33,12 +33,14 @@ needs_extension = pytest.mark.skipif(native.extension_path() is None, reason="th
 @contextmanager
 def path(few: dict, compiled: bool = True, bf16: bool = False, tile_rows: int = 128) -> Iterator[None]:
     """Force one path through the search."""
-    with mock.patch.multiple(
-        top_k,
-        MAX_FEW_QUERIES=few,
-        TILE_ROWS=tile_rows,
-        multiply_in_bf16=lambda: bf16,
-        **({} if compiled else {"native": lambda segment: False}),
+    with (
+        mock.patch.object(cpu, "MAX_FEW_QUERIES", few),
+        mock.patch.multiple(
+            top_k,
+            TILE_ROWS=tile_rows,
+            multiply_in_bf16=lambda: bf16,
+            **({} if compiled else {"native": lambda segment: False}),
+        ),
     ):
         yield
 
@@ -123,14 +125,30 @@ def test_the_largest_codes_overflow_nothing(way):
 
 
 @needs_extension
-def test_the_kernels_for_any_processor_give_the_same():
+def test_denormals_of_bfloat16_rows_and_queries_keep_the_order_of_fp64():
+    tiny = torch.finfo(torch.bfloat16).tiny  # 2^-126, below which products of pairs read zeros
+    corpus = (torch.randn(500, 40, generator=torch.Generator().manual_seed(1)) * tiny).bfloat16()
+    corpus[:250] /= 4
+    queries = torch.cat((corpus[::60].float(), torch.randn(4, 40) * 2.0**-130, torch.randn(4, 40)))
+    index = FlatIPIndex(40, dtype="bfloat16")
+    index.add(corpus)
+    assert (corpus.abs() < tiny).float().mean() > 0.4
+    for k in (1, 9, 500):
+        true, numbers = index.search(queries, k, precision="exact")
+        scores, ids = index.search(queries, k)
+        assert torch.equal(ids, numbers) and torch.equal(scores, true)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx512vnni"])
+@needs_extension
+def test_the_loops_for_other_processors_give_the_same(isa):
     program = (
         "from tests.mips import test_mips as t\n"
         "t.test_every_path_gives_the_order_of_fp64()\n"
         "[t.test_many_rows_few_of_which_matter(way) for way in t.PATHS]\n"
     )
     root = Path(__file__).parents[2]
-    environment = os.environ | {"JASPER_FAST_ISA": "generic", "PYTHONPATH": str(root)}
+    environment = os.environ | {"JASPER_FAST_ISA": isa, "PYTHONPATH": str(root)}
     ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 

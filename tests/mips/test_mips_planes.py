@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jasper_fast.mips import FlatIPIndex, cpu, top_k
@@ -81,6 +83,21 @@ def decoded(planes: Planes, rows: int, width: int) -> tuple[Tensor, Tensor]:
     return scales * (2 * coarse - 15), planes.fine_scales[:, None].double() * (2 * (8 * coarse + fine) - 127)
 
 
+def rotated(rows: Tensor) -> Tensor:
+    """Return (N, D) float32 rows rotated in float64 and rounded, as codes of rotated rows stand for them."""
+    values, width = rows.double(), rows.shape[1]
+    size = 1 << width.bit_length() - 1
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    starts = ((0, 2654435761), (width - size, 2246822519)) if size < width else ((0, 2654435761),)
+    for start, factor in starts:
+        signs = 1 - 2 * ((torch.arange(width) * factor & 0xFFFFFFFF) >> 31)
+        values = values * signs
+        values[:, start : start + size] = values[:, start : start + size] @ matrix / size**0.5
+    return values.float()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
@@ -93,15 +110,18 @@ def test_the_errors_of_codes_are_measured(kind, rows, width, seed):
     planes = Planes.of(corpus)
     assert planes is not None
     coarse, whole = decoded(planes, rows, width)
-    exact = corpus.double()
+    exact = (rotated(corpus) if planes.rotated.item() else corpus).double()
+    largest = exact.norm(dim=1)
+    # The rotation here differs from the compiled one by the order of summation.
+    slack = (2.0**-24 * largest + width * 2.0**-149) * planes.rotated.item()
     errors = (exact - coarse).norm(dim=1)
     stored = planes.coarse_errors.flatten()[:rows].double()
-    assert (errors <= stored).all() and (stored <= errors * (1 + 1e-6) + 1e-44).all()
-    largest = exact.norm(dim=1)
+    assert (errors <= stored + slack).all() and (stored <= errors * (1 + 1e-6) + 1e-44 + slack).all()
     along = ((exact - coarse) * torch.nn.functional.normalize(coarse, dim=1)).sum(dim=1).abs()
     assert (along <= 2.0**-23 * largest + width * 2.0**-125).all()  # the error is orthogonal to the codes
     fine_errors, fine_stored = (exact - whole).norm(dim=1), planes.fine_errors.double()
-    assert (fine_errors <= fine_stored).all() and (fine_stored <= fine_errors * (1 + 1e-6) + 1e-44).all()
+    assert (fine_errors <= fine_stored + slack).all()
+    assert (fine_stored <= fine_errors * (1 + 1e-6) + 1e-44 + slack).all()
     along = ((exact - whole) * torch.nn.functional.normalize(whole, dim=1)).sum(dim=1).abs()
     assert (along <= 2.0**-23 * largest + width * 2.0**-125).all()
     for bin_number in range(len(planes.residuals)):
@@ -151,17 +171,49 @@ def test_larger_corpora_give_the_same_as_fp64(kind, size, monkeypatch):
         assert all(len(set(row)) == k for row in ids.tolist())
 
 
+SOAK_SIZES = (1, 2, 3, 7, 16, 40, 100, 1000)  # queries of one search
+SOAK_TURNS = 16
+
+
+def soak(kind: str, width: int, k: int, seed: int, turns: int, spoil: float = 1.0) -> int:
+    """Compare searches with fp64, ties by id included, and return the number of queries."""
+    corpus, done = corpus_of(kind, 400, width, seed), 0
+    segment = segment_of(corpus)
+    assert segment.planes is not None
+    for name in ("coarse_errors", "fine_errors", "residuals"):
+        getattr(segment.planes, name).mul_(spoil)
+    distinct, group = torch.unique(corpus + 0.0, dim=0, return_inverse=True)  # equal rows get equal scores
+    longest = corpus.double().norm(dim=1).max()
+    for turn in range(turns):
+        for size in SOAK_SIZES:
+            queries = corpus_of(kind, size, width, 1000 * seed + 10 * turn + size)
+            _, ids = search(lambda: [(0, segment)], 400, queries, k, "certified", None, SCRATCH)
+            true = (queries.double() @ distinct.double().T)[:, group]
+            expected = true.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            gap = 1e-12 * (queries.double().norm(dim=1) * longest)[:, None]
+            assert ((true.gather(1, ids) - true.gather(1, expected)).abs() <= gap).all()
+            for q in (ids != expected).any(dim=1).nonzero()[:, 0].tolist():  # rounded sums are not in the exact order
+                one, scale = queries[q : q + 1], gap[q].numpy() * 1e12
+                scores, again = search(lambda: [(0, segment)], 400, one, k, "certified", None, SCRATCH)
+                check(scores, again, truth(one, corpus), corpus, scale, np.ones((1, 400), dtype=bool))
+            done += size
+    return done
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_query_of_seventy_thousand_is_wrong(kind):
     """Together, a million queries."""
-    for seed, width in ((1, 24), (2, 96)):
-        corpus, queries = corpus_of(kind, 400, width, seed), corpus_of(kind, 36_000, width, seed + 100)
-        ids = search(lambda corpus=corpus: [(0, segment_of(corpus))], 400, queries, 5, "certified", None, SCRATCH)[1]
-        true = queries.double() @ corpus.double().T
-        gap = 1e-12 * (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max())[:, None]
-        assert ((true.gather(1, ids) - true.topk(5, dim=1).values).abs() <= gap).all()
-        assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+    cases = ((24, 5, 1), (96, 5, 2), (96, 100, 3), (33, 1, 4))
+    assert sum(soak(kind, width, k, seed, SOAK_TURNS) for width, k, seed in cases) * len(KINDS) > 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "negative"])
+def test_the_soak_detects_a_wrong_bound(kind, monkeypatch):
+    monkeypatch.setattr(TopKState, "warn_of_broken", lambda self, stacklevel: False)  # the search's own test
+    assert soak(kind, 96, 5, 2, 1) == sum(SOAK_SIZES)
+    with pytest.raises(AssertionError):
+        soak(kind, 96, 5, 2, 4, spoil=0.01)
 
 
 def planted(fault: str) -> Segment:
@@ -198,6 +250,55 @@ def test_a_planted_fault_is_caught_and_the_query_redone(fault, size):
     assert redone.any() if fault.startswith("fine") else redone.all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("normal", False), ("clusters", False), ("one-hot", True), ("heavy-tailed", True)]
+)
+def test_rows_with_few_large_values_are_rotated(kind, expected):
+    corpus = corpus_of(kind, 300, 96, 3)
+    planes = Planes.of(corpus)
+    assert planes is not None and bool(planes.rotated) == expected
+    relative = planes.coarse_errors.flatten()[:300] / corpus.norm(dim=1)
+    assert relative.mean() < 0.15
+
+
+def test_a_saved_index_stays_rotated_and_an_older_one_loads(tmp_path):
+    index = FlatIPIndex(33, dtype="float32")
+    index.add(corpus_of("one-hot", 500, 33, 3))
+    index.save(tmp_path / "index")
+    loaded = FlatIPIndex.load(tmp_path / "index")
+    queries = torch.randn(5, 33)
+    for one in (index, loaded):
+        (segment,) = [segment for _, segment in one.segments()]
+        assert segment.planes is not None and bool(segment.planes.rotated)
+        assert torch.equal(one.search(queries, 20)[1], index.search(queries, 20, precision="exact")[1])
+    plain = FlatIPIndex(33, dtype="float32")
+    plain.add(torch.randn(500, 33))
+    plain.save(tmp_path / "plain")
+    file = tmp_path / "plain" / "piece-00000.safetensors"
+    older = load_file(file)
+    del older["code_rotated"]
+    save_file(older, file)
+    again = FlatIPIndex.load(tmp_path / "plain", verify=False)
+    assert torch.equal(again.search(queries, 20)[1], plain.search(queries, 20)[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 5, 12, 64, 100, 140])
+def test_queries_that_read_the_fine_plane_together_find_the_same(kind, width, monkeypatch):
+    """So many rows are wanted that 4 bits keep most of them."""
+    monkeypatch.setattr(cpu, "SUMS_AT_ONCE", 1 << 12)
+    corpus, queries = corpus_of(kind, 1500, width, 1), corpus_of(kind, 7, width, 2)
+    valid = torch.rand(1500, generator=torch.Generator().manual_seed(1)) < 0.9
+    for mask in (None, valid):
+        _, ids = search(lambda: [(0, segment_of(corpus))], 1500, queries, 200, "certified", mask, SCRATCH)
+        true = queries.double() @ corpus.double().T
+        if mask is not None:
+            true[:, ~mask] = -torch.inf
+        gap = 1e-12 * (queries.double().norm(dim=1) * corpus.double().norm(dim=1).max())[:, None]
+        assert ((true.gather(1, ids) - true.topk(200, dim=1).values).abs() <= gap).all()
+        assert all(len(set(row)) == 200 for row in ids.tolist())
+
+
 def test_few_rows_are_rescored():
     """4-bit codes leave a few rows in a hundred, and 7-bit codes hardly more than k."""
     corpus = torch.nn.functional.normalize(torch.randn(20_000, 256), dim=1)
@@ -227,7 +328,8 @@ def test_a_sample_of_many_queries_chooses_between_codes_and_products(kind, k, pr
         segment_of(corpus), 0, Queries.of(queries), torch.empty(0, dtype=torch.bool), state, True, SCRATCH
     )
     coarse, rescored = (state.survivors[: cpu.SAMPLED_QUERIES].double().mean(dim=0) / 3000).tolist()
-    assert (coarse > cpu.MAX_KEPT_SHARE > rescored) == products, (coarse, rescored)
+    few, many = cpu.RESCORED_SHARES
+    assert (coarse > cpu.MAX_KEPT_SHARE and few < rescored < many) == products, (coarse, rescored)
     assert taken == ([70 - cpu.SAMPLED_QUERIES] if products else [])
 
 
@@ -261,6 +363,8 @@ def run_here() -> None:
     for kind in KINDS:
         for size in (1, 40):
             test_larger_corpora_give_the_same_as_fp64(kind, size, pytest.MonkeyPatch())
+        for width in (5, 12, 100, 140):
+            test_queries_that_read_the_fine_plane_together_find_the_same(kind, width, pytest.MonkeyPatch())
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
@@ -287,8 +391,9 @@ def test_taken_rows_keep_codes_and_valid_bounds(kind):
     planes = Planes.of(corpus)
     assert planes is not None
     for numbers in (torch.arange(3, 1000, 7), torch.tensor([999]), torch.randperm(1000)[:64]):
-        taken, fresh = planes.take(numbers), Planes.of(corpus[numbers])
-        assert fresh is not None
+        taken, fresh = planes.take(numbers), Planes.empty(len(numbers), 33)
+        fresh.rotated.copy_(planes.rotated)
+        fresh._write(corpus[numbers], 0)
         for got, expected in zip(decoded(taken, len(numbers), 33), decoded(fresh, len(numbers), 33), strict=True):
             assert torch.equal(got, expected)
         assert torch.equal(taken.coarse_errors.flatten()[: len(numbers)], fresh.coarse_errors.flatten()[: len(numbers)])
