@@ -31,7 +31,6 @@ LEAF_BITS = 7
 LEAF = 2**LEAF_BITS  # places
 BLOCK = 1024  # events; at most those of the smallest distributed node, 2^(LEAF_BITS + 2)
 WARPS = {"distribute": 8, "leaf": 4}
-MAX_PLACES = 2**30  # an event holds place and kind in 32 bits
 
 
 @triton.jit
@@ -153,14 +152,7 @@ def leaf_kernel(
 
 
 def dominance(events: Tensor) -> tuple[Tensor, Tensor]:
-    """Count dominated pairs.
-
-    Args:
-        events: (2N,) int32 events, place << 1 | kind, in ascending order of score or threshold, with 1 <= N < 2**30.
-
-    Returns:
-        up (N,) and low (N,) int32 by place.
-    """
+    """Count as `jasper_fast.losses.relative_exact.dominance` does: (2N,) int32 events -> (N,), (N,) int32, N >= 1."""
     total = len(events)
     tiles = triton.cdiv(total, BLOCK)
     # At least one pass, which writes positions by place. Of a single leaf it deals no bits.

@@ -177,13 +177,12 @@ def _losses(label: str, quick: bool, student: Tensor, teacher: Tensor) -> Calls:
 
 
 def _relative_losses() -> Calls:
-    from jasper_fast.kernels import pairs
+    from jasper_fast.kernels import dominance_counts, pairs
     from jasper_fast.kernels import relative_similarity_binned as binned
-    from jasper_fast.kernels import relative_similarity_exact as exact
 
     def counted(count: int, width: int) -> None:
         scores = pairs.pair_scores(torch.ones(count, width))
-        exact.pair_counts(torch.rand(1, len(scores)), torch.rand(len(scores)), 0.1, True)
+        dominance_counts.dominance(torch.zeros(2 * len(scores), dtype=I32))
         pairs.unpack_pairs(torch.zeros(len(scores), dtype=I32), count, 0.5)
 
     for count, width in ((64, 32), (60, 17), (12, 1), (23, 16), (2, 16)):

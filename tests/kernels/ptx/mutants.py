@@ -70,7 +70,7 @@ def study(emulator: driver.Emulator, kernel: str, call: Call, kind: str, limit: 
 def calls() -> dict[str, Call]:
     """Return a call for each kernel under study."""
     from jasper_fast.kernels import dominance_counts, pair_losses, pairs
-    from jasper_fast.kernels import relative_similarity_exact as exact
+    from jasper_fast.losses.relative_exact import merged
 
     torch.manual_seed(0)
     student, teacher = torch.randn(9, 20).bfloat16(), torch.randn(9, 15).bfloat16()
@@ -78,7 +78,7 @@ def calls() -> dict[str, Call]:
 
     def dominance(places: int) -> Call:
         x, place = torch.randn(places).sort().values, torch.randperm(places).int()
-        return lambda: dominance_counts.dominance(exact.merged(x, place, 0.3))
+        return lambda: dominance_counts.dominance(merged(x, place, 0.3))
 
     def losses() -> tuple[Tensor, ...]:
         found, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
