@@ -19,31 +19,23 @@ from jasper_fast.ops import cost
 
 # Products of the feature form in the time of one of the tile form's. float16 leaves the tensor cores.
 PASSES = {torch.bfloat16: 2.0, torch.float16: 12.0}
+WORTH_WAITING = 2.0**38  # multiply-adds of strips that take 2 ms
 
 
-def is_cheaper(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
-    """Return True if a student's feature form is cheaper than strips and its products fit the workspace."""
-    width, teacher_width = students[h].shape[1], teacher.shape[1]
-    if 4 * max(width, teacher_width) * teacher_width > strips.WORKSPACE:
+def is_worth_trying(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
+    """Return True if a student's feature form is cheaper than strips, by more than the host waits to see if it cancels.
+
+    Its products must fit the workspace. A capture of a graph allows no wait.
+    """
+    count, width, teacher_width = len(teacher), students[h].shape[1], teacher.shape[1]
+    if count**2 * width < WORTH_WAITING or 4 * max(width, teacher_width) * teacher_width > strips.WORKSPACE:
+        return False
+    if teacher.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     passes = PASSES.get(students[h].dtype, 1.0)
     return cost.feature_form_is_cheaper(
-        len(teacher), width, teacher_width, teacher_gradient, heads=len(students), passes=passes
+        count, width, teacher_width, teacher_gradient, heads=len(students), passes=passes
     )
-
-
-def loss(head: Rows, target: Rows, teacher_gram: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Return |S'S|^2 - 2 |T'S|^2 + |T'T|^2, the products S'S and T'S, and whether the sums cancelled.
-
-    Args:
-        head: student rows.
-        target: teacher rows.
-        teacher_gram: T'T (E, E) float64.
-    """
-    gram, cross = features(head, head), features(target, head)  # (D, D), (E, D)
-    student_sum, cross_sum, teacher_sum = (matrix.square().sum() for matrix in (gram, cross, teacher_gram))
-    total = student_sum - 2.0 * cross_sum + teacher_sum
-    return total.clamp(min=0.0), (gram, cross), total < cost.CANCELLATION * (student_sum + teacher_sum)
 
 
 def features(left: Rows, right: Rows) -> Tensor:
@@ -59,9 +51,17 @@ def features(left: Rows, right: Rows) -> Tensor:
     return total
 
 
-def difference(one: Rows, first: Tensor, other: Rows, second: Tensor) -> Tensor:
-    """Return unit rows of one times first (D, N) minus unit rows of the other times second (E, N): (B, N) float32."""
-    out = torch.empty(len(one.raw), first.shape[1], dtype=torch.float32, device=one.raw.device)
+def gradient(one: Rows, first: Tensor, other: Rows, second: Tensor, scale: float) -> Tensor:
+    """Return a gradient with respect to rows of one, scale times unit one times first minus unit other times second.
+
+    Args:
+        one: rows (B, D).
+        first: symmetric result of `features` of one (D, D).
+        other: rows (B, E).
+        second: result of `features` of the other and one (E, D).
+        scale: factor of the result.
+    """
+    out = torch.empty(one.raw.shape, dtype=torch.float32, device=one.raw.device)
     for rows in _chunks(one, other):
         parts = []
         for side, factor in ((one, first), (other, second)):
@@ -70,7 +70,7 @@ def difference(one: Rows, first: Tensor, other: Rows, second: Tensor) -> Tensor:
                 multiply(side.raw[rows], half, part, add=n > 0)
             parts.append(part.mul_(side.reciprocals[rows, None]))
         torch.sub(*parts, out=out[rows])
-    return out
+    return one.backward(out, scale)
 
 
 def _halves(factor: Tensor, *others: Rows) -> list[Tensor]:

@@ -21,17 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import feature_form, strips
+from jasper_fast.kernels import strips
 from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import LOG_2, add_logits, log_sum
 from jasper_fast.kernels.strips import Rows, empty_strip, multiply
-from jasper_fast.ops.dispatch import gradient_dtype
 
 COLUMNS = 1024  # of a strip that a program takes at once
 # A logit that is fused into the subtraction of its log sum differs in the last bit from the one in the sum.
 EXACT = {"enable_fp_fusion": False}
-# Above this many multiply-adds the tile form takes 2 ms. The host waits that long to see if the feature form cancels.
-WORTH_WAITING = 2.0**38
 
 
 @triton.jit
@@ -109,66 +106,17 @@ def divergence_kernel(
     tl.store(SUMS + i, tl.sum(terms, axis=0) * LOG_2)
 
 
-def similarity(
-    students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Compute losses (H,) and gradients as `jasper_fast.losses.similarity` does."""
-    heads, target, count = [Rows.of(s) for s in students], Rows.of(teacher), len(teacher)
-    scale = 4.0 / count**2
-    totals = torch.zeros(len(heads), dtype=torch.float64, device=teacher.device)
-    gradients = [head.backward(None, scale) for head in heads]
-    teacher_gradients = [target.backward(None, scale) for _ in heads]
-    rest = [h for h in range(len(heads)) if not _tries_features(h, students, teacher, method, teacher_gradient)]
-    teacher_gram = feature_form.features(target, target) if len(rest) < len(heads) else None
-    for h, head in enumerate(heads):
-        if h in rest:
-            continue
-        assert teacher_gram is not None
-        total, products, cancelled = feature_form.loss(head, target, teacher_gram)
-        if method == "auto" and bool(cancelled):
-            rest.append(h)
-            continue
-        totals[h] = total
-        if gradient:
-            gradients[h] = head.backward(feature_form.difference(head, products[0], target, products[1]), scale)
-        if teacher_gradient:
-            unit_gradient = feature_form.difference(target, teacher_gram, head, products[1].T)
-            teacher_gradients[h] = target.backward(unit_gradient, scale)
-    if rest:
-        own, found, found_of_teacher = _strips([heads[h] for h in rest], target, scale, gradient, teacher_gradient)
-        for n, h in enumerate(rest):
-            totals[h], gradients[h], teacher_gradients[h] = own[n], found[n], found_of_teacher[n]
-    return (totals / count**2).to(torch.float32), gradients, teacher_gradients
-
-
-def _tries_features(h: int, students: list[Tensor], teacher: Tensor, method: str, teacher_gradient: bool) -> bool:
-    """Decide if a student takes the feature form. With "auto" the host waits, which no capture of a graph allows."""
-    if method != "auto":
-        return method == "feature"
-    work = len(teacher) ** 2 * students[h].shape[1]
-    if work < WORTH_WAITING or (teacher.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return feature_form.is_cheaper(h, students, teacher, teacher_gradient)
-
-
 def neighbourhood(
     students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute losses (H,) and gradients as `jasper_fast.losses.neighbourhood` does."""
-    count = len(teacher)
-    if count < 2:
-        gradients = [
-            torch.zeros_like(s, dtype=gradient_dtype(s)) if gradient else s.new_empty(0, dtype=gradient_dtype(s))
-            for s in students
-        ]
-        return torch.zeros(len(students), dtype=torch.float32, device=teacher.device), gradients
-    heads, target, logit_scale = [Rows.of(s) for s in students], Rows.of(teacher), math.log2(math.e) / temperature
-    scale = 1.0 / (count * temperature)
-    totals, gradients, _ = _strips(heads, target, scale, gradient, False, logit_scale)
+    heads, target, count = [Rows.of(s) for s in students], Rows.of(teacher), len(teacher)
+    logit_scale = math.log2(math.e) / temperature
+    totals, gradients, _ = tiles(heads, target, 1.0 / (count * temperature), gradient, False, logit_scale)
     return (totals / count).to(torch.float32), gradients
 
 
-def _strips(
+def tiles(
     heads: list[Rows],
     target: Rows,
     scale: float,

@@ -120,7 +120,7 @@ class Rows:
         torch.mul(self.raw[begin:end], self.powers[begin:end], out=left)
         return multiply(left, others.raw[first:].T, out[: end - begin, : len(others.raw) - first])
 
-    def backward(self, unit_gradient: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
+    def backward(self, unit_gradient: Tensor | None, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """Return the scaled gradient with respect to rows from that with respect to unit rows.
 
         Args:

@@ -95,7 +95,8 @@ def _replaced(older: dict[str, Any], results: dict[str, Any], quick: bool) -> di
     kernels = {entry["kernel"] for entry in results["forms"]}
     others = [entry for entry in older["forms"] if entry["kernel"] not in kernels]
     whole = older["whole"] and not quick and older["triton"] == results["triton"]
-    return {**results, "whole": whole, "forms": [*others, *results["forms"]]}
+    entries = sorted([*others, *results["forms"]], key=lambda entry: entry["kernel"])
+    return {**results, "whole": whole, "forms": entries}
 
 
 def compile_form(form: forms.Form, sm: int) -> dict[str, Any]:

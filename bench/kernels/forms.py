@@ -161,12 +161,13 @@ def _rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def _losses(label: str, quick: bool, student: Tensor, teacher: Tensor) -> Calls:
     from jasper_fast.kernels import info_nce, pair_losses
-    from jasper_fast.losses import listwise
+    from jasper_fast.losses import listwise, similarity
 
     count, chosen = len(student), torch.zeros(len(student), dtype=torch.int64)
     for gradient in (True, False)[: 1 + quick]:
         own = label if gradient else f"{label}, loss only"
-        yield own, quick, partial(pair_losses.similarity, [student], teacher, "tile", gradient, gradient)
+        tiled = partial(similarity.compute_by_form, similarity.kernel_parts(), [student], teacher, "tile")
+        yield own, quick, partial(tiled, gradient, gradient)
         yield own, quick, partial(pair_losses.neighbourhood, [student], teacher, 0.05, gradient)
         for sides in ([teacher, teacher], []):
             call = partial(info_nce.info_nce, student, student, chosen, chosen, 0.05, sides, 0.1, gradient, gradient)

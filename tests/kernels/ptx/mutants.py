@@ -70,6 +70,7 @@ def study(emulator: driver.Emulator, kernel: str, call: Call, kind: str, limit: 
 def calls() -> dict[str, Call]:
     """Return a call for each kernel under study."""
     from jasper_fast.kernels import dominance_counts, pair_losses, pairs
+    from jasper_fast.kernels.strips import Rows
     from jasper_fast.losses.relative_exact import merged
 
     torch.manual_seed(0)
@@ -81,7 +82,7 @@ def calls() -> dict[str, Call]:
         return lambda: dominance_counts.dominance(merged(x, place, 0.3))
 
     def losses() -> tuple[Tensor, ...]:
-        found, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+        found, (gradient,), _ = pair_losses.tiles([Rows.of(student)], Rows.of(teacher), 1.0, True, False)
         other, (other_gradient,) = pair_losses.neighbourhood([student], teacher, 0.05, True)
         return found, gradient, other, other_gradient
 
