@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from jasper_fast.kernels import strips
-from jasper_fast.kernels.strips import Rows, multiply
+from jasper_fast.kernels.strips import Rows
 from jasper_fast.ops import cost
+from jasper_fast.ops.products import multiply
 
 # Products of the feature form in the time of one of the tile form's. float16 leaves the tensor cores.
 PASSES = {torch.bfloat16: 2.0, torch.float16: 12.0}

@@ -20,7 +20,8 @@ from jasper_fast.kernels import strips
 from jasper_fast.kernels.gather import gathered_cosines
 from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import add_logits, log_sum
-from jasper_fast.kernels.strips import Rows, empty_strip, multiply
+from jasper_fast.kernels.strips import Rows, empty_strip
+from jasper_fast.ops.products import multiply
 
 LOG_2 = math.log(2.0)
 COLUMNS = 1024  # documents that a program takes at once

@@ -24,7 +24,8 @@ from torch import Tensor
 from jasper_fast.kernels import strips
 from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import LOG_2, add_logits, log_sum
-from jasper_fast.kernels.strips import Rows, empty_strip, multiply
+from jasper_fast.kernels.strips import Rows, empty_strip
+from jasper_fast.ops.products import multiply
 
 COLUMNS = 1024  # of a strip that a program takes at once
 # A logit that is fused into the subtraction of its log sum differs in the last bit from the one in the sum.

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.strips import empty_strip, multiply
+from jasper_fast.kernels.strips import empty_strip
+from jasper_fast.ops.products import multiply
 
 COLUMNS = 1024  # of a strip that a program takes
 LARGEST_WEIGHT = 2.0**14  # in float16; those of 2^-28 of it still count

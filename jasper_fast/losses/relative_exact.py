@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jasper_fast.ops import products
 from jasper_fast.ops.dispatch import fake_unit_gradients, uses_triton
 from jasper_fast.ops.native import extension_path, native
 
@@ -262,9 +263,7 @@ def _relative_similarity(
 def multiply(a: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     """Return a x, added to ``into`` if that is given. On CUDA in float32, even if cuBLAS may use TF32."""
     if uses_triton([a, x]):
-        from jasper_fast.kernels import strips
-
-        return strips.multiply(a, x, into, add=into is not None)
+        return products.multiply(a, x, into, add=into is not None)
     return a @ x if into is None else into.addmm_(a, x)
 
 

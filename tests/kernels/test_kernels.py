@@ -20,6 +20,7 @@ from jasper_fast.losses import (
 from jasper_fast.losses.similarity import compute_by_form, kernel_parts
 from jasper_fast.ops import cost
 from jasper_fast.ops.dispatch import gradient_dtype
+from jasper_fast.ops.products import multiply
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt")
 
@@ -251,8 +252,8 @@ def test_products_of_the_library(dtype):
     a, x = vectors(90, 70, dtype).T, vectors(90, 75, dtype)
     out = strips.empty_strip(80, 75, torch.float32, x.device)[:70]
     expected = a.double() @ x.double()
-    torch.testing.assert_close(strips.multiply(a, x, out).double(), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(strips.multiply(a, x, out, add=True).double(), 2 * expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(a, x, out).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(a, x, out, add=True).double(), 2 * expected, rtol=1e-5, atol=1e-4)
 
 
 # From here on a GPU is needed: what an interpreter cannot show.

@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 
-from jasper_fast.losses import relative_binned, relative_exact  # noqa: E402
+from jasper_fast.losses import relative_binned, relative_exact
+from jasper_fast.ops import products
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 import triton  # noqa: E402
 
-from jasper_fast.kernels import dominance_counts, pairs, strips  # noqa: E402
+from jasper_fast.kernels import dominance_counts, pairs  # noqa: E402
 from tests.helpers.pair_counts import DEVICE, EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
 
@@ -173,14 +174,14 @@ def test_products_are_in_full_float32(monkeypatch, set_by):
         return plain(*arguments, **options)
 
     monkeypatch.setattr(torch, "addmm", spy)
-    strips.multiply(torch.ones(2, 3), torch.ones(3, 2))
+    products.multiply(torch.ones(2, 3), torch.ones(3, 2))
     assert seen.pop() in ("none", "ieee")
     try:
         if set_by == "older":
             torch.set_float32_matmul_precision("medium")
         else:
             matmul.fp32_precision = "tf32"
-        strips.multiply(torch.ones(2, 3), torch.ones(3, 2))
+        products.multiply(torch.ones(2, 3), torch.ones(3, 2))
         assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
         assert set_by == "newer" or torch.get_float32_matmul_precision() == "medium"
     finally:
