@@ -15,28 +15,7 @@ from torch import Tensor
 
 from jasper_fast.kernels import strips
 from jasper_fast.kernels.strips import Rows
-from jasper_fast.ops import cost
 from jasper_fast.ops.products import multiply
-
-# Products of the feature form in the time of one of the tile form's. float16 leaves the tensor cores.
-PASSES = {torch.bfloat16: 2.0, torch.float16: 12.0}
-WORTH_WAITING = 2.0**38  # multiply-adds of strips that take 2 ms
-
-
-def is_worth_trying(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
-    """Return True if a student's feature form is cheaper than strips, by more than the host waits to see if it cancels.
-
-    Its products must fit the workspace. A capture of a graph allows no wait.
-    """
-    count, width, teacher_width = len(teacher), students[h].shape[1], teacher.shape[1]
-    if count**2 * width < WORTH_WAITING or 4 * max(width, teacher_width) * teacher_width > strips.WORKSPACE:
-        return False
-    if teacher.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    passes = PASSES.get(students[h].dtype, 1.0)
-    return cost.feature_form_is_cheaper(
-        count, width, teacher_width, teacher_gradient, heads=len(students), passes=passes
-    )
 
 
 def features(left: Rows, right: Rows) -> Tensor:

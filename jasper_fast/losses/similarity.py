@@ -210,11 +210,21 @@ def _similarity_tile(
 def kernel_parts() -> Parts:
     """Return the parts with kernels for a GPU."""
     from jasper_fast.kernels import feature_form, pair_losses
-    from jasper_fast.kernels.strips import Rows
+    from jasper_fast.kernels.strips import WORKSPACE, Rows
 
     def normalize_all(students: list[Tensor], teacher: Tensor) -> tuple[list[Rows], Rows]:
         return [Rows.of(student) for student in students], Rows.of(teacher)
 
-    return Parts(
-        normalize_all, feature_form.features, feature_form.gradient, pair_losses.tiles, feature_form.is_worth_trying
-    )
+    def tries_features(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
+        (count, teacher_width), width = teacher.shape, students[h].shape[1]
+        fits = 4 * max(width, teacher_width) * teacher_width <= WORKSPACE
+        # The host waits to see if the sums cancel, which a capture of a graph does not allow.
+        captured = teacher.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not fits or captured or count**2 * width < cost.WORTH_WAITING:
+            return False
+        passes = cost.PASSES.get(students[h].dtype, 1.0)
+        return cost.feature_form_is_cheaper(
+            count, width, teacher_width, teacher_gradient, heads=len(students), passes=passes
+        )
+
+    return Parts(normalize_all, feature_form.features, feature_form.gradient, pair_losses.tiles, tries_features)

@@ -24,7 +24,7 @@ from jasper_fast.ops.products import multiply
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt")
 
-from jasper_fast.kernels import feature_form, pair_losses, rows, strips  # noqa: E402
+from jasper_fast.kernels import pair_losses, rows, strips  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -179,7 +179,7 @@ def test_cancellation_of_the_feature_form(dtype):
 
 
 def test_auto_leaves_the_feature_form_if_its_sums_cancel(monkeypatch):
-    monkeypatch.setattr(feature_form, "WORTH_WAITING", 0.0)
+    monkeypatch.setattr(cost, "WORTH_WAITING", 0.0)
     count = 6000 if GPU else 40
     assert cost.feature_form_is_cheaper(count, 8, 8, True)
     teacher = vectors(count, 8, "float32")
