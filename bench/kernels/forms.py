@@ -203,21 +203,21 @@ def _relative_losses() -> Calls:
 def _scans(stored: torch.dtype) -> Calls:
     from jasper_fast.kernels import mips
 
-    def scan(size: int, count: int, width: int, masked: bool, norm: int) -> mips.Scan:
+    def scan(size: int, count: int, width: int, masked: bool, norm: int, descriptors: bool) -> mips.Scan:
         rows, many = _rows(count, width, stored), mips.chunked(size)
         scales = None if stored != I8 else torch.ones(count), None if stored != I8 or many else torch.ones(size)
         mask = torch.ones(size, count, dtype=torch.bool) if masked else None
         limits = torch.ones(size), torch.ones(size)
         queries = _rows(size, width, BF16 if many else stored)
-        return mips.Scan(rows, queries, scales, mask, torch.ones(-(-count // norm)), limits)
+        return mips.Scan(rows, queries, scales, mask, torch.ones(-(-count // norm)), limits, descriptors)
 
     def launch(shape: tuple[int, int, int], masked: bool, descriptors: bool, norms: tuple[int, ...] = (1, 64)) -> None:
         size = shape[0]
         for norm in norms:
-            mips.lower_bounds(scan(*shape, masked, norm), norm, descriptors)
+            mips.lower_bounds(scan(*shape, masked, norm, descriptors))
         counts = torch.zeros(size, dtype=I32)
         for wanted in (None, *([counts[:1]] if size <= 32 and not masked else [])):
-            mips.collect(scan(*shape, masked, 64), torch.ones(size), counts, 1024, descriptors, wanted)
+            mips.collect(scan(*shape, masked, 64, descriptors), torch.ones(size), counts, 1024, wanted)
 
     name = NAMES[stored]
     for masked in (False, True)[: 2 - (stored == F16)]:

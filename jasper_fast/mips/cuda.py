@@ -132,11 +132,11 @@ def _lower_bounds(scan: Scan, segment: Segment, step: int) -> Tensor:
     from jasper_fast.kernels import mips as kernels
 
     if step == 1:
-        return kernels.lower_bounds(scan, BIN)
+        return kernels.lower_bounds(scan)
     drawn = sample(segment, scan.rows, step)
     mask = None if scan.mask is None else scan.mask[..., drawn.numbers].contiguous()
     scales = (drawn.scales, scan.scales[1])
-    return kernels.lower_bounds(replace(scan, rows=drawn.rows, scales=scales, mask=mask, norms=drawn.norms), 1)
+    return kernels.lower_bounds(replace(scan, rows=drawn.rows, scales=scales, mask=mask, norms=drawn.norms))
 
 
 def search_cuda(
