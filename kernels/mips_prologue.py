@@ -140,9 +140,7 @@ def operands(
 
 
 def thresholds(lower: Tensor, ranks: tuple[int, int], cutoffs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the thresholds of a scan and of its repair, and zeroed counters of both.
-
-    A threshold is the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger.
+    """Return the thresholds of a scan and of its repair, and zeroed counters of both, as `thresholds_kernel` does.
 
     Args:
         lower: (Q, bins) float32 bounds, contiguous, with ``max(ranks)`` to `BLOCKS`[-1] bins.

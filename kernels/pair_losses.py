@@ -33,7 +33,8 @@ EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _cosines(PRODUCTS, at, row, COLUMN, columns, mask):
+def cosines(PRODUCTS, at, row, COLUMN, columns, mask):
+    """Return products of a strip times the factors of their row and columns, 0 outside the mask."""
     products = tl.load(PRODUCTS + at, mask=mask, other=0.0)
     return products * (row * tl.load(COLUMN + columns, mask=mask, other=0.0))
 
@@ -58,9 +59,8 @@ def difference_kernel(
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = j < width, i.to(tl.int64) * stride + j
-    g = _cosines(S, at, tl.load(ROW_S + i), COLUMN_S, j, inside) - _cosines(
-        T, at, tl.load(ROW_T + i), COLUMN_T, j, inside
-    )
+    g = cosines(S, at, tl.load(ROW_S + i), COLUMN_S, j, inside)
+    g -= cosines(T, at, tl.load(ROW_T + i), COLUMN_T, j, inside)
     # Columns beyond the strip's square count for their mirror images too.
     terms = tl.where(inside, tl.where(j < height, g * g, 2.0 * g * g), 0.0)
     tl.store(SUMS + i * tl.num_programs(1) + tl.program_id(1), tl.sum(terms, axis=0))
@@ -88,17 +88,17 @@ def divergence_kernel(
     for start in range(0, width, BLOCK):
         j = start + block
         others = (j < width) & (j != begin + i)
-        s = _cosines(S, row + j, row_s, COLUMN_S, j, others)
+        s = cosines(S, row + j, row_s, COLUMN_S, j, others)
         top_s, total_s = add_logits(top_s, total_s, tl.where(others, s, float("-inf")))
-        t = _cosines(T, row + j, row_t, COLUMN_T, j, others)
+        t = cosines(T, row + j, row_t, COLUMN_T, j, others)
         top_t, total_t = add_logits(top_t, total_t, tl.where(others, t, float("-inf")))
     log_s, log_t = log_sum(top_s, total_s), log_sum(top_t, total_t)
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         j = start + block
         others = (j < width) & (j != begin + i)
-        s = tl.where(others, _cosines(S, row + j, row_s, COLUMN_S, j, others) - log_s, 0.0)
-        t = tl.where(others, _cosines(T, row + j, row_t, COLUMN_T, j, others) - log_t, 0.0)
+        s = tl.where(others, cosines(S, row + j, row_s, COLUMN_S, j, others) - log_s, 0.0)
+        t = tl.where(others, cosines(T, row + j, row_t, COLUMN_T, j, others) - log_t, 0.0)
         wanted = tl.exp2(t)
         terms += wanted * (t - s)  # 0 where there is no other row
         if W is not None:
@@ -131,7 +131,8 @@ def tiles(
     if logit_scale is None:  # lower strips multiply fewer pairs twice, and higher ones are faster
         height = min(height, max(1024, count // 8 // strips.STEP * strips.STEP))
     wanted = gradient or teacher_gradient
-    buffers = {dtype: empty_strip(height, count, dtype, device) for dtype in _weight_dtypes(heads) if wanted}
+    dtypes = {head.raw.dtype for head in heads if wanted} - {torch.float32}  # their weights overwrite products
+    buffers = {dtype: empty_strip(height, count, dtype, device) for dtype in dtypes}
     s_products, t_products = (empty_strip(height, count, torch.float32, device) for _ in range(2))
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     sides = [(h, [(head, 1.0)] * gradient + [(target, -1.0)] * teacher_gradient) for h, head in enumerate(heads)]
@@ -158,11 +159,6 @@ def tiles(
         gradients.append(head.backward(sums.get((h, 1.0)), own, units.get(id(head))))
         teacher_gradients.append(target.backward(sums.get((h, -1.0)), -own))
     return totals, gradients, teacher_gradients
-
-
-def _weight_dtypes(heads: list[Rows]) -> set[torch.dtype]:
-    """Return the dtypes of weights that need memory. Those of float32 overwrite the student's products."""
-    return {head.raw.dtype for head in heads} - {torch.float32}
 
 
 def _weight_scale(dtype: torch.dtype) -> float:
