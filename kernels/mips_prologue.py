@@ -112,7 +112,7 @@ def operands_kernel(
 
 
 def operands(
-    exact: Tensor, dtype: torch.dtype, product: float, absolute: float, proven: bool
+    exact: Tensor, dtype: torch.dtype, product: float, absolute: float
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
     """Round queries for the scan.
 
@@ -121,7 +121,6 @@ def operands(
         dtype: dtype of the scan.
         product: error of the scan's arithmetic, relative to the norms of row and query.
         absolute: absolute error of the scan's arithmetic.
-        proven: False assumes errors of 0, for an order that need not be proven.
 
     Returns:
         queries (Q, D) in the scan's dtype, their scales (Q,) float32 if they are int8 codes, and two errors. One is
@@ -134,8 +133,6 @@ def operands(
     operands_kernel[(size,)](
         exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), BLOCK=STEP
     )
-    if not proven:
-        limits = torch.zeros_like(limits[0]), torch.zeros_like(limits[1])
     return scan_queries, scales, limits
 
 

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 SIDE = 64  # of a tile to unpack
-WARPS, STAGES = 8, 3
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def pair_scores(unit: Tensor) -> Tensor:
     rows, width = unit.shape
     packed = torch.empty(rows * (rows - 1) // 2, dtype=torch.float32, device=unit.device)
     programs = triton.cdiv(rows, TILE["BLOCK_M"]) * triton.cdiv(rows, TILE["BLOCK_N"])
-    pair_scores_kernel[(programs,)](unit, packed, rows, width, width, **TILE, num_warps=WARPS, num_stages=STAGES)
+    pair_scores_kernel[(programs,)](unit, packed, rows, width, width, **TILE)
     return packed
 
 
@@ -95,5 +94,5 @@ def unpack_pairs(packed: Tensor, rows: int, scale: float) -> Tensor:
     """Unpack (P,) int32 into (B, B) float32: scale * packed on both sides of a zero diagonal."""
     matrix = torch.empty(rows, rows, dtype=torch.float32, device=packed.device)
     tiles = triton.cdiv(rows, SIDE)
-    unpack_kernel[(tiles * tiles,)](packed, matrix, scale, rows, tiles, SIDE=SIDE, num_warps=WARPS)
+    unpack_kernel[(tiles * tiles,)](packed, matrix, scale, rows, tiles, SIDE=SIDE, num_warps=8)
     return matrix

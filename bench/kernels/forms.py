@@ -256,7 +256,8 @@ def _around_scans() -> Calls:
             (torch.ones(size), torch.ones(size)),
         )
         rows, flags = torch.zeros(size, capacity, dtype=I32), torch.zeros(size, dtype=torch.bool)
-        found = mips_epilogue.Collected(counts, torch.ones(size, capacity), rows, thresholds, torch.ones(2), limits)
+        scores, norms = torch.ones(size, capacity), torch.ones(2)
+        found = mips_epilogue.Collected(counts, scores, rows, thresholds, norms, limits, thresholds)
         state = (
             torch.zeros(size, k, 2, dtype=torch.int64),
             torch.zeros(size, dtype=torch.int64),
@@ -266,7 +267,7 @@ def _around_scans() -> Calls:
         mips_epilogue.rerank(found, queries, corpus, scales, first, 2 * k + 64, proven, (*state, flags, flags.clone()))
 
     def operands(stored: torch.dtype, width: int) -> None:
-        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30, True)
+        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30)
 
     def rescore(stored: torch.dtype, width: int, count: int = 40) -> None:
         chosen, scales = torch.zeros(count, dtype=torch.int64), torch.ones(128) if stored == I8 else None

@@ -64,10 +64,10 @@ def strips() -> Iterator[Launch]:
 def scores() -> Iterator[Launch]:
     from jasper_fast.kernels import pairs
 
-    tile, options = pairs.TILE, {"num_warps": pairs.WARPS, "num_stages": pairs.STAGES}
+    tile = pairs.TILE
     x, packed = V((ROWS, 1024), F32), V((ROWS * (ROWS - 1) // 2,), F32)
     grid = (_ceil(ROWS, tile["BLOCK_M"]) * _ceil(ROWS, tile["BLOCK_N"]),)
-    yield "pair_scores", lambda: pairs.pair_scores_kernel[grid](x, packed, ROWS, 1024, 1024, **tile, **options)
+    yield "pair_scores", lambda: pairs.pair_scores_kernel[grid](x, packed, ROWS, 1024, 1024, **tile)
     counts, matrix, tiles = V((ROWS * (ROWS - 1) // 2,), I32), V((ROWS, ROWS), F32), _ceil(ROWS, pairs.SIDE)
     yield (
         "unpack",
