@@ -17,7 +17,6 @@ the same bits.
 Cost: with two bits, a tile's counters are four 16-bit fields of an int64, and one scan serves all digits. A block takes
 1,260 cycles for 1,024 events in `distribute`, 520 in `digit_counts` and 1,900 for a leaf of 256. For N = 33.5 M (B =
 8192) 9 passes take 0.55 ms each on an H200, and the leaves 2.2 ms, 7 ms in all. A pass moves 1.3 GB, 0.3 ms.
-Compiled, interpreted and emulated, not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ cuBLAS chooses another kernel, and so another rounding, for another shape. Here 
 tile and for either order of its rows, so that equal rows tie.
 
 Cost: a tile of 128 x 64 takes 55 TFLOP/s as three TF32 products. Of B x B tiles half are computed: for B = 8192, D =
-1024 that is 69 GFLOP, 1.3 ms on an H200. Unpacking moves 0.4 GB, 0.1 ms. Compiled, interpreted and emulated, not yet
-run on a GPU.
+1024 that is 69 GFLOP, 1.3 ms on an H200. Unpacking moves 0.4 GB, 0.1 ms.
 """
 
 from __future__ import annotations
