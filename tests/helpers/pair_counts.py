@@ -17,9 +17,11 @@ EQUAL = (-0.5, 0.0, 0.25, 0.265, 0.28)
 MARGINS = (0.015, 0.0, -0.1, 0.25, 1e-9, 1e30)
 
 
-def count_as_on_the_cpu(values: list[tuple[float, float]], margin: float, exclude_ties: bool) -> None:
+def count_as_on_the_cpu(
+    values: list[tuple[float, float]], margin: float, exclude_ties: bool, dtype: torch.dtype = torch.float32
+) -> None:
     """Check the counts of (student, teacher) scores against the CPU's, which are tested by brute force."""
-    x, t = (torch.tensor(column, dtype=torch.float32) for column in zip(*values, strict=True))
+    x, t = (torch.tensor(column, dtype=dtype) for column in zip(*values, strict=True))
     students = torch.stack((x, x.flip(0)))
     wanted = relative_exact.pair_counts(students, t, margin, exclude_ties)
     with mock.patch.object(relative_exact, "uses_triton", lambda tensors: True):

@@ -62,6 +62,14 @@ def test_counts_of_drawn_scores(seed):
     count_as_on_the_cpu(values, draw.choice(MARGINS), draw.random() < 0.5)
 
 
+@pytest.mark.parametrize("exclude_ties", [True, False])
+def test_counts_of_float64_scores(exclude_ties):
+    """Differences that float32 would lose decide."""
+    draw = random.Random(0)
+    values = [(draw.choice(EQUAL) + draw.uniform(0, 1e-12), draw.choice(EQUAL)) for _ in range(300)]
+    count_as_on_the_cpu(values, 0.015, exclude_ties, torch.float64)
+
+
 def test_ends_of_runs_longer_than_a_block():
     """The counts inside groups of equal teacher scores are subtracted completely."""
     teacher = torch.cat((torch.zeros(1500), torch.ones(700)))
