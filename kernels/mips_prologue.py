@@ -137,15 +137,12 @@ def operands(
 
 
 def thresholds(lower: Tensor, ranks: tuple[int, int], cutoffs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the thresholds of a scan and of its repair, and zeroed counters of both, as `thresholds_kernel` does.
+    """Return the thresholds of a scan and of its repair, (Q,) float32, and zeroed counters of both, (Q,) int32.
 
     Args:
         lower: (Q, bins) float32 bounds, contiguous, with ``max(ranks)`` to `BLOCKS`[-1] bins.
-        ranks: ranks of both thresholds, 1 for the largest.
+        ranks: ranks of both thresholds among the bounds, 1 for the largest.
         cutoffs: (Q,) float64 cutoffs.
-
-    Returns:
-        two thresholds (Q,) float32, and two zeros (Q,) int32.
     """
     size, bins = lower.shape
     threshold, spare = (torch.empty(size, dtype=torch.float32, device=lower.device) for _ in range(2))

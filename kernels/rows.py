@@ -1,4 +1,7 @@
-"""L2 normalisation by rows: reciprocal norms and the backward pass."""
+"""L2 normalisation by rows: reciprocal norms and the backward pass.
+
+Cost: memory. For B = 8192, D = 12288 in bfloat16, norms read 0.2 GB, 0.05 ms on an H200. Backward moves 0.8 GB, 0.2 ms.
+"""
 
 from __future__ import annotations
 
