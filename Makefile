@@ -34,7 +34,7 @@ test: $(VENV)/.dev  ## set up, then run the tests in JOBS processes; ARGS go to 
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -o faulthandler_exit_on_timeout=true $(ARGS)
 
 soak: $(VENV)/.dev  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=7200 $(ARGS)
 
 lint: $(VENV)/.dev  ## check rules, format, imports between layers, prose and generated pages
 	$(BIN)/ruff check .

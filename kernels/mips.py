@@ -6,7 +6,7 @@ query has a tensor core's 16 columns. Many queries have chunks of scores by `mip
 whose upper bound reaches a query's threshold. `mips_prologue` has the steps before the scan, and `mips_epilogue` and
 `mips_rescore` those after it.
 
-Cost: few queries read the rows once, 0.5 ms for 1M x 1024 in bfloat16 at 4.3 TB/s. Not yet run on a GPU.
+Cost: few queries read the rows once, 0.5 ms for 1M x 1024 in bfloat16 at 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -27,26 +27,15 @@ ROUNDING = 2.0**-8 * (1 + 2.0**-6)  # relative error of a bfloat16 score, which 
 ROUNDED = tl.constexpr(ROUNDING)
 INTERPRETED = triton.knobs.runtime.interpret
 
-
-@dataclass(frozen=True)
-class Tile:
-    """A block's part of a product: rows, queries, and the depth of one step."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Options of a launch under the names of the kernel's arguments."""
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
-
-
-TILES = {4: Tile(128, 16, 64, 4, 3), 2: Tile(128, 16, 128, 4, 3), 1: Tile(128, 16, 128, 4, 4)}  # by bytes of an element
-CHUNK_TILE = Tile(64, 128, 16, 8, 1)  # Scores of a chunk have no depth.
+# Rows, queries and depth of a block's part of a product, by bytes of an element. Scores of a chunk have no depth.
+TILE = {"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4}
+TILES = {
+    4: {**TILE, "BLOCK_K": 64, "num_stages": 3},
+    2: {**TILE, "BLOCK_K": 128, "num_stages": 3},
+    1: {**TILE, "BLOCK_K": 128, "num_stages": 4},
+}
+CHUNK_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+RESULTS = ("BOUNDS", "THRESHOLDS", "COUNTS", "WANTED", "SCORES", "ROWS")  # of a scan, None unless given
 
 
 @triton.jit
@@ -174,8 +163,9 @@ class Scan:
         queries: (Q, D) queries, contiguous: bfloat16 if they are `chunked`, else of the rows' dtype.
         scales: (N,) and (Q,) float32 scales of int8 rows and queries. None for other dtypes.
         mask: (N,) or (Q, N) bool mask, contiguous. None allows all rows.
-        norms: float32 norms of rows or of bins of 64 rows.
+        norms: float32 norms of rows (N,) or of bins of 64 rows.
         limits: errors relative to the norm and absolute errors, (Q,) float32 each, without those of rounded scores.
+        descriptors: use tensor descriptors. None uses them if the hardware has them.
     """
 
     rows: Tensor
@@ -184,33 +174,37 @@ class Scan:
     mask: Tensor | None
     norms: Tensor
     limits: tuple[Tensor, Tensor]
+    descriptors: bool | None = None
 
-    def launch(self, narrow: bool, descriptors: bool | None, rows_per_norm: int, **results: Any) -> None:
+    def launch(self, narrow: bool, **results: Any) -> None:
         """Launch a scan, in registers if it is ``narrow`` or has few queries, with results by name."""
         rows, queries, mask = self.rows, self.queries, self.mask
         common = (*self.scales, None if mask is None else mask.view(torch.uint8), self.norms, *self.limits)
-        options: dict[str, Any] = {"Q": len(queries), "D": rows.shape[1], "stride_q": 0, "ROWS_PER_NORM": rows_per_norm}
+        options: dict[str, Any] = dict.fromkeys(RESULTS) | results
+        options |= {"Q": len(queries), "D": rows.shape[1], "stride_q": 0, "DESCRIPTORS": False}
         options["stride_v"] = mask.stride(0) if mask is not None and mask.dim() == 2 else 0
-        options |= {"DESCRIPTORS": False, "PRECISION": "ieee" if INTERPRETED else "tf32x3"}
-        options |= dict.fromkeys(("BOUNDS", "THRESHOLDS", "COUNTS", "WANTED", "SCORES", "ROWS")) | results
+        options["ROWS_PER_NORM"] = 1 if len(self.norms) == len(rows) else BIN.value
+        options["PRECISION"] = "ieee" if INTERPRETED else "tf32x3"
         if chunked(len(queries)) and not narrow:
             for first, scores in chunks(rows, queries):
-                grid = triton.cdiv(len(scores), CHUNK_TILE.m) * triton.cdiv(len(queries), CHUNK_TILE.n)
                 options |= {"first": first, "N": first + len(scores), "stride_c": scores.stride(0)}
-                scan_kernel[(grid,)](scores.view(torch.int16), None, *common, **options, **CHUNK_TILE.launch)
+                programs = _tiles(len(scores), len(queries), CHUNK_TILE)
+                scan_kernel[(programs,)](scores.view(torch.int16), None, *common, **options, **CHUNK_TILE)
             return
         tile, factors = TILES[rows.element_size()], (rows, queries)
-        if supports_descriptors(rows, queries) if descriptors is None else descriptors:
+        if supports_descriptors(rows, queries) if self.descriptors is None else self.descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
             options["DESCRIPTORS"] = True
-            factors = tuple(
-                TensorDescriptor.from_tensor(t, [block, tile.k])
-                for t, block in zip(factors, (tile.m, tile.n), strict=True)
-            )
-        count = triton.cdiv(len(rows), tile.m) * triton.cdiv(len(queries), tile.n)
+            boxes = ([tile[side], tile["BLOCK_K"]] for side in ("BLOCK_M", "BLOCK_N"))
+            factors = tuple(map(TensorDescriptor.from_tensor, factors, boxes))
         options |= {"first": 0, "N": len(rows), "stride_c": rows.stride(0), "stride_q": queries.stride(0)}
-        scan_kernel[(min(count, _programs(rows.device)),)](*factors, *common, **options, **tile.launch)
+        programs = min(_tiles(len(rows), len(queries), tile), _programs(rows.device))
+        scan_kernel[(programs,)](*factors, *common, **options, **tile)
+
+
+def _tiles(rows: int, queries: int, tile: dict[str, int]) -> int:
+    return triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(queries, tile["BLOCK_N"])
 
 
 def supports_descriptors(rows: Tensor, queries: Tensor) -> bool:
@@ -226,30 +220,16 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * 2
 
 
-def lower_bounds(scan: Scan, rows_per_norm: int, descriptors: bool | None = None) -> Tensor:
-    """Return the highest (score - error) in each bin of 64 rows, -inf for a bin without valid rows.
-
-    Args:
-        scan: rows and queries.
-        rows_per_norm: number of rows for each norm, 1 or 64.
-        descriptors: use tensor descriptors. None uses them if the hardware has them.
-
-    Returns:
-        (Q, ceil(N / 64)) float32.
-    """
+def lower_bounds(scan: Scan) -> Tensor:
+    """Return the highest (score - error) in each bin of 64 rows, -inf without valid rows: (Q, ceil(N / 64)) float32."""
     bins = triton.cdiv(len(scan.rows), BIN.value)
     out = torch.empty(len(scan.queries), bins, dtype=torch.float32, device=scan.rows.device)
-    scan.launch(False, descriptors, rows_per_norm, BOUNDS=out, width=bins)
+    scan.launch(False, BOUNDS=out, width=bins)
     return out
 
 
 def collect(
-    scan: Scan,
-    thresholds: Tensor,
-    counts: Tensor,
-    capacity: int,
-    descriptors: bool | None = None,
-    wanted: Tensor | None = None,
+    scan: Scan, thresholds: Tensor, counts: Tensor, capacity: int, wanted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Collect the rows with score + error >= threshold, unordered.
 
@@ -258,7 +238,6 @@ def collect(
         thresholds: (Q,) float32 thresholds.
         counts: (Q,) int32 zeros, set to the numbers of rows.
         capacity: maximum number of rows kept for a query. More are counted only. Q times capacity is below 2^31.
-        descriptors: use tensor descriptors. None uses them if the hardware has them.
         wanted: int32 scalar, for a scan in registers that returns at once if it is 0. None scans in any case.
 
     Returns:
@@ -269,5 +248,5 @@ def collect(
     scores = torch.empty(size, capacity, dtype=torch.float32, device=device)
     rows = torch.empty(size, capacity, dtype=torch.int32, device=device)
     results = {"THRESHOLDS": thresholds, "COUNTS": counts, "WANTED": wanted, "SCORES": scores, "ROWS": rows}
-    scan.launch(wanted is not None, descriptors, BIN.value, width=capacity, **results)
+    scan.launch(wanted is not None, width=capacity, **results)
     return scores, rows

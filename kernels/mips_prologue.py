@@ -112,7 +112,7 @@ def operands_kernel(
 
 
 def operands(
-    exact: Tensor, dtype: torch.dtype, product: float, absolute: float, proven: bool
+    exact: Tensor, dtype: torch.dtype, product: float, absolute: float
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
     """Round queries for the scan.
 
@@ -121,7 +121,6 @@ def operands(
         dtype: dtype of the scan.
         product: error of the scan's arithmetic, relative to the norms of row and query.
         absolute: absolute error of the scan's arithmetic.
-        proven: False assumes errors of 0, for an order that need not be proven.
 
     Returns:
         queries (Q, D) in the scan's dtype, their scales (Q,) float32 if they are int8 codes, and two errors. One is
@@ -134,23 +133,16 @@ def operands(
     operands_kernel[(size,)](
         exact, scan_queries, scales, *limits, width, product, absolute * (1 + 2.0**-20), BLOCK=STEP
     )
-    if not proven:
-        limits = torch.zeros_like(limits[0]), torch.zeros_like(limits[1])
     return scan_queries, scales, limits
 
 
 def thresholds(lower: Tensor, ranks: tuple[int, int], cutoffs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the thresholds of a scan and of its repair, and zeroed counters of both.
-
-    A threshold is the rank-th largest of a query's bounds, or a float32 just below its cutoff if that is larger.
+    """Return the thresholds of a scan and of its repair, (Q,) float32, and zeroed counters of both, (Q,) int32.
 
     Args:
         lower: (Q, bins) float32 bounds, contiguous, with ``max(ranks)`` to `BLOCKS`[-1] bins.
-        ranks: ranks of both thresholds, 1 for the largest.
+        ranks: ranks of both thresholds among the bounds, 1 for the largest.
         cutoffs: (Q,) float64 cutoffs.
-
-    Returns:
-        two thresholds (Q,) float32, and two zeros (Q,) int32.
     """
     size, bins = lower.shape
     threshold, spare = (torch.empty(size, dtype=torch.float32, device=lower.device) for _ in range(2))

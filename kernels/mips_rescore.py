@@ -1,4 +1,7 @@
-"""Inner-product search: fp64 products of pairs of a query and a row."""
+"""Inner-product search: fp64 products of pairs of a query and a row.
+
+Cost: a row's bytes for each pair. A million pairs of width 1024 in bfloat16 read 2 GB, 0.5 ms of an H200's memory.
+"""
 
 from __future__ import annotations
 

@@ -6,13 +6,11 @@ diagonal on, for itself and its mirror image. Neighbourhood takes whole rows, wh
 
 Cost on an H200 in bfloat16, at B = 8192, D = E = 12288: similarity does 3.5 TFLOP at 650 TFLOP/s, 5.4 ms. 3 GB through
 memory take 0.7 ms, in part at the same time. An eager loss takes about 10 ms. Neighbourhood does 6.6 TFLOP, 11 ms. At
-B = 65536, D = 1024 strips take 160 MB, and 16 of 50 ms go into additions to float32 sums. Compiled, interpreted and
-emulated, not yet run on a GPU.
+B = 65536, D = 1024 strips take 160 MB, and 16 of 50 ms go into additions to float32 sums.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -21,21 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels import feature_form, strips
+from jasper_fast.kernels import strips
 from jasper_fast.kernels.rows import warps
 from jasper_fast.kernels.softmax import LOG_2, add_logits, log_sum
-from jasper_fast.kernels.strips import Rows, empty_strip, multiply
-from jasper_fast.ops.dispatch import gradient_dtype
+from jasper_fast.kernels.strips import Rows, empty_strip
+from jasper_fast.ops.products import multiply
 
 COLUMNS = 1024  # of a strip that a program takes at once
 # A logit that is fused into the subtraction of its log sum differs in the last bit from the one in the sum.
 EXACT = {"enable_fp_fusion": False}
-# Above this many multiply-adds the tile form takes 2 ms. The host waits that long to see if the feature form cancels.
-WORTH_WAITING = 2.0**38
 
 
 @triton.jit
-def _cosines(PRODUCTS, at, row, COLUMN, columns, mask):
+def cosines(PRODUCTS, at, row, COLUMN, columns, mask):
+    """Return products of a strip times the factors of their row and columns, 0 outside the mask."""
     products = tl.load(PRODUCTS + at, mask=mask, other=0.0)
     return products * (row * tl.load(COLUMN + columns, mask=mask, other=0.0))
 
@@ -60,9 +57,8 @@ def difference_kernel(
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = j < width, i.to(tl.int64) * stride + j
-    g = _cosines(S, at, tl.load(ROW_S + i), COLUMN_S, j, inside) - _cosines(
-        T, at, tl.load(ROW_T + i), COLUMN_T, j, inside
-    )
+    g = cosines(S, at, tl.load(ROW_S + i), COLUMN_S, j, inside)
+    g -= cosines(T, at, tl.load(ROW_T + i), COLUMN_T, j, inside)
     # Columns beyond the strip's square count for their mirror images too.
     terms = tl.where(inside, tl.where(j < height, g * g, 2.0 * g * g), 0.0)
     tl.store(SUMS + i * tl.num_programs(1) + tl.program_id(1), tl.sum(terms, axis=0))
@@ -90,17 +86,17 @@ def divergence_kernel(
     for start in range(0, width, BLOCK):
         j = start + block
         others = (j < width) & (j != begin + i)
-        s = _cosines(S, row + j, row_s, COLUMN_S, j, others)
+        s = cosines(S, row + j, row_s, COLUMN_S, j, others)
         top_s, total_s = add_logits(top_s, total_s, tl.where(others, s, float("-inf")))
-        t = _cosines(T, row + j, row_t, COLUMN_T, j, others)
+        t = cosines(T, row + j, row_t, COLUMN_T, j, others)
         top_t, total_t = add_logits(top_t, total_t, tl.where(others, t, float("-inf")))
     log_s, log_t = log_sum(top_s, total_s), log_sum(top_t, total_t)
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         j = start + block
         others = (j < width) & (j != begin + i)
-        s = tl.where(others, _cosines(S, row + j, row_s, COLUMN_S, j, others) - log_s, 0.0)
-        t = tl.where(others, _cosines(T, row + j, row_t, COLUMN_T, j, others) - log_t, 0.0)
+        s = tl.where(others, cosines(S, row + j, row_s, COLUMN_S, j, others) - log_s, 0.0)
+        t = tl.where(others, cosines(T, row + j, row_t, COLUMN_T, j, others) - log_t, 0.0)
         wanted = tl.exp2(t)
         terms += wanted * (t - s)  # 0 where there is no other row
         if W is not None:
@@ -109,66 +105,17 @@ def divergence_kernel(
     tl.store(SUMS + i, tl.sum(terms, axis=0) * LOG_2)
 
 
-def similarity(
-    students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Compute losses (H,) and gradients as `jasper_fast.losses.similarity` does."""
-    heads, target, count = [Rows.of(s) for s in students], Rows.of(teacher), len(teacher)
-    scale = 4.0 / count**2
-    totals = torch.zeros(len(heads), dtype=torch.float64, device=teacher.device)
-    gradients = [head.backward(None, scale) for head in heads]
-    teacher_gradients = [target.backward(None, scale) for _ in heads]
-    rest = [h for h in range(len(heads)) if not _tries_features(h, students, teacher, method, teacher_gradient)]
-    teacher_gram = feature_form.features(target, target) if len(rest) < len(heads) else None
-    for h, head in enumerate(heads):
-        if h in rest:
-            continue
-        assert teacher_gram is not None
-        total, products, cancelled = feature_form.loss(head, target, teacher_gram)
-        if method == "auto" and bool(cancelled):
-            rest.append(h)
-            continue
-        totals[h] = total
-        if gradient:
-            gradients[h] = head.backward(feature_form.difference(head, products[0], target, products[1]), scale)
-        if teacher_gradient:
-            unit_gradient = feature_form.difference(target, teacher_gram, head, products[1].T)
-            teacher_gradients[h] = target.backward(unit_gradient, scale)
-    if rest:
-        own, found, found_of_teacher = _strips([heads[h] for h in rest], target, scale, gradient, teacher_gradient)
-        for n, h in enumerate(rest):
-            totals[h], gradients[h], teacher_gradients[h] = own[n], found[n], found_of_teacher[n]
-    return (totals / count**2).to(torch.float32), gradients, teacher_gradients
-
-
-def _tries_features(h: int, students: list[Tensor], teacher: Tensor, method: str, teacher_gradient: bool) -> bool:
-    """Decide if a student takes the feature form. With "auto" the host waits, which no capture of a graph allows."""
-    if method != "auto":
-        return method == "feature"
-    work = len(teacher) ** 2 * students[h].shape[1]
-    if work < WORTH_WAITING or (teacher.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return feature_form.is_cheaper(h, students, teacher, teacher_gradient)
-
-
 def neighbourhood(
     students: list[Tensor], teacher: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute losses (H,) and gradients as `jasper_fast.losses.neighbourhood` does."""
-    count = len(teacher)
-    if count < 2:
-        gradients = [
-            torch.zeros_like(s, dtype=gradient_dtype(s)) if gradient else s.new_empty(0, dtype=gradient_dtype(s))
-            for s in students
-        ]
-        return torch.zeros(len(students), dtype=torch.float32, device=teacher.device), gradients
-    heads, target, logit_scale = [Rows.of(s) for s in students], Rows.of(teacher), math.log2(math.e) / temperature
-    scale = 1.0 / (count * temperature)
-    totals, gradients, _ = _strips(heads, target, scale, gradient, False, logit_scale)
+    heads, target, count = [Rows.of(s) for s in students], Rows.of(teacher), len(teacher)
+    logit_scale = math.log2(math.e) / temperature
+    totals, gradients, _ = tiles(heads, target, 1.0 / (count * temperature), gradient, False, logit_scale)
     return (totals / count).to(torch.float32), gradients
 
 
-def _strips(
+def tiles(
     heads: list[Rows],
     target: Rows,
     scale: float,
@@ -182,13 +129,13 @@ def _strips(
     if logit_scale is None:  # lower strips multiply fewer pairs twice, and higher ones are faster
         height = min(height, max(1024, count // 8 // strips.STEP * strips.STEP))
     wanted = gradient or teacher_gradient
-    buffers = {dtype: empty_strip(height, count, dtype, device) for dtype in _weight_dtypes(heads) if wanted}
+    dtypes = {head.raw.dtype for head in heads if wanted} - {torch.float32}  # their weights overwrite products
+    buffers = {dtype: empty_strip(height, count, dtype, device) for dtype in dtypes}
     s_products, t_products = (empty_strip(height, count, torch.float32, device) for _ in range(2))
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     sides = [(h, [(head, 1.0)] * gradient + [(target, -1.0)] * teacher_gradient) for h, head in enumerate(heads)]
-    units: dict[int, Tensor] = {}
-    for side in itertools.chain(heads * gradient, [target] * teacher_gradient):
-        units[id(side)] = side.unit(side.raw.dtype)
+    learning = [*heads * gradient, *[target] * teacher_gradient]
+    units = {id(side): side.unit(side.raw.dtype) for side in learning}
     sums = {(h, sign): torch.zeros(side.raw.shape, device=device) for h, kinds in sides for side, sign in kinds}
     for begin in range(0, count, height):
         end = min(begin + height, count)
@@ -209,11 +156,6 @@ def _strips(
         gradients.append(head.backward(sums.get((h, 1.0)), own, units.get(id(head))))
         teacher_gradients.append(target.backward(sums.get((h, -1.0)), -own))
     return totals, gradients, teacher_gradients
-
-
-def _weight_dtypes(heads: list[Rows]) -> set[torch.dtype]:
-    """Return the dtypes of weights that need memory. Those of float32 overwrite the student's products."""
-    return {head.raw.dtype for head in heads} - {torch.float32}
 
 
 def _weight_scale(dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ float32 scores. The first pass adds integers to tables in the L2 cache, so its r
 
 Cost for B = 32768, D = 1024 on one H200 (5.4e8 pairs): scores take 2.2 TFLOP twice, 7 ms, and 17 GB through memory, 4
 ms. 1.6e9 additions in the cache take 20 ms, 4.3e9 table reads 12 ms, the gradient's 2.2 TFLOP 4 ms: 47 ms in all. Extra
-memory: strips of 128, 128 and 64 MiB and tables of 4 MiB. Compiled, interpreted and emulated, not yet run on a GPU.
+memory: strips of 128, 128 and 64 MiB and tables of 4 MiB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jasper_fast.kernels.strips import empty_strip, multiply
+from jasper_fast.kernels.strips import empty_strip
+from jasper_fast.ops.products import multiply
 
 COLUMNS = 1024  # of a strip that a program takes
 LARGEST_WEIGHT = 2.0**14  # in float16; those of 2^-28 of it still count

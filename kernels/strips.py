@@ -6,8 +6,6 @@ model. An elementwise kernel turns a strip of products into weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,56 +14,12 @@ from torch import Tensor
 
 from jasper_fast.kernels.rows import l2_normalize_backward, reciprocal_norms
 from jasper_fast.ops.dispatch import gradient_dtype
+from jasper_fast.ops.products import multiply
 
 WORKSPACE = 160 * 2**20  # bytes of the strips of a student, its teacher and the weights
 ELEMENT = 10  # bytes of these for each pair: float32 products twice, 16-bit weights or float32 ones in place
 STEP = 128  # rows of a strip are a multiple of this
 FLOAT16_WEIGHTS = 2.0**14  # scale of weights of at most 2, so that small ones keep their bits
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Let cuBLAS multiply float32 matrices in float32, where the user allows TF32."""
-    matmul = torch.backends.cuda.matmul
-    if matmul.fp32_precision != "tf32":
-        yield
-        return
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # TF32 was allowed through the newer setting alone, so only that changes
-        before = None
-        matmul.fp32_precision = "ieee"
-    else:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if before is None:
-            matmul.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision(before)
-
-
-def multiply(a: Tensor, x: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """Multiply matrices with float32 sums.
-
-    Args:
-        a: (M, K) left factor. On a GPU 16-bit factors of one dtype use the tensor cores, and others full float32.
-        x: (K, N) right factor.
-        out: (M, N) float32 result, rows contiguous. None makes a new one.
-        add: add to ``out``.
-
-    Returns:
-        (M, N) float32.
-    """
-    if out is None:
-        out = torch.empty(len(a), x.shape[1], dtype=torch.float32, device=a.device)
-    if a.is_cuda and a.dtype == x.dtype != torch.float32:
-        if not add:
-            return torch.mm(a, x, out_dtype=torch.float32, out=out)
-        return torch.addmm(out, a, x, out_dtype=torch.float32, out=out)
-    with full_float32():
-        return torch.addmm(out, a.float(), x.float(), beta=float(add), out=out)
 
 
 def empty_strip(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -120,7 +74,7 @@ class Rows:
         torch.mul(self.raw[begin:end], self.powers[begin:end], out=left)
         return multiply(left, others.raw[first:].T, out[: end - begin, : len(others.raw) - first])
 
-    def backward(self, unit_gradient: Tensor | None, scale: float, out: Tensor | None = None) -> Tensor:
+    def backward(self, unit_gradient: Tensor | None, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """Return the scaled gradient with respect to rows from that with respect to unit rows.
 
         Args:

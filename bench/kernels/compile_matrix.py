@@ -32,8 +32,34 @@ STACK = {
         "unpack_kernel": 8,
         "coefficients_kernel": 8,
     },
+    "3.7": {
+        "scan by pointers": 8,
+        "scan by pointers, float32": 448,
+        "scan by pointers, odd": 6144,
+        "scan of scores": 16,
+        "scan of scores, odd": 192,
+        "select_kernel": 8,
+        "unpack_kernel": 8,
+    },
+    "3.8": {
+        "scan by descriptors": 16,
+        "scan by pointers, float32": 384,
+        "scan by pointers, odd": 6144,
+        "scan of scores, odd": 128,
+        "pair_scores_kernel": 32,
+        "contrast_kernel": 16,
+        "unpack_kernel": 8,
+    },
+    "3.9": {
+        "scan by pointers": 8,
+        "scan by pointers, float32": 384,
+        "scan by pointers, odd": 6144,
+        "scan of scores, odd": 128,
+        "select_kernel": 8,
+    },
 }
 OUT = Path("bench/results/compile-matrix.json")
+VERSIONS = Path("bench/results/compile-versions.json")
 TABLE = Path("docs/kernels-compiled.md")
 
 
@@ -49,20 +75,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--kernel", nargs="+", default=[], help="compile only kernels with one of these in the name, and write nothing"
     )
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help=f"write only the stack of each kind of forms, to {VERSIONS}, as for a version of Triton that is not CI's",
+    )
     parser.add_argument("--table", action="store_true", help="only write the table of the committed JSON")
     options = parser.parse_args(argv)
+    versions: dict[str, Any] = json.loads(VERSIONS.read_text()) if VERSIONS.exists() else {}
     if options.table:
-        TABLE.write_text(table(json.loads(OUT.read_text())))
+        TABLE.write_text(table(json.loads(OUT.read_text()), versions))
         return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, so kernels would not be compiled. Fix: unset it")
     results = compile_all(options.quick, *options.kernel)
     faults = [fault for entry in results["forms"] for fault in entry["faults"]]
-    if options.write or not (options.quick or options.kernel):
+    if options.version:
+        versions[results["triton"]] = stack_of_kinds(results)
+        VERSIONS.write_text(json.dumps(dict(sorted(versions.items())), indent=1) + "\n")
+        TABLE.write_text(table(json.loads(OUT.read_text()), versions))
+        print(f"wrote {VERSIONS} and {TABLE}")
+    elif options.write or not (options.quick or options.kernel):
         if options.kernel:
             results = _replaced(json.loads(OUT.read_text()), results, options.quick)
         OUT.write_text(dump(results))
-        TABLE.write_text(table(results))
+        TABLE.write_text(table(results, versions))
         print(f"wrote {OUT} and {TABLE}")
     print(f"{len(results['forms'])} compilations with triton {results['triton']}, {len(faults)} faults")
     print("\n".join(faults))
@@ -83,11 +120,22 @@ def compile_all(quick: bool, *names: str) -> dict[str, Any]:
     built = [(form, sm, compile_form(form, sm)) for form in chosen for sm in form.architectures]
     entries = []
     for form, sm, result in built:
-        entry: dict[str, Any] = {"kernel": form.name, "form": form.label, "sm": sm, **result}
+        entry: dict[str, Any] = {"kernel": form.name, "form": form.label, "kind": form.kind, "sm": sm, **result}
         faults = judge(form, sm, result, triton.__version__)
         entry["faults"] = [f"{form.name} [{form.label}] sm_{sm}: {fault}" for fault in faults]
         entries.append(entry)
     return {"triton": triton.__version__, "whole": not quick and not names, "forms": entries}
+
+
+def stack_of_kinds(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of compilations and errors, and the most bytes of stack by kind of forms and architecture."""
+    stack: dict[str, dict[str, int]] = {}
+    for entry in results["forms"]:
+        if entry.get("stack"):
+            most, sm = stack.setdefault(entry["kind"], {}), f"sm_{entry['sm']}"
+            most[sm] = max(most.get(sm, 0), entry["stack"])
+    errors = sum("error" in entry for entry in results["forms"])
+    return {"whole": results["whole"], "compilations": len(results["forms"]), "errors": errors, "stack": stack}
 
 
 def _replaced(older: dict[str, Any], results: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -95,7 +143,8 @@ def _replaced(older: dict[str, Any], results: dict[str, Any], quick: bool) -> di
     kernels = {entry["kernel"] for entry in results["forms"]}
     others = [entry for entry in older["forms"] if entry["kernel"] not in kernels]
     whole = older["whole"] and not quick and older["triton"] == results["triton"]
-    return {**results, "whole": whole, "forms": [*others, *results["forms"]]}
+    entries = sorted([*others, *results["forms"]], key=lambda entry: entry["kernel"])
+    return {**results, "whole": whole, "forms": entries}
 
 
 def compile_form(form: forms.Form, sm: int) -> dict[str, Any]:
@@ -172,8 +221,13 @@ def dump(results: dict[str, Any]) -> str:
     return f'{head[:-1]}, "forms": [\n{lines}\n]}}\n'
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return two Markdown tables: a line for each kernel, and one for each form that spills or does not compile."""
+def table(results: dict[str, Any], versions: dict[str, Any]) -> str:
+    """Return three Markdown tables: kernels, forms that spill or do not compile, and other versions of Triton.
+
+    Args:
+        results: results of one version.
+        versions: results of `stack_of_kinds` by other versions.
+    """
     lines = [
         "# The Triton kernels, compiled",
         "",
@@ -198,6 +252,16 @@ def table(results: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     lines += [line for name, entries in kernels.items() for line in _stack_lines(name, entries)]
+    lines += [
+        "",
+        f"Other versions of Triton were tried too (`--version`, `{VERSIONS}`):",
+        "",
+        *(f"- {version}: {v['compilations']} compilations, {v['errors']} errors" for version, v in versions.items()),
+        "",
+        "| triton | kind of forms that use the stack | most bytes on sm_80, 90, 100 | limit |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    lines += [line for version, found in versions.items() for line in _version_lines(version, found["stack"])]
     return "\n".join(lines) + "\n"
 
 
@@ -221,6 +285,13 @@ def _stack_lines(name: str, entries: list[dict[str, Any]]) -> Iterator[str]:
         ]
         if uses:
             yield f"| {name} | {form} | {', '.join(uses)} |"
+
+
+def _version_lines(version: str, stack: dict[str, dict[str, int]]) -> Iterator[str]:
+    allowed = allowed_stack(version)
+    for kind, most in sorted(stack.items()):
+        by_sm = ", ".join(str(most.get(f"sm_{sm}", 0)) for sm in ARCHITECTURES)
+        yield f"| {version} | {kind} | {by_sm} | {allowed.get(kind, 0)} |"
 
 
 if __name__ == "__main__":

@@ -161,12 +161,13 @@ def _rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def _losses(label: str, quick: bool, student: Tensor, teacher: Tensor) -> Calls:
     from jasper_fast.kernels import info_nce, pair_losses
-    from jasper_fast.losses import listwise
+    from jasper_fast.losses import listwise, similarity
 
     count, chosen = len(student), torch.zeros(len(student), dtype=torch.int64)
     for gradient in (True, False)[: 1 + quick]:
         own = label if gradient else f"{label}, loss only"
-        yield own, quick, partial(pair_losses.similarity, [student], teacher, "tile", gradient, gradient)
+        tiled = partial(similarity.compute_by_form, similarity.kernel_parts(), [student], teacher, "tile")
+        yield own, quick, partial(tiled, gradient, gradient)
         yield own, quick, partial(pair_losses.neighbourhood, [student], teacher, 0.05, gradient)
         for sides in ([teacher, teacher], []):
             call = partial(info_nce.info_nce, student, student, chosen, chosen, 0.05, sides, 0.1, gradient, gradient)
@@ -177,13 +178,12 @@ def _losses(label: str, quick: bool, student: Tensor, teacher: Tensor) -> Calls:
 
 
 def _relative_losses() -> Calls:
-    from jasper_fast.kernels import pairs
+    from jasper_fast.kernels import dominance_counts, pairs
     from jasper_fast.kernels import relative_similarity_binned as binned
-    from jasper_fast.kernels import relative_similarity_exact as exact
 
     def counted(count: int, width: int) -> None:
         scores = pairs.pair_scores(torch.ones(count, width))
-        exact.pair_counts(torch.rand(1, len(scores)), torch.rand(len(scores)), 0.1, True)
+        dominance_counts.dominance(torch.zeros(2 * len(scores), dtype=I32))
         pairs.unpack_pairs(torch.zeros(len(scores), dtype=I32), count, 0.5)
 
     for count, width in ((64, 32), (60, 17), (12, 1), (23, 16), (2, 16)):
@@ -203,21 +203,21 @@ def _relative_losses() -> Calls:
 def _scans(stored: torch.dtype) -> Calls:
     from jasper_fast.kernels import mips
 
-    def scan(size: int, count: int, width: int, masked: bool, norm: int) -> mips.Scan:
+    def scan(size: int, count: int, width: int, masked: bool, norm: int, descriptors: bool) -> mips.Scan:
         rows, many = _rows(count, width, stored), mips.chunked(size)
         scales = None if stored != I8 else torch.ones(count), None if stored != I8 or many else torch.ones(size)
         mask = torch.ones(size, count, dtype=torch.bool) if masked else None
         limits = torch.ones(size), torch.ones(size)
         queries = _rows(size, width, BF16 if many else stored)
-        return mips.Scan(rows, queries, scales, mask, torch.ones(-(-count // norm)), limits)
+        return mips.Scan(rows, queries, scales, mask, torch.ones(-(-count // norm)), limits, descriptors)
 
     def launch(shape: tuple[int, int, int], masked: bool, descriptors: bool, norms: tuple[int, ...] = (1, 64)) -> None:
         size = shape[0]
         for norm in norms:
-            mips.lower_bounds(scan(*shape, masked, norm), norm, descriptors)
+            mips.lower_bounds(scan(*shape, masked, norm, descriptors))
         counts = torch.zeros(size, dtype=I32)
         for wanted in (None, *([counts[:1]] if size <= 32 and not masked else [])):
-            mips.collect(scan(*shape, masked, 64), torch.ones(size), counts, 1024, descriptors, wanted)
+            mips.collect(scan(*shape, masked, 64, descriptors), torch.ones(size), counts, 1024, wanted)
 
     name = NAMES[stored]
     for masked in (False, True)[: 2 - (stored == F16)]:
@@ -256,7 +256,8 @@ def _around_scans() -> Calls:
             (torch.ones(size), torch.ones(size)),
         )
         rows, flags = torch.zeros(size, capacity, dtype=I32), torch.zeros(size, dtype=torch.bool)
-        found = mips_epilogue.Collected(counts, torch.ones(size, capacity), rows, thresholds, torch.ones(2), limits)
+        scores, norms = torch.ones(size, capacity), torch.ones(2)
+        found = mips_epilogue.Collected(counts, scores, rows, thresholds, norms, limits, thresholds)
         state = (
             torch.zeros(size, k, 2, dtype=torch.int64),
             torch.zeros(size, dtype=torch.int64),
@@ -266,7 +267,7 @@ def _around_scans() -> Calls:
         mips_epilogue.rerank(found, queries, corpus, scales, first, 2 * k + 64, proven, (*state, flags, flags.clone()))
 
     def operands(stored: torch.dtype, width: int) -> None:
-        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30, True)
+        mips_prologue.operands(_rows(3, width, F64), stored, 1e-4, 1e-30)
 
     def rescore(stored: torch.dtype, width: int, count: int = 40) -> None:
         chosen, scales = torch.zeros(count, dtype=torch.int64), torch.ones(128) if stored == I8 else None

@@ -103,7 +103,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         "On CUDA the same model decides for batches of at least 2 ms of work. The feature form has more weight there "
-        "if it needs more time for a product: 2 for bfloat16 and 12 for float16 (`jasper_fast.kernels.feature_form`). "
+        "if it needs more time for a product: 2 for bfloat16 and 12 for float16 (`jasper_fast.ops.cost`). "
         "The host waits once to see if the sums cancel. That weight is counted, not measured, since no GPU has run it "
         "yet.",
     ]

@@ -1,9 +1,13 @@
 """The similarity loss: the difference of the two matrices of cosines.
 
-On CUDA, `kernels/pair_losses.py` computes it. Elsewhere plain torch does, in one of two forms.
+Each student takes one of two forms. Plain torch has both, and so have `kernels/feature_form.py` and
+`kernels/pair_losses.py` for CUDA.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +16,8 @@ from jasper_fast.losses import reference
 from jasper_fast.losses.arguments import LossOptions, check_choice, check_pair
 from jasper_fast.losses.autograd import attach_gradients, compute_dtype, full_precision, needs_gradient
 from jasper_fast.ops import cost
-from jasper_fast.ops.dispatch import fake_gradient, fake_losses, uses_triton
-from jasper_fast.ops.row_blocks import normalize_all, row_blocks
+from jasper_fast.ops.dispatch import fake_gradient, fake_loss, fake_losses, uses_triton
+from jasper_fast.ops.row_blocks import UnitRows, normalize_all, row_blocks
 
 SIMILARITY_METHODS = ("auto", "tile", "feature", "reference")
 
@@ -86,12 +90,9 @@ def similarity_op(
         The losses (H,) in float32, or float64 if any embeddings are. The students' gradients, and the teacher's of each
         loss, in the dtype of `gradient_dtype`. An unwanted gradient is empty.
     """
-    if uses_triton([*students, teacher]):
-        from jasper_fast.kernels import pair_losses
-
-        with torch.cuda.device_of(teacher):  # kernels are launched on the current device
-            return pair_losses.similarity(students, teacher, method, gradient, teacher_gradient)
-    return _similarity_torch(students, teacher, method, gradient, teacher_gradient)
+    parts = kernel_parts() if uses_triton([*students, teacher]) else torch_parts()
+    with torch.cuda.device_of(teacher):  # kernels are launched on the current device
+        return compute_by_form(parts, students, teacher, method, gradient, teacher_gradient)
 
 
 @similarity_op.register_fake
@@ -102,53 +103,52 @@ def _(
     return losses, gradients, [fake_gradient(teacher, teacher_gradient) for _ in students]
 
 
-# Plain torch.
+# The two forms, in plain torch or with kernels.
 
 
-def _similarity_torch(
-    students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
+class Parts(NamedTuple):
+    """The steps that differ between plain torch, whose rows are `UnitRows`, and the kernels, whose rows are `Rows`."""
+
+    normalize_all: Callable[[list[Tensor], Tensor], tuple[list[Any], Any]]
+    features: Callable[[Any, Any], Tensor]
+    feature_gradient: Callable[[Any, Tensor, Any, Tensor, float], Tensor]
+    tiles: Callable[[list[Any], Any, float, bool, bool], tuple[Tensor, list[Tensor], list[Tensor]]]
+    tries_features: Callable[[int, list[Tensor], Tensor, bool], bool]
+
+
+def compute_by_form(
+    parts: Parts, students: list[Tensor], teacher: Tensor, method: str, gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    heads, target = normalize_all(students, teacher)
-    units, rows = [head.rows for head in heads], len(teacher)
-    losses = target.rows.new_zeros(len(heads))
-    gradients: list[Tensor | None] = [None] * len(heads)
-    teacher_gradients: list[Tensor | None] = [None] * len(heads)
+    """Compute as `similarity_op` does, each student by features or by tiles."""
+    heads, target = parts.normalize_all(students, teacher)
+    scale, teacher_gram = 4.0 / len(teacher) ** 2, None
+    totals = torch.zeros(len(heads), dtype=torch.float64, device=teacher.device)
+    gradients: list[Tensor] = [head.backward(None) for head in heads]
+    teacher_gradients: list[Tensor] = [target.backward(None) for _ in heads]
     by_tile = []
-    teacher_gram = None
-    for h, unit in enumerate(units):
-        if method == "tile" or (
-            method == "auto" and not _tries_feature(unit, target.rows, teacher_gradient, len(heads))
-        ):
+    for h, head in enumerate(heads):
+        auto = method == "auto"
+        if method == "tile" or (auto and not parts.tries_features(h, students, teacher, teacher_gradient)):
             by_tile.append(h)
             continue
-        if teacher_gram is None:
-            teacher_gram = target.rows.T @ target.rows  # (E, E)
-        gram, cross = unit.T @ unit, target.rows.T @ unit  # (D, D), (E, D)
+        teacher_gram = parts.features(target, target) if teacher_gram is None else teacher_gram  # (E, E)
+        gram, cross = parts.features(head, head), parts.features(target, head)  # (D, D), (E, D)
         student_sum, teacher_sum, cross_sum = _square_sum(gram), _square_sum(teacher_gram), _square_sum(cross)
         total = student_sum - 2.0 * cross_sum + teacher_sum
-        if method == "auto" and bool(total < cost.CANCELLATION * (student_sum + teacher_sum)):
+        if auto and bool(total < cost.CANCELLATION * (student_sum + teacher_sum)):
             by_tile.append(h)
             continue
-        losses[h] = total.clamp(min=0.0) / rows**2  # a mean of squares, also if the sums cancel
+        totals[h] = total.clamp(min=0.0)  # a sum of squares, also if the sums cancel
         if gradient:
-            gradients[h] = (unit @ gram).addmm_(target.rows, cross, alpha=-1.0).mul_(4.0 / rows**2)
+            gradients[h] = parts.feature_gradient(head, gram, target, cross, scale)
         if teacher_gradient:
-            product = (target.rows @ teacher_gram).addmm_(unit, cross.T, alpha=-1.0)
-            teacher_gradients[h] = product.mul_(4.0 / rows**2)
+            teacher_gradients[h] = parts.feature_gradient(target, teacher_gram, head, cross.T, scale)
     if by_tile:
-        _similarity_tile(by_tile, units, target.rows, losses, gradients, teacher_gradients, gradient, teacher_gradient)
-    return (
-        losses,
-        [head.backward(part) for head, part in zip(heads, gradients, strict=True)],
-        [target.backward(part) for part in teacher_gradients],
-    )
-
-
-def _tries_feature(student: Tensor, teacher: Tensor, teacher_gradient: bool, heads: int) -> bool:
-    # On another device than a CPU, looking at the loss to leave the feature form would make the host wait.
-    return student.device.type == "cpu" and cost.feature_form_is_cheaper(
-        teacher.shape[0], student.shape[1], teacher.shape[1], teacher_gradient, heads=heads
-    )
+        found = parts.tiles([heads[h] for h in by_tile], target, scale, gradient, teacher_gradient)
+        for h, total, own, of_teacher in zip(by_tile, *found, strict=True):
+            totals[h], gradients[h], teacher_gradients[h] = total, own, of_teacher
+    losses = fake_loss([*students, teacher], len(heads))
+    return losses.copy_(totals / len(teacher) ** 2), gradients, teacher_gradients
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
@@ -156,39 +156,75 @@ def _square_sum(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1).to(torch.float64).square().sum()
 
 
+# Plain torch.
+
+
+def torch_parts() -> Parts:
+    """Return the parts in plain torch."""
+    return Parts(normalize_all, _features, _feature_gradient, _similarity_tile, _tries_features)
+
+
+def _features(left: UnitRows, right: UnitRows) -> Tensor:
+    return left.rows.T @ right.rows
+
+
+def _feature_gradient(one: UnitRows, first: Tensor, other: UnitRows, second: Tensor, scale: float) -> Tensor:
+    return one.backward((one.rows @ first).addmm_(other.rows, second, alpha=-1.0).mul_(scale))
+
+
+def _tries_features(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
+    # On another device than a CPU, looking at the loss to leave the feature form would make the host wait.
+    return teacher.device.type == "cpu" and cost.feature_form_is_cheaper(
+        teacher.shape[0], students[h].shape[1], teacher.shape[1], teacher_gradient, heads=len(students)
+    )
+
+
 def _similarity_tile(
-    heads: list[int],
-    students: list[Tensor],
-    teacher: Tensor,
-    losses: Tensor,
-    gradients: list[Tensor | None],
-    teacher_gradients: list[Tensor | None],
-    gradient: bool,
-    teacher_gradient: bool,
-) -> None:
+    heads: list[UnitRows], target: UnitRows, scale: float, gradient: bool, teacher_gradient: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Go over blocks of G = S S' - T T' from the diagonal to the right. Columns beyond a block's square count twice."""
-    rows = teacher.shape[0]
-    totals = torch.zeros(len(students), dtype=torch.float64, device=teacher.device)
-    # Each kind of gradient: the embeddings it is made of, its destination, its sign.
-    kinds = [(students, gradients, 1.0)] if gradient else []
-    kinds += [([teacher] * len(students), teacher_gradients, -1.0)] if teacher_gradient else []
-    for begin, end in row_blocks(rows):
-        target = teacher[begin:end] @ teacher[begin:].T  # (h, B - begin)
-        for n, h in enumerate(heads):
-            student = students[h]
-            out = target if n == len(heads) - 1 else None  # the last student may overwrite the teacher's block
-            difference = torch.addmm(target, student[begin:end], student[begin:].T, beta=-1.0, out=out)
+    totals = torch.zeros(len(heads), dtype=torch.float64, device=target.rows.device)
+    own = [torch.zeros_like(head.rows) if gradient else None for head in heads]
+    of_teacher = [torch.zeros_like(target.rows) if teacher_gradient else None for _ in heads]
+    for begin, end in row_blocks(len(target.rows)):
+        block = target.rows[begin:end] @ target.rows[begin:].T  # (h, B - begin)
+        for h, head in enumerate(heads):
+            out = block if h == len(heads) - 1 else None  # the last student may overwrite the teacher's block
+            difference = torch.addmm(block, head.rows[begin:end], head.rows[begin:].T, beta=-1.0, out=out)
             square, right = difference[:, : end - begin], difference[:, end - begin :]
             totals[h] += _square_sum(square) + 2.0 * _square_sum(right)
-            for sides, places, _ in kinds:
-                place = places[h]
-                if place is None:
-                    place = places[h] = torch.zeros_like(sides[h])
-                place[begin:end].addmm_(difference, sides[h][begin:])
-                place[end:].addmm_(right.T, sides[h][begin:end])
-    for h in heads:
-        losses[h] = totals[h] / rows**2
-        for _, places, sign in kinds:
-            place = places[h]
-            assert place is not None
-            place.mul_(sign * 4.0 / rows**2)
+            for side, place in ((head, own[h]), (target, of_teacher[h])):
+                if place is not None:
+                    place[begin:end].addmm_(difference, side.rows[begin:])
+                    place[end:].addmm_(right.T, side.rows[begin:end])
+    for part, factor in [*((part, scale) for part in own), *((part, -scale) for part in of_teacher)]:
+        if part is not None:
+            part.mul_(factor)
+    gradients = [head.backward(part) for head, part in zip(heads, own, strict=True)]
+    return totals, gradients, [target.backward(part) for part in of_teacher]
+
+
+# Kernels.
+
+
+def kernel_parts() -> Parts:
+    """Return the parts with kernels for a GPU."""
+    from jasper_fast.kernels import feature_form, pair_losses
+    from jasper_fast.kernels.strips import WORKSPACE, Rows
+
+    def normalize_all(students: list[Tensor], teacher: Tensor) -> tuple[list[Rows], Rows]:
+        return [Rows.of(student) for student in students], Rows.of(teacher)
+
+    def tries_features(h: int, students: list[Tensor], teacher: Tensor, teacher_gradient: bool) -> bool:
+        (count, teacher_width), width = teacher.shape, students[h].shape[1]
+        fits = 4 * max(width, teacher_width) * teacher_width <= WORKSPACE
+        # The host waits to see if the sums cancel, which a capture of a graph does not allow.
+        captured = teacher.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not fits or captured or count**2 * width < cost.WORTH_WAITING:
+            return False
+        passes = cost.PASSES.get(students[h].dtype, 1.0)
+        return cost.feature_form_is_cheaper(
+            count, width, teacher_width, teacher_gradient, heads=len(students), passes=passes
+        )
+
+    return Parts(normalize_all, feature_form.features, feature_form.gradient, pair_losses.tiles, tries_features)

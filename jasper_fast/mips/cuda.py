@@ -132,11 +132,11 @@ def _lower_bounds(scan: Scan, segment: Segment, step: int) -> Tensor:
     from jasper_fast.kernels import mips as kernels
 
     if step == 1:
-        return kernels.lower_bounds(scan, BIN)
+        return kernels.lower_bounds(scan)
     drawn = sample(segment, scan.rows, step)
     mask = None if scan.mask is None else scan.mask[..., drawn.numbers].contiguous()
     scales = (drawn.scales, scan.scales[1])
-    return kernels.lower_bounds(replace(scan, rows=drawn.rows, scales=scales, mask=mask, norms=drawn.norms), 1)
+    return kernels.lower_bounds(replace(scan, rows=drawn.rows, scales=scales, mask=mask, norms=drawn.norms))
 
 
 def search_cuda(
@@ -166,7 +166,7 @@ def search_cuda(
     threshold, spares, counts, more = _thresholds(_lower_bounds(scan, segment, chosen.step), chosen, state)
     rounding = mips.ROUNDING if many else 0.0
     found = mips.collect(scan, threshold, counts, chosen.capacity)
-    collected = Collected(counts, *found, threshold, scan.norms, scan.limits, rounding, spares)
+    collected = Collected(counts, *found, threshold, scan.norms, scan.limits, spares, rounding)
     own = state.part(slice(None))
     own.missed = torch.empty_like(state.missed)  # not read, because `again` says which queries to scan again
     again = rerank(collected, segment, first_id, queries, own, proven)
@@ -214,7 +214,8 @@ def _repair(
         mask = scan.mask if scan.mask is None or scan.mask.dim() == 1 else scan.mask[order]
         scan = scan_of(segment, scan.rows, queries, mask, proven, False)
     found = mips.collect(scan, thresholds, counts, capacity, wanted=wanted)
-    rerank(Collected(counts, *found, thresholds, scan.norms, scan.limits), segment, first_id, queries, own, proven)
+    collected = Collected(counts, *found, thresholds, scan.norms, scan.limits, thresholds)
+    rerank(collected, segment, first_id, queries, own, proven)
     if order is not None:
         for name in ("best", "counts", "cutoffs", "broken", "missed"):
             getattr(state, name)[order] = getattr(own, name)
@@ -242,7 +243,10 @@ def operands(
     for given, rounded in ((segment.rows.dtype, rows.dtype), (rows.dtype, dtype)):
         if given != rounded and given != torch.int8:  # each element rounded
             product += torch.finfo(rounded).eps / 2 * (1 + product)
-    return mips_prologue.operands(queries.exact, dtype, product, width * UNDERFLOW, proven)
+    scan_queries, scales, limits = mips_prologue.operands(queries.exact, dtype, product, width * UNDERFLOW)
+    if not proven:
+        limits = torch.zeros_like(limits[0]), torch.zeros_like(limits[1])
+    return scan_queries, scales, limits
 
 
 def _thresholds(lower: Tensor, chosen: Plan, state: TopKState) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -93,8 +93,7 @@ def rerank_in_torch(
         true = scores.masked_fill(~possible, -torch.inf)
     state.missed |= missed
     state.merge_table(true, numbers + first_id)
-    spares = collected.thresholds if collected.spares is None else collected.spares
-    return torch.where(counts < k, spares, cutoff).where(missed, torch.inf)
+    return torch.where(counts < k, collected.spares, cutoff).where(missed, torch.inf)
 
 
 def just_below(cutoffs: Tensor) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 # Below this fraction of |S'S|^2 + |T'T|^2 the feature form has lost about three of its seven digits to cancellation.
 # Of bfloat16 rows on a GPU it has five digits: errors are up to 7e-6 of the sums, 0.7 % of the loss at this fraction.
 CANCELLATION = 1e-3
+# On a GPU: products of the feature form in the time of one of the tile form's. float16 leaves the tensor cores.
+PASSES = {torch.bfloat16: 2.0, torch.float16: 12.0}
+WORTH_WAITING = 2.0**38  # multiply-adds that take 2 ms on a GPU, for which the host waits to see if the sums cancel
 
 
 def feature_form_is_cheaper(

@@ -44,9 +44,28 @@ def test_every_form_compiles():
 
 
 def test_the_table_is_drawn_from_the_committed_result():
-    found = json.loads((ROOT / compile_matrix.OUT).read_text())
-    assert (ROOT / compile_matrix.TABLE).read_text() == compile_matrix.table(found)
+    found, versions = (json.loads((ROOT / file).read_text()) for file in (compile_matrix.OUT, compile_matrix.VERSIONS))
+    assert (ROOT / compile_matrix.TABLE).read_text() == compile_matrix.table(found, versions)
     assert not [fault for entry in found["forms"] for fault in entry["faults"]]
+
+
+def test_other_versions_compile_all_forms_within_their_limits():
+    versions = json.loads((ROOT / compile_matrix.VERSIONS).read_text())
+    committed = json.loads((ROOT / compile_matrix.OUT).read_text())
+    assert {version[:3] for version in versions} | {committed["triton"][:3]} == set(compile_matrix.STACK)
+    for version, found in versions.items():
+        assert not found["errors"] and found["compilations"] == len(committed["forms"]) and found["whole"], version
+        allowed = compile_matrix.allowed_stack(version)
+        for kind, stack in found["stack"].items():
+            assert max(stack.values()) <= allowed.get(kind, 0), (version, kind)
+
+
+def test_the_stack_of_kinds_is_the_largest_of_their_forms():
+    names = ("kind", "sm", "stack")
+    forms = [dict(zip(names, v, strict=True)) for v in (("a", 80, 8), ("a", 80, 24), ("a", 90, 0), ("b", 90, 16))]
+    found = compile_matrix.stack_of_kinds({"whole": True, "forms": [*forms, {"kind": "b", "sm": 80, "error": "x"}]})
+    stack = {"a": {"sm_80": 24}, "b": {"sm_90": 16}}
+    assert found == {"whole": True, "compilations": 5, "errors": 1, "stack": stack}
 
 
 def test_the_committed_result_has_these_forms():

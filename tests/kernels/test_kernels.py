@@ -17,8 +17,10 @@ from jasper_fast.losses import (
     relative_similarity_loss,
     similarity_loss,
 )
+from jasper_fast.losses.similarity import compute_by_form, kernel_parts
 from jasper_fast.ops import cost
 from jasper_fast.ops.dispatch import gradient_dtype
+from jasper_fast.ops.products import multiply
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt")
 
@@ -47,6 +49,11 @@ def _poisoned_memory(monkeypatch):
             return out.fill_(float("nan") if out.is_floating_point() else 2**30)
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+def similarity_by_kernels(*arguments):
+    """Compute the operator's results, on a CPU too."""
+    return compute_by_form(kernel_parts(), *arguments)
 
 
 def vectors(count: int, width: int, dtype: str, scale: float = 1.0) -> torch.Tensor:
@@ -91,8 +98,8 @@ def check_similarity(student, teacher, method, found, bound):
 @pytest.mark.parametrize("method, bound", [("tile", 1e-6), ("feature", 1e-5)])
 def test_similarity(shape, dtype, method, bound):
     student, teacher = vectors(shape[0], shape[1], dtype, 3.0), vectors(shape[0], shape[2], dtype)
-    check_similarity(student, teacher, method, pair_losses.similarity([student], teacher, method, True, True), bound)
-    (value,), (none,), (neither,) = pair_losses.similarity([student], teacher, method, False, False)
+    check_similarity(student, teacher, method, similarity_by_kernels([student], teacher, method, True, True), bound)
+    (value,), (none,), (neither,) = similarity_by_kernels([student], teacher, method, False, False)
     assert value.isfinite() and none.numel() == neither.numel() == 0
 
 
@@ -123,12 +130,12 @@ def test_row_blocks_heads_and_layouts(dtype, monkeypatch):
         monkeypatch.setattr(strips, "STEP", 16)
         monkeypatch.setattr(pair_losses, "COLUMNS", 16)
     monkeypatch.setattr(strips, "WORKSPACE", 0)  # the lowest strips
-    value = pair_losses.similarity(loose, teacher, "tile", True, True)
+    value = similarity_by_kernels(loose, teacher, "tile", True, True)
     softmax = pair_losses.neighbourhood(loose, teacher, 0.05, True)
     monkeypatch.setattr(strips, "WORKSPACE", 2**30)
     monkeypatch.setattr(pair_losses, "COLUMNS", 1024)
     for h, student in enumerate(students):
-        whole = pair_losses.similarity([student], teacher.contiguous(), "tile", True, True)
+        whole = similarity_by_kernels([student], teacher.contiguous(), "tile", True, True)
         close = {"rtol": 2e-2, "atol": 1e-6} if dtype == "bfloat16" else {"rtol": 2e-3, "atol": 1e-6}
         torch.testing.assert_close(value[0][h], whole[0][0], rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(value[1][h], whole[1][0], **close)
@@ -146,14 +153,14 @@ def test_similarity_of_rows_with_a_common_direction(shape, dtype):
     unit = torch.nn.functional.normalize(student)
     assert 0.4 < (unit @ unit.T).mean() < 0.8
     student, teacher = student.to(getattr(torch, dtype)), teacher.to(getattr(torch, dtype))
-    found = pair_losses.similarity([student], teacher, "tile", True, True)
+    found = similarity_by_kernels([student], teacher, "tile", True, True)
     check_similarity(student, teacher, "tile", found, 1e-5)
 
 
 def test_float16_weights_are_rounded_to_nearest():
     """Weights that are cut off to TF32 would shrink the gradient by 4e-4."""
     student, teacher = vectors(60, 20, "float16"), vectors(60, 20, "float16")
-    _, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+    _, (gradient,), _ = similarity_by_kernels([student], teacher, "tile", True, False)
     _, expected, _ = wanted(reference.similarity_loss, student, teacher)
     length = (gradient.double() * expected).sum() / expected.square().sum()
     assert abs(length - 1) <= 5e-5
@@ -165,21 +172,21 @@ def test_cancellation_of_the_feature_form(dtype):
     student = vectors(100, 24, dtype)
     teacher = student + 0.03 * vectors(100, 24, dtype)
     value, _, _ = wanted(reference.similarity_loss, student, teacher)
-    (loss,), _, _ = pair_losses.similarity([student], teacher, "feature", False, False)
+    (loss,), _, _ = similarity_by_kernels([student], teacher, "feature", False, False)
     s, t = (reference.normalise(v.double()) for v in (student, teacher))
     sums = ((s.T @ s).square().sum() + (t.T @ t).square().sum()) / len(s) ** 2
     assert abs(loss - value) <= 0.01 * cost.CANCELLATION * sums
 
 
 def test_auto_leaves_the_feature_form_if_its_sums_cancel(monkeypatch):
-    monkeypatch.setattr(pair_losses, "WORTH_WAITING", 0.0)
+    monkeypatch.setattr(cost, "WORTH_WAITING", 0.0)
     count = 6000 if GPU else 40
     assert cost.feature_form_is_cheaper(count, 8, 8, True)
     teacher = vectors(count, 8, "float32")
     far, near = vectors(count, 8, "float32"), teacher + 1e-4 * vectors(count, 8, "float32")
     for student, method in ((far, "feature"), (near, "tile")):
-        found = pair_losses.similarity([student], teacher, "auto", True, True)
-        same = pair_losses.similarity([student], teacher, method, True, True)
+        found = similarity_by_kernels([student], teacher, "auto", True, True)
+        same = similarity_by_kernels([student], teacher, method, True, True)
         torch.testing.assert_close(found, same, rtol=0, atol=0)
 
 
@@ -197,8 +204,8 @@ def test_the_only_neighbour_has_no_gradient(dtype):
 def test_huge_tiny_zero_and_broken_rows(dtype):
     student, teacher = vectors(20, 6, dtype), vectors(20, 9, dtype)
     scales = torch.logspace(-25, 25, 20).to(DEVICE)[:, None]
-    value, (gradient,), _ = pair_losses.similarity([student * scales.to(student.dtype)], teacher, "tile", True, False)
-    plain, (expected,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+    value, (gradient,), _ = similarity_by_kernels([student * scales.to(student.dtype)], teacher, "tile", True, False)
+    plain, (expected,), _ = similarity_by_kernels([student], teacher, "tile", True, False)
     coarse = 2e-2 if dtype == "bfloat16" else 1e-5
     torch.testing.assert_close(value, plain, rtol=coarse, atol=0)
     torch.testing.assert_close(
@@ -206,8 +213,8 @@ def test_huge_tiny_zero_and_broken_rows(dtype):
     )
     student[3] = 0.0
     for call in (
-        lambda s: pair_losses.similarity([s], teacher, "tile", True, False)[:2],
-        lambda s: pair_losses.similarity([s], teacher, "feature", True, False)[:2],
+        lambda s: similarity_by_kernels([s], teacher, "tile", True, False)[:2],
+        lambda s: similarity_by_kernels([s], teacher, "feature", True, False)[:2],
         lambda s: pair_losses.neighbourhood([s], teacher, 0.05, True),
     ):
         value, (gradient,) = call(student)
@@ -245,8 +252,8 @@ def test_products_of_the_library(dtype):
     a, x = vectors(90, 70, dtype).T, vectors(90, 75, dtype)
     out = strips.empty_strip(80, 75, torch.float32, x.device)[:70]
     expected = a.double() @ x.double()
-    torch.testing.assert_close(strips.multiply(a, x, out).double(), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(strips.multiply(a, x, out, add=True).double(), 2 * expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(a, x, out).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(a, x, out, add=True).double(), 2 * expected, rtol=1e-5, atol=1e-4)
 
 
 # From here on a GPU is needed: what an interpreter cannot show.

@@ -19,7 +19,10 @@ on_gpu = pytest.mark.gpu
 FLOATS = ["float32", "float16", pytest.param("bfloat16", marks=on_gpu)]
 # Q, M, D, E, K: single rows, less than a tile, odd, several steps of columns and of candidates.
 SHAPES = [(1, 1, 5, 3, 1), (2, 3, 3, 7, 2), (3, 11, 17, 9, 18)]
-LARGE = [pytest.param(shape, marks=on_gpu) for shape in ((1000, 3001, 384, 100, 33), (2049, 8192, 1024, 768, 16))]
+LARGE = [
+    pytest.param(shape, marks=on_gpu, id=f"for-gpu-{shape[0]}")
+    for shape in ((1000, 3001, 384, 100, 33), (2049, 8192, 1024, 768, 16))
+]
 
 
 class Case:

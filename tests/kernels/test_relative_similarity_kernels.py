@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 
-from jasper_fast.losses import relative_binned, relative_exact  # noqa: E402
+from jasper_fast.losses import relative_binned, relative_exact
+from jasper_fast.ops import products
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
 import triton  # noqa: E402
 
-from jasper_fast.kernels import dominance_counts, pairs, relative_similarity_exact, strips  # noqa: E402
+from jasper_fast.kernels import dominance_counts, pairs  # noqa: E402
 from tests.helpers.pair_counts import DEVICE, EQUAL, MARGINS, SPECIAL, count_as_on_the_cpu  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def test_dominance_counts_as_brute_force_does(places):
     x = torch.randn(places).sort().values
     x[places // 3 : places // 2] = x[places // 3]
     place = torch.randperm(places).int()
-    events = relative_similarity_exact.merged(x.to(DEVICE), place.to(DEVICE), 0.3)
+    events = relative_exact.merged(x.to(DEVICE), place.to(DEVICE), 0.3)
     up, low = dominance_counts.dominance(events)
     wanted_up, wanted_low = brute_force(place, x, 0.3)
     assert torch.equal(up.cpu().long(), wanted_up)
@@ -42,7 +43,7 @@ def test_many_passes_with_small_leaves(monkeypatch):
     for name, value in (("LEAF_BITS", 3), ("LEAF", 8), ("BLOCK", 64)):
         monkeypatch.setattr(dominance_counts, name, value)
     x, place = torch.randn(200).sort().values, torch.randperm(200).int()
-    up, low = dominance_counts.dominance(relative_similarity_exact.merged(x.to(DEVICE), place.to(DEVICE), 0.1))
+    up, low = dominance_counts.dominance(relative_exact.merged(x.to(DEVICE), place.to(DEVICE), 0.1))
     wanted_up, wanted_low = brute_force(place, x, 0.1)
     assert torch.equal(up.cpu().long(), wanted_up)
     assert torch.equal(low.cpu().long(), wanted_low)
@@ -61,6 +62,14 @@ def test_counts_of_drawn_scores(seed):
     count_as_on_the_cpu(values, draw.choice(MARGINS), draw.random() < 0.5)
 
 
+@pytest.mark.parametrize("exclude_ties", [True, False])
+def test_counts_of_float64_scores(exclude_ties):
+    """Differences that float32 would lose decide."""
+    draw = random.Random(0)
+    values = [(draw.choice(EQUAL) + draw.uniform(0, 1e-12), draw.choice(EQUAL)) for _ in range(300)]
+    count_as_on_the_cpu(values, 0.015, exclude_ties, torch.float64)
+
+
 def test_ends_of_runs_longer_than_a_block():
     """The counts inside groups of equal teacher scores are subtracted completely."""
     teacher = torch.cat((torch.zeros(1500), torch.ones(700)))
@@ -70,7 +79,7 @@ def test_ends_of_runs_longer_than_a_block():
     up[:1500] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=1)
     low[1500:] -= (student[:1500, None] > student[None, 1500:] - 0.5).sum(dim=0)
     up, low = up.int().to(DEVICE), low.int().to(DEVICE)
-    relative_similarity_exact.subtract_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
+    relative_exact.subtract_ties(up, low, teacher.to(DEVICE), student.to(DEVICE), 0.5)
     assert not up.any()
     assert not low.any()
 
@@ -173,14 +182,14 @@ def test_products_are_in_full_float32(monkeypatch, set_by):
         return plain(*arguments, **options)
 
     monkeypatch.setattr(torch, "addmm", spy)
-    strips.multiply(torch.ones(2, 3), torch.ones(3, 2))
+    products.multiply(torch.ones(2, 3), torch.ones(3, 2))
     assert seen.pop() in ("none", "ieee")
     try:
         if set_by == "older":
             torch.set_float32_matmul_precision("medium")
         else:
             matmul.fp32_precision = "tf32"
-        strips.multiply(torch.ones(2, 3), torch.ones(3, 2))
+        products.multiply(torch.ones(2, 3), torch.ones(3, 2))
         assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
         assert set_by == "newer" or torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -202,7 +211,7 @@ def test_millions_of_pairs_on_a_gpu(levels, exclude_ties):
         x, t = ((v * levels).round() / levels for v in (x, t))
     wanted = relative_exact.pair_counts(x[None], t, 0.015, exclude_ties)
     for _ in range(2):
-        found = relative_similarity_exact.pair_counts(x[None].cuda(), t.cuda(), 0.015, exclude_ties)
+        found = relative_exact.pair_counts(x[None].cuda(), t.cuda(), 0.015, exclude_ties)
         assert torch.equal(found[0].cpu(), wanted[0])
         assert torch.equal(found[1].cpu(), wanted[1])
 

@@ -32,8 +32,8 @@ def counts(student: torch.Tensor, teacher: torch.Tensor, margin: float, ties: st
 
 
 def fallback_counts(student: torch.Tensor, teacher: torch.Tensor, margin: float, ties: str):
-    gradient, low, dot = relative_exact._pair_counts_torch(student, teacher, margin, ties == "exclude")
-    return gradient, int(low), float(dot)
+    gradient, low, dot = relative_exact.count_pairs(student[None], teacher, margin, ties == "exclude")
+    return gradient[0], int(low), float(dot)
 
 
 def counts_of_some(student: torch.Tensor, teacher: torch.Tensor, margin: float, ties: str, rows: torch.Tensor):
@@ -96,6 +96,16 @@ def test_counts_over_many_buckets(levels, ties):
     assert dot == pytest.approx(torch_dot, rel=1e-12)
     rows = torch.arange(0, 40_000, 401)
     assert torch.equal(gradient[rows].long(), counts_of_some(student, teacher, 0.015, ties, rows))
+
+
+@pytest.mark.parametrize("ties", ["exclude", "label"])
+def test_counts_of_more_pairs_than_32_bits_hold(monkeypatch, ties):
+    student, teacher = scores(1, 500, 300), scores(2, 500, 20)
+    wanted = counts(student, teacher, 0.015, ties)
+    monkeypatch.setattr(relative_exact, "MAX_PLACES", 0)
+    found = fallback_counts(student, teacher, 0.015, ties)
+    assert torch.equal(found[0], wanted[0]) and found[0].dtype == torch.int32
+    assert found[1:] == (wanted[1], pytest.approx(wanted[2], rel=1e-12))
 
 
 def test_counts_do_not_depend_on_the_number_of_threads_or_heads():

@@ -14,6 +14,7 @@ from jasper_fast.mips import cuda, top_k, topk
 from jasper_fast.mips.cpu import Queries
 from jasper_fast.mips.segment import BIN
 from jasper_fast.mips.topk_state import TopKState
+from jasper_fast.ops import products
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -r requirements-ci.txt (no GPU needed)")
 
@@ -80,11 +81,11 @@ def test_products_are_added_in_float32(monkeypatch):
     before = settings.allow_bf16_reduced_precision_reduction
     corpus, queries = torch.randn(300, 16, dtype=torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16)
     for _ in mips_chunks.chunks(corpus, queries):
-        assert settings.allow_bf16_reduced_precision_reduction == before and not mips_chunks._lock.locked()
+        assert settings.allow_bf16_reduced_precision_reduction == before and not products._lock.locked()
     assert seen == [False, False]
-    with pytest.raises(RuntimeError), mips_chunks._full_precision():
+    with pytest.raises(RuntimeError), products.bfloat16_sums_in_float32():
         raise RuntimeError
-    assert settings.allow_bf16_reduced_precision_reduction == before and not mips_chunks._lock.locked()
+    assert settings.allow_bf16_reduced_precision_reduction == before and not products._lock.locked()
 
 
 def test_rounded_scores_are_within_their_errors(monkeypatch):

@@ -135,8 +135,8 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     scales = (segment.scales if stored == "int8" else None, scale)
     assert (scale is not None) == (stored == "int8" and not many)
     norms = segment.norms.float()
-    scan = kernels.Scan(segment.rows, asked, scales, valid, norms, limits)
-    lower = kernels.lower_bounds(scan, BIN, descriptors).cpu().double()
+    scan = kernels.Scan(segment.rows, asked, scales, valid, norms, limits, descriptors)
+    lower = kernels.lower_bounds(scan).cpu().double()
     true = (queries.exact.cpu() @ values.T).masked_fill(~valid.cpu(), -torch.inf)
     best = torch.stack(
         [segments.bin_maxima(torch.nn.functional.pad(row, (0, -rows % 64), value=-torch.inf)) for row in true]
@@ -148,7 +148,7 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
     assert (best - lower)[:, [0, 2, 3]].le(2 * error[:, [0, 2, 3]]).all()
     threshold = true.topk(20, dim=1).values[:, -1].float().to(DEVICE)
     counts = torch.zeros(size, dtype=torch.int32, device=DEVICE)
-    scores, numbers = kernels.collect(scan, threshold, counts, 64, descriptors)
+    scores, numbers = kernels.collect(scan, threshold, counts, 64)
     for q in range(size):
         count = min(int(counts[q]), 64)
         got = numbers[q, :count].tolist()
@@ -159,7 +159,7 @@ def test_the_kernels_one_by_one(stored, size, descriptors):
         assert (scores[q, count:].isnan()).all()
     everything = torch.full_like(threshold, -torch.inf)
     counts.zero_()
-    kernels.collect(scan, everything, counts, 16, descriptors)
+    kernels.collect(scan, everything, counts, 16)
     assert (counts == valid.sum()).all()
     query, row = torch.arange(size, device=DEVICE), torch.arange(size, device=DEVICE) % 7 - 1
     exact = rescore(queries.exact, segment.rows, scales[0], query, row).cpu()

@@ -5,6 +5,7 @@ Memory beyond the counts must not matter, and `_poisoned_memory` fills it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -54,7 +55,7 @@ def collected(
         own = reach[q].nonzero()[:, 0]
         own = own[torch.randperm(len(own)).to(DEVICE)][:capacity]
         found[q, : len(own)], rows[q, : len(own)] = scores[q, own], own.int()
-    return Collected(reach.sum(dim=1).int(), found, rows, thresholds, norms, limits)
+    return Collected(reach.sum(dim=1).int(), found, rows, thresholds, norms, limits, thresholds)
 
 
 def states(size: int, k: int) -> tuple[TopKState, TopKState]:
@@ -203,8 +204,8 @@ def test_earlier_results_are_a_cutoff():
     held = both(collected(segment, queries, 9, 1024), segment, 0, queries, pair)
     found = collected(weak, queries, 9, 1024)
     known = rerank.just_below(pair[0].cutoffs)
-    none = torch.zeros_like(found.counts)
-    found = Collected(none, found.scores.fill_(torch.nan), found.rows.fill_(99), known, found.norms, found.limits)
+    found.scores.fill_(torch.nan), found.rows.fill_(99)
+    found = replace(found, counts=torch.zeros_like(found.counts), thresholds=known, spares=known)
     after = both(found, weak, 200, queries, pair)
     assert torch.equal(held[0], after[0]) and torch.equal(held[1], after[1]) and not pair[0].missed.any()
 
@@ -278,7 +279,7 @@ def test_queries_are_rounded_and_bounded(dtype, width):
     given = torch.randn(9, width, dtype=torch.float64, device=DEVICE)
     given[1] = 0
     queries = Queries.of(given)
-    asked, scales, (relative, absolute) = mips_prologue.operands(queries.exact, dtype, 1e-4, 1e-30, True)
+    asked, scales, (relative, absolute) = mips_prologue.operands(queries.exact, dtype, 1e-4, 1e-30)
     if dtype == torch.int8:
         wanted = (queries.exact.abs().amax(dim=1) / 127).float()
         wanted[1] = 1
@@ -292,8 +293,14 @@ def test_queries_are_rounded_and_bounded(dtype, width):
     least = bounds(scanned, queries, 1e-4)[:, 0]
     assert (relative.double() >= least).all() and (relative.double() <= least * (1 + 4e-6)).all()
     assert (absolute.double() >= 1e-30).all() and (absolute <= 1.00001e-30).all()
-    _, _, limits = mips_prologue.operands(queries.exact, dtype, 1e-4, 1e-30, False)
-    assert not torch.cat(limits).any()
+
+
+def test_the_order_of_scores_that_need_no_proof_has_no_errors():
+    segment, _ = segment_of(torch.randn(70, 17), "float32")
+    queries = Queries.of(torch.randn(3, 17, device=DEVICE))
+    for proven in (True, False):
+        _, _, limits = cuda.operands(segment, segment.rows, queries, proven)
+        assert bool(torch.cat(limits).any()) == proven
 
 
 def lasting(rows: int, width: int) -> tuple[Segment, Tensor]:

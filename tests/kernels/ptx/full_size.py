@@ -64,10 +64,10 @@ def strips() -> Iterator[Launch]:
 def scores() -> Iterator[Launch]:
     from jasper_fast.kernels import pairs
 
-    tile, options = pairs.TILE, {"num_warps": pairs.WARPS, "num_stages": pairs.STAGES}
+    tile = pairs.TILE
     x, packed = V((ROWS, 1024), F32), V((ROWS * (ROWS - 1) // 2,), F32)
     grid = (_ceil(ROWS, tile["BLOCK_M"]) * _ceil(ROWS, tile["BLOCK_N"]),)
-    yield "pair_scores", lambda: pairs.pair_scores_kernel[grid](x, packed, ROWS, 1024, 1024, **tile, **options)
+    yield "pair_scores", lambda: pairs.pair_scores_kernel[grid](x, packed, ROWS, 1024, 1024, **tile)
     counts, matrix, tiles = V((ROWS * (ROWS - 1) // 2,), I32), V((ROWS, ROWS), F32), _ceil(ROWS, pairs.SIDE)
     yield (
         "unpack",
@@ -140,7 +140,7 @@ def search() -> Iterator[Launch]:
         counts, scores, numbers = V((queries,), I32), V((queries, capacity), F32), V((queries, capacity), I32)
         bounds, bins = V((queries, rows // 64), F32), rows // 64
         first = 0 if dtype else rows - chunk  # the last chunk
-        programs = _ceil(rows - first, tile.m) * _ceil(queries, tile.n)
+        programs = mips._tiles(rows - first, queries, tile)
         scales = (V((rows,), F32), V((queries,), F32)) if dtype == I8 else (None, None)
         for descriptors in (False,) if masked or dtype is None else (True, False):
             factors: list[Any] = [V((chunk, queries), I16), None]
@@ -150,12 +150,12 @@ def search() -> Iterator[Launch]:
             if descriptors:
                 from triton.tools.tensor_descriptor import TensorDescriptor
 
-                boxes = ([tile.m, tile.k], [tile.n, tile.k])
+                boxes = ([tile[side], tile["BLOCK_K"]] for side in ("BLOCK_M", "BLOCK_N"))
                 factors = [
                     TensorDescriptor(t, list(t.shape), [width, 1], box) for t, box in zip(factors, boxes, strict=True)
                 ]
             operands = (*factors, *scales, mask, norms)
-            options = {"ROWS_PER_NORM": 64, "DESCRIPTORS": descriptors, "PRECISION": "tf32x3", **tile.launch}
+            options = {"ROWS_PER_NORM": 64, "DESCRIPTORS": descriptors, "PRECISION": "tf32x3", **tile}
             stride_v = rows if mask else 0
 
             def collect(

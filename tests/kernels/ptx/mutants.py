@@ -70,7 +70,8 @@ def study(emulator: driver.Emulator, kernel: str, call: Call, kind: str, limit: 
 def calls() -> dict[str, Call]:
     """Return a call for each kernel under study."""
     from jasper_fast.kernels import dominance_counts, pair_losses, pairs
-    from jasper_fast.kernels import relative_similarity_exact as exact
+    from jasper_fast.kernels.strips import Rows
+    from jasper_fast.losses.relative_exact import merged
 
     torch.manual_seed(0)
     student, teacher = torch.randn(9, 20).bfloat16(), torch.randn(9, 15).bfloat16()
@@ -78,10 +79,10 @@ def calls() -> dict[str, Call]:
 
     def dominance(places: int) -> Call:
         x, place = torch.randn(places).sort().values, torch.randperm(places).int()
-        return lambda: dominance_counts.dominance(exact.merged(x, place, 0.3))
+        return lambda: dominance_counts.dominance(merged(x, place, 0.3))
 
     def losses() -> tuple[Tensor, ...]:
-        found, (gradient,), _ = pair_losses.similarity([student], teacher, "tile", True, False)
+        found, (gradient,), _ = pair_losses.tiles([Rows.of(student)], Rows.of(teacher), 1.0, True, False)
         other, (other_gradient,) = pair_losses.neighbourhood([student], teacher, 0.05, True)
         return found, gradient, other, other_gradient
 
