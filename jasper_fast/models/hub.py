@@ -247,7 +247,7 @@ def prompt_of(prompts: Mapping[str, str | None], role: str) -> str:
 
 
 def is_weights(file: Path) -> bool:
-    """Return True for a file of PyTorch weights. The ``.bin`` next to an OpenVINO graph (``.xml``) is none."""
+    """Return True for a file of PyTorch weights, and False for the ``.bin`` of an OpenVINO graph (``.xml``)."""
     return any(file.match(glob) for glob in WEIGHTS) and not (
         file.suffix == ".bin" and file.with_suffix(".xml").is_file()
     )
