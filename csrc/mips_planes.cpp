@@ -471,27 +471,36 @@ class Search {
       results_.counts[number * 2 + 1] += (int64_t)kept.size();
       results_.top(number).merge(kept.data(), (int64_t)kept.size());
     });
-    std::atomic<int64_t> seen = 0, kept = 0, left = 0;  // pairs of a query and a row: looked at, refined, rescored
+    // Pairs of a query and a row: looked at, refined, rescored. A part is added to the first before it is added to the
+    // others, and they are read before the first. So a part whose counts are half added does not look crowded.
+    std::atomic<int64_t> seen = 0, kept = 0, left = 0;
+    const auto often = [&](const std::atomic<int64_t>& pairs, int64_t factor) {
+      const int64_t number = pairs;
+      return number * factor > seen;
+    };
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
         const int64_t begin = bins_ * part / parts, end = bins_ * (part + 1) / parts;
         Found* own = found.data() + part;
-        if (proven_ && size_ > 1 && left * kCrowded > seen) {
+        if (proven_ && size_ > 1 && often(left, kCrowded)) {
           rescore_all(begin, end, chosen, own, parts);
           continue;
         }
-        const bool together = proven_ && size_ >= kMinTogether && rows_.width <= kMaxWidth && kept * kKept > seen;
+        const bool together = proven_ && size_ >= kMinTogether && rows_.width <= kMaxWidth && often(kept, kKept);
         if (together) filter_together(begin, end, chosen, own, parts);
+        int64_t own_kept = 0, own_left = 0;
         for (int64_t q = 0; q < size_; ++q) {
           Found& of_query = own[q * parts];
           const double cutoff = results_.cutoffs[first_query_ + q];
           if (!together) {
             chunk_of(q).filter(begin, end, cutoff, chosen[q], of_query.rows, &of_query.broken, &of_query.counts);
           }
-          kept += of_query.counts.coarse;
-          left += of_query.counts.rescored;
+          own_kept += of_query.counts.coarse;
+          own_left += of_query.counts.rescored;
         }
         seen += (end - begin) * kBin * size_;
+        kept += own_kept;
+        left += own_left;
       }
     });
     each_query([&](int64_t q, int64_t number) {
