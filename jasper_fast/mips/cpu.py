@@ -30,8 +30,8 @@ MIN_PAIRS_QUERIES = 2  # One query is limited by memory, and its float32 values 
 TILE_ROWS, TILE_QUERIES = 2048, 256  # of one library product; its 2 MB of scores stay in the cache
 QUERIES_AT_ONCE = 64  # of a search of planes
 # The first 16 of 64 or more queries decide how the others are searched. It is by products, if 4-bit scores keep more
-# than a fraction of the rows, and 7-bit scores a fraction between two others. With fewer, codes are faster. With more,
-# the scores are near-ties.
+# than a fraction of the rows, and 7-bit scores a fraction between two others. With fewer, codes are faster than fp32
+# products, but not than bf16 ones. With more, the scores are near-ties.
 SAMPLED_QUERIES, MIN_SAMPLED, MAX_KEPT_SHARE, RESCORED_SHARES = 16, 64, 0.15, (0.04, 0.15)
 SUMS_AT_ONCE = 1 << 23  # maximum number of products in memory, 4 bytes each
 UNDERFLOW = 2.0**-125
@@ -243,7 +243,8 @@ def search_planes(
     before = state.survivors[sample].sum(dim=0)
     scan(sample)
     kept = (state.survivors[sample].sum(dim=0) - before) / (SAMPLED_QUERIES * len(segment))
-    if kept[0] > MAX_KEPT_SHARE and RESCORED_SHARES[0] < kept[1] < RESCORED_SHARES[1]:
+    least = 0.0 if multiply_in_bf16() else RESCORED_SHARES[0]
+    if kept[0] > MAX_KEPT_SHARE and least <= kept[1] < RESCORED_SHARES[1]:
         return SAMPLED_QUERIES
     scan(slice(SAMPLED_QUERIES, size))
     return size
@@ -330,4 +331,4 @@ def _low_precision_allowed() -> bool:
 
 def multiply_in_bf16() -> bool:
     """Return True if library products in bf16 save more time on this CPU than their wider bounds cost."""
-    return env.cpu_has_amx_bf16()
+    return env.cpu_bf16_is_fast()

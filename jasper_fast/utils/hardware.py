@@ -23,12 +23,7 @@ def cpu_bf16_is_fast() -> bool:
     long. Other CPUs emulate bf16, up to 300 times slower.
     """
     on_amd = cpu_vendor() == AMD and AVX512_BF16 in cpu_features() and _onednn_uses("BF16", "FP16", "AVX10", "AMX")
-    return on_amd or cpu_has_amx_bf16()
-
-
-def cpu_has_amx_bf16() -> bool:
-    """Return True if oneDNN multiplies bf16 matrices by AMX on this CPU."""
-    return AMX_BF16 in cpu_features() and _onednn_uses("AMX")
+    return on_amd or (AMX_BF16 in cpu_features() and _onednn_uses("AMX"))
 
 
 def _onednn_uses(*sets: str) -> bool:
