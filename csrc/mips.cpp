@@ -29,9 +29,9 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx512vnni, avx512, avx2 or generic selects
-// narrower ones, for tests and comparison. Products of pairs are twice as fast as others on AMD's processors. They were
-// not measured on others.
+// Returns the widest kernels that this processor supports. JASPER_FAST_ISA=avx512bf16, avx512vnni, avx512, avx2 or generic
+// selects others, for tests and comparison. Products of bfloat16 pairs are chosen on AMD's processors alone, since they
+// were not measured on others.
 const MipsKernels& choose_kernels() {
 #if defined(__x86_64__)
   const char* given = std::getenv("JASPER_FAST_ISA");
@@ -484,7 +484,7 @@ void mips_few(const Tensor& scan_queries, const Tensor& query_scales, bool fill_
   STD_TORCH_CHECK(!pairs || kernels().products_pairs, "mips: this processor has no products of bfloat16 pairs");
   STD_TORCH_CHECK(scan_queries.is_contiguous() && scan_queries.numel() == size * width &&
                       (pairs || scan_queries.scalar_type() == (integers ? ScalarType::Short : ScalarType::Float)),
-                  "mips: expected int16 queries for int8 rows, else float32 queries, (Q, D)");
+                  "mips: expected int16 queries for int8 rows, else float32 or, for bfloat16 rows, bfloat16 queries, (Q, D)");
   STD_TORCH_CHECK(!integers || (query_scales.is_contiguous() && query_scales.numel() == size &&
                                 query_scales.scalar_type() == ScalarType::Float),
                   "mips: expected float32 query scales (Q,)");
