@@ -134,7 +134,7 @@ def tiles(
     s_products, t_products = (empty_strip(height, count, torch.float32, device) for _ in range(2))
     totals = torch.zeros(len(heads), dtype=torch.float64, device=device)
     sides = [(h, [(head, 1.0)] * gradient + [(target, -1.0)] * teacher_gradient) for h, head in enumerate(heads)]
-    learning = [*heads * gradient, *[target] * teacher_gradient]
+    learning = [*(heads if gradient else []), *([target] if teacher_gradient else [])]
     units = {id(side): side.unit(side.raw.dtype) for side in learning}
     sums = {(h, sign): torch.zeros(side.raw.shape, device=device) for h, kinds in sides for side, sign in kinds}
     for begin in range(0, count, height):
