@@ -68,6 +68,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--filters", action="store_true", help="measure only searches of few rows, of --vectors or others"
     )
+    parser.add_argument(
+        "--signs", action="store_true", help="measure only the rows that a bound from sign codes leaves"
+    )
     parser.add_argument("--rows", type=int, help="number of rows with --vectors (default: those of the file)")
     parser.add_argument("--ks", type=int, nargs="+", metavar="K", help="values of k to measure")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="dtypes of our index to measure")
@@ -98,12 +101,16 @@ def main(argv: list[str]) -> int:
         results["memory"] = memory(20_000 if options.quick else 1_000_000, 1024, 64)
         keep()
         return 0
-    if options.filters:
+    if options.filters or options.signs:
         from bench.mips import filters as _filters
+        from bench.mips import signs as _signs
 
         given = torch.from_numpy(np.load(options.vectors)) if options.vectors else clustered(101_024, 384, 0)
-        rows = extended(given[:-1024].contiguous(), options.rows)
-        results["filters"] = _filters.measure(rows, given[-1024:].contiguous(), options.repeats)
+        rows, queries = extended(given[:-1024].contiguous(), options.rows), given[-1024:].contiguous()
+        if options.filters:
+            results["filters"] = _filters.measure(rows, queries, options.repeats)
+        if options.signs:
+            results["signs"] = _signs.measure(rows, queries)
         keep()
         return 0
     bandwidth = results["read_gb_s"] = read_bandwidth()

@@ -12,6 +12,7 @@ from bench.common.budget import Budget
 from bench.common.targets import Target
 from bench.mips import cpu as mips
 from bench.mips import cuda as _mips_cuda
+from bench.mips import signs
 from jasper_fast.mips import FlatIPIndex
 
 
@@ -45,6 +46,18 @@ def test_every_peer_finds_the_same_rows():
         found = search(queries, 5)
         ids = found.keys if name == "USearch" else found if name == "NumPy" else found[1]
         assert np.array_equal(np.asarray(ids), expected.numpy()), name
+
+
+def test_no_row_among_the_best_is_beyond_the_bound_of_its_signs(tmp_path):
+    corpus, queries = mips.clustered(3000, 64, 0), mips.clustered(40, 64, 1)
+    few, many = signs.measure(corpus, queries)
+    assert few["k"] == 10 and 10 / 3000 <= few["left"] <= many["left"] <= 1
+    two = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, -0.5]])  # their signs have no rounding, so the bound is exact
+    np.testing.assert_allclose([entry["left"] for entry in signs.measure(two.repeat(100, 1), two[:1])], [1 / 3, 1 / 3])
+    np.save(tmp_path / "mine.npy", torch.cat((corpus, mips.clustered(1024, 64, 2))).numpy())
+    out = tmp_path / "signs.json"
+    assert mips.main(["--signs", "--vectors", str(tmp_path / "mine.npy"), "--out", str(out)]) == 0
+    assert [entry["rows"] for entry in json.loads(out.read_text())["signs"]] == [3000, 3000]
 
 
 def test_vectors_are_extended_by_mixtures():
